@@ -1,0 +1,73 @@
+"""Every exception type of hvkvm, each with the process exit status it maps to.
+
+Exceptions are for the host side: bad configuration, a kernel that refuses, a
+closed object. What a guest does wrong is answered with a value (`HvStatus`),
+never with an exception.
+"""
+
+from __future__ import annotations
+
+import os
+
+
+class HvkvmError(Exception):
+    """Base of all hvkvm errors; `exit_status` is what the command returns."""
+
+    exit_status = 1
+
+
+class ConfigError(HvkvmError):
+    """The user asked for something that cannot be: names the flag, the reason and the remedy."""
+
+    exit_status = 2
+
+
+class BootError(ConfigError):
+    """A kernel, initrd or module file cannot be booted (not a kernel, does not fit, missing)."""
+
+
+class KvmUnavailable(HvkvmError):
+    """/dev/kvm is missing, not permitted, or speaks another API version."""
+
+    exit_status = 69
+
+
+class CapabilityMissing(HvkvmError):
+    """The running kernel's KVM lacks something that was asked for."""
+
+    exit_status = 77
+
+
+class KvmIoctlError(HvkvmError, OSError):
+    """A KVM ioctl failed.
+
+    `request` is the C name (`KVM_IRQFD`), `scope` the fd it went to (`system`,
+    `vm`, `vcpu`, `device`), `errno` the kernel's answer.
+    """
+
+    def __init__(self, errno: int, request: str, scope: str, detail: str = "") -> None:
+        self.request = request
+        self.scope = scope
+        self.detail = detail
+        OSError.__init__(self, errno, os.strerror(errno))
+
+    def __str__(self) -> str:
+        tail = f" ({self.detail})" if self.detail else ""
+        return f"{self.request} on the {self.scope} fd: {self.strerror}{tail}"
+
+
+class GuestMemoryError(HvkvmError):
+    """An access left guest RAM: `gpa` and `size` (bytes) say which."""
+
+    def __init__(self, gpa: int, size: int) -> None:
+        super().__init__(f"guest physical range {gpa:#x}+{size:#x} is not inside guest RAM")
+        self.gpa = gpa
+        self.size = size
+
+
+class Stopped(HvkvmError):
+    """Work was offered to a vCPU thread or an I/O loop that takes none any more."""
+
+
+class RouteError(HvkvmError):
+    """A SINT route cannot be opened: bad VP or SINT, no SynIC there, or the line is taken."""

@@ -1,0 +1,50 @@
+"""What the low rooms report upward: typed events and the observer that receives them.
+
+Rooms below `machine` never print and never import upward; they call
+`observer.event(...)`. The base observer ignores everything, so an event costs
+one call when nobody listens. Events may be raised from any thread: an observer
+must be thread-safe and must not block.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class Event:
+    """Base of all events."""
+
+
+@dataclass(frozen=True, slots=True)
+class Warned(Event):
+    """Something odd that does not end the machine; `subject` groups repeats for rate limiting."""
+
+    subject: str
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class GuestPanicked(Event):
+    """The guest reported a crash through the Hyper-V crash MSRs; `text` is its own message."""
+
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class SynicPageMoved(Event):
+    """A guest placed a SynIC page; `gpa` None means it was switched off. kind: "message" or "event"."""
+
+    vp_index: int
+    kind: str
+    gpa: int | None
+
+
+class Observer:
+    """Receives events; this one ignores them."""
+
+    def event(self, event: Event) -> None:
+        """Take one event. Any thread; must not block or raise."""
+
+
+NULL_OBSERVER = Observer()
