@@ -1,0 +1,43 @@
+"""How a machine's run ended, and the process exit status that says so."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import Enum
+
+
+class Ending(Enum):
+    """Why the machine stopped; the value is the word shown to the user and in JSON."""
+
+    POWERED_OFF = "powered off"
+    COMMAND_EXITED = "command exited"
+    DEBUG_EXIT = "debug exit"
+    RESET = "reset"
+    PANIC = "guest panic"
+    TRIPLE_FAULT = "triple fault"
+    KVM_ERROR = "KVM internal error"
+    TIMEOUT = "timeout"
+    QUIT = "quit"
+
+
+EXIT_TIMEOUT = 124
+EXIT_MACHINE_FAULT = 254
+EXIT_PANIC = 255
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """The end of a run: `status` is the process exit status, `detail` one line for the user."""
+
+    ending: Ending
+    status: int
+    detail: str = ""
+
+    @property
+    def clean(self) -> bool:
+        """True when the guest ended the run itself, by command, debug exit, power-off or reset."""
+        return self.ending in (Ending.POWERED_OFF, Ending.COMMAND_EXITED, Ending.DEBUG_EXIT, Ending.RESET)
+
+    def __str__(self) -> str:
+        tail = f": {self.detail}" if self.detail else ""
+        return f"{self.ending.value}{tail}"

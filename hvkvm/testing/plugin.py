@@ -1,0 +1,130 @@
+"""The pytest plugin: three tiers of tests, and fixtures for those who test guests on KVM.
+
+A test without a marker runs anywhere. `@pytest.mark.kvm` wants any usable
+/dev/kvm, `@pytest.mark.hyperv` one whose kernel has the in-kernel Hyper-V
+SynIC. Where the tier is out of reach the test is skipped with what is missing;
+`HVKVM_REQUIRE=kvm,hyperv` turns that skip into a failure, and fails a session
+in which a required tier ran no test at all.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+from collections import Counter
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+import pytest
+
+if TYPE_CHECKING:
+    from hvkvm.kvm.system import Kvm
+
+TIERS = ("kvm", "hyperv")
+
+
+@functools.cache
+def missing(tier: str) -> str | None:
+    """Say why `tier` ("kvm" or "hyperv") cannot run here, or None when it can."""
+    from hvkvm.abi.kvm import KVM_CAP_HYPERV_SYNIC2
+    from hvkvm.errors import HvkvmError
+    from hvkvm.kvm.system import Kvm
+
+    try:
+        with Kvm() as kvm:
+            if tier == "hyperv" and not kvm.check_extension(KVM_CAP_HYPERV_SYNIC2):
+                return "this kernel's KVM has no in-kernel Hyper-V (KVM_CAP_HYPERV_SYNIC2 is 0)"
+    except HvkvmError as error:
+        return str(error)
+    return None
+
+
+def required_tiers() -> frozenset[str]:
+    """The tiers named in HVKVM_REQUIRE; pytest.UsageError for an unknown name."""
+    names = frozenset(filter(None, os.environ.get("HVKVM_REQUIRE", "").replace(" ", "").split(",")))
+    unknown = names - set(TIERS)
+    if unknown:
+        raise pytest.UsageError(
+            f"HVKVM_REQUIRE names {', '.join(sorted(unknown))}: only {', '.join(TIERS)} can be required"
+        )
+    return names
+
+
+def tier_of(item: pytest.Item) -> str:
+    """The tier a collected test belongs to: "anywhere", "kvm" or "hyperv"."""
+    if item.get_closest_marker("hyperv"):
+        return "hyperv"
+    return "kvm" if item.get_closest_marker("kvm") else "anywhere"
+
+
+class TierReport:
+    """Counts what ran in each tier and holds the session to HVKVM_REQUIRE."""
+
+    def __init__(self, required: frozenset[str]) -> None:
+        self.required = required
+        self.tier: dict[str, str] = {}
+        self.ran: Counter[str] = Counter()
+        self.skipped: Counter[str] = Counter()
+
+    def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
+        self.tier.update((item.nodeid, tier_of(item)) for item in items)
+
+    @pytest.hookimpl(tryfirst=True)
+    def pytest_runtest_setup(self, item: pytest.Item) -> None:
+        tier = tier_of(item)
+        if tier == "anywhere":
+            return
+        reason = missing(tier)
+        if reason is None:
+            return
+        if tier in self.required:
+            pytest.fail(f"HVKVM_REQUIRE={tier}, but {reason}", pytrace=False)
+        pytest.skip(f"needs {tier}: {reason}")
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        tier = self.tier.get(report.nodeid, "anywhere")
+        if report.when == "call" and not report.skipped:
+            self.ran[tier] += 1
+        elif report.skipped:
+            self.skipped[tier] += 1
+
+    def empty_tiers(self) -> list[str]:
+        """Required tiers of which no test ran."""
+        return sorted(tier for tier in self.required if not self.ran[tier])
+
+    @pytest.hookimpl(trylast=True)
+    def pytest_sessionfinish(self, session: pytest.Session) -> None:
+        if (
+            session.exitstatus == pytest.ExitCode.OK
+            and self.empty_tiers()
+            and not session.config.option.collectonly
+        ):
+            session.exitstatus = pytest.ExitCode.TESTS_FAILED
+
+    def pytest_terminal_summary(self, terminalreporter: pytest.TerminalReporter) -> None:
+        if not self.required and not (self.ran["kvm"] or self.ran["hyperv"] or self.skipped["hyperv"]):
+            return
+        line = ", ".join(
+            f"{tier} {self.ran[tier]} ran {self.skipped[tier]} skipped" for tier in ("anywhere", *TIERS)
+        )
+        terminalreporter.write_line(f"hvkvm tiers: {line}")
+        for tier in self.empty_tiers():
+            terminalreporter.write_line(f"hvkvm tiers: HVKVM_REQUIRE={tier}, but no test of it ran", red=True)
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "kvm: needs a usable /dev/kvm")
+    config.addinivalue_line("markers", "hyperv: needs a KVM with in-kernel Hyper-V (KVM_CAP_HYPERV_SYNIC2)")
+    config.pluginmanager.register(TierReport(required_tiers()), "hvkvm-tiers")
+
+
+@pytest.fixture
+def kvm() -> Iterator[Kvm]:
+    """An open /dev/kvm; skips where there is none."""
+    from hvkvm.kvm.system import Kvm
+
+    reason = missing("kvm")
+    if reason is not None:
+        pytest.skip(f"needs kvm: {reason}")
+    with Kvm() as handle:
+        yield handle

@@ -1,0 +1,102 @@
+"""MachineConfig: every bad value is answered by one line naming flag, reason and remedy."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from hvkvm.errors import ConfigError
+from hvkvm.machine.config import MIB, MachineConfig, parse_size
+
+
+@pytest.fixture
+def kernel(tmp_path: Path) -> Path:
+    path = tmp_path / "kernel"
+    path.write_bytes(b"x")
+    return path
+
+
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [
+        ("512M", 512 * MIB),
+        ("512", 512 * MIB),
+        ("1G", 1 << 30),
+        ("1.5G", 3 << 29),
+        ("300MiB", 300 * MIB),
+        ("64MB", 64 * MIB),
+        ("4096K", 4 * MIB),
+        ("8388608B", 8 * MIB),
+    ],
+)
+def test_sizes(text: str, size: int) -> None:
+    assert parse_size(text) == size
+
+
+@given(st.text(max_size=12))
+def test_a_size_is_a_number_or_one_clear_line(text: str) -> None:
+    try:
+        assert parse_size(text) >= 0
+    except ConfigError as error:
+        assert str(error).startswith("--memory ")
+        assert "not a size" in str(error)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"cpus": 0}, ("--cpus 0", "1 to 254")),
+        ({"cpus": 255}, ("--cpus 255", "1 to 254")),
+        ({"memory": 1 * MIB}, ("--memory 1M", "at least 8M")),
+        ({"memory": (16 * MIB) + 5}, ("--memory", "4 KiB")),
+        ({"timeout": 0.0}, ("--timeout 0", "more than 0")),
+        ({"timeout": float("nan")}, ("--timeout nan", "more than 0")),
+        ({"synic": "magic"}, ("--synic magic", "auto, kernel, user")),
+        ({"devices": ("floppy",)}, ("--device floppy", "hyperv-testdev")),
+        ({"append": "a\nb"}, ("--append", "newline")),
+        ({"initrd": Path("/nonexistent/initrd")}, ("--initrd /nonexistent/initrd", "no such file")),
+        ({"kernel": Path("/")}, ("--kernel /", "directory")),
+        ({"modules": ("hv_vmbus",)}, ("--module", "--modules-dir")),
+    ],
+)
+def test_bad_values_name_flag_reason_and_remedy(
+    kernel: Path, change: dict[str, object], words: tuple[str, ...]
+) -> None:
+    values: dict[str, object] = {"kernel": kernel, **change}
+    with pytest.raises(ConfigError) as caught:
+        MachineConfig(**values).validate()  # type: ignore[arg-type]
+    assert all(word in str(caught.value) for word in words), caught.value
+    assert "\n" not in str(caught.value)
+
+
+def test_toml_round_trip(tmp_path: Path, kernel: Path) -> None:
+    toml = tmp_path / "guest.toml"
+    toml.write_text(
+        'kernel = "kernel"\ncpus = 4\nmemory = "1G"\nhv = "none"\ntimeout = 5\ncommand = ["uname", "-a"]\n'
+    )
+    config = MachineConfig.from_toml(toml)
+    assert config.kernel == kernel
+    assert (config.cpus, config.memory, config.hv, config.timeout) == (4, 1 << 30, "none", 5.0)
+    assert config.command == ("uname", "-a")
+
+
+@pytest.mark.parametrize(
+    ("body", "word"),
+    [
+        ('cpus = "two"', "wrong type"),
+        ("cpus = true", "wrong type"),
+        ("colour = 1", "unknown"),
+        ("kernel = 3", "wrong type"),
+        ("= 3", "--config"),
+        ("command = [1]", "wrong type"),
+        ('timeout = "x"', "wrong type"),
+    ],
+)
+def test_bad_toml(tmp_path: Path, kernel: Path, body: str, word: str) -> None:
+    toml = tmp_path / "guest.toml"
+    toml.write_text(("" if body.startswith("kernel") else 'kernel = "kernel"\n') + body + "\n")
+    with pytest.raises(ConfigError, match=word):
+        MachineConfig.from_toml(toml)
