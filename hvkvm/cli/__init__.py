@@ -1,1 +1,62 @@
+"""The `hvkvm` command: one file a verb, only the chosen one is imported.
 
+Exit status: 0 ok; N the guest command's own; 2 usage; 69 KVM unavailable; 77
+capability missing; 124 timeout; 130 interrupted; 254 triple fault or KVM
+internal error; 255 guest panic.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+from importlib import import_module
+
+VERBS = {
+    "run": "boot a guest",
+    "doctor": "check what this machine's KVM can do, with the remedy for what is missing",
+    "features": "list the Hyper-V enlightenments and what this host supports of them",
+}
+
+USAGE = """usage: hvkvm VERB [options]
+
+{verbs}
+
+`hvkvm VERB --help` explains a verb's options."""
+
+
+def usage() -> str:
+    """The text of `hvkvm --help`."""
+    width = max(map(len, VERBS))
+    return USAGE.format(verbs="\n".join(f"  {verb:{width}}  {text}" for verb, text in VERBS.items()))
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one verb and return the exit status; every failure is one line on stderr."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    from hvkvm.errors import ConfigError, HvkvmError
+
+    try:
+        if not arguments or arguments[0] in ("-h", "--help", "help"):
+            print(usage())
+            return 0 if arguments else 2
+        if arguments[0] in ("-V", "--version"):
+            from hvkvm import __version__
+
+            print(f"hvkvm {__version__}")
+            return 0
+        verb, rest = arguments[0], arguments[1:]
+        if verb not in VERBS:
+            raise ConfigError(f"{verb}: no such verb; choose {', '.join(VERBS)}")
+        status: int = import_module(f"hvkvm.cli.{verb}").main(rest)
+        sys.stdout.flush()
+        return status
+    except BrokenPipeError:
+        # The reader of our output went away; keep the interpreter from saying so again at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        return 141
+    except HvkvmError as error:
+        print(f"hvkvm: {error}", file=sys.stderr)
+        return error.exit_status
+    except KeyboardInterrupt:
+        return 130

@@ -1,0 +1,168 @@
+"""`hvkvm run`: boot a guest on the terminal and return its exit status.
+
+The main thread parses, builds the machine, owns the signals and waits. Ctrl-C
+reaches the guest once something there listens to the console; before that it
+ends the run. SIGQUIT prints who waits for what and the run goes on.
+"""
+
+from __future__ import annotations
+
+import signal
+import sys
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from time import monotonic
+from types import FrameType
+from typing import Any
+
+from hvkvm.cli.arguments import Parser, split_command
+from hvkvm.errors import ConfigError
+from hvkvm.machine.config import KNOWN_DEVICES, SIGNAL_CHOICES, SYNIC_CHOICES, MachineConfig, parse_size
+
+EPILOG = """exit status:
+  the guest command's own; 0 after a power-off; 2 usage; 69 KVM unavailable;
+  77 capability missing; 124 timeout; 130 interrupted; 254 triple fault or KVM
+  internal error; 255 guest panic
+
+keys on the console: Ctrl-a x quits, Ctrl-a h helps, Ctrl-a Ctrl-a sends Ctrl-a
+
+examples:
+  hvkvm run --kernel vmlinuz -- uname -r
+  hvkvm run --kernel vmlinuz --initrd initrd.img --append 'root=/dev/vda1' --cpus 4
+  hvkvm run --kernel vmlinuz --hv relaxed,vpindex,synic,time,stimer -- cat /proc/interrupts
+"""
+
+
+def parser() -> Parser:
+    """The options of `hvkvm run`; a default of None means "as MachineConfig says"."""
+    p = Parser("hvkvm run", "Boot a guest; what follows `--` is run inside it.", EPILOG)
+    p.add_argument("--config", type=Path, metavar="TOML", help="read a machine from this file; flags override it")
+    p.add_argument("--kernel", type=Path, metavar="FILE", help="bzImage, vmlinux, PVH ELF or multiboot image")
+    p.add_argument("--initrd", type=Path, metavar="FILE", help="initial RAM disk; `-- command` is added to it")
+    p.add_argument("--append", metavar="TEXT", help="kernel command line, behind hvkvm's own defaults")
+    p.add_argument("--cpus", metavar="N", help="vCPUs (1)")
+    p.add_argument("--memory", metavar="SIZE", help="guest RAM: 512M, 2G, 0.5G; a bare number is MiB (512M)")
+    p.add_argument("--hv", metavar="LIST", help="host-model, passthrough, none, or QEMU's hv-* names (host-model)")
+    p.add_argument("--synic", metavar="|".join(SYNIC_CHOICES), help="which SynIC carries the guest (auto)")
+    p.add_argument(
+        "--signal-path",
+        metavar="|".join(SIGNAL_CHOICES),
+        help="who answers HvSignalEvent: KVM_HYPERV_EVENTFD or the userspace table (auto)",
+    )
+    p.add_argument(
+        "--device", action="append", metavar="NAME", dest="devices", help=f"add a device: {', '.join(KNOWN_DEVICES)}"
+    )
+    p.add_argument("--modules-dir", type=Path, metavar="DIR", help="the guest kernel's lib/modules/VERSION folder")
+    p.add_argument("--module", action="append", metavar="NAME", dest="modules", help="load this module at start")
+    p.add_argument("--busybox", type=Path, metavar="FILE", help="a static busybox for the guest (found in PATH)")
+    p.add_argument("--timeout", metavar="SECONDS", help="end the run after this long, with status 124")
+    p.add_argument("--no-reboot", action="store_true", help="a guest reset ends the run with status 0")
+    p.add_argument("--no-acpi", action="store_true", help="give the guest no ACPI tables")
+    p.add_argument("--json", action="store_true", help="print the outcome as one JSON line on standard error")
+    p.add_argument("--quiet", action="store_true", help="say nothing on standard error unless the run fails")
+    return p
+
+
+def config_from(arguments: list[str]) -> tuple[MachineConfig, Any]:
+    """Parse `arguments`; returns the checked configuration and the raw options."""
+    own, command = split_command(arguments)
+    options = parser().parse_args(own)
+    values: dict[str, Any] = {}
+    for key in ("kernel", "initrd", "append", "hv", "synic", "signal_path", "modules_dir", "busybox"):
+        if (value := getattr(options, key)) is not None:
+            values[key] = value
+    for key in ("devices", "modules"):
+        if (value := getattr(options, key)) is not None:
+            values[key] = tuple(value)
+    if options.cpus is not None:
+        values["cpus"] = _number("--cpus", options.cpus, int, "2")
+    if options.memory is not None:
+        values["memory"] = parse_size(options.memory)
+    if options.timeout is not None:
+        values["timeout"] = _number("--timeout", options.timeout, float, "30")
+    if options.no_reboot:
+        values["reboot"] = False
+    if options.no_acpi:
+        values["acpi"] = False
+    if command:
+        values["command"] = command
+    elif "--" in arguments:
+        raise ConfigError("--: no command behind it; name the guest command, or leave `--` out for a console")
+    if options.config is not None:
+        return replace(MachineConfig.from_toml(options.config), **values).validate(), options
+    if "kernel" not in values:
+        raise ConfigError("--kernel: missing; name the guest kernel's file, or a --config that does")
+    return MachineConfig(**values).validate(), options
+
+
+def _number(flag: str, text: str, kind: Callable[[str], Any], example: str) -> Any:
+    try:
+        return kind(text)
+    except ValueError:
+        raise ConfigError(f"{flag} {text}: not a number; write one, such as {flag} {example}") from None
+
+
+def main(arguments: list[str]) -> int:
+    """Run the verb; returns the exit status."""
+    config, options = config_from(arguments)
+    from hvkvm.backends.console import Console
+    from hvkvm.cli.status import StatusLine
+    from hvkvm.machine.dump import describe
+    from hvkvm.machine.machine import Machine
+    from hvkvm.machine.outcome import Ending, Outcome
+
+    began = monotonic()
+    with Machine(config) as machine:
+        status = StatusLine(machine, sys.stderr, enabled=not options.quiet and not options.json)
+        console = Console(machine.io, on_quit=lambda: machine.finish(Ending.QUIT, 130, "Ctrl-a x"))
+        status.attach(console)
+        machine.board.attach_console(console)
+
+        def stop(number: int, _frame: FrameType | None) -> None:
+            machine.finish(Ending.QUIT, 128 + number, signal.Signals(number).name)
+
+        def dump(_number: int, _frame: FrameType | None) -> None:
+            status.clear()
+            print(describe(machine), file=sys.stderr, flush=True)
+
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            signal.signal(number, stop)
+        signal.signal(signal.SIGQUIT, dump)
+        with console:
+            machine.start()
+            outcome = machine.wait(config.timeout)
+            if outcome is None:
+                status.clear()
+                report = describe(machine)
+                machine.expire()
+                outcome = machine.outcome
+            else:
+                report = ""
+            machine.stop()
+        status.clear()
+        assert outcome is not None
+        if report:
+            print(report, file=sys.stderr)
+        _conclude(machine, outcome, monotonic() - began, options)
+    return outcome.status
+
+
+def _conclude(machine: Any, outcome: Any, seconds: float, options: Any) -> None:
+    """Say how it ended: JSON when asked, one line when it was not clean."""
+    if options.json:
+        import json
+
+        exits: dict[str, int] = machine.exit_counts()
+        record = {
+            "ending": outcome.ending.value,
+            "status": outcome.status,
+            "detail": outcome.detail,
+            "seconds": round(seconds, 3),
+            "resets": machine.resets,
+            "features": str(machine.features),
+            "exits": exits,
+        }
+        print(json.dumps(record), file=sys.stderr)
+    elif not outcome.clean:
+        print(f"hvkvm: {outcome}", file=sys.stderr)

@@ -1,0 +1,65 @@
+"""The live line on a terminal until the guest says its first word.
+
+One line on stderr, redrawn by the I/O loop's timer, erased before anything
+else is written. Silent when stderr is no terminal, or with --quiet or --json.
+Owner: drawn on the I/O loop; `clear()` may be called from any thread.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from time import monotonic
+from typing import TYPE_CHECKING, TextIO
+
+if TYPE_CHECKING:
+    from hvkvm.backends.console import Console
+    from hvkvm.machine.machine import Machine
+    from hvkvm.runtime.io_loop import Timer
+
+REDRAW_SECONDS = 0.25
+ERASE = "\r\x1b[K"
+
+
+class StatusLine:
+    """Shows elapsed seconds, exits and where vCPU 0 is, until `clear()` or the first console output."""
+
+    def __init__(self, machine: Machine, stream: TextIO, *, enabled: bool) -> None:
+        self._machine = machine
+        self._stream = stream
+        self._live = enabled and stream.isatty() and os.environ.get("TERM") != "dumb"
+        self._drawn = False
+        self._lock = threading.Lock()
+        self._timer: Timer | None = None
+        self._began = monotonic()
+
+    def attach(self, console: Console) -> None:
+        """Start drawing; the first byte on `console` ends it."""
+        if self._live:
+            console.on_first_output(self.clear)
+            self._timer = self._machine.io.call_later(REDRAW_SECONDS, self._draw)
+
+    def _draw(self) -> None:
+        with self._lock:
+            if not self._live:
+                return
+            exits = sum(self._machine.exit_counts().values())
+            text = f"hvkvm: guest running {monotonic() - self._began:.1f} s, {exits} exits, no output yet"
+            if "NO_COLOR" not in os.environ:
+                text = f"\x1b[2m{text}\x1b[0m"
+            self._stream.write(ERASE + text)
+            self._stream.flush()
+            self._drawn = True
+            self._timer = self._machine.io.call_later(REDRAW_SECONDS, self._draw)
+
+    def clear(self) -> None:
+        """Erase the line and draw no more. Any thread, any number of times."""
+        with self._lock:
+            self._live = False
+            if self._timer is not None:
+                self._timer.cancel()
+                self._timer = None
+            if self._drawn:
+                self._drawn = False
+                self._stream.write(ERASE)
+                self._stream.flush()

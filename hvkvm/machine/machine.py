@@ -1,0 +1,199 @@
+"""The machine: wires the rooms below it and owns their lifetime.
+
+`with Machine(config) as machine: outcome = machine.run()`. Building opens
+/dev/kvm, makes RAM, vCPUs, interrupt chips, the SynIC and the port devices, and
+loads the kernel; nothing runs until `start()`.
+
+Threads: the caller's thread builds, waits and closes. A vCPU thread owns its
+vCPU. The I/O loop owns eventfds, completions and resets. `finish()` may be
+called from any thread; the first ending wins.
+"""
+
+from __future__ import annotations
+
+import threading
+from contextlib import ExitStack
+from time import monotonic
+from types import TracebackType
+
+from hvkvm.errors import HvkvmError
+from hvkvm.events import NULL_OBSERVER, GuestPanicked, Observer
+from hvkvm.kvm.gsi import GsiTable
+from hvkvm.kvm.system import Kvm
+from hvkvm.kvm.vcpu import Vcpu
+from hvkvm.machine import build, exits
+from hvkvm.machine.board import Board
+from hvkvm.machine.config import MachineConfig
+from hvkvm.machine.outcome import (
+    EXIT_MACHINE_FAULT,
+    EXIT_PANIC,
+    EXIT_TIMEOUT,
+    Ending,
+    Outcome,
+)
+from hvkvm.machine.reset import PowerOnState
+from hvkvm.memory.guest import GuestMemory
+from hvkvm.runtime.io_loop import IoLoop
+from hvkvm.runtime.vcpu_thread import VcpuThread
+from hvkvm.runtime.vcpus import VcpuGroup
+
+STOP_SECONDS = 10.0
+"""How long shutdown waits for a thread before it says which one is stuck."""
+
+
+class Machine:
+    """One guest and everything that carries it. Raises HvkvmError's kinds when it cannot be built."""
+
+    def __init__(self, config: MachineConfig, *, observer: Observer = NULL_OBSERVER) -> None:
+        self.config = config.validate()
+        self.observer = observer
+        self.outcome: Outcome | None = None
+        self.started_at: float | None = None
+        self.resets = 0
+        self._ended = threading.Event()
+        self._ending_lock = threading.Lock()
+        self._reset_pending = False
+        self._closed = False
+        with ExitStack() as stack:
+            self._build(stack)
+            self._stack = stack.pop_all()
+
+    def _build(self, stack: ExitStack) -> None:
+        config = self.config
+        self.kvm = stack.enter_context(Kvm(config.kvm_path))
+        self.features = build.resolve_features(self.kvm, config)
+        self.vm = build.create_vm(self.kvm, stack)
+        self.memory = GuestMemory(self.vm, config.memory)
+        stack.callback(self.memory.close)
+        self.vcpus: list[Vcpu] = build.create_vcpus(self.kvm, self.vm, config, self.features, stack)
+        self.gsi = GsiTable(self.vm)
+        self.io = IoLoop(on_fault=self._loop_fault)
+        stack.callback(self.io.stop)
+        self.board = Board(self, stack)
+        handlers = exits.handlers(self)
+        self.threads = [
+            VcpuThread(vcpu, handlers, on_fault=self._vcpu_fault, name=f"vcpu{vcpu.index}") for vcpu in self.vcpus
+        ]
+        self.group = VcpuGroup(self.threads)
+        self.partition = build.create_partition(self, stack)
+        if self.partition is not None:
+            exits.add_hyperv_handlers(handlers, self, self.partition)
+        self.board.add_optional_devices(config.devices)
+        self._power_on = PowerOnState(self.vm, self.vcpus)
+        self._image = build.GuestImage(config, stack)
+        self._image.load(self.memory, self.vcpus[0])
+
+    def start(self) -> None:
+        """Start the I/O loop and every vCPU. Once only."""
+        if self.started_at is not None:
+            raise HvkvmError("this machine was started already; build another one")
+        self.started_at = monotonic()
+        self.io.start()
+        self.board.start()
+        self.group.start_all()
+
+    def wait(self, timeout: float | None = None) -> Outcome | None:
+        """Wait up to `timeout` seconds (None: without limit) for the end; None if it has not come."""
+        self._ended.wait(timeout)
+        return self.outcome
+
+    def run(self) -> Outcome:
+        """Start, wait for the end or `config.timeout` seconds, stop every thread, return the outcome."""
+        self.start()
+        if self.wait(self.config.timeout) is None:
+            self.expire()
+        self.stop()
+        assert self.outcome is not None
+        return self.outcome
+
+    def expire(self) -> None:
+        """End the run because its time is over."""
+        self.finish(Ending.TIMEOUT, EXIT_TIMEOUT, f"the guest had not finished after {self.config.timeout:g} s")
+
+    def finish(self, ending: Ending, status: int, detail: str = "") -> None:
+        """Name the end of the run, once; wakes `wait()`. Any thread."""
+        with self._ending_lock:
+            if self.outcome is None:
+                if ending is Ending.RESET or ending is Ending.TIMEOUT:
+                    panic = self.board.console_panic()
+                    if panic is not None:
+                        ending, status, detail = Ending.PANIC, EXIT_PANIC, panic
+                self.outcome = Outcome(ending, status, detail)
+        for thread in self.threads:
+            thread.stop()
+        self._ended.set()
+
+    def pause(self) -> None:
+        """Take every vCPU out of KVM_RUN with its pending exit completed. Any thread but a vCPU's."""
+        self.group.pause_all()
+
+    def resume(self) -> None:
+        """Undo one `pause()`."""
+        self.group.resume_all()
+
+    def request_reset(self, reason: str) -> None:
+        """Reset the machine soon, or end the run if the configuration says so. Any thread."""
+        if not self.config.reboot:
+            self.finish(Ending.RESET, 0, reason)
+            return
+        panic = self.board.console_panic()
+        if panic is not None:
+            # A panicking kernel told to reboot would loop for ever; its panic is the end.
+            self.finish(Ending.PANIC, EXIT_PANIC, panic)
+            return
+        with self._ending_lock:
+            if self._reset_pending or self.outcome is not None:
+                return
+            self._reset_pending = True
+        self.io.call_soon(self._reset)
+
+    def _reset(self) -> None:
+        """Devices first, SynIC last (S7), then the vCPUs' power-on state and a fresh image. I/O loop."""
+        with self.group.paused():
+            if self.outcome is not None:
+                return
+            self.board.reset()
+            if self.partition is not None:
+                self.partition.reset()
+            self._power_on.restore()
+            self._image.load(self.memory, self.vcpus[0])
+            self.resets += 1
+            self._reset_pending = False
+
+    def guest_panicked(self, text: str) -> None:
+        """The guest reported a crash; ends the run with its text."""
+        self.observer.event(GuestPanicked(text))
+        self.finish(Ending.PANIC, EXIT_PANIC, text)
+
+    def _vcpu_fault(self, thread: VcpuThread, error: BaseException) -> None:
+        self.finish(Ending.KVM_ERROR, EXIT_MACHINE_FAULT, f"{thread.name}: {error}")
+
+    def _loop_fault(self, error: BaseException) -> None:
+        self.finish(Ending.KVM_ERROR, EXIT_MACHINE_FAULT, f"I/O loop: {type(error).__name__}: {error}")
+
+    def stop(self) -> None:
+        """Stop and join every thread. Idempotent; raises HvkvmError naming a thread that does not stop."""
+        if self.outcome is None:
+            self.finish(Ending.QUIT, 0, "stopped by the host")
+        if self.started_at is not None:
+            self.group.stop_all(STOP_SECONDS)
+            self.board.stop()
+            self.io.stop()
+
+    def close(self) -> None:
+        """Stop, and release every fd and mapping, devices first. Idempotent."""
+        if self._closed:
+            return
+        self._closed = True
+        try:
+            self.stop()
+        finally:
+            self._stack.close()
+
+    def __enter__(self) -> Machine:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
