@@ -44,7 +44,7 @@ HYPERV_TESTDEV_SIZE = 4
 # --- Interrupts ----------------------------------------------------------------------------------
 
 IOAPIC_ADDRESS = 0xFEC00000
-IOAPIC_ID = 0  # its own ID register, as KVM's in-kernel IOAPIC has it; a name space apart from LAPIC ids on KVM
+IOAPIC_ID = 0  # the reset value of its ID register in KVM; IOAPIC and LAPIC ids do not collide there
 IOAPIC_GSI_BASE = 0
 IOAPIC_PINS = 24
 LAPIC_ADDRESS = 0xFEE00000

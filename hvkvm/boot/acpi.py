@@ -1,0 +1,255 @@
+"""The ACPI tables: RSDP, XSDT, FADT, FACS, MADT and a DSDT that holds COM1 and VMBus.
+
+Why: without ACPI a guest finds neither its other CPUs nor the VMBus, and cannot
+power off. Called by the loaders through `boot.image`. Pure: `build` returns
+bytes and the address they belong at; any thread. Source: ACPI 6.5 (sections
+5.2.5 to 5.2.12), Linux arch/x86/kernel/acpi/boot.c for what each flag spares.
+
+What is left out on purpose, because each costs a guest boot time or a driver:
+- a PM timer (PM_TMR_BLK 0, optional since ACPI 5.0A): a port exit for every
+  read; guests have the Hyper-V reference time, or the TSC.
+- CPU devices (ACPI0007): the MADT suffices, and no cpuidle driver is bound.
+- PCI (PNP0A03), HPET, RTC (PNP0B00), 8042: not on the board. FADT says so, and
+  Linux then skips their probes. It reads the time of day from CMOS regardless
+  (mach_get_cmos_time, up to a second of retries when nobody answers), which is
+  why the board has CMOS_PORT.
+HW_REDUCED is not set: the board does have PIC, PIT and PM1 registers, and Linux
+drops the first two when it sees that flag.
+"""
+
+from __future__ import annotations
+
+import struct
+from dataclasses import dataclass
+
+from hvkvm.abi import board
+from hvkvm.boot import aml
+from hvkvm.errors import BootError
+
+_OEM_ID = b"HVKVM "
+_CREATOR = b"HVKV"
+_REVISION = 1
+_ALIGN = 64  # FACS demands it; the others do not mind
+
+HEADER_SIZE = 36
+FADT_SIZE = 276
+
+MADT_LOCAL_APIC = 0
+MADT_IO_APIC = 1
+MADT_INTERRUPT_SOURCE_OVERRIDE = 2
+MADT_LOCAL_APIC_NMI = 4
+MADT_LOCAL_X2APIC = 9
+MADT_LOCAL_X2APIC_NMI = 10
+_APIC_ENABLED = 1
+_MADT_PCAT_COMPAT = 1
+_MPS_ACTIVE_HIGH_LEVEL = 0b1101
+_ALL_UIDS_8 = 0xFF
+_ALL_UIDS_32 = 0xFFFFFFFF
+LAST_XAPIC_ID = 254  # 255 is the xAPIC broadcast; from there on only x2APIC entries can name a CPU
+
+# FADT IAPC_BOOT_ARCH. LEGACY_DEVICES (bit 0) and 8042 (bit 1) are left clear: neither is there.
+ACPI_FADT_NO_VGA = 1 << 2
+ACPI_FADT_NO_CMOS_RTC = 1 << 5
+# MSI Not Supported (bit 3) is left clear too: vPCI devices use MSI.
+
+# FADT Flags.
+ACPI_FADT_WBINVD = 1 << 0
+ACPI_FADT_C1_SUPPORTED = 1 << 2
+ACPI_FADT_POWER_BUTTON = 1 << 4  # set: no fixed-feature button (and none in the DSDT)
+ACPI_FADT_SLEEP_BUTTON = 1 << 5
+ACPI_FADT_FIXED_RTC = 1 << 6  # set: RTC wake is not in PM1
+ACPI_FADT_RESET_REGISTER = 1 << 10
+
+_SYSTEM_IO = 1
+_NO_C2 = 0xFFF  # a latency above 100 us says: no such state (C3: above 1000)
+
+
+@dataclass(frozen=True, slots=True)
+class AcpiTables:
+    """`image` belongs at guest address `address`; the RSDP is at its start."""
+
+    address: int
+    image: bytes
+
+    @property
+    def rsdp(self) -> int:
+        """Where the RSDP is."""
+        return self.address
+
+
+def build(cpus: int, memory_size: int, *, vmbus: bool = True) -> AcpiTables:
+    """All tables for `cpus` vCPUs (APIC id = index) and `memory_size` bytes of RAM.
+
+    `vmbus` False leaves the VMBus and its MMIO windows out. Raises BootError
+    when more CPUs are asked for than the ACPI area can name.
+    """
+    image = bytearray(_ALIGN)  # room for the RSDP, which is written last
+
+    def place(table: bytes) -> int:
+        image.extend(bytes(-len(image) % _ALIGN))
+        address = board.ACPI_AREA_ADDRESS + len(image)
+        image.extend(table)
+        return address
+
+    facs = place(_facs())
+    dsdt = place(_dsdt(memory_size, vmbus=vmbus))
+    fadt = place(_fadt(facs, dsdt))
+    madt = place(_madt(cpus))
+    xsdt = place(_table(b"XSDT", 1, struct.pack("<QQ", fadt, madt)))
+    image[: len(_rsdp(xsdt))] = _rsdp(xsdt)
+    if len(image) > board.ACPI_AREA_SIZE:
+        raise BootError(f"--cpus {cpus}: more than the ACPI tables can name; give fewer")
+    return AcpiTables(board.ACPI_AREA_ADDRESS, bytes(image))
+
+
+def _checksum(data: bytes | bytearray) -> int:
+    return -sum(data) & 0xFF
+
+
+def _table(signature: bytes, revision: int, body: bytes) -> bytes:
+    """A table with the standard header around `body`."""
+    table = bytearray(
+        struct.pack(
+            "<4sIBB6s8sI4sI",
+            signature,
+            HEADER_SIZE + len(body),
+            revision,
+            0,
+            _OEM_ID,
+            b"HVKVM" + signature[:3],
+            _REVISION,
+            _CREATOR,
+            _REVISION,
+        )
+    )
+    table += body
+    table[9] = _checksum(table)
+    return bytes(table)
+
+
+def _rsdp(xsdt: int) -> bytes:
+    first = bytearray(struct.pack("<8sB6sBI", b"RSD PTR ", 0, _OEM_ID, 2, 0))
+    first[8] = _checksum(first)
+    whole = bytearray(first + struct.pack("<IQB3x", 36, xsdt, 0))
+    whole[32] = _checksum(whole)
+    return bytes(whole)
+
+
+def _facs() -> bytes:
+    # Version 2, no waking vector, no hardware signature: this board neither sleeps nor hibernates itself.
+    return struct.pack("<4sI4x4x4x4x8xB31x", b"FACS", 64, 2)
+
+
+def _gas(port: int, width: int, access: int) -> bytes:
+    """Generic Address Structure of an I/O port: `width` in bits, `access` 1 byte, 2 word, 3 dword."""
+    return struct.pack("<BBBBQ", _SYSTEM_IO, width, 0, access, port)
+
+
+def _fadt(facs: int, dsdt: int) -> bytes:
+    """FADT revision 6.0. Each register is given in both its old and its X_ form, and they agree."""
+    fadt = bytearray(FADT_SIZE - HEADER_SIZE)
+
+    def put(offset: int, code: str, *values: int) -> None:
+        struct.pack_into("<" + code, fadt, offset - HEADER_SIZE, *values)
+
+    put(36, "II", facs, dsdt)
+    put(46, "H", board.SCI_IRQ)
+    put(56, "I", board.PM1A_EVT_PORT)
+    put(64, "I", board.PM1A_CNT_PORT)
+    put(88, "BB", board.PM1A_EVT_SIZE, board.PM1A_CNT_SIZE)
+    put(96, "HH", _NO_C2, _NO_C2)
+    put(109, "H", ACPI_FADT_NO_VGA | ACPI_FADT_NO_CMOS_RTC)
+    put(
+        112,
+        "I",
+        ACPI_FADT_WBINVD
+        | ACPI_FADT_C1_SUPPORTED
+        | ACPI_FADT_POWER_BUTTON
+        | ACPI_FADT_SLEEP_BUTTON
+        | ACPI_FADT_FIXED_RTC
+        | ACPI_FADT_RESET_REGISTER,
+    )
+    fadt[116 - HEADER_SIZE : 128 - HEADER_SIZE] = _gas(board.RESET_PORT, 8, 1)
+    put(128, "B", board.RESET_VALUE)
+    put(132, "QQ", facs, dsdt)
+    # Access size word: Linux would split a dword access to the two event registers anyway.
+    fadt[148 - HEADER_SIZE : 160 - HEADER_SIZE] = _gas(board.PM1A_EVT_PORT, 8 * board.PM1A_EVT_SIZE, 2)
+    fadt[172 - HEADER_SIZE : 184 - HEADER_SIZE] = _gas(board.PM1A_CNT_PORT, 8 * board.PM1A_CNT_SIZE, 2)
+    return _table(b"FACP", 6, bytes(fadt))
+
+
+def _madt(cpus: int) -> bytes:
+    body = bytearray(struct.pack("<II", board.LAPIC_ADDRESS, _MADT_PCAT_COMPAT))
+    for index in range(cpus):
+        if index <= LAST_XAPIC_ID:
+            body += struct.pack("<BBBBI", MADT_LOCAL_APIC, 8, index, index, _APIC_ENABLED)
+        else:
+            body += struct.pack("<BBHIII", MADT_LOCAL_X2APIC, 16, 0, index, _APIC_ENABLED, index)
+    body += struct.pack(
+        "<BBBBII", MADT_IO_APIC, 12, board.IOAPIC_ID, 0, board.IOAPIC_ADDRESS, board.IOAPIC_GSI_BASE
+    )
+    # KVM's default routing puts the PIT (ISA IRQ 0) on IOAPIC pin 2, as PCs do.
+    body += struct.pack("<BBBBIH", MADT_INTERRUPT_SOURCE_OVERRIDE, 10, 0, 0, 2, 0)
+    sci = board.SCI_IRQ
+    body += struct.pack("<BBBBIH", MADT_INTERRUPT_SOURCE_OVERRIDE, 10, 0, sci, sci, _MPS_ACTIVE_HIGH_LEVEL)
+    body += struct.pack("<BBBHB", MADT_LOCAL_APIC_NMI, 6, _ALL_UIDS_8, 0, 1)
+    if cpus - 1 > LAST_XAPIC_ID:
+        body += struct.pack("<BBHIB3x", MADT_LOCAL_X2APIC_NMI, 12, 0, _ALL_UIDS_32, 1)
+    return _table(b"APIC", 5, bytes(body))
+
+
+def _dsdt(memory_size: int, *, vmbus: bool) -> bytes:
+    devices = [_com1()]
+    if vmbus:
+        devices.append(_vmbus_module(memory_size))
+    sleep_type = aml.integer(board.S5_SLP_TYP)
+    terms = [
+        aml.name("\\_S5", aml.package(sleep_type, sleep_type, aml.ZERO, aml.ZERO)),
+        aml.scope("\\_SB", *devices),
+    ]
+    return _table(b"DSDT", 2, b"".join(terms))
+
+
+def _com1() -> bytes:
+    resources = aml.resource_template(
+        aml.io_ports(board.COM1_PORT, board.COM1_SIZE), aml.irq_no_flags(board.COM1_IRQ)
+    )
+    return aml.device(
+        "COM1",
+        aml.name("_HID", aml.eisa_id("PNP0501")),
+        aml.name("_UID", aml.ONE),
+        aml.name("_CRS", resources),
+    )
+
+
+def _vmbus_module(memory_size: int) -> bytes:
+    r"""\_SB.VMOD, which owns the MMIO windows, and in it VMBS: the shape that Hyper-V's own firmware has.
+
+    Linux takes the windows from the nearest ancestor with a _CRS and matches
+    the bus by its _CID ("VMBus" is the only name that 6.1 knows); Windows
+    knows both names. _PS3 is a method, not a Name, by ACPI 6.5 7.3.5.
+    """
+    windows = aml.resource_template(
+        aml.dword_memory(board.MMIO_LOW_BASE, board.MMIO_LOW_SIZE),
+        aml.qword_memory(board.mmio_high_base(memory_size), board.MMIO_HIGH_SIZE),
+    )
+    bus = aml.device(
+        "VMBS",
+        aml.name("STA", aml.integer(0xF)),
+        aml.name("_HID", aml.string("MSFT1000")),
+        aml.name("_CID", aml.string("VMBus")),
+        aml.name("_UID", aml.ZERO),
+        aml.name("_DDN", aml.string("VMBUS")),
+        aml.method("_DIS", aml.and_into("STA", 0xD)),
+        aml.method("_PS0", aml.or_into("STA", 0xF)),
+        aml.method("_STA", aml.return_(aml.name_string("STA"))),
+        aml.method("_PS3"),
+        aml.name("_CRS", aml.resource_template(aml.irq_no_flags(board.VMBUS_IRQ))),
+    )
+    return aml.device(
+        "VMOD",
+        aml.name("_HID", aml.string("ACPI0004")),
+        aml.name("_UID", aml.ZERO),
+        aml.name("_CRS", windows),
+        bus,
+    )
