@@ -1,0 +1,122 @@
+"""Which overlay page shows where, and what reappears when it goes.
+
+The rule when several pages pick one gpa (two vCPUs, or SIMP equal to SIEFP; S6):
+the page placed last shows; removing it uncovers the one placed before, and
+under the last of them lies RAM, untouched (S4). Inside RAM a change is one
+mmap(MAP_FIXED) over the RAM page's host address: no slot changes, no vCPU
+stops, and a running vCPU meets the old page or the new one (S5). Outside RAM
+the first page to arrive gets a one-page memory slot over a window of host
+address space; later changes there replace what the window shows, in the same
+way.
+
+`OverlayPage` is the only caller. Any thread; one lock per GuestMemory.
+"""
+
+from __future__ import annotations
+
+import errno
+import threading
+from typing import TYPE_CHECKING, Protocol
+
+from hvkvm.errors import KvmIoctlError
+from hvkvm.memory.mapping import PAGE_SIZE, Mapping
+
+if TYPE_CHECKING:
+    from hvkvm.memory.guest import GuestMemory
+
+
+class Layer(Protocol):
+    """One page that can lie in a stack: the memfd that holds it."""
+
+    fd: int
+
+
+class _Window:
+    """A one-page memory slot outside RAM and the host page behind it."""
+
+    def __init__(self, memory: GuestMemory, gpa: int, fd: int) -> None:
+        self._memory = memory
+        self._gpa = gpa
+        self._mapping = Mapping(fd, 0, PAGE_SIZE)
+        try:
+            self._slot = memory.slots.take()
+            try:
+                memory.vm.set_user_memory_region(self._slot, gpa, PAGE_SIZE, self._mapping.hva)
+            except BaseException:
+                memory.slots.give_back(self._slot)
+                raise
+        except BaseException:
+            self._mapping.close()
+            raise
+
+    def show(self, fd: int) -> None:
+        self._mapping.show(0, PAGE_SIZE, fd, 0)
+
+    def close(self) -> None:
+        self._memory.vm.set_user_memory_region(self._slot, self._gpa, 0, self._mapping.hva)
+        self._memory.slots.give_back(self._slot)
+        self._mapping.close()
+
+
+class OverlayStacks:
+    """The stack of overlay pages at each gpa that has any."""
+
+    def __init__(self, memory: GuestMemory) -> None:
+        self._memory = memory
+        self._lock = threading.Lock()
+        self._stacks: dict[int, list[Layer]] = {}
+        self._windows: dict[int, _Window] = {}
+
+    def lay(self, page: Layer, gpa: int) -> bool:
+        """Show `page` at `gpa`, above what is there.
+
+        False when KVM has no room for a page there (past the guest's physical
+        address width, or on an internal slot of its own). OSError when the host fails.
+        """
+        with self._lock:
+            return self._lay(page, gpa)
+
+    def lift(self, page: Layer, gpa: int) -> None:
+        """Take `page` away from `gpa`, where it lies; what it covered reappears. OSError."""
+        with self._lock:
+            self._lift(page, gpa)
+
+    def at(self, gpa: int) -> tuple[Layer, ...]:
+        """The pages at `gpa`, lowest first."""
+        with self._lock:
+            return tuple(self._stacks.get(gpa, ()))
+
+    def _lay(self, page: Layer, gpa: int) -> bool:
+        stack = self._stacks.get(gpa, [])
+        if self._memory.contains(gpa, PAGE_SIZE):
+            self._memory.show_page(gpa, page.fd)
+        elif stack:
+            self._windows[gpa].show(page.fd)
+        else:
+            try:
+                self._windows[gpa] = _Window(self._memory, gpa, page.fd)
+            except KvmIoctlError as error:
+                if error.errno in (errno.EINVAL, errno.EEXIST):
+                    return False
+                raise
+        self._stacks[gpa] = [*stack, page]
+        return True
+
+    def _lift(self, page: Layer, gpa: int) -> None:
+        stack = [layer for layer in self._stacks[gpa] if layer is not page]
+        shown = self._stacks[gpa][-1] is page
+        window = self._windows.get(gpa)
+        if shown and stack:
+            if window is None:
+                self._memory.show_page(gpa, stack[-1].fd)
+            else:
+                window.show(stack[-1].fd)
+        elif shown and window is None:
+            self._memory.restore_page(gpa)
+        elif shown and window is not None:
+            window.close()
+            del self._windows[gpa]
+        if stack:
+            self._stacks[gpa] = stack
+        else:
+            del self._stacks[gpa]
