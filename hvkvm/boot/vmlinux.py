@@ -1,0 +1,123 @@
+"""Takes the kernel proper (the vmlinux ELF) out of a bzImage, once.
+
+Why: a guest that starts at the ELF's PVH entry does not decompress itself,
+which under nested virtualisation saves the larger part of a second at every
+boot. Called by `boot.image`, the lab and the artifact script. Any thread.
+Source: Documentation/arch/x86/boot.rst (payload_offset, payload_length,
+protocol 2.08).
+"""
+
+from __future__ import annotations
+
+import os
+import struct
+from pathlib import Path
+
+from hvkvm.boot import cache
+
+_ELF = b"\x7fELF"
+# No kernel's ELF comes near; what unpacks to more is not one.
+_VMLINUX_MAX = 512 << 20
+
+
+def payload(bzimage: bytes) -> bytes | None:
+    """The compressed payload of a bzImage, None when the bytes are not one of protocol 2.08 or later."""
+    if len(bzimage) < 0x250 or bzimage[0x202:0x206] != b"HdrS":
+        return None
+    (version,) = struct.unpack_from("<H", bzimage, 0x206)
+    if version < 0x0208:
+        return None
+    setup_sectors = bzimage[0x1F1] or 4
+    offset, length = struct.unpack_from("<II", bzimage, 0x248)
+    start = (setup_sectors + 1) * 512 + offset
+    if length == 0 or start + length > len(bzimage):
+        return None
+    return bzimage[start : start + length]
+
+
+def decompress(packed: bytes) -> bytes | None:
+    """The payload unpacked, None when its format or its command line tool is not there, or it is broken."""
+    try:
+        unpacked = _decompress(packed)
+    except Exception:  # each decompressor has an exception type of its own, and none matters: no ELF, no gain
+        return None
+    return unpacked if unpacked[:4] == _ELF else None
+
+
+def _decompress(packed: bytes) -> bytes:
+    # All formats but gzip have the unpacked size appended as 4 bytes, which decompressor objects leave alone.
+    if packed.startswith(b"\xfd7zXZ\0") or packed.startswith(b"\x5d\0\0"):
+        import lzma
+
+        return lzma.LZMADecompressor().decompress(packed, max_length=_VMLINUX_MAX)
+    if packed.startswith(b"\x1f\x8b"):
+        import zlib
+
+        return zlib.decompressobj(wbits=31).decompress(packed, _VMLINUX_MAX)
+    if packed.startswith(b"BZh"):
+        import bz2
+
+        return bz2.BZ2Decompressor().decompress(packed, max_length=_VMLINUX_MAX)
+    if packed.startswith(b"\x28\xb5\x2f\xfd"):
+        return _by_tool("zstd", packed)
+    if packed.startswith(b"\x02\x21\x4c\x18"):
+        return _by_tool("lz4", packed)
+    return packed
+
+
+def _by_tool(tool: str, packed: bytes) -> bytes:
+    import subprocess
+
+    # Status ignored: the caller looks at what came out, and checks it is whole by the appended size.
+    done = subprocess.run(
+        [tool, "-dcq"], input=packed[:-4], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, check=False
+    )
+    (size,) = struct.unpack("<I", packed[-4:])
+    return done.stdout if len(done.stdout) == size else b""
+
+
+def extract(bzimage: Path, cache_dir: Path | None = None) -> Path | None:
+    """The path of the vmlinux ELF inside `bzimage`, from the cache when it was taken out before.
+
+    The cache (`cache_dir`, else the project's own) is keyed by the SHA-256 of
+    the bzImage; a second key of path, size and time spares reading an unchanged
+    one again. An ELF file is returned as it is. None when nothing can be taken
+    out or kept: the caller boots the bzImage itself. Raises OSError only when
+    `bzimage` cannot be read.
+    """
+    folder = (cache_dir if cache_dir is not None else cache.root()) / "vmlinux"
+    known = folder / _stat_key(bzimage)
+    if known.exists():
+        return known.resolve()
+    data = bzimage.read_bytes()
+    if data[:4] == _ELF:
+        return bzimage
+    import hashlib
+
+    kept = folder / hashlib.sha256(data).hexdigest()
+    try:
+        if not kept.exists():
+            packed = payload(data)
+            unpacked = decompress(packed) if packed is not None else None
+            if unpacked is None:
+                return None
+            cache.publish(kept, [unpacked])
+        _point(known, kept.name)
+    except OSError:
+        return kept if kept.exists() else None
+    return kept
+
+
+def _stat_key(path: Path) -> str:
+    import hashlib
+
+    seen = os.stat(path)
+    text = f"{os.path.realpath(path)}\0{seen.st_size}\0{seen.st_mtime_ns}"
+    return "at-" + hashlib.sha256(text.encode(errors="surrogateescape")).hexdigest()[:32]
+
+
+def _point(link: Path, target: str) -> None:
+    partial = link.with_name(f".{link.name}.{os.getpid()}")
+    partial.unlink(missing_ok=True)
+    os.symlink(target, partial)
+    os.replace(partial, link)

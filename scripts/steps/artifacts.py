@@ -1,0 +1,110 @@
+"""Which packages the project boots, and where their files lie once unpacked.
+
+Why: tests, the lab and `make run` need a guest kernel, the lab's kernel and a
+static busybox, by name and not by version. Called by `scripts/artifacts` and
+`steps.lab_image`. What was once resolved is written down in the cache, so that
+a later run neither waits for the network nor needs it.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+from hvkvm.boot import cache, vmlinux
+from steps.distribution import Archive, Package, StepError, release_codename, say, tree_of
+
+
+class Artifact(NamedTuple):
+    """A file or folder out of a package. `real` picks the package that a metapackage stands for."""
+
+    package: str
+    real: str | None
+    find: Callable[[Path], Path]
+    what: str
+
+
+def _kernel(tree: Path) -> Path:
+    return _one(tree, "boot/vmlinuz-*", "usr/lib/modules/*/vmlinuz")
+
+
+def _modules(tree: Path) -> Path:
+    return _one(tree, "lib/modules/*", "usr/lib/modules/*")
+
+
+def _busybox(tree: Path) -> Path:
+    return _one(tree, "bin/busybox", "usr/bin/busybox")
+
+
+def _one(tree: Path, *patterns: str) -> Path:
+    for pattern in patterns:
+        hits = sorted(tree.glob(pattern))
+        if hits:
+            return hits[-1]
+    raise StepError(f"{tree.name} holds none of {', '.join(patterns)}; remove {tree} and fetch again")
+
+
+_GUEST = ("linux-image-cloud-amd64", r"linux-image-\d\S*-cloud-amd64$")
+_LAB = ("linux-image-amd64", r"linux-image-\d\S*(?<!cloud)-amd64$")
+
+ARTIFACTS = {
+    "guest-kernel": Artifact(*_GUEST, _kernel, "bzImage of the cloud flavour, with the hv_* drivers"),
+    "guest-modules": Artifact(*_GUEST, _modules, "its lib/modules/<version>"),
+    "lab-kernel": Artifact(*_LAB, _kernel, "bzImage of the generic flavour, the nested lab's KVM host"),
+    "lab-modules": Artifact(*_LAB, _modules, "its lib/modules/<version>"),
+    "busybox": Artifact("busybox-static", None, _busybox, "the static busybox of every initramfs"),
+}
+
+
+def path(name: str, suite: str | None = None, *, update: bool = False, offline: bool = False) -> Path:
+    """The path of an artifact, fetched first when the cache lacks it.
+
+    `update` asks the archive again for a newer version; `offline` never asks.
+    Raises StepError when it cannot be had.
+    """
+    artifact = ARTIFACTS[name]
+    # A busybox is a busybox: one suite's serves kernels of all.
+    suite = (suite or release_codename()) if artifact.real else release_codename()
+    noted = cache.root() / "resolved" / f"{suite}-{artifact.package}.json"
+    tree = None if update else _noted_tree(noted)
+    if tree is None:
+        if offline:
+            raise StepError(f"{name} ({suite}) is not in the cache; run scripts/artifacts fetch {name} first")
+        tree = _fetch(artifact, suite, noted)
+    return artifact.find(tree)
+
+
+def _noted_tree(noted: Path) -> Path | None:
+    try:
+        seen = json.loads(noted.read_text())
+        tree = tree_of(seen["package"], seen["version"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+    return tree if tree.is_dir() else None
+
+
+def _fetch(artifact: Artifact, suite: str, noted: Path) -> Path:
+    archive = Archive(suite)
+    archive.refresh()
+    package: Package = archive.candidate(artifact.package)
+    if artifact.real:
+        names = [name for name in package.depends if re.match(artifact.real, name)]
+        if not names:
+            raise StepError(f"{artifact.package} of {suite} depends on no kernel image: {package.depends}")
+        package = archive.candidate(names[0])
+    tree = archive.unpacked(package)
+    entry = {"package": package.name, "version": package.version}
+    cache.publish(noted, [json.dumps(entry).encode()])
+    return tree
+
+
+def booted(name: str, suite: str | None = None) -> Path:
+    """A kernel artifact in the form that starts fastest: its vmlinux when it can be taken out."""
+    kernel = path(name, suite)
+    found = vmlinux.extract(kernel)
+    if found is None:
+        say(f"artifacts: {kernel.name} does not give up its vmlinux here; booting it as it is")
+    return found or kernel

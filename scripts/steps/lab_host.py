@@ -1,0 +1,122 @@
+"""The lab's machine as a QEMU process: how it is started, reached and ended.
+
+Why: software emulation with SVM gives a real KVM host with in-kernel Hyper-V
+on machines whose own KVM has none. Called by `scripts/lab`. One thread.
+
+Each channel of the machine (terminal, control, signals, stdin, stdout, stderr)
+is a virtio-serial port behind a listening unix socket that QEMU serves, so a
+job is one set of connections, and a machine that is kept takes one job after
+the other.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+from pathlib import Path
+
+from steps.distribution import StepError
+from steps.lab_image import Image
+
+QEMU = "qemu-system-x86_64"
+CHANNELS = ("terminal", "control", "signals", "stdin", "stdout", "stderr")
+# Patching of kernel code races under the multi-threaded emulation of QEMU before 10: an L1 with two
+# processors there dies of "Oops: int3" in a run in a dozen, with one it does not.
+SAFE_SMP_VERSION = 10
+
+_PR_SET_PDEATHSIG = 1
+
+
+def qemu_version() -> int:
+    """The major version of the QEMU on this machine. Raises StepError when there is none."""
+    if shutil.which(QEMU) is None:
+        raise StepError(f"{QEMU} is not installed (package qemu-system-x86); scripts/setup installs it")
+    text = subprocess.run([QEMU, "--version"], stdout=subprocess.PIPE, text=True, check=True).stdout
+    match = re.search(r"version (\d+)", text)
+    return int(match[1]) if match else 0
+
+
+def default_cpus() -> int:
+    """How many processors this machine's QEMU can give the lab and stay stable."""
+    return 2 if qemu_version() >= SAFE_SMP_VERSION else 1
+
+
+def command_line(
+    image: Image, folder: Path, *, cpus: int, memory: str, shares: list[tuple[str, Path]], sockets: dict[str, int]
+) -> list[str]:
+    """QEMU's argument list. `sockets` gives the listening descriptor of each channel."""
+    # oops=panic and panic=-1 with -no-reboot: a broken L1 ends the process at once instead of hanging.
+    append = "console=ttyS0 quiet oops=panic panic=-1 mitigations=off nokaslr tsc=reliable random.trust_cpu=on"
+    line = [
+        QEMU, "-nodefaults", "-no-user-config", "-name", "hvkvm-lab", "-machine", "q35", "-accel", "tcg,thread=multi",
+        "-cpu", "EPYC-Rome,+svm,+npt", "-smp", str(cpus), "-m", memory, "-display", "none", "-no-reboot",
+        "-kernel", str(image.kernel), "-initrd", str(image.initramfs), "-append", append,
+        "-chardev", f"file,id=log,path={_escaped(folder / 'console')}", "-serial", "chardev:log",
+        "-device", "virtio-serial-pci,id=ports",
+    ]  # fmt: skip
+    for number, name in enumerate(CHANNELS):
+        kind = "virtconsole" if name == "terminal" else "virtserialport"
+        line += ["-chardev", f"socket,id={name},fd={sockets[name]},server=on,wait=off"]
+        line += ["-device", f"{kind},bus=ports.0,chardev={name},name={name},nr={number}"]
+    for tag, path, mode in [("root", Path("/"), "readonly=on,"), *((tag, path, "") for tag, path in shares)]:
+        line += ["-fsdev", f"local,id={tag},path={_escaped(path)},security_model=none,{mode}multidevs=remap"]
+        line += ["-device", f"virtio-9p-pci,fsdev={tag},mount_tag={tag}"]
+    return line
+
+
+def _escaped(path: Path) -> str:
+    """A path inside one of QEMU's comma-separated option strings."""
+    return str(path).replace(",", ",,")
+
+
+class LabHost:
+    """A running lab machine. `folder` holds its sockets and console log, and outlives the process."""
+
+    def __init__(
+        self, image: Image, folder: Path, *, cpus: int, memory: str, shares: list[tuple[str, Path]], keep: bool = False
+    ) -> None:
+        listening: dict[str, socket.socket] = {}
+        try:
+            for name in CHANNELS:
+                listening[name] = server = socket.socket(socket.AF_UNIX)
+                server.bind(str(folder / name))
+                server.listen(4)
+            sockets = {name: server.fileno() for name, server in listening.items()}
+            line = command_line(image, folder, cpus=cpus, memory=memory, shares=shares, sockets=sockets)
+            with open(folder / "qemu", "wb") as messages:
+                self.process = subprocess.Popen(
+                    line, stdin=subprocess.DEVNULL, stdout=messages, stderr=messages, pass_fds=sockets.values(),
+                    # A session of its own: Ctrl-C is for the command inside, not for the machine.
+                    start_new_session=True, preexec_fn=None if keep else _die_with_parent,
+                )  # fmt: skip
+        finally:
+            for server in listening.values():
+                server.close()
+
+    def stop(self) -> None:
+        """End the machine now. What jobs wrote to read-write shares is already on the host."""
+        self.process.kill()
+        self.process.wait()
+
+
+def _die_with_parent() -> None:
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    if os.getppid() == 1:
+        os._exit(1)
+
+
+def last_words(folder: Path, lines: int = 12) -> list[str]:
+    """The end of the machine's console and of QEMU's own messages, to say why it died."""
+    found: list[str] = []
+    for name in ("console", "qemu"):
+        try:
+            text = (folder / name).read_text(errors="replace")
+        except OSError:
+            continue
+        found += [s for line in text.splitlines() if (s := line.rstrip()) and "TCG doesn't support" not in s]
+    return found[-lines:]

@@ -1,0 +1,78 @@
+#!/bin/sh
+# The first process of the lab's machine: brings up KVM and a writable view of
+# the host's own root, then runs jobs that arrive on the control port.
+#
+# Ports of the virtio-serial device, by number:
+#   0 terminal (hvc0)   1 control: "job BYTES NAME TTY" + script in, "exit N" out
+#   2 signals in        3 stdin    4 stdout    5 stderr
+mount -t proc proc /proc
+mount -t sysfs sysfs /sys
+mount -t devtmpfs dev /dev
+for module in /modules/*.ko; do
+	insmod "$module" || echo "lab: $module does not load"
+done
+
+port=/dev/vport0p
+tries=0
+until [ -c ${port}5 ] && [ -c /dev/hvc0 ]; do
+	tries=$((tries + 1))
+	[ $tries -lt 500 ] || { echo "lab: no virtio-serial ports"; poweroff -f; }
+	sleep 0.02
+done
+exec 9<>${port}1
+
+fatal() {
+	echo "lab: $1"
+	echo "fatal $1" >&9
+	sleep 1
+	poweroff -f
+}
+
+wire=trans=virtio,version=9p2000.L,msize=512000
+mount -t 9p -o $wire,cache=loose,ro,noatime root /lower || fatal "the host's root cannot be mounted by 9p"
+mount -t tmpfs -o size=75% upper /upper
+mkdir /upper/files /upper/work
+mount -t overlay -o lowerdir=/lower,upperdir=/upper/files,workdir=/upper/work overlay /new ||
+	fatal "the writable layer over the host's root cannot be mounted"
+mount -o bind /proc /new/proc
+mount -o bind /sys /new/sys
+mkdir -p /dev/shm /dev/pts
+mount -t tmpfs shm /dev/shm
+mount -t devpts -o mode=620,ptmxmode=666 devpts /dev/pts
+mount -o rbind /dev /new/dev
+mount -t tmpfs run /new/run
+mkdir -p /new/run/lab /new/run/lock
+ip link set lo up
+while read -r tag folder; do
+	mount -t 9p -o $wire,cache=mmap "$tag" "/new$folder" || fatal "$folder cannot be shared read-write"
+done </shares
+
+# Signals have a port and a reader of their own, because this shell is inside the job while one runs.
+while read -r name rows columns; do
+	case $name in
+	WINCH) stty -F /dev/hvc0 rows "$rows" cols "$columns" ;;
+	*) kill -"$name" -- -"$(cat /new/run/lab/pid)" ;;
+	esac
+done <${port}2 2>/dev/null &
+while sleep 5; do echo beat >&9; done &
+
+read -r up idle </proc/uptime
+echo "hello $up" >&9
+while read -r verb bytes token tty <&9; do
+	[ "$verb" = job ] || continue
+	head -c "$bytes" <&9 >/new/run/lab/job
+	if [ "$tty" = tty ]; then
+		stty -F /dev/hvc0 sane 2>/dev/null
+		setsid -c chroot /new /bin/sh /run/lab/job 9>&- </dev/hvc0 >/dev/hvc0 2>&1
+		status=$?
+		printf '\0%s' "$token" >/dev/hvc0
+	else
+		setsid chroot /new /bin/sh /run/lab/job 9>&- <${port}3 >${port}4 2>${port}5
+		status=$?
+		printf '\0%s' "$token" >${port}4
+		printf '\0%s' "$token" >${port}5
+	fi
+	sync
+	echo "exit $status" >&9
+done
+poweroff -f

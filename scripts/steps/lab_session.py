@@ -1,0 +1,329 @@
+"""One command run in the lab: its script, its streams, its signals, its end.
+
+Why: the command must behave as if it had been started here: live output on the
+right stream, standard input, Ctrl-C, the true exit status. Called by
+`scripts/lab`. One thread; the machine may die at any moment, and that is an
+outcome of its own, never a hang.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import selectors
+import shlex
+import signal
+import socket
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+BOOT_SECONDS = 120.0
+# L1 says it is alive every 5 s; it may be slow, it may not be silent.
+SILENCE_SECONDS = 90.0
+GRACE_SECONDS = 5.0
+STATUS_TIMEOUT = 124
+STATUS_PIPE = 128 + signal.SIGPIPE
+
+_FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
+
+
+class Outcome(NamedTuple):
+    """How a job ended. `status` None: the machine died under it, for `reason`."""
+
+    status: int | None
+    reason: str = ""
+    printed: bool = False
+
+
+class Tail:
+    """Takes a stream's bytes and withholds the mark that ends it."""
+
+    def __init__(self, token: str) -> None:
+        self._mark = b"\0" + token.encode()
+        self._held = b""
+        self.ended = False
+
+    def feed(self, data: bytes) -> bytes:
+        """The bytes that are output for certain; `ended` once the mark has come."""
+        data = self._held + data
+        self._held = b""
+        before, mark, _ = data.partition(self._mark)
+        if mark:
+            self.ended = True
+            return before
+        # Only the mark's first byte is NUL, so at most one place can begin a half-received mark.
+        start = data.rfind(b"\0", -len(self._mark))
+        if start >= 0 and self._mark.startswith(data[start:]):
+            self._held = data[start:]
+            return data[:start]
+        return data
+
+
+def job_script(command: Sequence[str], folder: Path, environment: Mapping[str, str]) -> bytes:
+    """The shell script that becomes `command` in `folder` with `environment`."""
+    lines = [f"export {name}={shlex.quote(value)}" for name, value in environment.items()]
+    place = shlex.quote(str(folder))
+    lines += [f'cd {place} || {{ echo "lab: {folder.name}: not there in the lab" >&2; exit 126; }}']
+    # The process id is the session and the group id too, because setsid ran this shell.
+    lines += ["echo $$ >/run/lab/pid", f"exec {shlex.join(command)}"]
+    return ("\n".join(lines) + "\n").encode(errors="surrogateescape")
+
+
+class Session:
+    """The connections of one job to a lab machine whose sockets lie in `folder`."""
+
+    def __init__(self, folder: Path, pid: int, *, tty: bool, fresh: bool, say: Callable[[str], None]) -> None:
+        self.folder, self.tty, self.say = folder, tty, say
+        self.ready = not fresh
+        self.token = os.urandom(8).hex()
+        self.poll = selectors.PollSelector()
+        self.sockets: dict[str, socket.socket] = {}
+        self.tails: dict[str, Tail] = {}
+        self.outputs = {"terminal": 1} if tty else {"stdout": 1, "stderr": 2}
+        self.printed = False
+        self.status: int | None = None
+        self.reason = ""
+        self.control = b""
+        self.pending = b""
+        self.interrupts = 0
+        self.pid = os.pidfd_open(pid)
+        self.poll.register(self.pid, selectors.EVENT_READ, self._on_death)
+        for name in ("control", "signals", *self.outputs, *(() if tty else ("stdin",))):
+            link = self.sockets[name] = socket.socket(socket.AF_UNIX)
+            link.connect(str(folder / name))
+        self.poll.register(self.sockets["control"], selectors.EVENT_READ, self._on_control)
+        for name in self.outputs:
+            self.tails[name] = Tail(self.token)
+            self.poll.register(self.sockets[name], selectors.EVENT_READ, lambda name=name: self._on_output(name))
+        self.input = self.sockets["terminal" if tty else "stdin"]
+
+    def close(self) -> None:
+        """Let go of the machine; a kept one is then free for the next job."""
+        self.poll.close()
+        os.close(self.pid)
+        for link in self.sockets.values():
+            link.close()
+
+    # --- the loop ---------------------------------------------------------------------------------
+
+    def run(self, script: bytes, timeout: float | None) -> Outcome:
+        """Run `script` to its end, or the machine's, or the deadline (`timeout` seconds)."""
+        with _signals_as_bytes() as wakeup, _raw_terminal(self.tty):
+            self.poll.register(wakeup, selectors.EVENT_READ, lambda: self._on_signal(os.read(wakeup, 64)))
+            while not self.ready and self.reason == "":
+                self._turn(time.monotonic() + BOOT_SECONDS, "it did not come up")
+            if self.reason:
+                return Outcome(None, self.reason)
+            header = f"job {len(script)} {self.token} {'tty' if self.tty else 'pipes'}\n"
+            self.sockets["control"].sendall(header.encode() + script)
+            if self.tty:
+                self._send_window_size()
+            self._watch_input()
+            return self._until_end(timeout)
+
+    def _until_end(self, timeout: float | None) -> Outcome:
+        deadline = time.monotonic() + timeout if timeout else None
+        late = False
+        while not self._over():
+            now = time.monotonic()
+            if deadline is not None and now >= deadline:
+                if late:
+                    return Outcome(STATUS_TIMEOUT, "the command did not end when told to", self.printed)
+                late, deadline = True, now + GRACE_SECONDS
+                self.say(f"lab: the command ran into its {timeout:g} s deadline")
+                self._forward("TERM")
+            self._turn(deadline)
+        if late and self.status is not None:
+            return Outcome(STATUS_TIMEOUT, "", self.printed)
+        return Outcome(self.status, self.reason, self.printed)
+
+    def _over(self) -> bool:
+        if self.reason:
+            return True
+        return self.status is not None and all(tail.ended for tail in self.tails.values())
+
+    def _turn(self, deadline: float | None, late: str = "") -> None:
+        """Wait for events once; a machine that stays silent too long counts as dead."""
+        now = time.monotonic()
+        limit = min(now + SILENCE_SECONDS, deadline) if deadline is not None else now + SILENCE_SECONDS
+        if not self.ready:
+            limit = now + BOOT_SECONDS
+        events = self.poll.select(max(0.0, limit - now))
+        for key, _ in events:
+            key.data()
+            if self.reason:
+                return
+        if not events and time.monotonic() >= limit and (deadline is None or limit < deadline or late):
+            self.reason = late or f"it has said nothing for {SILENCE_SECONDS:g} s"
+
+    # --- what can happen --------------------------------------------------------------------------
+
+    def _on_death(self) -> None:
+        # What it still sent is in the sockets' buffers, and a status there counts.
+        for _ in range(1000):
+            ready = [key for key, _ in self.poll.select(0) if key.fileobj is not self.pid]
+            if not ready or self._over():
+                break
+            for key in ready:
+                key.data()
+        if self.status is None and not self.reason:
+            self.reason = "its process ended"
+        elif self.status is not None:
+            for tail in self.tails.values():
+                tail.ended = True
+
+    def _on_control(self) -> None:
+        data = self._receive("control")
+        self.control += data
+        *lines, self.control = self.control.split(b"\n")
+        for line in lines:
+            verb, _, rest = line.decode(errors="replace").partition(" ")
+            if verb == "hello":
+                self.ready = True
+                self.say(f"lab: up after {rest} s of its own time")
+            elif verb == "fatal":
+                self.reason = rest
+            elif verb == "exit":
+                self.status = int(rest)
+
+    def _on_output(self, name: str) -> None:
+        data = self._receive(name)
+        text = self.tails[name].feed(data) if data else b""
+        if text:
+            self.printed = True
+            try:
+                _write_all(self.outputs[name], text)
+            except BrokenPipeError:
+                # Our reader has gone; so would the command's have, had it run here.
+                self.outputs[name] = os.open(os.devnull, os.O_WRONLY)
+                self._forward("PIPE")
+
+    def _receive(self, name: str) -> bytes:
+        try:
+            data = self.sockets[name].recv(65536)
+        except ConnectionError:
+            data = b""
+        if not data:
+            # End of the machine; the process's own end says so too, with its reason.
+            self.poll.unregister(self.sockets[name])
+        return data
+
+    def _on_signal(self, numbers: bytes) -> None:
+        for number in numbers:
+            if number == signal.SIGWINCH:
+                self._send_window_size()
+                continue
+            self.interrupts += 1
+            if self.interrupts > 2 or not self.ready:
+                self.status, self.reason = 128 + number, "interrupted"
+                return
+            self._forward(signal.Signals(number).name[3:])
+
+    def _forward(self, name: str) -> None:
+        with contextlib.suppress(OSError):
+            self.sockets["signals"].sendall(f"{name}\n".encode())
+
+    def _send_window_size(self) -> None:
+        with contextlib.suppress(OSError):
+            size = os.get_terminal_size(1)
+            self._forward(f"WINCH {size.lines} {size.columns}")
+
+    # --- standard input ---------------------------------------------------------------------------
+
+    def _watch_input(self) -> None:
+        self.input.setblocking(False)
+        try:
+            self.poll.register(0, selectors.EVENT_READ, self._on_input)
+        except (ValueError, OSError):
+            self._end_input()
+
+    def _on_input(self) -> None:
+        try:
+            data = os.read(0, 4096)
+        except OSError:
+            data = b""
+        self.poll.unregister(0)
+        if data:
+            self.pending = data
+            self._flush_input()
+        else:
+            self._end_input()
+
+    def _flush_input(self) -> None:
+        """Send what is pending; standard input is read again only when all of it has gone."""
+        with contextlib.suppress(BlockingIOError):
+            try:
+                self.pending = self.pending[self.input.send(self.pending) :]
+            except ConnectionError:
+                self.pending = b""
+                return
+        events = selectors.EVENT_READ if self.tty else 0
+        registered = self.input in self.poll.get_map()
+        if self.pending:
+            if self.tty:
+                self.poll.modify(self.input, events | selectors.EVENT_WRITE, self._on_terminal)
+            elif not registered:
+                self.poll.register(self.input, selectors.EVENT_WRITE, self._flush_input)
+            return
+        if self.tty:
+            self.poll.modify(self.input, events, lambda: self._on_output("terminal"))
+        elif registered:
+            self.poll.unregister(self.input)
+        self.poll.register(0, selectors.EVENT_READ, self._on_input)
+
+    def _on_terminal(self) -> None:
+        # Readable or writable, poll's answer is not kept: try both, neither blocks.
+        self._flush_input()
+        with contextlib.suppress(BlockingIOError):
+            self._on_output("terminal")
+
+    def _end_input(self) -> None:
+        if not self.tty:
+            self.input.close()
+
+
+def _write_all(descriptor: int, data: bytes) -> None:
+    view = memoryview(data)
+    while view:
+        try:
+            view = view[os.write(descriptor, view) :]
+        except BlockingIOError:
+            time.sleep(0.01)
+
+
+@contextlib.contextmanager
+def _signals_as_bytes() -> Iterator[int]:
+    """Signals arrive as bytes on the descriptor, one per signal, and do nothing else."""
+    reader, writer = os.pipe()
+    os.set_blocking(writer, False)
+    before = {number: signal.signal(number, lambda *_: None) for number in (*_FORWARDED, signal.SIGWINCH)}
+    wakeup = signal.set_wakeup_fd(writer)
+    try:
+        yield reader
+    finally:
+        signal.set_wakeup_fd(wakeup)
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        os.close(reader)
+        os.close(writer)
+
+
+@contextlib.contextmanager
+def _raw_terminal(wanted: bool) -> Iterator[None]:
+    """The user's terminal passes every key on to the lab's, and is put back whatever happens."""
+    if not wanted or not os.isatty(0):
+        yield
+        return
+    import termios
+    import tty
+
+    saved = termios.tcgetattr(0)
+    try:
+        tty.setraw(0)
+        yield
+    finally:
+        termios.tcsetattr(0, termios.TCSADRAIN, saved)
+        sys.stdout.flush()
