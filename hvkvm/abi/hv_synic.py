@@ -1,0 +1,127 @@
+"""SynIC pages and messages as the guest sees them (TLFS "Virtual Interrupt Controller").
+
+Layout only; anyone may import this. The structures are meant for `from_buffer`
+on shared pages as well as for private copies; store `message_type` last (S27).
+"""
+
+from __future__ import annotations
+
+from ctypes import Structure, c_uint8, c_uint16, c_uint32, c_uint64
+
+HV_SYNIC_SINT_COUNT = 16
+HV_EVENT_FLAGS_COUNT = 2048
+HV_EVENT_FLAGS_BYTE_COUNT = 256
+HV_MESSAGE_SIZE = 256
+HV_MESSAGE_PAYLOAD_BYTE_COUNT = 240
+HV_MESSAGE_PAGE_SIZE = 4096
+HV_SYNIC_VERSION_1 = 1
+
+# message_type; bit 31 marks the hypervisor's own.
+HVMSG_NONE = 0x00000000
+HVMSG_VMBUS = 0x00000001
+HVMSG_UNMAPPED_GPA = 0x80000000
+HVMSG_GPA_INTERCEPT = 0x80000001
+HVMSG_TIMER_EXPIRED = 0x80000010
+HVMSG_INVALID_VP_REGISTER_VALUE = 0x80000020
+HVMSG_UNRECOVERABLE_EXCEPTION = 0x80000021
+HVMSG_UNSUPPORTED_FEATURE = 0x80000022
+HVMSG_EVENTLOG_BUFFERCOMPLETE = 0x80000040
+HVMSG_X64_IOPORT_INTERCEPT = 0x80010000
+HVMSG_X64_MSR_INTERCEPT = 0x80010001
+HVMSG_X64_CPUID_INTERCEPT = 0x80010002
+HVMSG_X64_EXCEPTION_INTERCEPT = 0x80010003
+HV_MESSAGE_TYPE_HYPERVISOR_MASK = 0x80000000
+
+# hv_message.flags
+HV_MESSAGE_FLAG_PENDING = 0x01
+
+# HV_X64_MSR_SCONTROL, SIMP, SIEFP, SINTn
+HV_SYNIC_CONTROL_ENABLE = 1 << 0
+HV_SYNIC_SIMP_ENABLE = 1 << 0
+HV_SYNIC_SIEFP_ENABLE = 1 << 0
+HV_SYNIC_PAGE_MASK = 0xFFFFFFFFFFFFF000
+HV_SYNIC_SINT_VECTOR_MASK = 0xFF
+HV_SYNIC_SINT_MASKED = 1 << 16
+HV_SYNIC_SINT_AUTO_EOI = 1 << 17
+HV_SYNIC_SINT_POLLING = 1 << 18
+HV_SYNIC_SINT_RESET = HV_SYNIC_SINT_MASKED
+HV_SYNIC_FIRST_VALID_VECTOR = 16
+
+# HvPostMessage and HvSignalEvent use 24 bits of a connection id; HvSignalEvent's flag number is above bit 32.
+HV_CONNECTION_ID_MASK = 0x00FFFFFF
+HV_SIGNAL_EVENT_FLAG_NUMBER_SHIFT = 32
+HV_SIGNAL_EVENT_FLAG_NUMBER_MASK = 0xFFFF
+
+
+class hv_message(Structure):
+    """One slot of the message page. `sender` is the port id of a host message, 0 in ours (S28)."""
+
+    _fields_ = [
+        ("message_type", c_uint32),
+        ("payload_size", c_uint8),
+        ("flags", c_uint8),
+        ("reserved", c_uint16),
+        ("sender", c_uint64),
+        ("payload", c_uint8 * HV_MESSAGE_PAYLOAD_BYTE_COUNT),
+    ]
+
+
+class hv_message_page(Structure):
+    """SIMP: one slot a SINT."""
+
+    _fields_ = [("sint_message", hv_message * HV_SYNIC_SINT_COUNT)]
+
+
+class hv_synic_event_flags(Structure):
+    """2048 flags; flag f is bit f % 64 of word f // 64."""
+
+    _fields_ = [("flags", c_uint64 * (HV_EVENT_FLAGS_COUNT // 64))]
+
+
+class hv_synic_event_flags_page(Structure):
+    """SIEFP: one set of flags a SINT."""
+
+    _fields_ = [("sintevent_flags", hv_synic_event_flags * HV_SYNIC_SINT_COUNT)]
+
+
+class hv_post_message_input(Structure):
+    """Input of HVCALL_POST_MESSAGE, 256 bytes in guest memory: copy once, then trust only the copy (S48)."""
+
+    _fields_ = [
+        ("connection_id", c_uint32),
+        ("reserved", c_uint32),
+        ("message_type", c_uint32),
+        ("payload_size", c_uint32),
+        ("payload", c_uint8 * HV_MESSAGE_PAYLOAD_BYTE_COUNT),
+    ]
+
+
+class hv_signal_event_input(Structure):
+    """Input of HVCALL_SIGNAL_EVENT; the fast form carries the same 8 bytes in a register."""
+
+    _fields_ = [("connection_id", c_uint32), ("flag_number", c_uint16), ("reserved", c_uint16)]
+
+
+class hv_timer_message_payload(Structure):
+    """Payload of HVMSG_TIMER_EXPIRED; times in 100 ns units of reference time."""
+
+    _fields_ = [
+        ("timer_index", c_uint32),
+        ("reserved", c_uint32),
+        ("expiration_time", c_uint64),
+        ("delivery_time", c_uint64),
+    ]
+
+
+class ms_hyperv_tsc_page(Structure):
+    """Reference TSC page: time = ((tsc * tsc_scale) >> 64) + tsc_offset, in 100 ns; sequence 0 means invalid.
+
+    `tsc_offset` is signed in meaning; it wraps the same in unsigned arithmetic.
+    """
+
+    _fields_ = [
+        ("tsc_sequence", c_uint32),
+        ("reserved1", c_uint32),
+        ("tsc_scale", c_uint64),
+        ("tsc_offset", c_uint64),
+    ]
