@@ -40,6 +40,8 @@ FW_CFG_PORT = 0x510  # selector u16; data byte at +1
 FW_CFG_SIZE = 2
 HYPERV_TESTDEV_PORT = 0x3000
 HYPERV_TESTDEV_SIZE = 4
+GUEST_EXIT_PORT = 0x5F8  # the exit status of the command run in the guest, one byte
+GUEST_EXIT_SIZE = 1
 
 # --- Interrupts ----------------------------------------------------------------------------------
 
