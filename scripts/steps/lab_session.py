@@ -282,7 +282,8 @@ class Session:
 
     def _end_input(self) -> None:
         if not self.tty:
-            self.input.close()
+            # Not closed: on a hang-up QEMU drops what the command has not read yet.
+            self.input.shutdown(socket.SHUT_WR)
 
 
 def _write_all(descriptor: int, data: bytes) -> None:
