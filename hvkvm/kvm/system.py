@@ -71,7 +71,7 @@ class Kvm(Handle):
         return get_cpuid(self.fd, rq.KVM_GET_SUPPORTED_CPUID)
 
     def supported_hv_cpuid(self) -> list[kvm_cpuid_entry2]:
-        """The Hyper-V leaves this KVM can back. CapabilityMissing before 5.11 or without CONFIG_KVM_HYPERV."""
+        """The Hyper-V leaves this KVM can back. Raises CapabilityMissing where it has none."""
         if not self.check_extension(KVM_CAP_SYS_HYPERV_CPUID):
             raise CapabilityMissing(
                 "KVM_CAP_SYS_HYPERV_CPUID: this kernel's KVM has no Hyper-V enlightenments"

@@ -63,13 +63,15 @@ class MsrRange:
 class Vm(Handle):
     """One VM. Closing it closes its vCPUs first."""
 
-    __slots__ = ("coalesced_lock", "vcpu_mmap_size", "vcpus")
+    __slots__ = ("coalesced_lock", "coalesced_offset", "vcpu_mmap_size", "vcpus")
 
     def __init__(self, fd: int, vcpu_mmap_size: int) -> None:
         super().__init__(fd)
         self.vcpu_mmap_size = vcpu_mmap_size
         self.vcpus: list[Vcpu] = []
-        self.coalesced_lock = Lock()  # the coalesced ring is the VM's, seen through every vCPU's map
+        # The coalesced ring is the VM's, seen through every vCPU's map: `drain_coalesced` uses these two.
+        self.coalesced_lock = Lock()
+        self.coalesced_offset = 0
 
     def check_extension(self, cap: int) -> int:
         """KVM_CHECK_EXTENSION on this VM, which may differ from the system's answer."""
