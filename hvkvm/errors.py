@@ -71,3 +71,14 @@ class Stopped(HvkvmError):
 
 class RouteError(HvkvmError):
     """A SINT route cannot be opened: bad VP or SINT, no SynIC there, or the line is taken."""
+
+
+class UnhandledExit(HvkvmError):
+    """A vCPU left the guest for a reason that nobody handles: `reason` is its KVM_EXIT_* number."""
+
+    exit_status = 254
+
+    def __init__(self, vcpu_index: int, reason: int, detail: str) -> None:
+        super().__init__(f"vCPU {vcpu_index} left the guest and nobody handles it: {detail}")
+        self.vcpu_index = vcpu_index
+        self.reason = reason

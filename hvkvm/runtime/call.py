@@ -1,0 +1,59 @@
+"""One call that a thread asks of another and waits for.
+
+Why not a Future: a wait that times out must be able to withdraw the call, so
+that it cannot run later behind the back of a caller who has given up.
+
+`VcpuThread.call` is the user.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from typing import Any
+
+from hvkvm.errors import Stopped
+
+
+class Call:
+    """`fn(*args)` on its way to another thread. It is run, cancelled or withdrawn: one of them, once."""
+
+    def __init__(self, fn: Callable[..., Any], args: tuple[Any, ...]) -> None:
+        self._fn = fn
+        self._args = args
+        self._claim = threading.Lock()  # taken once, by whoever decides what becomes of the call
+        self._done = threading.Event()
+        self._result: Any = None
+        self._error: BaseException | None = None
+
+    def run(self) -> None:
+        """Do it, unless withdrawn; what it raises goes to the waiter. The thread asked."""
+        if not self._claim.acquire(blocking=False):
+            return
+        try:
+            self._result = self._fn(*self._args)
+        except BaseException as error:
+            self._error = error
+        finally:
+            self._done.set()
+
+    def cancel(self) -> None:
+        """It will not run: the thread asked has ended."""
+        if self._claim.acquire(blocking=False):
+            self._error = Stopped(f"{getattr(self._fn, '__qualname__', self._fn)} was cancelled")
+            self._done.set()
+
+    def wait(self, timeout: float | None) -> Any:
+        """The result, or what it raised; Stopped when cancelled. The thread that asks.
+
+        TimeoutError after `timeout` seconds: the call is withdrawn and never
+        runs, unless the error says that it is running already.
+        """
+        if not self._done.wait(timeout):
+            if self._claim.acquire(blocking=False):
+                raise TimeoutError("the call was not begun in time, and is withdrawn")
+            if not self._done.is_set():
+                raise TimeoutError("the call was begun but has not ended in time")
+        if self._error is not None:
+            raise self._error
+        return self._result

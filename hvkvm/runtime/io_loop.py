@@ -1,0 +1,280 @@
+"""The I/O loop: one thread that waits for eventfds and timers and runs what others deferred.
+
+It owns eventfds, acks, completions and channel state; its callbacks must not
+block. One round runs, in this order: the readers that poll found ready, the
+calls that were queued when their turn began, the timers that were due when
+theirs began. So a callback that reschedules itself starves nobody.
+
+Removing is synchronous: when `Handle.remove()` or `Timer.cancel()` returns, the
+callback is not running and never will again, so its owner may free what it uses
+(S39, S19). From the loop itself they return at once, since a callback cannot
+wait for itself. Do not call them while holding a lock that the callback takes.
+
+A wake-up is not lost, for the reason told in `vcpu_thread`: whoever queues
+something does so before it looks whether the loop polls, and the loop says that
+it polls before it looks at what is queued.
+
+Threads: any thread may call anything here.
+"""
+
+from __future__ import annotations
+
+import os
+import select
+import threading
+from collections.abc import Callable
+from time import monotonic
+from typing import Any
+
+from hvkvm.errors import Stopped
+from hvkvm.runtime.kick import block_signals
+from hvkvm.runtime.timers import Timer, TimerHeap
+from hvkvm.runtime.workqueue import Cancelled, WorkQueue
+
+MAX_EVENTS = 64
+"""Ready fds taken a round; the rest wait for the next one."""
+
+STOP_SECONDS = 10.0
+
+OnFault = Callable[[BaseException], object]
+
+
+class Handle:
+    """One watched fd, from `IoLoop.add_reader`."""
+
+    __slots__ = ("_loop", "active", "callback", "fd")
+
+    def __init__(self, loop: IoLoop, fd: int, callback: Callable[[], object]) -> None:
+        self._loop = loop
+        self.fd = fd
+        self.callback = callback
+        self.active = True
+
+    def run(self) -> None:
+        """Call back, unless removed meanwhile. The loop."""
+        if self.active:
+            self.callback()
+
+    def remove(self) -> None:
+        """Watch no more; synchronous (S39). Before closing the fd. Repeatable."""
+        self.active = False
+        self._loop._unwatch(self)
+        self._loop._wait_until_not_running(self)
+
+
+class IoLoop:
+    """`on_fault(error)` hears what a callback raises, on the loop's thread; the loop goes on.
+
+    Without it, errors go where Python sends those of any thread.
+    """
+
+    def __init__(self, *, on_fault: OnFault | None = None, name: str = "io") -> None:
+        self.name = name
+        self.on_fault: OnFault = on_fault if on_fault is not None else _to_excepthook
+        self._queue = WorkQueue(name)
+        self._timers = TimerHeap()
+        self._handles: dict[int, Handle] = {}
+        self._epoll = select.epoll()
+        try:
+            self._wake_fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        except BaseException:
+            self._epoll.close()
+            raise
+        self._epoll.register(self._wake_fd, select.EPOLLIN)
+        self._polling = False
+        self._stopping = False
+        self._closed = False
+        self._current: Handle | Timer | None = None
+        self._lock = threading.RLock()  # handles, closing
+        self._removers = 0
+        self._ran = threading.Condition()
+        self._thread = threading.Thread(target=self._main, name=name, daemon=True)
+
+    def start(self) -> None:
+        """Start the thread. Once; RuntimeError else."""
+        self._thread.start()
+
+    def stop(self, timeout: float = STOP_SECONDS) -> None:
+        """End the loop and wait for it; what is queued is reported cancelled, timers are dropped. Repeatable.
+
+        From the loop itself it only asks. TimeoutError, naming what runs, if the
+        loop has not ended in `timeout` seconds.
+        """
+        self._stopping = True
+        if self._thread.ident is None:
+            self._close()
+            return
+        self._wake()
+        if not self.in_loop():
+            self._thread.join(timeout)
+            if self._thread.is_alive():
+                raise TimeoutError(f"{self.name} not stopped within {timeout:g} s: it is {self.state}")
+
+    def in_loop(self) -> bool:
+        """Whether the caller runs on the loop's thread."""
+        return threading.current_thread() is self._thread
+
+    def add_reader(self, fd: int, callback: Callable[[], object]) -> Handle:
+        """Call `callback()` on the loop while `fd` is readable, hung up or in error (level-triggered).
+
+        ValueError if the fd is watched already, Stopped after `stop()`.
+        """
+        with self._lock:
+            if self._closed or self._stopping:
+                raise Stopped(f"{self.name} watches no more fds")
+            if fd in self._handles:
+                raise ValueError(f"fd {fd} is watched already")
+            handle = Handle(self, fd, callback)
+            self._epoll.register(fd, select.EPOLLIN)
+            self._handles[fd] = handle
+            return handle
+
+    def call_soon(self, fn: Callable[..., object], *args: Any, cancelled: Cancelled | None = None) -> None:
+        """Run `fn(*args)` on the loop in its next round: a bottom half. FIFO; Stopped after the loop ended.
+
+        What was taken but cannot be run any more is reported by `cancelled()`.
+        """
+        self._queue.submit(fn, *args, cancelled=cancelled)
+        if self._polling:
+            self._wake()
+
+    def call_later(self, seconds: float, fn: Callable[..., object], *args: Any) -> Timer:
+        """Run `fn(*args)` on the loop once `seconds` have passed. Stopped after `stop()`."""
+        if self._closed or self._stopping:
+            raise Stopped(f"{self.name} takes no more timers")
+        timer = Timer(monotonic() + seconds, fn, args, self._timer_cancelled)
+        if self._timers.add(timer) and self._polling:
+            self._wake()
+        return timer
+
+    @property
+    def state(self) -> str:
+        """What the loop is doing, for a dump."""
+        if self._thread.ident is None:
+            return "not started"
+        if self._closed:
+            return "ended"
+        running: Any = self._current
+        running = self._queue.running if running is None else running.callback
+        if running is not None:
+            return f"running {_name_of(running)}"
+        return "waiting" if self._polling else "between callbacks"
+
+    # The loop's thread.
+
+    def _main(self) -> None:
+        block_signals()
+        try:
+            while not self._stopping:
+                self._round()
+        except BaseException as error:
+            self.on_fault(error)
+        finally:
+            self._close()
+
+    def _round(self) -> None:
+        self._polling = True
+        timeout = self._seconds_to_wait()
+        events = self._epoll.poll(timeout, MAX_EVENTS)
+        self._polling = False
+        # Looked up before any callback runs: a callback may remove a handle and watch a new fd that got the
+        # same number, and this round's event is not the new one's.
+        handles = self._handles
+        ready = [handles.get(fd) for fd, _mask in events]
+        for handle in ready:
+            if handle is None:
+                self._clear_wake()
+            else:
+                self._run(handle)
+        if self._queue.items:
+            try:
+                self._queue.drain()
+            except BaseException as error:
+                self._fault(error, "a deferred call")
+        for timer in self._timers.take_due(monotonic()):
+            self._run(timer)
+
+    def _seconds_to_wait(self) -> float:
+        if self._queue.items or self._stopping:
+            return 0.0
+        due = self._timers.next_due()
+        return -1.0 if due is None else max(0.0, due - monotonic())
+
+    def _run(self, source: Handle | Timer) -> None:
+        self._current = source
+        try:
+            source.run()
+        except BaseException as error:
+            self._fault(error, _name_of(source.callback))
+        finally:
+            self._current = None
+            # A remover counts itself before it looks at _current: either it is seen here or it sees None.
+            if self._removers:
+                with self._ran:
+                    self._ran.notify_all()
+
+    def _fault(self, error: BaseException, where: str) -> None:
+        error.add_note(f"in {where}, on {self.name}")
+        self.on_fault(error)
+
+    def _close(self) -> None:
+        with self._lock:
+            if self._closed:
+                return
+            self._closed = True
+            self._epoll.close()
+            os.close(self._wake_fd)
+            self._handles.clear()
+        self._timers.clear()
+        try:
+            self._queue.close()
+        except Exception as error:
+            self._fault(error, "cancelling deferred calls")
+
+    # Any thread.
+
+    def _wake(self) -> None:
+        with self._lock:  # or the fd's number could be another file's by now
+            if not self._closed:
+                os.eventfd_write(self._wake_fd, 1)
+
+    def _clear_wake(self) -> None:
+        try:
+            os.eventfd_read(self._wake_fd)
+        except BlockingIOError:
+            return
+
+    def _unwatch(self, handle: Handle) -> None:
+        with self._lock:
+            if self._handles.get(handle.fd) is not handle:
+                return
+            del self._handles[handle.fd]
+            try:
+                self._epoll.unregister(handle.fd)
+            except OSError:
+                return  # closed before it was removed: epoll has forgotten it by itself
+
+    def _timer_cancelled(self, timer: Timer) -> None:
+        self._timers.discard(timer)
+        self._wait_until_not_running(timer)
+
+    def _wait_until_not_running(self, source: Handle | Timer) -> None:
+        if self.in_loop():
+            return
+        with self._ran:
+            self._removers += 1
+            try:
+                while self._current is source:
+                    self._ran.wait()
+            finally:
+                self._removers -= 1
+
+
+def _name_of(fn: Callable[..., object]) -> str:
+    return getattr(fn, "__qualname__", None) or repr(fn)
+
+
+def _to_excepthook(error: BaseException) -> None:
+    threading.excepthook(
+        threading.ExceptHookArgs((type(error), error, error.__traceback__, threading.current_thread()))
+    )
