@@ -1,0 +1,319 @@
+"""A 16550A UART: a login shell's console, and enough truth for Linux's 8250 autoconfig.
+
+Time does not exist here: a byte written to THR has left at once, a received
+byte waits no character times, so THRE is always ready, the receive timeout
+interrupt comes with the byte, and a break is ignored.
+
+Output goes through `serial_output`; while that is full the UART does not say
+THRE, as a UART under flow control would. Input waits in a bounded queue in
+front of the FIFO and enters it only while the guest asserts RTS (if it has ever
+touched RTS), so nothing typed before the guest's driver opened the port is lost
+to its FIFO resets.
+
+Register calls come from vCPU threads; `feed` from any thread. One lock guards
+the registers.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from typing import TYPE_CHECKING
+
+from hvkvm.abi.board import COM1_PORT, COM1_SIZE
+from hvkvm.devices.port.serial_output import OutputBatch
+from hvkvm.devices.port.serial_registers import (
+    FCR_CLEAR_RX,
+    FCR_ENABLE,
+    FIFO_SIZE,
+    FIFO_TRIGGER,
+    IER_MASK,
+    IER_MSI,
+    IER_RDI,
+    IER_RLSI,
+    IER_THRI,
+    IIR_FIFO,
+    IIR_MSI,
+    IIR_NO_INT,
+    IIR_RDI,
+    IIR_RLSI,
+    IIR_RX_TIMEOUT,
+    IIR_THRI,
+    LCR_DLAB,
+    LSR_DR,
+    LSR_OE,
+    LSR_TEMT,
+    LSR_THRE,
+    MCR_LOOP,
+    MCR_MASK,
+    MCR_OUT2,
+    MCR_RTS,
+    MSR_CONNECTED,
+    loopback_msr,
+    msr_deltas,
+)
+from hvkvm.errors import Stopped
+
+if TYPE_CHECKING:
+    from hvkvm.devices.port.bus import PortBus
+    from hvkvm.devices.port.irq_line import IrqLine
+    from hvkvm.runtime.io_loop import IoLoop
+
+RX_LIMIT = 4096
+"""Bytes of input that wait for the guest; a feeder with more must wait for `on_rx_room`."""
+_READY = LSR_THRE | LSR_TEMT
+_CONGESTED_POLL = 0.001
+
+
+class Serial16550:
+    """One UART. `sink(data)` receives output on the I/O loop, in order, never empty and never twice.
+
+    `on_rx_room()` is called on the I/O loop when there is room again after a
+    `feed` that was cut short.
+    """
+
+    def __init__(
+        self,
+        irq: IrqLine,
+        sink: Callable[[bytes], object],
+        io: IoLoop,
+        *,
+        on_rx_room: Callable[[], None] | None = None,
+    ) -> None:
+        self.output = OutputBatch(sink, io, on_room=self._thr_emptied)
+        """Where THR writes go; `output.hold` and `output.flush` are for the sink's owner."""
+        self.on_rx_room = on_rx_room
+        self._irq = irq
+        self._io = io
+        self._lock = threading.RLock()
+        self._wire = bytearray()  # input the guest has not read yet, but for loopback
+        self._looped = bytearray()  # bytes in the FIFO that came through loopback
+        self._feeder_waits = False
+        self.reset()
+
+    def reset(self) -> None:
+        """Power-on registers. Output and input that wait stay. Any thread."""
+        with self._lock:
+            self._ier = self._lcr = self._scr = self._mcr = self._msr_delta = self._lsr_errors = 0
+            self._dll, self._dlm = 1, 0
+            self._fifo_on = False
+            self._trigger = 1
+            self._rts_used = False
+            self._read_since_dip = 0
+            self._thre_pending = False
+            self._line = False
+            self._looped.clear()
+
+    def attach(self, bus: PortBus, port: int = COM1_PORT) -> None:
+        """Claim the UART's eight ports; ConfigError when any is taken."""
+        bus.add(port, COM1_SIZE, self, width=1)
+
+    @property
+    def thr_writes_are_silent(self) -> bool:
+        """Whether a THR write does nothing but output now: no interrupt, no divisor, no loopback."""
+        return not (self._ier & IER_THRI or self._lcr & LCR_DLAB or self._mcr & MCR_LOOP)
+
+    # --- the guest's side ------------------------------------------------------------------------
+
+    def write(self, offset: int, size: int, value: int) -> None:
+        """Take a register write. vCPU threads."""
+        with self._lock:
+            if offset == 0:
+                if self._lcr & LCR_DLAB:
+                    self._dll = value
+                else:
+                    self._transmit(value)
+            elif offset == 1:
+                if self._lcr & LCR_DLAB:
+                    self._dlm = value
+                else:
+                    self._write_ier(value & IER_MASK)
+            elif offset == 2:
+                self._write_fcr(value)
+            elif offset == 3:
+                self._lcr = value
+            elif offset == 4:
+                self._write_mcr(value & MCR_MASK)
+            elif offset == 7:
+                self._scr = value
+            # LSR (5) and MSR (6) take writes only in a chip's factory test.
+
+    def read(self, offset: int, size: int) -> int:
+        """Give a register's value. vCPU threads."""
+        if offset == 5 and self.output.full:
+            # A guest polls for THRE here, and every poll is an exit: give the sink's thread the time.
+            time.sleep(_CONGESTED_POLL)
+        with self._lock:
+            if offset == 5:
+                return self._read_lsr()
+            if offset == 0:
+                return self._dll if self._lcr & LCR_DLAB else self._receive()
+            if offset == 1:
+                return self._dlm if self._lcr & LCR_DLAB else self._ier
+            if offset == 2:
+                return self._read_iir()
+            if offset == 3:
+                return self._lcr
+            if offset == 4:
+                return self._mcr
+            if offset == 6:
+                return self._read_msr()
+            return self._scr
+
+    def transmit_block(self, data: bytes | bytearray) -> None:
+        """Take bytes that were written to THR one by one, at once. The bytes of a coalesced ring."""
+        with self._lock:
+            for value in data:
+                self._transmit(value)
+
+    # All below, up to the host's side, runs under the lock.
+
+    def _transmit(self, value: int) -> None:
+        if self._mcr & MCR_LOOP:
+            self._loop_back(value)
+        else:
+            self.output.put(value)
+        if self._ier & IER_THRI:
+            self._thre_pending = not self.output.full
+            self._update_irq()
+
+    def _loop_back(self, value: int) -> None:
+        if len(self._looped) < (FIFO_SIZE if self._fifo_on else 1):
+            self._looped.append(value)
+        else:
+            self._lsr_errors |= LSR_OE
+        self._update_irq()
+
+    def _level(self) -> int:
+        """How many bytes the receive FIFO shows."""
+        depth = FIFO_SIZE if self._fifo_on else 1
+        level = len(self._looped)
+        if not self._mcr & MCR_LOOP and (self._mcr & MCR_RTS or not self._rts_used):
+            level += len(self._wire)
+        return min(level, depth)
+
+    def _receive(self) -> int:
+        if not self._level():
+            return 0
+        if self._looped:
+            value = self._looped.pop(0)
+        else:
+            value = self._wire.pop(0)
+            self._tell_feeder()
+        self._read_since_dip += 1
+        if self._read_since_dip >= self._trigger:
+            # On a real line the level falls under the trigger here before more arrives. Without this dip a
+            # driver that reads one trigger's worth an interrupt would never see another edge.
+            self._read_since_dip = 0
+            self._line = False
+        self._update_irq()
+        return value
+
+    def _write_ier(self, value: int) -> None:
+        if value & ~self._ier & IER_THRI:
+            # Enabling the interrupt while THR is empty raises it, each time: Linux's THRE test counts on it.
+            self._thre_pending = not self.output.full
+        self._ier = value
+        self._update_irq()
+
+    def _write_fcr(self, value: int) -> None:
+        if bool(value & FCR_ENABLE) != self._fifo_on:
+            self._fifo_on = not self._fifo_on
+            self._looped.clear()
+        self._trigger = FIFO_TRIGGER[value >> 6] if self._fifo_on else 1
+        if value & FCR_CLEAR_RX:
+            visible = self._level() - len(self._looped)
+            self._looped.clear()
+            if visible > 0:
+                del self._wire[:visible]
+                self._tell_feeder()
+        self._update_irq()
+
+    def _write_mcr(self, value: int) -> None:
+        before = self._modem_lines()
+        self._mcr = value
+        if value & MCR_RTS and not value & MCR_LOOP:
+            self._rts_used = True
+        self._msr_delta |= msr_deltas(before, self._modem_lines())
+        self._update_irq()
+
+    def _modem_lines(self) -> int:
+        return loopback_msr(self._mcr) if self._mcr & MCR_LOOP else MSR_CONNECTED
+
+    def _read_msr(self) -> int:
+        value = self._modem_lines() | self._msr_delta
+        self._msr_delta = 0
+        self._update_irq()
+        return value
+
+    def _read_lsr(self) -> int:
+        value = self._lsr_errors
+        if not self.output.full:
+            value |= _READY
+        if self._level():
+            value |= LSR_DR
+        if self._lsr_errors:
+            self._lsr_errors = 0
+            self._update_irq()
+        return value
+
+    def _interrupt_id(self) -> int:
+        ier = self._ier
+        if ier & IER_RLSI and self._lsr_errors:
+            return IIR_RLSI
+        if ier & IER_RDI:
+            level = self._level()
+            if level >= self._trigger:
+                return IIR_RDI
+            if level:
+                return IIR_RX_TIMEOUT
+        if ier & IER_THRI and self._thre_pending:
+            return IIR_THRI
+        if ier & IER_MSI and self._msr_delta:
+            return IIR_MSI
+        return IIR_NO_INT
+
+    def _read_iir(self) -> int:
+        value = self._interrupt_id()
+        if value == IIR_THRI:
+            self._thre_pending = False
+            self._update_irq()
+        return value | IIR_FIFO if self._fifo_on else value
+
+    def _update_irq(self) -> None:
+        line = self._mcr & (MCR_OUT2 | MCR_LOOP) == MCR_OUT2 and self._interrupt_id() != IIR_NO_INT
+        if line and not self._line:
+            self._irq.pulse()
+        self._line = line
+
+    def _tell_feeder(self) -> None:
+        if not self._feeder_waits or len(self._wire) > RX_LIMIT // 2:
+            return
+        self._feeder_waits = False
+        if self.on_rx_room is None:
+            return
+        with suppress(Stopped):
+            self._io.call_soon(self.on_rx_room)
+
+    def _thr_emptied(self) -> None:
+        """Output that was full has room again. The flusher's thread."""
+        with self._lock:
+            self._thre_pending = True
+            self._update_irq()
+
+    # --- the host's side -------------------------------------------------------------------------
+
+    def rx_room(self) -> int:
+        """Bytes that `feed` would take now."""
+        return RX_LIMIT - len(self._wire)
+
+    def feed(self, data: bytes) -> int:
+        """Offer input; the number of bytes taken. After a short answer wait for `on_rx_room`. Any thread."""
+        with self._lock:
+            taken = data[: max(0, RX_LIMIT - len(self._wire))]
+            self._wire += taken
+            self._feeder_waits = self._feeder_waits or len(taken) < len(data)
+            self._update_irq()
+            return len(taken)

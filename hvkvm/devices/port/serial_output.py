@@ -1,0 +1,112 @@
+"""A UART's output on its way to the sink: gathered byte by byte, given on in batches.
+
+Each byte a guest writes costs an exit, so nothing more may be spent on it than
+an append. A batch leaves on the I/O loop after a newline, when it is large, or
+a few milliseconds after its first byte, and so costs the sink one write(2).
+
+It is bounded: a sink that is full calls `hold(True)`, then bytes wait here up
+to TX_LIMIT, and what comes beyond is dropped and counted. The UART shows `full`
+to the guest before that happens.
+
+One producer at a time (the UART's lock sees to it); `hold` and `flush` from any
+thread. Producers need no lock against a flusher: they append at the end of the
+bytearray, the flusher copies and deletes from its start, and each of these
+steps is one operation under the GIL.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from contextlib import suppress
+from typing import TYPE_CHECKING
+
+from hvkvm.errors import Stopped
+
+if TYPE_CHECKING:
+    from hvkvm.runtime.io_loop import IoLoop
+
+TX_LIMIT = 1 << 16
+"""Bytes that wait for the sink before the UART stops saying that it can send."""
+TX_BATCH = 4096
+TX_DELAY = 0.004
+"""Seconds that output without a newline may wait for more."""
+
+_NEWLINE = 0x0A
+
+
+class OutputBatch:
+    """Gathers bytes for `sink(data)`, which gets them in order on the I/O loop.
+
+    `on_room()` is called on the flushing thread when output that was full has
+    room again. Whoever ends the machine calls `flush(even_if_held=True)` after
+    the vCPUs ended: bytes may still wait for a loop that has stopped.
+    """
+
+    def __init__(
+        self, sink: Callable[[bytes], object], io: IoLoop, *, on_room: Callable[[], None] | None = None
+    ) -> None:
+        self._sink = sink
+        self._io = io
+        self._on_room = on_room
+        self._waiting = bytearray()
+        self._sink_lock = threading.Lock()
+        self._held = False
+        self._soon = False  # a flush is queued on the loop
+        self._later = False  # a flush is queued on a timer
+        self.total = 0
+        self.overruns = 0
+        """Bytes the guest sent although the UART was full; they are lost."""
+
+    @property
+    def full(self) -> bool:
+        """Whether the guest should wait."""
+        return len(self._waiting) >= TX_LIMIT
+
+    def put(self, value: int) -> None:
+        """Take one byte. The UART, under its lock."""
+        waiting = self._waiting
+        if len(waiting) >= TX_LIMIT:
+            self.overruns += 1
+            return
+        waiting.append(value)
+        if value == _NEWLINE or len(waiting) >= TX_BATCH:
+            if not self._soon:
+                self._flush_soon()
+        elif not self._later:
+            # The loop may have stopped before the vCPUs did; then the last flush() finds the bytes.
+            with suppress(Stopped):
+                self._later = True
+                self._io.call_later(TX_DELAY, self._flush_after_delay)
+
+    def _flush_soon(self) -> None:
+        with suppress(Stopped):
+            self._soon = True  # before the call: the flush may run, and clear it, before the call returns
+            self._io.call_soon(self.flush)
+
+    def _flush_after_delay(self) -> None:
+        self._later = False
+        self.flush()
+
+    def flush(self, *, even_if_held: bool = False) -> None:
+        """Give the sink all that waits. Any thread."""
+        with self._sink_lock:  # two flushers must not swap their batches
+            self._soon = False  # before looking: a byte that comes later queues a flush of its own
+            if self._held and not even_if_held:
+                return
+            waiting = self._waiting
+            size = len(waiting)
+            if not size:
+                return
+            data = bytes(waiting[:size])
+            del waiting[:size]
+            self.total += size
+            if size >= TX_LIMIT and self._on_room is not None:
+                self._on_room()
+            self._sink(data)
+
+    def hold(self, held: bool) -> None:
+        """Stop (True) or resume (False) giving output to the sink. Any thread, the sink itself too."""
+        self._held = held
+        if not held and self._waiting:
+            self._flush_soon()
