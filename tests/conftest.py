@@ -1,0 +1,56 @@
+"""Fixtures that several folders of tests share: the agent guest on a machine of ours."""
+
+from __future__ import annotations
+
+import os
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+# The guests' builder and their host-side driver are modules for tests, not part of the package.
+sys.path.insert(0, str(Path(__file__).parent / "guests"))
+
+if TYPE_CHECKING:
+    from guest_machine import Guest
+
+
+def _open_fds() -> dict[str, str]:
+    fds = {}
+    for name in os.listdir("/proc/self/fd"):
+        try:
+            fds[name] = os.readlink(f"/proc/self/fd/{name}")
+        except OSError:
+            continue  # the directory's own
+    return fds
+
+
+@pytest.fixture
+def boot_agent() -> Iterator[Callable[..., Guest]]:
+    """`boot_agent(cpus=1, hv="passthrough", ...)`: a running machine whose vCPUs all serve their mailbox.
+
+    Afterwards the machine is closed, and no thread and no fd of it may be left.
+    """
+    from guest_machine import Guest
+
+    fds, threads = _open_fds(), set(threading.enumerate())
+    guests: list[Guest] = []
+
+    def boot(**config: Any) -> Guest:
+        guest = Guest(**config)
+        guests.append(guest)
+        guest.start()
+        return guest
+
+    try:
+        yield boot
+    finally:
+        for guest in guests:
+            guest.close()
+    left = {thread.name for thread in set(threading.enumerate()) - threads}
+    assert not left, f"threads left behind: {left}"
+    leaked = {fd: target for fd, target in _open_fds().items() if fds.get(fd) != target}
+    assert not leaked, f"fds left open: {leaked}"

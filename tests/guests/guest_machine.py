@@ -1,0 +1,194 @@
+"""A Machine that runs the agent guest, and a device-like sender on one of its SINT routes.
+
+Owner: the test's thread.
+"""
+
+from __future__ import annotations
+
+import errno
+import threading
+from collections.abc import Callable
+from struct import Struct
+from typing import TYPE_CHECKING, Any
+
+import guest_images
+from guest_agent import ABI, Agent, AgentCpu
+
+if TYPE_CHECKING:
+    from hvkvm.hyperv.partition import Partition
+    from hvkvm.hyperv.sint_route import SintRoute
+    from hvkvm.machine.machine import Machine
+
+MIB = 1 << 20
+MEMORY = 64 * MIB
+GUEST_OS_ID = 0x8100_0000_0000_0000
+"""An open-source system that is nobody else's."""
+
+_checked = Struct("<Q224sQ").pack
+
+
+def checked_payload(sequence: int) -> bytes:
+    """240 bytes that POLICY_CHECK recognises as message number `sequence`."""
+    return _checked(sequence, bytes([sequence & 0xFF]) * 224, ~sequence & (1 << 64) - 1)
+
+
+class Guest:
+    """The machine, and its agent once started."""
+
+    def __init__(self, cpus: int = 1, hv: str = "passthrough", memory: int = MEMORY, **config: Any) -> None:
+        from hvkvm.machine.config import MachineConfig
+        from hvkvm.machine.machine import Machine
+
+        observer = config.pop("observer", None)
+        image = guest_images.image(config.pop("program", "agent"))
+        settings = MachineConfig(kernel=image, cpus=cpus, hv=hv, memory=memory, **config)
+        self.machine: Machine = (
+            Machine(settings) if observer is None else Machine(settings, observer=observer)
+        )
+        self.agent = Agent(self.machine.memory, cpus, self._wake, ended=lambda: self.machine.outcome)
+
+    def _wake(self, index: int) -> None:
+        self.machine.vm.signal_msi(0xFEE00000 | index << 12, ABI["DOORBELL_VECTOR"])
+
+    def start(self) -> Guest:
+        """Start the machine and wait for every vCPU."""
+        self.machine.start()
+        self.agent.await_online()
+        return self
+
+    def __getitem__(self, index: int) -> AgentCpu:
+        return self.agent[index]
+
+    @property
+    def partition(self) -> Partition:
+        """The SynIC component; AssertionError on a machine without."""
+        assert self.machine.partition is not None
+        return self.machine.partition
+
+    def enlighten(self) -> None:
+        """GUEST_OS_ID and the hypercall page, which hypercalls need."""
+        self[0].wrmsr(HV_X64_MSR_GUEST_OS_ID, GUEST_OS_ID)
+        self[0].wrmsr(HV_X64_MSR_HYPERCALL, ABI["HYPERCALL_PAGE"] | 1)
+
+    def until(self, done: Callable[[], bool], what: str) -> None:
+        """Poll with the agent's deadline."""
+        self.agent.until(done, what)
+
+    def hold(self, index: int) -> Callable[[], None]:
+        """Keep vCPU `index`'s thread busy outside KVM_RUN until the returned function is called."""
+        held, go = threading.Event(), threading.Event()
+
+        def wait() -> None:
+            held.set()
+            go.wait(self.agent.seconds)
+
+        self.machine.threads[index].submit(wait)
+        assert held.wait(self.agent.seconds), f"vcpu{index}'s thread does not take work"
+        return go.set
+
+    def io_barrier(self) -> None:
+        """Return when the I/O loop has run everything that was queued for it before."""
+        done = threading.Event()
+        self.machine.io.call_soon(done.set)
+        assert done.wait(self.agent.seconds), "the I/O loop is stuck"
+
+    def settle(self, *indexes: int) -> None:
+        """Return when interrupts raised before have been taken: every vCPU named has run a command since."""
+        for _ in range(2):
+            self.io_barrier()
+            for index in indexes or range(len(self.agent.cpus)):
+                self[index].do("NOP")
+
+    def close(self) -> None:
+        self.machine.close()
+
+
+class Poster:
+    """A route whose completions are recorded, in order, with the thread they came on."""
+
+    def __init__(self, guest: Guest, vp: int, sint: int) -> None:
+        self.guest = guest
+        self.statuses: list[int] = []
+        self.off_loop = 0
+        self.on_complete: Callable[[int], None] | None = None
+        self.route: SintRoute = guest.partition.open_route(vp, sint, self._complete)
+
+    def _complete(self, status: int) -> None:
+        if not self.guest.machine.io.in_loop():
+            self.off_loop += 1
+        self.statuses.append(status)
+        if self.on_complete is not None:
+            self.on_complete(status)
+
+    def post(self, payload: bytes = b"", message_type: int = 1) -> int:
+        return self.route.post(message_type, payload)
+
+    def await_completions(self, count: int) -> list[int]:
+        """Wait until exactly `count` callbacks came; all their statuses."""
+        self.guest.until(lambda: len(self.statuses) >= count, f"{count} completions come")
+        # The staging area is free only after the callback returned, so that another post is taken.
+        self.guest.io_barrier()
+        assert len(self.statuses) == count, f"{len(self.statuses)} completions instead of {count}"
+        assert not self.off_loop, "a completion came on another thread than the I/O loop"
+        return self.statuses
+
+    def close(self) -> None:
+        self.route.close()
+
+
+class Sender:
+    """Sends numbered messages over one route as a device would: one at a time, again after -EAGAIN."""
+
+    def __init__(self, guest: Guest, vp: int, sint: int) -> None:
+        self.guest = guest
+        self.vp, self.sint = vp, sint
+        self.sent = 0
+        self.due = 0
+        self.retries = 0
+        self.failed: list[int] = []
+        self.poster = Poster(guest, vp, sint)
+        self.poster.on_complete = self._complete
+        self._message = b""
+
+    def send(self, count: int) -> None:
+        """Send `count` more messages; numbers go on from the last."""
+        self.due = self.sent + count
+        self.guest.machine.io.call_soon(self._next)
+
+    def _next(self) -> None:
+        if self.sent < self.due:
+            self._message = checked_payload(self.sent)
+            self._post()
+
+    def _post(self) -> None:
+        status = self.poster.route.post(1, self._message)
+        if status:
+            self.failed.append(status)
+
+    def _complete(self, status: int) -> None:
+        # Deferred, because the staging area is still taken inside the callback (S24).
+        if status == 0:
+            self.sent += 1
+            self.guest.machine.io.call_soon(self._next)
+        elif status == -errno.EAGAIN:
+            self.retries += 1
+            self.guest.machine.io.call_soon(self._post)
+        else:
+            self.failed.append(status)
+
+    def await_sent(self, seconds: float | None = None) -> None:
+        """Until everything was completed with 0, and the guest took it."""
+        agent = self.guest.agent
+        cpu = self.guest[self.vp]
+        agent.until(
+            lambda: self.sent == self.due or bool(self.failed), f"{self.due} messages are sent", seconds
+        )
+        assert not self.failed, f"the route answered {self.failed}"
+        agent.until(
+            lambda: cpu.counter("MESSAGES", self.sint) >= self.due,
+            f"vcpu{self.vp} takes {self.due} messages (it took {cpu.counter('MESSAGES', self.sint)})",
+            seconds,
+        )
+        statuses = self.poster.statuses
+        assert statuses.count(0) == self.due, "one completion with 0 a message"
+        assert len(statuses) == self.due + self.retries
