@@ -1,0 +1,173 @@
+"""The guest's first file system: a busybox, the modules it needs and one command.
+
+Why: `hvkvm run -- COMMAND` shall work with any distribution kernel and nothing
+else prepared. Called by the machine and by tests. Pure but for reading files
+and the module cache; any thread.
+
+The guest's init prints `hvkvm: init SECONDS` (its uptime) as its first line,
+loads the modules in order, runs the command on a controlling terminal, hands
+the status to the machine (see `boot.guest_exit`) and powers off.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shlex
+import stat
+import struct
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+
+from hvkvm.boot import cache, cpio, guest_exit
+from hvkvm.boot.kmod import ModuleTree
+from hvkvm.errors import BootError
+
+HYPERV_MODULES = ("hv_vmbus", "hv_utils", "hv_storvsc", "hv_netvsc", "sd_mod")
+"""What a stock kernel needs to use the synthetic devices."""
+
+INIT = r"""#!/bin/busybox sh
+/bin/busybox mount -t proc proc /proc
+read -r up idle </proc/uptime
+echo "hvkvm: init $up"
+mount -t sysfs sysfs /sys
+mount -t devtmpfs dev /dev
+mkdir -p /dev/pts /dev/shm
+mount -t devpts devpts /dev/pts
+mount -t tmpfs shm /dev/shm
+for module in /modules/*.ko; do
+	[ -e "$module" ] && { insmod "$module" || echo "hvkvm: ${module##*/} does not load"; }
+done
+ip link set lo up
+export PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin HOME=/root TERM="${TERM:-linux}"
+cd /root
+# A session of its own with the console as its terminal: Ctrl-C then works in there.
+setsid cttyhack /bin/sh /command
+status=$?
+sync
+guest-exit $status
+poweroff -f
+"""
+
+_FOLDERS = ("bin", "dev", "etc", "mnt", "modules", "proc", "root", "run", "sys", "tmp", "usr/bin", "usr/sbin", "var")
+# busybox's own shell finds its applets by itself; these are for programs and scripts that look on PATH.
+_APPLETS = (
+    "awk basename blkid cat chmod chown chroot cmp cp cttyhack cut date dd depmod devmem df diff dirname dmesg du echo"
+    " env expr false fdisk find free getty grep gunzip gzip halt hdparm head hexdump hostname id ifconfig insmod ip"
+    " kill ln logger ls lsmod lspci md5sum mkdir mke2fs mkfifo mknod mktemp modinfo modprobe more mount mv nc nproc od"
+    " pidof ping poweroff printenv printf ps pwd readlink reboot reset rm rmdir rmmod route sed seq setsid sh"
+    " sha256sum sleep sort stat stty sync sysctl tail tar tee test time timeout top touch tr true truncate tty udhcpc"
+    " umount uname uniq unzip uptime usleep vi watch wc wget which xargs xz yes zcat"
+).split()
+_CACHE_MAGIC = b"hvkvm modules 1\n"
+_PT_INTERP = 3
+
+
+def build(
+    command: Sequence[str] | None,
+    *,
+    busybox: Path,
+    modules: Iterable[str] = (),
+    kernel_modules_dir: Path | None = None,
+    files: Mapping[str, bytes | Path] | None = None,
+) -> bytes:
+    """The initramfs that runs `command`, or an interactive shell when it is None or empty.
+
+    `modules` are loaded in order with all they depend on, out of
+    `kernel_modules_dir` (lib/modules/<version>, or an unpacked kernel package).
+    `files` puts more files in, by absolute guest path; a Path keeps its mode, so
+    programs stay executable. Raises BootError for a busybox that is not static, a
+    module that is not there, modules without a folder, a file that cannot be read.
+    """
+    wanted = tuple(modules)
+    pieces = [_base(busybox)]
+    if wanted:
+        if kernel_modules_dir is None:
+            raise BootError(f"modules {', '.join(wanted)} need the kernel's lib/modules/VERSION folder")
+        pieces.append(_modules(wanted, kernel_modules_dir))
+    line = f"exec {shlex.join(command)}" if command else "echo 'hvkvm: a shell; exit ends the guest'\nexec sh"
+    entries = [cpio.regular("command", f"{line}\n".encode(errors="surrogateescape"), 0o755)]
+    entries += [_file(name, source) for name, source in (files or {}).items()]
+    pieces.append(cpio.pack(cpio.with_parents(entries)))
+    return b"".join(pieces)
+
+
+def _base(busybox: Path) -> bytes:
+    program = _read(busybox)
+    if not is_static_elf(program):
+        raise BootError(f"{busybox}: not a static 64-bit program; the busybox-static package has one")
+    entries = [cpio.directory(name) for name in _FOLDERS]
+    # Before devtmpfs is mounted the kernel opens this one for init.
+    entries.append(cpio.char_device("dev/console", 5, 1))
+    entries.append(cpio.regular("bin/busybox", program, 0o755))
+    entries.append(cpio.regular("bin/guest-exit", guest_exit.program(), 0o755))
+    entries += [cpio.symlink(f"bin/{name}", "busybox") for name in _APPLETS]
+    entries.append(cpio.regular("init", INIT.encode(), 0o755))
+    return cpio.pack(cpio.with_parents(entries))
+
+
+def _file(name: str, source: bytes | Path) -> cpio.Entry:
+    if isinstance(source, bytes):
+        return cpio.regular(name, source)
+    data = _read(source)
+    return cpio.regular(name, data, stat.S_IMODE(os.stat(source).st_mode))
+
+
+def _read(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise BootError(f"{path}: {error.strerror}") from error
+
+
+def is_static_elf(program: bytes) -> bool:
+    """Whether `program` is a 64-bit x86 ELF that asks for no interpreter: it runs where nothing else is."""
+    if len(program) < 64 or program[:6] != b"\x7fELF\x02\x01" or program[18:20] != b"\x3e\0":
+        return False
+    (offset,) = struct.unpack_from("<Q", program, 0x20)
+    size, count = struct.unpack_from("<HH", program, 0x36)
+    if size < 4 or offset + size * count > len(program):
+        return False
+    kinds = (struct.unpack_from("<I", program, offset + size * index)[0] for index in range(count))
+    return _PT_INTERP not in kinds
+
+
+def _modules(wanted: tuple[str, ...], folder: Path) -> bytes:
+    """The archive of the modules in load order, from the cache while none of their files has changed."""
+    import hashlib
+
+    recipe = "\0".join((os.path.realpath(folder), *wanted))
+    key = hashlib.sha256(recipe.encode(errors="surrogateescape")).hexdigest()[:32]
+    kept = cache.root() / "modules" / key
+    piece = _cached_modules(kept)
+    if piece is not None:
+        return piece
+    loaded = ModuleTree(folder).closure(wanted)
+    piece = cpio.pack(
+        cpio.with_parents(
+            cpio.regular(f"modules/{number:03}-{module.name}.ko", module.data) for number, module in enumerate(loaded)
+        )
+    )
+    marks = [_mark(module.path) for module in loaded]
+    try:
+        cache.publish(kept, [_CACHE_MAGIC, json.dumps(marks).encode(), b"\n", piece])
+    except OSError:
+        pass  # a cache that cannot be written costs time at the next boot, no more
+    return piece
+
+
+def _cached_modules(kept: Path) -> bytes | None:
+    try:
+        raw = kept.read_bytes()
+        if not raw.startswith(_CACHE_MAGIC):
+            return None
+        end = raw.index(b"\n", len(_CACHE_MAGIC))
+        marks = json.loads(raw[len(_CACHE_MAGIC) : end])
+        return raw[end + 1 :] if all(mark == _mark(Path(mark[0])) for mark in marks) else None
+    except (OSError, ValueError, TypeError, IndexError):
+        return None
+
+
+def _mark(path: Path) -> list[str | int]:
+    seen = os.stat(path)
+    return [str(path), seen.st_size, seen.st_mtime_ns]
