@@ -1,0 +1,217 @@
+"""The guest's serial console on the host: stdin, stdout, and the keys in between.
+
+Input is read on the I/O loop and fed to the UART as fast as the guest takes it;
+what the UART refuses waits here, and meanwhile nothing more is read. On a
+terminal in the foreground the keys are raw and Ctrl-a x ends the guest (see
+`escape_keys`); from a pipe or a file every byte is the guest's. The end of
+input ends nothing.
+
+Owner: the main thread makes, starts and closes it; `write` is the UART's sink;
+the rest runs on the I/O loop.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Callable
+from contextlib import suppress
+from types import TracebackType
+from typing import TYPE_CHECKING, Protocol
+
+from hvkvm.backends.console_tail import ConsoleTail
+from hvkvm.backends.escape_keys import HELP, Command, EscapeKeys
+from hvkvm.backends.output import Output, open_again
+from hvkvm.backends.terminal import RawTerminal, in_foreground
+from hvkvm.errors import Stopped
+
+if TYPE_CHECKING:
+    from hvkvm.runtime.io_loop import Handle, IoLoop
+
+READ_SIZE = 1024
+DRAIN_SECONDS = 2.0
+"""How long `close` waits for a reader that takes no output before it gives the rest up."""
+
+
+class HeldOutput(Protocol):
+    """The source of output, as far as the console holds it up."""
+
+    def hold(self, held: bool) -> None: ...
+
+
+class SerialPort(Protocol):
+    """What a console needs of a UART: see `devices.port.serial.Serial16550`."""
+
+    on_rx_room: Callable[[], None] | None
+
+    @property
+    def output(self) -> HeldOutput: ...
+
+    def feed(self, data: bytes) -> int: ...
+
+
+class Console:
+    """Connects one UART to two host fds, which stay the caller's.
+
+    Make the UART with `console.write` as sink, then `connect` it, then `start`.
+    `input_fd` None reads nothing. `on_quit()` is called on the I/O loop.
+    """
+
+    def __init__(
+        self,
+        io: IoLoop,
+        *,
+        input_fd: int | None = 0,
+        output_fd: int = 1,
+        on_quit: Callable[[], None] | None = None,
+        on_output_broken: Callable[[], None] | None = None,
+        tail: ConsoleTail | None = None,
+    ) -> None:
+        self.tail = ConsoleTail() if tail is None else tail
+        """The last lines of output, for diagnoses."""
+        self.output = Output(output_fd, io, on_broken=on_output_broken)
+        self._io = io
+        self._input_fd = input_fd
+        self._on_quit = on_quit
+        self._serial: SerialPort | None = None
+        self._terminal: RawTerminal | None = None
+        self._keys: EscapeKeys | None = None
+        self._own: int | None = None
+        self._reader: Handle | None = None
+        self._unwatchable = False
+        self._refused = b""  # input that the UART had no room for
+        self._lock = threading.Lock()  # _reader and _closed, between the loop and close()
+        self._closed = False
+
+    def connect(self, serial: SerialPort) -> None:
+        """Take input to `serial` and let the output hold it up. Before `start`."""
+        self._serial = serial
+        serial.on_rx_room = self._room
+        self.output.on_congestion = serial.output.hold
+
+    def start(self) -> None:
+        """Go raw if stdin is our terminal, and begin to read. Main thread."""
+        fd = self._input_fd
+        if fd is None or self._serial is None:
+            return
+        try:
+            if os.isatty(fd):
+                if not in_foreground(fd):
+                    return  # a background job that reads its terminal is stopped
+                self._terminal = RawTerminal(fd)
+                self._terminal.enter()
+                self._keys = EscapeKeys()
+            self._own = open_again(fd, os.O_RDONLY)
+            os.fstat(fd)
+        except OSError:
+            return  # started with stdin closed
+        with suppress(Stopped):
+            self._io.call_soon(self._watch)
+
+    def write(self, data: bytes) -> None:
+        """Show the guest's output. The UART's sink: the I/O loop, or the main thread at the end."""
+        self.tail.add(data)
+        self.output.write(data)
+
+    def restore_terminal(self) -> None:
+        """Leave raw mode now. Any thread, signal handlers."""
+        if self._terminal is not None:
+            self._terminal.restore()
+
+    def close(self) -> None:
+        """Stop reading, send what waits (for DRAIN_SECONDS at most), restore the terminal. Idempotent."""
+        with self._lock:
+            if self._closed:
+                return
+            self._closed = True
+            reader, self._reader = self._reader, None
+        try:
+            if reader is not None:
+                reader.remove()
+            self.output.drain(DRAIN_SECONDS)
+            self.output.close()
+        finally:
+            self.restore_terminal()
+            if self._own is not None:
+                os.close(self._own)
+                self._own = None
+
+    # --- input; on the I/O loop ------------------------------------------------------------------
+
+    def _watch(self) -> None:
+        """Read when there is something to read."""
+        fd = self._own if self._own is not None else self._input_fd
+        with self._lock:
+            if self._closed or self._reader is not None or fd is None:
+                return
+            try:
+                self._reader = self._io.add_reader(fd, self._readable)
+                return
+            except Stopped:
+                return
+            except (OSError, ValueError):
+                pass  # a file or /dev/null: epoll does not take what is always readable
+        self._unwatchable = True
+        self._readable()
+
+    def _unwatch(self) -> None:
+        with self._lock:
+            reader, self._reader = self._reader, None
+        if reader is not None:
+            reader.remove()
+
+    def _readable(self) -> None:
+        fd = self._own if self._own is not None else self._input_fd
+        if fd is None or self._closed:
+            return
+        try:
+            data = os.read(fd, READ_SIZE)
+        except (BlockingIOError, InterruptedError):
+            return
+        except OSError:
+            data = b""  # EIO: the terminal has hung up
+        if not data:
+            self._unwatch()
+            return
+        if self._keys is not None:
+            data, commands = self._keys.feed(data)
+            for command in commands:
+                self._obey(command)
+        self._offer(data)
+        if self._unwatchable and not self._refused:
+            with suppress(Stopped):
+                self._io.call_soon(self._readable)
+
+    def _offer(self, data: bytes) -> None:
+        serial = self._serial
+        if serial is None or not data:
+            return
+        self._refused = data[serial.feed(data) :]
+        if self._refused:
+            self._unwatch()  # until _room
+
+    def _room(self) -> None:
+        """The UART has room again."""
+        if self._closed or not self._refused:
+            return
+        self._offer(self._refused)
+        if not self._refused:
+            if self._unwatchable:
+                self._readable()
+            else:
+                self._watch()
+
+    def _obey(self, command: Command) -> None:
+        if command is Command.HELP:
+            self.output.write(HELP.replace("\n", "\r\n").encode())
+        elif self._on_quit is not None:
+            self._on_quit()
+
+    def __enter__(self) -> Console:
+        self.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()

@@ -1,0 +1,60 @@
+"""The keys that speak to hvkvm and not to the guest: Ctrl-a, then a letter.
+
+Pure: bytes in, bytes for the guest and commands out, whatever way the input is
+cut. The console owns one and feeds it on the I/O loop.
+"""
+
+from __future__ import annotations
+
+from enum import Enum
+
+ESCAPE = 0x01  # Ctrl-a
+
+HELP = """
+Ctrl-a x       end the guest
+Ctrl-a h       this help
+Ctrl-a Ctrl-a  send Ctrl-a to the guest
+"""
+
+
+class Command(Enum):
+    """What the user asked of hvkvm."""
+
+    QUIT = "x"
+    HELP = "h"
+
+
+_COMMANDS = {ord(command.value): command for command in Command}
+
+
+class EscapeKeys:
+    """Remembers a Ctrl-a at the end of one piece of input for the start of the next."""
+
+    def __init__(self) -> None:
+        self._escaped = False
+
+    def feed(self, data: bytes) -> tuple[bytes, list[Command]]:
+        """Split `data` into what the guest gets and the commands in it, in order.
+
+        A Ctrl-a before any other key goes to the guest together with that key,
+        so a shell's "start of line" only waits for the next key.
+        """
+        if not self._escaped and ESCAPE not in data:
+            return data, []
+        guest = bytearray()
+        commands = []
+        for byte in data:
+            if not self._escaped:
+                if byte == ESCAPE:
+                    self._escaped = True
+                else:
+                    guest.append(byte)
+                continue
+            self._escaped = False
+            if byte in _COMMANDS:
+                commands.append(_COMMANDS[byte])
+            elif byte == ESCAPE:
+                guest.append(ESCAPE)
+            else:
+                guest += bytes((ESCAPE, byte))
+        return bytes(guest), commands

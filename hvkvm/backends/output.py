@@ -1,0 +1,165 @@
+"""Host output that never blocks the I/O loop and never loses a byte.
+
+Whether a file description blocks is shared with every process that has it, so
+hvkvm must not make its caller's stdout non-blocking. It opens a pipe or terminal
+again instead, which gives a description of its own. What the reader does not
+take yet waits here; above HIGH_WATER `on_congestion(True)` asks the source to
+wait, below LOW_WATER `on_congestion(False)` lets it go on.
+
+`write` may be called from any thread, and usually is from the I/O loop, which
+sends the rest when the reader is ready.
+"""
+
+from __future__ import annotations
+
+import os
+import select
+import stat
+import threading
+from collections.abc import Callable
+from contextlib import suppress
+from time import monotonic
+from typing import TYPE_CHECKING
+
+from hvkvm.errors import Stopped
+
+if TYPE_CHECKING:
+    from hvkvm.runtime.io_loop import Handle, IoLoop
+
+HIGH_WATER = 1 << 18
+LOW_WATER = 1 << 16
+LIMIT = 1 << 20
+"""Bytes a source that ignores on_congestion may leave waiting; what comes beyond is lost and counted."""
+
+_PIECE = 1 << 16
+_CAREFUL_PIECE = 512  # within what POLLOUT promises of a pipe (PIPE_BUF) or a terminal
+
+
+def open_again(fd: int, flags: int) -> int | None:
+    """A new non-blocking description of the pipe or terminal `fd`, or None where that cannot be had.
+
+    Not for files (a new description starts at offset 0) nor sockets (open(2) refuses them).
+    """
+    try:
+        mode = os.fstat(fd).st_mode
+        if not (stat.S_ISFIFO(mode) or (stat.S_ISCHR(mode) and os.isatty(fd))):
+            return None
+        return os.open(f"/proc/self/fd/{fd}", flags | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC)
+    except OSError:
+        return None
+
+
+class Output:
+    """What waits for one host fd. The fd stays the caller's.
+
+    `on_broken()` is called once, on the writing thread, when nobody reads any
+    more (EPIPE, EIO); from then on output vanishes.
+    """
+
+    def __init__(
+        self,
+        fd: int,
+        io: IoLoop,
+        *,
+        on_congestion: Callable[[bool], None] | None = None,
+        on_broken: Callable[[], None] | None = None,
+    ) -> None:
+        self.on_congestion = on_congestion
+        self.on_broken = on_broken
+        self.broken = False
+        self.lost = 0
+        self._io = io
+        self._lock = threading.RLock()
+        self._waiting = bytearray()
+        self._congested = False
+        self._own = open_again(fd, os.O_WRONLY)
+        self._fd = fd if self._own is None else self._own
+        self._ready = select.epoll()
+        # What may block and cannot be opened again is asked before each piece. epoll refuses files and their
+        # like (EPERM): they take everything at once.
+        self._ask_first = self._own is None
+        try:
+            self._ready.register(self._fd, select.EPOLLOUT)
+        except PermissionError:
+            self._ask_first = False
+        except OSError:
+            self.broken = True  # started with stdout closed
+        self._watch: Handle | None = None
+
+    def write(self, data: bytes) -> None:
+        """Send `data`, or keep it until the reader is ready. Any thread."""
+        with self._lock:
+            if self.broken:
+                return
+            room = LIMIT - len(self._waiting)
+            self.lost += max(0, len(data) - room)
+            self._waiting += data[:room]
+            if self._watch is None:
+                self._send()
+
+    def drain(self, timeout: float) -> bool:
+        """Wait up to `timeout` seconds until everything is sent; whether it was. Not on the I/O loop."""
+        deadline = monotonic() + timeout
+        while True:
+            with self._lock:
+                self._send()
+                if not self._waiting:
+                    return True
+            left = deadline - monotonic()
+            if left <= 0:
+                return False
+            self._ready.poll(left)
+
+    def close(self) -> None:
+        """Stop; what still waits is dropped (`drain` first). Idempotent, any thread."""
+        watch = self._watch
+        if watch is not None:
+            watch.remove()  # not under the lock, which its callback takes
+        with self._lock:
+            self._watch = None
+            self._waiting.clear()
+            self.broken = True
+            if self._own is not None:
+                os.close(self._own)
+                self._own = None
+            self._ready.close()
+
+    # --- under the lock --------------------------------------------------------------------------
+
+    def _send(self) -> None:
+        """Write what can be written now; afterwards watch or stop watching the fd."""
+        waiting = self._waiting
+        try:
+            while waiting:
+                if self._ask_first and not self._ready.poll(0):
+                    break
+                del waiting[: os.write(self._fd, waiting[: _CAREFUL_PIECE if self._ask_first else _PIECE])]
+        except BlockingIOError:
+            pass
+        except OSError:
+            self._break()
+        self._tell_source()
+        if waiting and self._watch is None:
+            # An epoll fd is itself readable when its fd is ready: the loop needs no notion of "writable".
+            with suppress(Stopped, ValueError):
+                self._watch = self._io.add_reader(self._ready.fileno(), self._writable)
+        elif not waiting and self._watch is not None and self._io.in_loop():
+            self._watch.remove()
+            self._watch = None
+
+    def _writable(self) -> None:
+        with self._lock:
+            self._send()
+
+    def _tell_source(self) -> None:
+        congested = len(self._waiting) > (LOW_WATER if self._congested else HIGH_WATER)
+        if congested != self._congested:
+            self._congested = congested
+            if self.on_congestion is not None:
+                self.on_congestion(congested)
+
+    def _break(self) -> None:
+        self.broken = True
+        self._waiting.clear()
+        if self.on_broken is not None:
+            self.on_broken()
