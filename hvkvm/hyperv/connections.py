@@ -1,0 +1,201 @@
+"""Connection tables: which host code hears HvPostMessage and HvSignalEvent on a connection id.
+
+Messages run their handler at once on the posting vCPU's thread (S40). Events
+only count up an eventfd, which the I/O loop reads: the same whether KVM signals
+it without an exit (KVM_HYPERV_EVENTFD) or `signal` does after one, so both
+paths can be chosen and tested (S42).
+
+Any thread may add and remove. Removal is synchronous: when it returns, the
+handler is not running on another thread and will not run again (S39).
+Results are 0 or -errno, since guests can cause every one of them.
+"""
+
+from __future__ import annotations
+
+import errno
+import threading
+from collections.abc import Callable
+from typing import Protocol
+
+from hvkvm.abi.hv_synic import HV_CONNECTION_ID_MASK, hv_post_message_input
+from hvkvm.abi.tlfs import HvStatus
+from hvkvm.hyperv.synic.seam import SignalPath
+from hvkvm.kvm.irqfd import EventFd
+
+MessageHandler = Callable[[hv_post_message_input], int]
+"""Gets a private copy of the guest's input, payload_size in bounds; returns an HvStatus; may not block."""
+
+_SUCCESS = int(HvStatus.SUCCESS)
+_INVALID_CONNECTION_ID = int(HvStatus.INVALID_CONNECTION_ID)
+
+
+class ReaderHandle(Protocol):
+    """What `ReaderLoop.add_reader` returns."""
+
+    def remove(self) -> object: ...
+
+
+class ReaderLoop(Protocol):
+    """What connections and lines need of the I/O loop: see `runtime.io_loop.IoLoop`."""
+
+    def add_reader(self, fd: int, callback: Callable[[], object]) -> ReaderHandle: ...
+
+
+class _MessageConnection:
+    """One row of the message table, and the threads that run its handler now."""
+
+    __slots__ = ("handler", "running")
+
+    def __init__(self, handler: MessageHandler) -> None:
+        self.handler = handler
+        self.running: list[int] = []
+
+
+class _EventConnection:
+    """One row of the event table: an eventfd, its reader on the I/O loop, and who signals it."""
+
+    __slots__ = ("eventfd", "in_kernel", "reader")
+
+    def __init__(self, eventfd: EventFd, reader: ReaderHandle, in_kernel: bool) -> None:
+        self.eventfd = eventfd
+        self.reader = reader
+        self.in_kernel = in_kernel
+
+
+class Connections:
+    """Both tables of one VM. `signal_path` None means that every HvSignalEvent comes through `signal`."""
+
+    def __init__(self, io: ReaderLoop, signal_path: SignalPath | None = None) -> None:
+        self._io = io
+        self._signal_path = signal_path
+        self._messages: dict[int, _MessageConnection] = {}
+        self._events: dict[int, _EventConnection] = {}
+        self._idle = threading.Condition(threading.Lock())
+        self._event_lock = threading.Lock()
+        self._closed = False
+
+    def add_message(self, conn_id: int, handler: MessageHandler) -> int:
+        """Send messages on `conn_id` to `handler`: 0, -EEXIST (the old one stays), -EINVAL (S37, S38)."""
+        if not 0 <= conn_id <= HV_CONNECTION_ID_MASK:
+            return -errno.EINVAL
+        with self._idle:
+            if self._closed:
+                return -errno.ENODEV
+            if conn_id in self._messages:
+                return -errno.EEXIST
+            self._messages[conn_id] = _MessageConnection(handler)
+            return 0
+
+    def remove_message(self, conn_id: int) -> int:
+        """Forget `conn_id`: 0 or -ENOENT. Waits for a handler that runs on another thread (S39).
+
+        A handler may remove its own connection. It must not remove one whose
+        handler is removing this one: they would wait for each other.
+        """
+        me = threading.get_ident()
+        with self._idle:
+            connection = self._messages.pop(conn_id, None)
+            if connection is None:
+                return -errno.ENOENT
+            while any(thread != me for thread in connection.running):
+                self._idle.wait()
+            return 0
+
+    def post(self, message: hv_post_message_input) -> int:
+        """Give `message` to its connection's handler; the handler's status, or INVALID_CONNECTION_ID.
+
+        The top 8 bits of the id do not count here (S46). The posting vCPU's thread.
+        """
+        me = threading.get_ident()
+        with self._idle:
+            connection = self._messages.get(message.connection_id & HV_CONNECTION_ID_MASK)
+            if connection is None:
+                return _INVALID_CONNECTION_ID
+            connection.running.append(me)
+        try:
+            return int(connection.handler(message)) & 0xFFFF
+        finally:
+            with self._idle:
+                connection.running.remove(me)
+                self._idle.notify_all()
+
+    def add_event(self, conn_id: int, callback: Callable[[], object]) -> int:
+        """Call `callback()` on the I/O loop after signals on `conn_id`: 0 or -errno (S37, S41).
+
+        Signals coalesce: several may come as one call (S54). Raises Stopped
+        when the I/O loop is gone, OSError when no eventfd can be made.
+        """
+        if not 0 <= conn_id <= HV_CONNECTION_ID_MASK:
+            return -errno.EINVAL
+        with self._event_lock:
+            if self._closed:
+                return -errno.ENODEV
+            if conn_id in self._events:
+                return -errno.EEXIST
+            eventfd = EventFd()
+
+            def signalled() -> None:
+                if eventfd.drain():
+                    callback()
+
+            try:
+                reader = self._io.add_reader(eventfd.fd, signalled)
+            except BaseException:
+                eventfd.close()
+                raise
+            status = 0
+            if self._signal_path is not None:
+                status = self._signal_path.assign(conn_id, eventfd.fd)
+            if status == 0:
+                self._events[conn_id] = _EventConnection(eventfd, reader, self._signal_path is not None)
+                return 0
+        # Outside the lock: removing waits for a callback, which may be in here already.
+        reader.remove()
+        eventfd.close()
+        return status
+
+    def remove_event(self, conn_id: int) -> int:
+        """Forget `conn_id`: 0 or -ENOENT. Afterwards the callback is not running on another thread (S39)."""
+        with self._event_lock:
+            connection = self._events.pop(conn_id, None)
+            if connection is None:
+                return -errno.ENOENT
+            # KVM holds its own reference to the eventfd: untie first, or signals keep landing (S43).
+            if connection.in_kernel and self._signal_path is not None:
+                self._signal_path.deassign(conn_id)
+        connection.reader.remove()
+        connection.eventfd.close()
+        return 0
+
+    def signal(self, conn_id: int) -> int:
+        """Signal a connection's event from a hypercall exit: SUCCESS or INVALID_CONNECTION_ID. Any thread."""
+        # The lock keeps the eventfd open: written after closing, the number could be another file's.
+        with self._event_lock:
+            connection = self._events.get(conn_id)
+            if connection is None:
+                return _INVALID_CONNECTION_ID
+            connection.eventfd.signal()
+            return _SUCCESS
+
+    def close(self) -> None:
+        """Remove everything and refuse more. Idempotent; not from a handler or callback."""
+        with self._idle, self._event_lock:
+            self._closed = True
+            messages, events = list(self._messages), list(self._events)
+        for conn_id in messages:
+            self.remove_message(conn_id)
+        for conn_id in events:
+            self.remove_event(conn_id)
+
+    def describe(self) -> list[str]:
+        """One line a connection, for dumps."""
+        with self._idle, self._event_lock:
+            lines = [
+                f"message connection {conn_id:#x}"
+                + (f", handler running on {len(c.running)} threads" * bool(c.running))
+                for conn_id, c in sorted(self._messages.items())
+            ]
+            return lines + [
+                f"event connection {conn_id:#x}, signalled by " + ("KVM" if c.in_kernel else "hvkvm")
+                for conn_id, c in sorted(self._events.items())
+            ]

@@ -1,0 +1,212 @@
+"""One message on its way from a host device to a guest's slot, and its completion.
+
+A route with a completion callback has one staging area, so it carries one
+message at a time:
+
+    FREE --post--> BUSY --attempt, slot written--> POSTED --callback returned--> FREE
+                   BUSY --attempt, slot taken--> PENDING --guest's EOM--> POSTED
+
+BUSY waits for the VP's own thread, PENDING for the guest, POSTED for the I/O
+loop. Every accepted post gets exactly one callback, on the I/O loop (S23); a
+cancelled one gets -ECANCELED. Posts are numbered, so that work and acks of an
+earlier post find that they are stale (S31).
+
+Any thread may post. `sint_route` alone makes these.
+"""
+
+from __future__ import annotations
+
+import enum
+import errno
+import threading
+from collections.abc import Callable
+from functools import partial
+from typing import Protocol
+
+from hvkvm.errors import Stopped
+from hvkvm.hyperv.synic.seam import SintLine, SynicVp
+
+
+class State(enum.Enum):
+    """Where a staged message is."""
+
+    FREE = "free"
+    BUSY = "queued to the vCPU"
+    PENDING = "waiting for the guest's EOM"
+    POSTED = "completing"
+
+
+_FREE, _BUSY, _PENDING, _POSTED = State.FREE, State.BUSY, State.PENDING, State.POSTED
+
+
+class Deferrer(Protocol):
+    """What staging needs of the I/O loop."""
+
+    def call_soon(self, fn: Callable[..., object], *args: object) -> object: ...
+
+
+class Staging:
+    """The staging area of one completion user.
+
+    `on_complete(status)` gets 0, -EAGAIN (the slot was taken and may be free
+    now: post again, but not from inside the callback, S24), -ENXIO (no message
+    page), -ECANCELED (reset, closed, vCPU stopped) or the -errno of the
+    interrupt. `hold` and `drop` keep the route alive while a message is under
+    way (S19, S22).
+    """
+
+    __slots__ = (
+        "_closed",
+        "_drop",
+        "_hold",
+        "_io",
+        "_line",
+        "_lock",
+        "_message",
+        "_number",
+        "_on_complete",
+        "_sint",
+        "_state",
+        "_status",
+        "_vp",
+        "_waiter",
+    )
+
+    def __init__(
+        self,
+        vp: SynicVp,
+        sint: int,
+        line: SintLine,
+        io: Deferrer,
+        on_complete: Callable[[int], None],
+        hold: Callable[[], None],
+        drop: Callable[[], None],
+    ) -> None:
+        self._vp = vp
+        self._sint = sint
+        self._line = line
+        self._io = io
+        self._on_complete = on_complete
+        self._hold = hold
+        self._drop = drop
+        self._lock = threading.Lock()
+        self._state = _FREE
+        self._closed = False
+        self._number = 0
+        self._message = b""
+        self._status = 0
+        self._waiter: Callable[[], None] | None = None
+
+    @property
+    def state(self) -> State:
+        """For tests and dumps; may be old by the time it is read."""
+        return self._state
+
+    def post(self, message: bytes) -> int:
+        """Accept `message` (a whole slot): 0, or -EAGAIN while another is under way, -ENXIO when closed.
+
+        After 0 there will be one callback; after an error none (S22).
+        """
+        with self._lock:
+            if self._closed:
+                return -errno.ENXIO
+            if self._state is not _FREE:
+                return -errno.EAGAIN
+            self._state = _BUSY
+            self._message = message
+            self._number = number = self._number + 1
+            self._hold()
+        cancel = partial(self._cancel, number)
+        try:
+            self._vp.submit(partial(self._attempt, number), cancel)
+        except Stopped:
+            cancel()
+        return 0
+
+    def _attempt(self, number: int) -> None:
+        """Try to deliver post `number`. Where the VP's slots may be written (S25)."""
+        # Held throughout: an ack that comes during the attempt must find its outcome, or it would be lost.
+        with self._lock:
+            if self._state is not _BUSY or number != self._number:
+                return
+            status = self._vp.post_message(self._sint, self._message)
+            if status == 0:
+                status = self._line.pulse()
+            elif status == -errno.EAGAIN:
+                if not self._closed and self._wait_for_ack(number):
+                    return
+                status = -errno.ECANCELED  # nobody is left to try again
+            scheduled = self._settle(number, status)
+        if not scheduled:
+            self._finish()
+
+    def _wait_for_ack(self, number: int) -> bool:
+        """Lock held. False when no ack can ever come because the I/O loop is gone."""
+        waiter = partial(self._acked, number)
+        try:
+            self._line.arm_ack(waiter)
+        except Stopped:
+            return False
+        self._waiter = waiter
+        self._state = _PENDING
+        return True
+
+    def _settle(self, number: int, status: int) -> bool:
+        """Lock held. Schedule the completion; False when the I/O loop is gone: the caller must `_finish`."""
+        self._state = _POSTED
+        self._status = status
+        try:
+            self._io.call_soon(self._complete, number)
+        except Stopped:
+            return False
+        return True
+
+    def _acked(self, number: int) -> None:
+        """The guest may have freed the slot: tell the sender to try again. I/O loop."""
+        with self._lock:
+            if self._state is not _PENDING or number != self._number:
+                return
+            self._state = _POSTED
+            self._status = -errno.EAGAIN
+        self._complete(number)
+
+    def _complete(self, number: int) -> None:
+        """The one callback of post `number`; the state stays POSTED meanwhile (S24). I/O loop."""
+        if self._state is not _POSTED or number != self._number:
+            return
+        try:
+            self._on_complete(self._status)
+        finally:
+            self._finish()
+
+    def _finish(self) -> None:
+        with self._lock:
+            self._state = _FREE
+            self._message = b""
+            waiter, self._waiter = self._waiter, None
+        if waiter is not None:
+            self._line.disarm_ack(waiter)
+        self._drop()
+
+    def _cancel(self, number: int) -> None:
+        """Post `number` will not be delivered (or not any more): complete it. Any thread."""
+        with self._lock:
+            if number != self._number or self._state not in (_BUSY, _PENDING):
+                return
+            scheduled = self._settle(number, -errno.ECANCELED)
+        if not scheduled:
+            self._finish()
+
+    def close(self, *, withdraw: bool = False) -> None:
+        """Take no more posts. Idempotent. Any thread.
+
+        A message that waits for the guest is cancelled; one that waits for the
+        vCPU is still delivered, unless `withdraw`: a reset must not let it reach
+        the guest's next life (S31).
+        """
+        with self._lock:
+            self._closed = True
+            number = self._number
+            waits = self._state is _PENDING or (withdraw and self._state is _BUSY)
+        if waits:
+            self._cancel(number)

@@ -1,0 +1,135 @@
+"""One VP's SynIC registers and pages: what every SynIC keeps, whoever receives the MSR writes.
+
+SCONTROL, SIMP and SIEFP arrive together (`update`), decide whether messages and
+event flags may be written, and place the pages. Owner: the vCPU's thread writes
+registers and messages; event flags come from any thread. `synic.kernel` and its
+like derive from this and say where `submit` runs.
+"""
+
+from __future__ import annotations
+
+import errno
+import threading
+
+from hvkvm.abi.hv_synic import (
+    HV_SYNIC_CONTROL_ENABLE,
+    HV_SYNIC_PAGE_MASK,
+    HV_SYNIC_SIEFP_ENABLE,
+    HV_SYNIC_SIMP_ENABLE,
+)
+from hvkvm.errors import HvkvmError
+from hvkvm.events import NULL_OBSERVER, Observer, SynicPageMoved, Warned
+from hvkvm.hyperv.synic.pages import EventFlagsPage, MessagePage, Overlay, SynicPage
+
+
+class VpSynic:
+    """Registers and pages of the VP `vp_index`. Until `active` is set nothing here does anything (S1)."""
+
+    __slots__ = (
+        "_event_gpa",
+        "_events_on",
+        "_lock",
+        "_message_gpa",
+        "_messages_on",
+        "_observer",
+        "active",
+        "event_page",
+        "message_page",
+        "scontrol",
+        "siefp",
+        "simp",
+        "vp_index",
+    )
+
+    def __init__(
+        self, vp_index: int, message: Overlay, event: Overlay, *, observer: Observer = NULL_OBSERVER
+    ) -> None:
+        self.vp_index = vp_index
+        self.active = False
+        self.scontrol = self.siefp = self.simp = 0
+        self.message_page = MessagePage(message)
+        self.event_page = EventFlagsPage(event)
+        self._observer = observer
+        self._messages_on = self._events_on = False
+        # What the registers ask for; the overlays may have refused it.
+        self._message_gpa: int | None = None
+        self._event_gpa: int | None = None
+        # One event flag's "is it on?" and its OR are one step against update and reset (S34, S36).
+        self._lock = threading.Lock()
+
+    def update(self, scontrol: int, siefp: int, simp: int) -> bool:
+        """Take all three registers as the guest left them (S57); move a page only if its address changed (S3).
+
+        True when the message page has just come on. The vCPU's thread, before it re-enters the guest (S5). Raises OSError
+        when the host cannot place a page; an address that KVM cannot map is the
+        guest's doing and leaves the page off.
+        """
+        if not self.active or (scontrol, siefp, simp) == (self.scontrol, self.siefp, self.simp):
+            return False
+        was_on = self._messages_on
+        moved: list[SynicPageMoved | Warned] = []
+        with self._lock:
+            self.scontrol, self.siefp, self.simp = scontrol, siefp, simp
+            # Bit 0 decides; the address 0 is as good as any other (S2).
+            message_gpa = simp & HV_SYNIC_PAGE_MASK if simp & HV_SYNIC_SIMP_ENABLE else None
+            event_gpa = siefp & HV_SYNIC_PAGE_MASK if siefp & HV_SYNIC_SIEFP_ENABLE else None
+            try:
+                if message_gpa != self._message_gpa:
+                    self._message_gpa = message_gpa
+                    moved += self._move(self.message_page, "message", message_gpa)
+                if event_gpa != self._event_gpa:
+                    self._event_gpa = event_gpa
+                    moved += self._move(self.event_page, "event", event_gpa)
+            finally:
+                # Messages need SIMP alone, event flags SCONTROL too (S9).
+                self._messages_on = self.message_page.overlay.gpa is not None
+                self._events_on = bool(
+                    scontrol & HV_SYNIC_CONTROL_ENABLE and self.event_page.overlay.gpa is not None
+                )
+        for event in moved:
+            self._observer.event(event)
+        return self._messages_on and not was_on
+
+    def _move(self, page: SynicPage, kind: str, gpa: int | None) -> list[SynicPageMoved | Warned]:
+        if page.overlay.place(gpa):
+            return [SynicPageMoved(self.vp_index, kind, gpa)]
+        text = f"vp {self.vp_index}: no {kind} page can be mapped at gpa {gpa:#x}, which the guest chose: it stays off"
+        return [Warned("synic-page", text), SynicPageMoved(self.vp_index, kind, None)]
+
+    def post_message(self, sint: int, message: bytes) -> int:
+        """See `seam.SynicVp.post_message`. Needs no lock: it runs where `update` runs."""
+        if not self._messages_on:
+            return -errno.ENXIO
+        return self.message_page.post(sint, message)
+
+    def set_event_flag(self, sint: int, number: int) -> int:
+        """See `seam.SynicVp.set_event_flag`. Any thread."""
+        with self._lock:
+            if not self._events_on:
+                return -errno.ENXIO
+            return int(self.event_page.set(sint, number))
+
+    def reset(self) -> None:
+        """Enables off, both pages unplaced and zeroed (S4, S7). The vCPU is outside KVM_RUN."""
+        if not self.active:
+            return
+        with self._lock:
+            self._messages_on = self._events_on = False
+            self.scontrol = self.siefp = self.simp = 0
+            self._message_gpa = self._event_gpa = None
+            for page in (self.message_page, self.event_page):
+                page.overlay.place(None)
+                page.overlay.zero()
+                page.dirty = True
+
+    def close(self) -> None:
+        """Free both pages. Idempotent; nothing may be posted any more, and attempts say -ENXIO."""
+        with self._lock:
+            self.active = self._messages_on = self._events_on = False
+            for page in (self.message_page, self.event_page):
+                try:
+                    page.overlay.close()
+                except HvkvmError as error:
+                    self._observer.event(
+                        Warned("synic-page", f"vp {self.vp_index}: closing a SynIC page: {error}")
+                    )
