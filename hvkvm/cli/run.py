@@ -37,13 +37,19 @@ examples:
 def parser() -> Parser:
     """The options of `hvkvm run`; a default of None means "as MachineConfig says"."""
     p = Parser("hvkvm run", "Boot a guest; what follows `--` is run inside it.", EPILOG)
-    p.add_argument("--config", type=Path, metavar="TOML", help="read a machine from this file; flags override it")
+    p.add_argument(
+        "--config", type=Path, metavar="TOML", help="read a machine from this file; flags override it"
+    )
     p.add_argument("--kernel", type=Path, metavar="FILE", help="bzImage, vmlinux, PVH ELF or multiboot image")
-    p.add_argument("--initrd", type=Path, metavar="FILE", help="initial RAM disk; `-- command` is added to it")
+    p.add_argument(
+        "--initrd", type=Path, metavar="FILE", help="initial RAM disk; `-- command` is added to it"
+    )
     p.add_argument("--append", metavar="TEXT", help="kernel command line, behind hvkvm's own defaults")
     p.add_argument("--cpus", metavar="N", help="vCPUs (1)")
     p.add_argument("--memory", metavar="SIZE", help="guest RAM: 512M, 2G, 0.5G; a bare number is MiB (512M)")
-    p.add_argument("--hv", metavar="LIST", help="host-model, passthrough, none, or QEMU's hv-* names (host-model)")
+    p.add_argument(
+        "--hv", metavar="LIST", help="host-model, passthrough, none, or QEMU's hv-* names (host-model)"
+    )
     p.add_argument("--synic", metavar="|".join(SYNIC_CHOICES), help="which SynIC carries the guest (auto)")
     p.add_argument(
         "--signal-path",
@@ -51,11 +57,21 @@ def parser() -> Parser:
         help="who answers HvSignalEvent: KVM_HYPERV_EVENTFD or the userspace table (auto)",
     )
     p.add_argument(
-        "--device", action="append", metavar="NAME", dest="devices", help=f"add a device: {', '.join(KNOWN_DEVICES)}"
+        "--device",
+        action="append",
+        metavar="NAME",
+        dest="devices",
+        help=f"add a device: {', '.join(KNOWN_DEVICES)}",
     )
-    p.add_argument("--modules-dir", type=Path, metavar="DIR", help="the guest kernel's lib/modules/VERSION folder")
-    p.add_argument("--module", action="append", metavar="NAME", dest="modules", help="load this module at start")
-    p.add_argument("--busybox", type=Path, metavar="FILE", help="a static busybox for the guest (found in PATH)")
+    p.add_argument(
+        "--modules-dir", type=Path, metavar="DIR", help="the guest kernel's lib/modules/VERSION folder"
+    )
+    p.add_argument(
+        "--module", action="append", metavar="NAME", dest="modules", help="load this module at start"
+    )
+    p.add_argument(
+        "--busybox", type=Path, metavar="FILE", help="a static busybox for the guest (found in PATH)"
+    )
     p.add_argument("--timeout", metavar="SECONDS", help="end the run after this long, with status 124")
     p.add_argument("--no-reboot", action="store_true", help="a guest reset ends the run with status 0")
     p.add_argument("--no-acpi", action="store_true", help="give the guest no ACPI tables")
@@ -110,14 +126,19 @@ def main(arguments: list[str]) -> int:
     from hvkvm.cli.status import StatusLine
     from hvkvm.machine.dump import describe
     from hvkvm.machine.machine import Machine
-    from hvkvm.machine.outcome import Ending, Outcome
+    from hvkvm.machine.outcome import Ending
 
     began = monotonic()
     with Machine(config) as machine:
         status = StatusLine(machine, sys.stderr, enabled=not options.quiet and not options.json)
-        console = Console(machine.io, on_quit=lambda: machine.finish(Ending.QUIT, 130, "Ctrl-a x"))
-        status.attach(console)
+        console = Console(
+            machine.io,
+            on_quit=lambda: machine.finish(Ending.QUIT, 130, "Ctrl-a x"),
+            on_output_broken=lambda: machine.finish(Ending.QUIT, 141, "nobody reads the console any more"),
+            tail=machine.board.tail,
+        )
         machine.board.attach_console(console)
+        status.start()
 
         def stop(number: int, _frame: FrameType | None) -> None:
             machine.finish(Ending.QUIT, 128 + number, signal.Signals(number).name)

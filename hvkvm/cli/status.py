@@ -13,9 +13,8 @@ from time import monotonic
 from typing import TYPE_CHECKING, TextIO
 
 if TYPE_CHECKING:
-    from hvkvm.backends.console import Console
     from hvkvm.machine.machine import Machine
-    from hvkvm.runtime.io_loop import Timer
+    from hvkvm.runtime.timers import Timer
 
 REDRAW_SECONDS = 0.25
 ERASE = "\r\x1b[K"
@@ -33,10 +32,10 @@ class StatusLine:
         self._timer: Timer | None = None
         self._began = monotonic()
 
-    def attach(self, console: Console) -> None:
-        """Start drawing; the first byte on `console` ends it."""
+    def start(self) -> None:
+        """Start drawing; the guest's first byte ends it."""
         if self._live:
-            console.on_first_output(self.clear)
+            self._machine.board.on_first_output = self.clear
             self._timer = self._machine.io.call_later(REDRAW_SECONDS, self._draw)
 
     def _draw(self) -> None:

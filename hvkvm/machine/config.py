@@ -122,7 +122,7 @@ class MachineConfig:
             _check_readable(flag, path)
         if self.modules_dir is not None and not self.modules_dir.is_dir():
             raise ConfigError(
-                f"--modules-dir {self.modules_dir}: not a directory; name the kernel's lib/modules/VERSION folder"
+                f"--modules-dir {self.modules_dir}: not a directory; name the kernel's lib/modules/VERSION"
             )
         if self.modules and self.modules_dir is None:
             raise ConfigError("--module: needs --modules-dir, the kernel's lib/modules/VERSION folder")

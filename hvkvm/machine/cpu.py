@@ -29,7 +29,14 @@ _DROPPED = frozenset({0x1F, 0x80000026, _SVM_LEAF})
 
 
 def entry(
-    function: int, index: int = 0, *, eax: int = 0, ebx: int = 0, ecx: int = 0, edx: int = 0, indexed: bool = False
+    function: int,
+    index: int = 0,
+    *,
+    eax: int = 0,
+    ebx: int = 0,
+    ecx: int = 0,
+    edx: int = 0,
+    indexed: bool = False,
 ) -> kvm_cpuid_entry2:
     """One CPUID entry; `indexed` marks the sub-leaf as significant."""
     flags = KVM_CPUID_FLAG_SIGNIFCANT_INDEX if indexed else 0

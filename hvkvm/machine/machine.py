@@ -12,15 +12,18 @@ called from any thread; the first ending wins.
 from __future__ import annotations
 
 import threading
+from collections import Counter
 from contextlib import ExitStack
 from time import monotonic
 from types import TracebackType
 
 from hvkvm.errors import HvkvmError
 from hvkvm.events import NULL_OBSERVER, GuestPanicked, Observer
+from hvkvm.hyperv.features import FeatureSet
+from hvkvm.hyperv.partition import Partition
+from hvkvm.kvm.exits import exit_name
 from hvkvm.kvm.gsi import GsiTable
 from hvkvm.kvm.system import Kvm
-from hvkvm.kvm.vcpu import Vcpu
 from hvkvm.machine import build, exits
 from hvkvm.machine.board import Board
 from hvkvm.machine.config import MachineConfig
@@ -32,7 +35,6 @@ from hvkvm.machine.outcome import (
     Outcome,
 )
 from hvkvm.machine.reset import PowerOnState
-from hvkvm.memory.guest import GuestMemory
 from hvkvm.runtime.io_loop import IoLoop
 from hvkvm.runtime.vcpu_thread import VcpuThread
 from hvkvm.runtime.vcpus import VcpuGroup
@@ -60,27 +62,28 @@ class Machine:
 
     def _build(self, stack: ExitStack) -> None:
         config = self.config
+        self._image = build.GuestImage(config)
         self.kvm = stack.enter_context(Kvm(config.kvm_path))
-        self.features = build.resolve_features(self.kvm, config)
-        self.vm = build.create_vm(self.kvm, stack)
-        self.memory = GuestMemory(self.vm, config.memory)
-        stack.callback(self.memory.close)
-        self.vcpus: list[Vcpu] = build.create_vcpus(self.kvm, self.vm, config, self.features, stack)
+        self.features: FeatureSet = build.resolve_features(self.kvm, config)
+        self.vm = build.create_vm(self.kvm, config, stack)
+        self.memory = build.create_memory(self.vm, config, stack)
+        self.vcpus = build.create_vcpus(self.kvm, self.vm, config, self.features)
         self.gsi = GsiTable(self.vm)
         self.io = IoLoop(on_fault=self._loop_fault)
         stack.callback(self.io.stop)
         self.board = Board(self, stack)
         handlers = exits.handlers(self)
         self.threads = [
-            VcpuThread(vcpu, handlers, on_fault=self._vcpu_fault, name=f"vcpu{vcpu.index}") for vcpu in self.vcpus
+            VcpuThread(vcpu, handlers, on_fault=self._vcpu_fault, name=f"vcpu{vcpu.index}")
+            for vcpu in self.vcpus
         ]
         self.group = VcpuGroup(self.threads)
-        self.partition = build.create_partition(self, stack)
+        self.partition: Partition | None = build.create_partition(self, stack)
         if self.partition is not None:
-            exits.add_hyperv_handlers(handlers, self, self.partition)
+            exits.add_hyperv_handlers(handlers, self.partition)
         self.board.add_optional_devices(config.devices)
-        self._power_on = PowerOnState(self.vm, self.vcpus)
-        self._image = build.GuestImage(config, stack)
+        build.reset_enlightenments(self)
+        self._power_on = PowerOnState(self.kvm, self.vm, self.vcpus)
         self._image.load(self.memory, self.vcpus[0])
 
     def start(self) -> None:
@@ -89,7 +92,6 @@ class Machine:
             raise HvkvmError("this machine was started already; build another one")
         self.started_at = monotonic()
         self.io.start()
-        self.board.start()
         self.group.start_all()
 
     def wait(self, timeout: float | None = None) -> Outcome | None:
@@ -108,7 +110,9 @@ class Machine:
 
     def expire(self) -> None:
         """End the run because its time is over."""
-        self.finish(Ending.TIMEOUT, EXIT_TIMEOUT, f"the guest had not finished after {self.config.timeout:g} s")
+        self.finish(
+            Ending.TIMEOUT, EXIT_TIMEOUT, f"the guest had not finished after {self.config.timeout:g} s"
+        )
 
     def finish(self, ending: Ending, status: int, detail: str = "") -> None:
         """Name the end of the run, once; wakes `wait()`. Any thread."""
@@ -155,6 +159,7 @@ class Machine:
             self.board.reset()
             if self.partition is not None:
                 self.partition.reset()
+            build.reset_enlightenments(self)
             self._power_on.restore()
             self._image.load(self.memory, self.vcpus[0])
             self.resets += 1
@@ -164,6 +169,13 @@ class Machine:
         """The guest reported a crash; ends the run with its text."""
         self.observer.event(GuestPanicked(text))
         self.finish(Ending.PANIC, EXIT_PANIC, text)
+
+    def exit_counts(self) -> dict[str, int]:
+        """Exits of all vCPUs so far, by the C name of the reason without KVM_EXIT_. Any thread."""
+        total: Counter[str] = Counter()
+        for thread in self.threads:
+            total.update({exit_name(reason): count for reason, count in list(thread.exit_counts.items())})
+        return dict(total)
 
     def _vcpu_fault(self, thread: VcpuThread, error: BaseException) -> None:
         self.finish(Ending.KVM_ERROR, EXIT_MACHINE_FAULT, f"{thread.name}: {error}")
@@ -177,7 +189,7 @@ class Machine:
             self.finish(Ending.QUIT, 0, "stopped by the host")
         if self.started_at is not None:
             self.group.stop_all(STOP_SECONDS)
-            self.board.stop()
+            self.board.flush()
             self.io.stop()
 
     def close(self) -> None:

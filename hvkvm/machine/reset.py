@@ -18,6 +18,7 @@ from hvkvm.abi.kvm import (
     KVM_IRQCHIP_PIC_MASTER,
     KVM_IRQCHIP_PIC_SLAVE,
 )
+from hvkvm.kvm.system import Kvm
 from hvkvm.kvm.vcpu import Vcpu
 from hvkvm.kvm.vm import Vm
 
@@ -50,7 +51,7 @@ ARCHITECTURAL_MSRS = (
 class VcpuPowerOn:
     """One vCPU's state before it ever ran."""
 
-    def __init__(self, vcpu: Vcpu) -> None:
+    def __init__(self, vcpu: Vcpu, supported: frozenset[int]) -> None:
         self._vcpu = vcpu
         self._sregs = vcpu.sregs()
         self._regs = vcpu.regs()
@@ -58,11 +59,10 @@ class VcpuPowerOn:
         self._lapic = vcpu.lapic()
         self._events = vcpu.vcpu_events()
         self._mp_state = vcpu.mp_state()
-        supported = set(vcpu.vm.kvm.msr_index_list())
         self._msrs = vcpu.msrs([index for index in ARCHITECTURAL_MSRS if index in supported])
 
     def restore(self) -> None:
-        """Put it back. Order: sregs before the LAPIC (APIC base), MSRs after it (TSC deadline), mp_state last."""
+        """Put it back: sregs before the LAPIC (APIC base), MSRs after it (TSC deadline), mp_state last."""
         vcpu = self._vcpu
         vcpu.set_sregs(self._sregs)
         vcpu.set_regs(self._regs)
@@ -76,9 +76,10 @@ class VcpuPowerOn:
 class PowerOnState:
     """The whole machine's power-on state."""
 
-    def __init__(self, vm: Vm, vcpus: Sequence[Vcpu]) -> None:
+    def __init__(self, kvm: Kvm, vm: Vm, vcpus: Sequence[Vcpu]) -> None:
         self._vm = vm
-        self._vcpus = [VcpuPowerOn(vcpu) for vcpu in vcpus]
+        supported = frozenset(kvm.msr_index_list())
+        self._vcpus = [VcpuPowerOn(vcpu, supported) for vcpu in vcpus]
         self._chips: list[Any] = [vm.get_irqchip(chip) for chip in _IRQCHIPS]
         self._pit = vm.get_pit2()
 

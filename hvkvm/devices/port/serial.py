@@ -115,6 +115,11 @@ class Serial16550:
         """Whether a THR write does nothing but output now: no interrupt, no divisor, no loopback."""
         return not (self._ier & IER_THRI or self._lcr & LCR_DLAB or self._mcr & MCR_LOOP)
 
+    @property
+    def receive_interrupt_enabled(self) -> bool:
+        """Whether the guest wants to hear of input: something there reads the console. Any thread."""
+        return bool(self._ier & IER_RDI)
+
     # --- the guest's side ------------------------------------------------------------------------
 
     def write(self, offset: int, size: int, value: int) -> None:

@@ -1,0 +1,153 @@
+"""The port devices of a machine and its console: what `abi.board` promises, built and wired.
+
+Made by `Machine` before the vCPUs run. Device callbacks come on vCPU threads
+and only name the machine's next step (`finish`, `request_reset`); output
+reaches the sink on the I/O loop.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import ExitStack
+from typing import TYPE_CHECKING
+
+from hvkvm.abi import board
+from hvkvm.backends.console_tail import ConsoleTail
+from hvkvm.devices.port.acpi_pm import AcpiControlBlock, AcpiEventBlock
+from hvkvm.devices.port.bus import MmioHole, PortBus
+from hvkvm.devices.port.cmos import Cmos
+from hvkvm.devices.port.debug_exit import DebugExit, GuestExit, debug_exit_status
+from hvkvm.devices.port.fw_cfg import FwCfg
+from hvkvm.devices.port.irq_line import IrqfdLine
+from hvkvm.devices.port.quiet import absorb_writes, quiet_ports
+from hvkvm.devices.port.reset import I8042Reset, PciConfigPorts, SystemControlA
+from hvkvm.devices.port.serial import Serial16550
+from hvkvm.devices.port.serial_coalesced import CoalescedSerial
+from hvkvm.errors import CapabilityMissing, ConfigError
+from hvkvm.kvm.irqfd import Irqfd
+from hvkvm.machine.outcome import Ending
+
+if TYPE_CHECKING:
+    from hvkvm.backends.console import Console
+    from hvkvm.devices.port.hyperv_testdev import HypervTestdev
+    from hvkvm.machine.machine import Machine
+
+PANIC_MARK = "Kernel panic - not syncing: "
+"""What Linux prints; the only word of a panic from a kernel whose Hyper-V drivers are not loaded."""
+
+
+class Board:
+    """The devices. `stack` closes what they hold, in reverse order."""
+
+    def __init__(self, machine: Machine, stack: ExitStack) -> None:
+        self._machine = machine
+        self._stack = stack
+        self.tail = ConsoleTail()
+        """The guest's last console lines."""
+        self.on_first_output: Callable[[], None] | None = None
+        self._sink: Callable[[bytes], object] | None = None
+        self.testdev: HypervTestdev | None = None
+        self.ports = PortBus(machine.observer)
+        self.ports.expect(quiet_ports())
+        self.mmio = MmioHole(machine.observer)
+        for vcpu in machine.vcpus:
+            stack.callback(self.ports.forget, vcpu)
+        self._add_serial(machine, stack)
+        self._add_platform(machine, stack)
+
+    def _add_serial(self, machine: Machine, stack: ExitStack) -> None:
+        irqfd = Irqfd(machine.vm, board.COM1_IRQ)
+        stack.callback(irqfd.close)
+        self.serial = Serial16550(IrqfdLine(irqfd), self._output, machine.io)
+        self._coalesced: CoalescedSerial | None = None
+        try:
+            self._coalesced = CoalescedSerial(self.serial, machine.vcpus[0], machine.io)
+            self._coalesced.attach(self.ports)
+            stack.callback(self._coalesced.close)
+        except CapabilityMissing:
+            self.serial.attach(self.ports)
+
+    def _add_platform(self, machine: Machine, stack: ExitStack) -> None:
+        def reset() -> None:
+            machine.request_reset("the guest asked for a reset")
+
+        def debug_exit(value: int) -> None:
+            machine.finish(Ending.DEBUG_EXIT, debug_exit_status(value), f"{value:#x} written")
+
+        def guest_exit(status: int) -> None:
+            machine.finish(Ending.COMMAND_EXITED, status)
+
+        PciConfigPorts(reset).attach(self.ports)
+        I8042Reset(reset).attach(self.ports)
+        SystemControlA(reset).attach(self.ports)
+        DebugExit(debug_exit).attach(self.ports)
+        GuestExit(guest_exit).attach(self.ports)
+        FwCfg(machine.config.cpus, machine.config.memory).attach(self.ports)
+        Cmos().attach(self.ports)
+        AcpiControlBlock(lambda: machine.finish(Ending.POWERED_OFF, 0)).attach(self.ports)
+        self.power = AcpiEventBlock(lambda level: machine.vm.irq_line(board.SCI_IRQ, int(level)))
+        self.power.attach(self.ports)
+        for doorbell in absorb_writes(machine.vm):
+            stack.callback(doorbell.close)
+
+    def add_optional_devices(self, names: tuple[str, ...]) -> None:
+        """Add the devices asked for by `--device`. ConfigError when one lacks what it stands on."""
+        machine = self._machine
+        for name in dict.fromkeys(names):
+            if name == "hyperv-testdev":
+                from hvkvm.devices.port.hyperv_testdev import HypervTestdev
+
+                if machine.partition is None:
+                    raise ConfigError(
+                        f"--device {name}: drives the SynIC, which --hv {machine.config.hv} leaves out; "
+                        "add synic to --hv"
+                    )
+                self.testdev = HypervTestdev(machine.partition, machine.io, machine.observer)
+                self._stack.callback(self.testdev.close)
+                self.testdev.attach(self.ports)
+
+    def attach_console(self, console: Console) -> None:
+        """Give the UART's output to `console` and its input to the UART. Before `Machine.start`."""
+        console.connect(self.serial)
+        self._sink = console.output.write
+
+    def attach_sink(self, sink: Callable[[bytes], object]) -> None:
+        """Give the UART's output to `sink(data)`, on the I/O loop. Before `Machine.start`."""
+        self._sink = sink
+
+    def _output(self, data: bytes) -> None:
+        """The UART's sink: the I/O loop, or the stopping thread at the end."""
+        if self.on_first_output is not None:
+            self.on_first_output()
+            self.on_first_output = None
+        self.tail.add(data)
+        if self._sink is not None:
+            self._sink(data)
+
+    @property
+    def guest_listens(self) -> bool:
+        """Whether the guest has enabled the UART's receive interrupt: something reads the console."""
+        return self.serial.receive_interrupt_enabled
+
+    def console_panic(self) -> str | None:
+        """The panic message among the last console lines, or None. Any thread."""
+        for line in reversed(self.tail.lines()):
+            at = line.find(PANIC_MARK)
+            if at >= 0 and "end Kernel panic" not in line:
+                return line[at:].strip()
+        return None
+
+    def flush(self) -> None:
+        """Take what the guest printed last out of KVM's ring and the UART. The vCPU threads have ended."""
+        if self._coalesced is not None:
+            self._coalesced.drain()
+        self.serial.output.flush(even_if_held=True)
+
+    def reset(self) -> None:
+        """Power-on state of every device; the SynIC's users give their routes up (S7). vCPUs paused."""
+        if self.testdev is not None:
+            self.testdev.reset()
+        if self._coalesced is not None:
+            self._coalesced.reset()
+        else:
+            self.serial.reset()

@@ -1,0 +1,174 @@
+"""The steps of building a machine, in the order KVM demands.
+
+VM, interrupt chips, memory, every vCPU in vp_index order, CPUID before SynIC,
+SynIC before routing. Called by `Machine` on the thread that owns it; each step
+pushes its undoing on the stack.
+"""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from hvkvm.abi import board
+from hvkvm.abi.kvm import (
+    KVM_CAP_IMMEDIATE_EXIT,
+    KVM_CAP_IRQFD_RESAMPLE,
+    KVM_CAP_MAX_VCPUS,
+    KVM_CAP_TSC_DEADLINE_TIMER,
+    KVM_PIT_SPEAKER_DUMMY,
+)
+from hvkvm.errors import CapabilityMissing, ConfigError
+from hvkvm.hyperv import cpuid as hv_cpuid
+from hvkvm.hyperv.features import FeatureSet, HostFeatures, parse_features, resolve
+from hvkvm.hyperv.partition import Partition
+from hvkvm.kvm.system import Kvm
+from hvkvm.kvm.vcpu import Vcpu
+from hvkvm.kvm.vm import Vm
+from hvkvm.machine.config import MachineConfig
+from hvkvm.machine.cpu import vcpu_cpuid
+from hvkvm.memory.guest import GuestMemory
+
+if TYPE_CHECKING:
+    from hvkvm.machine.machine import Machine
+
+_NEEDED = (
+    (KVM_CAP_IMMEDIATE_EXIT, "KVM_CAP_IMMEDIATE_EXIT", "Linux 4.13"),
+    (KVM_CAP_IRQFD_RESAMPLE, "KVM_CAP_IRQFD_RESAMPLE", "Linux 3.9 with an in-kernel irqchip"),
+)
+
+
+def resolve_features(kvm: Kvm, config: MachineConfig) -> FeatureSet:
+    """The enlightenments of `config` on this host. ConfigError, CapabilityMissing."""
+    features = resolve(parse_features(config.hv), HostFeatures.probe(kvm))
+    if config.synic == "user":
+        raise CapabilityMissing("--synic user: not implemented yet; use --synic kernel on a KVM with Hyper-V")
+    return features
+
+
+def create_vm(kvm: Kvm, config: MachineConfig, stack: ExitStack) -> Vm:
+    """A VM with the in-kernel irqchip and PIT. CapabilityMissing, ConfigError for too many vCPUs."""
+    for capability, name, since in _NEEDED:
+        if not kvm.check_extension(capability):
+            raise CapabilityMissing(f"this kernel's KVM lacks {name}; use {since} or newer")
+    limit = kvm.check_extension(KVM_CAP_MAX_VCPUS)
+    if limit and config.cpus > limit:
+        raise ConfigError(f"--cpus {config.cpus}: this kernel's KVM takes at most {limit}; choose fewer")
+    vm = stack.enter_context(kvm.create_vm())
+    vm.set_identity_map_addr(board.IDENTITY_MAP_ADDRESS)
+    vm.set_tss_addr(board.TSS_ADDRESS)
+    vm.create_irqchip()
+    vm.create_pit2(KVM_PIT_SPEAKER_DUMMY)
+    return vm
+
+
+def create_memory(vm: Vm, config: MachineConfig, stack: ExitStack) -> GuestMemory:
+    """Guest RAM. ConfigError when the host has no room for it."""
+    try:
+        return stack.enter_context(GuestMemory(vm, config.memory))
+    except OSError as error:
+        raise ConfigError(
+            f"--memory {config.memory >> 20}M: the host refuses it ({error.strerror}); ask for less"
+        ) from error
+
+
+def create_vcpus(kvm: Kvm, vm: Vm, config: MachineConfig, features: FeatureSet) -> list[Vcpu]:
+    """Every vCPU fd, in VP order, each with its CPUID. They must all exist before any runs."""
+    host = kvm.supported_cpuid()
+    leaves = hv_cpuid.hyperv_leaves(features, config.cpus) if features else None
+    tsc_deadline = bool(kvm.check_extension(KVM_CAP_TSC_DEADLINE_TIMER))
+    vcpus = [vm.create_vcpu(index) for index in range(config.cpus)]
+    for vcpu in vcpus:
+        vcpu.set_cpuid2(vcpu_cpuid(host, vcpu.index, config.cpus, leaves, tsc_deadline=tsc_deadline))
+        hv_cpuid.prepare_vcpu(vcpu, features)
+    return vcpus
+
+
+def create_partition(machine: Machine, stack: ExitStack) -> Partition | None:
+    """The SynIC component, where the enlightenments have one; activated."""
+    if "synic" not in machine.features:
+        return None
+    partition = Partition(
+        machine.vm,
+        machine.gsi,
+        machine.memory,
+        machine.io,
+        machine.threads,
+        features=machine.features,
+        observer=machine.observer,
+        signal_path=machine.config.signal_path,
+    )
+    stack.callback(partition.close)
+    partition.activate()
+    return partition
+
+
+def reset_enlightenments(machine: Machine) -> None:
+    """Power-on values of the Hyper-V MSRs where no `Partition` writes them: a set without SynIC."""
+    if machine.partition is None and machine.features:
+        for vcpu in machine.vcpus:
+            vcpu.set_msrs(hv_cpuid.reset_msrs(machine.features, vcpu.index))
+
+
+class GuestImage:
+    """What is loaded into guest RAM, at start and again at every reset."""
+
+    def __init__(self, config: MachineConfig) -> None:
+        self._config = config
+        self._initrd = initial_ramdisk(config)
+        self._command_line = command_line(config)
+
+    def load(self, memory: GuestMemory, vcpu: Vcpu) -> str:
+        """Write it and set the boot vCPU's registers; returns what was loaded. BootError.
+
+        Memory is left as it is: a reset does not clear RAM.
+        """
+        from hvkvm.boot.image import load
+
+        entry = load(
+            memory,
+            self._config.kernel,
+            initrd=self._initrd,
+            cmdline=self._command_line,
+            cpus=self._config.cpus,
+            acpi=self._config.acpi,
+        )
+        entry.apply(vcpu)
+        return entry.what
+
+
+def initial_ramdisk(config: MachineConfig) -> bytes | Path | None:
+    """The user's initrd, with an archive behind it that runs the command, if there is one."""
+    if not config.command and not config.modules:
+        return config.initrd
+    from hvkvm.boot import initramfs
+
+    archive = initramfs.build(
+        config.command or None,
+        busybox=config.busybox or find_busybox(),
+        modules=config.modules,
+        kernel_modules_dir=config.modules_dir,
+    )
+    if config.initrd is None:
+        return archive
+    # The kernel unpacks archives one behind the other; later files win. cpio pads to 512.
+    first = config.initrd.read_bytes()
+    return first + bytes(-len(first) % 512) + archive
+
+
+def find_busybox() -> Path:
+    """A static busybox on this host. ConfigError when there is none."""
+    from shutil import which
+
+    for name in ("busybox-static", "busybox"):
+        if found := which(name):
+            return Path(found)
+    raise ConfigError("--busybox: no busybox in PATH; install the busybox-static package or name one")
+
+
+def command_line(config: MachineConfig) -> str:
+    """hvkvm's own kernel parameters, then the user's, so that the user's win. Empty for other guests."""
+    from hvkvm.boot.linux import default_cmdline
+
+    return f"{default_cmdline()} {config.append}".strip()
