@@ -171,7 +171,7 @@ def _fadt(facs: int, dsdt: int) -> bytes:
     )
     fadt[116 - HEADER_SIZE : 128 - HEADER_SIZE] = _gas(board.RESET_PORT, 8, 1)
     put(128, "B", board.RESET_VALUE)
-    put(132, "QQ", facs, dsdt)
+    put(140, "Q", dsdt)  # X_FIRMWARE_CTRL stays 0: Linux would list the FACS twice
     # Access size word: Linux would split a dword access to the two event registers anyway.
     fadt[148 - HEADER_SIZE : 160 - HEADER_SIZE] = _gas(board.PM1A_EVT_PORT, 8 * board.PM1A_EVT_SIZE, 2)
     fadt[172 - HEADER_SIZE : 184 - HEADER_SIZE] = _gas(board.PM1A_CNT_PORT, 8 * board.PM1A_CNT_SIZE, 2)

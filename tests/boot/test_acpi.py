@@ -1,0 +1,177 @@
+"""The ACPI tables: checksums, what they promise about the board, and what `iasl` makes of them."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import struct
+import subprocess
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from hvkvm.abi import board
+from hvkvm.boot import acpi
+from hvkvm.errors import BootError
+
+MIB = 1 << 20
+
+
+class Tables:
+    """Follows the pointers as a guest does."""
+
+    def __init__(self, cpus: int = 2, memory: int = 512 * MIB, *, vmbus: bool = True) -> None:
+        self.built = acpi.build(cpus, memory, vmbus=vmbus)
+        self.rsdp = self.bytes_at(self.built.rsdp, 36)
+        self.xsdt = self.table(struct.unpack_from("<Q", self.rsdp, 24)[0])
+        pointers = struct.unpack(f"<{(len(self.xsdt) - 36) // 8}Q", self.xsdt[36:])
+        listed = [self.table(pointer) for pointer in pointers]
+        self.by_name = {table[:4].decode(): table for table in listed}
+        fadt = self.by_name["FACP"]
+        self.by_name["DSDT"] = self.table(struct.unpack_from("<Q", fadt, 140)[0])
+        self.facs_address = struct.unpack_from("<I", fadt, 36)[0]
+        self.facs = self.bytes_at(self.facs_address, 64)
+
+    def bytes_at(self, address: int, n: int) -> bytes:
+        at = address - self.built.address
+        assert at >= 0
+        assert at + n <= len(self.built.image)
+        return self.built.image[at : at + n]
+
+    def table(self, address: int) -> bytes:
+        (length,) = struct.unpack_from("<I", self.bytes_at(address, 8), 4)
+        return self.bytes_at(address, length)
+
+    def madt_entries(self) -> list[bytes]:
+        madt, at, entries = self.by_name["APIC"], 44, []
+        while at < len(madt):
+            assert madt[at + 1] >= 2
+            entries.append(madt[at : at + madt[at + 1]])
+            at += madt[at + 1]
+        assert at == len(madt)
+        return entries
+
+
+@given(cpus=st.integers(1, 600), gib=st.integers(1, 600), vmbus=st.booleans())
+def test_every_checksum_and_header(cpus: int, gib: int, vmbus: bool) -> None:
+    tables = Tables(cpus, gib << 30, vmbus=vmbus)
+    assert tables.rsdp[:8] == b"RSD PTR "
+    assert sum(tables.rsdp[:20]) % 256 == 0
+    assert sum(tables.rsdp) % 256 == 0
+    assert tables.rsdp[15] == 2
+    assert struct.unpack_from("<I", tables.rsdp, 20)[0] == 36
+    assert set(tables.by_name) == {"FACP", "APIC", "DSDT"}
+    for table in (tables.xsdt, *tables.by_name.values()):
+        assert sum(table) % 256 == 0
+    assert tables.facs[:8] == b"FACS" + struct.pack("<I", 64)
+    assert tables.facs_address % 64 == 0
+    assert tables.built.address == board.ACPI_AREA_ADDRESS
+    assert len(tables.built.image) <= board.ACPI_AREA_SIZE
+
+
+def test_fadt_names_the_boards_ports() -> None:
+    fadt = Tables().by_name["FACP"]
+    assert (len(fadt), fadt[8]) == (276, 6)
+    assert struct.unpack_from("<H", fadt, 46)[0] == board.SCI_IRQ
+    assert struct.unpack_from("<I", fadt, 48)[0] == 0  # SMI_CMD: ACPI mode from reset
+    assert struct.unpack_from("<II", fadt, 56) == (board.PM1A_EVT_PORT, 0)
+    assert struct.unpack_from("<II", fadt, 64) == (board.PM1A_CNT_PORT, 0)
+    assert fadt[88:92] == bytes([4, 2, 0, 0])
+    assert struct.unpack_from("<BBBBQ", fadt, 148) == (1, 32, 0, 2, board.PM1A_EVT_PORT)
+    assert struct.unpack_from("<BBBBQ", fadt, 172) == (1, 16, 0, 2, board.PM1A_CNT_PORT)
+    assert struct.unpack_from("<BBBBQB", fadt, 116) == (1, 8, 0, 1, board.RESET_PORT, board.RESET_VALUE)
+    (boot_arch,) = struct.unpack_from("<H", fadt, 109)
+    assert boot_arch == acpi.ACPI_FADT_NO_VGA | acpi.ACPI_FADT_NO_CMOS_RTC  # no legacy, no 8042; MSI works
+    (flags,) = struct.unpack_from("<I", fadt, 112)
+    assert flags & acpi.ACPI_FADT_RESET_REGISTER
+    assert flags & acpi.ACPI_FADT_POWER_BUTTON
+    assert not flags & 1 << 20  # HW_REDUCED
+
+
+@given(st.integers(1, 600))
+def test_madt_names_each_cpu_once_in_order(cpus: int) -> None:
+    tables = Tables(cpus)
+    ids = []
+    for entry in tables.madt_entries():
+        if entry[0] == acpi.MADT_LOCAL_APIC:
+            uid, apic_id, flags = struct.unpack_from("<BBI", entry, 2)
+            assert (len(entry), apic_id <= 254) == (8, True)
+        elif entry[0] == acpi.MADT_LOCAL_X2APIC:
+            apic_id, flags, uid = struct.unpack_from("<III", entry, 4)
+            assert (len(entry), apic_id > 254) == (16, True)
+        else:
+            continue
+        assert (uid, flags) == (apic_id, 1)
+        ids.append(apic_id)
+    assert ids == list(range(cpus))
+
+
+@pytest.mark.parametrize(("cpus", "nmi_kinds"), [(1, [4]), (255, [4]), (256, [4, 10])])
+def test_madt_interrupts(cpus: int, nmi_kinds: list[int]) -> None:
+    entries = Tables(cpus).madt_entries()
+    assert [entry[0] for entry in entries if entry[0] in (4, 10)] == nmi_kinds
+    (ioapic,) = [entry for entry in entries if entry[0] == acpi.MADT_IO_APIC]
+    assert struct.unpack_from("<II", ioapic, 4) == (board.IOAPIC_ADDRESS, 0)
+    overrides = [struct.unpack_from("<BBIH", entry, 2) for entry in entries if entry[0] == 2]
+    assert overrides == [(0, 0, 2, 0), (0, 9, 9, 0b1101)]  # IRQ 0 on pin 2; SCI level, active high
+
+
+def test_too_many_cpus_is_said() -> None:
+    with pytest.raises(BootError, match="--cpus 9000"):
+        acpi.build(9000, 512 * MIB)
+
+
+def test_dsdt_without_vmbus_has_no_bus_and_no_windows() -> None:
+    assert b"VMBS" in Tables().by_name["DSDT"]
+    dsdt = Tables(vmbus=False).by_name["DSDT"]
+    assert b"VMBS" not in dsdt
+    assert b"VMOD" not in dsdt
+    assert b"COM1" in dsdt
+
+
+def iasl(folder: Path, *arguments: str) -> str:
+    """Run iasl and demand that it has nothing to complain of."""
+    tool = shutil.which("iasl")
+    if tool is None:
+        pytest.skip("iasl is not installed (package acpica-tools)")
+    done = subprocess.run([tool, *arguments], cwd=folder, capture_output=True, text=True, check=False)
+    output = done.stdout + done.stderr
+    assert done.returncode == 0, output
+    complaint = re.search(
+        r"^(Error|Warning|Remark) .*|.*(Incorrect checksum|Invalid).*", output, re.MULTILINE
+    )
+    assert complaint is None, output
+    return output
+
+
+@pytest.mark.parametrize("vmbus", [True, False])
+@pytest.mark.parametrize("cpus", [1, 300])
+def test_iasl_reads_and_recompiles_every_table(tmp_path: Path, cpus: int, vmbus: bool) -> None:
+    tables = Tables(cpus, 6 << 30, vmbus=vmbus)
+    everything = {**tables.by_name, "XSDT": tables.xsdt, "FACS": tables.facs}
+    for name, content in everything.items():
+        (tmp_path / f"{name}.dat").write_bytes(content)
+        iasl(tmp_path, "-d", f"{name}.dat")
+        summary = iasl(tmp_path, "-p", f"again_{name}", f"{name}.dsl")
+        assert "0 Errors, 0 Warnings, 0 Remarks" in summary
+        if name not in ("DSDT", "FACS"):  # the compiler signs its own output; data tables stay as they were
+            again = bytearray((tmp_path / f"again_{name}.aml").read_bytes())
+            again[9] = content[9]
+            again[28:36] = content[28:36]
+            assert bytes(again) == content
+    source = (tmp_path / "DSDT.dsl").read_text()
+    assert ("0x0000000400000000, // Range Minimum" in source) is vmbus
+    assert ('Name (_CID, "VMBus")' in source) is vmbus
+    assert re.search(r"_S5, Package \(0x04\).*\n\s*{\s*0x05,", source)
+
+
+def test_dsdt_compiles_back_to_the_same_code(tmp_path: Path) -> None:
+    """-oa: without it iasl shortens paths, and the bytes differ though the meaning does not."""
+    dsdt = Tables().by_name["DSDT"]
+    (tmp_path / "DSDT.dat").write_bytes(dsdt)
+    iasl(tmp_path, "-d", "DSDT.dat")
+    iasl(tmp_path, "-oa", "-p", "again", "DSDT.dsl")
+    again = (tmp_path / "again.aml").read_bytes()
+    assert again[36:] == dsdt[36:]
