@@ -1,0 +1,97 @@
+"""Fixtures of the port device tests: a loop that runs only when told, a line that counts its pulses."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from hvkvm.errors import Stopped
+from hvkvm.events import Event, Observer
+
+
+class ManualLoop:
+    """The deferring half of IoLoop; the test says when it turns."""
+
+    def __init__(self) -> None:
+        self.soon: list[tuple[Callable[..., object], tuple[Any, ...]]] = []
+        self.later: list[tuple[float, Callable[..., object], tuple[Any, ...]]] = []
+        self.stopped = False
+
+    def call_soon(self, fn: Callable[..., object], *args: Any) -> None:
+        if self.stopped:
+            raise Stopped("the loop has stopped")
+        self.soon.append((fn, args))
+
+    def call_later(self, seconds: float, fn: Callable[..., object], *args: Any) -> None:
+        if self.stopped:
+            raise Stopped("the loop has stopped")
+        self.later.append((seconds, fn, args))
+
+    def run_soon(self) -> int:
+        batch, self.soon = self.soon, []
+        for fn, args in batch:
+            fn(*args)
+        return len(batch)
+
+    def run_later(self) -> int:
+        batch, self.later = self.later, []
+        for _seconds, fn, args in batch:
+            fn(*args)
+        return len(batch)
+
+    def settle(self) -> None:
+        """Run everything until nothing is left."""
+        while self.run_soon() + self.run_later():
+            pass
+
+
+class CountingLine:
+    """An IrqLine."""
+
+    def __init__(self) -> None:
+        self.pulses = 0
+
+    def pulse(self) -> None:
+        self.pulses += 1
+
+    def taken(self) -> int:
+        count, self.pulses = self.pulses, 0
+        return count
+
+
+class Recorder(Observer):
+    """Keeps the events."""
+
+    def __init__(self) -> None:
+        self.events: list[Event] = []
+
+    def event(self, event: Event) -> None:
+        self.events.append(event)
+
+
+@pytest.fixture
+def loop() -> ManualLoop:
+    return ManualLoop()
+
+
+@pytest.fixture
+def line() -> CountingLine:
+    return CountingLine()
+
+
+@pytest.fixture
+def recorder() -> Recorder:
+    return Recorder()
+
+
+@pytest.fixture(scope="session")
+def new_loop() -> type[ManualLoop]:
+    """For properties, which need a fresh one for each example."""
+    return ManualLoop
+
+
+@pytest.fixture(scope="session")
+def new_line() -> type[CountingLine]:
+    return CountingLine
