@@ -10,6 +10,7 @@ fds; `close` alone does both ends where nobody watches.
 
 from __future__ import annotations
 
+import errno
 import os
 from typing import TYPE_CHECKING, Protocol
 
@@ -45,13 +46,17 @@ class EventFd:
             os.eventfd_write(self.fd, n)
         except BlockingIOError:
             return
+        except ValueError as error:  # what Python makes of fd -1
+            raise OSError(errno.EBADF, os.strerror(errno.EBADF)) from error
 
     def drain(self) -> int:
-        """Take the count and leave 0; returns 0 if there was nothing."""
+        """Take the count and leave 0; returns 0 if there was nothing. OSError (EBADF) once closed."""
         try:
             return os.eventfd_read(self.fd)
         except BlockingIOError:
             return 0
+        except ValueError as error:
+            raise OSError(errno.EBADF, os.strerror(errno.EBADF)) from error
 
     def close(self) -> None:
         """Close the fd; again does nothing. Deassign it in KVM first: KVM keeps its own reference (S43)."""

@@ -50,7 +50,7 @@ if TYPE_CHECKING:
 _ENABLE_CAP = rq.KVM_ENABLE_CAP._replace(scope="vcpu")
 _SUPPORTED_HV_CPUID = rq.KVM_GET_SUPPORTED_HV_CPUID._replace(scope="vcpu")
 _KVM_RUN = rq.KVM_RUN.number
-_MAX_IO_MSRS = 256  # the kernel's own limit for one KVM_GET_MSRS or KVM_SET_MSRS
+_MAX_IO_MSRS = 255  # one KVM_GET_MSRS or KVM_SET_MSRS takes fewer than the kernel's MAX_IO_MSRS, 256
 _PLAIN_XSAVE = 4096
 
 
