@@ -24,7 +24,7 @@ _NAME_MAX = 4095
 
 
 class Entry(NamedTuple):
-    """One archive member. `name` has no leading slash; `mode` includes the file type; `data` is a link's target."""
+    """One archive member; `mode` includes the file type, `data` is a file's content or a link's target."""
 
     name: str
     mode: int
@@ -77,9 +77,7 @@ def archive(entries: Iterable[Entry]) -> Iterator[bytes]:
     Times, owners and inode numbers do not depend on the host. Raises BootError
     for a name or a size that the format cannot hold.
     """
-    number = 0
-    for entry in entries:
-        number += 1
+    for number, entry in enumerate(entries, 1):
         yield from _member(number, entry)
     yield from _member(0, Entry("TRAILER!!!", 0))
 

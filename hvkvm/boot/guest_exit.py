@@ -72,9 +72,9 @@ def program(port: int = GUEST_EXIT_PORT) -> bytes:
     size = _EHDR_SIZE + _PHDR_SIZE + len(text)
     entry = _LOAD_ADDRESS + _EHDR_SIZE + _PHDR_SIZE
     # Elf64_Ehdr: ET_EXEC, EM_X86_64, entry, program headers behind it, no sections.
-    header = struct.pack(
-        "<16sHHIQQQIHHHHHH", b"\x7fELF\x02\x01\x01", 2, 62, 1, entry, _EHDR_SIZE, 0, 0, _EHDR_SIZE, _PHDR_SIZE, 1, 0, 0, 0
-    )  # fmt: skip
+    magic = b"\x7fELF\x02\x01\x01"
+    sizes = (_EHDR_SIZE, _PHDR_SIZE, 1, 0, 0, 0)
+    header = struct.pack("<16sHHIQQQIHHHHHH", magic, 2, 62, 1, entry, _EHDR_SIZE, 0, 0, *sizes)
     # Elf64_Phdr: PT_LOAD, readable and executable.
     segment = struct.pack("<IIQQQQQQ", 1, 5, 0, _LOAD_ADDRESS, _LOAD_ADDRESS, size, size, 0x1000)
     return header + segment + text

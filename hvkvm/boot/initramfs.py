@@ -11,6 +11,7 @@ the status to the machine (see `boot.guest_exit`) and powers off.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shlex
@@ -49,16 +50,17 @@ guest-exit $status
 poweroff -f
 """
 
-_FOLDERS = ("bin", "dev", "etc", "mnt", "modules", "proc", "root", "run", "sys", "tmp", "usr/bin", "usr/sbin", "var")
+_FOLDERS = "bin dev etc mnt modules proc root run sys tmp usr/bin usr/sbin var"
 # busybox's own shell finds its applets by itself; these are for programs and scripts that look on PATH.
 _APPLETS = (
-    "awk basename blkid cat chmod chown chroot cmp cp cttyhack cut date dd depmod devmem df diff dirname dmesg du echo"
-    " env expr false fdisk find free getty grep gunzip gzip halt hdparm head hexdump hostname id ifconfig insmod ip"
-    " kill ln logger ls lsmod lspci md5sum mkdir mke2fs mkfifo mknod mktemp modinfo modprobe more mount mv nc nproc od"
-    " pidof ping poweroff printenv printf ps pwd readlink reboot reset rm rmdir rmmod route sed seq setsid sh"
-    " sha256sum sleep sort stat stty sync sysctl tail tar tee test time timeout top touch tr true truncate tty udhcpc"
-    " umount uname uniq unzip uptime usleep vi watch wc wget which xargs xz yes zcat"
-).split()
+    "awk basename blkid cat chmod chown chroot cmp cp cttyhack cut date dd depmod devmem df diff "
+    "dirname dmesg du echo env expr false fdisk find free getty grep gunzip gzip halt hdparm head "
+    "hexdump hostname id ifconfig insmod ip kill ln logger ls lsmod lspci md5sum mkdir mke2fs mkfifo "
+    "mknod mktemp modinfo modprobe more mount mv nc nproc od pidof ping poweroff printenv printf ps "
+    "pwd readlink reboot reset rm rmdir rmmod route sed seq setsid sh sha256sum sleep sort stat stty "
+    "sync sysctl tail tar tee test time timeout top touch tr true truncate tty udhcpc umount uname "
+    "uniq unzip uptime usleep vi watch wc wget which xargs xz yes zcat"
+)
 _CACHE_MAGIC = b"hvkvm modules 1\n"
 _PT_INTERP = 3
 
@@ -96,12 +98,12 @@ def _base(busybox: Path) -> bytes:
     program = _read(busybox)
     if not is_static_elf(program):
         raise BootError(f"{busybox}: not a static 64-bit program; the busybox-static package has one")
-    entries = [cpio.directory(name) for name in _FOLDERS]
+    entries = [cpio.directory(name) for name in _FOLDERS.split()]
     # Before devtmpfs is mounted the kernel opens this one for init.
     entries.append(cpio.char_device("dev/console", 5, 1))
     entries.append(cpio.regular("bin/busybox", program, 0o755))
     entries.append(cpio.regular("bin/guest-exit", guest_exit.program(), 0o755))
-    entries += [cpio.symlink(f"bin/{name}", "busybox") for name in _APPLETS]
+    entries += [cpio.symlink(f"bin/{name}", "busybox") for name in _APPLETS.split()]
     entries.append(cpio.regular("init", INIT.encode(), 0o755))
     return cpio.pack(cpio.with_parents(entries))
 
@@ -143,16 +145,11 @@ def _modules(wanted: tuple[str, ...], folder: Path) -> bytes:
     if piece is not None:
         return piece
     loaded = ModuleTree(folder).closure(wanted)
-    piece = cpio.pack(
-        cpio.with_parents(
-            cpio.regular(f"modules/{number:03}-{module.name}.ko", module.data) for number, module in enumerate(loaded)
-        )
-    )
+    piece = cpio.pack(cpio.regular(f"modules/{n:03}-{m.name}.ko", m.data) for n, m in enumerate(loaded))
     marks = [_mark(module.path) for module in loaded]
-    try:
+    # A cache that cannot be written costs time at the next boot, no more.
+    with contextlib.suppress(OSError):
         cache.publish(kept, [_CACHE_MAGIC, json.dumps(marks).encode(), b"\n", piece])
-    except OSError:
-        pass  # a cache that cannot be written costs time at the next boot, no more
     return piece
 
 

@@ -23,7 +23,7 @@ _MODULE_MAX = 256 << 20
 
 
 class Module(NamedTuple):
-    """A module that is ready to load: its name as `lsmod` shows it, its ELF bytes, the file they came from."""
+    """A module ready to load: its name as `lsmod` shows it, its ELF bytes, the file they came from."""
 
     name: str
     data: bytes
@@ -144,9 +144,9 @@ class ModuleTree:
         relative = self._paths.get(canonical(name))
         if relative is not None:
             # modules.order names x.ko even where the package ships x.ko.xz.
-            base = self.root / relative.removesuffix(Path(relative).suffix if not relative.endswith(".ko") else "")
-            for suffix in ("", ".xz", ".zst", ".gz"):
-                candidate = base.with_name(base.name + suffix)
+            plain = relative[: relative.rindex(".ko")]
+            for suffix in _SUFFIXES:
+                candidate = self.root / (plain + suffix)
                 if candidate.exists():
                     return candidate
         raise BootError(f"kernel {self.version} has no module {name} (looked in {self.root})")
@@ -183,7 +183,8 @@ class ModuleTree:
             path = self.path(child)
             data = read_module(path)
             hard, soft = dependencies(data)
-            stack.append((Module(child, data, path), iter([(x, False) for x in soft] + [(x, True) for x in hard])))
+            needs = [(name, False) for name in soft] + [(name, True) for name in hard]
+            stack.append((Module(child, data, path), iter(needs)))
 
     def _lines(self, name: str) -> list[str]:
         try:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import os
 import struct
 from pathlib import Path
+from typing import Any
 
 from hvkvm.boot import cache
 
@@ -46,23 +47,29 @@ def decompress(packed: bytes) -> bytes | None:
 
 def _decompress(packed: bytes) -> bytes:
     # All formats but gzip have the unpacked size appended as 4 bytes, which decompressor objects leave alone.
-    if packed.startswith(b"\xfd7zXZ\0") or packed.startswith(b"\x5d\0\0"):
+    if packed.startswith((b"\xfd7zXZ\0", b"\x5d\0\0")):
         import lzma
 
-        return lzma.LZMADecompressor().decompress(packed, max_length=_VMLINUX_MAX)
+        return _whole(lzma.LZMADecompressor(), packed)
     if packed.startswith(b"\x1f\x8b"):
         import zlib
 
-        return zlib.decompressobj(wbits=31).decompress(packed, _VMLINUX_MAX)
+        return _whole(zlib.decompressobj(wbits=31), packed)
     if packed.startswith(b"BZh"):
         import bz2
 
-        return bz2.BZ2Decompressor().decompress(packed, max_length=_VMLINUX_MAX)
+        return _whole(bz2.BZ2Decompressor(), packed)
     if packed.startswith(b"\x28\xb5\x2f\xfd"):
         return _by_tool("zstd", packed)
     if packed.startswith(b"\x02\x21\x4c\x18"):
         return _by_tool("lz4", packed)
     return packed
+
+
+def _whole(unpacker: Any, packed: bytes) -> bytes:
+    unpacked: bytes = unpacker.decompress(packed, _VMLINUX_MAX)
+    # A payload cut short would make a kernel cut short, with a good ELF magic.
+    return unpacked if unpacker.eof else b""
 
 
 def _by_tool(tool: str, packed: bytes) -> bytes:

@@ -106,7 +106,9 @@ def sources_of(suite: str | None) -> list[Source]:
     else:
         chosen = [s._replace(suites=(suite,), components=("main",)) for s in sources if own in s.suites][:1]
     if not chosen:
-        raise StepError(f"apt has no archive of {own} configured (see sources.list(5)); nothing can be fetched")
+        raise StepError(
+            f"apt has no archive of {own} configured, see sources.list(5): nothing can be fetched"
+        )
     return chosen
 
 
@@ -118,7 +120,7 @@ class Archive:
         self.state = cache.root() / "apt" / self.suite
         self._fresh = False
         if shutil.which("apt-get") is None or shutil.which("dpkg-deb") is None:
-            raise StepError("apt-get and dpkg-deb are needed to fetch kernels; this works on Debian and its kin")
+            raise StepError("apt-get and dpkg-deb are needed to fetch kernels: a Debian system has them")
 
     def _options(self) -> list[str]:
         options = {
@@ -138,9 +140,13 @@ class Archive:
     def _apt(self, tool: str, *words: str, cwd: Path | None = None) -> str:
         done = subprocess.run(
             [tool, "-q", *self._options(), *words],
-            cwd=cwd, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+            cwd=cwd,
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            text=True,
+            check=False,
             env=dict(os.environ, LC_ALL="C"),
-        )  # fmt: skip
+        )
         if done.returncode:
             lines = (done.stderr.strip() or done.stdout.strip()).splitlines() or ["no message"]
             raise StepError(f"{tool} {' '.join(words)} ({self.suite}): {lines[-1]}")

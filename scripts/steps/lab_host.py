@@ -47,11 +47,19 @@ def default_cpus() -> int:
 
 
 def command_line(
-    image: Image, folder: Path, *, cpus: int, memory: str, shares: list[tuple[str, Path]], sockets: dict[str, int]
+    image: Image,
+    folder: Path,
+    *,
+    cpus: int,
+    memory: str,
+    shares: list[tuple[str, Path]],
+    sockets: dict[str, int],
 ) -> list[str]:
     """QEMU's argument list. `sockets` gives the listening descriptor of each channel."""
     # oops=panic and panic=-1 with -no-reboot: a broken L1 ends the process at once instead of hanging.
-    append = "console=ttyS0 quiet oops=panic panic=-1 mitigations=off nokaslr tsc=reliable random.trust_cpu=on"
+    append = (
+        "console=ttyS0 quiet oops=panic panic=-1 mitigations=off nokaslr tsc=reliable random.trust_cpu=on"
+    )
     line = [
         QEMU, "-nodefaults", "-no-user-config", "-name", "hvkvm-lab", "-machine", "q35", "-accel", "tcg,thread=multi",
         "-cpu", "EPYC-Rome,+svm,+npt", "-smp", str(cpus), "-m", memory, "-display", "none", "-no-reboot",
@@ -78,7 +86,14 @@ class LabHost:
     """A running lab machine. `folder` holds its sockets and console log, and outlives the process."""
 
     def __init__(
-        self, image: Image, folder: Path, *, cpus: int, memory: str, shares: list[tuple[str, Path]], keep: bool = False
+        self,
+        image: Image,
+        folder: Path,
+        *,
+        cpus: int,
+        memory: str,
+        shares: list[tuple[str, Path]],
+        keep: bool = False,
     ) -> None:
         listening: dict[str, socket.socket] = {}
         try:

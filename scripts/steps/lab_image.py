@@ -17,13 +17,21 @@ from steps import artifacts
 
 INIT = Path(__file__).with_name("lab_init.sh")
 # What the host side of the lab needs, and tun for the tests of networks.
-MODULES = ("virtio_pci", "virtio_console", "9pnet_virtio", "9p", "overlay", "irqbypass", "kvm", "kvm_amd", "tun")
+MODULES = (
+    "virtio_pci",
+    "virtio_console",
+    "9pnet_virtio",
+    "9p",
+    "overlay",
+    "irqbypass",
+    "kvm",
+    "kvm_amd",
+    "tun",
+)
 # kvm_amd wants it only for SEV, and some kernels link it in.
 OPTIONAL = ("ccp",)
-APPLETS = (
-    "sh cat chroot dmesg echo head insmod ip kill ls mkdir mount poweroff printf reboot setsid sleep stty sync umount"
-)
-_FOLDERS = "bin dev lower new proc sys tmp upper".split()
+APPLETS = "sh cat chroot echo head insmod ip kill mkdir mount poweroff printf setsid sleep stty sync umount"
+_FOLDERS = ["bin", "dev", "lower", "new", "proc", "sys", "tmp", "upper"]
 
 
 class Image(NamedTuple):
@@ -51,13 +59,18 @@ def image(suite: str | None, shares: Sequence[tuple[str, Path]], folder: Path) -
 def _base(modules: Path, busybox: Path) -> Path:
     """The part of the initramfs that does not change, from the cache when it was made before."""
     init = INIT.read_bytes()
-    recipe = "\0".join([str(modules), str(busybox), " ".join(MODULES + OPTIONAL), APPLETS, " ".join(_FOLDERS)])
+    recipe = "\0".join(
+        [str(modules), str(busybox), " ".join(MODULES + OPTIONAL), APPLETS, " ".join(_FOLDERS)]
+    )
     key = hashlib.sha256(recipe.encode() + init).hexdigest()[:32]
     kept = cache.root() / "lab" / f"{key}.cpio"
     if not kept.exists():
         loaded = ModuleTree(modules).closure(MODULES, optional=OPTIONAL)
         entries = [cpio.directory(name) for name in _FOLDERS]
-        entries += [cpio.char_device("dev/console", 5, 1), cpio.regular("bin/busybox", busybox.read_bytes(), 0o755)]
+        entries += [
+            cpio.char_device("dev/console", 5, 1),
+            cpio.regular("bin/busybox", busybox.read_bytes(), 0o755),
+        ]
         entries += [cpio.symlink(f"bin/{name}", "busybox") for name in APPLETS.split()]
         entries += [cpio.regular(f"modules/{n:02}-{m.name}.ko", m.data) for n, m in enumerate(loaded)]
         entries.append(cpio.regular("init", init, 0o755))

@@ -97,7 +97,9 @@ class Session:
         self.poll.register(self.sockets["control"], selectors.EVENT_READ, self._on_control)
         for name in self.outputs:
             self.tails[name] = Tail(self.token)
-            self.poll.register(self.sockets[name], selectors.EVENT_READ, lambda name=name: self._on_output(name))
+            self.poll.register(
+                self.sockets[name], selectors.EVENT_READ, lambda name=name: self._on_output(name)
+            )
         self.input = self.sockets["terminal" if tty else "stdin"]
 
     def close(self) -> None:

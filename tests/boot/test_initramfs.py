@@ -1,0 +1,159 @@
+"""The guest's first file system: what is in it, and that its shell script is one."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from hvkvm.abi.board import GUEST_EXIT_PORT
+from hvkvm.boot import guest_exit, initramfs
+from hvkvm.boot.kmod import ModuleTree
+from hvkvm.errors import BootError
+
+STATIC = guest_exit.program()
+needs_cpio = pytest.mark.skipif(shutil.which("cpio") is None, reason="the cpio tool is not installed")
+
+
+@pytest.fixture
+def busybox(tmp_path: Path) -> Path:
+    path = tmp_path / "busybox"
+    path.write_bytes(STATIC)
+    return path
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HVKVM_CACHE", str(tmp_path / "cache"))
+
+
+def unpack(image: bytes, folder: Path) -> Path:
+    """Unpack all the joined archives, as the kernel does."""
+    folder.mkdir()
+    mark = b"TRAILER!!!" + bytes(4)
+    for piece in image.split(mark)[:-1]:
+        # Device nodes need root, and what they are is tested elsewhere.
+        subprocess.run(["cpio", "-idm", "--quiet", "-f", "dev/*"], input=piece + mark, cwd=folder, check=True)
+    return folder
+
+
+@needs_cpio
+def test_command_is_quoted_for_the_shell(tmp_path: Path, busybox: Path) -> None:
+    root = unpack(initramfs.build(["echo", "a  b", "$HOME;", "it's"], busybox=busybox), tmp_path / "root")
+    done = subprocess.run(["sh", root / "command"], stdout=subprocess.PIPE, check=True)
+    assert done.stdout == b"a  b $HOME; it's\n"
+
+
+@needs_cpio
+def test_without_a_command_there_is_a_shell(tmp_path: Path, busybox: Path) -> None:
+    root = unpack(initramfs.build(None, busybox=busybox), tmp_path / "root")
+    assert (root / "command").read_text().endswith("exec sh\n")
+
+
+@needs_cpio
+def test_programs_are_there_and_executable(tmp_path: Path, busybox: Path) -> None:
+    root = unpack(initramfs.build(["true"], busybox=busybox), tmp_path / "root")
+    for name in ("init", "bin/busybox", "bin/guest-exit"):
+        assert (root / name).stat().st_mode & 0o111
+    assert (root / "bin/sh").readlink() == Path("busybox")
+    for folder in ("proc", "sys", "dev", "tmp", "root"):
+        assert (root / folder).is_dir()
+
+
+@needs_cpio
+def test_modules_are_numbered_in_load_order(
+    tmp_path: Path, busybox: Path, make_tree: Callable[..., ModuleTree]
+) -> None:
+    root = make_tree({"a": ["depends=b"], "b": []}).root
+    image = initramfs.build(["true"], busybox=busybox, modules=["a"], kernel_modules_dir=root)
+    found = unpack(image, tmp_path / "root")
+    assert sorted(path.name for path in (found / "modules").iterdir()) == ["000-b.ko", "001-a.ko"]
+
+
+def test_modules_are_read_once(
+    busybox: Path, monkeypatch: pytest.MonkeyPatch, make_tree: Callable[..., ModuleTree]
+) -> None:
+    root = make_tree({"a": ["depends=b"], "b": []}).root
+    first = initramfs.build(["true"], busybox=busybox, modules=["a"], kernel_modules_dir=root)
+    monkeypatch.setattr(initramfs, "ModuleTree", lambda folder: pytest.fail("read again"))
+    assert initramfs.build(["true"], busybox=busybox, modules=["a"], kernel_modules_dir=root) == first
+
+
+def test_changed_module_is_read_again(
+    busybox: Path, make_tree: Callable[..., ModuleTree], make_module: Callable[..., bytes]
+) -> None:
+    root = make_tree({"a": ["depends=b"], "b": []}).root
+    initramfs.build(["true"], busybox=busybox, modules=["a"], kernel_modules_dir=root)
+    changed = make_module("name=b", "description=changed")
+    (root / "kernel/drivers/b.ko").write_bytes(changed)
+    assert changed in initramfs.build(["true"], busybox=busybox, modules=["a"], kernel_modules_dir=root)
+
+
+@given(st.binary(max_size=60))
+def test_damaged_module_cache_is_not_believed(tmp_path_factory: pytest.TempPathFactory, junk: bytes) -> None:
+    kept = tmp_path_factory.mktemp("cache") / "kept"
+    kept.write_bytes(b"hvkvm modules 1\n" + junk)
+    found = initramfs._cached_modules(kept)
+    assert found is None or junk.startswith((b"[]", b"{}", b'""', b" "))
+
+
+def test_modules_without_a_folder_are_refused(busybox: Path) -> None:
+    with pytest.raises(BootError, match="lib/modules/VERSION"):
+        initramfs.build(["true"], busybox=busybox, modules=["hv_vmbus"])
+
+
+@needs_cpio
+def test_extra_files_keep_their_mode(tmp_path: Path, busybox: Path) -> None:
+    tool = tmp_path / "tool"
+    tool.write_text("#!/bin/sh\n")
+    tool.chmod(0o750)
+    image = initramfs.build(["true"], busybox=busybox, files={"/opt/x/tool": tool, "/etc/motd": b"hello"})
+    root = unpack(image, tmp_path / "root")
+    assert (root / "opt/x/tool").stat().st_mode & 0o777 == 0o750
+    assert (root / "etc/motd").read_bytes() == b"hello"
+
+
+def test_unreadable_file_is_a_boot_error(tmp_path: Path, busybox: Path) -> None:
+    with pytest.raises(BootError, match="No such file"):
+        initramfs.build(["true"], busybox=busybox, files={"/x": tmp_path / "gone"})
+
+
+@pytest.mark.parametrize("data", [b"", b"#!/bin/sh\n" * 99, STATIC[:70]])
+def test_busybox_that_is_no_static_program_is_refused(tmp_path: Path, data: bytes) -> None:
+    path = tmp_path / "busybox"
+    path.write_bytes(data)
+    with pytest.raises(BootError, match="busybox-static"):
+        initramfs.build(["true"], busybox=path)
+
+
+def test_dynamic_program_is_not_static() -> None:
+    dynamic = bytearray(STATIC)
+    dynamic[64] = 3  # PT_INTERP
+    assert initramfs.is_static_elf(STATIC)
+    assert not initramfs.is_static_elf(bytes(dynamic))
+
+
+@given(st.binary(max_size=200))
+def test_elf_check_survives_anything(data: bytes) -> None:
+    assert initramfs.is_static_elf(b"\x7fELF\x02\x01" + data) in (True, False)
+
+
+def test_init_is_a_valid_script_and_says_the_marker_first() -> None:
+    subprocess.run(["sh", "-n"], input=initramfs.INIT, text=True, check=True)
+    said = [line for line in initramfs.INIT.splitlines() if "echo" in line]
+    assert said[0] == 'echo "hvkvm: init $up"'
+
+
+@pytest.mark.skipif(shutil.which("as") is None, reason="the GNU assembler is not installed")
+def test_guest_exit_is_what_its_source_says(tmp_path: Path) -> None:
+    text = ".intel_syntax noprefix\n.code64\n" + guest_exit.SOURCE.format(port=GUEST_EXIT_PORT)
+    subprocess.run(["as", "-o", tmp_path / "x.o", "-"], input=text, text=True, check=True)
+    subprocess.run(
+        ["objcopy", "-O", "binary", "-j", ".text", tmp_path / "x.o", tmp_path / "x.bin"], check=True
+    )
+    assert (tmp_path / "x.bin").read_bytes() == guest_exit.code()
