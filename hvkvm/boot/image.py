@@ -47,6 +47,7 @@ def load(
     *,
     initrd: bytes | bytearray | memoryview | Path | None = None,
     cmdline: str = "",
+    defaults: str = "",
     cpus: int = 1,
     acpi: bool = True,
     vmbus: bool = True,
@@ -55,12 +56,15 @@ def load(
     """Load `kernel` into guest RAM and say how vCPU 0 starts it.
 
     Takes a bzImage, an ELF with a PVH note, a 64-bit vmlinux without one or a
-    multiboot-1 ELF32. `cpus` is the number of vCPUs for the ACPI tables, which
-    `acpi` False leaves out, and `vmbus` False leaves the VMBus out of them.
+    multiboot-1 ELF32. `defaults` is put before `cmdline` for every kernel but a
+    multiboot one, whose command line is its own program's arguments. `cpus` is
+    the number of vCPUs for the ACPI tables, which `acpi` False leaves out, and
+    `vmbus` False leaves the VMBus out of them.
     `kaslr` has a bzImage decompress itself, which is slower but places the
     kernel at random. Raises BootError.
     """
-    line = _encode(cmdline)
+    own = _encode(cmdline)
+    line = _encode(f"{defaults} {cmdline}".strip())
     with ExitStack() as files:
         file = files.enter_context(KernelFile(kernel, "--kernel"))
         payload = None
@@ -70,7 +74,7 @@ def load(
         if head.startswith(_ELF_MAGIC):
             image = elf.parse(file)
             rsdp = _write_acpi(memory, cpus, vmbus=vmbus) if acpi else 0
-            return _load_elf(memory, image, head, payload, line, rsdp)
+            return _load_elf(memory, image, head, payload, line, own, rsdp)
         header = bootparams.parse_header(head)
         if header is None:
             raise _not_a_kernel(file, head)
@@ -88,7 +92,13 @@ def _write_acpi(memory: GuestRam, cpus: int, *, vmbus: bool) -> int:
 
 
 def _load_elf(
-    memory: GuestRam, image: elf.ElfImage, head: bytes, initrd: Payload | None, cmdline: bytes, rsdp: int
+    memory: GuestRam,
+    image: elf.ElfImage,
+    head: bytes,
+    initrd: Payload | None,
+    cmdline: bytes,
+    arguments: bytes,
+    rsdp: int,
 ) -> Entry:
     entry = image.pvh_entry()
     if entry is not None:
@@ -103,7 +113,7 @@ def _load_elf(
             "is a 32-bit ELF file with neither a PVH note nor a multiboot header",
             "give a bzImage, a 64-bit vmlinux, a PVH or a multiboot image",
         )
-    return multiboot.load(memory, image, flags, initrd=initrd, cmdline=cmdline)
+    return multiboot.load(memory, image, flags, initrd=initrd, cmdline=arguments)
 
 
 def _encode(cmdline: str) -> bytes:

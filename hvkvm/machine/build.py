@@ -117,7 +117,6 @@ class GuestImage:
     def __init__(self, config: MachineConfig) -> None:
         self._config = config
         self._initrd = initial_ramdisk(config)
-        self._command_line = command_line(config)
 
     def load(self, memory: GuestMemory, vcpu: Vcpu) -> str:
         """Write it and set the boot vCPU's registers; returns what was loaded. BootError.
@@ -125,12 +124,14 @@ class GuestImage:
         Memory is left as it is: a reset does not clear RAM.
         """
         from hvkvm.boot.image import load
+        from hvkvm.boot.linux import default_cmdline
 
         entry = load(
             memory,
             self._config.kernel,
             initrd=self._initrd,
-            cmdline=self._command_line,
+            cmdline=self._config.append,
+            defaults=default_cmdline(),
             cpus=self._config.cpus,
             acpi=self._config.acpi,
         )
@@ -165,10 +166,3 @@ def find_busybox() -> Path:
         if found := which(name):
             return Path(found)
     raise ConfigError("--busybox: no busybox in PATH; install the busybox-static package or name one")
-
-
-def command_line(config: MachineConfig) -> str:
-    """hvkvm's own kernel parameters, then the user's, so that the user's win. Empty for other guests."""
-    from hvkvm.boot.linux import default_cmdline
-
-    return f"{default_cmdline()} {config.append}".strip()
