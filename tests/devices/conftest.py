@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import select
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,14 +14,21 @@ from hvkvm.events import Event, Observer
 
 
 class ManualLoop:
-    """The deferring half of IoLoop; the test says when it turns."""
+    """IoLoop's part that devices use; the test says when it turns."""
 
     def __init__(self) -> None:
         self.soon: list[tuple[Callable[..., object], tuple[Any, ...]]] = []
         self.later: list[tuple[float, Callable[..., object], tuple[Any, ...]]] = []
+        self.readers: dict[int, Callable[[], object]] = {}
         self.stopped = False
 
-    def call_soon(self, fn: Callable[..., object], *args: Any) -> None:
+    def add_reader(self, fd: int, callback: Callable[[], object]) -> SimpleNamespace:
+        self.readers[fd] = callback
+        return SimpleNamespace(remove=lambda: self.readers.pop(fd, None))
+
+    def call_soon(
+        self, fn: Callable[..., object], *args: Any, cancelled: Callable[[], object] | None = None
+    ) -> None:
         if self.stopped:
             raise Stopped("the loop has stopped")
         self.soon.append((fn, args))
@@ -30,10 +39,13 @@ class ManualLoop:
         self.later.append((seconds, fn, args))
 
     def run_soon(self) -> int:
+        ready = select.select(list(self.readers), [], [], 0)[0]
+        for fd in ready:
+            self.readers[fd]()
         batch, self.soon = self.soon, []
         for fn, args in batch:
             fn(*args)
-        return len(batch)
+        return len(batch) + len(ready)
 
     def run_later(self) -> int:
         batch, self.later = self.later, []

@@ -253,7 +253,11 @@ def whole_board() -> PortBus:
 BOARD = whole_board()
 
 
-@given(st.integers(0, 0xFFFF) | st.sampled_from(sorted(BOARD._claims)), st.sampled_from((1, 2, 4)), st.integers(0))
+@given(
+    st.integers(0, 0xFFFF) | st.sampled_from(sorted(BOARD._claims)),
+    st.sampled_from((1, 2, 4)),
+    st.integers(0),
+)
 def test_no_port_raises_and_every_answer_fits(port, size, value):
     BOARD.write(port, size, value & (1 << 8 * size) - 1)
     assert 0 <= BOARD.read(port, size) < 1 << 8 * size

@@ -48,7 +48,9 @@ def test_binary():
     assert rtc.date() == [20, 26, 1, 2, 15, 4, 5]
 
 
-@pytest.mark.parametrize(("hour", "shown"), [(0, 0x12), (1, 0x01), (11, 0x11), (12, 0x92), (13, 0x81), (23, 0x91)])
+@pytest.mark.parametrize(
+    ("hour", "shown"), [(0, 0x12), (1, 0x01), (11, 0x11), (12, 0x92), (13, 0x81), (23, 0x91)]
+)
 def test_twelve_hours(hour, shown):
     rtc = Rtc(calendar.timegm((2026, 1, 2, hour, 0, 0)))
     rtc.w(0x0B, 0)
@@ -69,7 +71,15 @@ def test_set_freezes_the_clock_and_takes_the_new_time():
     rtc.w(0x0B, B_24H | B_SET)
     rtc.now += 100
     assert rtc.r(0x00) == 0x05
-    for register, value in ((0x32, 0x19), (0x09, 0x99), (0x08, 0x12), (0x07, 0x31), (0x04, 0x23), (0x02, 0x59), (0, 0x58)):
+    for register, value in (
+        (0x32, 0x19),
+        (0x09, 0x99),
+        (0x08, 0x12),
+        (0x07, 0x31),
+        (0x04, 0x23),
+        (0x02, 0x59),
+        (0, 0x58),
+    ):
         rtc.w(register, value)
     assert not rtc.r(0x0A) & 0x80
     rtc.w(0x0B, B_24H)
@@ -117,7 +127,9 @@ def test_days_from_civil_agrees_with_the_calendar(now):
     assert _days_from_civil(date.tm_year, date.tm_mon, date.tm_mday) * 86400 == now - now % 86400
 
 
-@given(st.lists(st.tuples(st.booleans(), st.integers(0x70, 0x71), st.sampled_from((1, 2, 4)), st.integers(0))))
+@given(
+    st.lists(st.tuples(st.booleans(), st.integers(0x70, 0x71), st.sampled_from((1, 2, 4)), st.integers(0)))
+)
 def test_no_sequence_raises(accesses):
     bus = PortBus()
     Cmos().attach(bus)

@@ -213,7 +213,9 @@ def test_line_status_outranks_receive_outranks_transmit_outranks_modem(uart):
 # --- loopback, modem lines, divisor ---------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("mcr", "msr"), [(0x11, 0x20), (0x12, 0x10), (0x14, 0x40), (0x18, 0x80), (0x1F, 0xF0)])
+@pytest.mark.parametrize(
+    ("mcr", "msr"), [(0x11, 0x20), (0x12, 0x10), (0x14, 0x40), (0x18, 0x80), (0x1F, 0xF0)]
+)
 def test_loopback_reflects_the_modem_outputs(uart, mcr, msr):
     uart.w(MCR, mcr)
     assert uart.r(MSR) & 0xF0 == msr
@@ -466,7 +468,8 @@ def test_no_sequence_of_accesses_raises_and_every_answer_is_a_byte(operations, n
 @settings(max_examples=200)
 @given(
     pieces=st.lists(
-        st.one_of(st.binary(max_size=30), st.sampled_from(("soon", "later", "hold", "release", "thri"))), max_size=40
+        st.one_of(st.binary(max_size=30), st.sampled_from(("soon", "later", "hold", "release", "thri"))),
+        max_size=40,
     )
 )
 def test_output_is_what_was_written_whatever_the_loop_does(pieces, new_loop, new_line):
@@ -490,7 +493,9 @@ def test_output_is_what_was_written_whatever_the_loop_does(pieces, new_loop, new
 
 
 @settings(max_examples=200)
-@given(data=st.binary(min_size=1, max_size=400), trigger=st.sampled_from((0x01, 0x41, 0x81, 0xC1)), cut=st.data())
+@given(
+    data=st.binary(min_size=1, max_size=400), trigger=st.sampled_from((0x01, 0x41, 0x81, 0xC1)), cut=st.data()
+)
 def test_a_linux_like_driver_receives_everything_by_edges(data, trigger, cut, new_loop, new_line):
     uart = Uart(new_loop(), new_line())
     uart.w(FCR, trigger)
