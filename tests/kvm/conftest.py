@@ -9,6 +9,7 @@ import os
 
 import pytest
 
+from hvkvm.abi.kvm import KVM_CAP_HYPERV_SYNIC2
 from hvkvm.abi.kvm_structs import kvm_regs
 from hvkvm.errors import KvmIoctlError
 from hvkvm.kvm import ioctl as door
@@ -34,6 +35,30 @@ class TinyGuest:
         sregs.cs.base = sregs.cs.selector = 0
         self.vcpu.set_sregs(sregs)
         self.vcpu.set_regs(kvm_regs(rip=ENTRY, rflags=2, rsp=0x8000))
+
+    def protected_mode(self) -> None:
+        """Flat 32-bit protected mode instead, CPL 0: where hypercalls are allowed."""
+        sregs = self.vcpu.sregs()
+        sregs.cr0 |= 1
+        for name in ("cs", "ds", "es", "fs", "gs", "ss"):
+            segment = getattr(sregs, name)
+            segment.base, segment.limit, segment.selector = 0, 0xFFFFFFFF, 8 if name == "cs" else 16
+            segment.type, segment.s, segment.present = 11 if name == "cs" else 3, 1, 1
+            segment.db = segment.g = 1
+        self.vcpu.set_sregs(sregs)
+
+    def enlighten(self, kvm) -> None:
+        """Hyper-V CPUID and an active SynIC."""
+        leaves = [e for e in kvm.supported_cpuid() if e.function >> 16 != 0x4000] + kvm.supported_hv_cpuid()
+        self.vcpu.set_cpuid2(leaves)
+        self.vcpu.enable_cap(KVM_CAP_HYPERV_SYNIC2)
+
+    def answer(self, value: int) -> None:
+        """Let the guest's `in` give `value`."""
+        assert self.vcpu.enter() == 2
+        io = self.vcpu.run.io
+        assert io.direction == 0
+        self.vcpu.io_data(io.data_offset, io.size)[:] = value.to_bytes(io.size, "little")
 
     def outs(self, count: int, port: int = 0x80) -> list[int]:
         """Run to the next `count` writes to `port` and give what was written; other exits are errors."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import select
+import time
 
 import pytest
 
@@ -205,6 +206,15 @@ def test_one_eventfd_drives_one_gsi_s15(kvm):
 
 
 @pytest.mark.kvm
+def test_a_gsi_without_route_is_accepted_and_does_nothing_s15(kvm):
+    with kvm.create_vm() as vm:
+        vm.create_irqchip()
+        vm.create_vcpu(0)
+        with Irqfd(vm, 30) as line:
+            line.signal()
+
+
+@pytest.mark.kvm
 def test_each_signal_is_one_edge_at_the_guest(tiny_guest):
     guest = tiny_guest(PIC_GUEST, irqchip=True)
     assert guest.outs(1) == [ord("R")]
@@ -214,7 +224,7 @@ def test_each_signal_is_one_edge_at_the_guest(tiny_guest):
             assert interrupts(guest) == 1
         line.deassign()
         line.signal()
-        assert interrupts(guest) == 0
+        assert interrupts(guest, at_least=0) == 0
 
 
 @pytest.mark.kvm
@@ -258,13 +268,23 @@ def test_an_msi_route_carries_a_signal_to_the_lapic(kvm):
             assert bytes(vcpu.lapic().regs)[0x220] == 1 << 2
 
 
-def interrupts(guest) -> int:
-    """Let the guest's idle loop turn a while; how often did its handler write 'H'?"""
+def handler_ran(guest) -> bool:
+    """One turn of the guest: did its handler write 'H'?"""
+    guest.vcpu.enter()
+    io = guest.vcpu.run.io
+    if io.port != 0x80:
+        return False
+    assert guest.vcpu.data[io.data_offset] == ord("H")
+    return True
+
+
+def interrupts(guest, at_least: int = 1) -> int:
+    """Run the guest until its handler ran `at_least` times, then a while for more; how often did it in all?
+
+    KVM injects pin interrupts of an irqfd from a worker: when, nobody promises.
+    """
     seen = 0
-    for _ in range(50):
-        guest.vcpu.enter()
-        io = guest.vcpu.run.io
-        if io.port == 0x80:
-            assert guest.vcpu.data[io.data_offset] == ord("H")
-            seen += 1
-    return seen
+    deadline = time.monotonic() + 60
+    while seen < at_least and time.monotonic() < deadline:
+        seen += handler_ran(guest)
+    return seen + sum(handler_ran(guest) for _ in range(50))
