@@ -16,6 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
+from hvkvm.abi.tlfs import HV_X64_MSR_EOM, HV_X64_MSR_SCONTROL, HV_X64_MSR_SINT0
+
 SINTS = 16
 
 
@@ -168,12 +170,12 @@ class AgentCpu:
         for sint, policy in (sints or {}).items():
             self.policy(sint, policy)
             auto_eoi = 1 << 17 if policy & NO_EOI else 0
-            self.wrmsr(0x40000090 + sint, (SINT_VECTOR + sint) | auto_eoi)
+            self.wrmsr(HV_X64_MSR_SINT0 + sint, (SINT_VECTOR + sint) | auto_eoi)
         if simp is not None:
             self.simp(simp)
         if siefp is not None:
             self.siefp(siefp)
-        self.wrmsr(0x40000080, 1)
+        self.wrmsr(HV_X64_MSR_SCONTROL, 1)
 
     def simp(self, gpa: int | None) -> None:
         """Place the message page, or switch it off (None)."""
@@ -188,7 +190,7 @@ class AgentCpu:
         self._set("MB_POLICY", bits, sint)
 
     def eom(self) -> None:
-        self.wrmsr(0x40000084, 0)
+        self.wrmsr(HV_X64_MSR_EOM, 0)
 
     # --- what the handlers saw --------------------------------------------------------------------
 
@@ -252,6 +254,11 @@ class AgentCpu:
                 f"vcpu{self.index} SINT {sint}: {wrong} wrong messages, first {got:#x} for {due:#x}"
             )
 
+    def state(self) -> str:
+        """One line for a stuck test."""
+        names = ("COMMAND", "DONE", "OPCODE", "IDLE", "HEARTBEAT", "HALTING", "IN_IRQ", "DOORBELLS", "STRAY")
+        return f"vcpu{self.index}: " + " ".join(f"{name}={self._get(f'MB_{name}'):#x}" for name in names)
+
     def _get(self, name: str, index: int = 0) -> int:
         return self.memory.read_u64(self.base + ABI[name] + 8 * index)
 
@@ -260,7 +267,11 @@ class AgentCpu:
 
 
 class Agent:
-    """The whole guest. `wake(index)` must send DOORBELL_VECTOR to a vCPU; `alive()` says why not, or None."""
+    """The whole guest.
+
+    `wake(index)` must send DOORBELL_VECTOR to a vCPU. `ended()` says how the machine
+    ended, if it did; `describe()` what it does, for a stuck test's last words.
+    """
 
     def __init__(
         self,
@@ -270,11 +281,13 @@ class Agent:
         *,
         seconds: float = 60.0,
         ended: Callable[[], object | None] = lambda: None,
+        describe: Callable[[], str] = lambda: "",
     ) -> None:
         self.memory = memory
         self.wake = wake
         self.seconds = seconds
         self.ended = ended
+        self.describe = describe
         self.cpus = [AgentCpu(self, index) for index in range(cpus)]
 
     def __getitem__(self, index: int) -> AgentCpu:
@@ -310,6 +323,9 @@ class Agent:
             if ended is not None:
                 raise GuestStuckError(f"the machine ended ({ended}) before {what}")
             if time.monotonic() > deadline:
-                raise GuestStuckError(f"no {what} within {seconds or self.seconds:g} s")
+                state = "\n".join(cpu.state() for cpu in self.cpus)
+                raise GuestStuckError(
+                    f"no {what} within {seconds or self.seconds:g} s\n{state}\n{self.describe()}"
+                )
             time.sleep(pause)
             pause = min(pause * 1.5, 0.01)

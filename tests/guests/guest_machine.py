@@ -12,7 +12,9 @@ from struct import Struct
 from typing import TYPE_CHECKING, Any
 
 import guest_images
-from guest_agent import ABI, Agent, AgentCpu
+from guest_agent import ABI, CHECK, DRAIN, EOM_PENDING, SCRATCH, Agent, AgentCpu
+
+from hvkvm.abi.tlfs import HV_X64_MSR_GUEST_OS_ID, HV_X64_MSR_HYPERCALL
 
 if TYPE_CHECKING:
     from hvkvm.hyperv.partition import Partition
@@ -45,7 +47,18 @@ class Guest:
         self.machine: Machine = (
             Machine(settings) if observer is None else Machine(settings, observer=observer)
         )
-        self.agent = Agent(self.machine.memory, cpus, self._wake, ended=lambda: self.machine.outcome)
+        self.agent = Agent(
+            self.machine.memory,
+            cpus,
+            self._wake,
+            ended=lambda: self.machine.outcome,
+            describe=self._describe,
+        )
+
+    def _describe(self) -> str:
+        from hvkvm.machine.dump import describe
+
+        return describe(self.machine)
 
     def _wake(self, index: int) -> None:
         self.machine.vm.signal_msi(0xFEE00000 | index << 12, ABI["DOORBELL_VECTOR"])
@@ -192,3 +205,26 @@ class Sender:
         statuses = self.poster.statuses
         assert statuses.count(0) == self.due, "one completion with 0 a message"
         assert len(statuses) == self.due + self.retries
+
+
+def run_traffic(guest: Guest, each: int, *, idle: str, sints: tuple[int, ...] = (2, 11)) -> None:
+    """Send `each` numbered messages a vCPU, spread over a route for each of `sints`, all at once.
+
+    Every vCPU checks that nothing was lost, doubled, reordered or torn.
+    """
+    policy = dict.fromkeys(sints, DRAIN | EOM_PENDING | CHECK)
+    senders = []
+    for cpu in guest.agent.cpus:
+        cpu.synic_on(simp=SCRATCH + cpu.index * 0x1000, sints=policy)
+        cpu.idle(idle)
+        senders += [Sender(guest, cpu.index, sint) for sint in sints]
+    for sender in senders:
+        sender.send(each // len(sints))
+    for sender in senders:
+        sender.await_sent(seconds=max(guest.agent.seconds, each / 5))
+    guest.settle()
+    for sender in senders:
+        cpu = guest[sender.vp]
+        assert cpu.counter("MESSAGES", sender.sint) == each // len(sints)
+        cpu.expect_clean()
+        sender.poster.close()
