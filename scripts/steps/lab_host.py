@@ -18,16 +18,19 @@ import shutil
 import signal
 import socket
 import subprocess
+from collections.abc import Mapping
 from pathlib import Path
 
 from steps.distribution import StepError
-from steps.lab_image import Image
+from steps.lab_image import Image, Plan, image
 
 QEMU = "qemu-system-x86_64"
 CHANNELS = ("terminal", "control", "signals", "stdin", "stdout", "stderr")
 # Patching of kernel code races under the multi-threaded emulation of QEMU before 10: an L1 with two
 # processors there dies of "Oops: int3" in a run in a dozen, with one it does not.
 SAFE_SMP_VERSION = 10
+# oops=panic and panic=-1 with -no-reboot: a broken L1 ends the process at once instead of hanging.
+APPEND = "console=ttyS0 quiet oops=panic panic=-1 mitigations=off nokaslr tsc=reliable random.trust_cpu=on"
 
 _PR_SET_PDEATHSIG = 1
 
@@ -46,35 +49,30 @@ def default_cpus() -> int:
     return 2 if qemu_version() >= SAFE_SMP_VERSION else 1
 
 
-def command_line(
-    image: Image,
-    folder: Path,
-    *,
-    cpus: int,
-    memory: str,
-    shares: list[tuple[str, Path]],
-    sockets: dict[str, int],
-) -> list[str]:
+def command_line(plan: Plan, booted: Image, folder: Path, sockets: Mapping[str, int]) -> list[str]:
     """QEMU's argument list. `sockets` gives the listening descriptor of each channel."""
-    # oops=panic and panic=-1 with -no-reboot: a broken L1 ends the process at once instead of hanging.
-    append = (
-        "console=ttyS0 quiet oops=panic panic=-1 mitigations=off nokaslr tsc=reliable random.trust_cpu=on"
-    )
-    line = [
-        QEMU, "-nodefaults", "-no-user-config", "-name", "hvkvm-lab", "-machine", "q35", "-accel", "tcg,thread=multi",
-        "-cpu", "EPYC-Rome,+svm,+npt", "-smp", str(cpus), "-m", memory, "-display", "none", "-no-reboot",
-        "-kernel", str(image.kernel), "-initrd", str(image.initramfs), "-append", append,
-        "-chardev", f"file,id=log,path={_escaped(folder / 'console')}", "-serial", "chardev:log",
-        "-device", "virtio-serial-pci,id=ports",
-    ]  # fmt: skip
+    line = [QEMU, "-nodefaults", "-no-user-config", "-name", "hvkvm-lab", "-machine", "q35"]
+    line += ["-accel", "tcg,thread=multi", "-cpu", "EPYC-Rome,+svm,+npt"]
+    line += ["-smp", str(plan.cpus), "-m", plan.memory, "-display", "none", "-no-reboot"]
+    line += ["-kernel", str(booted.kernel), "-initrd", str(booted.initramfs), "-append", APPEND]
+    line += ["-chardev", f"file,id=log,path={_escaped(folder / 'console')}", "-serial", "chardev:log"]
+    line += ["-device", "virtio-serial-pci,id=ports"]
     for number, name in enumerate(CHANNELS):
         kind = "virtconsole" if name == "terminal" else "virtserialport"
         line += ["-chardev", f"socket,id={name},fd={sockets[name]},server=on,wait=off"]
         line += ["-device", f"{kind},bus=ports.0,chardev={name},name={name},nr={number}"]
-    for tag, path, mode in [("root", Path("/"), "readonly=on,"), *((tag, path, "") for tag, path in shares)]:
-        line += ["-fsdev", f"local,id={tag},path={_escaped(path)},security_model=none,{mode}multidevs=remap"]
+    for tag, path, mode in _file_systems(plan):
+        line += ["-fsdev", f"local,id={tag},path={_escaped(path)},security_model=none{mode},multidevs=remap"]
         line += ["-device", f"virtio-9p-pci,fsdev={tag},mount_tag={tag}"]
     return line
+
+
+def _file_systems(plan: Plan) -> list[tuple[str, Path, str]]:
+    read_only = ",readonly=on"
+    found = [("root", Path("/"), read_only)]
+    if plan.fresh is not None:
+        found.append(("project", plan.fresh, read_only))
+    return found + [(tag, path, "") for tag, path in plan.shares()]
 
 
 def _escaped(path: Path) -> str:
@@ -82,41 +80,34 @@ def _escaped(path: Path) -> str:
     return str(path).replace(",", ",,")
 
 
-class LabHost:
-    """A running lab machine. `folder` holds its sockets and console log, and outlives the process."""
+def start(plan: Plan, folder: Path, *, outlive: bool = False) -> subprocess.Popen[bytes]:
+    """Start the machine; its sockets, console log and QEMU's own messages lie in `folder`.
 
-    def __init__(
-        self,
-        image: Image,
-        folder: Path,
-        *,
-        cpus: int,
-        memory: str,
-        shares: list[tuple[str, Path]],
-        keep: bool = False,
-    ) -> None:
-        listening: dict[str, socket.socket] = {}
-        try:
-            for name in CHANNELS:
-                listening[name] = server = socket.socket(socket.AF_UNIX)
-                server.bind(str(folder / name))
-                server.listen(4)
-            sockets = {name: server.fileno() for name, server in listening.items()}
-            line = command_line(image, folder, cpus=cpus, memory=memory, shares=shares, sockets=sockets)
-            with open(folder / "qemu", "wb") as messages:
-                self.process = subprocess.Popen(
-                    line, stdin=subprocess.DEVNULL, stdout=messages, stderr=messages, pass_fds=sockets.values(),
-                    # A session of its own: Ctrl-C is for the command inside, not for the machine.
-                    start_new_session=True, preexec_fn=None if keep else _die_with_parent,
-                )  # fmt: skip
-        finally:
-            for server in listening.values():
-                server.close()
-
-    def stop(self) -> None:
-        """End the machine now. What jobs wrote to read-write shares is already on the host."""
-        self.process.kill()
-        self.process.wait()
+    It ends with this process unless it shall `outlive` it. Raises StepError when
+    QEMU or a package is missing.
+    """
+    booted = image(plan, folder)
+    listening: dict[str, socket.socket] = {}
+    try:
+        for name in CHANNELS:
+            listening[name] = server = socket.socket(socket.AF_UNIX)
+            server.bind(str(folder / name))
+            server.listen(4)
+        sockets = {name: server.fileno() for name, server in listening.items()}
+        with open(folder / "qemu", "wb") as messages:
+            return subprocess.Popen(
+                command_line(plan, booted, folder, sockets),
+                stdin=subprocess.DEVNULL,
+                stdout=messages,
+                stderr=messages,
+                pass_fds=tuple(sockets.values()),
+                # A session of its own: Ctrl-C is for the command inside, not for the machine.
+                start_new_session=True,
+                preexec_fn=None if outlive else _die_with_parent,  # noqa: PLW1509 (one thread here)
+            )
+    finally:
+        for server in listening.values():
+            server.close()
 
 
 def _die_with_parent() -> None:

@@ -1,16 +1,18 @@
 #!/bin/sh
 # The first process of the lab's machine: brings up KVM and a writable view of
-# the host's own root, then runs jobs that arrive on the control port.
+# the host's own root, then runs the jobs that arrive on the control port.
 #
 # Ports of the virtio-serial device, by number:
-#   0 terminal (hvc0)   1 control: "job BYTES NAME TTY" + script in, "exit N" out
+#   0 terminal (hvc0)   1 control: "job BYTES TOKEN tty|pipes" and a script in, "exit N" out
 #   2 signals in        3 stdin    4 stdout    5 stderr
+# /shares lists read-write folders; /fresh names the folder that a kept machine must see anew for each job.
 mount -t proc proc /proc
 mount -t sysfs sysfs /sys
 mount -t devtmpfs dev /dev
 for module in /modules/*.ko; do
 	insmod "$module" || echo "lab: $module does not load"
 done
+hostname lab
 
 port=/dev/vport0p
 tries=0
@@ -43,24 +45,57 @@ mount -o rbind /dev /new/dev
 mount -t tmpfs run /new/run
 mkdir -p /new/run/lab /new/run/lock
 ip link set lo up
-while read -r tag folder; do
-	mount -t 9p -o $wire,cache=mmap "$tag" "/new$folder" || fatal "$folder cannot be shared read-write"
-done </shares
+share() {
+	while read -r tag folder; do
+		mount -t 9p -o $wire,cache=mmap "$tag" "/new$folder" || fatal "$folder cannot be shared read-write"
+	done </shares
+}
+
+# A file system mounted anew shows the files as they are now, while the root's cache goes on serving
+# what seldom changes. The virtual environment is of that kind, so it is put back on top.
+fresh=$(cat /fresh)
+renew() {
+	while read -r tag folder; do
+		umount "/new$folder"
+	done </shares
+	umount "/new$fresh/.venv"
+	umount "/new$fresh"
+	umount /project
+	rm -rf /upper/project
+	mkdir -p /upper/project/files /upper/project/work
+} 2>/dev/null
+layer() {
+	mount -t 9p -o $wire,cache=loose,ro,noatime project /project || fatal "$fresh cannot be mounted anew"
+	mount -t overlay -o lowerdir=/project,upperdir=/upper/project/files,workdir=/upper/project/work \
+		overlay "/new$fresh" || fatal "$fresh cannot be made writable"
+	[ ! -d "/lower$fresh/.venv" ] || mount -o bind "/lower$fresh/.venv" "/new$fresh/.venv"
+}
+[ -n "$fresh" ] || share
 
 # Signals have a port and a reader of their own, because this shell is inside the job while one runs.
-while read -r name rows columns; do
-	case $name in
-	WINCH) stty -F /dev/hvc0 rows "$rows" cols "$columns" ;;
-	*) kill -"$name" -- -"$(cat /new/run/lab/pid)" ;;
-	esac
-done <${port}2 2>/dev/null &
+while :; do
+	while read -r name rows columns; do
+		case $name in
+		WINCH) stty -F /dev/hvc0 rows "$rows" cols "$columns" ;;
+		*) kill -"$name" -- -"$(cat /new/run/lab/pid)" ;;
+		esac
+	done
+	sleep 0.2
+done <${port}2 >/dev/null 2>&1 &
 while sleep 5; do echo beat >&9; done &
 
 read -r up idle </proc/uptime
 echo "hello $up" >&9
-while read -r verb bytes token tty <&9; do
+while :; do
+	if ! read -r verb bytes token tty <&9; then
+		# Nobody is connected: an ordinary lab has lost its user, a kept one waits for the next.
+		[ -n "$fresh" ] || poweroff -f
+		sleep 0.1
+		continue
+	fi
 	[ "$verb" = job ] || continue
 	head -c "$bytes" <&9 >/new/run/lab/job
+	[ -z "$fresh" ] || { renew; layer; share; }
 	if [ "$tty" = tty ]; then
 		stty -F /dev/hvc0 sane 2>/dev/null
 		setsid -c chroot /new /bin/sh /run/lab/job 9>&- </dev/hvc0 >/dev/hvc0 2>&1
@@ -72,7 +107,9 @@ while read -r verb bytes token tty <&9; do
 		printf '\0%s' "$token" >${port}4
 		printf '\0%s' "$token" >${port}5
 	fi
+	# What the command left running would hold the mounts, and the next job up.
+	[ -z "$fresh" ] || pkill -KILL -s "$(cat /new/run/lab/pid)"
+	rm -f /new/run/lab/pid
 	sync
 	echo "exit $status" >&9
 done
-poweroff -f

@@ -9,6 +9,7 @@ outcome of its own, never a hang.
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import selectors
 import shlex
@@ -19,6 +20,8 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
+
+from steps.distribution import say
 
 BOOT_SECONDS = 120.0
 # L1 says it is alive every 5 s; it may be slow, it may not be silent.
@@ -75,9 +78,12 @@ def job_script(command: Sequence[str], folder: Path, environment: Mapping[str, s
 class Session:
     """The connections of one job to a lab machine whose sockets lie in `folder`."""
 
-    def __init__(self, folder: Path, pid: int, *, tty: bool, fresh: bool, say: Callable[[str], None]) -> None:
-        self.folder, self.tty, self.say = folder, tty, say
+    def __init__(
+        self, folder: Path, pid: int, *, tty: bool, fresh: bool, detail: Callable[[str], None]
+    ) -> None:
+        self.tty, self.detail = tty, detail
         self.ready = not fresh
+        self.heard = time.monotonic()
         self.token = os.urandom(8).hex()
         self.poll = selectors.PollSelector()
         self.sockets: dict[str, socket.socket] = {}
@@ -115,16 +121,33 @@ class Session:
         """Run `script` to its end, or the machine's, or the deadline (`timeout` seconds)."""
         with _signals_as_bytes() as wakeup, _raw_terminal(self.tty):
             self.poll.register(wakeup, selectors.EVENT_READ, lambda: self._on_signal(os.read(wakeup, 64)))
-            while not self.ready and self.reason == "":
-                self._turn(time.monotonic() + BOOT_SECONDS, "it did not come up")
-            if self.reason:
-                return Outcome(None, self.reason)
+            early = self._until_up()
+            if early is not None:
+                return early
             header = f"job {len(script)} {self.token} {'tty' if self.tty else 'pipes'}\n"
             self.sockets["control"].sendall(header.encode() + script)
             if self.tty:
                 self._send_window_size()
             self._watch_input()
             return self._until_end(timeout)
+
+    def wait_up(self) -> Outcome | None:
+        """Wait until a machine just started is ready for jobs; an Outcome when it will not be."""
+        with _signals_as_bytes() as wakeup:
+            self.poll.register(wakeup, selectors.EVENT_READ, lambda: self._on_signal(os.read(wakeup, 64)))
+            early = self._until_up()
+            self.poll.unregister(wakeup)
+            return early
+
+    def _until_up(self) -> Outcome | None:
+        deadline = time.monotonic() + BOOT_SECONDS
+        while not self.ready:
+            self._turn(deadline)
+            if not self.reason and not self.ready and time.monotonic() >= deadline:
+                self.reason = f"it did not come up in {BOOT_SECONDS:g} s"
+            if self.reason:
+                return Outcome(self.status, self.reason)
+        return None
 
     def _until_end(self, timeout: float | None) -> Outcome:
         deadline = time.monotonic() + timeout if timeout else None
@@ -135,7 +158,7 @@ class Session:
                 if late:
                     return Outcome(STATUS_TIMEOUT, "the command did not end when told to", self.printed)
                 late, deadline = True, now + GRACE_SECONDS
-                self.say(f"lab: the command ran into its {timeout:g} s deadline")
+                say(f"lab: the command ran into its {timeout:g} s deadline")
                 self._forward("TERM")
             self._turn(deadline)
         if late and self.status is not None:
@@ -147,19 +170,16 @@ class Session:
             return True
         return self.status is not None and all(tail.ended for tail in self.tails.values())
 
-    def _turn(self, deadline: float | None, late: str = "") -> None:
-        """Wait for events once; a machine that stays silent too long counts as dead."""
-        now = time.monotonic()
-        limit = min(now + SILENCE_SECONDS, deadline) if deadline is not None else now + SILENCE_SECONDS
-        if not self.ready:
-            limit = now + BOOT_SECONDS
-        events = self.poll.select(max(0.0, limit - now))
-        for key, _ in events:
+    def _turn(self, deadline: float | None) -> None:
+        """Wait for events once, at most to `deadline`; a machine that has fallen silent counts as dead."""
+        silent = self.heard + SILENCE_SECONDS if self.ready else math.inf
+        limit = min(silent, math.inf if deadline is None else deadline)
+        for key, _ in self.poll.select(max(0.0, limit - time.monotonic())):
             key.data()
             if self.reason:
                 return
-        if not events and time.monotonic() >= limit and (deadline is None or limit < deadline or late):
-            self.reason = late or f"it has said nothing for {SILENCE_SECONDS:g} s"
+        if time.monotonic() >= silent:
+            self.reason = f"it has said nothing for {SILENCE_SECONDS:g} s"
 
     # --- what can happen --------------------------------------------------------------------------
 
@@ -179,13 +199,14 @@ class Session:
 
     def _on_control(self) -> None:
         data = self._receive("control")
+        self.heard = time.monotonic()
         self.control += data
         *lines, self.control = self.control.split(b"\n")
         for line in lines:
             verb, _, rest = line.decode(errors="replace").partition(" ")
             if verb == "hello":
                 self.ready = True
-                self.say(f"lab: up after {rest} s of its own time")
+                self.detail(f"lab: up after {rest} s of its own time")
             elif verb == "fatal":
                 self.reason = rest
             elif verb == "exit":
