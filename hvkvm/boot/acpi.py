@@ -55,8 +55,8 @@ ACPI_FADT_NO_CMOS_RTC = 1 << 5
 # FADT Flags.
 ACPI_FADT_WBINVD = 1 << 0
 ACPI_FADT_C1_SUPPORTED = 1 << 2
-ACPI_FADT_POWER_BUTTON = 1 << 4  # set: no fixed-feature button (and none in the DSDT)
-ACPI_FADT_SLEEP_BUTTON = 1 << 5
+ACPI_FADT_POWER_BUTTON = 1 << 4  # clear: the power button is PM1's own; set it would be a DSDT device
+ACPI_FADT_SLEEP_BUTTON = 1 << 5  # set: no sleep button in PM1 (and none in the DSDT)
 ACPI_FADT_FIXED_RTC = 1 << 6  # set: RTC wake is not in PM1
 ACPI_FADT_RESET_REGISTER = 1 << 10
 
@@ -164,7 +164,6 @@ def _fadt(facs: int, dsdt: int) -> bytes:
         "I",
         ACPI_FADT_WBINVD
         | ACPI_FADT_C1_SUPPORTED
-        | ACPI_FADT_POWER_BUTTON
         | ACPI_FADT_SLEEP_BUTTON
         | ACPI_FADT_FIXED_RTC
         | ACPI_FADT_RESET_REGISTER,

@@ -86,7 +86,8 @@ def test_fadt_names_the_boards_ports() -> None:
     assert boot_arch == acpi.ACPI_FADT_NO_VGA | acpi.ACPI_FADT_NO_CMOS_RTC  # no legacy, no 8042; MSI works
     (flags,) = struct.unpack_from("<I", fadt, 112)
     assert flags & acpi.ACPI_FADT_RESET_REGISTER
-    assert flags & acpi.ACPI_FADT_POWER_BUTTON
+    assert not flags & acpi.ACPI_FADT_POWER_BUTTON  # PM1 has it
+    assert flags & acpi.ACPI_FADT_SLEEP_BUTTON
     assert not flags & 1 << 20  # HW_REDUCED
 
 
