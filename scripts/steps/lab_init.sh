@@ -22,6 +22,8 @@ until [ -c ${port}5 ] && [ -c /dev/hvc0 ]; do
 	sleep 0.02
 done
 exec 9<>${port}1
+# Held open, because a terminal forgets its size when it is closed.
+exec 8<>/dev/hvc0
 
 fatal() {
 	echo "lab: $1"
@@ -98,11 +100,11 @@ while :; do
 	[ -z "$fresh" ] || { renew; layer; share; }
 	if [ "$tty" = tty ]; then
 		stty -F /dev/hvc0 sane 2>/dev/null
-		setsid -c chroot /new /bin/sh /run/lab/job 9>&- </dev/hvc0 >/dev/hvc0 2>&1
+		setsid -c chroot /new /bin/sh /run/lab/job 8>&- 9>&- </dev/hvc0 >/dev/hvc0 2>&1
 		status=$?
 		printf '\0%s' "$token" >/dev/hvc0
 	else
-		setsid chroot /new /bin/sh /run/lab/job 9>&- <${port}3 >${port}4 2>${port}5
+		setsid chroot /new /bin/sh /run/lab/job 8>&- 9>&- <${port}3 >${port}4 2>${port}5
 		status=$?
 		printf '\0%s' "$token" >${port}4
 		printf '\0%s' "$token" >${port}5
