@@ -109,7 +109,7 @@ class RouteTable:
         self._synic = synic
         self._io = io
         self._observer = observer
-        self._lock = threading.Lock()
+        self._lock = threading.Condition(threading.Lock())
         self._lines: dict[tuple[int, int], _SharedLine] = {}
         self._closed = False
 
@@ -127,9 +127,12 @@ class RouteTable:
             raise RouteError(f"{where}: no such VP, or it has no SynIC")
         key = (vp_index, sint)
         with self._lock:
+            # A line without holders is being closed by somebody. Two lines at once would be two GSIs for one
+            # SINT, and KVM might tell the wrong one of an EOM.
+            while (shared := self._lines.get(key)) is not None and not shared.refs:
+                self._lock.wait()
             if self._closed:
                 raise RouteError(f"{where}: this machine is being closed")
-            shared = self._lines.get(key)
             if shared is not None and on_complete is not None and shared.user is not None:
                 raise RouteError(f"{where}: another route already receives its completions")
             try:
@@ -178,10 +181,15 @@ class RouteTable:
     def _release(self, shared: _SharedLine) -> None:
         with self._lock:
             shared.refs -= 1
-            if shared.refs or self._lines.pop((shared.vp.vp_index, shared.sint), None) is None:
+            if shared.refs:
                 return
-        # Outside the lock: closing waits for an ack handler that may be opening a route right now.
-        shared.line.close()
+        try:
+            # Outside the lock: it waits for an ack handler, and does several system calls.
+            shared.line.close()
+        finally:
+            with self._lock:
+                self._lines.pop((shared.vp.vp_index, shared.sint), None)
+                self._lock.notify_all()
 
     def close_all(self, why: str | None) -> int:
         """Force every open route closed, withdrawing what it has under way; how many there were (S7).
@@ -201,14 +209,13 @@ class RouteTable:
         return closed
 
     def close(self) -> None:
-        """Close every route and refuse more. Idempotent. vCPU threads and I/O loop have ended, or soon will."""
+        """Close every route and refuse more. Idempotent. vCPU threads have ended, or soon will."""
         with self._lock:
             self._closed = True
         self.close_all(None)
         with self._lock:
             # Held by messages whose completion was queued to a loop that never ran it.
-            left = list(self._lines.values())
-            self._lines.clear()
+            left = [shared for shared in self._lines.values() if shared.refs]
         for shared in left:
             shared.line.close()
 

@@ -42,7 +42,9 @@ _FREE, _BUSY, _PENDING, _POSTED = State.FREE, State.BUSY, State.PENDING, State.P
 class Deferrer(Protocol):
     """What staging needs of the I/O loop."""
 
-    def call_soon(self, fn: Callable[..., object], *args: object) -> object: ...
+    def call_soon(
+        self, fn: Callable[..., object], *args: object, cancelled: Callable[[], object] | None = None
+    ) -> object: ...
 
 
 class Staging:
@@ -152,11 +154,14 @@ class Staging:
         return True
 
     def _settle(self, number: int, status: int) -> bool:
-        """Lock held. Schedule the completion; False when the I/O loop is gone: the caller must `_finish`."""
+        """Lock held. Schedule the completion; False when the I/O loop is gone: the caller must `_finish`.
+
+        A loop that ends first cannot run the callback either, but the route must not be held for ever.
+        """
         self._state = _POSTED
         self._status = status
         try:
-            self._io.call_soon(self._complete, number)
+            self._io.call_soon(self._complete, number, cancelled=self._finish)
         except Stopped:
             return False
         return True

@@ -105,14 +105,16 @@ class KernelLine:
             if self._resamplefd is not None:
                 self._resamplefd.drain()
             waiters, self._waiters = self._waiters, []
-            reader, self._reader = self._reader, None
-        if reader is not None:
-            reader.remove()
+            if self._reader is not None:
+                # Within the lock, so that nobody watches the fd again before it is let go. On the loop this
+                # does not wait.
+                self._reader.remove()
+                self._reader = None
         for waiter in waiters:
             waiter()
 
     def close(self) -> None:
-        """See `seam.SintLine.close`. In S18's order; an error does not stop the rest. Raises KvmIoctlError."""
+        """See `seam.SintLine.close`. In S18's order; an error stops nothing else. Raises KvmIoctlError."""
         with self._lock:
             self._closed = True
             irqfd, self._irqfd = self._irqfd, None

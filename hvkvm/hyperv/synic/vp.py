@@ -58,11 +58,12 @@ class VpSynic:
         self._lock = threading.Lock()
 
     def update(self, scontrol: int, siefp: int, simp: int) -> bool:
-        """Take all three registers as the guest left them (S57); move a page only if its address changed (S3).
+        """Take all three registers as the guest left them (S57); move a page only to a new address (S3).
 
-        True when the message page has just come on. The vCPU's thread, before it re-enters the guest (S5). Raises OSError
-        when the host cannot place a page; an address that KVM cannot map is the
-        guest's doing and leaves the page off.
+        True when the message page has just come on. The vCPU's thread, before it
+        re-enters the guest (S5). Raises OSError when the host cannot place a
+        page; an address that KVM cannot map is the guest's doing and leaves the
+        page off.
         """
         if not self.active or (scontrol, siefp, simp) == (self.scontrol, self.siefp, self.simp):
             return False
@@ -93,7 +94,7 @@ class VpSynic:
     def _move(self, page: SynicPage, kind: str, gpa: int | None) -> list[SynicPageMoved | Warned]:
         if page.overlay.place(gpa):
             return [SynicPageMoved(self.vp_index, kind, gpa)]
-        text = f"vp {self.vp_index}: no {kind} page can be mapped at gpa {gpa:#x}, which the guest chose: it stays off"
+        text = f"vp {self.vp_index}: no {kind} page can lie at gpa {gpa:#x}, where the guest wants it"
         return [Warned("synic-page", text), SynicPageMoved(self.vp_index, kind, None)]
 
     def post_message(self, sint: int, message: bytes) -> int:

@@ -1,0 +1,39 @@
+"""Fixtures for the SynIC's tests: a SynIC in plain memory, below the real routes and pages."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+
+# The SynIC stand-in is a module for tests, not part of the package.
+sys.path.insert(0, str(Path(__file__).parent))
+
+if TYPE_CHECKING:
+    from fake_synic import World
+
+
+@pytest.fixture
+def world() -> World:
+    """Two VPs with their SynIC on, routes over them, and an I/O loop that runs when told to."""
+    from fake_synic import World
+
+    return World()
+
+
+@pytest.fixture
+def tiny_switch_interval() -> Iterator[None]:
+    """Threads change over as often as the interpreter can."""
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    yield
+    sys.setswitchinterval(before)
+
+
+@pytest.fixture
+def open_fds() -> Callable[[], int]:
+    """`open_fds()`: how many fds this process has open."""
+    return lambda: len(list(Path("/proc/self/fd").iterdir()))

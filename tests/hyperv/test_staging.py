@@ -1,0 +1,364 @@
+"""A message on its way: the staging area's states and the slot it goes to (S21 to S32)."""
+
+from __future__ import annotations
+
+import errno
+
+import pytest
+from fake_synic import World
+
+from hvkvm.abi.hv_synic import HV_MESSAGE_FLAG_PENDING
+from hvkvm.events import Warned
+from hvkvm.hyperv.staging import State
+from hvkvm.hyperv.synic import pages
+
+AGAIN = -errno.EAGAIN
+
+
+def test_s21_posting_needs_a_completion_callback(world: World) -> None:
+    route = world.open()
+    with pytest.raises(ValueError, match="on_complete"):
+        route.post(1, b"")
+
+
+@pytest.mark.parametrize(("message_type", "payload"), [(0, b""), (1 << 32, b""), (-1, b""), (1, bytes(241))])
+def test_s21_a_message_that_fits_no_slot_is_the_callers_error(
+    world: World, message_type: int, payload: bytes
+) -> None:
+    route, statuses = world.sender()
+    with pytest.raises(ValueError, match="no message"):
+        route.post(message_type, payload)
+    assert route.post(1, bytes(240)) == 0
+    world.settle()
+    assert statuses == [0]
+
+
+def test_s22_one_message_at_a_time_and_a_refused_one_has_no_callback(world: World) -> None:
+    route, statuses = world.sender()
+    assert route.post(1, b"first") == 0
+    assert route.post(1, b"second") == AGAIN
+    world.settle()
+    assert statuses == [0]
+    assert bytes(world.vp().slot(2).payload[:5]) == b"first"
+    world.free_slot()
+    assert route.post(1, b"third") == 0
+
+
+def test_s22_the_message_is_copied_when_it_is_posted(world: World) -> None:
+    route, _ = world.sender()
+    payload = bytearray(b"as it was")
+    route.post(1, payload)
+    payload[:] = b"rewritten"
+    world.settle()
+    assert bytes(world.vp().slot(2).payload[:9]) == b"as it was"
+
+
+def test_s23_callbacks_run_on_the_loop_and_never_inside_post(world: World) -> None:
+    route, statuses = world.sender()
+    route.post(1, b"")
+    world.vp().run()
+    assert statuses == []
+    world.loop.run()
+    assert statuses == [0]
+
+
+@pytest.mark.parametrize("status", [-errno.EBADF, -errno.ENXIO, -errno.EIO])
+def test_s23_the_interrupts_own_error_is_the_status(world: World, status: int) -> None:
+    route, statuses = world.sender()
+    world.line().pulse_status = status
+    route.post(1, b"")
+    world.settle()
+    assert statuses == [status]
+    assert route.staging is not None
+    assert route.staging.state is State.FREE
+
+
+def test_s24_posting_inside_the_callback_says_again_and_deferred_it_works(world: World) -> None:
+    seen: list[int] = []
+    results: list[int] = []
+
+    def on_complete(status: int) -> None:
+        seen.append(status)
+        if len(seen) == 1:
+            results.append(route.post(1, b"too early"))
+            world.loop.call_soon(lambda: results.append(route.post(1, b"deferred")))
+
+    route = world.open(on_complete=on_complete)
+    route.post(1, b"first")
+    world.vp().run()
+    world.free_slot()
+    world.settle()
+    assert results == [AGAIN, 0]
+    assert seen == [0, 0]
+
+
+def test_s24_a_callback_that_raises_still_frees_the_staging_area(world: World) -> None:
+    def broken(status: int) -> None:
+        raise RuntimeError("the device's bug")
+
+    route = world.open(on_complete=broken)
+    route.post(1, b"")
+    world.vp().run()
+    with pytest.raises(RuntimeError):
+        world.loop.run()
+    assert route.staging is not None
+    assert route.staging.state is State.FREE
+    route.close()
+    assert world.synic.open_lines() == 0
+
+
+def test_s25_nothing_is_written_before_the_vps_own_thread_runs(world: World) -> None:
+    routes = [world.sender(sint=sint)[0] for sint in (1, 2, 3)]
+    for number, route in enumerate(routes):
+        route.post(10 + number, b"")
+    assert [world.vp().slot(sint).message_type for sint in (1, 2, 3)] == [0, 0, 0]
+    order: list[int] = []
+    original = world.vp().message_page.post
+
+    class Spy:
+        dirty = False
+
+        def post(self, sint: int, message: bytes) -> int:
+            order.append(sint)
+            return original(sint, message)
+
+    world.vp().message_page = Spy()  # type: ignore[assignment]
+    world.vp().run()
+    assert order == [1, 2, 3]
+
+
+def test_s26_busy_slot_sets_pending_and_changes_nothing_else(world: World) -> None:
+    route, statuses = world.sender()
+    slot = world.vp().slot(2)
+    slot.message_type, slot.payload_size, slot.sender = 0x80000010, 24, 0x1122334455667788
+    slot.payload[0] = 0xAB
+    before = bytes(slot)
+    route.post(1, b"wait")
+    world.settle()
+    expected = bytearray(before)
+    expected[5] |= HV_MESSAGE_FLAG_PENDING
+    assert bytes(slot) == bytes(expected)
+    assert world.line().pulses == 0
+    assert statuses == []
+    assert route.staging is not None
+    assert route.staging.state is State.PENDING
+    assert world.free_slot()
+    world.settle()
+    assert statuses == [AGAIN]
+
+
+def test_s27_free_slot_is_filled_body_first_and_type_last(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    route, statuses = world.sender()
+    slot = world.vp().slot(2)
+    slot.payload[239] = 0x77  # left over from an older message
+    steps: list[bytes] = []
+    store = pages.store_4
+
+    def spy(address: int, value: int) -> None:
+        steps.append(bytes(slot))
+        store(address, value)
+
+    monkeypatch.setattr(pages, "store_4", spy)
+    route.post(0x1234, b"body")
+    world.vp().run()
+    (before_type,) = steps
+    assert before_type[:4] == bytes(4)
+    assert before_type[4:] == bytes(slot)[4:]
+    assert slot.message_type == 0x1234
+    assert bytes(slot.payload) == b"body".ljust(240, b"\0")
+    assert world.line().pulses == 1
+    world.loop.run()
+    assert statuses == [0]
+
+
+def test_s28_header_is_type_and_size_and_the_rest_is_zero(world: World) -> None:
+    route, _ = world.sender()
+    slot = world.vp().slot(2)
+    slot.flags, slot.reserved, slot.sender = 0xFF, 0xFFFF, 1 << 63
+    route.post(0x80000001, b"xyz")
+    world.settle()
+    assert (slot.message_type, slot.payload_size, slot.flags, slot.reserved, slot.sender) == (
+        0x80000001,
+        3,
+        0,
+        0,
+        0,
+    )
+
+
+def test_s29_ack_before_anything_waits_is_ignored(world: World) -> None:
+    route, statuses = world.sender()
+    world.line().ack()
+    route.post(1, b"")
+    world.line().ack()
+    world.loop.run()
+    assert statuses == []
+    world.settle()
+    assert statuses == [0]
+
+
+def test_s29_early_ack_makes_an_early_retry(world: World) -> None:
+    """EOM of another SINT: the slot is still taken, the sender tries once more and waits again."""
+    route, statuses = world.sender()
+    world.vp().slot(2).message_type = 1
+    for attempt in range(3):
+        assert route.post(1, b"") == 0
+        world.vp().run()
+        world.line().ack()
+        world.loop.run()
+        assert statuses == [AGAIN] * (attempt + 1)
+    world.vp().slot(2).message_type = 0
+    route.post(1, b"")
+    world.settle()
+    assert statuses == [AGAIN] * 3 + [0]
+
+
+def test_s29_one_ack_and_a_second_one_complete_only_one_post(world: World) -> None:
+    route, statuses = world.sender()
+    world.vp().slot(2).message_type = 1
+    route.post(1, b"")
+    world.vp().run()
+    (waiter,) = world.line().waiters
+    world.line().ack()
+    world.loop.call_soon(waiter)  # the same ack heard twice
+    world.loop.run()
+    assert statuses == [AGAIN]
+    route.post(1, b"")
+    world.vp().run()
+    world.loop.call_soon(waiter)  # and once more for the next post, which waits itself
+    world.loop.run()
+    assert statuses == [AGAIN]
+
+
+@pytest.mark.parametrize("freed", [True, False])
+def test_s30_slot_freed_between_test_and_flag_is_filled(
+    world: World, monkeypatch: pytest.MonkeyPatch, freed: bool
+) -> None:
+    route, statuses = world.sender()
+    slot = world.vp().slot(2)
+    slot.message_type = 7
+    fetch_or = pages.fetch_or_8
+
+    def race(address: int, mask: int) -> int:
+        if freed:
+            slot.message_type = 0  # by another vCPU, which saw no pending flag and writes no EOM
+        return fetch_or(address, mask)
+
+    monkeypatch.setattr(pages, "fetch_or_8", race)
+    route.post(1, b"new")
+    world.settle()
+    assert statuses == ([0] if freed else [])
+    assert (slot.message_type, slot.flags) == ((1, 0) if freed else (7, 1))
+    assert world.line().pulses == int(freed)
+
+
+def test_s31_stopped_vcpu_cancels_what_was_queued(world: World) -> None:
+    route, statuses = world.sender()
+    route.post(1, b"")
+    world.vp().stop()
+    world.settle()
+    assert statuses == [-errno.ECANCELED]
+    assert route.post(1, b"") == 0, "accepted, to be cancelled: the sender learns it by its callback"
+    world.settle()
+    assert statuses == [-errno.ECANCELED] * 2
+    route.close()
+    assert world.synic.open_lines() == 0
+
+
+@pytest.mark.parametrize("state", [State.BUSY, State.PENDING, State.POSTED])
+def test_s31_reset_cancels_a_message_under_way_and_its_ghost_does_nothing(world: World, state: State) -> None:
+    route, statuses = world.sender()
+    if state is State.PENDING:
+        world.vp().slot(2).message_type = 1
+    route.post(1, b"from the past life")
+    if state is not State.BUSY:
+        world.vp().run()
+    assert route.staging is not None
+    assert route.staging.state is state
+    world.routes.close_all("at reset")
+    world.synic.reset()
+    world.vp().switch_on()
+    world.settle()  # the queued attempt runs now, after the reset
+    assert statuses == ([0] if state is State.POSTED else [-errno.ECANCELED])
+    assert bytes(world.vp().messages.view) == bytes(4096)
+    assert [e for e in world.observer.events if isinstance(e, Warned)]
+    assert world.synic.open_lines() == 0
+
+
+def test_s31_ack_of_a_cancelled_post_does_not_complete_the_next_users(world: World) -> None:
+    old, old_statuses = world.sender()
+    world.vp().slot(2).message_type = 1
+    old.post(1, b"")
+    world.vp().run()
+    (stale,) = world.line().waiters
+    old.close()
+    new, new_statuses = world.sender()
+    new.post(1, b"")
+    world.vp().run()
+    world.loop.call_soon(stale)
+    world.settle()
+    assert old_statuses == [-errno.ECANCELED]
+    assert new_statuses == []
+    world.free_slot()
+    world.settle()
+    assert new_statuses == [AGAIN]
+
+
+def test_s32_every_attempt_that_reaches_the_page_marks_it_dirty(world: World) -> None:
+    route, _ = world.sender()
+    page = world.vp().message_page
+    for occupied in (0, 1):
+        page.dirty = False
+        world.vp().slot(2).message_type = occupied
+        route.post(1, b"")
+        world.settle()
+        assert page.dirty
+        world.free_slot()
+        world.settle()
+    page.dirty = False
+    world.vp().update(1, 0, 0)
+    route.post(1, b"")
+    world.settle()
+    assert not page.dirty
+
+
+def test_closing_lets_a_queued_message_out_and_cancels_a_waiting_one(world: World) -> None:
+    """A device may post its farewell and close at once."""
+    route, statuses = world.sender()
+    route.post(1, b"farewell")
+    route.close()
+    assert route.post(1, b"") == -errno.ENXIO
+    assert world.synic.open_lines() == 1, "the message holds the line"
+    world.settle()
+    assert statuses == [0]
+    assert bytes(world.vp().slot(2).payload[:8]) == b"farewell"
+    assert world.synic.open_lines() == 0
+    late, late_statuses = world.sender()
+    late.post(1, b"")
+    late.close()  # the slot is taken: its one attempt fails, and nobody is left to wait
+    world.settle()
+    assert late_statuses == [-errno.ECANCELED]
+    assert world.synic.open_lines() == 0
+
+
+def test_a_loop_that_ended_strands_no_route(world: World) -> None:
+    queued, statuses = world.sender(sint=1)
+    queued.post(1, b"")
+    world.vp().run()
+    waiting, _ = world.sender(sint=2)
+    world.vp().slot(2).message_type = 1
+    waiting.post(1, b"")
+    world.vp().run()
+    world.loop.stop()
+    late, _ = world.sender(sint=3)
+    late.post(1, b"")
+    world.vp().run()
+    busy, _ = world.sender(sint=4)
+    world.vp().slot(4).message_type = 1
+    busy.post(1, b"")
+    world.vp().run()
+    world.routes.close()
+    assert statuses == [], "there is no loop to call back on"
+    assert world.synic.open_lines() == 0

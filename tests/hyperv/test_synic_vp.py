@@ -1,0 +1,291 @@
+"""Registers and pages of one VP (S1 to S9, S36, S57), on plain memory and on real overlays."""
+
+from __future__ import annotations
+
+import ctypes
+import errno
+import threading
+from collections.abc import Iterator
+
+import pytest
+from fake_synic import EVENT_GPA, MESSAGE_GPA, FakeOverlay, FakeVp, Recorder
+
+from hvkvm.events import SynicPageMoved, Warned
+from hvkvm.hyperv.synic.pages import EventFlagsPage
+from hvkvm.hyperv.synic.vp import VpSynic
+from hvkvm.memory.atomics import fetch_and_8
+from hvkvm.memory.guest import GuestMemory
+from hvkvm.memory.overlay import OverlayPage
+
+MIB = 1 << 20
+MESSAGE = (1).to_bytes(4, "little") + bytes(252)
+
+
+@pytest.fixture
+def vp() -> FakeVp:
+    return FakeVp(0, Recorder())
+
+
+def test_s1_without_synic_update_and_reset_do_nothing(vp: FakeVp) -> None:
+    vp.active = False
+    vp.switch_on()
+    vp.reset()
+    assert vp.messages.moves == vp.flags.moves == []
+    assert (vp.scontrol, vp.siefp, vp.simp) == (0, 0, 0)
+    assert vp.post_message(2, MESSAGE) == vp.set_event_flag(2, 1) == -errno.ENXIO
+
+
+def test_s2_bit_0_decides_and_gpa_0_is_an_address(vp: FakeVp) -> None:
+    vp.update(1, 0, 0x5000)
+    assert vp.messages.gpa is None
+    vp.update(1, 1, 0x5000)
+    assert (vp.messages.gpa, vp.flags.gpa) == (None, 0)
+    assert vp.set_event_flag(0, 0) == 1
+    vp.update(1, 0, 1)
+    assert (vp.messages.gpa, vp.flags.gpa) == (0, None)
+    assert vp.post_message(0, MESSAGE) == 0
+
+
+def test_s2_reserved_bits_are_no_part_of_the_address(vp: FakeVp) -> None:
+    vp.update(1, 0, 0x7FFF)
+    assert vp.messages.gpa == 0x7000
+
+
+def test_s3_pages_move_only_to_another_address(vp: FakeVp) -> None:
+    vp.switch_on()
+    assert vp.messages.moves == [MESSAGE_GPA]
+    vp.switch_on()
+    vp.update(0, vp.siefp, vp.simp)
+    vp.update(1, vp.siefp, vp.simp | 0xFFE)
+    assert (vp.messages.moves, vp.flags.moves) == ([MESSAGE_GPA], [EVENT_GPA])
+    vp.update(1, vp.siefp, 0x9001)
+    assert (vp.messages.moves, vp.flags.moves) == ([MESSAGE_GPA, 0x9000], [EVENT_GPA])
+    assert [e for e in vp._observer.events if isinstance(e, SynicPageMoved)] == [  # type: ignore[attr-defined]
+        SynicPageMoved(0, "message", MESSAGE_GPA),
+        SynicPageMoved(0, "event", EVENT_GPA),
+        SynicPageMoved(0, "message", 0x9000),
+    ]
+
+
+def test_s4_contents_survive_switching_off_and_moving_but_not_reset(vp: FakeVp) -> None:
+    vp.switch_on()
+    vp.post_message(2, MESSAGE)
+    vp.set_event_flag(2, 9)
+    kept = bytes(vp.messages.view), bytes(vp.flags.view)
+    vp.update(0, 0, 0)
+    vp.switch_on(0x30000, 0x40000)
+    assert (bytes(vp.messages.view), bytes(vp.flags.view)) == kept
+    assert vp.post_message(2, MESSAGE) == -errno.EAGAIN
+    vp.reset()
+    assert (bytes(vp.messages.view), bytes(vp.flags.view)) == (bytes(4096), bytes(4096))
+
+
+def test_s6_an_address_where_nothing_can_lie_leaves_the_page_off(vp: FakeVp) -> None:
+    vp.messages.refused = {1 << 62}
+    vp.switch_on(1 << 62)
+    assert vp.post_message(2, MESSAGE) == -errno.ENXIO
+    assert vp.set_event_flag(2, 1) == 1, "the other page is not concerned"
+    assert any(isinstance(e, Warned) for e in vp._observer.events)  # type: ignore[attr-defined]
+    vp.update(1, vp.siefp, vp.simp)
+    assert vp.messages.moves == [1 << 62], "not tried again for the same value"
+    vp.switch_on()
+    assert vp.post_message(2, MESSAGE) == 0
+
+
+def test_s7_reset_switches_off_unplaces_and_zeroes(vp: FakeVp) -> None:
+    vp.switch_on()
+    vp.post_message(2, MESSAGE)
+    vp.set_event_flag(2, 1)
+    vp.reset()
+    assert (vp.scontrol, vp.siefp, vp.simp) == (0, 0, 0)
+    assert (vp.messages.gpa, vp.flags.gpa) == (None, None)
+    assert vp.post_message(2, MESSAGE) == vp.set_event_flag(2, 1) == -errno.ENXIO
+    assert bytes(vp.flags.view) == bytes(4096)
+    vp.switch_on()
+    assert (vp.messages.gpa, vp.flags.gpa) == (MESSAGE_GPA, EVENT_GPA)
+
+
+def test_s8_a_host_that_cannot_place_a_page_raises(vp: FakeVp, monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(self: FakeOverlay, gpa: int | None) -> bool:
+        raise OSError(errno.ENOMEM, "no mappings left")
+
+    monkeypatch.setattr(FakeOverlay, "place", broken)
+    with pytest.raises(OSError, match="no mappings"):
+        vp.switch_on()
+    assert vp.post_message(2, MESSAGE) == -errno.ENXIO
+
+
+@pytest.mark.parametrize("scontrol", [0, 1])
+@pytest.mark.parametrize("siefp", [0, EVENT_GPA | 1])
+@pytest.mark.parametrize("simp", [0, MESSAGE_GPA | 1])
+def test_s9_messages_need_simp_and_flags_need_scontrol_too(
+    vp: FakeVp, scontrol: int, siefp: int, simp: int
+) -> None:
+    vp.update(scontrol, siefp, simp)
+    assert vp.post_message(2, MESSAGE) == (0 if simp else -errno.ENXIO)
+    assert vp.set_event_flag(2, 1) == (1 if scontrol and siefp else -errno.ENXIO)
+
+
+def test_s57_each_exit_brings_all_three_values(vp: FakeVp) -> None:
+    """One update whose values are all new, as when exits were missed."""
+    assert vp.update(1, 0x3001, 0x4001), "the message page came on"
+    assert (vp.scontrol, vp.flags.gpa, vp.messages.gpa) == (1, 0x3000, 0x4000)
+    assert not vp.update(1, 0x5001, 0x6001), "moved, it was on"
+    assert (vp.flags.gpa, vp.messages.gpa) == (0x5000, 0x6000)
+    assert not vp.update(1, 0, 0)
+    assert vp.update(1, 0, 0x6001)
+
+
+@pytest.mark.usefixtures("tiny_switch_interval")
+def test_s36_host_threads_and_a_clearing_guest_lose_no_flag() -> None:
+    """Three setters and one that clears, as the guest does: each flag seen clear is counted exactly once."""
+    overlay = FakeOverlay()
+    page = EventFlagsPage(overlay)
+    rounds, setters = 400, 3
+    fresh = [0] * setters
+    cleared = [0]
+    running = threading.Event()
+    running.set()
+
+    def setter(me: int) -> None:
+        for _ in range(rounds):
+            fresh[me] += page.set(3, 8 * me)
+
+    def guest() -> None:
+        while True:
+            last = not running.is_set()
+            for me in range(setters):
+                bit = 1 << 8 * me
+                cleared[0] += bool(fetch_and_8(overlay.hva + 3 * 256, ~bit & (1 << 64) - 1) & bit)
+            if last:
+                return
+
+    threads = [threading.Thread(target=setter, args=(me,)) for me in range(setters)]
+    clearing = threading.Thread(target=guest)
+    clearing.start()
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    running.clear()
+    clearing.join()
+    assert sum(fresh) == cleared[0]
+
+
+@pytest.mark.usefixtures("tiny_switch_interval")
+def test_s36_flags_set_while_the_page_moves_are_all_there(memory: GuestMemory) -> None:
+    """Every flag that was accepted is in the page, wherever the guest had it meanwhile."""
+    vp = real_vp(0, memory)
+    vp.update(1, 0x10001, 0)
+    accepted: list[int] = []
+
+    def host() -> None:
+        for number in range(2048):
+            if vp.set_event_flag(4, number) == 1:
+                accepted.append(number)
+
+    setting = threading.Thread(target=host)
+    setting.start()
+    gpas = [0x20001, 0, 0x30001, 0xE000_0001, 0x40001]
+    at = 0
+    while setting.is_alive():
+        vp.update(1, gpas[at % len(gpas)], 0)
+        at += 1
+    setting.join()
+    vp.update(1, 0x50001, 0)
+    page = memory.read(0x50000 + 4 * 256, 256)
+    assert [n for n in range(2048) if page[n // 8] >> n % 8 & 1] == accepted
+    assert accepted
+    vp.close()
+
+
+class SlotRecorder:
+    """A VM that remembers its slots and refuses what overlaps, as KVM does."""
+
+    def __init__(self) -> None:
+        self.calls = 0
+        self.slots: dict[int, tuple[int, int]] = {}
+
+    def set_user_memory_region(self, slot: int, gpa: int, size: int, hva: int, flags: int = 0) -> None:
+        self.calls += 1
+        if size:
+            self.slots[slot] = (gpa, size)
+        else:
+            del self.slots[slot]
+
+
+@pytest.fixture
+def memory() -> Iterator[GuestMemory]:
+    memory = GuestMemory(SlotRecorder(), 4 * MIB)
+    yield memory
+    memory.close()
+
+
+def real_vp(index: int, memory: GuestMemory) -> VpSynic:
+    vp = VpSynic(index, OverlayPage(memory), OverlayPage(memory))
+    vp.active = True
+    return vp
+
+
+def test_s3_same_values_cost_no_slot_call_on_real_memory(memory: GuestMemory) -> None:
+    vp = real_vp(0, memory)
+    vp.update(1, 0xE000_0001, 0xE000_1001)
+    calls = memory.vm.calls  # type: ignore[attr-defined]
+    assert calls == 3, "RAM, and two pages outside it"
+    for _ in range(10):
+        vp.update(1, 0xE000_0001, 0xE000_1001)
+        vp.update(0, 0xE000_0001, 0xE000_1001)
+    assert memory.vm.calls == calls  # type: ignore[attr-defined]
+    vp.close()
+
+
+def test_s4_ram_under_a_page_is_untouched_and_reappears(memory: GuestMemory) -> None:
+    vp = real_vp(0, memory)
+    memory.write(0x10000, b"guest's own" * 300)
+    before = memory.read(0x10000, 4096)
+    vp.update(1, 0, 0x10001)
+    assert memory.read(0x10000, 4096) == bytes(4096)
+    assert vp.post_message(0, MESSAGE) == 0
+    assert memory.read_u32(0x10000) == 1
+    vp.update(1, 0, 0)
+    assert memory.read(0x10000, 4096) == before
+    vp.update(1, 0, 0x20001)
+    assert memory.read_u32(0x20000) == 1
+    vp.close()
+
+
+def test_s6_pages_on_one_gpa_show_the_last_one_placed(memory: GuestMemory) -> None:
+    """The rule for SIMP == SIEFP, and for two VPs on one address."""
+    vp, other = real_vp(0, memory), real_vp(1, memory)
+    vp.update(1, 0, 0x10001)
+    vp.post_message(0, MESSAGE)
+    vp.update(1, 0x10001, 0x10001)
+    assert memory.read_u32(0x10000) == 0, "the event page lies above the message page"
+    vp.set_event_flag(0, 4)
+    assert memory.read_u32(0x10000) == 1 << 4
+    other.update(1, 0, 0x10001)
+    assert memory.read_u32(0x10000) == 0
+    other.update(1, 0, 0)
+    assert memory.read_u32(0x10000) == 1 << 4
+    vp.update(1, 0, 0x10001)
+    assert memory.read_u32(0x10000) == 1, "the message was there all the time"
+    vp.close()
+    assert memory.read_u32(0x10000) == 0
+    other.close()
+
+
+@pytest.mark.parametrize("gpa", [0xE000_0000, 0x1_0000_0000, 4 * MIB])
+def test_s6_pages_outside_ram_work(memory: GuestMemory, gpa: int) -> None:
+    vp = real_vp(0, memory)
+    vp.update(1, 0, gpa | 1)
+    assert vp.post_message(3, MESSAGE) == 0
+    assert (gpa, 4096) in memory.vm.slots.values()  # type: ignore[attr-defined]
+    vp.reset()
+    assert (gpa, 4096) not in memory.vm.slots.values()  # type: ignore[attr-defined]
+    vp.close()
+
+
+def test_s4_pages_are_zero_at_creation(memory: GuestMemory) -> None:
+    page = OverlayPage(memory)
+    assert ctypes.string_at(page.hva, 4096) == bytes(4096)
+    page.close()
