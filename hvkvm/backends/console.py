@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from hvkvm.runtime.io_loop import Handle, IoLoop
 
 READ_SIZE = 1024
+INTERRUPT_KEY = 0x03
 DRAIN_SECONDS = 2.0
 """How long `close` waits for a reader that takes no output before it gives the rest up."""
 
@@ -47,6 +48,9 @@ class SerialPort(Protocol):
     @property
     def output(self) -> HeldOutput: ...
 
+    @property
+    def receive_interrupt_enabled(self) -> bool: ...
+
     def feed(self, data: bytes) -> int: ...
 
 
@@ -54,7 +58,8 @@ class Console:
     """Connects one UART to two host fds, which stay the caller's.
 
     Make the UART with `console.write` as sink, then `connect` it, then `start`.
-    `input_fd` None reads nothing. `on_quit()` is called on the I/O loop.
+    `input_fd` None reads nothing. `on_quit()` is called on the I/O loop: for
+    Ctrl-a x, and for Ctrl-c as long as nothing in the guest listens to the UART.
     """
 
     def __init__(
@@ -177,6 +182,10 @@ class Console:
             data, commands = self._keys.feed(data)
             for command in commands:
                 self._obey(command)
+            if INTERRUPT_KEY in data and self._serial is not None:
+                # A guest that boots or hangs has nobody to hear it; waiting there for ever would be a trap.
+                if self._on_quit is not None and not self._serial.receive_interrupt_enabled:
+                    self._on_quit()
         self._offer(data)
         if self._unwatchable and not self._refused:
             with suppress(Stopped):

@@ -14,6 +14,7 @@ HELP = """
 Ctrl-a x       end the guest
 Ctrl-a h       this help
 Ctrl-a Ctrl-a  send Ctrl-a to the guest
+Ctrl-c         goes to the guest; while nothing there reads the console, it ends the guest
 """
 
 

@@ -96,6 +96,8 @@ class Output:
             self._waiting += data[:room]
             if self._watch is None:
                 self._send()
+            else:
+                self._tell_source()
 
     def drain(self, timeout: float) -> bool:
         """Wait up to `timeout` seconds until everything is sent; whether it was. Not on the I/O loop."""

@@ -38,7 +38,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     try:
         if not arguments or arguments[0] in ("-h", "--help", "help"):
-            print(usage())
+            print(usage(), file=sys.stdout if arguments else sys.stderr)
             return 0 if arguments else 2
         if arguments[0] in ("-V", "--version"):
             from hvkvm import __version__

@@ -124,16 +124,20 @@ def main(arguments: list[str]) -> int:
     config, options = config_from(arguments)
     from hvkvm.backends.console import Console
     from hvkvm.cli.status import StatusLine
+    from hvkvm.cli.teller import Teller
     from hvkvm.machine.dump import describe
     from hvkvm.machine.machine import Machine
     from hvkvm.machine.outcome import Ending
 
     began = monotonic()
-    with Machine(config) as machine:
+    with Machine(config, observer=Teller(sys.stderr, quiet=options.quiet or options.json)) as machine:
+        if not machine.features and config.hv != "none" and not options.quiet:
+            note = f"--hv {config.hv}: this kernel's KVM can back none; `hvkvm doctor` names the remedies"
+            print(f"hvkvm: running without enlightenments: {note}", file=sys.stderr)
         status = StatusLine(machine, sys.stderr, enabled=not options.quiet and not options.json)
         console = Console(
             machine.io,
-            on_quit=lambda: machine.finish(Ending.QUIT, 130, "Ctrl-a x"),
+            on_quit=lambda: machine.finish(Ending.QUIT, 130, "by the console's keys"),
             on_output_broken=lambda: machine.finish(Ending.QUIT, 141, "nobody reads the console any more"),
             tail=machine.board.tail,
         )

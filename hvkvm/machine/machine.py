@@ -11,6 +11,7 @@ called from any thread; the first ending wins.
 
 from __future__ import annotations
 
+import select
 import threading
 from collections import Counter
 from contextlib import ExitStack
@@ -23,6 +24,7 @@ from hvkvm.hyperv.features import FeatureSet
 from hvkvm.hyperv.partition import Partition
 from hvkvm.kvm.exits import exit_name
 from hvkvm.kvm.gsi import GsiTable
+from hvkvm.kvm.irqfd import EventFd
 from hvkvm.kvm.system import Kvm
 from hvkvm.machine import build, exits
 from hvkvm.machine.board import Board
@@ -52,11 +54,14 @@ class Machine:
         self.outcome: Outcome | None = None
         self.started_at: float | None = None
         self.resets = 0
-        self._ended = threading.Event()
-        self._ending_lock = threading.Lock()
+        # An eventfd, not a threading.Event: finish() is called by signal handlers, which may find the
+        # main thread inside wait(), and an Event's lock would then be waited for by its own holder.
+        self._ended = EventFd()
+        self._ending_lock = threading.RLock()
         self._reset_pending = False
         self._closed = False
         with ExitStack() as stack:
+            stack.callback(self._ended.close)
             self._build(stack)
             self._stack = stack.pop_all()
 
@@ -96,7 +101,9 @@ class Machine:
 
     def wait(self, timeout: float | None = None) -> Outcome | None:
         """Wait up to `timeout` seconds (None: without limit) for the end; None if it has not come."""
-        self._ended.wait(timeout)
+        poller = select.poll()
+        poller.register(self._ended.fd, select.POLLIN)
+        poller.poll(None if timeout is None else timeout * 1000)
         return self.outcome
 
     def run(self) -> Outcome:
@@ -125,7 +132,7 @@ class Machine:
                 self.outcome = Outcome(ending, status, detail)
         for thread in self.threads:
             thread.stop()
-        self._ended.set()
+        self._ended.signal()
 
     def pause(self) -> None:
         """Take every vCPU out of KVM_RUN with its pending exit completed. Any thread but a vCPU's."""

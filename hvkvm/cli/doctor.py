@@ -1,0 +1,132 @@
+"""`hvkvm doctor`: everything hvkvm stands on, PASS, WARN or FAIL, each with its remedy.
+
+FAIL means that no guest can run, WARN that something named will be missing.
+Exit status 0, or that of the first FAIL (69 KVM unavailable, 77 capability
+missing).
+"""
+
+from __future__ import annotations
+
+import ctypes.util
+import shutil
+import sys
+from collections.abc import Iterator
+from typing import NamedTuple
+
+from hvkvm.abi import kvm as abi
+from hvkvm.cli.arguments import Parser
+from hvkvm.errors import CapabilityMissing, KvmUnavailable
+from hvkvm.kvm.system import Kvm
+
+
+class Check(NamedTuple):
+    """One line of the report."""
+
+    verdict: str
+    name: str
+    detail: str
+    remedy: str = ""
+    status: int = 0
+
+
+NEEDED = (
+    ("KVM_CAP_IRQCHIP", "the in-kernel interrupt controllers"),
+    ("KVM_CAP_IRQ_ROUTING", "GSI routes"),
+    ("KVM_CAP_IRQFD", "interrupts by eventfd"),
+    ("KVM_CAP_IRQFD_RESAMPLE", "the guest's end of message, by eventfd"),
+    ("KVM_CAP_IOEVENTFD", "doorbells without an exit"),
+    ("KVM_CAP_IMMEDIATE_EXIT", "kicks that are not lost"),
+    ("KVM_CAP_MP_STATE", "reset of application processors"),
+)
+USEFUL = (
+    ("KVM_CAP_COALESCED_PIO", "cheap console output", "use Linux 4.20 or newer"),
+    ("KVM_CAP_TSC_DEADLINE_TIMER", "the guest's cheapest timer", "use a CPU or an outer VM that has it"),
+)
+HYPERV = (
+    ("KVM_CAP_HYPERV", "Hyper-V enlightenments"),
+    ("KVM_CAP_HYPERV_SYNIC2", "the in-kernel SynIC"),
+    ("KVM_CAP_HYPERV_EVENTFD", "HvSignalEvent without an exit"),
+    ("KVM_CAP_HYPERV_VP_INDEX", "VP index"),
+    ("KVM_CAP_HYPERV_TLBFLUSH", "remote TLB flush"),
+    ("KVM_CAP_HYPERV_SEND_IPI", "IPIs by hypercall"),
+    ("KVM_CAP_HYPERV_CPUID", "what KVM can offer, as CPUID"),
+    ("KVM_CAP_HYPERV_ENFORCE_CPUID", "hv-enforce-cpuid"),
+)
+KERNEL_REMEDY = "use a host kernel with CONFIG_KVM_HYPERV=y, or scripts/lab for a nested one"
+TOOLS = (
+    ("busybox", "hvkvm run -- COMMAND", "install busybox-static, or give --busybox"),
+    ("zstd", "starting zstd kernels without the guest's own decompression", "install zstd"),
+)
+
+
+def checks(path: str) -> Iterator[Check]:
+    """Every check, in the order in which one stands on the other."""
+    version = ".".join(map(str, sys.version_info[:3]))
+    yield Check("PASS", "Python", version)
+    atomic = ctypes.util.find_library("atomic")
+    if atomic:
+        yield Check("PASS", "libatomic", atomic)
+    else:
+        yield Check("WARN", "libatomic", "not found: our own machine code stands in", "install libatomic1")
+    for tool, purpose, remedy in TOOLS:
+        found = shutil.which(tool)
+        if found:
+            yield Check("PASS", tool, found)
+        else:
+            yield Check("WARN", tool, f"not found; needed for {purpose}", remedy)
+    try:
+        kvm = Kvm(path)
+    except KvmUnavailable as error:
+        reason, _, remedy = str(error).rpartition("; ")
+        yield Check("FAIL", path, reason, remedy, KvmUnavailable.exit_status)
+        return
+    with kvm:
+        yield Check("PASS", path, f"KVM API {abi.KVM_API_VERSION}")
+        yield from _capabilities(kvm)
+
+
+def _capabilities(kvm: Kvm) -> Iterator[Check]:
+    def answer(name: str) -> int:
+        return kvm.check_extension(getattr(abi, name))
+
+    for name, purpose in NEEDED:
+        if answer(name):
+            yield Check("PASS", name, purpose)
+        else:
+            status = CapabilityMissing.exit_status
+            yield Check("FAIL", name, f"missing: {purpose}", "use a newer kernel's KVM", status)
+    for name, purpose, remedy in USEFUL:
+        if answer(name):
+            yield Check("PASS", name, purpose)
+        else:
+            yield Check("WARN", name, f"missing: {purpose}", remedy)
+    for name, purpose in HYPERV:
+        if answer(name):
+            yield Check("PASS", name, purpose)
+        else:
+            yield Check("WARN", name, f"missing: {purpose}", KERNEL_REMEDY)
+    yield Check("PASS", "KVM_CAP_MAX_VCPUS", f"{answer('KVM_CAP_MAX_VCPUS')} vCPUs")
+
+
+def main(arguments: list[str]) -> int:
+    """Run the verb; returns the exit status."""
+    parser = Parser("hvkvm doctor", "Check what hvkvm needs of this machine.")
+    parser.add_argument("--kvm", default="/dev/kvm", metavar="PATH", help="the KVM device (/dev/kvm)")
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    options = parser.parse_args(arguments)
+    report = list(checks(options.kvm))
+    if options.json:
+        import json
+
+        print(json.dumps([check._asdict() for check in report], indent=2))
+    else:
+        width = max(len(check.name) for check in report)
+        for check in report:
+            print(f"{check.verdict}  {check.name:{width}}  {check.detail}")
+        remedies: dict[str, list[str]] = {}
+        for check in report:
+            if check.remedy:
+                remedies.setdefault(check.remedy, []).append(check.name)
+        for remedy, names in remedies.items():
+            print(f"remedy for {', '.join(names)}: {remedy}")
+    return next((check.status for check in report if check.verdict == "FAIL"), 0)
