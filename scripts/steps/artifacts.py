@@ -8,6 +8,8 @@ a later run neither waits for the network nor needs it.
 
 from __future__ import annotations
 
+import contextlib
+import functools
 import json
 import re
 from collections.abc import Callable
@@ -86,9 +88,15 @@ def _noted_tree(noted: Path) -> Path | None:
     return tree if tree.is_dir() else None
 
 
-def _fetch(artifact: Artifact, suite: str, noted: Path) -> Path:
+@functools.cache
+def _refreshed(suite: str) -> Archive:
     archive = Archive(suite)
     archive.refresh()
+    return archive
+
+
+def _fetch(artifact: Artifact, suite: str, noted: Path) -> Path:
+    archive = _refreshed(suite)
     package: Package = archive.candidate(artifact.package)
     if artifact.real:
         names = [name for name in package.depends if re.match(artifact.real, name)]
@@ -99,6 +107,23 @@ def _fetch(artifact: Artifact, suite: str, noted: Path) -> Path:
     entry = {"package": package.name, "version": package.version}
     cache.publish(noted, [json.dumps(entry).encode()])
     return tree
+
+
+# The names under which tests and commands look for a guest to boot.
+VARIABLES = {
+    "HVKVM_GUEST_KERNEL": "guest-kernel",
+    "HVKVM_GUEST_MODULES": "guest-modules",
+    "HVKVM_GUEST_BUSYBOX": "busybox",
+}
+
+
+def variables(suite: str | None = None) -> dict[str, str]:
+    """The environment variables that name the cached artifacts; none for what is not cached."""
+    found: dict[str, str] = {}
+    for variable, name in VARIABLES.items():
+        with contextlib.suppress(StepError):
+            found[variable] = str(path(name, suite, offline=True))
+    return found
 
 
 def booted(name: str, suite: str | None = None) -> Path:

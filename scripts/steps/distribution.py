@@ -118,7 +118,6 @@ class Archive:
     def __init__(self, suite: str | None = None) -> None:
         self.suite = suite or release_codename()
         self.state = cache.root() / "apt" / self.suite
-        self._fresh = False
         if shutil.which("apt-get") is None or shutil.which("dpkg-deb") is None:
             raise StepError("apt-get and dpkg-deb are needed to fetch kernels: a Debian system has them")
 
@@ -153,9 +152,7 @@ class Archive:
         return done.stdout
 
     def refresh(self) -> None:
-        """Bring the suite's package lists up to date, once per process. Network."""
-        if self._fresh:
-            return
+        """Bring the suite's package lists up to date. Network."""
         sources = self.state / "sources"
         for folder in (sources, self.state / "lists/partial", self.state / "cache/archives/partial"):
             folder.mkdir(parents=True, exist_ok=True)
@@ -167,7 +164,6 @@ class Archive:
         (sources / "archive.sources").write_text("\n".join(stanzas))
         say(f"artifacts: reading the package lists of {self.suite}")
         self._apt("apt-get", "update")
-        self._fresh = True
 
     def candidate(self, name: str, version: str | None = None) -> Package:
         """What the suite offers under `name` (its newest, or `version`). Raises StepError when nothing."""

@@ -1,0 +1,41 @@
+# The doors of the project; each does one thing and says so.
+PYTHON := .venv/bin/python
+CMD ?= $(PYTHON) -m hvkvm.cli doctor
+SOURCES := hvkvm tests scripts kvm_headers
+
+.PHONY: help setup run test check bench soak abi lab clean
+help: ## this list
+	@sed -n 's/^\([a-z]*\):.*## /\1	/p' Makefile | expand -t 10
+
+setup: ## install what is missing: packages, .venv, hvkvm in it
+	@scripts/setup
+
+run: setup ## boot a guest (ARGS="options -- command"; default: uname -a)
+	@scripts/run $(ARGS)
+
+test: setup ## all three tiers of tests (ARGS: pytest's)
+	@scripts/test $(ARGS)
+
+check: setup ## style, types, import directions, the ABI table
+	.venv/bin/ruff check $(SOURCES) scripts/lab scripts/artifacts
+	.venv/bin/ruff format --check $(SOURCES) scripts/lab scripts/artifacts
+	.venv/bin/mypy --strict
+	MYPYPATH=scripts .venv/bin/mypy --strict -p steps
+	.venv/bin/lint-imports
+	$(PYTHON) kvm_headers/probe.py --check
+
+bench: setup ## measure boots and exits (ARGS: of hvkvm bench)
+	@scripts/lab --timeout 3000 -- .venv/bin/hvkvm bench $(ARGS)
+
+soak: setup ## the long concurrency runs (ARGS: pytest's)
+	@HVKVM_SOAK=1 HVKVM_REQUIRE=hyperv scripts/lab --timeout 0 -- $(PYTHON) -m pytest -v tests/soak $(ARGS)
+
+abi: setup ## take the layout table anew from this machine's kernel headers
+	$(PYTHON) kvm_headers/probe.py --write
+
+lab: setup ## a command where KVM has Hyper-V (CMD="..."; default: hvkvm doctor)
+	@scripts/lab -- $(CMD)
+
+clean: ## remove what building and testing left in the tree
+	rm -rf build dist .pytest_cache .mypy_cache .ruff_cache .import_linter_cache .hypothesis
+	find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +
