@@ -182,10 +182,9 @@ class Console:
             data, commands = self._keys.feed(data)
             for command in commands:
                 self._obey(command)
-            if INTERRUPT_KEY in data and self._serial is not None:
-                # A guest that boots or hangs has nobody to hear it; waiting there for ever would be a trap.
-                if self._on_quit is not None and not self._serial.receive_interrupt_enabled:
-                    self._on_quit()
+            # A guest that boots or hangs has nobody to hear Ctrl-c; waiting there for ever would be a trap.
+            if INTERRUPT_KEY in data and self._serial and not self._serial.receive_interrupt_enabled:
+                self._obey(Command.QUIT)
         self._offer(data)
         if self._unwatchable and not self._refused:
             with suppress(Stopped):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import select
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 from typing import Any
 
@@ -107,3 +107,56 @@ def new_loop() -> type[ManualLoop]:
 @pytest.fixture(scope="session")
 def new_line() -> type[CountingLine]:
     return CountingLine
+
+
+class TinyGuest:
+    """One vCPU in real mode at 0x1000 with 1 MiB of RAM, run by the test's own thread through a PortBus."""
+
+    def __init__(self, kvm: Any) -> None:
+        from hvkvm.devices.port.bus import PortBus
+        from hvkvm.memory.guest import GuestMemory
+
+        self.vm = kvm.create_vm()
+        self.memory = GuestMemory(self.vm, 1 << 20)
+        self.vcpu = self.vm.create_vcpu(0)
+        self.bus = PortBus()
+        self.exits = 0
+        sregs = self.vcpu.sregs()
+        sregs.cs.base = sregs.cs.selector = 0
+        self.vcpu.set_sregs(sregs)
+
+    def load(self, code: bytes, *, data: bytes = b"", **registers: int) -> None:
+        """Put `code` at 0x1000 and `data` at 0x2000; the guest starts at the code."""
+        self.memory.write(0x1000, code)
+        self.memory.write(0x2000, data)
+        regs = self.vcpu.regs()
+        regs.rip, regs.rflags, regs.rsp = 0x1000, 2, 0x8000
+        for name, value in registers.items():
+            setattr(regs, name, value)
+        self.vcpu.set_regs(regs)
+
+    def run(self, limit: int = 1_000_000) -> None:
+        """Run until HLT (there is no irqchip, so that exits)."""
+        from hvkvm.abi.kvm import KVM_EXIT_HLT, KVM_EXIT_IO
+
+        for _ in range(limit):
+            reason = self.vcpu.enter()
+            if reason == KVM_EXIT_HLT:
+                return
+            assert reason == KVM_EXIT_IO
+            self.exits += 1
+            self.bus.handle_io(self.vcpu)
+        pytest.fail(f"no HLT after {limit} exits")
+
+    def close(self) -> None:
+        self.bus.forget(self.vcpu)
+        self.vcpu.close()
+        self.memory.close()
+        self.vm.close()
+
+
+@pytest.fixture
+def tiny(kvm: Any) -> Iterator[TinyGuest]:
+    guest = TinyGuest(kvm)
+    yield guest
+    guest.close()

@@ -1,0 +1,199 @@
+"""Output to every kind of fd: nothing lost, nobody blocked, the caller's flags untouched."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import socket
+import threading
+
+import pytest
+
+from hvkvm.backends.output import HIGH_WATER, LIMIT, LOW_WATER, Output
+
+DATA = bytes(range(256)) * 4096  # 1 MiB, LIMIT
+
+
+def flags(fd: int) -> int:
+    return fcntl.fcntl(fd, fcntl.F_GETFL)
+
+
+def read_all(fd: int, into: bytearray) -> None:
+    while True:
+        try:
+            piece = os.read(fd, 1 << 16)
+        except OSError:
+            break
+        if not piece:
+            break
+        into += piece
+
+
+@pytest.fixture
+def pipe():
+    ends = list(os.pipe())
+    yield ends
+    for fd in ends:
+        if fd is not None:
+            os.close(fd)
+
+
+@pytest.mark.parametrize("nonblocking", [False, True])
+def test_a_slow_pipe_gets_every_byte_and_its_flags_stay(io, until, pipe, nonblocking):
+    reader, writer = pipe
+    os.set_blocking(writer, not nonblocking)
+    before = flags(writer)
+    output = Output(writer, io)
+    for start in range(0, len(DATA), 4096):
+        io.call_soon(output.write, DATA[start : start + 4096])
+    done = threading.Event()
+    io.call_soon(done.set)
+    assert done.wait(30), "the loop was blocked by a pipe nobody reads"
+    assert flags(writer) == before
+    got = bytearray()
+    while len(got) < len(DATA):
+        got += os.read(reader, 7777)
+    assert got == DATA
+    until(lambda: output._watch is None)
+    output.close()
+    output.close()
+
+
+def test_congestion_is_told_at_high_and_low_water(io, until, pipe):
+    reader, writer = pipe
+    told = []
+    output = Output(writer, io, on_congestion=told.append)
+    output.write(bytes(HIGH_WATER // 2))
+    assert told == []
+    output.write(bytes(HIGH_WATER))
+    assert told == [True]
+    left = HIGH_WATER + HIGH_WATER // 2
+    while left > LOW_WATER + (1 << 17):
+        left -= len(os.read(reader, 4096))
+    assert told == [True]
+    while left:
+        left -= len(os.read(reader, 4096))
+    until(lambda: told == [True, False])
+    output.close()
+
+
+def test_a_source_that_does_not_wait_is_cut_and_counted(io, pipe):
+    output = Output(pipe[1], io)
+    output.write(DATA)
+    output.write(DATA)
+    assert len(output._waiting) <= LIMIT
+    assert output.lost == 2 * len(DATA) - len(output._waiting) - _in_pipe(pipe[0])
+    output.close()
+
+
+def _in_pipe(fd: int) -> int:
+    import struct
+    import termios
+
+    return struct.unpack("i", fcntl.ioctl(fd, termios.FIONREAD, bytes(4)))[0]
+
+
+def test_drain_waits_for_a_reader(io, pipe):
+    reader, writer = pipe
+    output = Output(writer, io)
+    output.write(DATA[:300_000])
+    assert not output.drain(0.01)
+    got = bytearray()
+    thread = threading.Thread(target=read_all, args=(reader, got))
+    thread.start()
+    assert output.drain(30)
+    output.close()
+    os.close(writer)
+    pipe[1] = None
+    thread.join()
+    assert got == DATA[:300_000]
+
+
+def test_drain_works_after_the_loop_has_stopped(io, pipe):
+    output = Output(pipe[1], io)
+    io.stop()
+    output.write(b"last words")
+    assert output.drain(1)
+    assert os.read(pipe[0], 100) == b"last words"
+    output.write(DATA[:200_000])
+    got = bytearray()
+    while not output.drain(0):
+        got += os.read(pipe[0], 1 << 16)
+    while len(got) < 200_000:
+        got += os.read(pipe[0], 1 << 16)
+    assert got == DATA[:200_000]
+    output.close()
+
+
+@pytest.mark.parametrize("when", ["before", "while waiting"])
+def test_a_reader_that_went_away_is_told_once_and_costs_nothing(io, until, pipe, when):
+    reader, writer = pipe
+    told = []
+    output = Output(writer, io, on_broken=lambda: told.append(1))
+    if when == "while waiting":
+        output.write(DATA[:200_000])
+    os.close(reader)
+    pipe[0] = None
+    output.write(b"x")
+    until(lambda: told)
+    output.write(b"y")
+    assert told == [1]
+    assert output.drain(0)
+    until(lambda: output._watch is None)
+    output.close()
+
+
+def test_a_file_is_appended_where_the_caller_stood(io, tmp_path):
+    path = tmp_path / "out"
+    with path.open("wb", buffering=0) as file:
+        file.write(b"header\n")
+        output = Output(file.fileno(), io)
+        output.write(b"body\n")
+        output.close()
+        file.write(b"footer\n")
+    assert path.read_bytes() == b"header\nbody\nfooter\n"
+
+
+def test_dev_null_takes_everything(io):
+    fd = os.open("/dev/null", os.O_WRONLY)
+    output = Output(fd, io)
+    for _ in range(10):
+        output.write(DATA)
+    assert output.lost == 0
+    assert output.drain(0)
+    output.close()
+    os.close(fd)
+
+
+def test_a_full_device_breaks_the_output_only(io):
+    fd = os.open("/dev/full", os.O_WRONLY)
+    told = []
+    output = Output(fd, io, on_broken=lambda: told.append(1))
+    output.write(b"x")
+    assert told == [1]
+    output.close()
+    os.close(fd)
+
+
+def test_a_socket_is_asked_before_each_piece(io, until):
+    left, right = socket.socketpair()
+    with left, right:
+        output = Output(left.fileno(), io)
+        done = threading.Event()
+        io.call_soon(output.write, DATA)
+        io.call_soon(done.set)
+        assert done.wait(30), "the loop was blocked by a socket nobody reads"
+        got = bytearray()
+        while len(got) < len(DATA):
+            got += right.recv(1 << 16)
+        assert got == DATA
+        output.close()
+
+
+def test_a_closed_stdout_is_broken_from_the_start(io):
+    fd = os.open("/dev/null", os.O_WRONLY)
+    os.close(fd)
+    output = Output(fd, io)
+    assert output.broken
+    output.write(b"x")
+    output.close()

@@ -1,0 +1,252 @@
+"""Coalesced THR writes: whatever KVM queues, the guest and the reader see what a plain UART would do."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from hvkvm.devices.port import serial_coalesced
+from hvkvm.devices.port.bus import PortBus
+from hvkvm.devices.port.irq_line import UnconnectedLine
+from hvkvm.devices.port.serial import Serial16550
+from hvkvm.devices.port.serial_coalesced import POLL_MAX, POLL_MIN, CoalescedSerial
+from hvkvm.errors import CapabilityMissing, HvkvmError
+
+THR, IER, LCR, MCR, LSR = 0x3F8, 0x3F9, 0x3FB, 0x3FC, 0x3FD
+
+
+class Kernel:
+    """What KVM does with port writes: queue those of a zone while the ring has room, else exit."""
+
+    def __init__(self, bus: PortBus, slots: int = 170) -> None:
+        self.bus = bus
+        self.slots = slots
+        self.ring: list[SimpleNamespace] = []
+        self.zones: list[Zone] = []
+        self.exits = 0
+
+    def out(self, port: int, value: int, size: int = 1) -> None:
+        if len(self.ring) < self.slots and any(
+            z.port <= port and port + size <= z.port + z.size for z in self.zones
+        ):
+            self.ring.append(SimpleNamespace(address=port, pio=True, data=value.to_bytes(size, "little")))
+            return
+        self.exits += 1
+        self.bus.write(port, size, value)
+
+    def inb(self, port: int) -> int:
+        self.exits += 1
+        return self.bus.read(port, 1)
+
+
+class Zone:
+    """CoalescedPio over such a kernel."""
+
+    kernel: Kernel
+    fails = False
+
+    def __init__(self, vm: object, port: int, size: int) -> None:
+        if self.fails:
+            raise HvkvmError("no memory")
+        self.port, self.size = port, size
+        self.kernel.zones.append(self)
+
+    def drain(self, vcpu: object):
+        taken, self.kernel.ring = self.kernel.ring, []
+        return iter(taken)
+
+    def close(self) -> None:
+        if self in self.kernel.zones:
+            self.kernel.zones.remove(self)
+
+
+class Rig:
+    def __init__(self, loop, patch, *, threshold: int = 4, slots: int = 170, cap: int = 1) -> None:
+        self.loop = loop
+        self.out: list[bytes] = []
+        self.serial = Serial16550(UnconnectedLine(), self.out.append, loop)
+        self.bus = PortBus()
+        self.kernel = Kernel(self.bus, slots)
+        self.zone = type("BoundZone", (Zone,), {"kernel": self.kernel})
+        patch.setattr(serial_coalesced, "CoalescedPio", self.zone)
+        vcpu = SimpleNamespace(vm=SimpleNamespace(check_extension=lambda number: cap))
+        self.device = CoalescedSerial(self.serial, vcpu, loop, first_threshold=threshold)
+        self.device.attach(self.bus)
+
+    def print(self, data: bytes) -> None:
+        for byte in data:
+            self.kernel.out(THR, byte)
+
+    def text(self) -> bytes:
+        self.device.close()
+        self.loop.settle()
+        return b"".join(self.out)
+
+
+@pytest.fixture
+def rig(loop, monkeypatch):
+    return Rig(loop, monkeypatch)
+
+
+def test_a_run_of_writes_makes_a_zone_and_then_costs_no_exits(rig):
+    rig.print(b"abcd")
+    assert rig.device.zone_is_open
+    exits = rig.kernel.exits
+    rig.print(b"e" * 100)
+    assert rig.kernel.exits == exits
+    assert rig.text() == b"abcd" + b"e" * 100
+
+
+def test_a_register_access_sees_the_writes_before_it(rig):
+    rig.print(b"abcdefg")
+    assert rig.kernel.ring
+    rig.kernel.inb(LSR)
+    assert not rig.kernel.ring
+    rig.print(b"hi")
+    rig.kernel.out(IER, 0)
+    assert not rig.kernel.ring
+    rig.serial.output.flush()
+    assert b"".join(rig.out) == b"abcdefghi"
+
+
+@pytest.mark.parametrize(("port", "value"), [(IER, 0x02), (LCR, 0x83), (MCR, 0x10)])
+def test_the_zone_ends_before_a_thr_write_means_something_else(rig, port, value):
+    rig.print(b"abcdef")
+    assert rig.kernel.zones
+    rig.kernel.out(port, value)
+    assert not rig.kernel.zones
+    rig.print(b"xy")
+    assert not rig.kernel.ring
+    if port == LCR:
+        assert rig.text() == b"abcdef", "xy went to the divisor"
+        assert rig.kernel.inb(THR) == ord("y")
+
+
+def test_each_forced_end_makes_the_next_zone_dearer(rig):
+    needed = []
+    for _ in range(4):
+        count = 0
+        while not rig.device.zone_is_open:
+            rig.print(b"x")
+            count += 1
+        needed.append(count)
+        rig.kernel.out(IER, 0x02)
+        rig.kernel.out(IER, 0)
+    assert needed == [4, 8, 16, 32]
+
+
+def test_interrupt_driven_output_never_makes_a_zone(rig):
+    rig.kernel.out(IER, 0x02)
+    rig.print(b"x" * 1000)
+    assert rig.device.zones_made == 0
+
+
+def test_a_full_ring_exits_in_order(loop, monkeypatch):
+    rig = Rig(loop, monkeypatch, slots=7)
+    text = bytes(i & 0x7F for i in range(200))
+    rig.print(text)
+    assert rig.text() == text
+
+
+def test_a_guest_that_prints_and_halts_is_heard_by_the_poll(rig):
+    rig.print(b"abcdPANIC")
+    delay, poll, args = next(item for item in rig.loop.later if item[1] == rig.device._poll)
+    assert delay == POLL_MIN
+    poll(*args)
+    rig.serial.output.flush()
+    assert b"".join(rig.out) == b"abcdPANIC"
+
+
+def test_polling_slows_down_while_nothing_comes_and_stops_with_the_zone(rig):
+    rig.print(b"abcd")
+    delays = []
+    for _ in range(6):
+        polls = [item for item in rig.loop.later if item[1] == rig.device._poll]
+        assert len(polls) == 1
+        rig.loop.later.remove(polls[0])
+        delays.append(polls[0][0])
+        polls[0][1](*polls[0][2])
+    assert delays == [POLL_MIN, *(min(POLL_MIN * 2**n, POLL_MAX) for n in range(1, 6))]
+    rig.kernel.out(IER, 0x02)
+    rig.loop.settle()
+    assert rig.loop.later == []
+
+
+def test_a_stale_poll_does_not_poll_the_next_zone_twice(rig):
+    rig.print(b"abcd")
+    rig.kernel.out(IER, 0x02)
+    rig.kernel.out(IER, 0)
+    rig.print(b"x" * 8)
+    assert rig.device.zone_is_open
+    rig.loop.run_later()
+    assert len([item for item in rig.loop.later if item[1] == rig.device._poll]) == 1
+
+
+def test_other_zones_of_the_vm_share_the_ring_and_get_their_writes(rig):
+    seen = []
+    rig.bus.add(0x500, 4, SimpleNamespace(read=None, write=lambda *call: seen.append(call)))
+    rig.print(b"abcd")
+    rig.kernel.zones.append(SimpleNamespace(port=0x500, size=4))
+    rig.kernel.out(THR, ord("e"))
+    rig.kernel.out(0x502, 0x1234, 2)
+    rig.kernel.out(THR, ord("f"))
+    assert rig.text() == b"abcdef"
+    assert seen == [(2, 2, 0x1234)]
+
+
+def test_where_kvm_refuses_a_zone_the_plain_way_goes_on(rig):
+    rig.zone.fails = True
+    rig.print(b"x" * 100)
+    assert not rig.device.zone_is_open
+    assert rig.text() == b"x" * 100
+
+
+def test_without_the_capability_it_says_so(loop, monkeypatch):
+    with pytest.raises(CapabilityMissing, match="COALESCED_PIO"):
+        Rig(loop, monkeypatch, cap=0)
+
+
+def test_reset_ends_the_zone_and_loses_nothing(rig):
+    rig.print(b"abcdefg")
+    rig.device.reset()
+    assert not rig.kernel.zones
+    assert rig.text() == b"abcdefg"
+
+
+STEP = st.one_of(
+    st.tuples(st.just("print"), st.binary(min_size=1, max_size=30)),
+    st.tuples(st.just("out"), st.integers(1, 7), st.integers(0, 255)),
+    st.tuples(st.just("out"), st.sampled_from((1, 3, 4)), st.sampled_from((0, 0x02, 0x80, 0x10))),
+    st.tuples(st.just("in"), st.integers(0, 7)),
+    st.tuples(st.just("turn")),
+)
+
+
+@settings(max_examples=400, deadline=None)
+@given(steps=st.lists(STEP, max_size=60), slots=st.integers(1, 12))
+def test_a_guest_cannot_tell_it_from_a_plain_uart(steps, slots, new_loop):
+    with pytest.MonkeyPatch.context() as patch:
+        rig = Rig(new_loop(), patch, threshold=3, slots=slots)
+        plain_out: list[bytes] = []
+        plain_loop = new_loop()
+        plain = Serial16550(UnconnectedLine(), plain_out.append, plain_loop)
+        for name, *rest in steps:
+            if name == "print":
+                rig.print(rest[0])
+                for byte in rest[0]:
+                    plain.write(0, 1, byte)
+            elif name == "out":
+                rig.kernel.out(THR + rest[0], rest[1])
+                plain.write(rest[0], 1, rest[1])
+            elif name == "in":
+                assert rig.kernel.inb(THR + rest[0]) == plain.read(rest[0], 1)
+            else:
+                rig.loop.run_later()
+                rig.loop.run_soon()
+            # The invariant that makes it safe: KVM queues only while THR means output and nothing else.
+            assert not rig.kernel.zones or plain.thr_writes_are_silent
+        plain.output.flush()
+        assert rig.text() == b"".join(plain_out)
