@@ -119,7 +119,8 @@ class VcpuThread:
 
         FIFO; run once, or reported by `cancelled()` once (S31). The last exit may
         not be completed then: registers mean something only under a pause. A
-        paused vCPU's queue waits for the resume.
+        paused vCPU's queue waits for the resume. The guest runs when the queue is
+        empty: work that submits itself again keeps it out, though no pause or stop.
         """
         self._queue.submit(fn, *args, cancelled=cancelled)
         if self._phase == _ENTERED:
