@@ -216,6 +216,8 @@ class RouteTable:
         with self._lock:
             # Held by messages whose completion was queued to a loop that never ran it.
             left = [shared for shared in self._lines.values() if shared.refs]
+            for shared in left:
+                del self._lines[shared.vp.vp_index, shared.sint]
         for shared in left:
             shared.line.close()
 
