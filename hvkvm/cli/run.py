@@ -13,12 +13,17 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from time import monotonic
-from types import FrameType
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from hvkvm.cli.arguments import Parser, split_command
 from hvkvm.errors import ConfigError
 from hvkvm.machine.config import KNOWN_DEVICES, SIGNAL_CHOICES, SYNIC_CHOICES, MachineConfig, parse_size
+
+if TYPE_CHECKING:
+    from hvkvm.cli.signals import Signals
+    from hvkvm.cli.status import StatusLine
+    from hvkvm.machine.machine import Machine
+    from hvkvm.machine.outcome import Outcome
 
 EPILOG = """exit status:
   the guest command's own; 0 after a power-off; 2 usage; 69 KVM unavailable;
@@ -75,6 +80,7 @@ def parser() -> Parser:
     p.add_argument("--timeout", metavar="SECONDS", help="end the run after this long, with status 124")
     p.add_argument("--no-reboot", action="store_true", help="a guest reset ends the run with status 0")
     p.add_argument("--no-acpi", action="store_true", help="give the guest no ACPI tables")
+    p.add_argument("--kvm", metavar="PATH", dest="kvm_path", help="the KVM device (/dev/kvm)")
     p.add_argument("--json", action="store_true", help="print the outcome as one JSON line on standard error")
     p.add_argument("--quiet", action="store_true", help="say nothing on standard error unless the run fails")
     return p
@@ -85,7 +91,17 @@ def config_from(arguments: list[str]) -> tuple[MachineConfig, Any]:
     own, command = split_command(arguments)
     options = parser().parse_args(own)
     values: dict[str, Any] = {}
-    for key in ("kernel", "initrd", "append", "hv", "synic", "signal_path", "modules_dir", "busybox"):
+    for key in (
+        "kernel",
+        "initrd",
+        "append",
+        "hv",
+        "synic",
+        "signal_path",
+        "modules_dir",
+        "busybox",
+        "kvm_path",
+    ):
         if (value := getattr(options, key)) is not None:
             values[key] = value
     for key in ("devices", "modules"):
@@ -123,14 +139,17 @@ def main(arguments: list[str]) -> int:
     """Run the verb; returns the exit status."""
     config, options = config_from(arguments)
     from hvkvm.backends.console import Console
+    from hvkvm.cli.signals import Signals
     from hvkvm.cli.status import StatusLine
     from hvkvm.cli.teller import Teller
-    from hvkvm.machine.dump import describe
     from hvkvm.machine.machine import Machine
     from hvkvm.machine.outcome import Ending
 
     began = monotonic()
-    with Machine(config, observer=Teller(sys.stderr, quiet=options.quiet or options.json)) as machine:
+    with (
+        Signals((signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)) as signals,
+        Machine(config, observer=Teller(sys.stderr, quiet=options.quiet or options.json)) as machine,
+    ):
         if not machine.features and config.hv != "none" and not options.quiet:
             note = f"--hv {config.hv}: this kernel's KVM can back none; `hvkvm doctor` names the remedies"
             print(f"hvkvm: running without enlightenments: {note}", file=sys.stderr)
@@ -143,29 +162,12 @@ def main(arguments: list[str]) -> int:
         )
         machine.board.attach_console(console)
         status.start()
-
-        def stop(number: int, _frame: FrameType | None) -> None:
-            machine.finish(Ending.QUIT, 128 + number, signal.Signals(number).name)
-
-        def dump(_number: int, _frame: FrameType | None) -> None:
-            status.clear()
-            print(describe(machine), file=sys.stderr, flush=True)
-
-        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-            signal.signal(number, stop)
-        signal.signal(signal.SIGQUIT, dump)
         with console:
             machine.start()
-            outcome = machine.wait(config.timeout)
-            if outcome is None:
-                status.clear()
-                report = describe(machine)
-                machine.expire()
-                outcome = machine.outcome
-            else:
-                report = ""
+            report = _attend(machine, signals, status)
             machine.stop()
         status.clear()
+        outcome = machine.outcome
         assert outcome is not None
         if report:
             print(report, file=sys.stderr)
@@ -173,12 +175,34 @@ def main(arguments: list[str]) -> int:
     return outcome.status
 
 
-def _conclude(machine: Any, outcome: Any, seconds: float, options: Any) -> None:
+def _attend(machine: Machine, signals: Signals, status: StatusLine) -> str:
+    """Wait for the machine's end, its time limit, or signals; returns what a time-out has to tell."""
+    from hvkvm.machine.dump import describe
+    from hvkvm.machine.outcome import Ending
+
+    limit = machine.config.timeout
+    end = None if limit is None else monotonic() + limit
+    while machine.outcome is None:
+        left = None if end is None else end - monotonic()
+        if left is not None and left <= 0:
+            status.clear()
+            report = describe(machine)
+            machine.expire()
+            return report
+        number = signals.wait(machine.ended_fd, left)
+        if number == signal.SIGQUIT:
+            status.clear()
+            print(describe(machine), file=sys.stderr, flush=True)
+        elif number is not None:
+            machine.finish(Ending.QUIT, 128 + number, signal.Signals(number).name)
+    return ""
+
+
+def _conclude(machine: Machine, outcome: Outcome, seconds: float, options: Any) -> None:
     """Say how it ended: JSON when asked, one line when it was not clean."""
     if options.json:
         import json
 
-        exits: dict[str, int] = machine.exit_counts()
         record = {
             "ending": outcome.ending.value,
             "status": outcome.status,
@@ -186,7 +210,7 @@ def _conclude(machine: Any, outcome: Any, seconds: float, options: Any) -> None:
             "seconds": round(seconds, 3),
             "resets": machine.resets,
             "features": str(machine.features),
-            "exits": exits,
+            "exits": machine.exit_counts(),
         }
         print(json.dumps(record), file=sys.stderr)
     elif not outcome.clean:

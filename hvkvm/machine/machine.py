@@ -97,7 +97,18 @@ class Machine:
             raise HvkvmError("this machine was started already; build another one")
         self.started_at = monotonic()
         self.io.start()
-        self.group.start_all()
+        for thread in self.threads:
+            try:
+                thread.start()
+            except HvkvmError:
+                if self.outcome is None:
+                    raise
+                return  # a vCPU that ran already has ended the machine
+
+    @property
+    def ended_fd(self) -> int:
+        """Becomes readable when the run has ended, for callers that wait for more than that."""
+        return self._ended.fd
 
     def wait(self, timeout: float | None = None) -> Outcome | None:
         """Wait up to `timeout` seconds (None: without limit) for the end; None if it has not come."""

@@ -1,0 +1,203 @@
+"""`hvkvm run` on real KVM with guests of a few bytes: endings, statuses, signals, the terminal."""
+
+from __future__ import annotations
+
+import json
+import os
+import pty
+import select
+import signal
+import subprocess
+import sys
+import termios
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from hvkvm.abi import board
+
+pytestmark = pytest.mark.kvm
+
+Hvkvm = Callable[..., "subprocess.CompletedProcess[str]"]
+Guest = Callable[[bytes], Path]
+
+HANG = b"\xfa\xf4\xeb\xfd"  # cli; hlt; again
+SPIN = b"\xeb\xfe"
+TRIPLE_FAULT = b"\x0f\x01\x1d\x00\x00\x00\x00\x0f\x0b"  # lidt [0], where a limit of 0 lies; ud2
+DEADLINE = 60.0
+
+
+def out_string(text: bytes) -> bytes:
+    """Machine code that prints `text` on COM1."""
+    code = b"\x66\xba" + board.COM1_PORT.to_bytes(2, "little")  # mov dx, COM1
+    return code + b"".join(bytes([0xB0, byte, 0xEE]) for byte in text)  # mov al, byte; out dx, al
+
+
+def out(port: int, value: int) -> bytes:
+    """Machine code for one byte written to `port`."""
+    return b"\x66\xba" + port.to_bytes(2, "little") + bytes([0xB0, value, 0xEE])
+
+
+def run_arguments(kernel: Path, *more: object) -> tuple[object, ...]:
+    return ("run", "--kernel", kernel, "--memory", "16M", "--hv", "none", *more)
+
+
+def test_output_and_debug_exit_status(hvkvm: Hvkvm, guest: Guest) -> None:
+    result = hvkvm(*run_arguments(guest(out_string(b"hello\n") + out(board.DEBUG_EXIT_PORT, 3) + HANG)))
+    assert (result.returncode, result.stdout, result.stderr) == (7, "hello\n", "")
+
+
+@pytest.mark.parametrize("status", [0, 1, 42, 255])
+def test_the_guest_commands_status_is_ours(hvkvm: Hvkvm, guest: Guest, status: int) -> None:
+    result = hvkvm(*run_arguments(guest(out(board.GUEST_EXIT_PORT, status) + HANG)))
+    assert (result.returncode, result.stderr) == (status, "")
+
+
+def test_triple_fault_is_254_and_says_where(hvkvm: Hvkvm, guest: Guest) -> None:
+    result = hvkvm(*run_arguments(guest(out_string(b"x") + TRIPLE_FAULT)))
+    assert result.returncode == 254
+    assert result.stdout == "x"
+    assert result.stderr.startswith("hvkvm: triple fault: vcpu0 at rip=0x10")
+
+
+@pytest.mark.parametrize("code", [HANG, SPIN, out_string(b"last words\n") + SPIN])
+def test_timeout_is_124_and_says_who_waits_for_what(hvkvm: Hvkvm, guest: Guest, code: bytes) -> None:
+    result = hvkvm(*run_arguments(guest(code), "--timeout", "0.5"))
+    assert result.returncode == 124
+    assert "vcpu0: running guest" in result.stderr
+    assert "rip=0x10" in result.stderr
+    assert "the guest had not finished after 0.5 s" in result.stderr
+    if b"last words" in code or result.stdout:
+        assert result.stdout == "last words\n"
+        assert "| last words" in result.stderr
+    else:
+        assert "no output yet" in result.stderr
+
+
+def test_reset_reboots_in_place(hvkvm: Hvkvm, guest: Guest) -> None:
+    # The first life marks a byte of RAM, which a reset leaves alone; the second finds it and exits.
+    mark = 0x200000
+    code = (
+        out_string(b"a")
+        + b"\x80\x3d" + mark.to_bytes(4, "little") + b"\x01"  # cmp byte [mark], 1
+        + b"\x74\x10"  # je past the reset
+        + b"\xc6\x05" + mark.to_bytes(4, "little") + b"\x01"  # mov byte [mark], 1
+        + out(board.RESET_PORT, board.RESET_VALUE) + SPIN
+        + out(board.DEBUG_EXIT_PORT, 0) + HANG
+    )  # fmt: skip
+    result = hvkvm(*run_arguments(guest(code), "--json", "--timeout", "30"))
+    record = json.loads(result.stderr.splitlines()[-1])
+    assert (result.returncode, result.stdout) == (1, "aa"), result
+    assert (record["ending"], record["resets"]) == ("debug exit", 1)
+
+
+def test_no_reboot_ends_at_the_reset(hvkvm: Hvkvm, guest: Guest) -> None:
+    code = out(board.RESET_PORT, board.RESET_VALUE) + SPIN
+    result = hvkvm(*run_arguments(guest(code), "--no-reboot", "--json"))
+    assert result.returncode == 0
+    assert json.loads(result.stderr.splitlines()[-1])["ending"] == "reset"
+
+
+def test_a_linux_panic_on_the_console_is_255(hvkvm: Hvkvm, guest: Guest) -> None:
+    panic = b"Kernel panic - not syncing: VFS: no root"
+    text = panic + b"\r\n---[ end " + panic + b" ]---\r\n"
+    result = hvkvm(*run_arguments(guest(out_string(text) + out(board.RESET_PORT, board.RESET_VALUE) + SPIN)))
+    assert result.returncode == 255
+    assert result.stderr == "hvkvm: guest panic: Kernel panic - not syncing: VFS: no root\n"
+
+
+def test_power_off_by_acpi(hvkvm: Hvkvm, guest: Guest) -> None:
+    value = board.PM1_CNT_SLP_EN | board.S5_SLP_TYP << board.PM1_CNT_SLP_TYP_SHIFT
+    port = board.PM1A_CNT_PORT.to_bytes(2, "little")
+    code = b"\x66\xb8" + value.to_bytes(2, "little") + b"\x66\xba" + port + b"\x66\xef" + HANG  # out dx, ax
+    result = hvkvm(*run_arguments(guest(code)))
+    assert (result.returncode, result.stderr) == (0, "")
+
+
+class Running:
+    """A started command, with its output as it comes."""
+
+    def __init__(self, *arguments: object, terminal: int | None = None) -> None:
+        stdin = subprocess.DEVNULL if terminal is None else terminal
+        output = subprocess.PIPE if terminal is None else terminal
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "hvkvm", *map(str, arguments)],
+            stdin=stdin, stdout=output, stderr=subprocess.PIPE, start_new_session=True,
+        )  # fmt: skip
+
+    def wait_for_output(self, fd: int, text: bytes) -> bytes:
+        seen = b""
+        end = time.monotonic() + DEADLINE
+        while text not in seen:
+            assert time.monotonic() < end, seen
+            if select.select([fd], [], [], 0.2)[0]:
+                seen += os.read(fd, 4096)
+        return seen
+
+    def end(self) -> tuple[int, str]:
+        _, errors = self.process.communicate(timeout=DEADLINE)
+        return self.process.returncode, errors.decode()
+
+
+@pytest.mark.parametrize(
+    ("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)]
+)
+def test_signals_end_the_run(guest: Guest, number: signal.Signals, status: int) -> None:
+    running = Running(*run_arguments(guest(out_string(b"up\n") + SPIN)))
+    assert running.process.stdout is not None
+    running.wait_for_output(running.process.stdout.fileno(), b"up\n")
+    running.process.send_signal(number)
+    code, errors = running.end()
+    assert (code, errors) == (status, f"hvkvm: quit: {number.name}\n")
+
+
+def test_sigquit_dumps_and_goes_on(guest: Guest) -> None:
+    running = Running(*run_arguments(guest(out_string(b"up\n") + SPIN), "--cpus", "2"))
+    assert running.process.stdout is not None
+    running.wait_for_output(running.process.stdout.fileno(), b"up\n")
+    for _ in range(3):
+        running.process.send_signal(signal.SIGQUIT)
+        time.sleep(0.3)
+        assert running.process.poll() is None
+    running.process.send_signal(signal.SIGTERM)
+    code, errors = running.end()
+    assert code == 143, errors
+    assert "vcpu0: running guest" in errors
+    assert "vcpu1: " in errors
+    assert "uninitialized" in errors
+    assert "| up" in errors
+
+
+@pytest.mark.parametrize("keys", [b"\x03", b"\x01x"], ids=["ctrl-c", "ctrl-a x"])
+def test_keys_end_a_guest_that_does_not_listen_and_restore_the_terminal(guest: Guest, keys: bytes) -> None:
+    leader, follower = pty.openpty()
+    try:
+        before = termios.tcgetattr(follower)
+        running = Running(*run_arguments(guest(out_string(b"up\n") + SPIN), "--quiet"), terminal=follower)
+        running.wait_for_output(leader, b"up")
+        os.write(leader, keys)
+        code, errors = running.end()
+        assert code == 130, errors
+        assert termios.tcgetattr(follower) == before
+    finally:
+        os.close(leader)
+        os.close(follower)
+
+
+def test_a_reader_that_goes_away_ends_the_run(guest: Guest) -> None:
+    running = Running(
+        *run_arguments(guest(out_string(b"y\n" * 50) + b"\xe9" + (-605).to_bytes(4, "little", signed=True)))
+    )
+    assert running.process.stdout is not None
+    running.wait_for_output(running.process.stdout.fileno(), b"y\n")
+    running.process.stdout.close()
+    code = running.process.wait(DEADLINE)
+    assert code == 141
+
+
+def test_nothing_is_said_twice_or_lost_when_much_is_printed(hvkvm: Hvkvm, guest: Guest) -> None:
+    text = bytes(65 + index % 26 for index in range(4000)) + b"\n"
+    result = hvkvm(*run_arguments(guest(out_string(text) + out(board.GUEST_EXIT_PORT, 0) + HANG)))
+    assert result.stdout == text.decode()
