@@ -187,8 +187,8 @@ def _madt(cpus: int) -> bytes:
     body += struct.pack(
         "<BBBBII", MADT_IO_APIC, 12, board.IOAPIC_ID, 0, board.IOAPIC_ADDRESS, board.IOAPIC_GSI_BASE
     )
-    # KVM's default routing puts the PIT (ISA IRQ 0) on IOAPIC pin 2, as PCs do.
-    body += struct.pack("<BBBBIH", MADT_INTERRUPT_SOURCE_OVERRIDE, 10, 0, 0, 2, 0)
+    # No override for ISA IRQ 0: KVM's default routing leaves the PIT on IOAPIC pin 0, where PCs use pin 2.
+    # With one, Linux waits for a tick that never comes.
     sci = board.SCI_IRQ
     body += struct.pack("<BBBBIH", MADT_INTERRUPT_SOURCE_OVERRIDE, 10, 0, sci, sci, _MPS_ACTIVE_HIGH_LEVEL)
     body += struct.pack("<BBBHB", MADT_LOCAL_APIC_NMI, 6, _ALL_UIDS_8, 0, 1)
