@@ -96,7 +96,7 @@ class CoalescedPio:
     """A zone of ports whose writes KVM queues. All zones of a VM share one ring of 170 slots.
 
     When the ring is full a write exits as usual, so nothing is lost or reordered
-    as long as every exit drains first.
+    as long as every exit drains first. Some kernels (6.1) call it full at 85.
     """
 
     __slots__ = ("_registered", "_vm", "port", "size")

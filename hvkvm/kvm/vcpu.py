@@ -213,7 +213,11 @@ class Vcpu(Handle):
 
     def cpuid2(self) -> list[kvm_cpuid_entry2]:
         """The table in force."""
-        return get_cpuid(self.fd, rq.KVM_GET_CPUID2)
+        entries = get_cpuid(self.fd, rq.KVM_GET_CPUID2)
+        # Older kernels (6.1) leave nent at the room offered: what follows is all zero.
+        while len(entries) > 1 and not any(bytes(entries[-1])):
+            entries.pop()
+        return entries
 
     def supported_hv_cpuid(self) -> list[kvm_cpuid_entry2]:
         """The Hyper-V leaves KVM can back, as this vCPU stands. Raises CapabilityMissing."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import faulthandler
 import os
 import signal
 import threading
@@ -119,19 +120,22 @@ def test_hv_cpuid_is_given_or_refused_by_name(kvm):
 @pytest.mark.kvm
 def test_kvm_run_releases_the_gil(tiny_guest):
     """While one thread is inside KVM_RUN for good, this one goes on."""
-    guest = tiny_guest(b"\xeb\xfe", irqchip=False)  # jmp $: never exits by itself
-    signal.signal(signal.SIGRTMIN, lambda *_: None)
+    guest = tiny_guest(b"\xeb\xfe")  # jmp $: never exits by itself
+    before = signal.signal(signal.SIGRTMIN, lambda *_: None)
+    # If the GIL were held nothing in Python could end this: the watchdog is a C thread and ends the process.
+    faulthandler.dump_traceback_later(60, exit=True)
     reasons = []
     thread = threading.Thread(target=lambda: reasons.append(guest.vcpu.enter()))
     thread.start()
     try:
-        ticks = 0
-        while ticks < 100:  # with the GIL held this loop would not turn at all
-            time.sleep(0)
-            ticks += 1
+        for _ in range(100):
+            time.sleep(0.001)
+            assert thread.is_alive()
     finally:
         guest.vcpu.run.immediate_exit = 1
         while thread.is_alive():
             signal.pthread_kill(thread.ident, signal.SIGRTMIN)
             thread.join(0.01)
+        faulthandler.cancel_dump_traceback_later()
+        signal.signal(signal.SIGRTMIN, before)
     assert reasons == [10]
