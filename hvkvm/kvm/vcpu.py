@@ -100,12 +100,14 @@ class Vcpu(Handle):
         return self.data[offset : offset + size]
 
     def complete_exit(self) -> None:
-        """Let KVM finish a pending IN, MMIO or MSR read without running guest code: before reading state."""
-        run = self.run
-        before = run.immediate_exit
-        run.immediate_exit = 1
+        """Let KVM finish a pending IN, MMIO or MSR read without running guest code: before reading state.
+
+        `run.immediate_exit` stays 1, as after a kick: clearing it here could
+        lose the kick of a thread that set it meanwhile. The vCPU's loop clears
+        it before it drains its queue; who calls `enter` by hand clears it too.
+        """
+        self.run.immediate_exit = 1
         self.enter()
-        run.immediate_exit = before
 
     def _get(self, request: rq.Request, into: ctypes.Structure) -> None:
         door.ioctl(self.fd, request, into, f"vCPU {self.index}")

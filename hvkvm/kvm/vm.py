@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from threading import Lock
+from typing import NamedTuple
 
 from hvkvm.abi import kvm_requests as rq
 from hvkvm.abi.kvm import (
@@ -46,8 +46,7 @@ _ENABLE_CAP = rq.KVM_ENABLE_CAP._replace(scope="vm")
 _CHECK_EXTENSION = rq.KVM_CHECK_EXTENSION._replace(scope="vm")
 
 
-@dataclass(frozen=True, slots=True)
-class MsrRange:
+class MsrRange(NamedTuple):
     """One range of an MSR filter: `flags` says which accesses (KVM_MSR_FILTER_READ|WRITE) the bitmap decides.
 
     Bit i of `bitmap` set lets MSR base+i through to KVM; clear denies it. An
@@ -55,7 +54,7 @@ class MsrRange:
     """
 
     base: int
-    count: int
+    nmsrs: int
     flags: int
     bitmap: bytes = b""
 
@@ -180,13 +179,13 @@ class Vm(Handle):
         argument = kvm_msr_filter(flags=flags)
         keep = []  # the bitmaps must live until the ioctl returns
         for i, item in enumerate(ranges):
-            size = -(-item.count // 64) * 8  # KVM reads whole longs
+            size = -(-item.nmsrs // 64) * 8  # KVM reads whole longs
             if i >= KVM_MSR_FILTER_MAX_RANGES or not 0 < size <= KVM_MSR_FILTER_MAX_BITMAP_SIZE:
-                raise ValueError(f"MSR filter range {i} ({item.base:#x}+{item.count}) is more than KVM takes")
+                raise ValueError(f"MSR filter range {i} ({item.base:#x}+{item.nmsrs}) is more than KVM takes")
             bitmap = (ctypes.c_uint8 * size).from_buffer_copy(item.bitmap[:size].ljust(size, b"\0"))
             keep.append(bitmap)
             slot = argument.ranges[i]
-            slot.flags, slot.nmsrs, slot.base = item.flags, item.count, item.base
+            slot.flags, slot.nmsrs, slot.base = item.flags, item.nmsrs, item.base
             slot.bitmap = ctypes.cast(bitmap, ctypes.POINTER(ctypes.c_uint8))
         door.ioctl(self.fd, rq.KVM_X86_SET_MSR_FILTER, argument)
         del keep
