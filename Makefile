@@ -20,7 +20,8 @@ check: setup ## style, types, import directions, the ABI table
 	.venv/bin/ruff check $(SOURCES) scripts/lab scripts/artifacts
 	.venv/bin/ruff format --check $(SOURCES) scripts/lab scripts/artifacts
 	.venv/bin/mypy --strict
-	MYPYPATH=scripts .venv/bin/mypy --strict -p steps
+	MYPYPATH=scripts .venv/bin/mypy --strict scripts/lab
+	MYPYPATH=scripts .venv/bin/mypy --strict scripts/artifacts
 	.venv/bin/lint-imports
 	$(PYTHON) kvm_headers/probe.py --check
 

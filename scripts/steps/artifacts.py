@@ -82,7 +82,7 @@ def path(name: str, suite: str | None = None, *, update: bool = False, offline: 
 def _noted_tree(noted: Path) -> Path | None:
     try:
         seen = json.loads(noted.read_text())
-        tree = tree_of(seen["package"], seen["version"])
+        tree = tree_of(str(seen["package"]), str(seen["version"]))
     except (OSError, ValueError, KeyError, TypeError):
         return None
     return tree if tree.is_dir() else None

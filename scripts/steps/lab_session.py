@@ -89,7 +89,7 @@ class Session:
         self.sockets: dict[str, socket.socket] = {}
         self.tails: dict[str, Tail] = {}
         self.outputs = {"terminal": 1} if tty else {"stdout": 1, "stderr": 2}
-        self.printed = False
+        self.printed = self.dead = False
         self.status: int | None = None
         self.reason = ""
         self.control = b""
@@ -125,7 +125,9 @@ class Session:
             if early is not None:
                 return early
             header = f"job {len(script)} {self.token} {'tty' if self.tty else 'pipes'}\n"
-            self.sockets["control"].sendall(header.encode() + script)
+            # Should it have died just now, the loop will hear of that.
+            with contextlib.suppress(OSError):
+                self.sockets["control"].sendall(header.encode() + script)
             if self.tty:
                 self._send_window_size()
             self._watch_input()
@@ -174,28 +176,33 @@ class Session:
         """Wait for events once, at most to `deadline`; a machine that has fallen silent counts as dead."""
         silent = self.heard + SILENCE_SECONDS if self.ready else math.inf
         limit = min(silent, math.inf if deadline is None else deadline)
-        for key, _ in self.poll.select(max(0.0, limit - time.monotonic())):
-            key.data()
+        events = self.poll.select(0 if self.dead else max(0.0, limit - time.monotonic()))
+        for key, _ in events:
+            # An event may have taken away another's cause.
+            if key.fd in self.poll.get_map():
+                key.data()
             if self.reason:
                 return
+        if self.dead and not events:
+            self._conclude()
         if time.monotonic() >= silent:
             self.reason = f"it has said nothing for {SILENCE_SECONDS:g} s"
 
     # --- what can happen --------------------------------------------------------------------------
 
     def _on_death(self) -> None:
-        # What it still sent is in the sockets' buffers, and a status there counts.
-        for _ in range(1000):
-            ready = [key for key, _ in self.poll.select(0) if key.fileobj is not self.pid]
-            if not ready or self._over():
-                break
-            for key in ready:
-                key.data()
-        if self.status is None and not self.reason:
+        # What it sent is still in the sockets' buffers, and a status there counts: see _turn.
+        self.dead = True
+        self.poll.unregister(self.pid)
+        with contextlib.suppress(KeyError):
+            self.poll.unregister(0)
+
+    def _conclude(self) -> None:
+        """The machine is gone and all it said has been read."""
+        if self.status is None:
             self.reason = "its process ended"
-        elif self.status is not None:
-            for tail in self.tails.values():
-                tail.ended = True
+        for tail in self.tails.values():
+            tail.ended = True
 
     def _on_control(self) -> None:
         data = self._receive("control")
@@ -226,10 +233,12 @@ class Session:
 
     def _receive(self, name: str) -> bytes:
         try:
-            data = self.sockets[name].recv(65536)
+            data = self.sockets[name].recv(65536, socket.MSG_DONTWAIT)
+        except BlockingIOError:
+            return b""
         except ConnectionError:
             data = b""
-        if not data:
+        if not data and self.sockets[name] in self.poll.get_map():
             # End of the machine; the process's own end says so too, with its reason.
             self.poll.unregister(self.sockets[name])
         return data
@@ -300,8 +309,7 @@ class Session:
     def _on_terminal(self) -> None:
         # Readable or writable, poll's answer is not kept: try both, neither blocks.
         self._flush_input()
-        with contextlib.suppress(BlockingIOError):
-            self._on_output("terminal")
+        self._on_output("terminal")
 
     def _end_input(self) -> None:
         if not self.tty:

@@ -7,7 +7,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hvkvm.boot import cpio
@@ -48,6 +48,7 @@ def test_cpio_tool_lists_a_device_node() -> None:
 
 
 @needs_cpio
+@settings(deadline=None)
 @given(
     files=st.dictionaries(st.from_regex(r"[a-z]{1,12}", fullmatch=True), st.binary(max_size=70), max_size=6)
 )

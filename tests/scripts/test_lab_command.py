@@ -1,0 +1,92 @@
+"""The lab's command line, without starting one."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import subprocess
+from pathlib import Path
+
+import pytest
+from steps import artifacts, lab_host, lab_image
+from steps.distribution import StepError
+
+PROJECT = Path(__file__).resolve().parents[2]
+PLAN = lab_image.Plan(None, 1, "4G")
+BOOTED = lab_image.Image(Path("/k"), Path("/i"))
+NUMBERS = dict.fromkeys(lab_host.CHANNELS, 7)
+
+
+def lab(*words: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([PROJECT / "scripts/lab", *words], capture_output=True, text=True, check=False)
+
+
+def options(plan: lab_image.Plan) -> str:
+    return shlex.join(lab_host.command_line(plan, BOOTED, Path("/f"), NUMBERS))
+
+
+def test_root_is_shared_read_only_and_chosen_folders_are_not() -> None:
+    text = options(PLAN._replace(writable=(Path("/out"),)))
+    assert "local,id=root,path=/,security_model=none,readonly=on" in text
+    assert "local,id=rw0,path=/out,security_model=none,multidevs=remap" in text
+
+
+def test_comma_in_a_path_cannot_become_an_option() -> None:
+    assert "path=/a,,readonly=off," in options(PLAN._replace(writable=(Path("/a,readonly=off"),)))
+
+
+@pytest.mark.parametrize(("version", "cpus"), [(7, 1), (9, 1), (10, 2), (11, 2)])
+def test_processors_follow_the_emulator_s_version(
+    version: int, cpus: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lab_host, "qemu_version", lambda: version)
+    assert lab_host.default_cpus() == cpus
+
+
+def test_missing_emulator_names_the_package(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PATH", "/nowhere")
+    with pytest.raises(StepError, match="qemu-system-x86"):
+        lab_host.qemu_version()
+
+
+def test_last_words_are_the_end_of_the_console(tmp_path: Path) -> None:
+    (tmp_path / "console").write_text("".join(f"line {n}\n" for n in range(50)))
+    (tmp_path / "qemu").write_text("warning: TCG doesn't support requested feature\nqemu: fatal\n")
+    assert lab_host.last_words(tmp_path, 3) == ["line 48", "line 49", "qemu: fatal"]
+
+
+def test_init_is_a_valid_script() -> None:
+    subprocess.run(["sh", "-n", lab_image.INIT], check=True)
+
+
+def test_no_command_is_a_usage_error() -> None:
+    done = lab()
+    assert done.returncode == 2
+    assert "no command" in done.stderr
+
+
+def test_writable_folder_must_exist() -> None:
+    assert "no such folder" in lab("--rw", "/not/there", "--", "true").stderr
+
+
+def test_a_command_runs_in_the_lab_with_its_own_status(tmp_path: Path) -> None:
+    """The one test that starts it: environment, folder, streams, writes, status."""
+    if os.environ.get("HVKVM_IN_LAB"):
+        pytest.skip("needs a machine that can start the lab; this is one inside it")
+    try:
+        lab_host.qemu_version()
+        artifacts.path("lab-kernel", offline=True)
+    except StepError as error:
+        pytest.skip(f"needs the lab: {error}")
+    (tmp_path / "file").write_text("seen\n")
+    script = f"cat {tmp_path}/file; echo $HVKVM_PROBE >&2; touch {tmp_path}/lost; test -c /dev/kvm && exit 42"
+    done = subprocess.run(
+        [PROJECT / "scripts/lab", "--nested", "--timeout", "60", "--", "sh", "-c", script],
+        capture_output=True,
+        text=True,
+        check=False,
+        env=dict(os.environ, HVKVM_PROBE="passed on"),
+    )
+    assert (done.returncode, done.stdout) == (42, "seen\n"), done.stderr
+    assert "passed on" in done.stderr
+    assert not (tmp_path / "lost").exists()

@@ -1,0 +1,292 @@
+"""The lab's host side: streams and their end marks, the job's script, a machine that answers or dies."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import socket
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from steps import lab_session
+from steps.lab_host import CHANNELS
+
+
+@given(output=st.binary(), cuts=st.lists(st.integers(0, 200)), after=st.binary(max_size=5))
+def test_tail_gives_all_output_and_nothing_of_the_mark(output: bytes, cuts: list[int], after: bytes) -> None:
+    tail = lab_session.Tail("0123456789abcdef")
+    if b"\x000123456789abcdef" in output:
+        return
+    stream = output + b"\x000123456789abcdef" + after
+    ends = sorted({min(cut, len(stream)) for cut in cuts} | {0, len(stream)})
+    pieces = [stream[a:b] for a, b in itertools.pairwise(ends)]
+    got = b""
+    for piece in pieces:
+        if tail.ended:
+            break
+        got += tail.feed(piece)
+    assert got == output
+    assert tail.ended
+
+
+@given(st.binary())
+def test_tail_withholds_at_most_a_mark(output: bytes) -> None:
+    tail = lab_session.Tail("ab")
+    if b"\0ab" not in output:
+        assert output.startswith(tail.feed(output))
+        assert len(tail._held) < 3
+
+
+TEXT = st.text(st.characters(blacklist_characters="\0", blacklist_categories=["Cs"]))
+
+
+@settings(deadline=None)
+@given(words=st.lists(TEXT, max_size=4), value=TEXT)
+def test_job_script_passes_words_and_variables_unharmed(words: list[str], value: str) -> None:
+    code = "import os,sys; sys.stdout.buffer.write(os.environb[b'V'] + b'|' + repr(sys.argv[1:]).encode())"
+    text = lab_session.job_script([sys.executable, "-S", "-c", code, *words], Path("/"), {"V": value})
+    text = text.replace(b"echo $$ >/run/lab/pid", b"")
+    done = subprocess.run(["sh"], input=text, stdout=subprocess.PIPE, check=True)
+    assert done.stdout == value.encode() + b"|" + repr(words).encode()
+
+
+def test_job_in_a_folder_that_is_not_there_says_so() -> None:
+    text = lab_session.job_script(["true"], Path("/nowhere/at-all"), {})
+    done = subprocess.run(["sh"], input=text, capture_output=True, check=False)
+    assert done.returncode == 126
+    assert b"at-all: not there in the lab" in done.stderr
+
+
+class Machine:
+    """Plays the machine's side of the channels: each is a socket that the test reads and writes."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.process = subprocess.Popen(["sleep", "1000"])
+        self.servers: dict[str, socket.socket] = {}
+        for name in CHANNELS:
+            server = self.servers[name] = socket.socket(socket.AF_UNIX)
+            server.bind(str(folder / name))
+            server.listen()
+        self.ends: dict[str, socket.socket] = {}
+        self.thread: threading.Thread | None = None
+
+    def play(self, script: Callable[[Machine], None]) -> None:
+        """Run `script` as the machine, in a thread."""
+
+        def body() -> None:
+            for name in ("control", "signals", "stdout", "stderr", "stdin"):
+                self.ends[name] = self.servers[name].accept()[0]
+            script(self)
+
+        self.thread = threading.Thread(target=body, daemon=True)
+        self.thread.start()
+
+    def job(self) -> tuple[bytes, str]:
+        """Await the job; its script and its token."""
+        with self.ends["control"].makefile("rb", buffering=0) as control:
+            verb, size, token, _ = control.readline().split()
+            assert verb == b"job"
+            script = b""
+            while len(script) < int(size):
+                script += control.read(int(size) - len(script))
+        return script, token.decode()
+
+    def say(self, channel: str, data: bytes) -> None:
+        self.ends[channel].sendall(data)
+
+    def finish(self, token: str, status: int) -> None:
+        """End the job as the real machine does: a mark on both streams, then the status."""
+        for channel in ("stdout", "stderr"):
+            self.say(channel, b"\0" + token.encode())
+        self.say("control", b"exit %d\n" % status)
+
+    def close(self) -> None:
+        self.process.kill()
+        self.process.wait()
+        for link in (*self.ends.values(), *self.servers.values()):
+            link.close()
+        if self.thread is not None:
+            self.thread.join(10)
+            assert not self.thread.is_alive()
+
+
+@pytest.fixture
+def machine(tmp_path: Path) -> Iterator[Machine]:
+    played = Machine(tmp_path)
+    yield played
+    played.close()
+
+
+def run(machine: Machine, timeout: float | None = None, fresh: bool = True) -> lab_session.Outcome:
+    session = lab_session.Session(
+        machine.folder, machine.process.pid, tty=False, fresh=fresh, detail=lambda text: None
+    )
+    try:
+        return session.run(b"script\n", timeout)
+    finally:
+        session.close()
+
+
+@pytest.mark.parametrize("status", [0, 1, 77, 137, 255])
+def test_output_and_status_come_back(
+    machine: Machine, status: int, capfdbinary: pytest.CaptureFixture[bytes]
+) -> None:
+    def play(played: Machine) -> None:
+        played.say("control", b"hello 3.1\n")
+        script, token = played.job()
+        assert script == b"script\n"
+        played.say("stdout", b"out\n")
+        played.say("stderr", b"err\0\n")
+        played.finish(token, status)
+
+    machine.play(play)
+    assert run(machine) == lab_session.Outcome(status, "", True)
+    assert capfdbinary.readouterr() == (b"out\n", b"err\0\n")
+
+
+def test_status_before_the_last_output_loses_nothing(
+    machine: Machine, capfdbinary: pytest.CaptureFixture[bytes]
+) -> None:
+    def play(played: Machine) -> None:
+        played.say("control", b"hello 3.1\n")
+        token = played.job()[1]
+        played.say("control", b"exit 4\n")
+        for _ in range(64):
+            played.say("stdout", b"x" * 65536)
+        played.say("stdout", b"\0" + token.encode())
+        played.say("stderr", b"\0" + token.encode())
+
+    machine.play(play)
+    assert run(machine).status == 4
+    assert len(capfdbinary.readouterr().out) == 64 * 65536
+
+
+def test_machine_that_dies_is_told_from_a_command_that_fails(machine: Machine) -> None:
+    def play(played: Machine) -> None:
+        played.say("control", b"hello 3.1\n")
+        played.job()
+        played.process.kill()
+
+    machine.play(play)
+    assert run(machine) == lab_session.Outcome(None, "its process ended", False)
+
+
+def test_machine_that_dies_after_output_says_there_was_some(machine: Machine) -> None:
+    def play(played: Machine) -> None:
+        played.say("control", b"hello 3.1\n")
+        played.job()
+        played.say("stdout", b"some\n")
+        played.process.kill()
+
+    machine.play(play)
+    assert run(machine) == lab_session.Outcome(None, "its process ended", True)
+
+
+def test_machine_that_dies_after_the_status_has_given_it(machine: Machine) -> None:
+    def play(played: Machine) -> None:
+        played.say("control", b"hello 3.1\n")
+        played.finish(played.job()[1], 9)
+        played.process.kill()
+
+    machine.play(play)
+    assert run(machine).status == 9
+
+
+def test_machine_that_cannot_start_says_why(machine: Machine) -> None:
+    machine.play(lambda played: played.say("control", b"fatal no root\n"))
+    assert run(machine) == lab_session.Outcome(None, "no root")
+
+
+def test_silent_machine_counts_as_dead(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(lab_session, "SILENCE_SECONDS", 0.2)
+
+    def play(played: Machine) -> None:
+        played.say("control", b"hello 3.1\n")
+        played.job()
+
+    machine.play(play)
+    outcome = run(machine)
+    assert outcome.status is None
+    assert "said nothing" in outcome.reason
+
+
+def test_deadline_terminates_the_command(machine: Machine) -> None:
+    told: list[bytes] = []
+
+    def play(played: Machine) -> None:
+        played.say("control", b"hello 3.1\n")
+        token = played.job()[1]
+        told.append(played.ends["signals"].recv(100))
+        played.finish(token, 143)
+
+    machine.play(play)
+    assert run(machine, timeout=0.1).status == lab_session.STATUS_TIMEOUT
+    assert told == [b"TERM\n"]
+
+
+def test_command_that_ignores_the_deadline_is_given_up(
+    machine: Machine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lab_session, "GRACE_SECONDS", 0.1)
+
+    def play(played: Machine) -> None:
+        played.say("control", b"hello 3.1\n")
+        played.job()
+
+    machine.play(play)
+    outcome = run(machine, timeout=0.1)
+    assert outcome.status == lab_session.STATUS_TIMEOUT
+    assert outcome.reason
+
+
+def test_standard_input_arrives_whole_and_ends(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
+    sent = os.urandom(300_000)
+    got: list[bytes] = []
+    reader, writer = os.pipe()
+    saved = os.dup(0)
+    os.dup2(reader, 0)
+    os.close(reader)
+
+    def feed() -> None:
+        with os.fdopen(writer, "wb") as pipe:
+            pipe.write(sent)
+
+    def play(played: Machine) -> None:
+        played.say("control", b"hello 3.1\n")
+        token = played.job()[1]
+        with played.ends["stdin"].makefile("rb") as stdin:
+            got.append(stdin.read())
+        played.finish(token, 0)
+
+    feeder = threading.Thread(target=feed)
+    feeder.start()
+    machine.play(play)
+    try:
+        assert run(machine).status == 0
+    finally:
+        os.dup2(saved, 0)
+        os.close(saved)
+        feeder.join()
+    assert got == [sent]
+
+
+def test_interrupt_is_passed_on(machine: Machine) -> None:
+    told: list[bytes] = []
+
+    def play(played: Machine) -> None:
+        played.say("control", b"hello 3.1\n")
+        token = played.job()[1]
+        os.kill(os.getpid(), 2)
+        told.append(played.ends["signals"].recv(100))
+        played.finish(token, 130)
+
+    machine.play(play)
+    assert run(machine).status == 130
+    assert told == [b"INT\n"]
