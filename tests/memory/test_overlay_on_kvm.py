@@ -218,4 +218,5 @@ def test_the_instructions_of_a_covered_page_change_too(guest: Guest) -> None:
         page.place(CODE)
         assert restart() == KVM_EXIT_IO
         vcpu.complete_exit()
+        vcpu.run.immediate_exit = 0
         page.place(None)
