@@ -129,8 +129,10 @@ def _reset_msrs(features: FeatureSet | None, vp_index: int) -> Iterator[tuple[in
         return features is not None and name in features
 
     if vp_index == 0 and features:
-        yield tlfs.HV_X64_MSR_GUEST_OS_ID, 0
+        # KVM ignores HYPERCALL while there is no guest OS id, and the id's going clears the enable bit only.
+        yield tlfs.HV_X64_MSR_GUEST_OS_ID, 1
         yield tlfs.HV_X64_MSR_HYPERCALL, 0
+        yield tlfs.HV_X64_MSR_GUEST_OS_ID, 0
         if has("time"):
             yield tlfs.HV_X64_MSR_REFERENCE_TSC, 0
         if has("reenlightenment"):

@@ -135,9 +135,10 @@ ALL = FeatureSet(tuple(row.name for row in ENLIGHTENMENTS))
 def test_reset_msrs_come_in_kvms_order_and_vm_wide_ones_once() -> None:
     first, second = reset_msrs(ALL, 0), reset_msrs(ALL, 1)
     indices = [index for index, _ in first]
-    assert indices[:8] == [
+    assert indices[:9] == [
         0x40000000,
-        0x40000001,
+        0x40000001,  # taken only while there is a guest OS id
+        0x40000000,
         0x40000021,
         0x40000106,
         0x40000107,
@@ -145,8 +146,8 @@ def test_reset_msrs_come_in_kvms_order_and_vm_wide_ones_once() -> None:
         0x40000118,
         0x400000FF,
     ]
-    assert [index for index, _ in second] == indices[8:]
-    assert indices[8:] == [
+    assert [index for index, _ in second] == indices[9:]
+    assert indices[9:] == [
         0x40000073,
         *range(0x40000100, 0x40000106),
         0x40000010,
@@ -178,7 +179,7 @@ def test_reset_values_are_zero_but_for_four() -> None:
 
 
 def test_reset_touches_only_msrs_of_features_that_are_on() -> None:
-    assert reset_msrs(FeatureSet(("relaxed",)), 0) == [(0x40000000, 0), (0x40000001, 0)]
+    assert reset_msrs(FeatureSet(("relaxed",)), 0) == [(0x40000000, 1), (0x40000001, 0), (0x40000000, 0)]
     assert reset_msrs(FeatureSet(("relaxed",)), 1) == []
     assert reset_msrs(FeatureSet(), 0) == []
     synic = [index for index, _ in reset_msrs(FeatureSet(("vpindex", "synic")), 1)]
