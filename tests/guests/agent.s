@@ -31,12 +31,7 @@ serve:
     cmpq    $IDLE_SPIN, %rax
     je      spin
     ja      deaf
-    # A command's doorbell that comes after the look above is held until the instruction after
-    # STI, so that it ends the HLT: none is slept through.
-    movq    $1, %gs:MB_HALTING
-    sti
-    hlt
-    movq    $0, %gs:MB_HALTING
+    call    halt
     jmp     serve
 spin:
     sti
@@ -226,10 +221,7 @@ op_wait_hlt:
     cmpq    $0, %gs:MB_CANCEL
     jne     2f
     incq    %gs:MB_HEARTBEAT
-    movq    $1, %gs:MB_HALTING
-    sti
-    hlt
-    movq    $0, %gs:MB_HALTING
+    call    halt
     jmp     1b
 2:  result  0, %rax
     jmp     interrupts_back

@@ -162,6 +162,7 @@ class Sender:
         self.poster = Poster(guest, vp, sint)
         self.poster.on_complete = self._complete
         self._message = b""
+        self._under_way = False  # the I/O loop's
 
     def send(self, count: int) -> None:
         """Send `count` more messages; numbers go on from the last."""
@@ -169,7 +170,8 @@ class Sender:
         self.guest.machine.io.call_soon(self._next)
 
     def _next(self) -> None:
-        if self.sent < self.due:
+        if self.sent < self.due and not self._under_way:
+            self._under_way = True
             self._message = checked_payload(self.sent)
             self._post()
 
@@ -181,6 +183,7 @@ class Sender:
     def _complete(self, status: int) -> None:
         # Deferred, because the staging area is still taken inside the callback (S24).
         if status == 0:
+            self._under_way = False
             self.sent += 1
             self.guest.machine.io.call_soon(self._next)
         elif status == -errno.EAGAIN:

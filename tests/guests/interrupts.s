@@ -9,7 +9,19 @@
     .include "macros.inc"
 
     .text
-    .globl  build_idt
+    .globl  build_idt, halt
+# Halt until an interrupt; called with interrupts off, after looking for work. One that comes after
+# that look is held until the instruction after STI has begun, so it ends the HLT: none is slept
+# through. At least one emulator of nested SVM (QEMU 7.2) forgets that shadow across a VM exit and
+# interrupts between the two; the handler then steps over the HLT.
+halt:
+    movq    $1, %gs:MB_HALTING
+    sti
+halting:
+    hlt
+    movq    $0, %gs:MB_HALTING
+    ret
+
 # Fill all 256 gates; the stubs are 16 bytes apart. Clobbers rax, rcx, rdx, rdi.
 build_idt:
     movl    $idt, %edi
@@ -104,7 +116,10 @@ interrupt:
     pushq   %r10
     cld
     incq    %gs:MB_IN_IRQ
-    movq    72(%rsp), %rbx
+    cmpq    $halting, 80(%rsp)  # the interrupted rip
+    jne     1f
+    incq    80(%rsp)
+1:  movq    72(%rsp), %rbx
     subq    $SINT_VECTOR, %rbx
     cmpq    $16, %rbx
     jae     not_sint

@@ -136,8 +136,7 @@ echo:
     jne     5f
     cmpq    $0, %gs:(MB_ARGUMENT + 24)
     jne     4f
-    sti
-    hlt
+    call    halt
     jmp     3b
 4:  sti
     pause

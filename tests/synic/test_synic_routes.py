@@ -16,7 +16,7 @@ from hvkvm.errors import RouteError
 pytestmark = pytest.mark.hyperv
 
 BootAgent = Callable[..., Guest]
-CHURN = 300
+CHURN = 150
 
 
 def open_fds() -> int:
