@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import os
 import select
 from collections.abc import Callable, Iterable, Sequence
 from types import SimpleNamespace
@@ -106,7 +107,12 @@ class ManualReaders:
         if fd in self.readers:
             raise ValueError("watched already")
         self.readers[fd] = callback
-        return SimpleNamespace(remove=lambda: self.readers.pop(fd, None))
+
+        def remove() -> None:
+            os.fstat(fd)  # still open: a number that is closed may be another file's already
+            self.readers.pop(fd, None)
+
+        return SimpleNamespace(remove=remove)
 
     def call_soon(
         self, fn: Callable[..., object], *args: object, cancelled: Callable[[], object] | None = None

@@ -14,6 +14,7 @@ from hvkvm.abi.tlfs import HvStatus
 from hvkvm.errors import Stopped
 from hvkvm.hyperv.connections import Connections
 from hvkvm.hyperv.synic.kernel_line import KernelSignalPath
+from hvkvm.kvm.irqfd import EventFd
 from hvkvm.runtime.io_loop import IoLoop
 
 WAIT = 20
@@ -197,6 +198,33 @@ def test_s39_signals_racing_with_removal_reach_nobody_else(
         connections.remove_event(2)
         assert heard == []
     assert open_fds() == fds
+
+
+def test_s43_an_eventfd_is_not_closed_under_its_signaller(
+    connections: Connections, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    inside, removed = threading.Event(), threading.Event()
+    open_throughout: list[bool] = []
+
+    def slow_signal(self: EventFd, n: int = 1) -> None:
+        inside.set()
+        removed.wait(0.1)  # as long as a removal that does not wait would take
+        open_throughout.append(self.fd >= 0)
+
+    def remove() -> None:
+        connections.remove_event(1)
+        removed.set()
+
+    connections.add_event(1, lambda: None)
+    monkeypatch.setattr(EventFd, "signal", slow_signal)
+    signaller = threading.Thread(target=connections.signal, args=(1,))
+    signaller.start()
+    assert inside.wait(WAIT)
+    remover = threading.Thread(target=remove)
+    remover.start()
+    signaller.join()
+    remover.join()
+    assert open_throughout == [True]
 
 
 def test_s40_handler_runs_on_the_callers_thread_and_its_status_has_16_bits(connections: Connections) -> None:

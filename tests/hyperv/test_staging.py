@@ -230,6 +230,11 @@ def test_s29_one_ack_and_a_second_one_complete_only_one_post(world: World) -> No
     world.loop.call_soon(waiter)  # and once more for the next post, which waits itself
     world.loop.run()
     assert statuses == [AGAIN]
+    assert route.staging is not None
+    assert route.staging.state is State.PENDING
+    world.free_slot()
+    world.settle()
+    assert statuses == [AGAIN] * 2
 
 
 @pytest.mark.parametrize("freed", [True, False])
@@ -335,6 +340,16 @@ def test_closing_lets_a_queued_message_out_and_cancels_a_waiting_one(world: Worl
     assert statuses == [0]
     assert bytes(world.vp().slot(2).payload[:8]) == b"farewell"
     assert world.synic.open_lines() == 0
+    world.open()
+    waiting, waiting_statuses = world.sender()
+    waiting.post(1, b"")
+    world.vp().run()
+    assert len(world.line().waiters) == 1
+    waiting.close()
+    world.settle()
+    assert waiting_statuses == [-errno.ECANCELED]
+    assert world.line().waiters == [], "the line lives on, without the one who left"
+    world.routes.close_all(None)
     late, late_statuses = world.sender()
     late.post(1, b"")
     late.close()  # the slot is taken: its one attempt fails, and nobody is left to wait
@@ -352,6 +367,8 @@ def test_a_loop_that_ended_strands_no_route(world: World) -> None:
     waiting.post(1, b"")
     world.vp().run()
     world.loop.stop()
+    queued.close()
+    assert world.line(sint=1).closed, "the completion that will not run holds nothing"
     late, _ = world.sender(sint=3)
     late.post(1, b"")
     world.vp().run()
