@@ -76,7 +76,11 @@ def path(name: str, suite: str | None = None, *, update: bool = False, offline: 
         if offline:
             raise StepError(f"{name} ({suite}) is not in the cache; run scripts/artifacts fetch {name} first")
         tree = _fetch(artifact, suite, noted)
-    return artifact.find(tree)
+    found = artifact.find(tree)
+    if artifact.find is _kernel:
+        # Now and not when it boots: in the lab that costs ten times as much, and its cache forgets.
+        vmlinux.extract(found)
+    return found
 
 
 def _noted_tree(noted: Path) -> Path | None:

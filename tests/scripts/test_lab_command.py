@@ -69,6 +69,7 @@ def test_writable_folder_must_exist() -> None:
     assert "no such folder" in lab("--rw", "/not/there", "--", "true").stderr
 
 
+@pytest.mark.timeout(400)  # two starts of the lab on a busy machine
 def test_a_command_runs_in_the_lab_with_its_own_status(tmp_path: Path) -> None:
     """The one test that starts it: environment, folder, streams, writes, status."""
     if os.environ.get("HVKVM_IN_LAB"):
