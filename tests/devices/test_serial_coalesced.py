@@ -63,6 +63,25 @@ class Zone:
             self.kernel.zones.remove(self)
 
 
+class Ring:
+    """CoalescedRing over such a kernel."""
+
+    kernel: Kernel
+
+    def __init__(self, vcpu: object) -> None:
+        pass
+
+    @property
+    def empty(self) -> bool:
+        return not self.kernel.ring
+
+    def take_bytes(self, port: int) -> bytes | None:
+        if any(queued.address != port for queued in self.kernel.ring):
+            return None
+        taken, self.kernel.ring = self.kernel.ring, []
+        return b"".join(queued.data for queued in taken)
+
+
 class Rig:
     def __init__(self, loop, patch, *, threshold: int = 4, slots: int = 170, cap: int = 1) -> None:
         self.loop = loop
@@ -72,6 +91,7 @@ class Rig:
         self.kernel = Kernel(self.bus, slots)
         self.zone = type("BoundZone", (Zone,), {"kernel": self.kernel})
         patch.setattr(serial_coalesced, "CoalescedPio", self.zone)
+        patch.setattr(serial_coalesced, "CoalescedRing", type("BoundRing", (Ring,), {"kernel": self.kernel}))
         vcpu = SimpleNamespace(vm=SimpleNamespace(check_extension=lambda number: cap))
         self.device = CoalescedSerial(self.serial, vcpu, loop, first_threshold=threshold)
         self.device.attach(self.bus)

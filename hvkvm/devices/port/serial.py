@@ -84,6 +84,7 @@ class Serial16550:
     ) -> None:
         self.output = OutputBatch(sink, io, on_room=self._thr_emptied)
         """Where THR writes go; `output.hold` and `output.flush` are for the sink's owner."""
+        self._put = self.output.put
         self.on_rx_room = on_rx_room
         self._irq = irq
         self._io = io
@@ -91,6 +92,8 @@ class Serial16550:
         self._wire = bytearray()  # input the guest has not read yet, but for loopback
         self._looped = bytearray()  # bytes in the FIFO that came through loopback
         self._feeder_waits = False
+        self.thr_writes_are_silent = True
+        """Whether a THR write does nothing but output now: no interrupt, no divisor, no loopback."""
         self.reset()
 
     def reset(self) -> None:
@@ -98,6 +101,7 @@ class Serial16550:
         with self._lock:
             self._ier = self._lcr = self._scr = self._mcr = self._msr_delta = self._lsr_errors = 0
             self._dll, self._dlm = 1, 0
+            self._note_mode()
             self._fifo_on = False
             self._trigger = 1
             self._rts_used = False
@@ -110,10 +114,11 @@ class Serial16550:
         """Claim the UART's eight ports; ConfigError when any is taken."""
         bus.add(port, COM1_SIZE, self, width=1)
 
-    @property
-    def thr_writes_are_silent(self) -> bool:
-        """Whether a THR write does nothing but output now: no interrupt, no divisor, no loopback."""
-        return not (self._ier & IER_THRI or self._lcr & LCR_DLAB or self._mcr & MCR_LOOP)
+    def _note_mode(self) -> None:
+        """After a change of IER, LCR or MCR."""
+        self.thr_writes_are_silent = not (
+            self._ier & IER_THRI or self._lcr & LCR_DLAB or self._mcr & MCR_LOOP
+        )
 
     @property
     def receive_interrupt_enabled(self) -> bool:
@@ -124,6 +129,13 @@ class Serial16550:
 
     def write(self, offset: int, size: int, value: int) -> None:
         """Take a register write. vCPU threads."""
+        # Most of all writes touch no register: THRE is off, or (in a burst) raised already.
+        if offset == 0 and (
+            self.thr_writes_are_silent
+            or (self._thre_pending and self._line and not (self._lcr & LCR_DLAB or self._mcr & MCR_LOOP))
+        ):
+            self._put(value)
+            return
         with self._lock:
             if offset == 0:
                 if self._lcr & LCR_DLAB:
@@ -139,6 +151,7 @@ class Serial16550:
                 self._write_fcr(value)
             elif offset == 3:
                 self._lcr = value
+                self._note_mode()
             elif offset == 4:
                 self._write_mcr(value & MCR_MASK)
             elif offset == 7:
@@ -147,9 +160,12 @@ class Serial16550:
 
     def read(self, offset: int, size: int) -> int:
         """Give a register's value. vCPU threads."""
-        if offset == 5 and self.output.full:
-            # A guest polls for THRE here, and every poll is an exit: give the sink's thread the time.
-            time.sleep(_CONGESTED_POLL)
+        if offset == 5:
+            if self.output.full:
+                # A guest polls for THRE here, and every poll is an exit: give the sink's thread the time.
+                time.sleep(_CONGESTED_POLL)
+            elif not (self._wire or self._looped or self._lsr_errors):
+                return _READY  # most of all reads: a console's driver asks before every byte
         with self._lock:
             if offset == 5:
                 return self._read_lsr()
@@ -169,6 +185,9 @@ class Serial16550:
 
     def transmit_block(self, data: bytes | bytearray) -> None:
         """Take bytes that were written to THR one by one, at once. The bytes of a coalesced ring."""
+        if self.thr_writes_are_silent:
+            self.output.put_block(data)
+            return
         with self._lock:
             for value in data:
                 self._transmit(value)
@@ -181,7 +200,7 @@ class Serial16550:
         else:
             self.output.put(value)
         if self._ier & IER_THRI:
-            self._thre_pending = not self.output.full
+            self._thre_pending = True
             self._update_irq()
 
     def _loop_back(self, value: int) -> None:
@@ -219,8 +238,9 @@ class Serial16550:
     def _write_ier(self, value: int) -> None:
         if value & ~self._ier & IER_THRI:
             # Enabling the interrupt while THR is empty raises it, each time: Linux's THRE test counts on it.
-            self._thre_pending = not self.output.full
+            self._thre_pending = True
         self._ier = value
+        self._note_mode()
         self._update_irq()
 
     def _write_fcr(self, value: int) -> None:
@@ -239,6 +259,7 @@ class Serial16550:
     def _write_mcr(self, value: int) -> None:
         before = self._modem_lines()
         self._mcr = value
+        self._note_mode()
         if value & MCR_RTS and not value & MCR_LOOP:
             self._rts_used = True
         self._msr_delta |= msr_deltas(before, self._modem_lines())
@@ -274,7 +295,7 @@ class Serial16550:
                 return IIR_RDI
             if level:
                 return IIR_RX_TIMEOUT
-        if ier & IER_THRI and self._thre_pending:
+        if ier & IER_THRI and self._thre_pending and not self.output.full:
             return IIR_THRI
         if ier & IER_MSI and self._msr_delta:
             return IIR_MSI
@@ -306,6 +327,7 @@ class Serial16550:
         """Output that was full has room again. The flusher's thread."""
         with self._lock:
             self._thre_pending = True
+            self._line = False  # it fell when output was full, which nobody looked at then
             self._update_irq()
 
     # --- the host's side -------------------------------------------------------------------------

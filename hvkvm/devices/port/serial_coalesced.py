@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING
 
 from hvkvm.abi.board import COM1_PORT, COM1_SIZE
 from hvkvm.abi.kvm import KVM_CAP_COALESCED_PIO
+from hvkvm.devices.port.coalesced_ring import CoalescedRing
 from hvkvm.errors import CapabilityMissing, HvkvmError, Stopped
 from hvkvm.kvm.doorbell import CoalescedPio
 
@@ -60,8 +61,10 @@ class CoalescedSerial:
         self._io = io
         self._lock = threading.RLock()
         self._zone: CoalescedPio | None = None
+        self._ring: CoalescedRing | None = None  # there whenever _zone is
         self._threshold = first_threshold
         self._exited = 0
+        self._closed = False
         self._poll_delay = POLL_MIN
         self._bus: PortBus | None = None
         self._port = COM1_PORT
@@ -78,43 +81,44 @@ class CoalescedSerial:
 
     def read(self, offset: int, size: int) -> int:
         """A register's value, after all writes before it. vCPU threads."""
-        if self._zone is None:
-            return self.serial.read(offset, size)
-        with self._lock:
-            self._drain()
+        ring = self._ring
+        if ring is not None and not ring.empty:
+            with self._lock:
+                self._drain()
         # Not under the lock: a read may wait a moment for the sink. What another vCPU queues meanwhile
         # has no order to this read anyway.
         return self.serial.read(offset, size)
 
     def write(self, offset: int, size: int, value: int) -> None:
         """A register write, after all writes before it. vCPU threads."""
-        with self._lock:
-            if self._zone is not None:
-                self._drain()
-                self.serial.write(offset, size, value)
-                if not self.serial.thr_writes_are_silent:
-                    # Before the guest goes on: its next THR write must exit.
-                    self._close_zone()
-                    self._threshold = min(2 * self._threshold, LAST_THRESHOLD)
-                return
-            self.serial.write(offset, size, value)
-            if offset == 0 and self.serial.thr_writes_are_silent:
+        serial = self.serial
+        if offset == 0 and self._zone is None:
+            # Without the lock: if another vCPU makes a zone meanwhile, this vCPU's next write comes after it.
+            serial.write(0, size, value)
+            if serial.thr_writes_are_silent:
                 self._exited += 1
                 if self._exited >= self._threshold:
-                    self._exited = 0
-                    self._open_zone()
+                    with self._lock:
+                        self._open_zone()
+            return
+        with self._lock:
+            self._drain()
+            serial.write(offset, size, value)
+            if self._zone is not None and not serial.thr_writes_are_silent:
+                # Before the guest goes on: its next THR write must exit.
+                self._close_zone()
+                self._threshold = min(2 * self._threshold, LAST_THRESHOLD)
 
     def drain(self) -> None:
         """Take what KVM has queued. Any thread."""
         with self._lock:
-            if self._zone is not None:
-                self._drain()
+            self._drain()
 
     def close(self) -> None:
         """End the zone and take its last bytes: before the vCPUs close. Idempotent, any thread."""
         with self._lock:
             self._close_zone()
-            self._threshold = LAST_THRESHOLD
+            self._closed = True
 
     def reset(self) -> None:
         """Power-on state. Every vCPU is out of KVM_RUN."""
@@ -126,30 +130,38 @@ class CoalescedSerial:
     # --- under the lock --------------------------------------------------------------------------
 
     def _drain(self) -> int:
-        """Hand over what the ring holds; how many bytes that was."""
-        zone = self._zone
-        if zone is None:
+        """Hand over what the ring holds; how many writes that was."""
+        zone, ring = self._zone, self._ring
+        if zone is None or ring is None or ring.empty:
             return 0
-        thr = bytearray()
-        for queued in zone.drain(self._vcpu):
-            if queued.pio and queued.address == self._port:
-                thr += queued.data
-            elif queued.pio and self._bus is not None:  # another zone of this VM: all share the ring
-                self._bus.write(queued.address, len(queued.data), int.from_bytes(queued.data, "little"))
-        if thr:
+        thr = ring.take_bytes(self._port)
+        if thr is not None:
             self.bytes_coalesced += len(thr)
             self.serial.transmit_block(thr)
-        return len(thr)
+            return len(thr)
+        mixed = list(zone.drain(self._vcpu))
+        for queued in mixed:
+            if queued.pio and queued.address == self._port:
+                self.bytes_coalesced += 1
+                self.serial.transmit_block(queued.data)
+            elif queued.pio and self._bus is not None:  # another zone of this VM: all share the ring
+                self._bus.write(queued.address, len(queued.data), int.from_bytes(queued.data, "little"))
+        return len(mixed)
 
     def _open_zone(self) -> None:
+        self._exited = 0
+        # Looked at again under the lock: another vCPU may have made the zone or ended the silence.
+        if self._closed or self._zone is not None or not self.serial.thr_writes_are_silent:
+            return
         try:
-            self._zone = CoalescedPio(self._vcpu.vm, self._port, 1)
+            zone = CoalescedPio(self._vcpu.vm, self._port, 1)
         except HvkvmError:  # out of kernel memory or zones: the plain way always works
             self._threshold = min(2 * self._threshold, LAST_THRESHOLD)
             return
+        self._zone, self._ring = zone, CoalescedRing(self._vcpu)
         self.zones_made += 1
         self._poll_delay = POLL_MIN
-        self._poll_later(self._zone)
+        self._poll_later(zone)
 
     def _close_zone(self) -> None:
         zone = self._zone
@@ -158,7 +170,7 @@ class CoalescedSerial:
         # Unregistered first, drained second: when the ioctl has returned KVM queues nothing more.
         zone.close()
         self._drain()
-        self._zone = None
+        self._zone = self._ring = None
 
     def _poll_later(self, zone: CoalescedPio) -> None:
         with suppress(Stopped):

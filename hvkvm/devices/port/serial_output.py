@@ -8,10 +8,9 @@ It is bounded: a sink that is full calls `hold(True)`, then bytes wait here up
 to TX_LIMIT, and what comes beyond is dropped and counted. The UART shows `full`
 to the guest before that happens.
 
-One producer at a time (the UART's lock sees to it); `hold` and `flush` from any
-thread. Producers need no lock against a flusher: they append at the end of the
-bytearray, the flusher copies and deletes from its start, and each of these
-steps is one operation under the GIL.
+Any thread may call anything here. Producers need no lock: they append at the end
+of the bytearray, the flusher copies and deletes from its start, and each of
+these steps is one operation under the GIL.
 """
 
 from __future__ import annotations
@@ -64,20 +63,32 @@ class OutputBatch:
         return len(self._waiting) >= TX_LIMIT
 
     def put(self, value: int) -> None:
-        """Take one byte. The UART, under its lock."""
+        """Take one byte. Any thread."""
         waiting = self._waiting
-        if len(waiting) >= TX_LIMIT:
-            self.overruns += 1
+        if value == _NEWLINE or len(waiting) >= TX_BATCH - 1:
+            self.put_block(bytes((value,)))
             return
         waiting.append(value)
-        if value == _NEWLINE or len(waiting) >= TX_BATCH:
+        if not self._later:
+            self._flush_later()
+
+    def put_block(self, data: bytes | bytearray) -> None:
+        """Take several bytes. Any thread."""
+        waiting = self._waiting
+        taken = data[: max(0, TX_LIMIT - len(waiting))]
+        self.overruns += len(data) - len(taken)
+        waiting += taken
+        if len(waiting) >= TX_BATCH or _NEWLINE in taken:
             if not self._soon:
                 self._flush_soon()
-        elif not self._later:
-            # The loop may have stopped before the vCPUs did; then the last flush() finds the bytes.
-            with suppress(Stopped):
-                self._later = True
-                self._io.call_later(TX_DELAY, self._flush_after_delay)
+        elif waiting and not self._later:
+            self._flush_later()
+
+    def _flush_later(self) -> None:
+        # The loop may have stopped before the vCPUs did; then the last flush() finds the bytes.
+        with suppress(Stopped):
+            self._later = True
+            self._io.call_later(TX_DELAY, self._flush_after_delay)
 
     def _flush_soon(self) -> None:
         with suppress(Stopped):
