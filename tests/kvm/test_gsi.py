@@ -6,6 +6,7 @@ import errno
 import threading
 
 import pytest
+from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
@@ -287,6 +288,7 @@ class GsiMachine(RuleBasedStateMachine):
 
 
 TestGsiMachine = GsiMachine.TestCase
+TestGsiMachine.settings = settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 
 
 @pytest.mark.kvm
