@@ -238,7 +238,7 @@ def test_loopback_keeps_output_in_and_input_out(uart):
     uart.print(b"inside")
     assert bytes(uart.r(RBR) for _ in range(6)) == b"inside"
     assert not uart.r(LSR) & 1
-    uart.w(MCR, 0)
+    uart.w(MCR, RTS)
     assert bytes(uart.r(RBR) for _ in range(7)) == b"outside"
     assert uart.text() == b""
 
@@ -284,10 +284,13 @@ def test_a_full_feed_that_was_not_cut_asks_nobody(uart):
     uart.loop.settle()
 
 
-def test_input_typed_before_linux_opens_the_port_survives_its_startup(uart):
+@pytest.mark.parametrize("earlyprintk", [True, False])
+def test_input_typed_before_linux_opens_the_port_survives_its_startup(uart, earlyprintk):
     """uart_configure_port drops RTS; serial8250_do_startup clears FIFOs and reads RX before dtr_rts."""
-    uart.w(MCR, 0x03)  # earlyprintk
+    if earlyprintk:
+        uart.w(MCR, 0x03)
     uart.serial.feed(b"root\nls\n")
+    uart.w(MCR, 0x1A)  # autoconfig
     uart.w(MCR, 0x01)
     for _ in range(3):
         uart.w(FCR, 0x01)
@@ -303,7 +306,7 @@ def test_input_typed_before_linux_opens_the_port_survives_its_startup(uart):
     assert got == b"root\nls\n"
 
 
-def test_a_guest_that_never_touches_rts_hears_all_the_same(uart):
+def test_a_guest_that_never_writes_mcr_hears_all_the_same(uart):
     uart.serial.feed(b"x")
     assert uart.r(LSR) & 1
     assert uart.r(RBR) == ord("x")

@@ -6,9 +6,9 @@ interrupt comes with the byte, and a break is ignored.
 
 Output goes through `serial_output`; while that is full the UART does not say
 THRE, as a UART under flow control would. Input waits in a bounded queue in
-front of the FIFO and enters it only while the guest asserts RTS (if it has ever
-touched RTS), so nothing typed before the guest's driver opened the port is lost
-to its FIFO resets.
+front of the FIFO and enters it only while the guest asserts RTS (unless it has
+never written MCR at all), so nothing typed before the guest's driver opened the
+port is lost to the driver's FIFO resets and trial reads.
 
 Register calls come from vCPU threads; `feed` from any thread. One lock guards
 the registers.
@@ -104,7 +104,7 @@ class Serial16550:
             self._note_mode()
             self._fifo_on = False
             self._trigger = 1
-            self._rts_used = False
+            self._mcr_used = False
             self._read_since_dip = 0
             self._thre_pending = False
             self._line = False
@@ -214,7 +214,7 @@ class Serial16550:
         """How many bytes the receive FIFO shows."""
         depth = FIFO_SIZE if self._fifo_on else 1
         level = len(self._looped)
-        if not self._mcr & MCR_LOOP and (self._mcr & MCR_RTS or not self._rts_used):
+        if not self._mcr & MCR_LOOP and (self._mcr & MCR_RTS or not self._mcr_used):
             level += len(self._wire)
         return min(level, depth)
 
@@ -260,8 +260,7 @@ class Serial16550:
         before = self._modem_lines()
         self._mcr = value
         self._note_mode()
-        if value & MCR_RTS and not value & MCR_LOOP:
-            self._rts_used = True
+        self._mcr_used = True
         self._msr_delta |= msr_deltas(before, self._modem_lines())
         self._update_irq()
 
