@@ -156,7 +156,8 @@ class Vcpu(Handle):
         return state
 
     def set_xcrs(self, state: kvm_xcrs) -> None:
-        self._set(rq.KVM_SET_XCRS, state)
+        if state.nr_xcrs:  # none on a host CPU without XSAVE, and there KVM refuses the ioctl altogether
+            self._set(rq.KVM_SET_XCRS, state)
 
     def xsave(self) -> bytes:
         """The XSAVE area as KVM gives it: 4096 bytes, or more where dynamic features (AMX) are enabled."""
