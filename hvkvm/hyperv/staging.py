@@ -138,9 +138,8 @@ class Staging:
                 if not self._closed and self._wait_for_ack(number):
                     return
                 status = -errno.ECANCELED  # nobody is left to try again
-            scheduled = self._settle(number, status)
-        if not scheduled:
-            self._finish()
+            self._state, self._status = _POSTED, status
+        self._schedule(number)
 
     def _wait_for_ack(self, number: int) -> bool:
         """Lock held. False when no ack can ever come because the I/O loop is gone."""
@@ -153,18 +152,17 @@ class Staging:
         self._state = _PENDING
         return True
 
-    def _settle(self, number: int, status: int) -> bool:
-        """Lock held. Schedule the completion; False when the I/O loop is gone: the caller must `_finish`.
+    def _schedule(self, number: int) -> None:
+        """Have the I/O loop complete post `number`, which is POSTED: nobody else moves it on from there.
 
-        A loop that ends first cannot run the callback either, but the route must not be held for ever.
+        Lock not held: waking the loop lets it run, and it would stop at the lock
+        at once. A loop that ends first cannot run the callback, but the route
+        must not be held for ever.
         """
-        self._state = _POSTED
-        self._status = status
         try:
             self._io.call_soon(self._complete, number, cancelled=self._finish)
         except Stopped:
-            return False
-        return True
+            self._finish()
 
     def _acked(self, number: int) -> None:
         """The guest may have freed the slot: tell the sender to try again. I/O loop."""
@@ -198,9 +196,8 @@ class Staging:
         with self._lock:
             if number != self._number or self._state not in (_BUSY, _PENDING):
                 return
-            scheduled = self._settle(number, -errno.ECANCELED)
-        if not scheduled:
-            self._finish()
+            self._state, self._status = _POSTED, -errno.ECANCELED
+        self._schedule(number)
 
     def close(self, *, withdraw: bool = False) -> None:
         """Take no more posts. Idempotent. Any thread.
