@@ -82,3 +82,7 @@ class UnhandledExit(HvkvmError):
         super().__init__(f"vCPU {vcpu_index} left the guest and nobody handles it: {detail}")
         self.vcpu_index = vcpu_index
         self.reason = reason
+
+
+class Stuck(HvkvmError, TimeoutError):
+    """Threads that did not pause or end in time; the text names each and what it is doing."""

@@ -26,7 +26,7 @@ from collections.abc import Callable
 from time import monotonic
 from typing import Any
 
-from hvkvm.errors import Stopped
+from hvkvm.errors import Stopped, Stuck
 from hvkvm.runtime.kick import block_signals
 from hvkvm.runtime.timers import Timer, TimerHeap
 from hvkvm.runtime.workqueue import Cancelled, WorkQueue
@@ -97,7 +97,7 @@ class IoLoop:
     def stop(self, timeout: float = STOP_SECONDS) -> None:
         """End the loop and wait for it; what is queued is reported cancelled, timers are dropped. Repeatable.
 
-        From the loop itself it only asks. TimeoutError, naming what runs, if the
+        From the loop itself it only asks. Stuck, naming what runs, if the
         loop has not ended in `timeout` seconds.
         """
         self._stopping = True
@@ -108,7 +108,7 @@ class IoLoop:
         if not self.in_loop():
             self._thread.join(timeout)
             if self._thread.is_alive():
-                raise TimeoutError(f"{self.name} not stopped within {timeout:g} s: it is {self.state}")
+                raise Stuck(f"{self.name} not stopped within {timeout:g} s: it is {self.state}")
 
     def in_loop(self) -> bool:
         """Whether the caller runs on the loop's thread."""

@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from time import monotonic
 
+from hvkvm.errors import Stuck
 from hvkvm.runtime.vcpu_thread import VcpuThread
 
 PAUSE_SECONDS = 30.0
@@ -30,7 +31,7 @@ class VcpuGroup:
     def pause_all(self, timeout: float = PAUSE_SECONDS) -> None:
         """Bring every vCPU to rest: outside KVM_RUN, its pending exit completed, its thread waiting.
 
-        Pauses nest: each needs its `resume_all()`. TimeoutError after `timeout`
+        Pauses nest: each needs its `resume_all()`. Stuck after `timeout`
         seconds, naming the threads that did not come to rest; the pause is undone
         then. RuntimeError on a vCPU's own thread.
         """
@@ -49,7 +50,7 @@ class VcpuGroup:
         if late:
             stuck = _describe(late)
             self.resume_all()
-            raise TimeoutError(f"no rest within {timeout:g} s: {stuck}")
+            raise Stuck(f"no rest within {timeout:g} s: {stuck}")
 
     def resume_all(self) -> None:
         """Undo one `pause_all()`."""
@@ -68,7 +69,7 @@ class VcpuGroup:
     def stop_all(self, timeout: float) -> None:
         """Stop and join every thread, within `timeout` seconds in all.
 
-        TimeoutError naming each thread that has not ended and what it is doing;
+        Stuck naming each thread that has not ended and what it is doing;
         it may still end later. Repeatable.
         """
         for thread in self.threads:
@@ -76,7 +77,7 @@ class VcpuGroup:
         end = monotonic() + timeout
         stuck = [thread for thread in self.threads if not thread.join(max(0.0, end - monotonic()))]
         if stuck:
-            raise TimeoutError(f"not stopped within {timeout:g} s: {_describe(stuck)}")
+            raise Stuck(f"not stopped within {timeout:g} s: {_describe(stuck)}")
 
     def describe(self) -> str:
         """What each thread is doing, one line each, for a dump."""

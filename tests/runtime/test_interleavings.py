@@ -204,7 +204,7 @@ def test_no_interleaving_loses_a_wakeup(kind: str) -> None:
         n += 1
         m, had_m = 0, True
         while had_m:
-            m += 7 if n % 5 else 1  # each cut of the submitter at every fifth place, some of them at all
+            m += 7 if n % 11 else 1  # every cut of the submitter at every 11th place, some at all
             had_n, had_m = one_interleaving(kind, n, m)
             combinations += 1
             if not had_n:

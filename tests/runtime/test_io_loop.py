@@ -10,7 +10,7 @@ from contextlib import suppress
 
 import pytest
 
-from hvkvm.errors import Stopped
+from hvkvm.errors import Stopped, Stuck
 from hvkvm.kvm.irqfd import EventFd
 from hvkvm.runtime.io_loop import IoLoop
 
@@ -188,7 +188,7 @@ def test_stop_cancels_what_waits_and_refuses_the_rest(no_leaks: None, pulse: Eve
     loop.call_soon(lambda: (in_callback.set(), let_go.wait()))
     assert in_callback.wait(20)
     loop.call_soon(seen.append, "ran", cancelled=lambda: seen.append("cancelled"))
-    with pytest.raises(TimeoutError, match="running"):
+    with pytest.raises(Stuck, match="running"):
         loop.stop(timeout=0.01)
     with pytest.raises(Stopped):
         loop.add_reader(pulse.fd, print)
