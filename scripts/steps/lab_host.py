@@ -33,6 +33,7 @@ SAFE_SMP_VERSION = 10
 APPEND = "console=ttyS0 quiet oops=panic panic=-1 mitigations=off nokaslr tsc=reliable random.trust_cpu=on"
 
 _PR_SET_PDEATHSIG = 1
+_COMPLAINT = re.compile(r"Kernel panic|Oops|BUG:|fault")
 
 
 def qemu_version() -> int:
@@ -122,7 +123,7 @@ def _die_with_parent() -> None:
 
 
 def last_words(folder: Path, lines: int = 12) -> list[str]:
-    """The end of the machine's console and of QEMU's own messages, to say why it died."""
+    """Why the machine died: what its kernel complained of, and the end of its console and QEMU's messages."""
     found: list[str] = []
     for name in ("console", "qemu"):
         try:
@@ -130,4 +131,6 @@ def last_words(folder: Path, lines: int = 12) -> list[str]:
         except OSError:
             continue
         found += [s for line in text.splitlines() if (s := line.rstrip()) and "TCG doesn't support" not in s]
-    return found[-lines:]
+    # A register dump is long, and what it is about stands before it.
+    headlines = [line for line in found[:-lines] if _COMPLAINT.search(line)]
+    return headlines[-4:] + found[-lines:]

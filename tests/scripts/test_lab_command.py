@@ -55,6 +55,12 @@ def test_last_words_are_the_end_of_the_console(tmp_path: Path) -> None:
     assert lab_host.last_words(tmp_path, 3) == ["line 48", "line 49", "qemu: fatal"]
 
 
+def test_last_words_name_the_complaint_above_a_long_dump(tmp_path: Path) -> None:
+    dump = "".join(f"R{n}: 0\n" for n in range(50))
+    (tmp_path / "console").write_text(f"booting\nOops: int3\n{dump}")
+    assert lab_host.last_words(tmp_path, 2) == ["Oops: int3", "R48: 0", "R49: 0"]
+
+
 def test_init_is_a_valid_script() -> None:
     subprocess.run(["sh", "-n", lab_image.INIT], check=True)
 
