@@ -141,10 +141,10 @@ def test_kvm_queues_console_output_and_none_is_lost_or_moved(tiny, loop):
     tiny.run()
     assert console.text() == data
     assert console.device.bytes_coalesced > 1900
-    assert tiny.exits < 16 + 2000 / 100
+    assert tiny.exits < 16 + 2000 / 50, "KVM calls its ring full at 170 bytes, or (6.1) at 85"
 
 
-def test_register_reads_drain_first_and_thri_ends_the_zone(tiny, loop):
+def test_register_reads_drain_first_and_dlab_ends_the_zone(tiny, loop):
     """A guest's program prints, asks LSR, turns THRI on, prints, turns it off and prints again."""
     console = Console(tiny, loop, first_threshold=4)
 

@@ -39,6 +39,11 @@ class CoalescedRing:
         ends = self._ends
         return ends[0] == ends[1]
 
+    @property
+    def last(self) -> int:
+        """The slot KVM fills next: changes with every write queued."""
+        return self._ends[1]
+
     def take_bytes(self, port: int) -> bytes | None:
         """Take everything if it is single bytes written to `port`; else None, and it all stays."""
         ends = self._ends

@@ -92,8 +92,10 @@ class Serial16550:
         self._wire = bytearray()  # input the guest has not read yet, but for loopback
         self._looped = bytearray()  # bytes in the FIFO that came through loopback
         self._feeder_waits = False
+        self.thr_is_output = True
+        """Whether a write to the first port is output now: no divisor, no loopback."""
         self.thr_writes_are_silent = True
-        """Whether a THR write does nothing but output now: no interrupt, no divisor, no loopback."""
+        """Whether it is output and raises no interrupt either."""
         self.reset()
 
     def reset(self) -> None:
@@ -116,9 +118,8 @@ class Serial16550:
 
     def _note_mode(self) -> None:
         """After a change of IER, LCR or MCR."""
-        self.thr_writes_are_silent = not (
-            self._ier & IER_THRI or self._lcr & LCR_DLAB or self._mcr & MCR_LOOP
-        )
+        self.thr_is_output = not (self._lcr & LCR_DLAB or self._mcr & MCR_LOOP)
+        self.thr_writes_are_silent = self.thr_is_output and not self._ier & IER_THRI
 
     @property
     def receive_interrupt_enabled(self) -> bool:
@@ -131,8 +132,7 @@ class Serial16550:
         """Take a register write. vCPU threads."""
         # Most of all writes touch no register: THRE is off, or (in a burst) raised already.
         if offset == 0 and (
-            self.thr_writes_are_silent
-            or (self._thre_pending and self._line and not (self._lcr & LCR_DLAB or self._mcr & MCR_LOOP))
+            self.thr_writes_are_silent or (self._thre_pending and self._line and self.thr_is_output)
         ):
             self._put(value)
             return
@@ -189,8 +189,12 @@ class Serial16550:
             self.output.put_block(data)
             return
         with self._lock:
-            for value in data:
-                self._transmit(value)
+            if self._mcr & MCR_LOOP:
+                for value in data:
+                    self._loop_back(value)
+            else:
+                self.output.put_block(data)
+            self._thr_written()
 
     # All below, up to the host's side, runs under the lock.
 
@@ -199,6 +203,10 @@ class Serial16550:
             self._loop_back(value)
         else:
             self.output.put(value)
+        self._thr_written()
+
+    def _thr_written(self) -> None:
+        """What was written has left at once: THR is empty again."""
         if self._ier & IER_THRI:
             self._thre_pending = True
             self._update_irq()

@@ -1,16 +1,22 @@
 """Console output at a fifth of its price: KVM queues THR writes in its coalesced ring.
 
-An OUT that leaves the kernel costs about 12 us, one that KVM queues 2 (measured
-on 6.18). While writing THR does nothing but output (no THRE interrupt, no DLAB,
-no loopback: `Serial16550.thr_writes_are_silent`), the kernel may keep the bytes
-until somebody looks; each register access drains the ring first, so the order
-of bytes and register effects is the guest's.
+An OUT that leaves the kernel costs about 11 us, one that KVM queues 2 (measured
+on 6.18). While the first port means output (no DLAB, no loopback) the kernel may
+keep the bytes until somebody looks; each register access drains the ring first,
+so the order of bytes and register effects is the guest's.
+
+With the THRE interrupt on there is one thing that the guest waits for while it
+makes no access. A driver of an edge-triggered UART asks IIR again after each
+burst (it would miss other interrupts otherwise), and that drains; so Linux's
+does. One that does not is found by the timer: bytes queued, and no access and no
+further byte for PATIENCE. From then on there is a zone only while the THRE
+interrupt is off.
 
 Two things are not free. Making or ending a zone makes KVM wait for an SRCU grace
 period, some 4 ms (measured), the price of 400 plain writes. So a zone is made
-only after that many in a row, and after each zone that had to end (a shell's
-driver uses the THRE interrupt) twice as many. And a guest that prints and halts
-makes no exit: while there is a zone, a timer on the I/O loop drains too.
+only after that many in a row, and after each zone that had to end twice as many.
+And a guest that prints and halts makes no exit: while there is a zone, a timer
+on the I/O loop drains too.
 
 Everything runs under one lock, on vCPU threads and the I/O loop; that makes
 this the ring's only reader, on which the order of bytes depends.
@@ -40,6 +46,8 @@ LAST_THRESHOLD = 1 << 16
 POLL_MIN = 0.005
 POLL_MAX = 0.040
 """Seconds between two looks at the ring from the I/O loop: longer the longer it stays empty."""
+PATIENCE = 0.020
+"""Seconds of silence after which a guest with bytes in the ring is taken to wait for the THRE interrupt."""
 
 
 class CoalescedSerial:
@@ -64,6 +72,9 @@ class CoalescedSerial:
         self._ring: CoalescedRing | None = None  # there whenever _zone is
         self._threshold = first_threshold
         self._exited = 0
+        self._accesses = 0
+        self._suspect: tuple[int, int] | None = None
+        self._waits_for_thre = False
         self._closed = False
         self._poll_delay = POLL_MIN
         self._bus: PortBus | None = None
@@ -82,6 +93,7 @@ class CoalescedSerial:
     def read(self, offset: int, size: int) -> int:
         """A register's value, after all writes before it. vCPU threads."""
         ring = self._ring
+        self._accesses += 1
         if ring is not None and not ring.empty:
             with self._lock:
                 self._drain()
@@ -95,19 +107,24 @@ class CoalescedSerial:
         if offset == 0 and self._zone is None:
             # Without the lock: if another vCPU makes a zone meanwhile, this vCPU's next write comes after it.
             serial.write(0, size, value)
-            if serial.thr_writes_are_silent:
+            if self._may_queue:
                 self._exited += 1
                 if self._exited >= self._threshold:
                     with self._lock:
                         self._open_zone()
             return
         with self._lock:
+            self._accesses += 1
             self._drain()
             serial.write(offset, size, value)
-            if self._zone is not None and not serial.thr_writes_are_silent:
+            if self._zone is not None and not self._may_queue:
                 # Before the guest goes on: its next THR write must exit.
-                self._close_zone()
-                self._threshold = min(2 * self._threshold, LAST_THRESHOLD)
+                self._end_zone_early()
+
+    @property
+    def _may_queue(self) -> bool:
+        serial = self.serial
+        return serial.thr_writes_are_silent or (serial.thr_is_output and not self._waits_for_thre)
 
     def drain(self) -> None:
         """Take what KVM has queued. Any thread."""
@@ -125,6 +142,7 @@ class CoalescedSerial:
         with self._lock:
             self._close_zone()
             self._exited = 0
+            self._waits_for_thre = False
             self.serial.reset()
 
     # --- under the lock --------------------------------------------------------------------------
@@ -150,8 +168,8 @@ class CoalescedSerial:
 
     def _open_zone(self) -> None:
         self._exited = 0
-        # Looked at again under the lock: another vCPU may have made the zone or ended the silence.
-        if self._closed or self._zone is not None or not self.serial.thr_writes_are_silent:
+        # Looked at again under the lock: another vCPU may have made the zone or changed what THR means.
+        if self._closed or self._zone is not None or not self._may_queue:
             return
         try:
             zone = CoalescedPio(self._vcpu.vm, self._port, 1)
@@ -172,6 +190,10 @@ class CoalescedSerial:
         self._drain()
         self._zone = self._ring = None
 
+    def _end_zone_early(self) -> None:
+        self._close_zone()
+        self._threshold = min(2 * self._threshold, LAST_THRESHOLD)
+
     def _poll_later(self, zone: CoalescedPio) -> None:
         with suppress(Stopped):
             self._io.call_later(self._poll_delay, self._poll, zone)
@@ -181,7 +203,19 @@ class CoalescedSerial:
         with self._lock:
             # Told by its zone when it is stale, and not cancelled: cancelling waits for a running callback,
             # and this one may be waiting for the lock.
-            if self._zone is not zone:
+            ring = self._ring
+            if self._zone is not zone or ring is None:
                 return
-            self._poll_delay = POLL_MIN if self._drain() else min(2 * self._poll_delay, POLL_MAX)
+            if ring.empty or self.serial.thr_writes_are_silent:
+                self._suspect = None
+                self._poll_delay = POLL_MIN if self._drain() else min(2 * self._poll_delay, POLL_MAX)
+            else:
+                # In the middle of a burst, or waiting for the interrupt: time tells.
+                now = self._accesses, ring.last
+                if self._suspect == now:
+                    self._waits_for_thre = True
+                    self._end_zone_early()
+                    return
+                self._suspect = now
+                self._poll_delay = PATIENCE
             self._poll_later(zone)
