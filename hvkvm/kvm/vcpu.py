@@ -12,11 +12,10 @@ from __future__ import annotations
 import errno
 import mmap
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import suppress
-from ctypes import get_errno
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 from hvkvm.abi import kvm_requests as rq
 from hvkvm.abi.kvm import KVM_CAP_HYPERV_CPUID, KVM_CAP_XSAVE2, KVM_EXIT_INTR
@@ -76,23 +75,24 @@ class Vcpu(Handle):
         self.index = index
         self.run: kvm_run = kvm_run.from_buffer(self._map)
         self.data = memoryview(self._map)
-        self._enter = partial(door.run_ioctl, fd, _KVM_RUN, 0)
+        self._enter: Callable[[], object] = partial(door.run_ioctl, fd, _KVM_RUN)
         self._xsave_size = 0
 
     def enter(self) -> int:
-        """KVM_RUN once; returns run.exit_reason. The hot path: one ctypes call that releases the GIL.
+        """KVM_RUN once; returns run.exit_reason. The hot path: one call that releases the GIL.
 
         Returns KVM_EXIT_INTR for EINTR (a kick) and EAGAIN (an AP changed
         state: enter again); errno decides that, since exit_reason may be stale
         then. Other errors raise KvmIoctlError.
         """
-        if self._enter() < 0:
-            number = get_errno()
-            if number in (errno.EINTR, errno.EAGAIN):
-                return KVM_EXIT_INTR
+        try:
+            self._enter()
+        except (InterruptedError, BlockingIOError):
+            return KVM_EXIT_INTR
+        except OSError as error:
             raise KvmIoctlError(
-                number, "KVM_RUN", "vcpu", f"vCPU {self.index}, exit_reason {self.run.exit_reason}"
-            )
+                error.errno or 0, "KVM_RUN", "vcpu", f"vCPU {self.index}, exit_reason {self.run.exit_reason}"
+            ) from None
         return self.run.exit_reason  # type: ignore[no-any-return]
 
     def io_data(self, offset: int, size: int) -> memoryview:
@@ -298,7 +298,7 @@ class Vcpu(Handle):
             return
         super().close()
         # A late enter says EBADF; it must never run whatever fd gets the old number.
-        self._enter = partial(door.run_ioctl, -1, _KVM_RUN, 0)
+        self._enter = _enter_closed
         self.run = kvm_run.from_buffer_copy(self.data)
         copy = memoryview(bytearray(self.data))
         self.data.release()
@@ -308,6 +308,10 @@ class Vcpu(Handle):
 
     def __repr__(self) -> str:
         return f"<Vcpu {self.index} {'closed' if self.closed else f'fd {self.fd}'}>"
+
+
+def _enter_closed() -> NoReturn:
+    raise OSError(errno.EBADF, os.strerror(errno.EBADF))
 
 
 def _batches(pairs: list[tuple[int, int]]) -> Iterator[list[tuple[int, int]]]:
