@@ -18,6 +18,25 @@ if TYPE_CHECKING:
     from guest_machine import Guest
 
 
+def _measure_no_time() -> None:
+    """Properties are about what holds, not how fast: no deadline, no complaint of a slow machine."""
+    from hypothesis import HealthCheck, settings
+
+    settings.register_profile("hvkvm", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+    settings.load_profile("hvkvm")
+
+
+if (
+    "HVKVM_IN_LAB" not in os.environ
+):  # importing hypothesis takes seconds there, and few tests of that tier use it
+    _measure_no_time()
+
+
+def pytest_collection_finish() -> None:
+    if "hypothesis" in sys.modules:
+        _measure_no_time()
+
+
 def _open_fds() -> dict[str, str]:
     fds = {}
     for name in os.listdir("/proc/self/fd"):
