@@ -39,7 +39,8 @@ post_once:
     movq    %r12, 16(%rbx)
     movq    %r12, %rax
     notq    %rax
-    movq    %rax, 248(%rbx)
+    movl    12(%rbx), %ecx
+    movq    %rax, 8(%rbx, %rcx) # the payload's last 8 bytes, what POLICY_CHECK compares
     movl    $HVCALL_POST_MESSAGE, %ecx
     movq    %rbx, %rdx
     xorl    %r8d, %r8d
@@ -101,7 +102,7 @@ signal_once:
 
 op_post_echo:
     call    prepare_post
-    movq    $240, %rax
+    argument 4, %rax
     movl    %eax, 12(%rbx)
     xorl    %r12d, %r12d
     movl    $MB_MESSAGES, %r15d

@@ -68,13 +68,16 @@ empty:
     xorl    %edx, %edx
     ret
 
-# POLICY_CHECK: payload = u64 sequence number, anything, u64 complement of it at the end of 240 bytes.
+# POLICY_CHECK: payload = u64 sequence number, anything, u64 complement of it in the last 8 bytes.
 check:
     movq    16(%r8), %rax
-    movq    248(%r8), %rcx
+    movzbl  4(%r8), %ecx        # payload_size: 16 to 240, in steps of 8
+    cmpl    $16, %ecx
+    jb      wrong
+    cmpl    $240, %ecx
+    ja      wrong
+    movq    8(%r8, %rcx), %rcx
     notq    %rcx
-    cmpb    $240, 4(%r8)
-    jne     wrong
     cmpq    %rcx, %rax          # both ends agree, so the body is from one message
     jne     wrong
     cmpq    %rax, %gs:MB_NEXT(, %rbx, 8)

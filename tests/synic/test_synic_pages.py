@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import errno
+import threading
+import time
 from collections.abc import Callable
 
 import pytest
@@ -220,3 +223,37 @@ def test_another_vcpu_never_meets_a_hole(boot_agent: BootAgent, place: int) -> N
     assert holes == 0, f"{holes} reads met a hole, the last saw {last:#x}"
     assert on > 50
     assert off > 25
+
+
+def test_flags_set_while_the_page_moves_land_on_the_page(boot_agent: BootAgent) -> None:
+    """S36: a setter races with moves and disables: it is told 0 or -ENXIO, and RAM never gets a flag."""
+    guest = boot_agent()
+    cpu, memory = guest[0], guest.machine.memory
+    cpu.synic_on(siefp=A, sints={SINT: 0})
+    route = guest.partition.open_route(0, SINT)
+    accepted: set[int] = set()
+    others: set[int] = set()
+    stop = threading.Event()
+
+    def setter() -> None:
+        number = 0
+        while not stop.is_set():
+            status = route.set_event_flag(number)
+            accepted.add(number) if status == 0 else others.add(status)
+            number = (number + 1) % 2048
+            time.sleep(0)
+
+    thread = threading.Thread(target=setter)
+    thread.start()
+    try:
+        for _ in range(20):
+            for gpa in (B, None, A):
+                cpu.siefp(gpa)
+    finally:
+        stop.set()
+        thread.join()
+    assert others <= {-errno.ENXIO}
+    flags = int.from_bytes(memory.read(A + SLOT, 256), "little")
+    assert {number for number in range(2048) if flags >> number & 1} == accepted
+    cpu.siefp(None)
+    assert memory.read(A, 4096) == memory.read(B, 4096) == bytes(4096)

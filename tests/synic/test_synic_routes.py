@@ -16,7 +16,7 @@ from hvkvm.errors import RouteError
 pytestmark = pytest.mark.hyperv
 
 BootAgent = Callable[..., Guest]
-CHURN = 150
+CHURN = 500
 
 
 def open_fds() -> int:
