@@ -84,7 +84,8 @@ class Board:
         GuestExit(guest_exit).attach(self.ports)
         FwCfg(machine.config.cpus, machine.config.memory).attach(self.ports)
         Cmos().attach(self.ports)
-        AcpiControlBlock(lambda: machine.finish(Ending.POWERED_OFF, 0)).attach(self.ports)
+        self.sleep = AcpiControlBlock(lambda: machine.finish(Ending.POWERED_OFF, 0))
+        self.sleep.attach(self.ports)
         self.power = AcpiEventBlock(lambda level: machine.vm.irq_line(board.SCI_IRQ, int(level)))
         self.power.attach(self.ports)
         for doorbell in absorb_writes(machine.vm):
@@ -147,6 +148,8 @@ class Board:
         """Power-on state of every device; the SynIC's users give their routes up (S7). vCPUs paused."""
         if self.testdev is not None:
             self.testdev.reset()
+        self.power.reset()
+        self.sleep.reset()
         if self._coalesced is not None:
             self._coalesced.reset()
         else:
