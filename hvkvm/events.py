@@ -8,15 +8,15 @@ must be thread-safe and must not block.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from hvkvm.record import record
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class Event:
     """Base of all events."""
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class Warned(Event):
     """Something odd that does not end the machine; `subject` groups repeats for rate limiting."""
 
@@ -24,14 +24,14 @@ class Warned(Event):
     text: str
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class GuestPanicked(Event):
     """The guest reported a crash through the Hyper-V crash MSRs; `text` is its own message."""
 
     text: str
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class SynicPageMoved(Event):
     """A guest placed a SynIC page; `gpa` None means it was switched off. kind: "message" or "event"."""
 

@@ -8,15 +8,15 @@ multiboot-1 all share.
 from __future__ import annotations
 
 import struct
-from dataclasses import dataclass
 
 from hvkvm.abi import board
+from hvkvm.record import record
 
 E820_TYPE_RAM = 1
 E820_TYPE_RESERVED = 2
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class E820Entry:
     """One range: `address` and `size` in bytes, `type` an E820_TYPE_*."""
 

@@ -9,10 +9,10 @@ format; Xen's public/elfnote.h for the PVH note.
 from __future__ import annotations
 
 import struct
-from dataclasses import dataclass
 
 from hvkvm.boot.kernel_file import KernelFile
 from hvkvm.boot.layout import GuestRam, Layout
+from hvkvm.record import record
 
 ELFCLASS32 = 1
 ELFCLASS64 = 2
@@ -44,7 +44,7 @@ _MACHINES = {
 _TYPES = {1: "an object file", 4: "a core dump"}
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class Segment:
     """One program header; `offset` and `file_size` in the file, `paddr` and `mem_size` in guest RAM."""
 
@@ -57,7 +57,7 @@ class Segment:
     align: int
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class ElfImage:
     """A parsed x86 executable: `bits` is 32 or 64, `entry` its e_entry as it stands."""
 

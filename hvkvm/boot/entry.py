@@ -11,11 +11,12 @@ from __future__ import annotations
 import enum
 import struct
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 from hvkvm.abi import board
 from hvkvm.boot.layout import GuestRam
+from hvkvm.record import record
 
 if TYPE_CHECKING:
     from hvkvm.abi.kvm_structs import kvm_segment
@@ -50,7 +51,7 @@ class Mode(enum.Enum):
     PROTECTED = 32
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class Entry:
     """Where and how vCPU 0 starts; `what` says in one line what was loaded.
 
@@ -59,7 +60,7 @@ class Entry:
 
     mode: Mode
     rip: int
-    registers: Mapping[str, int] = field(default_factory=dict)
+    registers: Mapping[str, int] = MappingProxyType({})
     what: str = "kernel"
 
     def apply(self, vcpu: Vcpu) -> None:

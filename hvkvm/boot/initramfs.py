@@ -12,7 +12,6 @@ the status to the machine (see `boot.guest_exit`) and powers off.
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import shlex
 import stat
@@ -137,6 +136,7 @@ def is_static_elf(program: bytes) -> bool:
 def _modules(wanted: tuple[str, ...], folder: Path) -> bytes:
     """The archive of the modules in load order, from the cache while none of their files has changed."""
     import hashlib
+    import json
 
     recipe = "\0".join((os.path.realpath(folder), *wanted))
     key = hashlib.sha256(recipe.encode(errors="surrogateescape")).hexdigest()[:32]
@@ -154,6 +154,8 @@ def _modules(wanted: tuple[str, ...], folder: Path) -> bytes:
 
 
 def _cached_modules(kept: Path) -> bytes | None:
+    import json
+
     try:
         raw = kept.read_bytes()
         if not raw.startswith(_CACHE_MAGIC):

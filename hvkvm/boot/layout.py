@@ -7,11 +7,11 @@ silently and a machine that is too small is told the size that would do. One
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Protocol
 
 from hvkvm.abi import board
 from hvkvm.errors import BootError
+from hvkvm.record import record
 
 PAGE = 0x1000
 MIB = 1 << 20
@@ -35,7 +35,7 @@ class GuestRam(Protocol):
         """A writable window on `n` bytes at `gpa`, inside one RAM region."""
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class Claim:
     """A range of guest RAM taken by `what`."""
 

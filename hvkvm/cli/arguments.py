@@ -3,9 +3,15 @@
 from __future__ import annotations
 
 import argparse
+import os
 from typing import NoReturn
 
 from hvkvm.errors import ConfigError
+
+
+def _formatter(prog: str) -> argparse.HelpFormatter:
+    # argparse makes one for every option, and without a width each asks shutil, which imports compressors.
+    return argparse.RawDescriptionHelpFormatter(prog, width=int(os.environ.get("COLUMNS") or 80) - 2)
 
 
 class Parser(argparse.ArgumentParser):
@@ -17,7 +23,7 @@ class Parser(argparse.ArgumentParser):
             description=description,
             epilog=epilog,
             allow_abbrev=False,
-            formatter_class=argparse.RawDescriptionHelpFormatter,
+            formatter_class=_formatter,
         )
 
     def error(self, message: str) -> NoReturn:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import signal
 import sys
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from time import monotonic
 from typing import TYPE_CHECKING, Any
@@ -18,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 from hvkvm.cli.arguments import Parser, split_command
 from hvkvm.errors import ConfigError
 from hvkvm.machine.config import KNOWN_DEVICES, SIGNAL_CHOICES, SYNIC_CHOICES, MachineConfig, parse_size
+from hvkvm.record import replace
 
 if TYPE_CHECKING:
     from hvkvm.cli.signals import Signals
@@ -177,7 +177,6 @@ def main(arguments: list[str]) -> int:
 
 def _attend(machine: Machine, signals: Signals, status: StatusLine) -> str:
     """Wait for the machine's end, its time limit, or signals; returns what a time-out has to tell."""
-    from hvkvm.machine.dump import describe
     from hvkvm.machine.outcome import Ending
 
     limit = machine.config.timeout
@@ -186,16 +185,22 @@ def _attend(machine: Machine, signals: Signals, status: StatusLine) -> str:
         left = None if end is None else end - monotonic()
         if left is not None and left <= 0:
             status.clear()
-            report = describe(machine)
+            report = _describe(machine)
             machine.expire()
             return report
         number = signals.wait(machine.ended_fd, left)
         if number == signal.SIGQUIT:
             status.clear()
-            print(describe(machine), file=sys.stderr, flush=True)
+            print(_describe(machine), file=sys.stderr, flush=True)
         elif number is not None:
             machine.finish(Ending.QUIT, 128 + number, signal.Signals(number).name)
     return ""
+
+
+def _describe(machine: Machine) -> str:
+    from hvkvm.machine.dump import describe
+
+    return describe(machine)
 
 
 def _conclude(machine: Machine, outcome: Outcome, seconds: float, options: Any) -> None:

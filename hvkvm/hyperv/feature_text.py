@@ -8,12 +8,14 @@ are QEMU's, with or without "hv-"; `-name`, `name=off` take away, `name`,
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Literal
 
 from hvkvm.abi.tlfs import HV_SPINLOCK_RETRY_NEVER
 from hvkvm.errors import ConfigError
 from hvkvm.hyperv.enlightenments import ALIASES, BY_NAME, ENLIGHTENMENTS, VERSION_FIELDS
+from hvkvm.record import record
 
 Base = Literal["list", "host-model", "passthrough", "none"]
 
@@ -22,7 +24,7 @@ _MIN_SPINLOCKS = 0xFFF  # QEMU's lower bound
 _VENDOR_LENGTH = 12
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class FeatureRequest:
     """What the user asked for; names without "hv-", consistent in itself."""
 
@@ -33,7 +35,7 @@ class FeatureRequest:
     """To be on exactly if the host reports it."""
     spinlocks: int | None = None
     vendor_id: str | None = None
-    version: dict[str, int] = field(default_factory=dict)
+    version: Mapping[str, int] = MappingProxyType({})
     """Fields of `enlightenments.Version` that were given."""
 
 

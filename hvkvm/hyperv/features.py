@@ -8,7 +8,6 @@ there is a vCPU. Errors are one line: the flag, the reason, the remedy.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from hvkvm.abi import kvm as abi_kvm
@@ -25,6 +24,7 @@ from hvkvm.hyperv.enlightenments import (
 )
 from hvkvm.hyperv.feature_text import FeatureRequest as FeatureRequest
 from hvkvm.hyperv.feature_text import parse_features as parse_features
+from hvkvm.record import record
 
 if TYPE_CHECKING:
     from hvkvm.kvm.system import Kvm
@@ -38,7 +38,7 @@ DEFAULT_VERSION = Version()
 DEFAULT_MAX_LPS = 64
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class FeatureSet:
     """What the guest is shown. Empty means: no Hyper-V leaf at all."""
 
@@ -71,7 +71,7 @@ class FeatureSet:
         return ",".join(flags)
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class HostFeatures:
     """What can be backed here: KVM's capabilities by C name, and the Hyper-V leaves it reports.
 

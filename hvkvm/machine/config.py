@@ -7,11 +7,11 @@ and the remedy, whichever way the value came in.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
 
 from hvkvm.errors import ConfigError
+from hvkvm.record import fields, record
 
 MIB = 1 << 20
 GIB = 1 << 30
@@ -43,7 +43,7 @@ def parse_size(text: str, flag: str = "--memory") -> int:
     return int(size)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@record(kw_only=True)
 class MachineConfig:
     """A machine's description; immutable, checked by `validate()`.
 
@@ -130,7 +130,7 @@ class MachineConfig:
     @classmethod
     def from_mapping(cls, values: Mapping[str, Any]) -> MachineConfig:
         """Build from plain values (a TOML table); raises ConfigError for unknown keys or wrong types."""
-        known = {field.name for field in fields(cls)}
+        known = set(fields(cls))
         unknown = sorted(set(values) - known)
         if unknown:
             raise ConfigError(f"config key {unknown[0]}: unknown; the keys are {', '.join(sorted(known))}")

@@ -23,7 +23,6 @@ from hvkvm.abi.kvm import (
 )
 from hvkvm.hyperv.crash import crash_text
 from hvkvm.hyperv.partition import Partition
-from hvkvm.kvm.exits import decode
 from hvkvm.kvm.vcpu import Vcpu
 from hvkvm.machine.outcome import EXIT_MACHINE_FAULT, Ending
 
@@ -41,6 +40,8 @@ def handlers(machine: Machine) -> Handlers:
         machine.finish(Ending.TRIPLE_FAULT, EXIT_MACHINE_FAULT, detail)
 
     def broken(vcpu: Vcpu) -> None:
+        from hvkvm.kvm.exits import decode
+
         detail = f"vcpu{vcpu.index}: {decode(vcpu.run)} at rip={vcpu.regs().rip:#x}"
         machine.finish(Ending.KVM_ERROR, EXIT_MACHINE_FAULT, detail)
 

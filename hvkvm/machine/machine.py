@@ -22,7 +22,6 @@ from hvkvm.errors import HvkvmError
 from hvkvm.events import NULL_OBSERVER, GuestPanicked, Observer
 from hvkvm.hyperv.features import FeatureSet
 from hvkvm.hyperv.partition import Partition
-from hvkvm.kvm.exits import exit_name
 from hvkvm.kvm.gsi import GsiTable
 from hvkvm.kvm.irqfd import EventFd
 from hvkvm.kvm.system import Kvm
@@ -190,6 +189,8 @@ class Machine:
 
     def exit_counts(self) -> dict[str, int]:
         """Exits of all vCPUs so far, by the C name of the reason without KVM_EXIT_. Any thread."""
+        from hvkvm.kvm.exits import exit_name
+
         total: Counter[str] = Counter()
         for thread in self.threads:
             total.update({exit_name(reason): count for reason, count in list(thread.exit_counts.items())})

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from enum import Enum
+
+from hvkvm.record import record
 
 
 class Ending(Enum):
@@ -25,7 +26,7 @@ EXIT_MACHINE_FAULT = 254
 EXIT_PANIC = 255
 
 
-@dataclass(frozen=True, slots=True)
+@record
 class Outcome:
     """The end of a run: `status` is the process exit status, `detail` one line for the user."""
 
