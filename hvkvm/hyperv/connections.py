@@ -13,6 +13,7 @@ Results are 0 or -errno, since guests can cause every one of them.
 from __future__ import annotations
 
 import errno
+import os
 import threading
 from collections.abc import Callable
 from typing import Protocol
@@ -71,6 +72,7 @@ class Connections:
         self._messages: dict[int, _MessageConnection] = {}
         self._events: dict[int, _EventConnection] = {}
         self._idle = threading.Condition(threading.Lock())
+        self._removers = 0  # how many wait on it
         self._event_lock = threading.Lock()
         self._closed = False
 
@@ -97,8 +99,12 @@ class Connections:
             connection = self._messages.pop(conn_id, None)
             if connection is None:
                 return -errno.ENOENT
-            while any(thread != me for thread in connection.running):
-                self._idle.wait()
+            self._removers += 1
+            try:
+                while any(thread != me for thread in connection.running):
+                    self._idle.wait()
+            finally:
+                self._removers -= 1
             return 0
 
     def post(self, message: hv_post_message_input) -> int:
@@ -106,18 +112,24 @@ class Connections:
 
         The top 8 bits of the id do not count here (S46). The posting vCPU's thread.
         """
+        conn_id = message.connection_id & HV_CONNECTION_ID_MASK
+        connection = self._messages.get(conn_id)
+        if connection is None:
+            return _INVALID_CONNECTION_ID
+        # No lock on this path: the GIL orders these steps. A remover takes the row away and then looks at
+        # `running`; so either it sees us there, or we see here that the row is gone.
         me = threading.get_ident()
-        with self._idle:
-            connection = self._messages.get(message.connection_id & HV_CONNECTION_ID_MASK)
-            if connection is None:
-                return _INVALID_CONNECTION_ID
-            connection.running.append(me)
+        connection.running.append(me)
         try:
+            if self._messages.get(conn_id) is not connection:
+                return _INVALID_CONNECTION_ID
             return int(connection.handler(message)) & 0xFFFF
         finally:
-            with self._idle:
-                connection.running.remove(me)
-                self._idle.notify_all()
+            connection.running.remove(me)
+            # A remover counts itself before it looks: either it sees us gone, or it is told.
+            if self._removers:
+                with self._idle:
+                    self._idle.notify_all()
 
     def add_event(self, conn_id: int, callback: Callable[[], object]) -> int:
         """Call `callback()` on the I/O loop after signals on `conn_id`: 0 or -errno (S37, S41).
@@ -134,9 +146,15 @@ class Connections:
                 return -errno.EEXIST
             eventfd = EventFd()
 
+            fd = eventfd.fd
+
             def signalled() -> None:
-                if eventfd.drain():
-                    callback()
+                # eventfd.drain() written out: this runs for every event of every channel.
+                try:
+                    os.eventfd_read(fd)
+                except BlockingIOError:
+                    return
+                callback()
 
             try:
                 reader = self._io.add_reader(eventfd.fd, signalled)

@@ -67,10 +67,11 @@ class KernelLine:
     def pulse(self) -> int:
         """See `seam.SintLine.pulse`."""
         with self._lock:
-            if self._irqfd is None:
+            irqfd = self._irqfd
+            if irqfd is None:
                 return -errno.ENXIO
             try:
-                self._irqfd.signal()
+                irqfd.eventfd.signal()
             except OSError as error:
                 return -(error.errno or errno.EIO)
             return 0
