@@ -91,6 +91,16 @@ def _write_acpi(memory: GuestRam, cpus: int, *, vmbus: bool) -> int:
     return tables.rsdp
 
 
+def is_linux(kernel: Path) -> bool:
+    """Whether `kernel` takes an initramfs: a bzImage, a 64-bit or PVH ELF, not a multiboot one. BootError."""
+    with KernelFile(kernel, "--kernel") as file:
+        head = file.head(_HEAD_SIZE)
+        if head.startswith(_ELF_MAGIC):
+            image = elf.parse(file)
+            return image.bits == 64 or image.pvh_entry() is not None
+        return bootparams.parse_header(head) is not None
+
+
 def _load_elf(
     memory: GuestRam,
     image: elf.ElfImage,

@@ -139,7 +139,7 @@ class Board:
         return None
 
     def flush(self) -> None:
-        """Take what the guest printed last out of KVM's ring and the UART. The vCPU threads have ended."""
+        """Take what the guest printed last out of KVM's ring and the UART. The I/O loop, or after its end."""
         if self._coalesced is not None:
             self._coalesced.drain()
         self.serial.output.flush(even_if_held=True)

@@ -140,8 +140,18 @@ class GuestImage:
 
 
 def initial_ramdisk(config: MachineConfig) -> bytes | Path | None:
-    """The user's initrd, with an archive behind it that runs the command, if there is one."""
-    if not config.command and not config.modules:
+    """The user's initrd with an archive behind it that runs the command; a shell where there is neither.
+
+    Nothing is added for a kernel that takes no initramfs, or that was told its root file system.
+    """
+    from hvkvm.boot.image import is_linux
+
+    wanted = config.command or config.modules or not (config.initrd or "root=" in config.append)
+    if not wanted or not is_linux(config.kernel):
+        if config.command:
+            raise ConfigError(
+                f"--kernel {config.kernel}: takes no initramfs that could run a command; leave it out"
+            )
         return config.initrd
     from hvkvm.boot import initramfs
 

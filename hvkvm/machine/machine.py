@@ -126,7 +126,10 @@ class Machine:
         return self.outcome
 
     def expire(self) -> None:
-        """End the run because its time is over."""
+        """End the run because its time is over; a guest that hangs in its panic has ended by that."""
+        panic = self.board.console_panic()
+        if panic is not None:
+            self.finish(Ending.PANIC, EXIT_PANIC, panic)
         self.finish(
             Ending.TIMEOUT, EXIT_TIMEOUT, f"the guest had not finished after {self.config.timeout:g} s"
         )
@@ -135,10 +138,6 @@ class Machine:
         """Name the end of the run, once; wakes `wait()`. Any thread."""
         with self._ending_lock:
             if self.outcome is None:
-                if ending is Ending.RESET or ending is Ending.TIMEOUT:
-                    panic = self.board.console_panic()
-                    if panic is not None:
-                        ending, status, detail = Ending.PANIC, EXIT_PANIC, panic
                 self.outcome = Outcome(ending, status, detail)
         for thread in self.threads:
             thread.stop()
@@ -154,22 +153,23 @@ class Machine:
 
     def request_reset(self, reason: str) -> None:
         """Reset the machine soon, or end the run if the configuration says so. Any thread."""
-        if not self.config.reboot:
-            self.finish(Ending.RESET, 0, reason)
-            return
+        with self._ending_lock:
+            if self._reset_pending or self.outcome is not None:
+                return
+            self._reset_pending = True
+        self.io.call_soon(self._reset, reason)
+
+    def _reset(self, reason: str) -> None:
+        """Devices first, SynIC last (S7), then the vCPUs' power-on state and a fresh image. I/O loop."""
+        self.board.flush()
         panic = self.board.console_panic()
         if panic is not None:
             # A panicking kernel told to reboot would loop for ever; its panic is the end.
             self.finish(Ending.PANIC, EXIT_PANIC, panic)
             return
-        with self._ending_lock:
-            if self._reset_pending or self.outcome is not None:
-                return
-            self._reset_pending = True
-        self.io.call_soon(self._reset)
-
-    def _reset(self) -> None:
-        """Devices first, SynIC last (S7), then the vCPUs' power-on state and a fresh image. I/O loop."""
+        if not self.config.reboot:
+            self.finish(Ending.RESET, 0, reason)
+            return
         with self.group.paused():
             if self.outcome is not None:
                 return
@@ -183,9 +183,15 @@ class Machine:
             self._reset_pending = False
 
     def guest_panicked(self, text: str) -> None:
-        """The guest reported a crash; ends the run with its text."""
+        """The guest reported a crash; ends the run with its text. Any thread."""
         self.observer.event(GuestPanicked(text))
-        self.finish(Ending.PANIC, EXIT_PANIC, text)
+        self.io.call_soon(self._end_of_panic, text)
+
+    def _end_of_panic(self, text: str) -> None:
+        """What the console says is for people; the crash registers come after it. I/O loop."""
+        self.board.flush()
+        seen = self.board.console_panic()
+        self.finish(Ending.PANIC, EXIT_PANIC, f"{seen}; {text}" if seen else text)
 
     def exit_counts(self) -> dict[str, int]:
         """Exits of all vCPUs so far, by the C name of the reason without KVM_EXIT_. Any thread."""
