@@ -33,6 +33,7 @@ DEFAULT_ARGUMENTS: tuple[tuple[str, str], ...] = (
     ("console=ttyS0", "COM1 is the only console"),
     ("panic=-1", "reboot at once after a panic: the machine sees it end instead of a silent hang"),
     ("8250.nr_uarts=1", "only COM1 exists: spares the port probes of three more UARTs"),
+    ("cryptomgr.notests=1", "self-tests of every cipher take up to half of a boot; fips=1 runs them anyway"),
     ("no_timer_check", "the PIT is KVM's and works; without Hyper-V the check costs ten ticks"),
 )
 """A recommended start of every Linux command line, each with its reason.
