@@ -17,16 +17,16 @@ test: setup ## all three tiers of tests (ARGS: pytest's)
 	@scripts/test $(ARGS)
 
 check: setup ## style, types, import directions, the ABI table
-	.venv/bin/ruff check $(SOURCES) scripts/lab scripts/artifacts
-	.venv/bin/ruff format --check $(SOURCES) scripts/lab scripts/artifacts
+	.venv/bin/ruff check $(SOURCES) scripts/lab scripts/artifacts scripts/bench
+	.venv/bin/ruff format --check $(SOURCES) scripts/lab scripts/artifacts scripts/bench
 	.venv/bin/mypy --strict
 	MYPYPATH=scripts .venv/bin/mypy --strict scripts/lab
 	MYPYPATH=scripts .venv/bin/mypy --strict scripts/artifacts
 	.venv/bin/lint-imports
 	$(PYTHON) kvm_headers/probe.py --check
 
-bench: setup ## measure boots and exits (ARGS: of hvkvm bench)
-	@scripts/lab --timeout 3000 -- .venv/bin/hvkvm bench $(ARGS)
+bench: setup ## measure hvkvm beside QEMU (ARGS="--runs 3 --only boot --json")
+	@scripts/bench $(ARGS)
 
 soak: setup ## the long concurrency runs (ARGS: pytest's)
 	@HVKVM_SOAK=1 HVKVM_REQUIRE=hyperv scripts/lab --timeout 0 -- $(PYTHON) -m pytest -v tests/soak $(ARGS)

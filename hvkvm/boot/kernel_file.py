@@ -2,8 +2,8 @@
 
 Why: kernels and initrds come from users and may be missing, truncated or
 change while they are read; here that becomes a BootError that names the flag.
-Data goes from the page cache into guest RAM with one copy (preadv on the RAM's
-own pages). Called by the loaders; the thread that loads owns it.
+Data goes from the page cache into guest RAM with one copy, inside the kernel.
+Called by the loaders; the thread that loads owns it.
 """
 
 from __future__ import annotations
@@ -78,8 +78,12 @@ class KernelFile:
         """Copy `n` bytes at `offset` of the file to guest address `gpa`, all inside RAM below 4 GiB."""
         self._check(offset, n, what)
         while n:
-            with memory.view(gpa, min(n, _READ_AT_ONCE)) as window:
-                done = os.preadv(self._fd, [window], offset)
+            at_once = min(n, _READ_AT_ONCE)
+            try:
+                done = memory.fill(gpa, at_once, self._fd, offset)
+            except OSError:  # not every file system can splice
+                with memory.view(gpa, at_once) as window:
+                    done = os.preadv(self._fd, [window], offset)
             if done == 0:  # it shrank since the check
                 raise self.truncated(what)
             gpa, offset, n = gpa + done, offset + done, n - done

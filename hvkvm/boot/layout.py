@@ -31,6 +31,9 @@ class GuestRam(Protocol):
     def zero(self, gpa: int, n: int, /) -> None:
         """Make `n` bytes at `gpa` zero."""
 
+    def fill(self, gpa: int, n: int, fd: int, offset: int, /) -> int:
+        """Copy up to `n` bytes at `offset` of a file to `gpa`; how many. OSError where it cannot be."""
+
     def view(self, gpa: int, n: int, /) -> memoryview:
         """A writable window on `n` bytes at `gpa`, inside one RAM region."""
 

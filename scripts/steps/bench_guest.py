@@ -32,17 +32,17 @@ PREFIX = "bench: "
 class Batch(NamedTuple):
     """One batch: operations done, TSC ticks, 100 ns ticks (0: no such clock), refused requests."""
 
-    count: int
+    operations: int
     tsc: int
     reference: int
     refused: int
 
     def nanoseconds(self, tsc_hz: float) -> float:
         """Time of one operation, by the guest's reference clock, else by its TSC."""
-        if not self.count:
+        if not self.operations:
             return 0.0
         seconds = self.reference / _REFERENCE_HZ if self.reference else self.tsc / tsc_hz
-        return seconds * 1e9 / self.count
+        return seconds * 1e9 / self.operations
 
 
 def parse(lines: Iterable[str]) -> list[Batch]:

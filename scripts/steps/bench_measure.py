@@ -136,7 +136,7 @@ def round_trips(
                 tell(f"bench: {operation} {run + 1}/{runs} {vmm}: {error}")
                 continue
             times = [batch.nanoseconds(tsc_hz) for batch in session.batches]
-            operations = sum(batch.count for batch in session.batches)
+            operations = sum(batch.operations for batch in session.batches)
             trips = Trips(
                 median(times),
                 min(times),

@@ -5,6 +5,7 @@ Called by `scripts/bench`. Pure.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from statistics import median
 from typing import NamedTuple
 
@@ -36,14 +37,15 @@ def _middle(values: list[float | None]) -> float | None:
 
 def boot_rows(found: dict[str, list[Boot]], own: str) -> list[Row]:
     """Time and memory rows, hvkvm against each other machine."""
-    rows = []
-    for figure, unit, pick in (
+    rows: list[Row] = []
+    measures: tuple[tuple[str, str, Callable[[Boot], float]], ...] = (
         ("process start to first init line", "ms", lambda boot: boot.seconds * 1000),
         ("guest's own uptime then", "ms", lambda boot: boot.uptime * 1000),
         ("memory beyond guest RAM, resident", "MiB", lambda boot: boot.memory.rss / 1024),
         ("memory beyond guest RAM, private", "MiB", lambda boot: boot.memory.private / 1024),
         ("guest RAM touched", "MiB", lambda boot: boot.memory.ram / 1024),
-    ):
+    )
+    for figure, unit, pick in measures:
         mine = _middle([pick(boot) for boot in found[own]])
         better = "" if figure.startswith("guest") else "less"
         for name, boots in found.items():

@@ -6,6 +6,7 @@ import ctypes
 import gc
 import os
 import struct
+import tempfile
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import suppress
@@ -324,3 +325,17 @@ def test_a_torn_store_would_be_noticed(memory: GuestMemory) -> None:
     while not os.waitpid(child, os.WNOHANG)[0]:
         for _ in range(100):
             struct.pack_into("<I", view, 0, 2**32 - 1)
+
+
+def test_fill_copies_a_file_s_bytes_into_either_region(big: GuestMemory) -> None:
+    with tempfile.TemporaryFile() as file:
+        file.write(b"0123456789" * 1000)
+        file.flush()
+        for gpa in (0x1003, HIGH + 0x100):
+            big.write(gpa, b"x" * 5000)
+            assert big.fill(gpa, 4097, file.fileno(), 3) == 4097
+            assert big.read(gpa, 4099) == (b"0123456789" * 500)[3 : 3 + 4097] + b"xx"
+        assert big.fill(0x2000, 100, file.fileno(), 9950) == 50
+        assert big.fill(0x2000, 100, file.fileno(), 10000) == 0
+        with pytest.raises(GuestMemoryError):
+            big.fill(LOW - 8, 16, file.fileno(), 0)

@@ -1,0 +1,114 @@
+"""The benchmark's parts: its guest runs, its lines and smaps are read right. Nothing here is timed."""
+
+from __future__ import annotations
+
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+
+PROJECT = Path(__file__).resolve().parent.parent.parent
+if str(PROJECT / "scripts") not in sys.path:
+    sys.path.append(str(PROJECT / "scripts"))
+
+from steps import bench_count, bench_guest, bench_measure, bench_table, bench_vmm  # noqa: E402
+from steps.bench_vmm import Memory  # noqa: E402
+from steps.distribution import StepError  # noqa: E402
+
+SMAPS = """\
+00400000-00500000 r-xp 00000000 08:01 1234 /usr/bin/vmm
+Rss:                 100 kB
+Private_Clean:        40 kB
+Private_Dirty:         0 kB
+7f0000000000-7f0020000000 rw-s 00000000 00:01 99 /memfd:hvkvm-ram (deleted)
+Rss:                5000 kB
+Private_Dirty:      5000 kB
+7f0020000000-7f0020001000 rw-p 00000000 00:00 0
+Rss:                   8 kB
+Private_Dirty:         8 kB
+VmFlags: rd wr mr mw me ac sd
+"""
+
+
+def lines_of(kernel: Path, hv: str, devices: tuple[str, ...] = ()) -> list[str]:
+    """Run the benchmark guest here and return what it said."""
+    from hvkvm.machine.config import MachineConfig
+    from hvkvm.machine.machine import Machine
+
+    said = bytearray()
+    done = threading.Event()
+
+    def sink(data: bytes) -> None:
+        said.extend(data)
+        if bench_guest.DONE.encode() in said or b"no SynIC" in said:
+            done.set()
+
+    with Machine(MachineConfig(kernel=kernel, memory=64 << 20, hv=hv, devices=devices)) as machine:
+        machine.board.attach_sink(sink)
+        machine.start()
+        done.wait(60)
+    return said.decode().splitlines()
+
+
+@pytest.mark.kvm
+def test_the_guest_measures_port_exits_on_any_kvm() -> None:
+    batches = bench_guest.parse(lines_of(bench_guest.image("port", 20, 3), "none"))
+    assert [batch.operations for batch in batches] == [20, 20, 20]
+    assert all(batch.tsc > 0 and batch.reference == 0 for batch in batches)
+
+
+@pytest.mark.kvm
+def test_the_guest_says_so_where_there_is_no_synic() -> None:
+    with pytest.raises(StepError, match="no SynIC"):
+        bench_guest.parse(lines_of(bench_guest.image("message", 20, 3), "none"))
+
+
+@pytest.mark.hyperv
+@pytest.mark.parametrize("operation", ["message", "event"])
+def test_the_guest_gets_its_answers(operation: str) -> None:
+    batches = bench_guest.parse(
+        lines_of(bench_guest.image(operation, 20, 3), "host-model", ("hyperv-testdev",))
+    )
+    assert [batch.operations for batch in batches] == [20, 20, 20]
+    assert all(batch.reference > 0 for batch in batches)
+
+
+def test_lines_are_read() -> None:
+    said = ["noise", "bench: 0000000a 00000064 00000032 00000001 ", "bench: done"]
+    (batch,) = bench_guest.parse(said)
+    assert batch == (10, 100, 50, 1)
+    assert batch.nanoseconds(1e9) == 500
+    assert batch._replace(reference=0).nanoseconds(1e9) == 10
+    with pytest.raises(StepError, match="status"):
+        bench_guest.parse(["bench: broken, hypercall status 0000000000000005"])
+
+
+def test_smaps_leave_the_guest_s_ram_out() -> None:
+    assert bench_vmm.parse_smaps(SMAPS) == Memory(rss=108, private=48, ram=5000)
+    qemu = SMAPS.replace("hvkvm-ram", "memory-backend-memfd")
+    assert bench_vmm.parse_smaps(qemu) == Memory(rss=108, private=48, ram=5000)
+
+
+def test_both_vmms_get_the_same_guest(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bench_vmm, "_qemu", lambda: "qemu")
+    guest = bench_vmm.Guest(Path("k"), Path("i"), "quiet", memory=64)
+    for vmm in ("hvkvm", "qemu-q35", "qemu-microvm"):
+        words = bench_vmm.command_line(vmm, guest)
+        assert {"k", "i", "quiet", "64M"} <= set(words), words
+
+
+def test_the_table_says_which_is_better() -> None:
+    def boot(ms: int) -> bench_measure.Boot:
+        return bench_measure.Boot(ms / 1000, Memory(2048, 1024, 4096), ms / 2000)
+
+    found = {"hvkvm": [boot(100), boot(300), boot(200)], "qemu-q35": [boot(400)]}
+    rows = bench_table.boot_rows(found, "hvkvm")
+    assert (rows[0].hvkvm, rows[0].peer, rows[0].ratio) == (pytest.approx(200), pytest.approx(400), 0.5)
+    shown = bench_table.table([*rows, bench_table.Row("x", "u", None, 3, peer_name="q")])
+    assert "0.50  better" in shown
+    assert shown.splitlines()[-1].split() == ["x", "[u]", "-", "3.00", "q"]
+
+
+def test_counts_are_shown_by_what_they_mean() -> None:
+    assert "eventfds signalled" in bench_count.text({"eventfd writes": 2.0})
