@@ -19,6 +19,8 @@ from hvkvm.boot import cache
 _ELF = b"\x7fELF"
 # No kernel's ELF comes near; what unpacks to more is not one.
 _VMLINUX_MAX = 512 << 20
+# Room for the dot, process id and like that a partial file's name gets.
+_NAME_MAX = 200
 
 
 def payload(bzimage: bytes) -> bytes | None:
@@ -116,11 +118,15 @@ def extract(bzimage: Path, cache_dir: Path | None = None) -> Path | None:
 
 
 def _stat_key(path: Path) -> str:
+    """A file name that stands for `path` as it is now; made without hashlib, which costs a boot more."""
+    seen = os.stat(path)
+    name = os.path.realpath(path).replace("%", "%25").replace("/", "%2f")
+    key = f"at-{seen.st_size:x}-{seen.st_mtime_ns:x}-{name}"
+    if len(os.fsencode(key)) <= _NAME_MAX:
+        return key
     import hashlib
 
-    seen = os.stat(path)
-    text = f"{os.path.realpath(path)}\0{seen.st_size}\0{seen.st_mtime_ns}"
-    return "at-" + hashlib.sha256(text.encode(errors="surrogateescape")).hexdigest()[:32]
+    return "at-" + hashlib.sha256(os.fsencode(key)).hexdigest()
 
 
 def _point(link: Path, target: str) -> None:
