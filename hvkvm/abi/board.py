@@ -42,6 +42,8 @@ HYPERV_TESTDEV_PORT = 0x3000
 HYPERV_TESTDEV_SIZE = 4
 GUEST_EXIT_PORT = 0x5F8  # the exit status of the command run in the guest, one byte
 GUEST_EXIT_SIZE = 1
+HYPERCALL_PORT = 0xE4  # our own hypercall page's `out imm8, eax`; nothing on a PC is there
+HYPERCALL_PORT_SIZE = 4
 
 # --- Interrupts ----------------------------------------------------------------------------------
 

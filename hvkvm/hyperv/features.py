@@ -76,12 +76,14 @@ class HostFeatures:
     """What can be backed here: KVM's capabilities by C name, and the Hyper-V leaves it reports.
 
     `leaves` None means that this KVM cannot report them (before 5.11, without a
-    vCPU): then capabilities alone decide. `source` says who backs them.
+    vCPU): then capabilities alone decide. `source` says who backs them, `remedy`
+    what to do about what it lacks.
     """
 
     caps: Mapping[str, int]
     leaves: Mapping[int, Leaf] | None
     source: str = "this kernel's KVM"
+    remedy: str = "use a newer kernel"
 
     @classmethod
     def probe(cls, kvm: Kvm, vcpu: Vcpu | None = None) -> HostFeatures:
@@ -105,13 +107,13 @@ class HostFeatures:
                 if cap == "KVM_CAP_HYPERV":
                     remedy = "use a kernel with CONFIG_KVM_HYPERV=y, or --hv none"
                 else:
-                    remedy = f"use a newer kernel, or leave hv-{row.name} out"
+                    remedy = f"{self.remedy}, or leave hv-{row.name} out"
                 return f"hv-{row.name} needs {cap}, which {self.source} lacks; {remedy}"
         for bits in row.bits if row.needs_host else ():
             if not self.reports(bits):
                 return (
                     f"hv-{row.name} needs CPUID {bits.leaf:#x}.{bits.register.upper()} {bits.mask:#x}, which"
-                    f" {self.source} does not report; use a newer kernel, or leave hv-{row.name} out"
+                    f" {self.source} does not report; {self.remedy}, or leave hv-{row.name} out"
                 )
         return None
 

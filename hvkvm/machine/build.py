@@ -21,8 +21,9 @@ from hvkvm.abi.kvm import (
 )
 from hvkvm.errors import CapabilityMissing, ConfigError
 from hvkvm.hyperv import cpuid as hv_cpuid
-from hvkvm.hyperv.features import FeatureSet, HostFeatures, parse_features, resolve
+from hvkvm.hyperv.features import FeatureSet, parse_features, resolve
 from hvkvm.hyperv.partition import Partition
+from hvkvm.hyperv.usermode.features import Choice, choose, for_user_synic
 from hvkvm.kvm.system import Kvm
 from hvkvm.kvm.vcpu import Vcpu
 from hvkvm.kvm.vm import Vm
@@ -31,6 +32,7 @@ from hvkvm.machine.cpu import vcpu_cpuid
 from hvkvm.memory.guest import GuestMemory
 
 if TYPE_CHECKING:
+    from hvkvm.hyperv.usermode.interface import UserHyperv
     from hvkvm.machine.machine import Machine
 
 _NEEDED = (
@@ -39,12 +41,15 @@ _NEEDED = (
 )
 
 
-def resolve_features(kvm: Kvm, config: MachineConfig) -> FeatureSet:
-    """The enlightenments of `config` on this host. ConfigError, CapabilityMissing."""
-    features = resolve(parse_features(config.hv), HostFeatures.probe(kvm))
-    if config.synic == "user":
-        raise CapabilityMissing("--synic user: not implemented yet; use --synic kernel on a KVM with Hyper-V")
-    return features
+def choose_synic(kvm: Kvm, config: MachineConfig) -> Choice:
+    """Who carries the enlightenments of `config` on this host. CapabilityMissing."""
+    return choose(kvm, config.synic)
+
+
+def resolve_features(choice: Choice, config: MachineConfig) -> FeatureSet:
+    """The enlightenments of `config` with the SynIC of `choice`. ConfigError, CapabilityMissing."""
+    features = resolve(parse_features(config.hv), choice.host)
+    return for_user_synic(features) if choice.synic == "user" else features
 
 
 def create_vm(kvm: Kvm, config: MachineConfig, stack: ExitStack) -> Vm:
@@ -85,10 +90,33 @@ def create_vcpus(kvm: Kvm, vm: Vm, config: MachineConfig, features: FeatureSet) 
     return vcpus
 
 
+def create_user_hyperv(machine: Machine, stack: ExitStack) -> UserHyperv | None:
+    """The Hyper-V interface in user space, where that one was chosen; MSRs and hypercall port taken."""
+    if machine.synic_choice.synic != "user" or not machine.features:
+        return None
+    from hvkvm.hyperv.usermode.interface import UserHyperv
+
+    user = UserHyperv(
+        machine.vm,
+        machine.memory,
+        machine.io,
+        machine.threads,
+        with_synic="synic" in machine.features,
+        on_crash=machine.guest_panicked,
+        on_reset=machine.request_reset,
+        observer=machine.observer,
+    )
+    stack.callback(user.close)
+    user.activate()
+    machine.board.ports.add(board.HYPERCALL_PORT, board.HYPERCALL_PORT_SIZE, user.hypercall_page)
+    return user
+
+
 def create_partition(machine: Machine, stack: ExitStack) -> Partition | None:
     """The SynIC component, where the enlightenments have one; activated."""
     if "synic" not in machine.features:
         return None
+    user = machine.user_hyperv
     partition = Partition(
         machine.vm,
         machine.gsi,
@@ -98,15 +126,20 @@ def create_partition(machine: Machine, stack: ExitStack) -> Partition | None:
         features=machine.features,
         observer=machine.observer,
         signal_path=machine.config.signal_path,
+        synic=None if user is None else user.synic,
     )
     stack.callback(partition.close)
     partition.activate()
+    if user is not None:
+        user.hypercall_page.call = partition.hypercalls.call
     return partition
 
 
 def reset_enlightenments(machine: Machine) -> None:
-    """Power-on values of the Hyper-V MSRs where no `Partition` writes them: a set without SynIC."""
-    if machine.partition is None and machine.features:
+    """Power-on values of the Hyper-V registers that no `Partition` resets."""
+    if machine.user_hyperv is not None:
+        machine.user_hyperv.reset()
+    elif machine.partition is None and machine.features:
         for vcpu in machine.vcpus:
             vcpu.set_msrs(hv_cpuid.reset_msrs(machine.features, vcpu.index))
 

@@ -17,6 +17,8 @@ from hvkvm.abi.kvm import (
     KVM_EXIT_MMIO,
     KVM_EXIT_SHUTDOWN,
     KVM_EXIT_SYSTEM_EVENT,
+    KVM_EXIT_X86_RDMSR,
+    KVM_EXIT_X86_WRMSR,
     KVM_SYSTEM_EVENT_CRASH,
     KVM_SYSTEM_EVENT_RESET,
     KVM_SYSTEM_EVENT_SHUTDOWN,
@@ -27,6 +29,7 @@ from hvkvm.kvm.vcpu import Vcpu
 from hvkvm.machine.outcome import EXIT_MACHINE_FAULT, Ending
 
 if TYPE_CHECKING:
+    from hvkvm.hyperv.usermode.interface import UserHyperv
     from hvkvm.machine.machine import Machine
 
 Handlers = dict[int, Callable[[Vcpu], None]]
@@ -69,3 +72,9 @@ def handlers(machine: Machine) -> Handlers:
 def add_hyperv_handlers(table: Handlers, partition: Partition) -> None:
     """The exits that only a machine with enlightenments has."""
     table[KVM_EXIT_HYPERV] = partition.handle_hyperv_exit
+
+
+def add_user_hyperv_handlers(table: Handlers, user: UserHyperv) -> None:
+    """The exits of a machine whose Hyper-V interface is in user space."""
+    table[KVM_EXIT_X86_RDMSR] = user.handle_rdmsr
+    table[KVM_EXIT_X86_WRMSR] = user.handle_wrmsr

@@ -68,7 +68,8 @@ class Machine:
         config = self.config
         self._image = build.GuestImage(config)
         self.kvm = stack.enter_context(Kvm(config.kvm_path))
-        self.features: FeatureSet = build.resolve_features(self.kvm, config)
+        self.synic_choice = build.choose_synic(self.kvm, config)
+        self.features: FeatureSet = build.resolve_features(self.synic_choice, config)
         self.vm = build.create_vm(self.kvm, config, stack)
         self.memory = build.create_memory(self.vm, config, stack)
         self.vcpus = build.create_vcpus(self.kvm, self.vm, config, self.features)
@@ -82,8 +83,11 @@ class Machine:
             for vcpu in self.vcpus
         ]
         self.group = VcpuGroup(self.threads)
+        self.user_hyperv = build.create_user_hyperv(self, stack)
         self.partition: Partition | None = build.create_partition(self, stack)
-        if self.partition is not None:
+        if self.user_hyperv is not None:
+            exits.add_user_hyperv_handlers(handlers, self.user_hyperv)
+        elif self.partition is not None:
             exits.add_hyperv_handlers(handlers, self.partition)
         self.board.add_optional_devices(config.devices)
         build.reset_enlightenments(self)

@@ -1,0 +1,112 @@
+"""The hypercall page of a SynIC in user space, and the port behind it.
+
+Its code is `endbr64; out HYPERCALL_PORT, eax; ret`: a port write exits to user
+space on every KVM, needs no free register and changes none. RAX gets the result
+here; RIP is left to KVM, which has stepped over the OUT already or does so at
+the next entry, by KVM's flavour.
+
+The page is an overlay: the RAM below comes back when the guest takes it away.
+The port answers only an OUT from the page itself, in protected mode at CPL 0;
+any other OUT there is one to a port without device.
+
+`write` runs on the calling vCPU's thread; `place` on the thread of the one that
+writes HV_X64_MSR_HYPERCALL, under the interface's lock.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from threading import get_ident
+from typing import TYPE_CHECKING
+
+from hvkvm.abi.board import HYPERCALL_PORT
+from hvkvm.abi.tlfs import HvStatus
+from hvkvm.hyperv.synic.pages import Overlay
+from hvkvm.hyperv.usermode.vp import VpThread
+
+if TYPE_CHECKING:
+    from hvkvm.abi.kvm_structs import kvm_regs, kvm_sregs
+    from hvkvm.kvm.vcpu import Vcpu
+
+CODE = b"\xf3\x0f\x1e\xfa\xe7" + bytes((HYPERCALL_PORT, 0xC3))
+_OUT = 4
+_RIPS = (_OUT, _OUT + 2)
+"""Where RIP may be in the page at the exit: at the OUT (VMX, SVM) or behind it (KVM's emulator)."""
+
+_PAGE = 0xFFF
+_EFER_LMA = 1 << 10
+_CR0_PE = 1 << 0
+_LOW = 0xFFFFFFFF
+_ACCESS_DENIED = int(HvStatus.ACCESS_DENIED)
+
+Call = Callable[[int, int], int]
+
+
+class HypercallPage:
+    """The page, and the device of port HYPERCALL_PORT. `call(control, param)` gives a hypercall's result."""
+
+    def __init__(self, overlay: Overlay, threads: Sequence[VpThread]) -> None:
+        self._overlay = overlay
+        self._threads = threads
+        self._vcpus: dict[int, Vcpu] = {}
+        self.call: Call = _nothing_known
+
+    def place(self, gpa: int | None) -> bool:
+        """Show the page at `gpa` with fresh code, or nowhere; False when it cannot lie there."""
+        if gpa is not None:
+            # Over whatever a guest wrote into it at its last place.
+            self._overlay.view[: len(CODE)] = CODE
+        return self._overlay.place(gpa)
+
+    def read(self, offset: int, size: int) -> int:
+        """An IN finds no device."""
+        return (1 << 8 * size) - 1
+
+    def write(self, offset: int, size: int, value: int) -> None:
+        """An OUT at the port, by the vCPU on whose thread this is: perhaps a hypercall."""
+        if offset or size != 4 or self._overlay.gpa is None:
+            return
+        try:
+            vcpu = self._vcpus[get_ident()]
+        except KeyError:
+            vcpu = self._find_vcpu()
+        regs, sregs = vcpu.regs(), vcpu.sregs()
+        if not self._is_from_page(vcpu, regs, sregs):
+            return
+        long_mode = sregs.efer & _EFER_LMA and sregs.cs.l
+        if sregs.cs.selector & 3:
+            # An OUT at CPL 3 needs the guest's leave (IOPL); a hypercall needs CPL 0.
+            result = _ACCESS_DENIED
+        elif long_mode:
+            result = self.call(regs.rcx, regs.rdx)
+        else:
+            control = (regs.rdx & _LOW) << 32 | regs.rax & _LOW
+            result = self.call(control, (regs.rbx & _LOW) << 32 | regs.rcx & _LOW)
+        if long_mode:
+            regs.rax = result
+        else:
+            regs.rax, regs.rdx = result & _LOW, result >> 32
+        vcpu.set_regs(regs)
+
+    def _is_from_page(self, vcpu: Vcpu, regs: kvm_regs, sregs: kvm_sregs) -> bool:
+        rip = regs.rip
+        if not sregs.cr0 & _CR0_PE:
+            return False  # in real mode there are no hypercalls
+        if not (sregs.efer & _EFER_LMA and sregs.cs.l):
+            rip = rip + sregs.cs.base & _LOW
+        if rip & _PAGE not in _RIPS:
+            return False
+        gpa = vcpu.translate(rip)
+        return gpa is not None and gpa & ~_PAGE == self._overlay.gpa
+
+    def _find_vcpu(self) -> Vcpu:
+        for thread in self._threads:
+            if thread.is_current():
+                self._vcpus[get_ident()] = thread.vcpu
+                return thread.vcpu
+        raise RuntimeError("a port write came on a thread that is no vCPU's")
+
+
+def _nothing_known(control: int, param: int) -> int:
+    """A guest without SynIC has nothing to call."""
+    return int(HvStatus.INVALID_HYPERCALL_CODE)

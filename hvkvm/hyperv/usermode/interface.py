@@ -1,0 +1,269 @@
+"""The Hyper-V interface in user space: every synthetic MSR of every VP, and what stands behind it.
+
+An MSR filter takes 0x40000000-0x400001ff away from KVM, so each access exits:
+`handle_rdmsr` and `handle_wrmsr` answer it from a table. What the table does not
+know is the guest's #GP. A KVM with Hyper-V of its own never sees these accesses,
+so its SynIC, timers and hypercalls stay asleep (they wait for a guest OS id).
+
+Threads: exits come on the vCPUs' threads; VM-wide registers have a lock. `reset`
+runs with every vCPU paused; the main thread makes, activates and closes.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from functools import partial
+from time import thread_time_ns
+from typing import TYPE_CHECKING
+
+from hvkvm.abi import tlfs
+from hvkvm.abi.hv_synic import HV_SYNIC_SINT_COUNT, HV_SYNIC_VERSION_1
+from hvkvm.abi.kvm import (
+    KVM_CAP_X86_USER_SPACE_MSR,
+    KVM_MSR_EXIT_REASON_FILTER,
+    KVM_MSR_FILTER_READ,
+    KVM_MSR_FILTER_WRITE,
+)
+from hvkvm.errors import GuestMemoryError
+from hvkvm.events import NULL_OBSERVER, Observer
+from hvkvm.hyperv.crash import CRASH_PARAMETERS, panic_text
+from hvkvm.hyperv.usermode.clock import ReferenceClock, TscPage, host_counts_by_tsc
+from hvkvm.hyperv.usermode.hypercall_page import HypercallPage
+from hvkvm.hyperv.usermode.synic import UserSynic
+from hvkvm.hyperv.usermode.vp import Loop, UserVp, VpThread
+from hvkvm.kvm.vm import MsrRange
+from hvkvm.memory.overlay import OverlayPage
+
+if TYPE_CHECKING:
+    from hvkvm.kvm.vcpu import Vcpu
+    from hvkvm.kvm.vm import Vm
+    from hvkvm.memory.guest import GuestMemory
+
+APIC_FREQUENCY = 1_000_000_000
+"""Hz: what KVM's local APIC timer counts by."""
+
+_CRASH_FORMS = tlfs.HV_CRASH_CTL_CRASH_NOTIFY | tlfs.HV_CRASH_CTL_CRASH_NOTIFY_MSG
+_STORED = (
+    tlfs.HV_X64_MSR_REENLIGHTENMENT_CONTROL,
+    tlfs.HV_X64_MSR_TSC_EMULATION_CONTROL,
+    tlfs.HV_X64_MSR_TSC_EMULATION_STATUS,
+    *CRASH_PARAMETERS,
+)
+"""VM-wide registers that only remember."""
+
+Read = Callable[[], int]
+Write = Callable[[int], bool]
+"""False is #GP."""
+
+
+class UserHyperv:
+    """One VM's. `with_synic` adds the SynIC and its timers; without, their MSRs are not there.
+
+    `on_crash(text)` hears of a guest that reports a crash, `on_reset(reason)` of
+    one that wants a reset, both on its vCPU's thread. Raises OSError when the
+    host has no memory for the pages.
+    """
+
+    def __init__(
+        self,
+        vm: Vm,
+        memory: GuestMemory,
+        io: Loop,
+        threads: Sequence[VpThread],
+        *,
+        with_synic: bool,
+        on_crash: Callable[[str], object],
+        on_reset: Callable[[str], object],
+        observer: Observer = NULL_OBSERVER,
+    ) -> None:
+        self._vm = vm
+        self._memory = memory
+        self._on_crash = on_crash
+        self._on_reset = on_reset
+        self.clock = ReferenceClock()
+        self._lock = threading.Lock()
+        self._os_id = 0
+        self._hypercall = 0
+        self._stored: dict[int, int] = dict.fromkeys(_STORED, 0)
+        self._tsc_invariant = 0
+        self._assist = [0] * len(threads)
+        self.synic: UserSynic | None = None
+        with ExitStack() as stack:
+            self.hypercall_page = HypercallPage(stack.enter_context(OverlayPage(memory)), threads)
+            self._tsc_page = TscPage(
+                self.clock, stack.enter_context(OverlayPage(memory)), usable=host_counts_by_tsc()
+            )
+            if with_synic:
+                self.synic = UserSynic(vm, memory, io, threads, self.clock, observer=observer)
+                stack.callback(self.synic.close)
+            self._stack = stack.pop_all()
+        self._reads: list[dict[int, Read]] = []
+        self._writes: list[dict[int, Write]] = []
+        for thread in threads:
+            self._add_vp(thread.vcpu)
+
+    # The tables.
+
+    def _add_vp(self, vcpu: Vcpu) -> None:
+        index = vcpu.index
+        khz = vcpu.tsc_khz()
+        reads: dict[int, Read] = {
+            tlfs.HV_X64_MSR_GUEST_OS_ID: lambda: self._os_id,
+            tlfs.HV_X64_MSR_HYPERCALL: lambda: self._hypercall,
+            tlfs.HV_X64_MSR_VP_INDEX: lambda: index,
+            tlfs.HV_X64_MSR_RESET: lambda: 0,
+            tlfs.HV_X64_MSR_VP_RUNTIME: lambda: thread_time_ns() // 100,
+            tlfs.HV_X64_MSR_TIME_REF_COUNT: self.clock.now,
+            tlfs.HV_X64_MSR_REFERENCE_TSC: lambda: self._tsc_page.value,
+            tlfs.HV_X64_MSR_TSC_FREQUENCY: lambda: khz * 1000,
+            tlfs.HV_X64_MSR_APIC_FREQUENCY: lambda: APIC_FREQUENCY,
+            tlfs.HV_X64_MSR_VP_ASSIST_PAGE: lambda: self._assist[index],
+            tlfs.HV_X64_MSR_CRASH_CTL: lambda: _CRASH_FORMS,
+            tlfs.HV_X64_MSR_TSC_INVARIANT_CONTROL: lambda: self._tsc_invariant,
+        }
+        writes: dict[int, Write] = {
+            tlfs.HV_X64_MSR_GUEST_OS_ID: self._write_os_id,
+            tlfs.HV_X64_MSR_HYPERCALL: self._write_hypercall,
+            tlfs.HV_X64_MSR_RESET: self._write_reset,
+            tlfs.HV_X64_MSR_REFERENCE_TSC: lambda value: self._tsc_page.write(value, vcpu),
+            tlfs.HV_X64_MSR_VP_ASSIST_PAGE: partial(self._write_assist, index),
+            tlfs.HV_X64_MSR_CRASH_CTL: self._write_crash_ctl,
+            tlfs.HV_X64_MSR_TSC_INVARIANT_CONTROL: self._write_tsc_invariant,
+        }
+        for msr in _STORED:
+            reads[msr] = partial(self._stored.__getitem__, msr)
+            writes[msr] = partial(self._store, msr)
+        if self.synic is not None:
+            _add_synic(self.synic.vps[index], reads, writes)
+        self._reads.append(reads)
+        self._writes.append(writes)
+
+    def handle_rdmsr(self, vcpu: Vcpu) -> None:
+        """Handler of KVM_EXIT_X86_RDMSR, on the vCPU's thread."""
+        msr = vcpu.run.msr
+        read = self._reads[vcpu.index].get(msr.index)
+        if read is None:
+            msr.error = 1
+            return
+        msr.error = 0
+        msr.data = read()
+
+    def handle_wrmsr(self, vcpu: Vcpu) -> None:
+        """Handler of KVM_EXIT_X86_WRMSR, on the vCPU's thread."""
+        msr = vcpu.run.msr
+        write = self._writes[vcpu.index].get(msr.index)
+        msr.error = write is None or not write(msr.data)
+
+    # What a write does, beyond being remembered.
+
+    def _write_os_id(self, value: int) -> bool:
+        with self._lock:
+            self._os_id = value
+            if not value and self._hypercall & tlfs.HV_X64_MSR_HYPERCALL_ENABLE:
+                self._hypercall &= ~tlfs.HV_X64_MSR_HYPERCALL_ENABLE
+                self.hypercall_page.place(None)
+        return True
+
+    def _write_hypercall(self, value: int) -> bool:
+        """No effect without a guest OS id, nor once the guest has locked it."""
+        with self._lock:
+            if not self._os_id or self._hypercall & tlfs.HV_X64_MSR_HYPERCALL_LOCKED:
+                return True
+            on = value & tlfs.HV_X64_MSR_HYPERCALL_ENABLE
+            gpa = value & tlfs.HV_X64_MSR_HYPERCALL_PAGE_ADDRESS_MASK
+            if not self.hypercall_page.place(gpa if on else None):
+                return False
+            self._hypercall = value
+        return True
+
+    def _write_reset(self, value: int) -> bool:
+        if value & 1:
+            self._on_reset("the guest wrote HV_X64_MSR_RESET")
+        return True
+
+    def _write_assist(self, index: int, value: int) -> bool:
+        """Nothing here ever asks the guest to leave out an EOI, so the page is cleared and forgotten."""
+        if value & tlfs.HV_X64_MSR_VP_ASSIST_PAGE_ENABLE:
+            try:
+                self._memory.write_u32(value & tlfs.HV_X64_MSR_TSC_REFERENCE_ADDRESS_MASK, 0)
+            except GuestMemoryError:
+                return False
+        self._assist[index] = value
+        return True
+
+    def _write_crash_ctl(self, value: int) -> bool:
+        if value & tlfs.HV_CRASH_CTL_CRASH_NOTIFY:
+            parameters = [self._stored[msr] for msr in CRASH_PARAMETERS]
+            self._on_crash(panic_text(parameters, self._memory, value))
+        return True
+
+    def _write_tsc_invariant(self, value: int) -> bool:
+        """Remembered: the CPUID bit it would uncover (0x80000007 EDX[8]) is as the host's, from the start."""
+        if value & ~tlfs.HV_EXPOSE_INVARIANT_TSC:
+            return False
+        self._tsc_invariant = value
+        return True
+
+    def _store(self, msr: int, value: int) -> bool:
+        self._stored[msr] = value
+        return True
+
+    # Lifetime.
+
+    def activate(self) -> None:
+        """Take the MSRs away from KVM. Once, before any vCPU runs. Raises KvmIoctlError."""
+        self._vm.enable_cap(KVM_CAP_X86_USER_SPACE_MSR, KVM_MSR_EXIT_REASON_FILTER)
+        both = KVM_MSR_FILTER_READ | KVM_MSR_FILTER_WRITE
+        self._vm.set_msr_filter([MsrRange(tlfs.HV_X64_MSR_FIRST, tlfs.HV_X64_MSR_COUNT, both)])
+
+    def reset(self) -> None:
+        """Power-on values of everything but the SynIC, which `Partition.reset` does. Every vCPU is paused.
+
+        Reference time goes on: it counts from the making of the VM.
+        """
+        with self._lock:
+            self._os_id = self._hypercall = self._tsc_invariant = 0
+            self.hypercall_page.place(None)
+            self._stored.update(dict.fromkeys(_STORED, 0))
+            self._assist[:] = [0] * len(self._assist)
+        self._tsc_page.reset()
+
+    def close(self) -> None:
+        """Free every page and timer. Idempotent; vCPU threads have ended."""
+        self._stack.close()
+
+
+def _add_synic(vp: UserVp, reads: dict[int, Read], writes: dict[int, Write]) -> None:
+    reads.update(
+        {
+            tlfs.HV_X64_MSR_SCONTROL: lambda: vp.scontrol,
+            tlfs.HV_X64_MSR_SVERSION: lambda: HV_SYNIC_VERSION_1,
+            tlfs.HV_X64_MSR_SIEFP: lambda: vp.siefp,
+            tlfs.HV_X64_MSR_SIMP: lambda: vp.simp,
+            tlfs.HV_X64_MSR_EOM: lambda: 0,
+        }
+    )
+
+    def eom(_value: int) -> bool:
+        vp.eom()
+        return True
+
+    writes.update(
+        {
+            tlfs.HV_X64_MSR_SCONTROL: lambda value: vp.set_registers(value, vp.siefp, vp.simp),
+            tlfs.HV_X64_MSR_SIEFP: lambda value: vp.set_registers(vp.scontrol, value, vp.simp),
+            tlfs.HV_X64_MSR_SIMP: lambda value: vp.set_registers(vp.scontrol, vp.siefp, value),
+            tlfs.HV_X64_MSR_EOM: eom,
+        }
+    )
+    for sint in range(HV_SYNIC_SINT_COUNT):
+        reads[tlfs.HV_X64_MSR_SINT0 + sint] = partial(vp.sint, sint)
+        writes[tlfs.HV_X64_MSR_SINT0 + sint] = partial(vp.set_sint, sint)
+    for stimer in vp.stimers:
+        config = tlfs.HV_X64_MSR_STIMER0_CONFIG + 2 * stimer.index
+        reads[config] = partial(getattr, stimer, "config")
+        reads[config + 1] = partial(getattr, stimer, "count")
+        writes[config] = stimer.set_config
+        writes[config + 1] = stimer.set_count

@@ -1,0 +1,237 @@
+"""A synthetic timer: HV_X64_MSR_STIMERn_CONFIG and _COUNT over a host timer.
+
+The guest writes both on its VP's thread; the host timer goes off on the I/O
+loop. A timer in direct mode raises its vector there and then. One in message
+mode has the VP's thread write the message, since that is where slots may be
+written; a slot that is taken, or a message page that is off, leaves the timer
+pending until `retry` (EOM, or the page coming on: S58).
+
+Periods shorter than MIN_PERIOD are stretched to it, because a guest could keep
+the I/O loop busy for ever. Ticks that the host was too late for are skipped; a
+periodic timer never has more than one message waiting, and a lazy one none.
+"""
+
+from __future__ import annotations
+
+import errno
+import threading
+from collections.abc import Callable
+from struct import Struct
+from typing import Protocol
+
+from hvkvm.abi.hv_synic import HV_MESSAGE_PAYLOAD_BYTE_COUNT, HV_SYNIC_FIRST_VALID_VECTOR, HVMSG_TIMER_EXPIRED
+from hvkvm.abi.tlfs import (
+    HV_STIMER_AUTOENABLE,
+    HV_STIMER_DIRECT_MODE,
+    HV_STIMER_ENABLE,
+    HV_STIMER_LAZY,
+    HV_STIMER_PERIODIC,
+)
+from hvkvm.errors import Stopped
+
+MIN_PERIOD = 1000
+"""100 ns units: 100 us."""
+
+_FAR = 1 << 55
+"""100 ns units: more than a century. Later than that is never."""
+
+_SINT_SHIFT, _SINT_MASK = 16, 0xF
+_VECTOR_SHIFT, _VECTOR_MASK = 4, 0xFF
+_LAZY_PERIODIC = HV_STIMER_PERIODIC | HV_STIMER_LAZY
+_PAYLOAD = Struct("<IIQQ")
+_message = Struct(f"<IBBHQ{HV_MESSAGE_PAYLOAD_BYTE_COUNT}s").pack
+
+
+class TimerVp(Protocol):
+    """The VP whose timer it is: see `usermode.vp.UserVp`."""
+
+    def submit(self, fn: Callable[[], None], cancelled: Callable[[], None]) -> None: ...
+
+    def post_message(self, sint: int, message: bytes) -> int: ...
+
+    def raise_sint(self, sint: int) -> int: ...
+
+    def raise_vector(self, vector: int) -> int: ...
+
+
+class Clock(Protocol):
+    def now(self) -> int: ...
+
+
+class Alarm(Protocol):
+    """Calls `Stimer.due` on the I/O loop: see `alarm.Alarm`."""
+
+    def arm(self, nanoseconds: int) -> None: ...
+
+    def disarm(self) -> None: ...
+
+    def close(self) -> None: ...
+
+
+class Stimer:
+    """Timer `index` of `vp`. `make_alarm(callback)` gives the host timer, when one is first needed."""
+
+    __slots__ = (
+        "_alarm",
+        "_clock",
+        "_expires",
+        "_lock",
+        "_make_alarm",
+        "_pending",
+        "_queued",
+        "_vp",
+        "config",
+        "count",
+        "index",
+    )
+
+    def __init__(
+        self, index: int, vp: TimerVp, clock: Clock, make_alarm: Callable[[Callable[[], None]], Alarm]
+    ) -> None:
+        self.index = index
+        self.config = 0
+        self.count = 0
+        self._vp = vp
+        self._clock = clock
+        self._make_alarm = make_alarm
+        self._alarm: Alarm | None = None
+        # The guest's thread against the I/O loop.
+        self._lock = threading.Lock()
+        self._expires: int | None = None  # reference time of the next expiration, while it runs
+        self._pending: int | None = None  # reference time of the expiration whose message is not in yet
+        self._queued = False  # `_deliver` is on its way to the VP's thread
+
+    @property
+    def pending(self) -> bool:
+        """Whether a message waits for its slot."""
+        return self._pending is not None
+
+    def set_config(self, config: int) -> bool:
+        """The guest writes CONFIG; the VP's thread. Always taken."""
+        with self._lock:
+            self._stop()
+            if not config & HV_STIMER_DIRECT_MODE and not config >> _SINT_SHIFT & _SINT_MASK:
+                config &= ~HV_STIMER_ENABLE  # SINT 0 takes no timer messages
+            self.config = config
+            self._start()
+        return True
+
+    def set_count(self, count: int) -> bool:
+        """The guest writes COUNT; the VP's thread. Always taken."""
+        with self._lock:
+            self._stop()
+            self.count = count
+            if not count:
+                self.config &= ~HV_STIMER_ENABLE
+            elif self.config & HV_STIMER_AUTOENABLE:
+                self.config |= HV_STIMER_ENABLE
+            self._start()
+        return True
+
+    def _stop(self) -> None:
+        self._pending = None
+        if self._expires is not None:
+            self._expires = None
+            if self._alarm is not None:
+                self._alarm.disarm()
+
+    def _start(self) -> None:
+        if not self.config & HV_STIMER_ENABLE or not self.count:
+            return
+        now = self._clock.now()
+        if self.config & HV_STIMER_PERIODIC:
+            self._expires = now + max(self.count, MIN_PERIOD)
+        else:
+            self._expires = self.count
+        self._arm(now)
+
+    def _arm(self, now: int) -> None:
+        assert self._expires is not None
+        if self._expires - now > _FAR:
+            return
+        if self._alarm is None:
+            try:
+                self._alarm = self._make_alarm(self.due)
+            except Stopped:
+                return  # the machine is ending
+        self._alarm.arm(max(self._expires - now, 0) * 100)
+
+    def due(self) -> None:
+        """The host timer went off. I/O loop."""
+        with self._lock:
+            expired = self._expires
+            if expired is None:
+                return  # the guest stopped it meanwhile
+            now = self._clock.now()
+            if now < expired:
+                self._arm(now)  # the two clocks differ by a hair, or this is an old alarm
+                return
+            config = self.config
+            if config & HV_STIMER_PERIODIC:
+                period = max(self.count, MIN_PERIOD)
+                self._expires = now + period - (now - expired) % period
+                self._arm(now)
+            else:
+                self._expires = None
+            direct = config & HV_STIMER_DIRECT_MODE
+            if direct:
+                if not config & HV_STIMER_PERIODIC:
+                    self.config = config & ~HV_STIMER_ENABLE
+            else:
+                if self._pending is None:
+                    self._pending = expired
+                if self._queued:
+                    return
+                self._queued = True
+        if direct:
+            vector = config >> _VECTOR_SHIFT & _VECTOR_MASK
+            if vector >= HV_SYNIC_FIRST_VALID_VECTOR:
+                self._vp.raise_vector(vector)
+            return
+        try:
+            self._vp.submit(self._deliver, self._cancelled)
+        except Stopped:
+            self._cancelled()
+
+    def _cancelled(self) -> None:
+        with self._lock:
+            self._queued = False
+
+    def _deliver(self) -> None:
+        with self._lock:
+            self._queued = False
+        self.retry()
+
+    def retry(self) -> None:
+        """Write the message that waits, if one does. The VP's thread."""
+        with self._lock:
+            if self._pending is None:
+                return
+            config = self.config
+            sint = config >> _SINT_SHIFT & _SINT_MASK
+            payload = _PAYLOAD.pack(self.index, 0, self._pending, self._clock.now())
+            status = self._vp.post_message(
+                sint, _message(HVMSG_TIMER_EXPIRED, len(payload), 0, 0, 0, payload)
+            )
+            if status:
+                if status == -errno.EAGAIN and config & _LAZY_PERIODIC == _LAZY_PERIODIC:
+                    self._pending = None
+                return
+            self._pending = None
+            if not config & HV_STIMER_PERIODIC:
+                self.config = config & ~HV_STIMER_ENABLE
+        self._vp.raise_sint(sint)
+
+    def reset(self) -> None:
+        """Power-on state. The VP is outside KVM_RUN."""
+        with self._lock:
+            self._stop()
+            self.config = self.count = 0
+
+    def close(self) -> None:
+        """Let the host timer go. Idempotent; not from the I/O loop while it runs `due`."""
+        with self._lock:
+            self._expires = self._pending = None
+            alarm, self._alarm = self._alarm, None
+        if alarm is not None:
+            alarm.close()

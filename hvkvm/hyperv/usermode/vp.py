@@ -1,0 +1,201 @@
+"""One VP's SynIC in user space: its SINTs, its timers, its interrupts and the guest's EOM.
+
+Owner: the VP's thread, on which the guest's MSR writes arrive and message slots
+are written. `pulse`, event flags, `raise_vector` and acks' arming come from any
+thread. `usermode.synic` makes these.
+"""
+
+from __future__ import annotations
+
+import errno
+import threading
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, Protocol
+
+from hvkvm.abi.hv_synic import (
+    HV_SYNIC_FIRST_VALID_VECTOR,
+    HV_SYNIC_SINT_AUTO_EOI,
+    HV_SYNIC_SINT_COUNT,
+    HV_SYNIC_SINT_MASKED,
+    HV_SYNIC_SINT_POLLING,
+    HV_SYNIC_SINT_RESET,
+    HV_SYNIC_SINT_VECTOR_MASK,
+)
+from hvkvm.abi.tlfs import HV_STIMER_COUNT
+from hvkvm.errors import KvmIoctlError, Stopped
+from hvkvm.events import Observer
+from hvkvm.hyperv.connections import ReaderHandle
+from hvkvm.hyperv.synic.vp import VpSynic
+from hvkvm.hyperv.usermode.alarm import FdAlarm
+from hvkvm.hyperv.usermode.auto_eoi import AutoEoi
+from hvkvm.hyperv.usermode.stimer import Clock, Stimer
+from hvkvm.memory.overlay import OverlayPage
+
+if TYPE_CHECKING:
+    from hvkvm.kvm.vcpu import Vcpu
+    from hvkvm.kvm.vm import Vm
+    from hvkvm.memory.guest import GuestMemory
+
+_MSI_ADDRESS = 0xFEE00000
+_MSI_DESTINATION_SHIFT = 12
+_SILENT = HV_SYNIC_SINT_MASKED | HV_SYNIC_SINT_POLLING
+
+Waiter = Callable[[], None]
+
+
+class VpThread(Protocol):
+    """What is needed of `runtime.vcpu_thread.VcpuThread`."""
+
+    @property
+    def vcpu(self) -> Vcpu: ...
+
+    def submit(
+        self, fn: Callable[..., object], *args: Any, cancelled: Callable[[], object] | None = None
+    ) -> object: ...
+
+    def is_current(self) -> bool: ...
+
+
+class Loop(Protocol):
+    """What is needed of `runtime.io_loop.IoLoop`."""
+
+    def add_reader(self, fd: int, callback: Callable[[], object]) -> ReaderHandle: ...
+
+    def call_soon(
+        self, fn: Callable[..., object], *args: Any, cancelled: Callable[[], object] | None = None
+    ) -> object: ...
+
+    def call_later(self, seconds: float, fn: Callable[..., object], *args: Any) -> object: ...
+
+
+class UserVp(VpSynic):
+    """The VP of `thread`. Raises OSError when the host has no memory for its pages."""
+
+    __slots__ = (
+        "_ack_lock",
+        "_auto_eoi",
+        "_io",
+        "_msi_address",
+        "_sints",
+        "_thread",
+        "_vm",
+        "_waiters",
+        "stimers",
+    )
+
+    def __init__(
+        self, vm: Vm, thread: VpThread, memory: GuestMemory, io: Loop, clock: Clock, observer: Observer
+    ) -> None:
+        message = OverlayPage(memory)
+        try:
+            event = OverlayPage(memory)
+        except BaseException:
+            message.close()
+            raise
+        index = thread.vcpu.index
+        super().__init__(index, message, event, observer=observer)
+        self._vm = vm
+        self._thread = thread
+        self._io = io
+        self._msi_address = _MSI_ADDRESS | index << _MSI_DESTINATION_SHIFT
+        self._sints = [HV_SYNIC_SINT_RESET] * HV_SYNIC_SINT_COUNT
+        self._auto_eoi = AutoEoi(thread.vcpu, self.submit, io)
+        # Guards the waiters; never held while one runs.
+        self._ack_lock = threading.Lock()
+        self._waiters: list[Waiter] = []
+
+        def make_alarm(callback: Callable[[], None]) -> FdAlarm:
+            return FdAlarm(io, callback)
+
+        self.stimers = [Stimer(timer, self, clock, make_alarm) for timer in range(HV_STIMER_COUNT)]
+
+    def submit(self, fn: Callable[[], None], cancelled: Callable[[], None]) -> None:
+        """See `seam.SynicVp.submit`: on the VP's thread, where its timers' messages are written too."""
+        self._thread.submit(fn, cancelled=cancelled)
+
+    # Registers. The VP's thread; False is the guest's #GP.
+
+    def sint(self, number: int) -> int:
+        """HV_X64_MSR_SINTn."""
+        return self._sints[number]
+
+    def set_sint(self, number: int, value: int) -> bool:
+        """A vector below 16 is refused unless the SINT is silent anyway."""
+        if value & HV_SYNIC_SINT_VECTOR_MASK < HV_SYNIC_FIRST_VALID_VECTOR and not value & _SILENT:
+            return False
+        self._sints[number] = value
+        return True
+
+    def set_registers(self, scontrol: int, siefp: int, simp: int) -> bool:
+        """See `VpSynic.update`; what waits for a message page goes out when it comes on (S58)."""
+        if not self.active:
+            return False
+        if self.update(scontrol, siefp, simp):
+            self._retry_stimers()
+        return True
+
+    def eom(self) -> None:
+        """The guest wrote EOM: timers first, which are here, then whoever waits for a slot."""
+        self._retry_stimers()
+        if not self._waiters:
+            return
+        with self._ack_lock:
+            waiters, self._waiters = self._waiters, []
+        for waiter in waiters:
+            try:
+                self._io.call_soon(waiter)
+            except Stopped:
+                return  # the machine is ending; closing its routes cancels what waits
+
+    def _retry_stimers(self) -> None:
+        for stimer in self.stimers:
+            if stimer.pending:
+                stimer.retry()
+
+    # Interrupts. Any thread.
+
+    def raise_sint(self, sint: int) -> int:
+        """Interrupt the VP through `sint`: 0 or -errno. Masked or polled, it is silence and 0 (S20)."""
+        value = self._sints[sint]
+        if value & _SILENT:
+            return 0
+        vector = value & HV_SYNIC_SINT_VECTOR_MASK
+        if value & HV_SYNIC_SINT_AUTO_EOI:
+            self._auto_eoi.raise_vector(vector)
+            return 0
+        return self.raise_vector(vector)
+
+    def raise_vector(self, vector: int) -> int:
+        """A fixed, edge-triggered interrupt to the VP's APIC: 0 or -errno. An APIC that is off drops it."""
+        try:
+            self._vm.signal_msi(self._msi_address, vector)
+        except KvmIoctlError as error:
+            return -(error.errno or errno.EIO)
+        return 0
+
+    # Acknowledgements. Any thread.
+
+    def arm_ack(self, waiter: Waiter) -> None:
+        """Have `waiter` called on the I/O loop after the next EOM, once."""
+        with self._ack_lock:
+            self._waiters.append(waiter)
+
+    def disarm_ack(self, waiter: Waiter) -> None:
+        """Forget `waiter`, if it still waits."""
+        with self._ack_lock:
+            if waiter in self._waiters:
+                self._waiters.remove(waiter)
+
+    def reset(self) -> None:
+        """See `VpSynic.reset`; SINTs masked, timers stopped, nothing waits."""
+        for stimer in self.stimers:
+            stimer.reset()
+        self._auto_eoi.reset()
+        self._sints = [HV_SYNIC_SINT_RESET] * HV_SYNIC_SINT_COUNT
+        super().reset()
+
+    def close(self) -> None:
+        """See `VpSynic.close`; the host timers go too."""
+        for stimer in self.stimers:
+            stimer.close()
+        super().close()
