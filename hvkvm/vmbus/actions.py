@@ -1,0 +1,76 @@
+"""What the control plane asks of its host: values that `Server.take()` hands out, in order.
+
+Why: the server does no I/O, so that the same code runs against a guest, against
+the loopback client and under a state machine of random messages. Order is the
+contract: whoever carries actions out does so one after the other. So a
+`CloseChannel` ahead of a `SendMessage` has stopped the device's use of the ring
+before the guest can read that its pages are its own again.
+"""
+
+from __future__ import annotations
+
+from array import array
+from typing import TYPE_CHECKING, NamedTuple
+
+if TYPE_CHECKING:
+    from hvkvm.vmbus.offer import Channel
+
+
+class SendMessage(NamedTuple):
+    """Post `payload` to SINT `sint` of VP `vp_index`, behind all earlier ones."""
+
+    vp_index: int
+    sint: int
+    payload: bytes
+
+
+class DropMessages(NamedTuple):
+    """Forget the messages that were not delivered yet: their connection is over."""
+
+
+class OpenChannel(NamedTuple):
+    """Start the device on these rings, then call `Server.opened(channel, status)`.
+
+    `pages` are PFNs of guest RAM: the guest-to-host ring is `pages[:split]`, the
+    other one `pages[split:]`. Interrupts go to `target_vp` (VP_INVALID: none) by
+    event flag `event_flag`, the guest's doorbell is `connection_id`.
+    """
+
+    channel: Channel
+    pages: array[int]
+    split: int
+    target_vp: int
+    connection_id: int
+    event_flag: int
+    userdata: bytes
+
+
+class CloseChannel(NamedTuple):
+    """Stop the device's use of rings and GPADLs, then call `Server.closed(channel)`; at once or later."""
+
+    channel: Channel
+
+
+class RetargetChannel(NamedTuple):
+    """Interrupt `target_vp` from now on."""
+
+    channel: Channel
+    target_vp: int
+
+
+class ReleaseGpadl(NamedTuple):
+    """Stop using this GPADL of an open channel now; the guest is told right behind."""
+
+    channel: Channel
+    gpadl_id: int
+
+
+class TlConnect(NamedTuple):
+    """A guest program connects to a hvsock service: offer a channel, or `Server.refuse_connect(self)`."""
+
+    endpoint_id: bytes
+    service_id: bytes
+    silo_id: bytes
+
+
+Action = SendMessage | DropMessages | OpenChannel | CloseChannel | RetargetChannel | ReleaseGpadl | TlConnect

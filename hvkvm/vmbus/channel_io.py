@@ -1,0 +1,131 @@
+"""An open channel as its device sees it: packets in, packets out, few signals.
+
+Why: a wake in Python is dear, so a wake drains the whole ring (up to a budget)
+and answers everything with at most one signal to the guest. A ring that breaks
+is told once by `on_broken`, and from then on the channel does nothing.
+
+Owner: the I/O loop. Nothing here raises for guest bytes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from hvkvm.abi.ring import VM_PKT_COMP, VM_PKT_DATA_INBAND, Packet
+from hvkvm.vmbus.ring import RingReader, RingWriter
+
+BUDGET = 256
+"""Packets taken a wake; a guest that writes as fast as we read must not keep the loop for itself."""
+
+
+class ChannelIo:
+    """Both rings of an open channel.
+
+    `signal()` interrupts the guest for this channel, `again()` asks for another
+    `drain` soon, because the budget was used up.
+    """
+
+    __slots__ = ("_again", "_batch", "_on_broken", "_signal", "_wanted", "reader", "signals", "writer")
+
+    def __init__(
+        self,
+        reader: RingReader,
+        writer: RingWriter,
+        signal: Callable[[], object],
+        on_broken: Callable[[str], object],
+        again: Callable[[], object],
+    ) -> None:
+        self.reader = reader
+        self.writer = writer
+        self._signal = signal
+        self._on_broken: Callable[[str], object] | None = on_broken
+        self._again = again
+        self._batch = 0
+        self._wanted = False
+        self.signals = 0
+        """How often the guest was interrupted."""
+
+    @property
+    def broken(self) -> str:
+        """Why the channel is used no more; empty while all is well."""
+        return self.reader.broken or self.writer.broken
+
+    def drain(self, handle: Callable[[Packet], object], budget: int = BUDGET) -> int:
+        """Give every packet to `handle`; how many there were. Run it at open and at each doorbell.
+
+        Answers that `handle` sends leave with one signal at the end. `handle`
+        may stop the channel by `abandon`.
+        """
+        reader, count = self.reader, 0
+        if self._on_broken is None:
+            return 0
+        reader.mask()
+        with self:
+            while True:
+                packet = reader.get() if count < budget else None
+                if packet is not None:
+                    count += 1
+                    handle(packet)
+                    if self._on_broken is None:
+                        break
+                elif reader.broken:
+                    break
+                elif count >= budget:
+                    # Masked as it is: no doorbell comes, so we come back by ourselves.
+                    self._again()
+                    break
+                else:
+                    # The room goes back before the last look: a guest that waits for it may then write.
+                    self._wanted |= reader.publish()
+                    if not reader.unmask():
+                        break
+                    reader.mask()
+        return count
+
+    def send(
+        self,
+        payload: bytes | memoryview,
+        *,
+        kind: int = VM_PKT_DATA_INBAND,
+        trans_id: int = 0,
+        flags: int = 0,
+        header: bytes = b"",
+    ) -> bool:
+        """Send a packet: False if there is no room (try again when the guest rings) or the ring is broken."""
+        with self:
+            if self._on_broken is None:
+                return False
+            return self.writer.put(kind, payload, trans_id=trans_id, flags=flags, header=header)
+
+    def complete(self, packet: Packet, payload: bytes = b"") -> bool:
+        """Answer `packet` with a VM_PKT_COMP; as `send`. Nothing to do if its sender wants none."""
+        if not packet.wants_completion:
+            return True
+        return self.send(payload, kind=VM_PKT_COMP, trans_id=packet.trans_id)
+
+    def __enter__(self) -> ChannelIo:
+        """Begin a batch: what is sent inside leaves at its end, with one signal."""
+        self._batch += 1
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._batch -= 1
+        if self._batch or self._on_broken is None:
+            return
+        wanted = self._wanted
+        self._wanted = False
+        wanted |= self.reader.publish()
+        wanted |= self.writer.flush()
+        if wanted:
+            self.signals += 1
+            self._signal()
+        self._check()
+
+    def _check(self) -> None:
+        if self.broken and self._on_broken is not None:
+            tell, self._on_broken = self._on_broken, None
+            tell(self.broken)
+
+    def abandon(self) -> None:
+        """Touch the rings no more. Idempotent; also from inside `drain`."""
+        self._on_broken = None

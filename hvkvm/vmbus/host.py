@@ -1,0 +1,327 @@
+"""A VMBus host on a SynIC: carries messages in, actions out, and devices along.
+
+`post` takes the guest's messages on vCPU threads and only queues them; all else
+runs on the I/O loop. Both queues are bounded: while the guest does not take what
+we send, what it sends is left waiting, and then refused (S50). A new
+INITIATE_CONTACT always gets through, since it makes all older messages moot.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import threading
+from collections import deque
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+from hvkvm.abi import vmbus
+from hvkvm.abi import vmbus_messages as wire
+from hvkvm.abi.hv_synic import HVMSG_VMBUS, hv_post_message_input
+from hvkvm.abi.tlfs import HvStatus
+from hvkvm.errors import RouteError, Stopped
+from hvkvm.events import NULL_OBSERVER, Observer
+from hvkvm.vmbus.actions import (
+    Action,
+    CloseChannel,
+    DropMessages,
+    OpenChannel,
+    RetargetChannel,
+    SendMessage,
+    TlConnect,
+)
+from hvkvm.vmbus.device import Device
+from hvkvm.vmbus.offer import Channel
+from hvkvm.vmbus.open_channel import OPEN_FAILURES, OpenedChannel, Route, SynicUser
+from hvkvm.vmbus.pages import Ram
+from hvkvm.vmbus.server import Server
+
+MAX_INBOX = 256
+"""Messages of the guest that may wait; Linux has a handful under way."""
+
+MAX_OUTBOX = 64
+"""While so many wait for the guest, no more of its requests are looked at."""
+
+MESSAGE_CONNECTIONS = (vmbus.VMBUS_MESSAGE_CONNECTION_ID, vmbus.VMBUS_MESSAGE_CONNECTION_ID_4)
+
+_SUCCESS = int(HvStatus.SUCCESS)
+_MALFORMED = int(HvStatus.INVALID_HYPERCALL_INPUT)
+_FULL = int(HvStatus.INSUFFICIENT_BUFFERS)
+
+
+class VmbusHost:
+    """The bus of one machine. `call_soon(fn, *args)` defers to the I/O loop; Stopped after its end.
+
+    Build and `attach` on the main thread before vCPUs run; afterwards `add`,
+    `remove` and `reset` on the I/O loop.
+    """
+
+    def __init__(
+        self,
+        synic: SynicUser,
+        memory: Ram,
+        vp_count: int,
+        call_soon: Callable[..., object],
+        *,
+        max_version: int = vmbus.HOST_VERSIONS[-1],
+        observer: Observer = NULL_OBSERVER,
+        trace: Callable[[bool, wire.Message], None] | None = None,
+    ) -> None:
+        self.server = Server(
+            memory.contains, vp_count, max_version=max_version, observer=observer, trace=trace
+        )
+        self._synic = synic
+        self._memory = memory
+        self._call_soon = call_soon
+        self._devices: dict[Channel, Device] = {}
+        self._open: dict[Channel, OpenedChannel] = {}
+        self._lock = threading.Lock()  # inbox and _scheduled
+        self._inbox: deque[wire.Message] = deque()
+        self._scheduled = False
+        self._outbox: deque[SendMessage] = deque()
+        self._route: Route | None = None
+        self._route_target = (0, 0)
+        self._route_number = 0
+        self._in_flight = False
+        self._performing = False
+
+    def attach(self) -> None:
+        """Hear messages on connections 1 and 4. ValueError if somebody does already."""
+        for conn_id in MESSAGE_CONNECTIONS:
+            if self._synic.connections.add_message(conn_id, self.post):
+                raise ValueError(f"message connection {conn_id} is taken")
+
+    def add(self, device: Device) -> Channel:
+        """Offer a device. ValueError if its GUIDs are offered already."""
+        channel = self.server.offer(device.offer)
+        self._devices[channel] = device
+        self._perform()
+        return channel
+
+    def remove(self, channel: Channel) -> None:
+        """Rescind a device. Idempotent."""
+        self.server.rescind(channel)
+        self._perform()
+
+    # The guest's messages.
+
+    def post(self, message: hv_post_message_input) -> int:
+        """HvPostMessage: 3 malformed, 19 too many wait, else 0 and the rest later (S50). A vCPU's thread."""
+        if message.message_type != HVMSG_VMBUS:
+            return _MALFORMED
+        parsed = wire.parse(bytes(message.payload)[: message.payload_size])
+        if parsed is None:
+            return _MALFORMED
+        kind = parsed.kind.type
+        with self._lock:
+            # What is before a contact belongs to a connection that ends with it; an UNLOAD that finds
+            # the queue full may come from a crashing kernel, which has little patience.
+            if kind == wire.INITIATE_CONTACT:
+                self._inbox.clear()
+            elif len(self._inbox) >= MAX_INBOX:
+                if kind != wire.UNLOAD:
+                    return _FULL
+                self._inbox.clear()
+            self._inbox.append(parsed)
+            if self._scheduled:
+                return _SUCCESS
+            self._scheduled = True
+        self._schedule()
+        return _SUCCESS
+
+    def _schedule(self) -> None:
+        try:
+            self._call_soon(self._receive)
+        except Stopped:
+            return  # the machine is ending: nobody waits for an answer
+
+    def _receive(self) -> None:
+        """Take what is queued, as long as the guest takes our answers. I/O loop."""
+        for _ in range(MAX_INBOX):
+            with self._lock:
+                blocked = len(self._outbox) >= MAX_OUTBOX and (
+                    not self._inbox or self._inbox[0].kind.type != wire.INITIATE_CONTACT
+                )
+                if blocked or not self._inbox:
+                    self._scheduled = False
+                    return
+                message = self._inbox.popleft()
+            self.server.receive(message)
+            self._perform()
+        self._schedule()
+
+    # Actions.
+
+    def _perform(self) -> None:
+        """Do what the server asks, in order; answers to it may bring more, which go behind."""
+        if self._performing:
+            return  # called by a device from inside an action: the loop below takes it up
+        self._performing = True
+        try:
+            while actions := self.server.take():
+                for action in actions:
+                    self._do(action)
+        finally:
+            self._performing = False
+        self._pump()
+
+    def _do(self, action: Action) -> None:
+        match action:
+            case SendMessage():
+                self._outbox.append(action)
+            case DropMessages():
+                self._outbox.clear()
+                self._drop_route()
+            case OpenChannel():
+                self._open_channel(action)
+            case CloseChannel(channel):
+                self._close_channel(channel)
+            case RetargetChannel(channel, target_vp):
+                self._retarget(channel, target_vp)
+            case TlConnect():
+                self.server.refuse_connect(action)
+            case _:
+                pass  # ReleaseGpadl: no device here uses GPADLs besides its rings
+
+    def _open_channel(self, request: OpenChannel) -> None:
+        channel = request.channel
+
+        def broken(reason: str) -> None:
+            # Deferred: it is told from inside the ring's own batch.
+            self._soon(self._break, channel, reason)
+
+        try:
+            opened = OpenedChannel(
+                self._synic,
+                self._memory,
+                request,
+                self.server.sint,
+                self._devices[channel],
+                broken,
+                self._soon,
+            )
+        except OPEN_FAILURES as error:
+            self.server.reports.add("OPENCHANNEL failed", f"{channel}: {error}")
+            self.server.opened(channel, vmbus.STATUS_INSUFFICIENT_RESOURCES)
+            return
+        self._open[channel] = opened
+        self.server.opened(channel)
+        # Behind the result's message: a guest's driver expects no interrupt before that.
+        self._soon(self._start, channel, opened)
+
+    def _start(self, channel: Channel, opened: OpenedChannel) -> None:
+        if self._open.get(channel) is opened:
+            opened.start()
+            self._perform()
+
+    def _break(self, channel: Channel, reason: str) -> None:
+        self.server.broken(channel, reason)
+        self._perform()
+
+    def _close_channel(self, channel: Channel) -> None:
+        opened = self._open.pop(channel, None)
+        if opened is not None:
+            opened.close()
+        if channel.withdrawn:
+            self._devices.pop(channel, None)
+        self.server.closed(channel)
+
+    def _retarget(self, channel: Channel, target_vp: int) -> None:
+        opened = self._open.get(channel)
+        if opened is None:
+            return
+        try:
+            opened.retarget(target_vp)
+        except OPEN_FAILURES as error:
+            self.server.reports.add("MODIFYCHANNEL failed", f"{channel}: {error}")
+
+    def _soon(self, fn: Callable[..., object], *args: Any) -> None:
+        try:
+            self._call_soon(fn, *args)
+        except Stopped:
+            return
+
+    # Our messages to the guest: one at a time, in order (they share one slot).
+
+    def _pump(self) -> None:
+        while self._outbox and not self._in_flight:
+            message = self._outbox[0]
+            target = (message.vp_index, message.sint)
+            if self._route is None or self._route_target != target:
+                self._drop_route()
+                on_complete = partial(self._completed, self._route_number)
+                try:
+                    self._route = self._synic.open_route(*target, on_complete)
+                except RouteError as error:
+                    self.server.reports.add("message dropped", str(error))
+                    self._outbox.popleft()
+                    continue
+                self._route_target = target
+            status = self._route.post(HVMSG_VMBUS, message.payload)
+            if status:  # closed under us: what it was for is over
+                self.server.reports.add("message dropped", os.strerror(-status))
+                self._drop_route()
+                self._outbox.popleft()
+                continue
+            self._in_flight = True
+        if len(self._outbox) < MAX_OUTBOX:
+            self._resume()
+
+    def _resume(self) -> None:
+        with self._lock:
+            if self._scheduled or not self._inbox:
+                return
+            self._scheduled = True
+        self._schedule()
+
+    def _completed(self, number: int, status: int) -> None:
+        """A message went its way. The staging area is free only behind this call, so we go on later (S24)."""
+        self._soon(self._next, number, status)
+
+    def _next(self, number: int, status: int) -> None:
+        if number != self._route_number:
+            return  # of a route that was given up meanwhile
+        self._in_flight = False
+        if status != -errno.EAGAIN:  # the slot was taken, and the guest has freed it: once more
+            self._outbox.popleft()
+            if status:
+                self.server.reports.add("message dropped", os.strerror(-status))
+        self._pump()
+
+    def _drop_route(self) -> None:
+        """Give up the route and the message under way: a new kernel owes no EOM for an old message."""
+        route, self._route = self._route, None
+        self._route_number += 1
+        self._in_flight = False
+        if route is not None:
+            route.close()
+
+    # Ends.
+
+    def reset(self) -> None:
+        """The machine is reset: vCPUs are paused, the SynIC is reset behind us (S7). I/O loop."""
+        with self._lock:
+            self._inbox.clear()
+        self.server.reset()
+        self._perform()
+        self._outbox.clear()
+        self._drop_route()
+
+    def close(self) -> None:
+        """Let go of everything. vCPU threads and the I/O loop have ended. Idempotent."""
+        for conn_id in MESSAGE_CONNECTIONS:
+            self._synic.connections.remove_message(conn_id)
+        for opened in list(self._open.values()):
+            opened.close()
+        self._open.clear()
+        self._drop_route()
+
+    def describe(self) -> list[str]:
+        """The connection, its channels and their rings, for dumps."""
+        lines = self.server.describe()
+        lines.append(f"  {len(self._inbox)} messages of the guest wait, {len(self._outbox)} for it")
+        for channel, opened in list(self._open.items()):
+            lines.append(f"  relid {channel.relid} from guest: {opened.io.reader.describe()}")
+            lines.append(f"  relid {channel.relid} to guest: {opened.io.writer.describe()}")
+        return lines

@@ -1,0 +1,131 @@
+"""An open channel tied to the SynIC: rings, the guest's doorbell, and the interrupt back.
+
+Owner: `host.VmbusHost`, on the I/O loop.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Protocol
+
+from hvkvm.abi.vmbus import VP_INVALID
+from hvkvm.errors import GuestMemoryError, RouteError
+from hvkvm.vmbus.actions import OpenChannel
+from hvkvm.vmbus.channel_io import ChannelIo
+from hvkvm.vmbus.device import Device
+from hvkvm.vmbus.pages import Ram
+from hvkvm.vmbus.ring import RingReader, RingWriter
+
+
+class Route(Protocol):
+    """What is needed of `hyperv.sint_route.SintRoute`."""
+
+    def post(self, message_type: int, payload: bytes) -> int: ...
+
+    def set_event_flag(self, number: int) -> int: ...
+
+    def close(self) -> None: ...
+
+
+class EventTable(Protocol):
+    """What is needed of `hyperv.connections.Connections`."""
+
+    def add_message(self, conn_id: int, handler: Callable[[Any], int]) -> int: ...
+
+    def remove_message(self, conn_id: int) -> int: ...
+
+    def add_event(self, conn_id: int, callback: Callable[[], object]) -> int: ...
+
+    def remove_event(self, conn_id: int) -> int: ...
+
+
+class SynicUser(Protocol):
+    """What is needed of `hyperv.partition.Partition`."""
+
+    @property
+    def connections(self) -> EventTable: ...
+
+    def open_route(
+        self, vp_index: int, sint: int, on_complete: Callable[[int], None] | None = None
+    ) -> Route: ...
+
+
+class OpenedChannel:
+    """One open channel. RouteError, GuestMemoryError or OSError when it cannot be had."""
+
+    def __init__(
+        self,
+        synic: SynicUser,
+        memory: Ram,
+        request: OpenChannel,
+        sint: int,
+        device: Device,
+        on_broken: Callable[[str], object],
+        call_soon: Callable[..., object],
+    ) -> None:
+        self._synic = synic
+        self._sint = sint
+        self._device = device
+        self._call_soon = call_soon
+        self._flag = request.event_flag
+        self._connection_id = request.connection_id
+        self._route: Route | None = None
+        self._closed = False
+        split = request.split
+        self.io = ChannelIo(
+            RingReader(memory, request.pages[:split]),
+            RingWriter(memory, request.pages[split:]),
+            self._interrupt,
+            on_broken,
+            self._again,
+        )
+        self.retarget(request.target_vp)
+        status = synic.connections.add_event(self._connection_id, self._doorbell)
+        if status:
+            self._drop_route()
+            raise OSError(-status, f"doorbell {self._connection_id:#x}")
+
+    def start(self) -> None:
+        """Let the device begin, and look into the ring: a doorbell before ours was there is lost."""
+        self._device.opened(self.io)
+        self._doorbell()
+
+    def retarget(self, vp_index: int) -> None:
+        """Interrupt another VP. RouteError when that cannot be, and then the old one stays."""
+        route = None if vp_index == VP_INVALID else self._synic.open_route(vp_index, self._sint)
+        self._drop_route()
+        self._route = route
+
+    def _drop_route(self) -> None:
+        route, self._route = self._route, None
+        if route is not None:
+            route.close()
+
+    def _interrupt(self) -> None:
+        if self._route is not None:
+            # A guest that switched its event page off hears nothing: its own choice.
+            self._route.set_event_flag(self._flag)
+
+    def _again(self) -> None:
+        self._call_soon(self._doorbell)
+
+    def _doorbell(self) -> None:
+        if self._closed:
+            return
+        with self.io:
+            self.io.drain(self._device.received)
+            if not self._closed:
+                self._device.ready()
+
+    def close(self) -> None:
+        """Stop; when this returns nothing touches the rings. Idempotent."""
+        if self._closed:
+            return
+        self._closed = True
+        self.io.abandon()
+        self._synic.connections.remove_event(self._connection_id)
+        self._device.closed()
+        self._drop_route()
+
+
+OPEN_FAILURES = (RouteError, GuestMemoryError, OSError)

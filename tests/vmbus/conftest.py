@@ -1,0 +1,72 @@
+"""Fixtures for the VMBus room: a host and a guest in one process, and a device that echoes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import pytest
+
+from hvkvm.abi import vmbus
+from hvkvm.abi.ring import Packet
+from hvkvm.testing.vmbus_loopback import Loopback
+from hvkvm.vmbus.channel_io import ChannelIo
+from hvkvm.vmbus.offer import Offer
+
+ECHO = vmbus.guid("11111111-2222-3333-4444-555555555555")
+
+
+class Echo:
+    """Sends every in-band packet back, completes those that ask; what does not fit waits."""
+
+    def __init__(self, number: int = 1, *, interface: bytes = ECHO, index: int = 0) -> None:
+        self.offer = Offer(interface, bytes(15) + bytes([number]), f"echo{number}", sub_channel_index=index)
+        self.io: ChannelIo | None = None
+        self.log: list[str] = []
+        self.backlog: list[Packet] = []
+        self.got: list[Packet] = []
+
+    def opened(self, io: ChannelIo) -> None:
+        self.log.append("opened")
+        self.io = io
+
+    def received(self, packet: Packet) -> None:
+        self.got.append(packet)
+        self.backlog.append(packet)
+        self.ready()
+
+    def ready(self) -> None:
+        while self.backlog and self.io is not None:
+            packet = self.backlog[0]
+            if packet.wants_completion:
+                sent = self.io.complete(packet, packet.payload)
+            else:
+                sent = self.io.send(packet.payload, trans_id=packet.trans_id)
+            if not sent:
+                return
+            self.backlog.pop(0)
+
+    def closed(self) -> None:
+        self.log.append("closed")
+        self.io = None
+        self.backlog.clear()
+
+
+@pytest.fixture
+def loopback() -> Iterator[Callable[..., Loopback]]:
+    """Makes loopbacks, and closes them."""
+    made: list[Loopback] = []
+
+    def make(**options: Any) -> Loopback:
+        made.append(Loopback(**options))
+        return made[-1]
+
+    yield make
+    for one in made:
+        one.close()
+
+
+@pytest.fixture
+def echo() -> type[Echo]:
+    """The echoing device."""
+    return Echo

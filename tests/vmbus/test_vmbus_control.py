@@ -1,0 +1,293 @@
+"""Connecting, versions, offers, leaving: the control plane against the guest's client."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from hvkvm.abi import vmbus
+from hvkvm.abi import vmbus_messages as wire
+from hvkvm.vmbus.host import MAX_INBOX
+from hvkvm.vmbus.offer import ChannelState, Offer
+from hvkvm.vmbus.server import BusState, Server
+
+
+def names(loop: Any) -> list[str]:
+    return [message.kind.name for message in loop.client.messages]
+
+
+@pytest.mark.parametrize("version", vmbus.HOST_VERSIONS, ids=vmbus.version_text)
+def test_each_version_connects_and_gets_its_offers(loopback: Any, echo: Any, version: int) -> None:
+    loop = loopback()
+    loop.host.add(echo(1))
+    loop.host.add(echo(2))
+    loop.connection_id = 4 if version >= vmbus.VERSION_WIN10_V5 else 1
+    loop.connect(version)
+    response = loop.client.last(wire.VERSION_RESPONSE)
+    assert response["version_supported"] == 1
+    if version >= vmbus.VERSION_WIN10_V5:
+        assert response["msg_conn_id"] == 4
+    assert names(loop) == ["VERSION_RESPONSE", "OFFERCHANNEL", "OFFERCHANNEL", "ALLOFFERS_DELIVERED"]
+    offers = [channel.offer for channel in loop.client.offers.values()]
+    assert len({offer["connection_id"] for offer in offers}) == 2
+    assert all(offer["is_dedicated"] == 1 and not offer["monitor_allocated"] for offer in offers)
+
+
+@pytest.mark.parametrize("version", [0, 0x0000000D, 0x00010001, 0x00030001, 0x00050004, 0x00070000])
+def test_s62_unknown_versions_are_declined_and_another_may_follow(loopback: Any, version: int) -> None:
+    loop = loopback()
+    loop.client.contact(version)
+    loop.run()
+    assert names(loop) == ["VERSION_RESPONSE"]
+    assert loop.client.last(wire.VERSION_RESPONSE)["version_supported"] == 0
+    loop.connect(vmbus.VERSION_WIN10)
+    assert loop.host.server.version == vmbus.VERSION_WIN10
+
+
+def test_a_capped_host_declines_newer_versions(loopback: Any) -> None:
+    loop = loopback(max_version=vmbus.VERSION_WIN10)
+    for version in (vmbus.VERSION_WIN10_V5_3, vmbus.VERSION_WIN10_V4_1):
+        loop.client.contact(version)
+        loop.run()
+        assert not loop.client.last(wire.VERSION_RESPONSE)["version_supported"]
+    loop.connect(vmbus.VERSION_WIN10)
+
+
+def test_features_of_6_0_that_serve_a_paravisor_are_declined(loopback: Any) -> None:
+    loop = loopback()
+    loop.connect(vmbus.VERSION_COPPER, features=0xFF, client_id=b"c" * 16)
+    assert loop.client.last(wire.VERSION_RESPONSE)["supported_features"] == vmbus.HOST_FEATURES
+    assert loop.host.server.client_id == b"c" * 16
+    loop.client.post(wire.PAUSE)
+    loop.client.post(wire.MODIFY_CONNECTION, monitor_page1=0x1000, monitor_page2=0x2000)
+    loop.run()
+    assert names(loop)[-1] == "MODIFY_CONNECTION_RESPONSE"
+    assert "PAUSE_RESPONSE" not in names(loop)
+
+
+def test_answers_go_to_the_vp_and_sint_of_the_contact(loopback: Any) -> None:
+    loop = loopback()
+    loop.client.contact(vmbus.VERSION_WIN10_V5_3, vp_index=1, sint=5)
+    while not loop.synic.messages:
+        assert loop.step()
+    route, _payload = loop.synic.messages[0]
+    assert (route.vp_index, route.sint) == (1, 5)
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"vp_index": 99},
+        {"sint": 16},
+        {"sint": 2 | 1 << 8},  # VTL 1
+        {"monitor_page1": 0x1000},
+    ],
+    ids=["vp", "sint", "vtl", "one monitor page"],
+)
+def test_impossible_contacts_are_answered_with_a_failure(loopback: Any, fields: dict[str, int]) -> None:
+    loop = loopback()
+    loop.client.contact(vmbus.VERSION_WIN10_V5_3, **fields)
+    loop.run()
+    response = loop.client.last(wire.VERSION_RESPONSE)
+    assert (response["version_supported"], response["connection_state"]) == (0, 2)
+    assert loop.host.server.state is BusState.DISCONNECTED
+    assert loop.notes.events
+
+
+def test_offers_are_told_once_a_connection_and_the_end_each_time(loopback: Any, echo: Any) -> None:
+    loop = loopback()
+    loop.host.add(echo(1))
+    loop.connect(vmbus.VERSION_WIN10_V5_3)
+    loop.client.post(wire.REQUESTOFFERS)
+    loop.run()
+    assert loop.client.count(wire.OFFERCHANNEL) == 1
+    assert loop.client.offers_delivered == 2
+
+
+def test_hot_add_and_rescind_reach_a_connected_guest(loopback: Any, echo: Any) -> None:
+    loop = loopback()
+    loop.connect(vmbus.VERSION_WIN10_V5_3)
+    for _ in range(100):
+        channel = loop.host.add(echo(1))
+        loop.run()
+        (guest,) = loop.client.offers.values()
+        loop.open(guest)
+        loop.host.remove(channel)
+        loop.run()
+        assert guest.rescinded
+        loop.client.release(guest)
+        loop.run()
+        loop.client.reclaim(guest)
+        assert len(loop.host.server.channels.gpadls) == 0  # Linux tears none down
+        assert loop.host.server.channels.all == []
+    assert loop.synic.events == {}
+
+
+def test_the_same_device_comes_back_only_after_its_relid_is_released(loopback: Any, echo: Any) -> None:
+    loop = loopback()
+    first = loop.host.add(echo(1))
+    loop.connect(vmbus.VERSION_WIN10_V5_3)
+    (guest,) = loop.client.offers.values()
+    loop.host.remove(first)
+    loop.host.add(echo(1))
+    loop.run()
+    assert loop.client.count(wire.OFFERCHANNEL) == 1
+    loop.client.release(guest)
+    loop.run()
+    assert loop.client.count(wire.OFFERCHANNEL) == 2
+
+
+def test_a_rescinded_primary_takes_its_subchannels_first(loopback: Any, echo: Any) -> None:
+    loop = loopback()
+    primary = loop.host.add(echo(1))
+    loop.host.add(echo(1, index=1))
+    loop.connect(vmbus.VERSION_WIN10_V5_3)
+    loop.host.remove(primary)
+    loop.run()
+    gone = [m["relid"] for m in loop.client.messages if m.kind.type == wire.RESCIND_CHANNELOFFER]
+    assert [loop.client.offers[relid].offer["sub_channel_index"] for relid in gone] == [1, 0]
+
+
+def test_the_host_may_not_offer_twice(loopback: Any, echo: Any) -> None:
+    loop = loopback()
+    loop.host.add(echo(1))
+    with pytest.raises(ValueError, match="offered already"):
+        loop.host.add(echo(1))
+
+
+def test_s62_contact_at_any_time_starts_over(loopback: Any, echo: Any) -> None:
+    loop = loopback()
+    device = echo(1)
+    loop.host.add(device)
+    for _ in range(5):  # kexec after kexec
+        loop.connect(vmbus.VERSION_WIN10_V5_3)
+        (guest,) = loop.client.offers.values()
+        loop.open(guest)
+        loop.client.reclaim(guest)
+    assert device.log == ["opened", "closed"] * 4 + ["opened"]
+    assert len(loop.host.server.channels.gpadls) == 1
+    assert len(loop.synic.events) == 1
+
+
+def test_s62_unload_closes_everything_and_its_answer_is_the_last(loopback: Any, echo: Any) -> None:
+    loop = loopback()
+    device = echo(1)
+    loop.host.add(device)
+    loop.connect(vmbus.VERSION_WIN10_V5_3)
+    loop.open(next(iter(loop.client.offers.values())))
+    loop.client.post(wire.REQUESTOFFERS)
+    loop.client.post(wire.UNLOAD)
+    loop.run()
+    assert names(loop)[-1] == "UNLOAD_RESPONSE"
+    assert names(loop).count("UNLOAD_RESPONSE") == 1
+    assert device.log == ["opened", "closed"]
+    assert loop.synic.events == {}
+    before = len(loop.client.messages)
+    loop.client.post(wire.REQUESTOFFERS)
+    loop.run()
+    assert len(loop.client.messages) == before  # only a contact is heard now
+
+
+def test_unload_before_3_0_is_no_message(loopback: Any) -> None:
+    loop = loopback()
+    loop.connect(vmbus.VERSION_WIN8)
+    loop.client.post(wire.UNLOAD)
+    loop.run()
+    assert loop.host.server.state is BusState.CONNECTED
+
+
+def test_a_reset_waits_for_slow_devices_and_the_last_contact_counts() -> None:
+    server = Server(lambda gpa, n: True, 1)
+    channel = server.offer(Offer(b"i" * 16, b"n" * 16, "slow"))
+
+    def contact(version: int) -> None:
+        message = wire.parse(wire.build(wire.INITIATE_CONTACT, version=version))
+        assert message is not None
+        server.receive(message)
+
+    contact(vmbus.VERSION_WIN10)
+    channel.state = ChannelState.OPEN
+    server.take()
+    contact(vmbus.VERSION_WIN8_1)
+    contact(vmbus.VERSION_WIN10_V4_1)
+    kinds = [type(action).__name__ for action in server.take()]
+    assert kinds == ["DropMessages", "CloseChannel", "DropMessages"]
+    server.closed(channel)
+    (answer,) = server.take()
+    assert server.version == vmbus.VERSION_WIN10_V4_1
+    assert type(answer).__name__ == "SendMessage"
+
+
+def test_messages_younger_than_the_connection_are_ignored(loopback: Any, echo: Any) -> None:
+    loop = loopback()
+    loop.host.add(echo(1))
+    loop.connect(vmbus.VERSION_WIN10)
+    before = len(loop.client.messages)
+    loop.client.post(wire.MODIFYCHANNEL, relid=1, target_vp=0)
+    loop.run()
+    assert len(loop.client.messages) == before
+
+
+def test_socket_connects_are_refused_where_nobody_listens(loopback: Any) -> None:
+    loop = loopback()
+    loop.connect(vmbus.VERSION_WIN10_V5_3)
+    loop.client.post(wire.TL_CONNECT_REQUEST, endpoint_id=b"e" * 16, service_id=b"s" * 16)
+    loop.run()
+    result = loop.client.last(wire.TL_CONNECT_RESULT)
+    assert (result["endpoint_id"], result["status"]) == (b"e" * 16, vmbus.STATUS_CONNECTION_REFUSED)
+
+
+def test_s50_malformed_posts_are_3_and_too_many_19(loopback: Any) -> None:
+    loop = loopback()
+    assert loop.post(b"\1\0\0\0") == 3
+    assert loop.post(bytes(8)) == 3
+    assert loop.post(wire.build(wire.CLOSECHANNEL)[:-1]) == 3
+    loop.connect(vmbus.VERSION_WIN10_V5_3)
+    answers = [loop.client.post(wire.REQUESTOFFERS) for _ in range(MAX_INBOX + 1)]
+    assert answers[:-1] == [0] * MAX_INBOX
+    assert answers[-1] == 19
+    assert loop.client.post(wire.INITIATE_CONTACT, version=vmbus.VERSION_WIN10) == 0
+    loop.run()
+    assert loop.client.count(wire.VERSION_RESPONSE) == 2
+
+
+def test_s50_a_guest_that_takes_no_answers_fills_no_queue(loopback: Any) -> None:
+    loop = loopback()
+    loop.connect(vmbus.VERSION_WIN10_V5_3)
+    refused = 0
+    for _ in range(2000):
+        refused += loop.client.post(wire.REQUESTOFFERS) == 19
+        while loop.deferred:  # the host works, the guest never takes a message
+            loop._run_deferred()
+    assert refused > 1000
+    assert len(loop.host._outbox) <= 65
+    assert loop.client.contact(vmbus.VERSION_WIN10) == 0
+    loop.run()
+    assert loop.client.last(wire.VERSION_RESPONSE)["version_supported"] == 1
+    assert [m for m in loop.client.messages if m.kind.type == wire.ALLOFFERS_DELIVERED] == []
+
+
+def test_messages_for_guests_are_not_taken_from_one(loopback: Any, echo: Any) -> None:
+    loop = loopback()
+    loop.host.add(echo(1))
+    loop.connect(vmbus.VERSION_WIN10_V5_3)
+    before = loop.host.describe()
+    for kind in [kind for kind in wire.KINDS.values() if not kind.to_host]:
+        loop.client.post(kind.type)
+    loop.run()
+    assert loop.host.describe()[1:] == before[1:]
+    assert len([e for e in loop.notes.events if "is for guests" in str(e)]) < 12  # told at a bounded rate
+
+
+def test_a_machine_reset_forgets_the_guest(loopback: Any, echo: Any) -> None:
+    loop = loopback()
+    device = echo(1)
+    loop.host.add(device)
+    loop.connect(vmbus.VERSION_WIN10_V5_3)
+    loop.open(next(iter(loop.client.offers.values())))
+    loop.host.reset()
+    assert device.log == ["opened", "closed"]
+    assert loop.host.server.state is BusState.DISCONNECTED
+    loop.connect(vmbus.VERSION_WIN10_V5_3)
+    assert len(loop.client.offers) == 1
