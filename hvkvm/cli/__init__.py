@@ -16,6 +16,7 @@ VERBS = {
     "run": "boot a guest",
     "doctor": "check what this machine's KVM can do, with the remedy for what is missing",
     "features": "list the Hyper-V enlightenments and what this host supports of them",
+    "trace": "show the KVM ioctls of another program, decoded",
 }
 
 USAGE = """usage: hvkvm VERB [options]
