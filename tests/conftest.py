@@ -37,6 +37,29 @@ def pytest_collection_finish() -> None:
         _measure_no_time()
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "kernel_synic: about KVM's own SynIC; HVKVM_SYNIC=user leaves it out")
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """HVKVM_SYNIC=user: what boots the agent guest runs on the SynIC in user space, so on any KVM.
+
+    Save what is about the kernel's own SynIC: that says `@pytest.mark.kernel_synic`.
+    """
+    if os.environ.get("HVKVM_SYNIC") != "user":
+        return
+    for item in items:
+        if "boot_agent" not in getattr(item, "fixturenames", ()):
+            continue
+        if item.get_closest_marker("kernel_synic"):
+            item.add_marker(pytest.mark.skip(reason="about the kernel's own SynIC"))
+            continue
+        for node in item.listchain():
+            node.own_markers[:] = [mark for mark in node.own_markers if mark.name != "hyperv"]
+        item.add_marker(pytest.mark.kvm)
+
+
 def _open_fds() -> dict[str, str]:
     fds = {}
     for name in os.listdir("/proc/self/fd"):

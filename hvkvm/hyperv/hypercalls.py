@@ -111,7 +111,7 @@ class Hypercalls:
             try:
                 param = self._memory.read_u64(param)
             except GuestMemoryError:
-                return _INSUFFICIENT_MEMORY
+                return _INVALID_ALIGNMENT  # KVM's answer, where it loads the value itself (S53)
         if param & _FLAG_NUMBER:
             return _INVALID_PORT_ID
         if param & ~HV_CONNECTION_ID_MASK:

@@ -6,6 +6,7 @@ Owner: the test's thread.
 from __future__ import annotations
 
 import errno
+import os
 import threading
 from collections.abc import Callable
 from struct import Struct
@@ -14,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import guest_images
 from guest_agent import ABI, CHECK, DRAIN, EOM_PENDING, SCRATCH, Agent, AgentCpu
 
+from hvkvm.abi.kvm import KVM_EXIT_HYPERV, KVM_EXIT_IO, KVM_EXIT_X86_WRMSR
 from hvkvm.abi.tlfs import HV_X64_MSR_GUEST_OS_ID, HV_X64_MSR_HYPERCALL
 
 if TYPE_CHECKING:
@@ -43,6 +45,8 @@ class Guest:
 
         observer = config.pop("observer", None)
         image = guest_images.image(config.pop("program", "agent"))
+        if synic := os.environ.get("HVKVM_SYNIC"):
+            config.setdefault("synic", synic)
         settings = MachineConfig(kernel=image, cpus=cpus, hv=hv, memory=memory, **config)
         self.machine: Machine = (
             Machine(settings) if observer is None else Machine(settings, observer=observer)
@@ -77,6 +81,16 @@ class Guest:
         """The SynIC component; AssertionError on a machine without."""
         assert self.machine.partition is not None
         return self.machine.partition
+
+    @property
+    def hypercall_exit(self) -> int:
+        """The exit that a hypercall makes, by the SynIC that carries this guest."""
+        return KVM_EXIT_HYPERV if self.machine.user_hyperv is None else KVM_EXIT_IO
+
+    @property
+    def register_exit(self) -> int:
+        """The exit that a write to SCONTROL, SIMP or SIEFP makes."""
+        return KVM_EXIT_HYPERV if self.machine.user_hyperv is None else KVM_EXIT_X86_WRMSR
 
     def enlighten(self) -> None:
         """GUEST_OS_ID and the hypercall page, which hypercalls need."""

@@ -36,7 +36,7 @@ INPUT = SCRATCH + 0x8000
 PAYLOAD_SIZE = 232  # a message of 240 bytes, legal as it is, ends QEMU's testdev
 
 
-@pytest.fixture(params=["hvkvm", "qemu"])
+@pytest.fixture(params=["hvkvm", pytest.param("qemu", marks=pytest.mark.kernel_synic)])
 def guest(request: pytest.FixtureRequest, boot_agent: Callable[..., Guest]) -> Iterator[AnyGuest]:
     """Two vCPUs, all enlightenments, hyperv-testdev."""
     if request.param == "hvkvm":

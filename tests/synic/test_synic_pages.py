@@ -11,7 +11,6 @@ import pytest
 from guest_agent import DRAIN, SCRATCH
 from guest_machine import Guest, Poster
 
-from hvkvm.abi.kvm import KVM_EXIT_HYPERV
 from hvkvm.abi.tlfs import HV_X64_MSR_SCONTROL, HV_X64_MSR_SIEFP, HV_X64_MSR_SIMP
 from hvkvm.events import Event, Observer, SynicPageMoved
 
@@ -95,17 +94,17 @@ def test_enabling_takes_three_exits_and_moves_each_page_once(boot_agent: BootAge
     guest = boot_agent(observer=moves)
     cpu = guest[0]
     counts = guest.machine.threads[0].exit_counts
-    before = counts[KVM_EXIT_HYPERV]
+    before = counts[guest.register_exit]
     cpu.wrmsr(HV_X64_MSR_SIMP, A | 1)
     cpu.wrmsr(HV_X64_MSR_SIEFP, B | 1)
     cpu.wrmsr(HV_X64_MSR_SCONTROL, 1)
-    assert counts[KVM_EXIT_HYPERV] == before + 3
+    assert counts[guest.register_exit] == before + 3
     expected = [SynicPageMoved(0, "message", A), SynicPageMoved(0, "event", B)]
     assert moves.seen == expected
     for _ in range(3):
         cpu.wrmsr(HV_X64_MSR_SIMP, A | 1)
         cpu.wrmsr(HV_X64_MSR_SCONTROL, 1)
-    assert counts[KVM_EXIT_HYPERV] == before + 9
+    assert counts[guest.register_exit] == before + 9
     assert moves.seen == expected
     # The address alone, with the enable bit clear, is no page (S2).
     cpu.wrmsr(HV_X64_MSR_SIMP, B)

@@ -35,6 +35,7 @@ def test_route_to_nowhere_is_an_error(boot_agent: BootAgent) -> None:
     assert open_fds() == fds
 
 
+@pytest.mark.kernel_synic
 def test_routes_to_one_sint_share_a_line(boot_agent: BootAgent) -> None:
     """S12: one GSI for all, one user of the completions, who may follow another."""
     guest = boot_agent()
