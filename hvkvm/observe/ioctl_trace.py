@@ -32,7 +32,9 @@ from hvkvm.observe.spawn import Command
 from hvkvm.observe.tracee import UNKNOWN, Scope, Tracee, group_of, status_field, thread_name, threads_of
 
 STOPPING = (signal.SIGSTOP, signal.SIGTSTP, signal.SIGTTIN, signal.SIGTTOU)
-SIGNALS = (signal.SIGCHLD, signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
+ASKING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
+SIGNALS = (signal.SIGCHLD, *ASKING)
+SYSCALL_STOP = signal.SIGTRAP | 0x80  # with PTRACE_O_TRACESYSGOOD
 # System calls of x86-64 that matter: the ioctl, and those that change what an fd is.
 IOCTL, CLOSE, MMAP, DUP2, DUP3, CLOSE_RANGE = 16, 3, 9, 33, 292, 436
 
@@ -165,37 +167,46 @@ class Tracer:
         gets the signal, unless the terminal gave it one already; a second one lets it go.
         """
         before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+        # Where it is ignored (inherited so), no stop of a tracee would wake us.
+        handler = signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         try:
-            asked = 0
+            asked = False
             while self._threads:
-                if self._reap():
-                    continue
-                info = signal.sigwaitinfo(SIGNALS)
-                if info.si_signo == signal.SIGCHLD:
+                reports = self._gather()
+                for report in reports:
+                    self._handle(*report)
+                if not self._threads:
+                    break
+                # A busy tracee always has something to report: a signal to us must not wait for a pause.
+                info = signal.sigtimedwait(ASKING, 0) if reports else signal.sigwaitinfo(SIGNALS)
+                if info is None or info.si_signo == signal.SIGCHLD:
                     continue
                 if not self._command or asked or self._main not in self._threads:
-                    self.let_go()
                     return 128 + info.si_signo
-                asked = info.si_signo
+                asked = True
                 if info.si_code <= 0:  # SI_USER and its kin: sent to us alone, not by the terminal to both
                     os.kill(self._main, info.si_signo)
             return self._status
         finally:
             self.let_go()
+            signal.signal(signal.SIGCHLD, handler if handler is not None else signal.SIG_DFL)
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
     def let_go(self) -> None:
         """Detach from all that is traced; it runs on. Waits for each to stop; a signal to us ends that."""
-        for thread in list(self._threads.values()):
-            if thread.stopped:
-                self._detach(thread)
-            else:
-                door.request(door.PTRACE_INTERRUPT, thread.tid)
         before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
         try:
+            for thread in list(self._threads.values()):
+                if thread.stopped:
+                    self._detach(thread)
+                else:
+                    door.request(door.PTRACE_INTERRUPT, thread.tid)
             while self._threads:
+                reports = self._gather()
+                for thread, _event, _number in reports:
+                    self._detach(thread)
                 # What is left when a signal comes is let go by the kernel when we end.
-                if not self._reap(leaving=True) and signal.sigwaitinfo(SIGNALS).si_signo != signal.SIGCHLD:
+                if not reports and self._threads and signal.sigwaitinfo(SIGNALS).si_signo != signal.SIGCHLD:
                     break
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
@@ -206,38 +217,45 @@ class Tracer:
 
     # Stops.
 
-    def _reap(self, leaving: bool = False) -> bool:
-        """Handle one report of a tracee; False if none is waiting."""
-        try:
-            tid, status = os.waitpid(-1, door.WALL | os.WNOHANG)
-        except ChildProcessError:
-            self._threads.clear()  # nothing left to wait for: all that was known has ended
-            return True
-        if tid == 0:
-            return False
-        if not os.WIFSTOPPED(status):
-            self._ended(tid, status)
-            return True
-        thread = self._threads.get(tid) or self._add(tid)
-        thread.stopped = True
-        event, number = status >> 16, os.WSTOPSIG(status)
-        syscall = number == signal.SIGTRAP | 0x80
-        thread.signal = 0 if event or syscall else number
-        if event in door.BIRTHS:
-            born = c_ulong()  # the binding's own reader has room for an int only: the kernel writes a long
-            if door.request(door.binding.PTRACE_GETEVENTMSG, tid, 0, addressof(born)):
-                self._threads.get(born.value) or self._add(born.value)
-        if leaving:
-            self._detach(thread)
-        elif event == door.PTRACE_EVENT_STOP and number in STOPPING:
+    def _gather(self) -> list[tuple[_Thread, int, int]]:
+        """All that stand still now, with event and signal number. Nothing is resumed meanwhile: this ends.
+
+        One after the other, a busy thread would be back before a quiet one had its turn.
+        """
+        reports = []
+        while self._threads:
+            try:
+                tid, status = os.waitpid(-1, door.WALL | os.WNOHANG)
+            except ChildProcessError:
+                self._threads.clear()  # nothing left to wait for: all that was known has ended
+                break
+            if tid == 0:
+                break
+            if not os.WIFSTOPPED(status):
+                self._ended(tid, status)
+                continue
+            thread = self._threads.get(tid) or self._add(tid)
+            event, number = status >> 16, os.WSTOPSIG(status)
+            thread.stopped = True
+            thread.signal = 0 if event or number == SYSCALL_STOP else number
+            if event in door.BIRTHS:
+                born = (
+                    c_ulong()
+                )  # the binding's own reader has room for an int only: the kernel writes a long
+                if door.request(door.binding.PTRACE_GETEVENTMSG, tid, 0, addressof(born)):
+                    self._threads.get(born.value) or self._add(born.value)
+            reports.append((thread, event, number))
+        return reports
+
+    def _handle(self, thread: _Thread, event: int, number: int) -> None:
+        if event == door.PTRACE_EVENT_STOP and number in STOPPING:
             self._resume(thread, door.PTRACE_LISTEN)  # stays stopped, as it would without us
-        else:
-            if syscall:
-                self._syscall_stop(thread)
-            elif event == door.binding.PTRACE_EVENT_EXEC:
-                self._executed(thread)
-            self._resume(thread, door.binding.PTRACE_SYSCALL)
-        return True
+            return
+        if number == SYSCALL_STOP:
+            self._syscall_stop(thread)
+        elif event == door.binding.PTRACE_EVENT_EXEC:
+            self._executed(thread)
+        self._resume(thread, door.binding.PTRACE_SYSCALL)
 
     def _add(self, tid: int) -> _Thread:
         pid = group_of(tid)
@@ -259,7 +277,7 @@ class Tracer:
     def _executed(self, thread: _Thread) -> None:
         """exec: the caller took the leader's id, its siblings are gone without a word, memory is new."""
         for other in [t for t in self._threads.values() if t.process is thread.process and t is not thread]:
-            del self._threads[other.tid]
+            self._threads.pop(other.tid, None)
         thread.call = None
         thread.process.close()
 
@@ -269,7 +287,7 @@ class Tracer:
 
     def _detach(self, thread: _Thread) -> None:
         door.request(door.binding.PTRACE_DETACH, thread.tid, 0, thread.signal)
-        del self._threads[thread.tid]
+        self._threads.pop(thread.tid, None)
 
     # System calls.
 

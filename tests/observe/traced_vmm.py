@@ -1,7 +1,7 @@
 """A tiny VMM for the tracer's tests: one vCPU on a thread of its own, routes, doorbells, a few exits.
 
-`run`: do all of it and exit with 7. `loop`: say "up", then run the guest until standard
-input ends, answering each line with the number of exits so far.
+`run`: do all of it and exit with 7. `loop PAUSE`: say "up", then run the guest until standard
+input ends, PAUSE seconds from exit to exit, answering each line with the number of exits so far.
 """
 
 import contextlib
@@ -72,12 +72,12 @@ def run(kvm):
 
 def loop(kvm):
     vcpu = vcpu_of(kvm.create_vm(), OUT_FOR_EVER)
-    exits = 0
+    exits, pause = 0, float(sys.argv[2])
     stop = threading.Event()
 
     def turn():
         nonlocal exits
-        while not stop.wait(0.005):
+        while not (stop.wait(pause) if pause else stop.is_set()):
             vcpu.enter()
             exits += 1
 
