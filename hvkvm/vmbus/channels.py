@@ -161,7 +161,8 @@ class Channels:
 
     def _release(self, channel: Channel) -> None:
         """The relid is free again; Linux tears no GPADL down for a rescinded channel, so they go here."""
-        self.gpadls.drop_channel(channel.relid)
+        for gpadl_id in self.gpadls.drop_channel(channel.relid):
+            self._finish_gpadl(Finished(gpadl_id, channel.relid, None, "the relid was released"))
         del self.by_relid[channel.relid]
         channel.relid = 0
         channel.state = ChannelState.HIDDEN

@@ -179,12 +179,14 @@ class GpadlTable:
         self._values -= gpadl.values
         return True
 
-    def drop_channel(self, relid: int) -> None:
-        """Forget everything of a channel, the unfinished too."""
+    def drop_channel(self, relid: int) -> list[int]:
+        """Forget everything of a channel; the ids of the unfinished, whose headers wait for an answer."""
         for gpadl in self.of_channel(relid):
             self.drop(relid, gpadl.gpadl_id)
-        for unfinished in [u for u in self._unfinished.values() if u.relid == relid]:
-            self.abandon(relid, unfinished.gpadl_id)
+        unfinished = [u.gpadl_id for u in self._unfinished.values() if u.relid == relid]
+        for gpadl_id in unfinished:
+            self.abandon(relid, gpadl_id)
+        return unfinished
 
     def clear(self) -> None:
         """Forget everything."""

@@ -1,0 +1,211 @@
+"""Channels end to end: open, echo, move, close, break, in fixed and in random order."""
+
+from __future__ import annotations
+
+from random import Random
+from typing import Any
+
+import pytest
+
+from hvkvm.abi import vmbus
+from hvkvm.abi import vmbus_messages as wire
+from hvkvm.abi.ring import WORD_WRITE_INDEX
+from hvkvm.vmbus.offer import ChannelState
+
+
+def ready(loopback: Any, device: Any, **options: Any) -> tuple[Any, Any]:
+    loop = loopback(**options)
+    loop.host.add(device)
+    loop.connect(vmbus.VERSION_WIN10_V5_3)
+    return loop, next(iter(loop.client.offers.values()))
+
+
+@pytest.mark.parametrize("seed", range(25))
+def test_every_packet_comes_back_whatever_the_order(loopback: Any, echo: Any, seed: int) -> None:
+    """Rings too small for what is under way, on scattered pages, with messages delayed and signals late."""
+    random = Random(seed)
+    pages = random.sample(range(64, 1024), 64)
+    device = echo(1)
+    loop, guest = ready(loopback, device, random=random, pages=pages)
+    loop.open(guest, out_pages=2, in_pages=3)
+    sent = [random.randbytes(8 * random.randrange(1, 150)) for _ in range(200)]
+    waiting = list(enumerate(sent))
+    for _ in range(200_000):
+        for _ in range(random.randrange(4)):
+            if waiting and guest.opened.send(waiting[0][1], trans_id=waiting[0][0], flags=waiting[0][0] & 1):
+                waiting.pop(0)
+        if not loop.step() and not waiting:
+            break
+    assert not waiting
+    assert [packet.trans_id for packet in guest.received] == list(range(200))
+    assert [packet.payload for packet in guest.received] == sent
+    assert not loop.notes.events
+
+
+def test_what_was_written_before_the_doorbell_was_there_is_read(loopback: Any, echo: Any) -> None:
+    device = echo(1)
+    loop, guest = ready(loopback, device)
+    loop.client.prepare_rings(guest)
+    loop.run()
+    loop.client.open(guest)
+    guest.opened.send(b"early bird")  # its signal finds no connection yet
+    loop.run()
+    assert [packet.payload[:10] for packet in device.got] == [b"early bird"]
+
+
+def test_signals_per_packet_are_few(loopback: Any, echo: Any) -> None:
+    loop, guest = ready(loopback, echo(1))
+    loop.open(guest, out_pages=8, in_pages=8)
+    with guest.opened:
+        for _ in range(200):
+            guest.opened.send(b"x" * 64)
+    loop.run()
+    assert len(guest.received) == 200
+    assert len(loop.synic.rung) == 1
+    assert len(loop.synic.flags_set) <= 2
+
+
+def test_interrupts_follow_the_target_vp(loopback: Any, echo: Any) -> None:
+    loop, guest = ready(loopback, echo(1))
+    loop.open(guest, vp_index=0)
+    guest.opened.send(b"a")
+    loop.run()
+    loop.client.post(wire.MODIFYCHANNEL, relid=guest.relid, target_vp=1)
+    loop.run()
+    assert loop.client.last(wire.MODIFYCHANNEL_RESPONSE)["status"] == 0
+    guest.opened.send(b"b")
+    loop.run()
+    assert [vp for vp, _sint, _flag in loop.synic.flags_set] == [0, 1]
+    loop.client.post(wire.MODIFYCHANNEL, relid=guest.relid, target_vp=77)
+    loop.client.post(wire.MODIFYCHANNEL, relid=1999, target_vp=0)
+    loop.run()
+    assert loop.client.count(wire.MODIFYCHANNEL_RESPONSE) == 3
+    assert loop.client.last(wire.MODIFYCHANNEL_RESPONSE)["status"] != 0
+
+
+def test_a_polling_guest_is_not_interrupted(loopback: Any, echo: Any) -> None:
+    loop, guest = ready(loopback, echo(1))
+    loop.open(guest, vp_index=vmbus.VP_INVALID)
+    guest.opened.send(b"a")
+    loop.run()
+    assert loop.synic.flags_set == []
+    guest.interrupt()
+    assert len(guest.received) == 1
+
+
+def test_open_close_and_open_again(loopback: Any, echo: Any) -> None:
+    device = echo(1)
+    loop, guest = ready(loopback, device)
+    for _ in range(10):
+        loop.open(guest)
+        guest.opened.send(b"hello")
+        loop.run()
+        loop.client.close(guest)
+        loop.run()
+        assert loop.client.last(wire.GPADL_TORNDOWN)["gpadl"] == guest.gpadl
+        loop.client.reclaim(guest)
+    assert len(device.got) == 10
+    assert device.log == ["opened", "closed"] * 10
+
+
+REFUSED = {
+    "no such channel": {"relid": 99},
+    "no such gpadl": {"ring_gpadl": 1},
+    "no room for the first ring": {"downstream_page_offset": 1},
+    "no room for the second ring": {"downstream_page_offset": 3},
+    "split beyond the end": {"downstream_page_offset": 0xFFFFFFFF},
+    "no such VP": {"target_vp": 2},
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_impossible_opens_are_answered(loopback: Any, echo: Any, name: str) -> None:
+    device = echo(1)
+    loop, guest = ready(loopback, device)
+    loop.client.prepare_rings(guest)
+    fields = {
+        "relid": guest.relid,
+        "openid": 1234,
+        "ring_gpadl": guest.gpadl,
+        "target_vp": 0,
+        "downstream_page_offset": 2,
+    }
+    loop.client.post(wire.OPENCHANNEL, **(fields | REFUSED[name]))
+    loop.run()
+    result = loop.client.last(wire.OPENCHANNEL_RESULT)
+    assert result["status"] != 0
+    assert result["openid"] == 1234
+    assert device.log == []
+    loop.client.post(wire.OPENCHANNEL, **fields)
+    loop.client.post(wire.OPENCHANNEL, **fields)  # open already
+    loop.run()
+    statuses = [bool(m["status"]) for m in loop.client.messages if m.kind.type == wire.OPENCHANNEL_RESULT]
+    assert statuses == [True, False, True]
+
+
+def test_a_6_0_guest_chooses_its_signals(loopback: Any, echo: Any) -> None:
+    loop = loopback()
+    loop.host.add(echo(1))
+    loop.connect(vmbus.VERSION_COPPER, features=vmbus.FEATURE_GUEST_SPECIFIED_SIGNAL_PARAMETERS)
+    (guest,) = loop.client.offers.values()
+    loop.client.prepare_rings(guest)
+    for connection_id, event_flag in ((4, 9), (1 << 24, 9), (0x3000, 2048)):
+        loop.client.open(guest, connection_id=connection_id, event_flag=event_flag)
+        loop.run()
+        assert loop.client.last(wire.OPENCHANNEL_RESULT)["status"] != 0
+    loop.client.open(guest, connection_id=0x3000, event_flag=9)
+    loop.run()
+    assert loop.client.last(wire.OPENCHANNEL_RESULT)["status"] == 0
+    guest.opened.send(b"x")
+    loop.run()
+    assert loop.synic.rung == [0x3000]
+    assert loop.synic.flags_set == [(0, 2, 9)]
+
+
+def test_s61_a_broken_channel_ends_alone_with_one_line(loopback: Any, echo: Any) -> None:
+    bad, good = echo(1), echo(2)
+    loop = loopback()
+    loop.host.add(bad)
+    loop.host.add(good)
+    loop.connect(vmbus.VERSION_WIN10_V5_3)
+    first, second = loop.client.offers.values()
+    loop.open(first)
+    loop.open(second)
+    first.opened.writer.words[WORD_WRITE_INDEX] = 0xFFFFFFFF
+    for _ in range(5):
+        loop.synic.signal(first.connection_id)
+        loop.run()
+    assert bad.log == ["opened", "closed"]
+    assert first.rescinded
+    assert len(loop.notes.events) == 1
+    assert "write index 0xffffffff" in str(loop.notes.events[0])
+    second.opened.send(b"still here")
+    loop.run()
+    assert len(second.received) == 1
+
+
+def test_a_channel_that_is_taken_back_while_it_opens_is_answered(loopback: Any, echo: Any) -> None:
+    loop, guest = ready(loopback, echo(1))
+    loop.client.prepare_rings(guest)
+    loop.run()
+    server = loop.host.server
+    (channel,) = server.channels.all
+    message = wire.parse(
+        wire.build(
+            wire.OPENCHANNEL, relid=guest.relid, ring_gpadl=guest.gpadl, downstream_page_offset=2, openid=5
+        )
+    )
+    assert message is not None
+    server.receive(message)
+    assert channel.state is ChannelState.OPENING
+    server.rescind(channel)
+    kinds = [type(action).__name__ for action in server.take()]
+    assert kinds == ["OpenChannel", "SendMessage", "CloseChannel", "SendMessage"]
+    server.opened(channel)  # too late
+    assert server.take() == []
+    released = wire.parse(wire.build(wire.RELID_RELEASED, relid=guest.relid))
+    assert released is not None
+    server.receive(released)
+    assert channel in server.channels.all  # its device still runs
+    server.closed(channel)
+    assert server.channels.all == []
