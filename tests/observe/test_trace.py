@@ -144,7 +144,6 @@ def test_children_of_a_shell_are_followed():
 @pytest.mark.kvm
 @pytest.mark.parametrize(("number", "pause"), [(signal.SIGINT, "0.005"), (signal.SIGTERM, "0")])
 def test_attach_shows_the_exits_of_a_running_vcpu_and_a_signal_lets_it_go(number, pause):
-    """Also one that never pauses: its reports must not keep the tracer from hearing the signal."""
     with running_vmm(pause) as vmm:
         for _ in range(3):  # attaching and letting go leave no trace, so they can be done again
             tracer = subprocess.Popen(
