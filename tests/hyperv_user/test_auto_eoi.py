@@ -1,0 +1,150 @@
+"""AutoEOI interrupts: when a vCPU is told that it took one, and when that has to wait."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from hvkvm.abi.kvm import KVM_MP_STATE_HALTED, KVM_MP_STATE_INIT_RECEIVED, KVM_MP_STATE_RUNNABLE
+from hvkvm.abi.kvm_structs import kvm_lapic_state, kvm_vcpu_events
+from hvkvm.errors import Stopped
+from hvkvm.hyperv.usermode.auto_eoi import AutoEoi
+
+VECTOR = 0xB4
+
+
+class Cpu:
+    """A vCPU that is ready for anything, with its thread's queue and the I/O loop's timers."""
+
+    def __init__(self) -> None:
+        self.run = SimpleNamespace(if_flag=1)
+        self.state = KVM_MP_STATE_RUNNABLE
+        self.events = kvm_vcpu_events()
+        self.apic = kvm_lapic_state()
+        self.apic.regs[0xF1] = 1
+        self.taken: list[int] = []
+        self.later: list[tuple[float, Callable[..., object]]] = []
+        self.ended = False
+
+    def vcpu_events(self) -> kvm_vcpu_events:
+        return kvm_vcpu_events.from_buffer_copy(self.events)
+
+    def set_vcpu_events(self, events: kvm_vcpu_events) -> None:
+        assert (events.interrupt.injected, events.interrupt.soft, events.flags) == (1, 0, 0)
+        self.taken.append(events.interrupt.nr)
+
+    def lapic(self) -> kvm_lapic_state:
+        return self.apic
+
+    def mp_state(self) -> int:
+        return self.state
+
+    def set_mp_state(self, state: int) -> None:
+        self.state = state
+
+    def submit(self, fn: Callable[[], None], cancelled: Callable[[], None]) -> None:
+        if self.ended:
+            raise Stopped("ended")
+        fn()
+
+    def call_later(self, seconds: float, fn: Callable[..., object], *args: Any) -> None:
+        self.later.append((seconds, fn))
+
+    def tick(self) -> float:
+        seconds, fn = self.later.pop(0)
+        fn()
+        return seconds
+
+
+@pytest.fixture
+def cpu() -> Cpu:
+    return Cpu()
+
+
+@pytest.fixture
+def auto_eoi(cpu: Cpu) -> AutoEoi:
+    return AutoEoi(cpu, cpu.submit, cpu)  # type: ignore[arg-type]
+
+
+def test_it_is_taken_at_once_and_once(cpu: Cpu, auto_eoi: AutoEoi) -> None:
+    auto_eoi.raise_vector(VECTOR)
+    assert (cpu.taken, cpu.later) == ([VECTOR], [])
+
+
+def test_a_halted_cpu_wakes(cpu: Cpu, auto_eoi: AutoEoi) -> None:
+    cpu.state = KVM_MP_STATE_HALTED
+    auto_eoi.raise_vector(VECTOR)
+    assert (cpu.taken, cpu.state) == ([VECTOR], KVM_MP_STATE_RUNNABLE)
+
+
+def closed_windows() -> list[tuple[str, Callable[[Cpu], None], Callable[[Cpu], None]]]:
+    def part(group: str, field: str) -> tuple[Callable[[Cpu], None], Callable[[Cpu], None]]:
+        return (
+            lambda cpu: setattr(getattr(cpu.events, group), field, 1),
+            lambda cpu: setattr(getattr(cpu.events, group), field, 0),
+        )
+
+    def priority(value: int) -> Callable[[Cpu], None]:
+        return lambda cpu: cpu.apic.regs.__setitem__(0xA0, value)
+
+    return [
+        ("IF", lambda cpu: setattr(cpu.run, "if_flag", 0), lambda cpu: setattr(cpu.run, "if_flag", 1)),
+        ("shadow", *part("interrupt", "shadow")),
+        ("an interrupt", *part("interrupt", "injected")),
+        ("an exception", *part("exception", "injected")),
+        ("an exception to come", *part("exception", "pending")),
+        ("an NMI", *part("nmi", "injected")),
+        ("priority", priority(VECTOR & 0xF0), priority(0xA0)),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("close", "open_"), [w[1:] for w in closed_windows()], ids=[w[0] for w in closed_windows()]
+)
+def test_a_closed_window_is_waited_for(
+    cpu: Cpu, auto_eoi: AutoEoi, close: Callable[[Cpu], None], open_: Callable[[Cpu], None]
+) -> None:
+    close(cpu)
+    auto_eoi.raise_vector(VECTOR)
+    auto_eoi.raise_vector(VECTOR)
+    waits = [cpu.tick() for _ in range(6)]
+    assert cpu.taken == []
+    assert waits == sorted(waits), "the longer it takes the less often it is tried"
+    assert max(waits) <= 0.010
+    open_(cpu)
+    cpu.tick()
+    assert (cpu.taken, cpu.later) == ([VECTOR], [])
+
+
+def test_several_go_one_by_one_highest_first(cpu: Cpu, auto_eoi: AutoEoi) -> None:
+    cpu.run.if_flag = 0
+    for vector in (0x40, 0xFF, 0x80):
+        auto_eoi.raise_vector(vector)
+    cpu.run.if_flag = 1
+    for _ in range(3):
+        cpu.tick()
+    assert (cpu.taken, cpu.later) == ([0xFF, 0x80, 0x40], [])
+
+
+def test_an_apic_that_is_off_or_a_cpu_that_waits_for_sipi_drops_it(cpu: Cpu, auto_eoi: AutoEoi) -> None:
+    cpu.apic.regs[0xF1] = 0
+    auto_eoi.raise_vector(VECTOR)
+    cpu.apic.regs[0xF1] = 1
+    cpu.state = KVM_MP_STATE_INIT_RECEIVED
+    auto_eoi.raise_vector(VECTOR)
+    assert (cpu.taken, cpu.later) == ([], [])
+
+
+def test_reset_forgets_and_an_ended_thread_is_no_error(cpu: Cpu, auto_eoi: AutoEoi) -> None:
+    cpu.run.if_flag = 0
+    auto_eoi.raise_vector(VECTOR)
+    auto_eoi.reset()
+    cpu.run.if_flag = 1
+    cpu.tick()
+    assert (cpu.taken, cpu.later) == ([], [])
+    cpu.ended = True
+    auto_eoi.raise_vector(VECTOR)
+    assert cpu.taken == []
