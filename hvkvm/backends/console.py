@@ -59,7 +59,8 @@ class Console:
 
     Make the UART with `console.write` as sink, then `connect` it, then `start`.
     `input_fd` None reads nothing. `on_quit()` is called on the I/O loop: for
-    Ctrl-a x, and for Ctrl-c as long as nothing in the guest listens to the UART.
+    Ctrl-a x, and for Ctrl-c as long as nothing in the guest listens to the UART;
+    `on_dump()` for Ctrl-a d.
     """
 
     def __init__(
@@ -69,6 +70,7 @@ class Console:
         input_fd: int | None = 0,
         output_fd: int = 1,
         on_quit: Callable[[], None] | None = None,
+        on_dump: Callable[[], None] | None = None,
         on_output_broken: Callable[[], None] | None = None,
         tail: ConsoleTail | None = None,
     ) -> None:
@@ -78,6 +80,7 @@ class Console:
         self._io = io
         self._input_fd = input_fd
         self._on_quit = on_quit
+        self._on_dump = on_dump
         self._serial: SerialPort | None = None
         self._terminal: RawTerminal | None = None
         self._keys: EscapeKeys | None = None
@@ -212,6 +215,9 @@ class Console:
     def _obey(self, command: Command) -> None:
         if command is Command.HELP:
             self.output.write(HELP.replace("\n", "\r\n").encode())
+        elif command is Command.DUMP:
+            if self._on_dump is not None:
+                self._on_dump()
         elif self._on_quit is not None:
             self._on_quit()
 

@@ -12,6 +12,7 @@ ESCAPE = 0x01  # Ctrl-a
 
 HELP = """
 Ctrl-a x       end the guest
+Ctrl-a d       say who waits for what
 Ctrl-a h       this help
 Ctrl-a Ctrl-a  send Ctrl-a to the guest
 Ctrl-c         goes to the guest; while nothing there reads the console, it ends the guest
@@ -22,6 +23,7 @@ class Command(Enum):
     """What the user asked of hvkvm."""
 
     QUIT = "x"
+    DUMP = "d"
     HELP = "h"
 
 

@@ -8,6 +8,7 @@ ends the run. SIGQUIT prints who waits for what and the run goes on.
 from __future__ import annotations
 
 import gc
+import os
 import signal
 import sys
 from collections.abc import Callable
@@ -17,7 +18,14 @@ from typing import TYPE_CHECKING, Any
 
 from hvkvm.cli.arguments import Parser, split_command
 from hvkvm.errors import ConfigError
-from hvkvm.machine.config import KNOWN_DEVICES, SIGNAL_CHOICES, SYNIC_CHOICES, MachineConfig, parse_size
+from hvkvm.machine.config import (
+    KNOWN_DEVICES,
+    SIGNAL_CHOICES,
+    SYNIC_CHOICES,
+    VMBUS_CHOICES,
+    MachineConfig,
+    parse_size,
+)
 from hvkvm.record import replace
 
 if TYPE_CHECKING:
@@ -31,7 +39,8 @@ EPILOG = """exit status:
   77 capability missing; 124 timeout; 130 interrupted; 254 triple fault or KVM
   internal error; 255 guest panic
 
-keys on the console: Ctrl-a x quits, Ctrl-a h helps, Ctrl-a Ctrl-a sends Ctrl-a
+keys on the console: Ctrl-a x quits, Ctrl-a d (or SIGQUIT) says who waits for what,
+Ctrl-a h helps, Ctrl-a Ctrl-a sends Ctrl-a
 
 examples:
   hvkvm run --kernel vmlinuz -- uname -r
@@ -56,7 +65,11 @@ def parser() -> Parser:
     p.add_argument(
         "--hv", metavar="LIST", help="host-model, passthrough, none, or QEMU's hv-* names (host-model)"
     )
-    p.add_argument("--synic", metavar="|".join(SYNIC_CHOICES), help="which SynIC carries the guest (auto)")
+    p.add_argument(
+        "--synic",
+        metavar="|".join(SYNIC_CHOICES),
+        help="who emulates Hyper-V: KVM, or hvkvm in user space on any KVM (auto: KVM where it can)",
+    )
     p.add_argument(
         "--signal-path",
         metavar="|".join(SIGNAL_CHOICES),
@@ -68,6 +81,11 @@ def parser() -> Parser:
         metavar="NAME",
         dest="devices",
         help=f"add a device: {', '.join(KNOWN_DEVICES)}",
+    )
+    p.add_argument(
+        "--vmbus",
+        metavar="|".join(VMBUS_CHOICES),
+        help="a VMBus host with heartbeat, shutdown and time (off)",
     )
     p.add_argument(
         "--modules-dir", type=Path, metavar="DIR", help="the guest kernel's lib/modules/VERSION folder"
@@ -99,6 +117,7 @@ def config_from(arguments: list[str]) -> tuple[MachineConfig, Any]:
         "hv",
         "synic",
         "signal_path",
+        "vmbus",
         "modules_dir",
         "busybox",
         "kvm_path",
@@ -163,10 +182,15 @@ def _run(arguments: list[str]) -> int:
         if not machine.features and config.hv != "none" and not options.quiet:
             note = f"--hv {config.hv}: this kernel's KVM can back none; `hvkvm doctor` names the remedies"
             print(f"hvkvm: running without enlightenments: {note}", file=sys.stderr)
+        elif machine.features and config.synic == "auto" and not options.quiet and not options.json:
+            choice = machine.synic_choice
+            who = "in user space" if choice.synic == "user" else "by KVM"
+            print(f"hvkvm: SynIC {who}: {choice.why}", file=sys.stderr)
         status = StatusLine(machine, sys.stderr, enabled=not options.quiet and not options.json)
         console = Console(
             machine.io,
             on_quit=lambda: machine.finish(Ending.QUIT, 130, "by the console's keys"),
+            on_dump=lambda: os.kill(os.getpid(), signal.SIGQUIT),
             on_output_broken=lambda: machine.finish(Ending.QUIT, 141, "nobody reads the console any more"),
             tail=machine.board.tail,
         )
@@ -227,6 +251,7 @@ def _conclude(machine: Machine, outcome: Outcome, seconds: float, options: Any) 
             "seconds": round(seconds, 3),
             "resets": machine.resets,
             "features": str(machine.features),
+            "synic": machine.synic_choice.synic if machine.features else None,
             "exits": machine.exit_counts(),
         }
         print(json.dumps(record), file=sys.stderr)

@@ -186,6 +186,22 @@ def test_keys_end_a_guest_that_does_not_listen_and_restore_the_terminal(guest: G
         os.close(follower)
 
 
+def test_ctrl_a_d_dumps_and_the_guest_goes_on(guest: Guest) -> None:
+    leader, follower = pty.openpty()
+    try:
+        running = Running(*run_arguments(guest(out_string(b"up\n") + SPIN), "--quiet"), terminal=follower)
+        running.wait_for_output(leader, b"up")
+        os.write(leader, b"\x01d")
+        assert running.process.stderr is not None
+        running.wait_for_output(running.process.stderr.fileno(), b"vcpu0: running guest")
+        assert running.process.poll() is None
+        os.write(leader, b"\x01x")
+        assert running.end()[0] == 130
+    finally:
+        os.close(leader)
+        os.close(follower)
+
+
 def test_a_reader_that_goes_away_ends_the_run(guest: Guest) -> None:
     running = Running(
         *run_arguments(guest(out_string(b"y\n" * 50) + b"\xe9" + (-605).to_bytes(4, "little", signed=True)))
