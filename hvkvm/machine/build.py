@@ -33,6 +33,7 @@ from hvkvm.memory.guest import GuestMemory
 
 if TYPE_CHECKING:
     from hvkvm.hyperv.usermode.interface import UserHyperv
+    from hvkvm.machine.bus import Bus
     from hvkvm.machine.machine import Machine
 
 _NEEDED = (
@@ -133,6 +134,15 @@ def create_partition(machine: Machine, stack: ExitStack) -> Partition | None:
     if user is not None:
         user.hypercall_page.call = partition.hypercalls.call
     return partition
+
+
+def create_bus(machine: Machine, stack: ExitStack) -> Bus | None:
+    """The VMBus host and its devices, where the configuration asks for them. ConfigError without SynIC."""
+    if machine.config.vmbus == "off":
+        return None
+    from hvkvm.machine.bus import Bus
+
+    return Bus(machine, stack)
 
 
 def reset_enlightenments(machine: Machine) -> None:

@@ -23,6 +23,7 @@ MAX_CPUS = 254
 KNOWN_DEVICES = ("hyperv-testdev",)
 SYNIC_CHOICES = ("auto", "kernel", "user")
 SIGNAL_CHOICES = ("auto", "kernel", "user")
+VMBUS_CHOICES = ("on", "off")
 
 _UNITS = {"": MIB, "b": 1, "k": 1 << 10, "m": MIB, "g": GIB, "t": 1 << 40}
 
@@ -62,6 +63,7 @@ class MachineConfig:
     synic: Literal["auto", "kernel", "user"] = "auto"
     signal_path: Literal["auto", "kernel", "user"] = "auto"
     devices: tuple[str, ...] = ()
+    vmbus: Literal["on", "off"] = "off"
     acpi: bool = True
     reboot: bool = True
     timeout: float | None = None
@@ -99,6 +101,8 @@ class MachineConfig:
             raise ConfigError(
                 f"--signal-path {self.signal_path}: unknown; choose {', '.join(SIGNAL_CHOICES)}"
             )
+        if self.vmbus not in VMBUS_CHOICES:
+            raise ConfigError(f"--vmbus {self.vmbus}: unknown; choose {', '.join(VMBUS_CHOICES)}")
         for device in self.devices:
             if device not in KNOWN_DEVICES:
                 raise ConfigError(f"--device {device}: unknown; the devices are {', '.join(KNOWN_DEVICES)}")

@@ -33,6 +33,8 @@ def describe(machine: Machine) -> str:
         lines += _describe_vcpu(thread)
     if machine.partition is not None:
         lines += [f"synic: {line}" for line in machine.partition.describe()]
+    if machine.bus is not None:
+        lines += machine.bus.host.describe()
     lines.append(f"i/o loop: {machine.io.state}")
     tail = machine.board.tail.lines(CONSOLE_LINES)
     lines.append("console: no output yet" if not tail else "console, last lines:")

@@ -90,6 +90,7 @@ class Machine:
         elif self.partition is not None:
             exits.add_hyperv_handlers(handlers, self.partition)
         self.board.add_optional_devices(config.devices)
+        self.bus = build.create_bus(self, stack)
         build.reset_enlightenments(self)
         self._power_on = PowerOnState(self.kvm, self.vm, self.vcpus)
         self._image.load(self.memory, self.vcpus[0])
@@ -178,6 +179,8 @@ class Machine:
             if self.outcome is not None:
                 return
             self.board.reset()
+            if self.bus is not None:
+                self.bus.host.reset()
             if self.partition is not None:
                 self.partition.reset()
             build.reset_enlightenments(self)

@@ -1,0 +1,1 @@
+"""VMBus devices, host side: one file a device."""

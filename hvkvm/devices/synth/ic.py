@@ -1,0 +1,141 @@
+"""The frame of all integration components: negotiate, then one request at a time.
+
+Why: Linux's utility drivers take one packet an interrupt and answer it in the
+same buffer, so a second request before the answer could lie in the ring unseen.
+What is asked meanwhile waits here, in a bounded queue.
+
+Owner: the I/O loop, for every method.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable
+from typing import Protocol
+
+from hvkvm.abi import ic, vmbus
+from hvkvm.abi.ring import Packet
+from hvkvm.vmbus.channel_io import ChannelIo
+from hvkvm.vmbus.offer import Offer
+
+MAX_WAITING = 16
+
+Reply = Callable[[int, bytes], object]
+"""reply(status, body): the guest's HRESULT and what follows its header; E_FAIL if it left without answer."""
+
+
+class TimerLike(Protocol):
+    """What `call_later` returns."""
+
+    def cancel(self) -> object: ...
+
+
+CallLater = Callable[..., TimerLike]
+"""call_later(seconds, fn, *args), as `runtime.io_loop.IoLoop` has it."""
+
+
+class _Request:
+    __slots__ = ("body", "kind", "reply")
+
+    def __init__(self, kind: int, body: bytes, reply: Reply | None) -> None:
+        self.kind = kind
+        self.body = body
+        self.reply = reply
+
+
+class IntegrationComponent:
+    """Base of a device: subclasses give `NAME`, `INTERFACE`, `MESSAGE_VERSIONS` and act in `negotiated`."""
+
+    NAME = ""
+    INTERFACE = bytes(16)
+    MESSAGE_VERSIONS: tuple[ic.Version, ...] = ()
+
+    def __init__(self) -> None:
+        self.frame_version: ic.Version | None = None
+        self.message_version: ic.Version | None = None
+        """What the guest chose; None until it has."""
+        self._io: ChannelIo | None = None
+        self._sent: _Request | None = None
+        self._waiting: deque[_Request] = deque()
+        self._trans_id = 0
+
+    @property
+    def offer(self) -> Offer:
+        """A message pipe; the instance is the same at each boot."""
+        flags = vmbus.VMBUS_CHANNEL_ENUMERATE_DEVICE_INTERFACE | vmbus.VMBUS_CHANNEL_NAMED_PIPE_MODE
+        pipe = vmbus.VMBUS_PIPE_TYPE_MESSAGE.to_bytes(4, "little")
+        instance = self.INTERFACE[:15] + bytes([self.INTERFACE[15] ^ 0xFF])
+        return Offer(self.INTERFACE, instance, self.NAME, flags=flags, user_defined=pipe)
+
+    @property
+    def ready_for_requests(self) -> bool:
+        """Whether a guest's driver has taken the device and speaks a common version."""
+        return self.message_version is not None
+
+    def negotiated(self) -> None:
+        """The guest has chosen versions; for subclasses."""
+
+    def left(self) -> None:
+        """The guest closed the channel; for subclasses."""
+
+    def ask(self, kind: int, body: bytes, reply: Reply | None = None) -> bool:
+        """Send a request, or queue it; False when no driver is there or too much waits already."""
+        if self.message_version is None or len(self._waiting) >= MAX_WAITING:
+            return False
+        self._waiting.append(_Request(kind, body, reply))
+        self.ready()
+        return True
+
+    # vmbus.device.Device
+
+    def opened(self, io: ChannelIo) -> None:
+        """The host speaks first: which versions it can."""
+        self._io = io
+        body = ic.negotiate_body(ic.FRAME_VERSIONS, self.MESSAGE_VERSIONS)
+        self._waiting.append(_Request(ic.ICMSGTYPE_NEGOTIATE, body, None))
+        self.ready()
+
+    def ready(self) -> None:
+        """Send what waits, if nothing is under way and there is room."""
+        if self._io is None or self._sent is not None or not self._waiting:
+            return
+        request = self._waiting[0]
+        payload = ic.build(
+            request.kind,
+            request.body,
+            frame=self.frame_version or (0, 0),
+            message=self.message_version or (0, 0),
+            transaction=self._trans_id,
+        )
+        if self._io.send(payload, trans_id=self._trans_id):
+            self._sent = self._waiting.popleft()
+
+    def received(self, packet: Packet) -> None:
+        """The guest's answer: the same message, changed. What answers nothing is ignored."""
+        message, sent = ic.parse(packet.payload), self._sent
+        if message is None or sent is None or packet.trans_id != self._trans_id:
+            return
+        if message.type != sent.kind or not message.flags & ic.ICMSGHDRFLAG_RESPONSE:
+            return
+        self._sent = None
+        self._trans_id += 1
+        if sent.kind == ic.ICMSGTYPE_NEGOTIATE:
+            chosen = ic.parse_negotiated(message.body)
+            if chosen is not None and chosen[1] in self.MESSAGE_VERSIONS:
+                self.frame_version, self.message_version = chosen
+                self.negotiated()
+        elif sent.reply is not None:
+            sent.reply(message.status, message.body)
+        self.ready()
+
+    def closed(self) -> None:
+        """Whoever waits is told that no answer comes."""
+        self._io = None
+        self.frame_version = self.message_version = None
+        unanswered = [self._sent, *self._waiting]
+        self._sent = None
+        self._waiting.clear()
+        self.left()
+        for request in unanswered:
+            if request is not None and request.reply is not None:
+                request.reply(ic.HV_E_FAIL, b"")

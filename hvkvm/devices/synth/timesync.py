@@ -1,0 +1,68 @@
+"""Time: tells the guest the host's clock, to set it once and to follow it afterwards.
+
+Owner: the I/O loop.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from time import time_ns
+
+from hvkvm.abi import ic, vmbus
+from hvkvm.devices.synth.ic import CallLater, IntegrationComponent, TimerLike
+
+INTERVAL = 5.0
+"""Seconds between two samples; Linux's PTP clock takes one older than 600 s for stale."""
+
+
+def host_time() -> int:
+    """The host's clock in 100 ns units since 1601, UTC."""
+    return time_ns() // 100 + ic.WLTIMEDELTA
+
+
+class TimeSync(IntegrationComponent):
+    """`reference()` is the partition's reference counter (HV_X64_MSR_TIME_REF_COUNT), in 100 ns."""
+
+    NAME = "timesync"
+    INTERFACE = vmbus.HV_TS_GUID
+    MESSAGE_VERSIONS = ((1, 0), (3, 0), (4, 0))
+
+    def __init__(
+        self,
+        call_later: CallLater,
+        reference: Callable[[], int],
+        clock: Callable[[], int] = host_time,
+    ) -> None:
+        super().__init__()
+        self._call_later = call_later
+        self._reference = reference
+        self._clock = clock
+        self._timer: TimerLike | None = None
+
+    def negotiated(self) -> None:
+        """Set the guest's clock, then send samples."""
+        self.sync()
+        self._timer = self._call_later(INTERVAL, self._sample)
+
+    def sync(self) -> bool:
+        """Have the guest set its clock to the host's now; False when no driver is there."""
+        return self._tell(ic.ICTIMESYNCFLAG_SYNC)
+
+    def _sample(self) -> None:
+        self._tell(ic.ICTIMESYNCFLAG_SAMPLE)
+        self._timer = self._call_later(INTERVAL, self._sample)
+
+    def _tell(self, flags: int) -> bool:
+        if self._sent is not None and flags == ic.ICTIMESYNCFLAG_SAMPLE:
+            return False  # a time that waits is wrong when it goes
+        if self.message_version is not None and self.message_version >= (4, 0):
+            body = ic.ictimesync_ref_data.pack(self._clock(), self._reference(), flags, 0, 1)
+        else:
+            body = ic.ictimesync_data.pack(self._clock(), 0, 0, flags)
+        return self.ask(ic.ICMSGTYPE_TIMESYNC, body)
+
+    def left(self) -> None:
+        """Send no more."""
+        timer, self._timer = self._timer, None
+        if timer is not None:
+            timer.cancel()
