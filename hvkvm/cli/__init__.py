@@ -50,7 +50,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if verb not in VERBS:
             raise ConfigError(f"{verb}: no such verb; choose {', '.join(VERBS)}")
         status: int = import_module(f"hvkvm.cli.{verb}").main(rest)
-        sys.stdout.flush()
+        if sys.stdout is not None:  # started with it closed
+            sys.stdout.flush()
         return status
     except BrokenPipeError:
         # The reader of our output went away; keep the interpreter from saying so again at exit.
