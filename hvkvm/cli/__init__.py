@@ -32,8 +32,18 @@ def usage() -> str:
     return USAGE.format(verbs="\n".join(f"  {verb:{width}}  {text}" for verb, text in VERBS.items()))
 
 
+def hold_standard_fds() -> None:
+    """Put /dev/null where standard input, output or error was closed, or the VM's own fds would land there."""
+    for fd in range(3):
+        try:
+            os.fstat(fd)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # takes the lowest free number, which is this one
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one verb and return the exit status; every failure is one line on stderr."""
+    hold_standard_fds()
     arguments = list(sys.argv[1:] if argv is None else argv)
     from hvkvm.errors import ConfigError, HvkvmError
 

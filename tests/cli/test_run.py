@@ -213,6 +213,15 @@ def test_a_reader_that_goes_away_ends_the_run(guest: Guest) -> None:
     assert code == 141
 
 
+def test_closed_standard_fds_are_not_taken_by_the_vms_own(guest: Guest) -> None:
+    kernel = guest(out_string(b"into nothing\n") + out(board.GUEST_EXIT_PORT, 5) + HANG)
+    words = [sys.executable, "-m", "hvkvm", *map(str, run_arguments(kernel))]
+    result = subprocess.run(
+        ["sh", "-c", 'exec "$@" <&- >&- 2>&-', "sh", *words], timeout=DEADLINE, check=False
+    )
+    assert result.returncode == 5
+
+
 def test_nothing_is_said_twice_or_lost_when_much_is_printed(hvkvm: Hvkvm, guest: Guest) -> None:
     text = bytes(65 + index % 26 for index in range(4000)) + b"\n"
     result = hvkvm(*run_arguments(guest(out_string(text) + out(board.GUEST_EXIT_PORT, 0) + HANG)))
