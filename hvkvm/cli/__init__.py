@@ -33,12 +33,16 @@ def usage() -> str:
 
 
 def hold_standard_fds() -> None:
-    """Put /dev/null where standard input, output or error was closed, or the VM's own fds would land there."""
+    """Put /dev/null where a standard stream was closed: else the VM's own fds would land there."""
     for fd in range(3):
         try:
             os.fstat(fd)
         except OSError:
             os.open(os.devnull, os.O_RDWR)  # takes the lowest free number, which is this one
+    if sys.stdout is None:
+        sys.stdout = os.fdopen(1, "w", closefd=False)
+    if sys.stderr is None:
+        sys.stderr = os.fdopen(2, "w", closefd=False)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -60,8 +64,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if verb not in VERBS:
             raise ConfigError(f"{verb}: no such verb; choose {', '.join(VERBS)}")
         status: int = import_module(f"hvkvm.cli.{verb}").main(rest)
-        if sys.stdout is not None:  # started with it closed
-            sys.stdout.flush()
+        sys.stdout.flush()
         return status
     except BrokenPipeError:
         # The reader of our output went away; keep the interpreter from saying so again at exit.
