@@ -189,6 +189,18 @@ def test_s62_unload_closes_everything_and_its_answer_is_the_last(loopback: Any, 
     assert len(loop.client.messages) == before  # only a contact is heard now
 
 
+def test_relids_released_behind_an_unload_are_no_mistake(loopback: Any, echo: Any) -> None:
+    loop = loopback()
+    loop.host.add(echo(1))
+    loop.connect(vmbus.VERSION_WIN10_V5_3)
+    loop.client.post(wire.UNLOAD)
+    loop.client.post(wire.RELID_RELEASED, relid=1)
+    loop.run()
+    assert loop.notes.events == []
+    loop.connect(vmbus.VERSION_WIN10_V5_3)
+    assert len(loop.client.offers) == 1
+
+
 def test_unload_before_3_0_is_no_message(loopback: Any) -> None:
     loop = loopback()
     loop.connect(vmbus.VERSION_WIN8)

@@ -323,6 +323,27 @@ def test_a_broken_ring_is_told_once_and_then_left_alone(memory: GuestMemory) -> 
     ]
 
 
+def test_what_comes_while_signals_are_masked_is_not_left(
+    memory: GuestMemory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The guest writes between our last look and the unmasking: it will not signal, so we must look again."""
+    host, guest, log = pair(memory)
+    guest.send(b"first")
+    log.clear()
+    late = [b"second", b"third"]
+    unmask = RingReader.unmask
+
+    def unmask_late(reader: RingReader) -> bool:
+        if reader is host.reader and late:
+            guest.send(late.pop())
+        return unmask(reader)
+
+    monkeypatch.setattr(RingReader, "unmask", unmask_late)
+    assert host.drain(lambda packet: None) == 3
+    assert log == []
+    assert host.reader.words[layout.WORD_INTERRUPT_MASK] == 0
+
+
 def test_abandoning_inside_a_drain_ends_it(memory: GuestMemory) -> None:
     host, guest, log = pair(memory)
     for _ in range(3):
