@@ -20,11 +20,11 @@ drops the first two when it sees that flag.
 from __future__ import annotations
 
 import struct
+from typing import NamedTuple
 
 from hvkvm.abi import board
 from hvkvm.boot import aml
 from hvkvm.errors import BootError
-from hvkvm.record import record
 
 _OEM_ID = b"HVKVM "
 _CREATOR = b"HVKV"
@@ -64,8 +64,7 @@ _SYSTEM_IO = 1
 _NO_C2 = 0xFFF  # a latency above 100 us says: no such state (C3: above 1000)
 
 
-@record
-class AcpiTables:
+class AcpiTables(NamedTuple):
     """`image` belongs at guest address `address`; the RSDP is at its start."""
 
     address: int

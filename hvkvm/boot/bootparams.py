@@ -8,9 +8,9 @@ a setup header lies at the same offsets in a bzImage and in boot_params.
 from __future__ import annotations
 
 import struct
+from typing import NamedTuple
 
 from hvkvm.boot.e820 import E820Entry, boot_params_table
-from hvkvm.record import record
 
 BOOT_PARAMS_SIZE = 4096
 HEADER_START = 0x1F1
@@ -31,8 +31,7 @@ COMMAND_LINE_SIZE = 2048  # Linux on x86, the closing NUL included
 _SYNTHETIC_INITRD_ADDR_MAX = 0x7FFFFFFF
 
 
-@record
-class SetupHeader:
+class SetupHeader(NamedTuple):
     """The setup header of a bzImage; `raw` starts at HEADER_START."""
 
     raw: bytes

@@ -8,16 +8,15 @@ multiboot-1 all share.
 from __future__ import annotations
 
 import struct
+from typing import NamedTuple
 
 from hvkvm.abi import board
-from hvkvm.record import record
 
 E820_TYPE_RAM = 1
 E820_TYPE_RESERVED = 2
 
 
-@record
-class E820Entry:
+class E820Entry(NamedTuple):
     """One range: `address` and `size` in bytes, `type` an E820_TYPE_*."""
 
     address: int

@@ -9,10 +9,10 @@ format; Xen's public/elfnote.h for the PVH note.
 from __future__ import annotations
 
 import struct
+from typing import NamedTuple
 
 from hvkvm.boot.kernel_file import KernelFile
 from hvkvm.boot.layout import GuestRam, Layout
-from hvkvm.record import record
 
 ELFCLASS32 = 1
 ELFCLASS64 = 2
@@ -44,8 +44,7 @@ _MACHINES = {
 _TYPES = {1: "an object file", 4: "a core dump"}
 
 
-@record
-class Segment:
+class Segment(NamedTuple):
     """One program header; `offset` and `file_size` in the file, `paddr` and `mem_size` in guest RAM."""
 
     type: int
@@ -57,8 +56,7 @@ class Segment:
     align: int
 
 
-@record
-class ElfImage:
+class ElfImage(NamedTuple):
     """A parsed x86 executable: `bits` is 32 or 64, `entry` its e_entry as it stands."""
 
     file: KernelFile

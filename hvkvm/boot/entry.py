@@ -12,11 +12,10 @@ import enum
 import struct
 from collections.abc import Mapping
 from types import MappingProxyType
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from hvkvm.abi import board
 from hvkvm.boot.layout import GuestRam
-from hvkvm.record import record
 
 if TYPE_CHECKING:
     from hvkvm.abi.kvm_structs import kvm_segment
@@ -51,8 +50,7 @@ class Mode(enum.Enum):
     PROTECTED = 32
 
 
-@record
-class Entry:
+class Entry(NamedTuple):
     """Where and how vCPU 0 starts; `what` says in one line what was loaded.
 
     `registers` are by kvm_regs name; those not named are zero.

@@ -7,11 +7,10 @@ silently and a machine that is too small is told the size that would do. One
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from hvkvm.abi import board
 from hvkvm.errors import BootError
-from hvkvm.record import record
 
 PAGE = 0x1000
 MIB = 1 << 20
@@ -38,8 +37,7 @@ class GuestRam(Protocol):
         """A writable window on `n` bytes at `gpa`, inside one RAM region."""
 
 
-@record
-class Claim:
+class Claim(NamedTuple):
     """A range of guest RAM taken by `what`."""
 
     gpa: int

@@ -26,7 +26,6 @@ from hvkvm.machine.config import (
     MachineConfig,
     parse_size,
 )
-from hvkvm.record import replace
 
 if TYPE_CHECKING:
     from hvkvm.cli.signals import Signals
@@ -142,7 +141,7 @@ def config_from(arguments: list[str]) -> tuple[MachineConfig, Any]:
     elif "--" in arguments:
         raise ConfigError("--: no command behind it; name the guest command, or leave `--` out for a console")
     if options.config is not None:
-        return replace(MachineConfig.from_toml(options.config), **values).validate(), options
+        return MachineConfig.from_toml(options.config)._replace(**values).validate(), options
     if "kernel" not in values:
         raise ConfigError("--kernel: missing; name the guest kernel's file, or a --config that does")
     return MachineConfig(**values).validate(), options

@@ -70,13 +70,13 @@ def hyperv_leaves(features: FeatureSet, cpus: int) -> list[kvm_cpuid_entry2]:
     put(tlfs.HYPERV_CPUID_IMPLEMENT_LIMITS, max_vps, features.max_lps)
     for bits in (*ALWAYS, *(bits for name in features.names for bits in BY_NAME[name].bits)):
         put(bits.leaf, **{bits.register: bits.mask})
-    if "avic" in features:
+    if "avic" in features.names:
         # Hardware APIC virtualization takes the x2APIC writes; by Hyper-V's MSRs each would exit.
         table[tlfs.HYPERV_CPUID_ENLIGHTMENT_INFO]["eax"] &= ~tlfs.HV_X64_APIC_ACCESS_RECOMMENDED
     if tlfs.HYPERV_CPUID_NESTED_FEATURES in table:
         for leaf in range(tlfs.HYPERV_CPUID_IMPLEMENT_LIMITS + 1, tlfs.HYPERV_CPUID_NESTED_FEATURES):
             put(leaf)
-    if "syndbg" in features:
+    if "syndbg" in features.names:
         last = tlfs.HYPERV_CPUID_SYNDBG_PLATFORM_CAPABILITIES
         put(tlfs.HYPERV_CPUID_SYNDBG_VENDOR_AND_MAX_FUNCTIONS, last, *_words(_SYNDBG_VENDOR))
         put(tlfs.HYPERV_CPUID_SYNDBG_INTERFACE, tlfs.HYPERV_VS_INTERFACE_EAX_SIGNATURE)
@@ -96,7 +96,7 @@ def vcpu_caps(features: FeatureSet) -> list[VcpuCap]:
     interrupt routes depend on it (S16) and another SynIC may stand in for KVM's.
     """
     caps = []
-    if "evmcs" in features:
+    if "evmcs" in features.names:
         caps.append(
             VcpuCap(
                 "KVM_CAP_HYPERV_ENLIGHTENED_VMCS",
@@ -104,7 +104,7 @@ def vcpu_caps(features: FeatureSet) -> list[VcpuCap]:
                 (addressof(_evmcs_version),),
             )
         )
-    if "enforce-cpuid" in features:
+    if "enforce-cpuid" in features.names:
         caps.append(VcpuCap("KVM_CAP_HYPERV_ENFORCE_CPUID", KVM_CAP_HYPERV_ENFORCE_CPUID, (1,)))
     return caps
 
@@ -126,7 +126,7 @@ def reset_msrs(features: FeatureSet | None, vp_index: int) -> list[tuple[int, in
 
 def _reset_msrs(features: FeatureSet | None, vp_index: int) -> Iterator[tuple[int, int]]:
     def has(name: str) -> bool:
-        return features is not None and name in features
+        return features is not None and name in features.names
 
     if vp_index == 0 and features:
         # KVM ignores HYPERCALL while there is no guest OS id, and the id's going clears the enable bit only.

@@ -10,12 +10,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from types import MappingProxyType
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from hvkvm.abi.tlfs import HV_SPINLOCK_RETRY_NEVER
 from hvkvm.errors import ConfigError
 from hvkvm.hyperv.enlightenments import ALIASES, BY_NAME, ENLIGHTENMENTS, VERSION_FIELDS
-from hvkvm.record import record
 
 Base = Literal["list", "host-model", "passthrough", "none"]
 
@@ -24,8 +23,7 @@ _MIN_SPINLOCKS = 0xFFF  # QEMU's lower bound
 _VENDOR_LENGTH = 12
 
 
-@record
-class FeatureRequest:
+class FeatureRequest(NamedTuple):
     """What the user asked for; names without "hv-", consistent in itself."""
 
     base: Base

@@ -8,7 +8,7 @@ there is a vCPU. Errors are one line: the flag, the reason, the remedy.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from hvkvm.abi import kvm as abi_kvm
 from hvkvm.abi import tlfs
@@ -24,7 +24,6 @@ from hvkvm.hyperv.enlightenments import (
 )
 from hvkvm.hyperv.feature_text import FeatureRequest as FeatureRequest
 from hvkvm.hyperv.feature_text import parse_features as parse_features
-from hvkvm.record import record
 
 if TYPE_CHECKING:
     from hvkvm.kvm.system import Kvm
@@ -38,8 +37,7 @@ DEFAULT_VERSION = Version()
 DEFAULT_MAX_LPS = 64
 
 
-@record
-class FeatureSet:
+class FeatureSet(NamedTuple):
     """What the guest is shown. Empty means: no Hyper-V leaf at all."""
 
     names: tuple[str, ...] = ()
@@ -71,8 +69,7 @@ class FeatureSet:
         return ",".join(flags)
 
 
-@record
-class HostFeatures:
+class HostFeatures(NamedTuple):
     """What can be backed here: KVM's capabilities by C name, and the Hyper-V leaves it reports.
 
     `leaves` None means that this KVM cannot report them (before 5.11, without a

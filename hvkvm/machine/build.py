@@ -102,7 +102,7 @@ def create_user_hyperv(machine: Machine, stack: ExitStack) -> UserHyperv | None:
         machine.memory,
         machine.io,
         machine.threads,
-        with_synic="synic" in machine.features,
+        with_synic="synic" in machine.features.names,
         on_crash=machine.guest_panicked,
         on_reset=machine.request_reset,
         observer=machine.observer,
@@ -115,7 +115,7 @@ def create_user_hyperv(machine: Machine, stack: ExitStack) -> UserHyperv | None:
 
 def create_partition(machine: Machine, stack: ExitStack) -> Partition | None:
     """The SynIC component, where the enlightenments have one; activated."""
-    if "synic" not in machine.features:
+    if "synic" not in machine.features.names:
         return None
     user = machine.user_hyperv
     partition = Partition(

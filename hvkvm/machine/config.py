@@ -8,10 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 from hvkvm.errors import ConfigError
-from hvkvm.record import fields, record
 
 MIB = 1 << 20
 GIB = 1 << 30
@@ -44,8 +43,7 @@ def parse_size(text: str, flag: str = "--memory") -> int:
     return int(size)
 
 
-@record(kw_only=True)
-class MachineConfig:
+class MachineConfig(NamedTuple):
     """A machine's description; immutable, checked by `validate()`.
 
     `memory` is in bytes, `timeout` in seconds. `hv` takes QEMU's hv-* names
@@ -134,7 +132,7 @@ class MachineConfig:
     @classmethod
     def from_mapping(cls, values: Mapping[str, Any]) -> MachineConfig:
         """Build from plain values (a TOML table); raises ConfigError for unknown keys or wrong types."""
-        known = set(fields(cls))
+        known = set(cls._fields)
         unknown = sorted(set(values) - known)
         if unknown:
             raise ConfigError(f"config key {unknown[0]}: unknown; the keys are {', '.join(sorted(known))}")

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from enum import Enum
-
-from hvkvm.record import record
+from typing import NamedTuple
 
 
 class Ending(Enum):
@@ -26,8 +25,7 @@ EXIT_MACHINE_FAULT = 254
 EXIT_PANIC = 255
 
 
-@record
-class Outcome:
+class Outcome(NamedTuple):
     """The end of a run: `status` is the process exit status, `detail` one line for the user."""
 
     ending: Ending

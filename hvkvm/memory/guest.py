@@ -16,14 +16,13 @@ from __future__ import annotations
 import ctypes
 import os
 from types import TracebackType
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from hvkvm.abi.board import RAM_HIGH_BASE, RAM_LOW_LIMIT
 from hvkvm.errors import GuestMemoryError
 from hvkvm.memory.mapping import PAGE_SIZE, Mapping, sealed_memfd
 from hvkvm.memory.overlay_stacks import OverlayStacks
 from hvkvm.memory.slots import SlotAllocator
-from hvkvm.record import record
 
 # The GIL stays held: `close()` on another thread cannot unmap the target halfway.
 _memset = ctypes.PyDLL(None).memset
@@ -40,8 +39,7 @@ class SlotOwner(Protocol):
     def set_user_memory_region(self, slot: int, gpa: int, size: int, hva: int, flags: int = 0) -> None: ...
 
 
-@record
-class RamRegion:
+class RamRegion(NamedTuple):
     """One contiguous piece of RAM, and where it lies in this process."""
 
     gpa: int

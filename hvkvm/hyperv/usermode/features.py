@@ -11,7 +11,6 @@ from hvkvm.abi import kvm as abi_kvm
 from hvkvm.abi import tlfs
 from hvkvm.errors import CapabilityMissing
 from hvkvm.hyperv.features import FeatureSet, HostFeatures
-from hvkvm.record import replace
 
 if TYPE_CHECKING:
     from hvkvm.kvm.system import Kvm
@@ -105,6 +104,6 @@ def user_host(kvm: Kvm) -> HostFeatures:
 
 def for_user_synic(features: FeatureSet) -> FeatureSet:
     """`features` with AutoEOI declared deprecated wherever there is a SynIC: `auto_eoi` says why."""
-    if "synic" not in features or "avic" in features:
+    if "synic" not in features.names or "avic" in features.names:
         return features
-    return replace(features, names=(*features.names, "avic"))
+    return features._replace(names=(*features.names, "avic"))
