@@ -9,7 +9,7 @@ from collections.abc import Callable
 from typing import Any, Protocol
 
 from hvkvm.abi.vmbus import VP_INVALID
-from hvkvm.errors import GuestMemoryError, RouteError
+from hvkvm.errors import GuestMemoryError, RouteError, Stopped
 from hvkvm.vmbus.actions import OpenChannel
 from hvkvm.vmbus.channel_io import ChannelIo
 from hvkvm.vmbus.device import Device
@@ -51,7 +51,7 @@ class SynicUser(Protocol):
 
 
 class OpenedChannel:
-    """One open channel. RouteError, GuestMemoryError or OSError when it cannot be had."""
+    """One open channel. `OPEN_FAILURES` when it cannot be had."""
 
     def __init__(
         self,
@@ -80,10 +80,13 @@ class OpenedChannel:
             self._again,
         )
         self.retarget(request.target_vp)
-        status = synic.connections.add_event(self._connection_id, self._doorbell)
-        if status:
+        try:
+            status = synic.connections.add_event(self._connection_id, self._doorbell)
+            if status:
+                raise OSError(-status, f"doorbell {self._connection_id:#x}")
+        except BaseException:
             self._drop_route()
-            raise OSError(-status, f"doorbell {self._connection_id:#x}")
+            raise
 
     def start(self) -> None:
         """Let the device begin, and look into the ring: a doorbell before ours was there is lost."""
@@ -128,4 +131,5 @@ class OpenedChannel:
         self._drop_route()
 
 
-OPEN_FAILURES = (RouteError, GuestMemoryError, OSError)
+OPEN_FAILURES = (RouteError, GuestMemoryError, OSError, Stopped)
+"""What making an `OpenedChannel` may raise."""
