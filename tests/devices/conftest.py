@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import select
+import sys
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -11,6 +13,9 @@ import pytest
 
 from hvkvm.errors import Stopped
 from hvkvm.events import Event, Observer
+
+# A module for tests, not part of the package.
+sys.path.insert(0, str(Path(__file__).parent))
 
 
 class ManualLoop:
