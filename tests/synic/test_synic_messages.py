@@ -31,6 +31,8 @@ def test_message_reaches_a_guest_that_halts_spins_or_is_deaf(guest: Guest, mode:
     """S25, S27: the kick takes a halted or spinning vCPU out; a deaf one has it waiting in the slot."""
     cpu = guest[0]
     cpu.idle(mode)
+    for _ in range(2):  # the first may still find it idling as before
+        cpu.do("NOP")
     if mode == "HLT":
         cpu.await_halt()
     poster = Poster(guest, 0, SINT)
