@@ -52,7 +52,7 @@ HYPERV = (
     ("KVM_CAP_HYPERV_CPUID", "what KVM can offer, as CPUID"),
     ("KVM_CAP_HYPERV_ENFORCE_CPUID", "hv-enforce-cpuid"),
 )
-KERNEL_REMEDY = "a host kernel with CONFIG_KVM_HYPERV=y, scripts/lab for a nested one, or hvkvm run --synic user"
+KERNEL_REMEDY = "a kernel with CONFIG_KVM_HYPERV=y, scripts/lab for a nested one, or hvkvm run --synic user"
 TOOLS = (
     ("busybox", "hvkvm run -- COMMAND", "install busybox-static, or give --busybox"),
     ("zstd", "starting zstd kernels without the guest's own decompression", "install zstd"),
