@@ -78,6 +78,7 @@ layer() {
 while :; do
 	while read -r name rows columns; do
 		case $name in
+		"") ;; # only to wake this machine
 		WINCH) stty -F /dev/hvc0 rows "$rows" cols "$columns" ;;
 		*) kill -"$name" -- -"$(cat /new/run/lab/pid)" ;;
 		esac

@@ -140,7 +140,7 @@ def test_resets_under_traffic(boot_agent: BootAgent) -> None:
             cpu.synic_on(simp=SCRATCH + index * 0x1000, sints={SINT: DRAIN | EOM_PENDING})
             senders.append(Sender(guest, index, SINT))
         for sender in senders:
-            sender.send(1000)
+            sender.send(1 << 30)  # more than one can finish before the reset
         for sender in senders:
             guest.until(lambda sender=sender: sender.sent > 3, "traffic flows")
         reset(guest)
