@@ -3,27 +3,18 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 from collections.abc import Callable
-from pathlib import Path
 
 import pytest
+from guest_artifacts import artifact
 
 pytestmark = pytest.mark.hyperv
 
 Hvkvm = Callable[..., "subprocess.CompletedProcess[str]"]
 Boot = Callable[..., "tuple[subprocess.CompletedProcess[str], dict[str, object]]"]
 SECONDS = "240"
-
-
-def artifact(name: str) -> Path:
-    """What scripts/artifacts fetched; the lab and scripts/test put the paths into the environment."""
-    value = os.environ.get(name)
-    if not value:
-        pytest.fail(f'{name} is not set: eval "$(scripts/artifacts env)" first, or run scripts/test')
-    return Path(value)
 
 
 def kernel_options() -> tuple[object, ...]:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import os
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 from time import monotonic, sleep
 
 import pytest
+from guest_artifacts import artifact
 
 from hvkvm.abi import vmbus
 from hvkvm.machine.config import MachineConfig
@@ -18,14 +17,6 @@ from hvkvm.machine.outcome import Ending
 
 pytestmark = [pytest.mark.hyperv, pytest.mark.timeout(600)]
 SECONDS = 240.0
-
-
-def artifact(name: str) -> Path:
-    """What scripts/artifacts fetched; the lab and scripts/test put the paths into the environment."""
-    value = os.environ.get(name)
-    if not value:
-        pytest.fail(f'{name} is not set: eval "$(scripts/artifacts env)" first, or run scripts/test')
-    return Path(value)
 
 
 @contextmanager
