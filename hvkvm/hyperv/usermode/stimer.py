@@ -139,22 +139,19 @@ class Stimer:
         if not self.config & HV_STIMER_ENABLE or not self.count:
             return
         now = self._clock.now()
-        if self.config & HV_STIMER_PERIODIC:
-            self._expires = now + max(self.count, MIN_PERIOD)
-        else:
-            self._expires = self.count
-        self._arm(now)
+        periodic = self.config & HV_STIMER_PERIODIC
+        self._arm(now + max(self.count, MIN_PERIOD) if periodic else self.count, now)
 
-    def _arm(self, now: int) -> None:
-        assert self._expires is not None
-        if self._expires - now > _FAR:
+    def _arm(self, expires: int, now: int) -> None:
+        self._expires = expires
+        if expires - now > _FAR:
             return
         if self._alarm is None:
             try:
                 self._alarm = self._make_alarm(self.due)
             except Stopped:
                 return  # the machine is ending
-        self._alarm.arm(max(self._expires - now, 0) * 100)
+        self._alarm.arm(max(expires - now, 0) * 100)
 
     def due(self) -> None:
         """The host timer went off. I/O loop."""
@@ -164,13 +161,12 @@ class Stimer:
                 return  # the guest stopped it meanwhile
             now = self._clock.now()
             if now < expired:
-                self._arm(now)  # the two clocks differ by a hair, or this is an old alarm
+                self._arm(expired, now)  # the two clocks differ by a hair, or this is an old alarm
                 return
             config = self.config
             if config & HV_STIMER_PERIODIC:
                 period = max(self.count, MIN_PERIOD)
-                self._expires = now + period - (now - expired) % period
-                self._arm(now)
+                self._arm(now + period - (now - expired) % period, now)
             else:
                 self._expires = None
             direct = config & HV_STIMER_DIRECT_MODE
