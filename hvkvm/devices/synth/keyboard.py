@@ -1,0 +1,140 @@
+"""Keyboard: types into the guest's virtual consoles, by scan code.
+
+Not an integration component: the guest speaks first, with the protocol version
+it wants, and afterwards only takes events. What finds no room in the ring waits
+in a bounded queue; the guest's doorbell moves it on.
+
+Owner: the I/O loop, for every method.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable
+
+from hvkvm.abi import keyboard as wire
+from hvkvm.abi import vmbus
+from hvkvm.abi.ring import VM_PKT_DATA_INBAND, Packet
+from hvkvm.vmbus.channel_io import ChannelIo
+from hvkvm.vmbus.offer import Offer
+
+MAX_WAITING = 16384
+"""Events that may wait for room; a shifted character is four."""
+
+Typed = Callable[[bool], object]
+"""typed(whole): all of it lies in the ring; False if the guest left before."""
+
+
+class Keyboard:
+    """`events` counts what the ring took, `leds` is what the guest last said of its LEDs."""
+
+    NAME = "keyboard"
+    INTERFACE = vmbus.HV_KBD_GUID
+
+    def __init__(self) -> None:
+        self.events = 0
+        self.leds = 0
+        self.version: int | None = None
+        """The protocol version agreed with a driver; None while none is there."""
+        self._io: ChannelIo | None = None
+        self._waiting: deque[bytes | Typed] = deque()
+        self._response = b""
+
+    @property
+    def offer(self) -> Offer:
+        """The instance is the same at each boot."""
+        instance = self.INTERFACE[:15] + bytes([self.INTERFACE[15] ^ 0xFF])
+        flags = vmbus.VMBUS_CHANNEL_ENUMERATE_DEVICE_INTERFACE
+        return Offer(self.INTERFACE, instance, self.NAME, flags=flags)
+
+    @property
+    def ready_for_requests(self) -> bool:
+        """Whether a guest's driver has taken the device."""
+        return self.version is not None
+
+    @property
+    def waiting(self) -> int:
+        """Events that wait for room, with a mark at the end of each request."""
+        return len(self._waiting)
+
+    def type(self, text: str, typed: Typed | None = None) -> bool:
+        """Type `text` on a US keyboard: all of it, or False when no driver is there or too much waits.
+
+        `typed` is called once if this returned True. ValueError for a character that is on no key.
+        """
+        return self._add(wire.text_events(text), typed)
+
+    def press(self, keys: str | list[wire.Key], typed: Typed | None = None) -> bool:
+        """Press together, by name ("ctrl-alt-delete") or as `Key`s. As `type`; ValueError: no such key."""
+        chord = wire.parse_chord(keys) if isinstance(keys, str) else keys
+        return self._add(wire.chord_events(chord), typed)
+
+    def _add(self, events: list[bytes], typed: Typed | None) -> bool:
+        if self.version is None or len(self._waiting) + len(events) >= MAX_WAITING:
+            return False
+        self._waiting.extend(events)
+        if typed is not None:
+            self._waiting.append(typed)
+        self.ready()
+        return True
+
+    # vmbus.device.Device
+
+    def opened(self, io: ChannelIo) -> None:
+        """The guest speaks first."""
+        self._io = io
+
+    def received(self, packet: Packet) -> None:
+        """A version, or LEDs; anything else is ignored."""
+        io, payload = self._io, packet.payload
+        if io is None or packet.type != VM_PKT_DATA_INBAND or len(payload) < wire.message_type.size:
+            return
+        (kind,) = wire.message_type.unpack_from(payload)
+        if kind == wire.SYNTH_KBD_PROTOCOL_REQUEST and len(payload) >= wire.protocol_request.size:
+            _kind, version = wire.protocol_request.unpack_from(payload)
+            accepted = version == wire.SYNTH_KBD_VERSION
+            self._leave()
+            self.version = version if accepted else None
+            # Only the last one is owed an answer: a guest that asks without reading makes nothing grow.
+            self._response = wire.protocol_response.pack(
+                wire.SYNTH_KBD_PROTOCOL_RESPONSE, wire.PROTOCOL_ACCEPTED if accepted else 0
+            )
+            io.complete(packet)
+            self.ready()
+        elif kind == wire.SYNTH_KBD_LED_INDICATORS and len(payload) >= wire.led_indicators.size:
+            _kind, self.leds = wire.led_indicators.unpack_from(payload)
+
+    def ready(self) -> None:
+        """Send what waits while there is room, with one signal for all of it."""
+        io = self._io
+        if io is None:
+            return
+        with io:
+            if self._response:
+                if not io.send(self._response):
+                    return
+                self._response = b""
+            while self._waiting and self._io is io:
+                first = self._waiting[0]
+                if isinstance(first, bytes):
+                    if not io.send(first):
+                        return
+                    self.events += 1
+                    self._waiting.popleft()
+                else:
+                    self._waiting.popleft()
+                    first(True)
+
+    def _leave(self) -> None:
+        """The driver of before is gone: its keys are dropped, and whoever waits is told."""
+        waiting, self._waiting = self._waiting, deque()
+        self.version = None
+        for entry in waiting:
+            if not isinstance(entry, bytes):
+                entry(False)
+
+    def closed(self) -> None:
+        """Nobody types into a closed channel."""
+        self._io = None
+        self._response = b""
+        self._leave()
