@@ -1,6 +1,6 @@
 # The doors of the project; each does one thing and says so.
 PYTHON := .venv/bin/python
-CMD ?= $(PYTHON) -m hvkvm.cli doctor
+CMD ?= $(PYTHON) -m hvkvm doctor
 SOURCES := hvkvm tests scripts kvm_headers
 
 .PHONY: help setup run test check bench soak abi lab clean

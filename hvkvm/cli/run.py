@@ -23,6 +23,7 @@ from hvkvm.machine.config import (
     SIGNAL_CHOICES,
     SYNIC_CHOICES,
     VMBUS_CHOICES,
+    VMBUS_VERSIONS,
     MachineConfig,
     parse_size,
 )
@@ -87,6 +88,24 @@ def parser() -> Parser:
         help="a VMBus host with heartbeat, shutdown and time (off)",
     )
     p.add_argument(
+        "--vmbus-max-version",
+        metavar="X.Y",
+        help=f"the newest VMBus version the host speaks ({VMBUS_VERSIONS[-1]})",
+    )
+    p.add_argument(
+        "--vsock",
+        type=Path,
+        metavar="PATH",
+        help="Unix socket that leads to the guest's AF_VSOCK ports; PATH_PORT takes what the guest connects",
+    )
+    p.add_argument(
+        "--file",
+        action="append",
+        metavar="GUEST=HOST",
+        dest="files",
+        help="put a file of this host into the guest",
+    )
+    p.add_argument(
         "--modules-dir", type=Path, metavar="DIR", help="the guest kernel's lib/modules/VERSION folder"
     )
     p.add_argument(
@@ -117,6 +136,8 @@ def config_from(arguments: list[str]) -> tuple[MachineConfig, Any]:
         "synic",
         "signal_path",
         "vmbus",
+        "vmbus_max_version",
+        "vsock",
         "modules_dir",
         "busybox",
         "kvm_path",
@@ -126,6 +147,8 @@ def config_from(arguments: list[str]) -> tuple[MachineConfig, Any]:
     for key in ("devices", "modules"):
         if (value := getattr(options, key)) is not None:
             values[key] = tuple(value)
+    if options.files is not None:
+        values["files"] = tuple(map(_file, options.files))
     if options.cpus is not None:
         values["cpus"] = _number("--cpus", options.cpus, int, "2")
     if options.memory is not None:
@@ -145,6 +168,13 @@ def config_from(arguments: list[str]) -> tuple[MachineConfig, Any]:
     if "kernel" not in values:
         raise ConfigError("--kernel: missing; name the guest kernel's file, or a --config that does")
     return MachineConfig(**values).validate(), options
+
+
+def _file(text: str) -> tuple[str, Path]:
+    guest, equals, host = text.partition("=")
+    if not (guest and equals and host):
+        raise ConfigError(f"--file {text}: not two paths; write GUEST=HOST, such as /root/test=./test")
+    return guest, Path(host)
 
 
 def _number(flag: str, text: str, kind: Callable[[str], Any], example: str) -> Any:

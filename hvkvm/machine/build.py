@@ -189,11 +189,13 @@ def initial_ramdisk(config: MachineConfig) -> bytes | Path | None:
     """
     from hvkvm.boot.image import is_linux
 
-    wanted = config.command or config.modules or not (config.initrd or "root=" in config.append)
+    wanted = (
+        config.command or config.modules or config.files or not (config.initrd or "root=" in config.append)
+    )
     if not wanted or not is_linux(config.kernel):
-        if config.command:
+        if config.command or config.files:
             raise ConfigError(
-                f"--kernel {config.kernel}: takes no initramfs that could run a command; leave it out"
+                f"--kernel {config.kernel}: takes no initramfs for a command or files; leave them out"
             )
         return config.initrd
     from hvkvm.boot import initramfs
@@ -203,6 +205,7 @@ def initial_ramdisk(config: MachineConfig) -> bytes | Path | None:
         busybox=config.busybox or find_busybox(),
         modules=config.modules,
         kernel_modules_dir=config.modules_dir,
+        files=dict(config.files),
     )
     if config.initrd is None:
         return archive

@@ -9,10 +9,12 @@ from __future__ import annotations
 from contextlib import ExitStack
 from typing import TYPE_CHECKING
 
+from hvkvm.abi.vmbus import HOST_VERSIONS
 from hvkvm.devices.synth.heartbeat import Heartbeat
 from hvkvm.devices.synth.shutdown import Shutdown
 from hvkvm.devices.synth.timesync import TimeSync
 from hvkvm.errors import ConfigError
+from hvkvm.machine.config import VMBUS_VERSIONS
 from hvkvm.vmbus.host import VmbusHost
 
 if TYPE_CHECKING:
@@ -37,6 +39,7 @@ class Bus:
             machine.memory,
             machine.config.cpus,
             machine.io.call_soon,
+            max_version=HOST_VERSIONS[VMBUS_VERSIONS.index(machine.config.vmbus_max_version)],
             observer=machine.observer,
         )
         self.heartbeat = Heartbeat(machine.io.call_later)

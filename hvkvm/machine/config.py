@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+from hvkvm.abi.vmbus import HOST_VERSIONS, version_text
 from hvkvm.errors import ConfigError
 
 MIB = 1 << 20
@@ -23,6 +24,7 @@ KNOWN_DEVICES = ("hyperv-testdev",)
 SYNIC_CHOICES = ("auto", "kernel", "user")
 SIGNAL_CHOICES = ("auto", "kernel", "user")
 VMBUS_CHOICES = ("on", "off")
+VMBUS_VERSIONS = tuple(map(version_text, HOST_VERSIONS))
 
 _UNITS = {"": MIB, "b": 1, "k": 1 << 10, "m": MIB, "g": GIB, "t": 1 << 40}
 
@@ -48,7 +50,9 @@ class MachineConfig(NamedTuple):
 
     `memory` is in bytes, `timeout` in seconds. `hv` takes QEMU's hv-* names
     ("host-model", "passthrough", "none" or a list). `command` is run inside
-    the guest by an initramfs built for it. `signal_path` chooses who answers
+    the guest by an initramfs built for it, with `files` in it: pairs of a guest
+    path and a file of this host. `vsock` is the Unix socket through which
+    host programs reach the guest's AF_VSOCK ports. `signal_path` chooses who answers
     HvSignalEvent: KVM_HYPERV_EVENTFD or the userspace table.
     """
 
@@ -62,6 +66,8 @@ class MachineConfig(NamedTuple):
     signal_path: Literal["auto", "kernel", "user"] = "auto"
     devices: tuple[str, ...] = ()
     vmbus: Literal["on", "off"] = "off"
+    vmbus_max_version: str = VMBUS_VERSIONS[-1]
+    vsock: Path | None = None
     acpi: bool = True
     reboot: bool = True
     timeout: float | None = None
@@ -70,6 +76,7 @@ class MachineConfig(NamedTuple):
     modules_dir: Path | None = None
     modules: tuple[str, ...] = ()
     busybox: Path | None = None
+    files: tuple[tuple[str, Path], ...] = ()
 
     def validate(self) -> MachineConfig:
         """Return self, or raise ConfigError for the first value that cannot work."""
@@ -101,6 +108,12 @@ class MachineConfig(NamedTuple):
             )
         if self.vmbus not in VMBUS_CHOICES:
             raise ConfigError(f"--vmbus {self.vmbus}: unknown; choose {', '.join(VMBUS_CHOICES)}")
+        if self.vmbus_max_version not in VMBUS_VERSIONS:
+            raise ConfigError(
+                f"--vmbus-max-version {self.vmbus_max_version}: unknown; choose {', '.join(VMBUS_VERSIONS)}"
+            )
+        if self.vsock is not None and self.vmbus == "off":
+            raise ConfigError(f"--vsock {self.vsock}: needs the VMBus host that carries it; add --vmbus on")
         for device in self.devices:
             if device not in KNOWN_DEVICES:
                 raise ConfigError(f"--device {device}: unknown; the devices are {', '.join(KNOWN_DEVICES)}")
@@ -114,6 +127,7 @@ class MachineConfig(NamedTuple):
             ("--kernel", self.kernel),
             ("--initrd", self.initrd),
             ("--busybox", self.busybox),
+            *((f"--file {name}", path) for name, path in self.files),
         ):
             if path is None:
                 continue
@@ -122,6 +136,11 @@ class MachineConfig(NamedTuple):
             if path.is_dir():
                 raise ConfigError(f"{flag} {path}: is a directory; name the file in it")
             _check_readable(flag, path)
+        for name, _path in self.files:
+            if not name.startswith("/") or name.endswith("/") or ".." in name.split("/"):
+                raise ConfigError(
+                    f"--file {name}=...: not a guest path; write an absolute one, such as /root/x"
+                )
         if self.modules_dir is not None and not self.modules_dir.is_dir():
             raise ConfigError(
                 f"--modules-dir {self.modules_dir}: not a directory; name the kernel's lib/modules/VERSION"
@@ -152,6 +171,8 @@ class MachineConfig(NamedTuple):
         for key in _PATH_KEYS & set(values):
             if isinstance(values[key], str):
                 values[key] = str(path.parent / values[key])
+        if isinstance(files := values.get("files"), dict):
+            values["files"] = {k: str(path.parent / v) if isinstance(v, str) else v for k, v in files.items()}
         return cls.from_mapping(values)
 
 
@@ -163,7 +184,7 @@ def _check_readable(flag: str, path: Path) -> None:
         raise ConfigError(f"{flag} {path}: {error.strerror}; make it readable for this user") from None
 
 
-_PATH_KEYS = frozenset({"kernel", "initrd", "modules_dir", "busybox"})
+_PATH_KEYS = frozenset({"kernel", "initrd", "modules_dir", "busybox", "vsock"})
 _TUPLE_KEYS = frozenset({"devices", "command", "modules"})
 _INT_KEYS = frozenset({"cpus"})
 _BOOL_KEYS = frozenset({"acpi", "reboot"})
@@ -178,6 +199,12 @@ def _convert(key: str, value: Any) -> Any:
         and all(isinstance(item, str) for item in value)
     ):
         return tuple(value)
+    if (
+        key == "files"
+        and isinstance(value, Mapping)
+        and all(isinstance(item, str | Path) for item in value.values())
+    ):
+        return tuple((str(name), Path(file)) for name, file in value.items())
     if key == "memory":
         return parse_size(str(value), "config key memory")
     if key == "timeout" and isinstance(value, int | float) and not isinstance(value, bool):
@@ -187,7 +214,7 @@ def _convert(key: str, value: Any) -> Any:
     else:
         expected = int if key in _INT_KEYS else str
     wrong = not isinstance(value, expected) or (expected is int and isinstance(value, bool))
-    if wrong or key in _PATH_KEYS | _TUPLE_KEYS | {"timeout"}:
+    if wrong or key in _PATH_KEYS | _TUPLE_KEYS | {"timeout", "files"}:
         raise ConfigError(
             f"config key {key}: {value!r} has the wrong type; see MachineConfig for what it takes"
         )

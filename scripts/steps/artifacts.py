@@ -119,14 +119,26 @@ VARIABLES = {
     "HVKVM_GUEST_MODULES": "guest-modules",
     "HVKVM_GUEST_BUSYBOX": "busybox",
 }
+# Tests boot a second kernel, of another major version.
+NEWER_VARIABLES = {
+    "HVKVM_NEWER_KERNEL": "guest-kernel",
+    "HVKVM_NEWER_MODULES": "guest-modules",
+}
+_NEWER_SUITES = {"bullseye": "bookworm", "bookworm": "trixie"}
+
+
+def newer_suite() -> str:
+    """The suite after this machine's; sid where none is known."""
+    return _NEWER_SUITES.get(release_codename(), "sid")
 
 
 def variables(suite: str | None = None) -> dict[str, str]:
     """The environment variables that name the cached artifacts; none for what is not cached."""
     found: dict[str, str] = {}
-    for variable, name in VARIABLES.items():
-        with contextlib.suppress(StepError):
-            found[variable] = str(path(name, suite, offline=True))
+    for names, from_suite in ((VARIABLES, suite), (NEWER_VARIABLES, newer_suite())):
+        for variable, name in names.items():
+            with contextlib.suppress(StepError):
+                found[variable] = str(path(name, from_suite, offline=True))
     return found
 
 

@@ -1,0 +1,143 @@
+"""A stock Linux guest for tests: boots a script, tells its console, runs host code on the I/O loop.
+
+`with linux_guest(script) as guest:` builds the machine; `start()` or `finish()`
+runs it. Waiting ends with the console's text when the guest ends first or the
+time is over. Owner: the test's thread.
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from time import monotonic, sleep
+from typing import Any, TypeVar
+
+from guest_artifacts import artifact
+
+from hvkvm.machine.bus import Bus
+from hvkvm.machine.config import MachineConfig
+from hvkvm.machine.machine import Machine
+from hvkvm.machine.outcome import Outcome
+
+SECONDS = 300.0
+"""How long a test waits for anything: an emulated host is slow."""
+
+KERNELS = {
+    "stable": ("HVKVM_GUEST_KERNEL", "HVKVM_GUEST_MODULES"),
+    "newer": ("HVKVM_NEWER_KERNEL", "HVKVM_NEWER_MODULES"),
+}
+T = TypeVar("T")
+
+
+class LinuxGuest:
+    """The machine and what its console said."""
+
+    def __init__(self, machine: Machine) -> None:
+        self.machine = machine
+        self.output = bytearray()
+        machine.board.attach_sink(self.output.extend)
+
+    @property
+    def text(self) -> str:
+        """The console so far, with plain line ends."""
+        return bytes(self.output).decode(errors="replace").replace("\r\n", "\n")
+
+    @property
+    def bus(self) -> Bus:
+        """The machine's bus."""
+        assert self.machine.bus is not None
+        return self.machine.bus
+
+    def start(self) -> None:
+        """Run the guest while the test goes on."""
+        self.machine.start()
+
+    def wait_until(self, happened: Callable[[], T | None], what: str, seconds: float = SECONDS) -> T:
+        """What `happened()` returned once that was true; AssertionError with the console else."""
+        end = monotonic() + seconds
+        while True:
+            found = happened()
+            if found:
+                return found
+            assert self.machine.outcome is None, f"{what}: {self.machine.outcome}\n{self.report()}"
+            assert monotonic() < end, f"{what}: not within {seconds:g} s\n{self.report()}"
+            sleep(0.02)
+
+    def wait_for(self, marker: str, *, count: int = 1, seconds: float = SECONDS) -> str:
+        """The console's text once it holds `marker` `count` times."""
+        self.wait_until(lambda: self.text.count(marker) >= count, f"waiting for {marker!r}", seconds)
+        return self.text
+
+    def call(self, fn: Callable[..., T], *args: Any) -> T:
+        """`fn(*args)` on the I/O loop, and what it returned or raised."""
+        done = threading.Event()
+        result: list[T] = []
+        error: list[BaseException] = []
+
+        def run() -> None:
+            try:
+                result.append(fn(*args))
+            except BaseException as caught:
+                error.append(caught)
+            done.set()
+
+        self.machine.io.call_soon(run)
+        self.wait_until(done.is_set, f"{fn} on the I/O loop")
+        if error:
+            raise error[0]
+        return result[0]
+
+    def type(self, line: str) -> None:
+        """Send a line to the guest's serial console, as fast as it takes it."""
+        data = f"{line}\n".encode()
+        while data:
+            taken = self.call(self.machine.board.serial.feed, data)
+            data = data[taken:]
+            if data:
+                sleep(0.01)
+
+    def finish(self, seconds: float = SECONDS) -> Outcome:
+        """The outcome of the run; starts it if need be."""
+        if self.machine.started_at is None:
+            self.start()
+        outcome = self.machine.wait(seconds)
+        assert outcome is not None, f"the guest does not end\n{self.report()}"
+        self.machine.stop()
+        return outcome
+
+    def report(self) -> str:
+        """Console and machine, for a failure's text."""
+        from hvkvm.machine.dump import describe
+
+        return f"{self.text[-6000:]}\n{describe(self.machine)}"
+
+
+@contextmanager
+def linux_guest(
+    script: str,
+    *,
+    kernel: str = "stable",
+    synic: str | None = None,
+    modules: Sequence[str] = ("hv_vmbus", "hv_utils"),
+    files: Mapping[str, Path] | None = None,
+    **config: Any,
+) -> Iterator[LinuxGuest]:
+    """A guest with a bus whose shell runs `script`. HVKVM_SYNIC chooses the SynIC if `synic` does not."""
+    image, modules_dir = KERNELS[kernel]
+    settings: dict[str, Any] = {
+        "kernel": artifact(image),
+        "busybox": artifact("HVKVM_GUEST_BUSYBOX"),
+        "modules_dir": artifact(modules_dir),
+        "modules": tuple(modules),
+        "append": "quiet",
+        "synic": synic or os.environ.get("HVKVM_SYNIC") or "kernel",
+        "vmbus": "on",
+        "timeout": SECONDS,
+        "command": ("sh", "-c", script),
+        "files": tuple((files or {}).items()),
+    }
+    with Machine(MachineConfig(**settings | config)) as machine:
+        yield LinuxGuest(machine)
