@@ -60,6 +60,14 @@ def test_a_size_is_a_number_or_one_clear_line(text: str) -> None:
         ({"initrd": Path("/nonexistent/initrd")}, ("--initrd /nonexistent/initrd", "no such file")),
         ({"kernel": Path("/")}, ("--kernel /", "directory")),
         ({"modules": ("hv_vmbus",)}, ("--module", "--modules-dir")),
+        ({"vmbus_max_version": "7.1"}, ("--vmbus-max-version 7.1", "2.4", "6.0")),
+        ({"vsock": Path("/tmp/guest.vsock")}, ("--vsock /tmp/guest.vsock", "--vmbus on")),
+        ({"files": (("root/x", Path("/dev/null")),)}, ("--file root/x", "absolute")),
+        ({"files": (("/a/../x", Path("/dev/null")),)}, ("--file /a/../x", "absolute")),
+        (
+            {"files": (("/root/x", Path("/nonexistent/x")),)},
+            ("--file /root/x /nonexistent/x", "no such file"),
+        ),
     ],
 )
 def test_bad_values_name_flag_reason_and_remedy(
@@ -76,11 +84,14 @@ def test_toml_round_trip(tmp_path: Path, kernel: Path) -> None:
     toml = tmp_path / "guest.toml"
     toml.write_text(
         'kernel = "kernel"\ncpus = 4\nmemory = "1G"\nhv = "none"\ntimeout = 5\ncommand = ["uname", "-a"]\n'
+        'vmbus = "on"\nvsock = "v.sock"\n[files]\n"/root/k" = "kernel"\n'
     )
     config = MachineConfig.from_toml(toml)
     assert config.kernel == kernel
     assert (config.cpus, config.memory, config.hv, config.timeout) == (4, 1 << 30, "none", 5.0)
     assert config.command == ("uname", "-a")
+    assert config.vsock == tmp_path / "v.sock"
+    assert config.files == (("/root/k", kernel),)
 
 
 @pytest.mark.parametrize(
@@ -92,6 +103,8 @@ def test_toml_round_trip(tmp_path: Path, kernel: Path) -> None:
         ("kernel = 3", "wrong type"),
         ("= 3", "--config"),
         ("command = [1]", "wrong type"),
+        ("files = 3", "wrong type"),
+        ("files = {a = 1}", "wrong type"),
         ('timeout = "x"', "wrong type"),
     ],
 )
