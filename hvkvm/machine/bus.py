@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from hvkvm.abi.vmbus import HOST_VERSIONS
 from hvkvm.devices.synth.heartbeat import Heartbeat
+from hvkvm.devices.synth.keyboard import Keyboard
 from hvkvm.devices.synth.shutdown import Shutdown
 from hvkvm.devices.synth.timesync import TimeSync
 from hvkvm.errors import ConfigError
@@ -45,7 +46,8 @@ class Bus:
         self.heartbeat = Heartbeat(machine.io.call_later)
         self.shutdown = Shutdown()
         self.timesync = TimeSync(machine.io.call_later, reference)
-        for device in (self.heartbeat, self.shutdown, self.timesync):
+        self.keyboard = Keyboard()
+        for device in (self.heartbeat, self.shutdown, self.timesync, self.keyboard):
             self.host.add(device)
         stack.callback(self.host.close)
         self.host.attach()

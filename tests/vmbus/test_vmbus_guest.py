@@ -49,8 +49,8 @@ def test_the_drivers_connect_bind_and_negotiate() -> None:
         for line in ("Heartbeat IC version 3.0", "Shutdown IC version 3.2", "TimeSync IC version 4.0"):
             assert line in text
         bound = [line for line in text.splitlines() if line.startswith("bound ")]
-        assert len(bound) == 3
-        assert all(line.rstrip().endswith("/hv_utils") for line in bound)
+        assert len(bound) == 4
+        assert sum(line.rstrip().endswith("/hv_utils") for line in bound) == 3
         assert machine.bus is not None
         assert machine.bus.host.server.version == vmbus.VERSION_WIN10_V5_3
         assert machine.bus.host.server.reports.total == 0
