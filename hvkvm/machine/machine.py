@@ -101,13 +101,11 @@ class Machine:
             raise HvkvmError("this machine was started already; build another one")
         self.started_at = monotonic()
         self.io.start()
-        for thread in self.threads:
-            try:
-                thread.start()
-            except HvkvmError:
-                if self.outcome is None:
-                    raise
-                return  # a vCPU that ran already has ended the machine
+        try:
+            self.group.start_all()
+        except HvkvmError:
+            if self.outcome is None:  # else a vCPU that ran already has ended the machine
+                raise
 
     @property
     def ended_fd(self) -> int:

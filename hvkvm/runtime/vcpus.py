@@ -24,7 +24,7 @@ class VcpuGroup:
         self.threads = tuple(threads)
 
     def start_all(self) -> None:
-        """Start every thread."""
+        """Start every thread. HvkvmError at the first that was started or stopped before."""
         for thread in self.threads:
             thread.start()
 
