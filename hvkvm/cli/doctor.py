@@ -105,7 +105,22 @@ def _capabilities(kvm: Kvm) -> Iterator[Check]:
             yield Check("PASS", name, purpose)
         else:
             yield Check("WARN", name, f"missing: {purpose}", KERNEL_REMEDY)
+    yield _synic(kvm)
     yield Check("PASS", "KVM_CAP_MAX_VCPUS", f"{answer('KVM_CAP_MAX_VCPUS')} vCPUs")
+
+
+def _synic(kvm: Kvm) -> Check:
+    """Which SynIC `--synic auto` takes here, and why."""
+    from hvkvm.hyperv.usermode.features import choose, lacks_for_user
+
+    choice = choose(kvm, "auto")
+    if choice.synic == "user":
+        return Check("PASS", "--synic auto", f"the SynIC in user space: {choice.why}")
+    if choice.host.caps.get("KVM_CAP_HYPERV_SYNIC2"):
+        lacking = lacks_for_user(kvm)
+        other = f"--synic user lacks {lacking}" if lacking else "--synic user would work too"
+        return Check("PASS", "--synic auto", f"KVM's own SynIC: {choice.why}; {other}")
+    return Check("WARN", "--synic auto", f"no SynIC at all: {choice.why}", KERNEL_REMEDY)
 
 
 def main(arguments: list[str]) -> int:

@@ -1,4 +1,4 @@
-"""`hvkvm features`: the enlightenments by QEMU's names, and which of them this host can back."""
+"""`hvkvm features`: the enlightenments by QEMU's names, and who can back them here: KVM, or user space."""
 
 from __future__ import annotations
 
@@ -7,17 +7,26 @@ from typing import Any
 from hvkvm.cli.arguments import Parser
 from hvkvm.hyperv.enlightenments import ENLIGHTENMENTS
 from hvkvm.hyperv.features import FeatureSet, HostFeatures, parse_features, resolve
+from hvkvm.hyperv.usermode.features import Choice, choose, for_user_synic, lacks_for_user, user_host
 from hvkvm.kvm.system import Kvm
+from hvkvm.machine.config import SYNIC_CHOICES
 
 
-def rows(host: HostFeatures) -> list[dict[str, Any]]:
-    """One record for each enlightenment: name, what it is, what it requires, why it is missing (or None)."""
+def rows(kernel: HostFeatures, user: HostFeatures, lacking: str) -> list[dict[str, Any]]:
+    """One record for each enlightenment: its name, what it is, what it requires, and who misses it, why.
+
+    "missing" is about KVM, "user_missing" about the SynIC in user space, for
+    which this KVM is `lacking` a capability or "". None is for: can be had.
+    """
+    absent = f"needs {lacking}, which this kernel's KVM lacks; use Linux 5.10 or newer" if lacking else None
     return [
         {
             "name": f"hv-{row.name}",
             "summary": row.summary,
             "requires": [f"hv-{name}" for name in row.requires],
-            "missing": host.missing(row),
+            "missing": kernel.missing(row),
+            "user_missing": f"hv-{row.name} {absent}" if absent else user.missing(row),
+            "user_on_demand": row.name in user.on_demand,
         }
         for row in ENLIGHTENMENTS
     ]
@@ -27,36 +36,54 @@ def main(arguments: list[str]) -> int:
     """Run the verb; returns the exit status."""
     parser = Parser(
         "hvkvm features",
-        "List the Hyper-V enlightenments; with LIST, show what --hv LIST gives a guest here.",
+        "List the Hyper-V enlightenments, and whether KVM and the SynIC in user space can back them;"
+        " with LIST, show what --hv LIST gives a guest here.",
     )
     parser.add_argument("list", nargs="?", metavar="LIST", help="as for hvkvm run --hv")
+    parser.add_argument(
+        "--synic", choices=SYNIC_CHOICES, default="auto", help="as for hvkvm run, with LIST (auto)"
+    )
     parser.add_argument("--kvm", default="/dev/kvm", metavar="PATH", help="the KVM device (/dev/kvm)")
     parser.add_argument("--json", action="store_true", help="print JSON")
     options = parser.parse_args(arguments)
     request = parse_features(options.list) if options.list is not None else None
     with Kvm(options.kvm) as kvm:
-        host = HostFeatures.probe(kvm)
-    chosen: FeatureSet | None = resolve(request, host) if request is not None else None
+        choice = choose(kvm, options.synic if request is not None else "auto")
+        lacking = lacks_for_user(kvm)
+        table = rows(HostFeatures.probe(kvm), user_host(kvm), lacking)
+    chosen: FeatureSet | None = None
+    if request is not None:
+        chosen = resolve(request, choice.host)
+        if choice.synic == "user":
+            chosen = for_user_synic(chosen)
     if options.json:
         import json
 
-        record = {"resolved": str(chosen)} if chosen is not None else {"features": rows(host)}
-        print(json.dumps(record, indent=2))
+        synic = {"synic": choice.synic, "why": choice.why}
+        record = {"resolved": str(chosen)} if chosen is not None else {"features": table}
+        print(json.dumps(record | synic, indent=2))
     elif chosen is not None:
         print(chosen)
     else:
-        _print_table(rows(host))
+        _print_table(table, choice, lacking)
     return 0
 
 
-def _print_table(table: list[dict[str, Any]]) -> None:
+def _print_table(table: list[dict[str, Any]], choice: Choice, lacking: str) -> None:
     width = max(len(row["name"]) for row in table)
+    print("kvm  user")
     for row in table:
-        mark = "yes" if row["missing"] is None else "no "
-        requires = f" (requires {', '.join(row['requires'])})" if row["requires"] else ""
-        print(f"{mark}  {row['name']:{width}}  {row['summary']}{requires}")
-    reasons = dict.fromkeys(
-        str(row["missing"]).partition(" needs ")[2] for row in table if row["missing"] is not None
-    )
-    for reason in reasons:
-        print(f"missing: {reason}")
+        kernel, user = ("yes" if row[key] is None else "no" for key in ("missing", "user_missing"))
+        notes = [f"requires {', '.join(row['requires'])}"] if row["requires"] else []
+        if row["user_on_demand"] and row["user_missing"] is None:
+            notes.append("user: not in host-model, name it")
+        suffix = f" ({'; '.join(notes)})" if notes else ""
+        print(f"{kernel:3}  {user:4}  {row['name']:{width}}  {row['summary']}{suffix}")
+    reasons = (str(row["missing"]).partition(" needs ")[2] for row in table if row["missing"] is not None)
+    for reason in dict.fromkeys(reasons):
+        print(f"missing, kvm: {reason}")
+    if lacking:
+        print(f"missing, user: {lacking}, which this kernel's KVM lacks; use Linux 5.10 or newer")
+    elif any(row["user_missing"] for row in table):
+        print("missing, user: not emulated; use --synic kernel on a KVM that has it, or leave it out")
+    print(f"--synic auto: {choice.synic}, because {choice.why}")

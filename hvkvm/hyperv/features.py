@@ -74,13 +74,15 @@ class HostFeatures(NamedTuple):
 
     `leaves` None means that this KVM cannot report them (before 5.11, without a
     vCPU): then capabilities alone decide. `source` says who backs them, `remedy`
-    what to do about what it lacks.
+    what to do about what it lacks. `on_demand` names what can be backed but costs
+    more than it gives, so that host-model leaves it out.
     """
 
     caps: Mapping[str, int]
     leaves: Mapping[int, Leaf] | None
     source: str = "this kernel's KVM"
     remedy: str = "use a newer kernel"
+    on_demand: frozenset[str] = frozenset()
 
     @classmethod
     def probe(cls, kvm: Kvm, vcpu: Vcpu | None = None) -> HostFeatures:
@@ -129,11 +131,11 @@ class HostFeatures(NamedTuple):
 def resolve(request: FeatureRequest, host: HostFeatures) -> FeatureSet:
     """The features of `request` on `host`.
 
-    host-model is everything the host can do, closed under dependencies, and on
-    a host that can do nothing it is empty; passthrough also takes over KVM's
-    vendor, version and limits. Raises CapabilityMissing naming the feature, what
-    the kernel lacks and the remedy; ConfigError when a named feature's
-    requirement was taken away.
+    host-model is everything the host can do at a fair price, closed under
+    dependencies, and on a host that can do nothing it is empty; passthrough asks
+    no price, and takes over KVM's vendor, version and limits. Raises
+    CapabilityMissing naming the feature, what the kernel lacks and the remedy;
+    ConfigError when a named feature's requirement was taken away.
     """
     if request.base == "none":
         return FeatureSet()
@@ -146,7 +148,8 @@ def resolve(request: FeatureRequest, host: HostFeatures) -> FeatureSet:
             " use a kernel with CONFIG_KVM_HYPERV=y, or --hv none"
         )
     if request.base != "list":
-        chosen |= _host_model(host, request.off)
+        off = request.off | host.on_demand if request.base == "host-model" else request.off
+        chosen |= _host_model(host, off)
     chosen |= {n for n in request.auto if host.leaves is not None and all(map(host.reports, BY_NAME[n].bits))}
     for name in sorted(chosen):
         for needed in BY_NAME[name].requires:

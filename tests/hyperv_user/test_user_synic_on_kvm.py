@@ -28,7 +28,7 @@ MS = 10_000
 
 @pytest.fixture
 def boot(boot_agent: BootAgent) -> BootAgent:
-    return lambda **config: boot_agent(**{"synic": "user", "hv": "host-model", **config})
+    return lambda **config: boot_agent(**{"synic": "user", "hv": "passthrough", **config})
 
 
 @pytest.fixture

@@ -17,6 +17,9 @@ if TYPE_CHECKING:
 
 _KERNEL_NEEDS = ("KVM_CAP_HYPERV", "KVM_CAP_HYPERV_SYNIC2", "KVM_CAP_HYPERV_TIME")
 _USER_NEEDS = ("KVM_CAP_X86_USER_SPACE_MSR", "KVM_CAP_X86_MSR_FILTER")
+_COSTLY = frozenset({"stimer", "stimer-direct"})
+"""Every shot of a synthetic timer is an exit to us; KVM serves the local APIC's timer itself."""
+
 _INVARIANT_TSC_LEAF = 0x80000007
 _INVARIANT_TSC = 1 << 8
 
@@ -38,7 +41,7 @@ def choose(kvm: Kvm, wanted: Literal["auto", "kernel", "user"]) -> Choice:
     host = HostFeatures.probe(kvm)
     if wanted == "kernel":
         return Choice("kernel", host, "--synic kernel")
-    lacking = _lacking(kvm, _USER_NEEDS)
+    lacking = lacks_for_user(kvm)
     if wanted == "user":
         if lacking:
             raise CapabilityMissing(
@@ -51,6 +54,11 @@ def choose(kvm: Kvm, wanted: Literal["auto", "kernel", "user"]) -> Choice:
     if lacking:
         return Choice("kernel", host, f"the one in user space needs {lacking}")
     return Choice("user", user_host(kvm), f"this kernel's KVM lacks {missing}")
+
+
+def lacks_for_user(kvm: Kvm) -> str:
+    """The first capability that the SynIC in user space misses here, "" when it can be had."""
+    return _lacking(kvm, _USER_NEEDS)
 
 
 def _lacking(kvm: Kvm, names: tuple[str, ...]) -> str:
@@ -99,6 +107,7 @@ def user_host(kvm: Kvm) -> HostFeatures:
         leaves,
         source="the SynIC in user space",
         remedy="use --synic kernel on a KVM that has it",
+        on_demand=_COSTLY,
     )
 
 

@@ -1,0 +1,63 @@
+"""`hvkvm features` and `hvkvm doctor` by the real command: who carries the enlightenments here, and why."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from hvkvm.hyperv.features import HostFeatures
+from hvkvm.hyperv.usermode.features import choose, user_host
+from hvkvm.kvm.system import Kvm
+
+pytestmark = pytest.mark.kvm
+
+Hvkvm = Callable[..., "subprocess.CompletedProcess[str]"]
+TIMERS = {"hv-stimer", "hv-stimer-direct"}
+
+
+def record(hvkvm: Hvkvm, *arguments: str) -> Any:
+    result = hvkvm(*arguments, "--json")
+    assert result.returncode == 0, result.stderr
+    return json.loads(result.stdout)
+
+
+def test_features_tells_both_columns_apart(hvkvm: Hvkvm) -> None:
+    with Kvm() as kvm:
+        kernel, user, choice = HostFeatures.probe(kvm), user_host(kvm), choose(kvm, "auto")
+    answer = record(hvkvm, "features")
+    assert (answer["synic"], answer["why"]) == (choice.synic, choice.why)
+    rows = {row["name"]: row for row in answer["features"]}
+    assert (rows["hv-synic"]["missing"] is None) == bool(kernel.caps["KVM_CAP_HYPERV_SYNIC2"])
+    assert rows["hv-synic"]["user_missing"] is None
+    assert "KVM_CAP_HYPERV_TLBFLUSH" in rows["hv-tlbflush"]["user_missing"]
+    assert {name for name, row in rows.items() if row["user_on_demand"]} == TIMERS
+    assert (user.on_demand, bool(kernel.on_demand)) == ({name[3:] for name in TIMERS}, False)
+    lines = hvkvm("features").stdout.splitlines()
+    assert lines[0].split() == ["kvm", "user"]
+    (synic,) = (line for line in lines if " hv-synic " in line)
+    assert synic.split()[:2] == ["yes" if rows["hv-synic"]["missing"] is None else "no", "yes"]
+    assert lines[-1] == f"--synic auto: {choice.synic}, because {choice.why}"
+
+
+def test_host_model_in_user_space_leaves_the_timers_to_kvms_apic(hvkvm: Hvkvm) -> None:
+    def resolved(text: str) -> set[str]:
+        return set(record(hvkvm, "features", text, "--synic", "user")["resolved"].split(","))
+
+    model = resolved("host-model")
+    assert {"hv-synic", "hv-time", "hv-avic"} <= model
+    assert not TIMERS & model
+    assert resolved("host-model,stimer,stimer-direct") == resolved("passthrough") == model | TIMERS
+
+
+def test_doctor_says_which_synic_and_why(hvkvm: Hvkvm) -> None:
+    with Kvm() as kvm:
+        choice = choose(kvm, "auto")
+    checks = {check["name"]: check for check in record(hvkvm, "doctor")}
+    check = checks["--synic auto"]
+    assert check["verdict"] == "PASS"
+    assert choice.why in check["detail"]
+    assert ("in user space" in check["detail"].partition(":")[0]) == (choice.synic == "user")
