@@ -12,8 +12,10 @@ from typing import NamedTuple
 
 ICMSGTYPE_NEGOTIATE = 0
 ICMSGTYPE_HEARTBEAT = 1
+ICMSGTYPE_KVPEXCHANGE = 2
 ICMSGTYPE_SHUTDOWN = 3
 ICMSGTYPE_TIMESYNC = 4
+ICMSGTYPE_VSS = 5
 
 ICMSGHDRFLAG_TRANSACTION = 1
 ICMSGHDRFLAG_REQUEST = 2
@@ -24,6 +26,29 @@ ICMSG_HDR = 28
 
 HV_S_OK = 0
 HV_E_FAIL = 0x80004005
+HV_S_CONT = 0x80070103
+HV_ERROR_NOT_SUPPORTED = 0x80070032
+HV_ERROR_BUSY = 0x800700AA
+HV_ERROR_MACHINE_LOCKED = 0x800704F7
+HV_ERROR_DEVICE_NOT_CONNECTED = 0x8007048F
+HV_INVALIDARG = 0x80070057
+HV_GUID_NOTFOUND = 0x80041002
+HV_ERROR_ALREADY_EXISTS = 0x80070050
+HV_ERROR_DISK_FULL = 0x80070070
+
+_STATUS_TEXTS = {
+    HV_S_OK: "done",
+    HV_E_FAIL: "the guest failed",
+    HV_S_CONT: "nothing there",
+    HV_ERROR_NOT_SUPPORTED: "not supported",
+    HV_ERROR_BUSY: "busy",
+    HV_ERROR_MACHINE_LOCKED: "the guest is locked",
+    HV_ERROR_DEVICE_NOT_CONNECTED: "no driver of the guest's is there",
+    HV_INVALIDARG: "invalid argument",
+    HV_GUID_NOTFOUND: "no such adapter",
+    HV_ERROR_ALREADY_EXISTS: "already there",
+    HV_ERROR_DISK_FULL: "the guest's disk is full",
+}
 
 SD_FLAG_FORCE = 1
 SD_FLAG_REBOOT = 2
@@ -49,6 +74,11 @@ FRAME_VERSIONS: tuple[Version, ...] = ((1, 0), (3, 0))
 _head = Struct("<IIHHHHHHIBBH")
 _counts = Struct("<HHI")
 _version = Struct("<HH")
+
+
+def status_text(status: int) -> str:
+    """What a guest's HRESULT says, in words where it is one of those that integration components use."""
+    return _STATUS_TEXTS.get(status) or f"error {status:#010x}"
 
 
 class IcMessage(NamedTuple):

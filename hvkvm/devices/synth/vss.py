@@ -1,0 +1,141 @@
+"""Volume snapshot: the host has the guest's file systems stand still while it copies their disks.
+
+Why: a disk copied under a mounted file system is as after a power cut; frozen, it is
+whole. Linux passes FREEZE and THAW to hv_vss_daemon, which may take minutes over a
+FREEZE (Linux gives it 15).
+
+A guest must not stay frozen for a fault on this side. So there is never a second
+FREEZE before a THAW; a THAW can always be asked for and follows what is under way; a
+FREEZE that fails is thawed by itself (the daemon may come to it late); and a guest
+that left frozen is thawed when it is back. Owner: the I/O loop.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+from hvkvm.abi import ic, vmbus, vss
+from hvkvm.devices.synth.ic import MAX_WAITING, IntegrationComponent
+
+THAWED, FREEZING, FROZEN, THAWING = "thawed", "freezing", "frozen", "thawing"
+
+
+class VssReply(NamedTuple):
+    """What became of a request: an HRESULT, `note` where there is more to say, the flags of a check."""
+
+    status: int
+    note: str = ""
+    flags: int = 0
+
+    @property
+    def ok(self) -> bool:
+        """Whether it was done."""
+        return self.status == ic.HV_S_OK
+
+    @property
+    def text(self) -> str:
+        """The status in words."""
+        said = ic.status_text(self.status)
+        return f"{said}: {self.note}" if self.note else said
+
+
+OnReply = Callable[[VssReply], object]
+
+
+class Vss(IntegrationComponent):
+    """`state` is "thawed", "freezing", "frozen" or "thawing", as far as the host knows."""
+
+    NAME = "vss"
+    INTERFACE = vmbus.HV_VSS_GUID
+    MESSAGE_VERSIONS = ((5, 0),)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.state = THAWED
+        self.frozen = False
+        """Whether a FREEZE was done and no THAW since."""
+        self._thaw_replies: list[OnReply] = []
+        self._left_frozen = False
+
+    def check(self, reply: OnReply) -> None:
+        """Whether the guest can be backed up while it runs; `flags` say how, 0 that it cannot."""
+
+        def answered(result: VssReply, body: bytes) -> None:
+            flags = vss.parse_flags(body)
+            if result.ok and flags is None:
+                result = VssReply(ic.HV_E_FAIL, f"its answer has {len(body)} bytes, too few")
+            elif result.ok and flags is not None:
+                result = result._replace(flags=flags)
+            reply(result)
+
+        if not self.ready_for_requests:
+            reply(_NOBODY)
+        elif len(self._waiting) >= MAX_WAITING - 2:  # a FREEZE and its THAW always find room
+            reply(VssReply(ic.HV_ERROR_BUSY, "too much waits for the guest already"))
+        else:
+            self._operate(vss.VSS_OP_HOT_BACKUP, answered)
+
+    def freeze(self, reply: OnReply) -> None:
+        """Freeze the mounted file systems; refused unless the guest is thawed. May take minutes."""
+
+        def answered(result: VssReply, _body: bytes) -> None:
+            self.frozen = result.ok
+            if self.state == FREEZING:  # else a thaw is on its way already
+                self.state = FROZEN if result.ok else THAWED
+                if not result.ok and self.ready_for_requests:
+                    self._thaw()
+            reply(result)
+
+        if not self.ready_for_requests:
+            reply(_NOBODY)
+        elif self.state != THAWED:
+            reply(VssReply(ic.HV_ERROR_BUSY, f"the guest is {self.state}; thaw it first"))
+        else:
+            self.state = FREEZING
+            self._operate(vss.VSS_OP_FREEZE, answered)
+
+    def thaw(self, reply: OnReply) -> None:
+        """Thaw the file systems, at any time: after the freeze under way, if one is."""
+        if not self.ready_for_requests:
+            reply(_NOBODY)
+            return
+        self._thaw_replies.append(reply)
+        if self.state != THAWING:
+            self._thaw()
+
+    def _thaw(self) -> None:
+        self.state = THAWING
+        self._operate(vss.VSS_OP_THAW, self._thawed)
+
+    def _thawed(self, result: VssReply, _body: bytes) -> None:
+        if result.ok:
+            self.frozen = False
+        self.state = FROZEN if self.frozen else THAWED
+        replies, self._thaw_replies = self._thaw_replies, []
+        for reply in replies:
+            reply(result)
+
+    def _operate(self, operation: int, answered: Callable[[VssReply, bytes], object]) -> None:
+        def took(status: int, body: bytes) -> None:
+            answered(VssReply(status) if self.ready_for_requests else _LEFT, body)
+
+        if not self.ask(ic.ICMSGTYPE_VSS, vss.request(operation), took):
+            took(ic.HV_ERROR_BUSY, b"")
+
+    def negotiated(self) -> None:
+        """Thaw what a driver left frozen. A guest booted anew may refuse: nothing is frozen there."""
+        if self._left_frozen:
+            self._left_frozen = False
+            self._thaw()
+
+    def left(self) -> None:
+        """Nothing more can be known of the guest; who waits is told next."""
+        self._left_frozen = self._left_frozen or self.state != THAWED
+        self.frozen = False
+        if self.state == FROZEN:
+            self.state = THAWED
+
+
+_NOBODY = VssReply(ic.HV_ERROR_DEVICE_NOT_CONNECTED)
+_LEFT = VssReply(ic.HV_ERROR_DEVICE_NOT_CONNECTED, "the guest left without an answer")
