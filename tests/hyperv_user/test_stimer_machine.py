@@ -120,10 +120,14 @@ def test_one_shot_sends_one_message_and_clears_enable(host: Host, timer: Stimer)
 
 
 def test_one_shot_in_the_past_expires_at_once(host: Host, timer: Stimer) -> None:
+    """Before the guest's next instruction: its thread writes the message, and no alarm is needed."""
     timer.set_config(AUTO_ENABLE | ON_SINT)
     timer.set_count(5)
-    host.pass_time(0)
+    assert host.alarms == 0
+    host.run_vp()
     assert host.take()[:2] == (HVMSG_TIMER_EXPIRED, 5)
+    timer.set_config(ENABLE | DIRECT | 0x55 << 4)
+    assert host.raised[-1] == "vector 0x55"
 
 
 def test_auto_enable_and_count_zero(host: Host, timer: Stimer) -> None:
@@ -141,6 +145,9 @@ def test_sint_0_takes_no_messages_but_direct_mode_needs_none(host: Host, timer: 
     timer.set_count(5)
     timer.set_config(ENABLE)
     assert timer.config == 0
+    timer.set_config(AUTO_ENABLE)
+    timer.set_count(5)
+    assert timer.config == AUTO_ENABLE
     timer.set_config(ENABLE | DIRECT | 0x55 << 4)
     host.pass_time(0)
     assert host.raised == ["vector 0x55"]
@@ -209,7 +216,8 @@ def test_a_page_that_is_off_keeps_the_message_s58(host: Host, timer: Stimer) -> 
 
 def test_stopping_drops_a_message_on_its_way(host: Host, timer: Stimer) -> None:
     timer.set_config(AUTO_ENABLE | ON_SINT)
-    timer.set_count(1)
+    timer.set_count(host.time + MS)
+    host.time += MS
     host.callback()
     timer.set_config(0)
     host.run_vp()
@@ -245,11 +253,12 @@ def test_a_time_beyond_all_is_never(host: Host, timer: Stimer, count: int) -> No
 
 def test_an_ending_machine_is_no_error(host: Host, timer: Stimer) -> None:
     timer.set_config(AUTO_ENABLE | ON_SINT)
-    timer.set_count(1)
+    timer.set_count(host.time + MS)
     host.stopped = True
     host.pass_time(MS)
     fresh = Stimer(0, host, host, host.make)
     fresh.set_config(AUTO_ENABLE | ON_SINT)
+    fresh.set_count(host.time + MS)
     fresh.set_count(1)
     for each in (timer, fresh):
         each.reset()

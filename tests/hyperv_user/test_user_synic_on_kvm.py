@@ -62,6 +62,18 @@ def test_registers_that_are_not_there_fault(guest: Guest) -> None:
     assert not faults(guest, tlfs.HV_X64_MSR_EOM)
 
 
+def test_registers_that_only_remember(guest: Guest) -> None:
+    """As in KVM: TSC emulation status takes only 0 from a guest, TSC invariant control never goes back."""
+    msr, value = tlfs.HV_X64_MSR_REENLIGHTENMENT_CONTROL, 0x1_00EE
+    assert not faults(guest, msr, value)
+    assert guest[0].rdmsr(msr) == value
+    assert faults(guest, tlfs.HV_X64_MSR_TSC_EMULATION_STATUS, 1)
+    assert not faults(guest, tlfs.HV_X64_MSR_TSC_EMULATION_STATUS, 0)
+    for value, wrong in ((2, True), (0, False), (1, False), (1, False), (0, True)):
+        assert faults(guest, tlfs.HV_X64_MSR_TSC_INVARIANT_CONTROL, value) == wrong
+    assert guest[0].rdmsr(tlfs.HV_X64_MSR_TSC_INVARIANT_CONTROL) == 1
+
+
 def test_sint_vectors_below_16_fault_unless_silent(guest: Guest) -> None:
     msr = tlfs.HV_X64_MSR_SINT0 + SINT
     assert guest[0].rdmsr(msr) == MASKED

@@ -59,6 +59,11 @@ class AutoEoi:
         self._retry = _FIRST_RETRY
         self.delivered = 0
 
+    @property
+    def waiting(self) -> bool:
+        """Whether a vector has not been taken yet."""
+        return bool(self._waiting)
+
     def raise_vector(self, vector: int) -> None:
         """Have the guest take `vector` soon; raised twice before it was taken, it is taken once."""
         with self._lock:

@@ -135,6 +135,7 @@ class UserHyperv:
         for msr in _STORED:
             reads[msr] = partial(self._stored.__getitem__, msr)
             writes[msr] = partial(self._store, msr)
+        writes[tlfs.HV_X64_MSR_TSC_EMULATION_STATUS] = lambda value: not value
         if self.synic is not None:
             _add_synic(self.synic.vps[index], reads, writes)
         self._reads.append(reads)
@@ -200,8 +201,11 @@ class UserHyperv:
         return True
 
     def _write_tsc_invariant(self, value: int) -> bool:
-        """Remembered: the CPUID bit it would uncover (0x80000007 EDX[8]) is as the host's, from the start."""
-        if value & ~tlfs.HV_EXPOSE_INVARIANT_TSC:
+        """Remembered: the CPUID bit it would uncover (0x80000007 EDX[8]) is as the host's, from the start.
+
+        Set, it stays set until a reset, as in KVM.
+        """
+        if value & ~tlfs.HV_EXPOSE_INVARIANT_TSC or value < self._tsc_invariant:
             return False
         self._tsc_invariant = value
         return True

@@ -42,6 +42,11 @@ _PAYLOAD = Struct("<IIQQ")
 _message = Struct(f"<IBBHQ{HV_MESSAGE_PAYLOAD_BYTE_COUNT}s").pack
 
 
+def _has_target(config: int) -> bool:
+    """Whether a timer may be enabled: SINT 0 takes no timer messages (TLFS), direct mode needs no SINT."""
+    return bool(config & HV_STIMER_DIRECT_MODE or config >> _SINT_SHIFT & _SINT_MASK)
+
+
 class TimerVp(Protocol):
     """The VP whose timer it is: see `usermode.vp.UserVp`."""
 
@@ -110,10 +115,10 @@ class Stimer:
         """The guest writes CONFIG; the VP's thread. Always taken."""
         with self._lock:
             self._stop()
-            if not config & HV_STIMER_DIRECT_MODE and not config >> _SINT_SHIFT & _SINT_MASK:
-                config &= ~HV_STIMER_ENABLE  # SINT 0 takes no timer messages
-            self.config = config
-            self._start()
+            self.config = config if _has_target(config) else config & ~HV_STIMER_ENABLE
+            late = self._start()
+        if late:
+            self.due()
         return True
 
     def set_count(self, count: int) -> bool:
@@ -123,9 +128,11 @@ class Stimer:
             self.count = count
             if not count:
                 self.config &= ~HV_STIMER_ENABLE
-            elif self.config & HV_STIMER_AUTOENABLE:
+            elif self.config & HV_STIMER_AUTOENABLE and _has_target(self.config):
                 self.config |= HV_STIMER_ENABLE
-            self._start()
+            late = self._start()
+        if late:
+            self.due()
         return True
 
     def _stop(self) -> None:
@@ -135,12 +142,19 @@ class Stimer:
             if self._alarm is not None:
                 self._alarm.disarm()
 
-    def _start(self) -> None:
+    def _start(self) -> bool:
+        """True for a one-shot that is due: it expires before the guest's next instruction, with no alarm."""
         if not self.config & HV_STIMER_ENABLE or not self.count:
-            return
+            return False
         now = self._clock.now()
-        periodic = self.config & HV_STIMER_PERIODIC
-        self._arm(now + max(self.count, MIN_PERIOD) if periodic else self.count, now)
+        if self.config & HV_STIMER_PERIODIC:
+            self._arm(now + max(self.count, MIN_PERIOD), now)
+        elif self.count <= now:
+            self._expires = self.count
+            return True
+        else:
+            self._arm(self.count, now)
+        return False
 
     def _arm(self, expires: int, now: int) -> None:
         self._expires = expires
@@ -154,7 +168,7 @@ class Stimer:
         self._alarm.arm(max(expires - now, 0) * 100)
 
     def due(self) -> None:
-        """The host timer went off. I/O loop."""
+        """The host timer went off (I/O loop), or the guest set a moment that has passed (VP's thread)."""
         with self._lock:
             expired = self._expires
             if expired is None:

@@ -173,6 +173,11 @@ class UserVp(VpSynic):
             return -(error.errno or errno.EIO)
         return 0
 
+    @property
+    def auto_eoi_waiting(self) -> bool:
+        """Whether an AutoEOI interrupt waits for the CPU to take it."""
+        return self._auto_eoi.waiting
+
     # Acknowledgements. Any thread.
 
     def arm_ack(self, waiter: Waiter) -> None:
