@@ -41,6 +41,14 @@ def _busybox(tree: Path) -> Path:
     return _one(tree, "bin/busybox", "usr/bin/busybox")
 
 
+def _daemons(tree: Path) -> Path:
+    return _one(tree, "usr/sbin")
+
+
+def _libc(tree: Path) -> Path:
+    return _one(tree, "lib/*/libc.so.6", "usr/lib/*/libc.so.6").parent
+
+
 def _one(tree: Path, *patterns: str) -> Path:
     for pattern in patterns:
         hits = sorted(tree.glob(pattern))
@@ -58,6 +66,10 @@ ARTIFACTS = {
     "lab-kernel": Artifact(*_LAB, _kernel, "bzImage of the generic flavour, the nested lab's KVM host"),
     "lab-modules": Artifact(*_LAB, _modules, "its lib/modules/<version>"),
     "busybox": Artifact("busybox-static", None, _busybox, "the static busybox of every initramfs"),
+    "hyperv-daemons": Artifact(
+        "hyperv-daemons", None, _daemons, "the folder of hv_kvp_daemon and hv_vss_daemon"
+    ),
+    "libc": Artifact("libc6", None, _libc, "the folder of libc.so.6 and the loader those need"),
 }
 
 
@@ -68,7 +80,7 @@ def path(name: str, suite: str | None = None, *, update: bool = False, offline: 
     Raises StepError when it cannot be had.
     """
     artifact = ARTIFACTS[name]
-    # A busybox is a busybox: one suite's serves kernels of all.
+    # A busybox is a busybox: one suite's serves kernels of all. So do the daemons.
     suite = (suite or release_codename()) if artifact.real else release_codename()
     noted = cache.root() / "resolved" / f"{suite}-{artifact.package}.json"
     tree = None if update else _noted_tree(noted)
@@ -118,6 +130,8 @@ VARIABLES = {
     "HVKVM_GUEST_KERNEL": "guest-kernel",
     "HVKVM_GUEST_MODULES": "guest-modules",
     "HVKVM_GUEST_BUSYBOX": "busybox",
+    "HVKVM_GUEST_HYPERV_DAEMONS": "hyperv-daemons",
+    "HVKVM_GUEST_LIBC": "libc",
 }
 # Tests boot a second kernel, of another major version.
 NEWER_VARIABLES = {
