@@ -74,13 +74,25 @@ class ChannelIo:
                     # Masked as it is: no doorbell comes, so we come back by ourselves.
                     self._again()
                     break
-                else:
-                    # The room goes back before the last look: a guest that waits for it may then write.
-                    self._wanted |= reader.publish()
-                    if not reader.unmask():
-                        break
-                    reader.mask()
+                elif self.rest():
+                    break
         return count
+
+    def rest(self) -> bool:
+        """All was read: give the room back and ask for doorbells; False if more has come, without one.
+
+        For devices that read by themselves (`device.StreamDevice`), inside a batch.
+        """
+        # The room goes back before the last look: a guest that waits for it may then write.
+        self._wanted |= self.reader.publish()
+        if not self.reader.unmask():
+            return True
+        self.reader.mask()
+        return False
+
+    def again(self) -> None:
+        """Come back soon, though no doorbell rings: for what a budget left undone."""
+        self._again()
 
     def send(
         self,
@@ -110,7 +122,12 @@ class ChannelIo:
 
     def __exit__(self, *_: object) -> None:
         self._batch -= 1
-        if self._batch or self._on_broken is None:
+        if not self._batch:
+            self.flush()
+
+    def flush(self) -> None:
+        """Publish both ways now, with the signal that may be due: the end of a batch does it by itself."""
+        if self._on_broken is None:
             return
         wanted = self._wanted
         self._wanted = False

@@ -84,7 +84,8 @@ class Channels:
         if channel.state is ChannelState.OPENING:
             self._answer_open(channel, vmbus.STATUS_NO_SUCH_DEVICE)
         self.stop(channel)
-        self._send(wire.RESCIND_CHANNELOFFER, relid=channel.relid)
+        if self.offering:  # else the guest that knew it is leaving, and the next must not be told
+            self._send(wire.RESCIND_CHANNELOFFER, relid=channel.relid)
 
     def offer_hidden(self) -> None:
         """Tell the guest every channel that it may know and does not."""

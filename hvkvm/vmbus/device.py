@@ -6,15 +6,15 @@ behind `closed`.
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from hvkvm.abi.ring import Packet
 from hvkvm.vmbus.channel_io import ChannelIo
 from hvkvm.vmbus.offer import Offer
 
 
-class Device(Protocol):
-    """The host side of one channel (a VSP)."""
+class AnyDevice(Protocol):
+    """What every device has."""
 
     @property
     def offer(self) -> Offer:
@@ -25,6 +25,14 @@ class Device(Protocol):
         """The guest has opened the channel and knows it: packets may be sent."""
         ...
 
+    def closed(self) -> None:
+        """The channel is closed; the rings must not be touched any more."""
+        ...
+
+
+class Device(AnyDevice, Protocol):
+    """The host side of one channel (a VSP), which is given its packets."""
+
     def received(self, packet: Packet) -> None:
         """A packet of the guest, copied; its bytes are hostile."""
         ...
@@ -33,6 +41,20 @@ class Device(Protocol):
         """The guest rang and the ring was drained: there may be room for what did not fit before."""
         ...
 
-    def closed(self) -> None:
-        """The channel is closed; the rings must not be touched any more."""
+
+@runtime_checkable
+class StreamDevice(AnyDevice, Protocol):
+    """A device that takes its packets from the ring by itself, so that their bytes need no copy."""
+
+    def rung(self) -> None:
+        """The guest rang, or the device asked by `ChannelIo.again`: inside a batch."""
+        ...
+
+
+@runtime_checkable
+class GpadlUser(Protocol):
+    """A device that uses GPADLs besides its rings."""
+
+    def release_gpadl(self, gpadl_id: int) -> None:
+        """The guest tears it down: it must not be touched any more when this returns."""
         ...

@@ -27,11 +27,13 @@ from hvkvm.vmbus.actions import (
     CloseChannel,
     DropMessages,
     OpenChannel,
+    ReleaseGpadl,
     RetargetChannel,
     SendMessage,
     TlConnect,
 )
-from hvkvm.vmbus.device import Device
+from hvkvm.vmbus.device import Device, GpadlUser, StreamDevice
+from hvkvm.vmbus.gpadl import Gpadl
 from hvkvm.vmbus.offer import Channel
 from hvkvm.vmbus.open_channel import OPEN_FAILURES, OpenedChannel, Route, SynicUser
 from hvkvm.vmbus.pages import Ram
@@ -74,7 +76,7 @@ class VmbusHost:
         self._synic = synic
         self._memory = memory
         self._call_soon = call_soon
-        self._devices: dict[Channel, Device] = {}
+        self._devices: dict[Channel, Device | StreamDevice] = {}
         self._open: dict[Channel, OpenedChannel] = {}
         self._lock = threading.Lock()  # inbox and _scheduled
         self._inbox: deque[wire.Message] = deque()
@@ -85,6 +87,8 @@ class VmbusHost:
         self._route_number = 0
         self._in_flight = False
         self._performing = False
+        self._on_connect: Callable[[TlConnect], object] = self.server.refuse_connect
+        self._on_leave: list[Callable[[], object]] = []
 
     def attach(self) -> None:
         """Hear messages on connections 1 and 4. ValueError if somebody does already."""
@@ -92,7 +96,7 @@ class VmbusHost:
             if self._synic.connections.add_message(conn_id, self.post):
                 raise ValueError(f"message connection {conn_id} is taken")
 
-    def add(self, device: Device) -> Channel:
+    def add(self, device: Device | StreamDevice) -> Channel:
         """Offer a device. ValueError if its GUIDs are offered already."""
         channel = self.server.offer(device.offer)
         self._devices[channel] = device
@@ -100,9 +104,43 @@ class VmbusHost:
         return channel
 
     def remove(self, channel: Channel) -> None:
-        """Rescind a device. Idempotent."""
+        """Rescind a device. Idempotent. What is in its rings is not published any more: `flush` before."""
         self.server.rescind(channel)
+        if not channel.in_use:  # else it goes when it is closed
+            self._devices.pop(channel, None)
         self._perform()
+
+    def gpadl(self, channel: Channel, gpadl_id: int) -> Gpadl | None:
+        """A GPADL of this channel that the guest named; None if there is none."""
+        return self.server.channels.gpadls.get(channel.relid, gpadl_id)
+
+    def serve_connects(self, on_connect: Callable[[TlConnect], object]) -> None:
+        """Give the guest's hvsock connects to `on_connect`, for `accept_connect` or `refuse_connect` later.
+
+        Before a guest runs. At most `server.MAX_TL_CONNECTS` wait at a time.
+        """
+        self._on_connect = on_connect
+        self.server.accepts_sockets = True
+
+    def accept_connect(self, request: TlConnect, device: Device | StreamDevice) -> Channel | None:
+        """Offer the device that carries it; None if its guest has gone. ValueError if offered already."""
+        channel = self.server.accept_connect(request, device.offer)
+        if channel is not None:
+            self._devices[channel] = device
+            self._perform()
+        return channel
+
+    def refuse_connect(self, request: TlConnect) -> None:
+        """Nobody takes it."""
+        self.server.refuse_connect(request)
+        self._perform()
+
+    def on_leave(self, callback: Callable[[], object]) -> None:
+        """Call `callback()` whenever a connection ends: the guest contacts anew, unloads, or is reset.
+
+        Open channels are closed right after it. For offers that concern one guest only.
+        """
+        self._on_leave.append(callback)
 
     # The guest's messages.
 
@@ -173,6 +211,8 @@ class VmbusHost:
             case DropMessages():
                 self._outbox.clear()
                 self._drop_route()
+                for left in self._on_leave:
+                    left()
             case OpenChannel():
                 self._open_channel(action)
             case CloseChannel(channel):
@@ -180,9 +220,11 @@ class VmbusHost:
             case RetargetChannel(channel, target_vp):
                 self._retarget(channel, target_vp)
             case TlConnect():
-                self.server.refuse_connect(action)
-            case _:
-                pass  # ReleaseGpadl: no device here uses GPADLs besides its rings
+                self._on_connect(action)
+            case ReleaseGpadl(channel, gpadl_id):
+                device = self._devices.get(channel)
+                if isinstance(device, GpadlUser):
+                    device.release_gpadl(gpadl_id)
 
     def _open_channel(self, request: OpenChannel) -> None:
         channel = request.channel

@@ -6,13 +6,14 @@ Owner: `host.VmbusHost`, on the I/O loop.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, Protocol
 
 from hvkvm.abi.vmbus import VP_INVALID
 from hvkvm.errors import GuestMemoryError, RouteError, Stopped
 from hvkvm.vmbus.actions import OpenChannel
 from hvkvm.vmbus.channel_io import ChannelIo
-from hvkvm.vmbus.device import Device
+from hvkvm.vmbus.device import Device, StreamDevice
 from hvkvm.vmbus.pages import Ram
 from hvkvm.vmbus.ring import RingReader, RingWriter
 
@@ -59,13 +60,14 @@ class OpenedChannel:
         memory: Ram,
         request: OpenChannel,
         sint: int,
-        device: Device,
+        device: Device | StreamDevice,
         on_broken: Callable[[str], object],
         call_soon: Callable[..., object],
     ) -> None:
         self._synic = synic
         self._sint = sint
         self._device = device
+        self._serve = device.rung if isinstance(device, StreamDevice) else partial(self._drain, device)
         self._call_soon = call_soon
         self._flag = request.event_flag
         self._connection_id = request.connection_id
@@ -116,9 +118,25 @@ class OpenedChannel:
         if self._closed:
             return
         with self.io:
-            self.io.drain(self._device.received)
-            if not self._closed:
-                self._device.ready()
+            self._serve()
+
+    def _drain(self, device: Device) -> None:
+        self.io.drain(device.received)
+        if not self._closed:
+            device.ready()
+
+    def state(self) -> dict[str, object]:
+        """How it interrupts, and both rings, for `hvkvm ctl inspect`. Any thread."""
+        io, route = self.io, self._route
+        return {
+            "interrupt_vp": getattr(route, "vp_index", None),
+            "interrupt_sint": self._sint,
+            "event_flag": self._flag,
+            "doorbell": self._connection_id,
+            "signals": io.signals,
+            "from_guest": {"packets": io.reader.packets, **io.reader.state()},
+            "to_guest": {"packets": io.writer.packets, **io.writer.state()},
+        }
 
     def close(self) -> None:
         """Stop; when this returns nothing touches the rings. Idempotent."""

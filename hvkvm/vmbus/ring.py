@@ -17,7 +17,7 @@ release and acquire. Owner: one thread a ring end.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from hvkvm.abi.ring import (
     DESCRIPTOR_BYTES,
@@ -100,21 +100,42 @@ class _Ring:
         )
         return f"{text}, broken: {self.broken}" if self.broken else text
 
+    def state(self) -> dict[str, int | str | None]:
+        """The same as values; `free` bytes are None while the indices make no sense. Any thread."""
+        w = self.words
+        write, read = w[WORD_WRITE_INDEX], w[WORD_READ_INDEX]
+        sane = write < self.size and read < self.size
+        return {
+            "size": self.size,
+            "write_index": write,
+            "read_index": read,
+            "free": self.size - (write - read) % self.size if sane else None,
+            "interrupt_mask": w[WORD_INTERRUPT_MASK],
+            "pending_send_sz": w[WORD_PENDING_SEND_SZ],
+            "feature_bits": w[WORD_FEATURE_BITS],
+            "broken": self.broken,
+        }
+
 
 class RawPacket:
     """A packet whose payload still lies in the ring: valid until `RingReader.publish`.
 
     `views` may change under the reader's hands: for payloads that nobody
-    interprets, such as a stream's bytes on their way to a socket.
+    interprets, such as a stream's bytes on their way to a socket. `front` is
+    the copied beginning of the payload that was asked for; `views` begin
+    behind it.
     """
 
-    __slots__ = ("flags", "trans_id", "type", "views")
+    __slots__ = ("flags", "front", "trans_id", "type", "views")
 
-    def __init__(self, type_: int, flags: int, trans_id: int, views: list[memoryview]) -> None:
+    def __init__(
+        self, type_: int, flags: int, trans_id: int, views: list[memoryview], front: bytes = b""
+    ) -> None:
         self.type = type_
         self.flags = flags
         self.trans_id = trans_id
         self.views = views
+        self.front = front
 
 
 class RingReader(_Ring):
@@ -168,15 +189,22 @@ class RingReader(_Ring):
         split = offset - DESCRIPTOR_BYTES
         return Packet(kind, flags, trans_id, rest[:split], rest[split:])
 
-    def get_raw(self) -> RawPacket | None:
-        """The next packet without copying its payload; None when the ring is empty or broken."""
+    def get_raw(self, front: int = 0) -> RawPacket | None:
+        """The next packet without copying its payload, but for its first `front` bytes (or all, if fewer).
+
+        None when the ring is empty or broken.
+        """
         found = self._next()
         if found is None:
             return None
         kind, offset, total, flags, trans_id = found
-        views = self._views((self._at + offset) % self.size, total - offset)
+        at, rest = (self._at + offset) % self.size, total - offset
+        if front > rest:
+            front = rest
+        copied = self._read(at, front) if front else b""
+        views = self._views((at + front) % self.size, rest - front) if rest > front else []
         self._skip(total)
-        return RawPacket(kind, flags, trans_id, views)
+        return RawPacket(kind, flags, trans_id, views, copied)
 
     def _skip(self, total: int) -> None:
         self._at = (self._at + total + TRAILER_BYTES) % self.size
@@ -217,11 +245,12 @@ class RingReader(_Ring):
 class RingWriter(_Ring):
     """The producer's end. Packets are seen by the peer at `flush`, all at once."""
 
-    __slots__ = ("_at", "_published", "packets")
+    __slots__ = ("_at", "_published", "_reserved", "packets")
 
     def __init__(self, memory: Ram, pfns: Sequence[int]) -> None:
         super().__init__(memory, pfns)
         self._at = self._published = self._index(WORD_WRITE_INDEX, "write index") or 0
+        self._reserved: list[tuple[int, int]] = []
         self.packets = 0
 
     def _free(self) -> int | None:
@@ -245,6 +274,7 @@ class RingWriter(_Ring):
         """
         if self.broken:
             return False
+        self._reserved = []
         front = packet_header(kind, header, len(payload), trans_id, flags)
         padding = -len(payload) % 8
         need = len(front) + len(payload) + padding + TRAILER_BYTES
@@ -271,6 +301,61 @@ class RingWriter(_Ring):
         self.words[WORD_PENDING_SEND_SZ] = need
         fence()
         return self._free()
+
+    def wait_for_room(self, need: int) -> bool:
+        """Whether packets of `need` bytes, trailers included, fit; else the peer is asked to tell when.
+
+        `flush` what is written first, or the peer may see no reason to read.
+        """
+        if self.broken:
+            return False
+        free = self._free()
+        if free is not None and need >= free:
+            free = self._ask_for_room(need)
+        return free is not None and need < free
+
+    def reserve(self, front: int, most: int, least: int, count: int) -> list[memoryview]:
+        """Room for up to `count` packets, to be filled in place: where their payloads go, in order.
+
+        Each has `front` bytes (a multiple of 8) of payload in front of what is
+        filled in, and then up to `most` (likewise); none is made for fewer than
+        `least`. What is reserved is forgotten at the next `reserve` or `put`.
+        """
+        self._reserved = reserved = []
+        free = None if self.broken else self._free()
+        views: list[memoryview] = []
+        if free is None:
+            return views
+        usable, at = free - 8, self._at  # a ring is never quite full
+        extra = DESCRIPTOR_BYTES + front + TRAILER_BYTES
+        for _ in range(count):
+            room = min(most, usable - extra) & ~7
+            if room < least:
+                break
+            reserved.append((at, room))
+            views += self._views((at + DESCRIPTOR_BYTES + front) % self.size, room)
+            usable -= extra + room
+            at = (at + extra + room) % self.size
+        return views
+
+    def commit(self, kind: int, n: int, front: Callable[[int], bytes]) -> None:
+        """Make packets of the `n` bytes that were filled in; `front(size)` is what goes before each.
+
+        As many as it takes: all but the last are full. 0 takes the reservation back.
+        """
+        reserved, self._reserved = self._reserved, []
+        for start, room in reserved:
+            if n <= 0:
+                return
+            size = min(n, room)
+            n -= size
+            head = front(size)
+            at = self._write(start, packet_header(kind, b"", len(head) + size, 0) + head)
+            at = self._write((at + size) % self.size, bytes(-size % 8) + trailer.pack(0, start))
+            self._at = at
+            self.packets += 1
+            if self.words[WORD_PENDING_SEND_SZ]:
+                self.words[WORD_PENDING_SEND_SZ] = 0
 
     @property
     def staged(self) -> bool:

@@ -46,8 +46,7 @@ class BusState(Enum):
 class Server:
     """The host side of one bus.
 
-    `contains(gpa, size)` tells guest RAM; `accepts_sockets` says that the host
-    handles `TlConnect`. `trace(to_host, message)` sees every message.
+    `contains(gpa, size)` tells guest RAM. `trace(to_host, message)` sees every message.
     """
 
     def __init__(
@@ -56,7 +55,6 @@ class Server:
         vp_count: int,
         *,
         max_version: int = vmbus.HOST_VERSIONS[-1],
-        accepts_sockets: bool = False,
         observer: Observer = NULL_OBSERVER,
         trace: Callable[[bool, Message], None] | None = None,
     ) -> None:
@@ -65,9 +63,10 @@ class Server:
         self.features = 0
         self.client_id = b""
         self.reports = Reports(observer)
+        self.accepts_sockets = False
+        """Whether the host handles `TlConnect`; else all are refused."""
         self._vp_count = vp_count
         self._versions = frozenset(v for v in vmbus.HOST_VERSIONS if v <= max_version)
-        self._accepts_sockets = accepts_sockets
         self._trace = trace
         self._target = (0, vmbus.VMBUS_MESSAGE_SINT)
         self._pending: Message | None = None  # what is answered when the reset is done
@@ -278,7 +277,7 @@ class Server:
             silo = message["silo_id"]
         request = TlConnect(message["endpoint_id"], message["service_id"], silo)
         self._tl_connects.append(request)
-        if not self._accepts_sockets or len(self._tl_connects) > MAX_TL_CONNECTS:
+        if not self.accepts_sockets or len(self._tl_connects) > MAX_TL_CONNECTS:
             self.refuse_connect(request)
         else:
             self._out.append(request)
