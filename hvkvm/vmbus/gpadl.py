@@ -45,6 +45,11 @@ class Gpadl(NamedTuple):
     ranges: tuple[GpaRangeList, ...]
     values: int
 
+    @property
+    def pages(self) -> int:
+        """How many pages its ranges name."""
+        return sum(len(one.pfns) for one in self.ranges)
+
     def ring_pages(self) -> array[int] | None:
         """Its pages if it can hold rings: one range of whole pages. Else None."""
         if len(self.ranges) != 1:
@@ -160,7 +165,7 @@ class GpadlTable:
 
     def of_channel(self, relid: int) -> list[Gpadl]:
         """The complete GPADLs of a channel."""
-        return [gpadl for (owner, _), gpadl in self._complete.items() if owner == relid]
+        return [gpadl for (owner, _), gpadl in list(self._complete.items()) if owner == relid]
 
     def abandon(self, relid: int, gpadl_id: int) -> bool:
         """Forget an unfinished one of this channel; whether there was one."""

@@ -367,3 +367,19 @@ class VmbusHost:
             lines.append(f"  relid {channel.relid} from guest: {opened.io.reader.describe()}")
             lines.append(f"  relid {channel.relid} to guest: {opened.io.writer.describe()}")
         return lines
+
+    def snapshot(self) -> dict[str, object]:
+        """The same as values: the connection, each channel, and the rings of an open one. Any thread."""
+        channels = []
+        for channel in list(self.server.channels.all):
+            gpadls = self.server.channels.gpadls.of_channel(channel.relid)
+            opened = self._open.get(channel)
+            channels.append(
+                {
+                    **channel.snapshot(),
+                    "gpadls": {f"{gpadl.gpadl_id:#x}": gpadl.pages for gpadl in gpadls},
+                    "open": None if opened is None else opened.snapshot(),
+                }
+            )
+        waits = {"from_guest_waiting": len(self._inbox), "to_guest_waiting": len(self._outbox)}
+        return {**self.server.snapshot(), **waits, "channels": channels}

@@ -99,6 +99,20 @@ class Channel:
             connection_id=self.connection_id,
         )
 
+    def snapshot(self) -> dict[str, object]:
+        """Its offer and state as values. Any thread."""
+        return {
+            "name": self.offer.name,
+            "relid": self.relid,
+            "state": self.state.value,
+            "withdrawn": self.withdrawn,
+            "interface": vmbus.guid_text(self.offer.interface),
+            "instance": vmbus.guid_text(self.offer.instance),
+            "sub_channel_index": self.offer.sub_channel_index,
+            "connection_id": self.connection_id,
+            "target_vp": None if self.target_vp == vmbus.VP_INVALID else self.target_vp,
+        }
+
     def __str__(self) -> str:
         index = self.offer.sub_channel_index
         sub = f".{index}" if index else ""

@@ -125,8 +125,8 @@ class OpenedChannel:
         if not self._closed:
             device.ready()
 
-    def state(self) -> dict[str, object]:
-        """How it interrupts, and both rings, for `hvkvm ctl inspect`. Any thread."""
+    def snapshot(self) -> dict[str, object]:
+        """How it interrupts, and both rings as they are now. Any thread."""
         io, route = self.io, self._route
         return {
             "interrupt_vp": getattr(route, "vp_index", None),
@@ -134,8 +134,8 @@ class OpenedChannel:
             "event_flag": self._flag,
             "doorbell": self._connection_id,
             "signals": io.signals,
-            "from_guest": {"packets": io.reader.packets, **io.reader.state()},
-            "to_guest": {"packets": io.writer.packets, **io.writer.state()},
+            "from_guest": {"packets": io.reader.packets, **io.reader.snapshot()},
+            "to_guest": {"packets": io.writer.packets, **io.writer.snapshot()},
         }
 
     def close(self) -> None:

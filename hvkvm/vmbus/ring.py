@@ -100,7 +100,7 @@ class _Ring:
         )
         return f"{text}, broken: {self.broken}" if self.broken else text
 
-    def state(self) -> dict[str, int | str | None]:
+    def snapshot(self) -> dict[str, int | str | None]:
         """The same as values; `free` bytes are None while the indices make no sense. Any thread."""
         w = self.words
         write, read = w[WORD_WRITE_INDEX], w[WORD_READ_INDEX]

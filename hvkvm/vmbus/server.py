@@ -289,3 +289,19 @@ class Server:
             head += f", version {version_text(self.version)}, features {self.features:#x}"
         head += f", {len(self.channels.gpadls)} GPADLs, {self.reports.total} complaints"
         return [head, *(f"  {channel}" for channel in self.channels.all)]
+
+    def snapshot(self) -> dict[str, object]:
+        """The same as values, without the channels. Any thread."""
+        gpadls = self.channels.gpadls
+        return {
+            "state": self.state.value,
+            "version": version_text(self.version) if self.version else None,
+            "features": self.features,
+            "message_vp": self._target[0],
+            "message_sint": self._target[1],
+            "gpadls": len(gpadls),
+            "gpadls_unfinished": gpadls.unfinished,
+            "gpadl_values": gpadls.values,
+            "connects_waiting": len(self._tl_connects),
+            "complaints": dict(self.reports.counts),
+        }
