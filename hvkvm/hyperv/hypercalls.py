@@ -21,6 +21,7 @@ from hvkvm.abi.hv_synic import (
 from hvkvm.abi.tlfs import (
     HV_HYPERCALL_CODE_MASK,
     HV_HYPERCALL_FAST_BIT,
+    HV_HYPERCALL_RSVD_MASK,
     HVCALL_POST_MESSAGE,
     HVCALL_SIGNAL_EVENT,
     HvStatus,
@@ -78,10 +79,13 @@ class Hypercalls:
     def call(self, control: int, param: int) -> int:
         """The result of the hypercall `control` with first input `param`; the low 16 bits are the status.
 
-        A code nobody knows is INVALID_HYPERCALL_CODE, and the guest goes on (S56).
+        A code nobody knows is INVALID_HYPERCALL_CODE, and the guest goes on (S56). Reserved bits are looked
+        at before the code, as KVM does.
         """
         handler = self._calls.get(control & _CODE)
-        return _INVALID_HYPERCALL_CODE if handler is None else handler(control, param)
+        if handler is not None:
+            return handler(control, param)
+        return _INVALID_HYPERCALL_INPUT if control & HV_HYPERCALL_RSVD_MASK else _INVALID_HYPERCALL_CODE
 
     def post_message(self, control: int, gpa: int) -> int:
         """HvPostMessage with its input at `gpa`."""

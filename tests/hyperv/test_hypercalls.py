@@ -184,6 +184,8 @@ def test_s53_simple_calls_have_no_header_no_repetition_and_no_reserved_bit(
 @pytest.mark.parametrize("code", [0, 2, 0x5B, 0x5E, 0x69, 0x8001, 0xFFFF])
 def test_s56_unknown_code_says_so(calls: Hypercalls, code: int) -> None:
     assert calls.call(code, 0) == calls.call(code | FAST, 0) == HvStatus.INVALID_HYPERCALL_CODE
+    assert calls.call(code | 1 << 17 | 1 << 32, 0) == HvStatus.INVALID_HYPERCALL_CODE
+    assert calls.call(code | 1 << 60, 0) == HvStatus.INVALID_HYPERCALL_INPUT
 
 
 U64 = st.integers(0, (1 << 64) - 1)
