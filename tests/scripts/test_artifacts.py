@@ -99,6 +99,7 @@ def cached(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A cache with a trixie guest kernel in it and nothing else."""
     monkeypatch.setenv("HVKVM_CACHE", str(tmp_path))
     monkeypatch.setattr(artifacts, "Archive", lambda suite: pytest.fail("asked the archive"))
+    monkeypatch.setattr(artifacts, "release_codename", lambda: "bookworm")
     entry = {"package": "linux-image-6.12.1-cloud-amd64", "version": "1:6.12.1-1"}
     (tmp_path / "resolved").mkdir()
     (tmp_path / "resolved/trixie-linux-image-cloud-amd64.json").write_text(json.dumps(entry))
@@ -112,7 +113,8 @@ def cached(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_cached_artifacts_need_no_archive(cached: Path) -> None:
     assert artifacts.path("guest-kernel", "trixie") == cached / "boot/vmlinuz-6.12.1-cloud-amd64"
     assert artifacts.path("guest-modules", "trixie").name == "6.12.1-cloud-amd64"
-    assert set(artifacts.variables("trixie")) == {"HVKVM_GUEST_KERNEL", "HVKVM_GUEST_MODULES"}
+    kernels = {"HVKVM_GUEST_KERNEL", "HVKVM_GUEST_MODULES", "HVKVM_NEWER_KERNEL", "HVKVM_NEWER_MODULES"}
+    assert set(artifacts.variables("trixie")) == kernels
 
 
 @pytest.mark.usefixtures("cached")

@@ -8,11 +8,12 @@ from typing import Any
 
 import pytest
 
-from hvkvm.abi import ic, vmbus
+from hvkvm.abi import ic
 from hvkvm.devices.synth.heartbeat import Heartbeat
 from hvkvm.devices.synth.ic import MAX_WAITING
 from hvkvm.devices.synth.shutdown import Shutdown
 from hvkvm.devices.synth.timesync import TimeSync
+from hvkvm.testing.ic_driver import IcDriver
 
 
 class Clock:
@@ -40,45 +41,8 @@ class Timer:
             self.clock.timers.remove(self)
 
 
-class Driver:
-    """The guest's side of an integration component, as Linux's hv_util answers."""
-
-    def __init__(self, loop: Any, device: Any, version: tuple[int, int] = (3, 0)) -> None:
-        self.loop = loop
-        loop.host.add(device)
-        loop.connect(vmbus.VERSION_WIN10_V5_3)
-        self.channel = loop.client.by_interface(device.INTERFACE)
-        self.version = version
-        self.open()
-
-    def open(self) -> None:
-        self.loop.open(self.channel, out_pages=4, in_pages=4)
-
-    def requests(self) -> list[bytes]:
-        """What has come, unanswered."""
-        packets, self.channel.received = self.channel.received, []
-        self.packets = packets
-        return [packet.payload for packet in packets]
-
-    def answer(self, payload: bytes, body: bytes | None = None, status: int = 0) -> None:
-        changed = bytearray(payload)
-        changed[20:24] = pack("<I", status)
-        changed[25] = 5
-        if body is not None:
-            changed[28 : 28 + len(body)] = body
-        self.channel.opened.send(bytes(changed), trans_id=self.packets[-1].trans_id)
-        self.loop.run()
-
-    def negotiate(self, counts: tuple[int, int] = (1, 1)) -> None:
-        (payload,) = self.requests()
-        assert unpack_from("<H", payload, 12) == (ic.ICMSGTYPE_NEGOTIATE,)
-        frames, messages = unpack_from("<HH", payload, 28)
-        assert len(payload) >= 36 + 4 * (frames + messages)
-        self.answer(payload, pack("<HHIHHHH", *counts, 0, 3, 0, *self.version))
-
-
 def test_the_offer_is_a_message_pipe(loopback: Any) -> None:
-    driver = Driver(loopback(), Shutdown())
+    driver = IcDriver(loopback(), Shutdown())
     offer = driver.channel.offer
     assert offer["flags"] == 0x11
     assert offer["user_defined"][:4] == pack("<I", 4)
@@ -87,7 +51,7 @@ def test_the_offer_is_a_message_pipe(loopback: Any) -> None:
 def test_heartbeats_are_counted_and_missed_ones_too(loopback: Any) -> None:
     clock = Clock()
     device = Heartbeat(clock.call_later)
-    driver = Driver(loopback(), device)
+    driver = IcDriver(loopback(), device)
     assert not device.alive
     driver.negotiate()
     for beat in range(1, 4):
@@ -111,7 +75,7 @@ def test_heartbeats_are_counted_and_missed_ones_too(loopback: Any) -> None:
 
 def test_a_shutdown_is_asked_for_and_answered(loopback: Any) -> None:
     device = Shutdown()
-    driver = Driver(loopback(), device, (3, 2))
+    driver = IcDriver(loopback(), device, (3, 2))
     replies: list[int] = []
 
     def reply(status: int, _body: bytes) -> None:
@@ -135,7 +99,7 @@ def test_a_shutdown_is_asked_for_and_answered(loopback: Any) -> None:
 
 def test_one_request_is_under_way_and_the_rest_waits_or_is_refused(loopback: Any) -> None:
     device = Shutdown()
-    driver = Driver(loopback(), device)
+    driver = IcDriver(loopback(), device)
     driver.negotiate()
     replies: list[int] = []
     taken = [device.request("reboot", lambda status, body: replies.append(status)) for _ in range(30)]
@@ -151,7 +115,7 @@ def test_one_request_is_under_way_and_the_rest_waits_or_is_refused(loopback: Any
 def test_time_is_set_once_and_sampled_afterwards(loopback: Any, version: tuple[int, int]) -> None:
     clock = Clock()
     device = TimeSync(clock.call_later, lambda: 777, lambda: 133_000_000_000_000_000)
-    driver = Driver(loopback(), device, version)
+    driver = IcDriver(loopback(), device, version)
     driver.negotiate()
     where = 44 if version >= (4, 0) else 52
     for flags in (ic.ICTIMESYNCFLAG_SYNC, ic.ICTIMESYNCFLAG_SAMPLE):
@@ -170,7 +134,7 @@ def test_time_is_set_once_and_sampled_afterwards(loopback: Any, version: tuple[i
 )
 def test_a_guest_without_a_common_version_is_left_alone(loopback: Any, counts: tuple[int, int]) -> None:
     device = Shutdown()
-    driver = Driver(loopback(), device)
+    driver = IcDriver(loopback(), device)
     driver.negotiate(counts)
     assert not device.ready_for_requests
     assert not device.request("reboot")
@@ -178,13 +142,13 @@ def test_a_guest_without_a_common_version_is_left_alone(loopback: Any, counts: t
 
 def test_a_version_nobody_offered_is_not_taken(loopback: Any) -> None:
     device = Shutdown()
-    Driver(loopback(), device, (9, 9)).negotiate()
+    IcDriver(loopback(), device, (9, 9)).negotiate()
     assert not device.ready_for_requests
 
 
 def test_junk_and_answers_to_nothing_are_ignored(loopback: Any) -> None:
     device = Shutdown()
-    driver = Driver(loopback(), device)
+    driver = IcDriver(loopback(), device)
     driver.negotiate()
     for junk in (b"", b"x" * 27, b"\xff" * 200, bytes(28)):
         driver.channel.opened.send(junk, trans_id=1)
@@ -195,7 +159,7 @@ def test_junk_and_answers_to_nothing_are_ignored(loopback: Any) -> None:
 
 def test_a_reopened_channel_negotiates_again(loopback: Any) -> None:
     device = Shutdown()
-    driver = Driver(loopback(), device)
+    driver = IcDriver(loopback(), device)
     driver.negotiate()
     driver.loop.client.close(driver.channel)
     driver.loop.run()
