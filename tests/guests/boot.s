@@ -31,21 +31,21 @@ _start:
 
     # Identity map of the first 4 GiB in 2 MiB pages: RAM, and the holes that tests put pages into.
     movl    $page_directories, %edi
-    movl    $0x83, %eax         # present, writable, large
+    movl    $0x87, %eax         # present, writable, user, large
 1:  movl    %eax, (%edi)
     movl    $0, 4(%edi)
     addl    $8, %edi
     addl    $0x200000, %eax
     jnc     1b
     movl    $pdpt, %edi
-    movl    $(page_directories + 3), %eax
+    movl    $(page_directories + 7), %eax
     movl    $4, %ecx
 2:  movl    %eax, (%edi)
     movl    $0, 4(%edi)
     addl    $8, %edi
     addl    $0x1000, %eax
     loop    2b
-    movl    $(pdpt + 3), pml4
+    movl    $(pdpt + 7), pml4
     movl    $0, pml4 + 4
 
     # The APs' real-mode entry must lie below 1 MiB.
@@ -155,13 +155,17 @@ stop:
     hlt
     jmp     stop
 
-    .section .rodata
+    .data
+    .globl  gdt
     .align  8
 gdt:
     .quad   0
     .quad   0x00CF9B000000FFFF  # CODE32
     .quad   0x00CF93000000FFFF  # DATA
     .quad   0x00AF9B000000FFFF  # CODE64
+    .quad   0x00CFF3000000FFFF  # USER_DATA
+    .quad   0x00AFFB000000FFFF  # USER_CODE
+    .quad   0, 0                # TASK, filled by user.s
 gdt_end:
 gdt_pointer:
     .word   gdt_end - gdt - 1

@@ -78,6 +78,10 @@ exception:
     movq    %rax, 24(%rsp)
     movq    %gs:MB_FIXUP, %rax
     movq    %rax, (%rsp)
+    # Back at CPL 0, should it have come from user.s.
+    movq    $CODE64, 8(%rsp)
+    movq    $DATA, 32(%rsp)
+    andq    $~0x3000, 16(%rsp)  # IOPL
     iretq
 
 fatal:

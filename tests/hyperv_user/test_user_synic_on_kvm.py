@@ -9,7 +9,17 @@ from collections.abc import Callable
 from struct import unpack
 
 import pytest
-from guest_agent import ABI, DRAIN, EOM_PENDING, GP_FAULT, HYPERCALL_PAGE, NO_EOI, SCRATCH, SINT_VECTOR
+from guest_agent import (
+    ABI,
+    DRAIN,
+    EOM_PENDING,
+    GP_FAULT,
+    HYPERCALL_PAGE,
+    NO_EOI,
+    SCRATCH,
+    SINT_VECTOR,
+    UD_FAULT,
+)
 from guest_machine import MEMORY, Guest
 
 from hvkvm.abi import tlfs
@@ -134,6 +144,39 @@ def test_code_copied_out_of_the_page_is_no_hypercall(guest: Guest) -> None:
     guest[0].wrmsr(tlfs.HV_X64_MSR_HYPERCALL, HYPERCALL_PAGE | 1)
     guest[0].do("HYPERCALL", 0x5C, 0)
     assert seen == [0x5C]
+
+
+def cpl_3_faults(guest: Guest) -> set[int]:
+    """What hypercalls at CPL 3 with IOPL 3 end with; none is served, and the guest goes on."""
+    guest.enlighten()
+    cpu = guest[0]
+    seen: list[int] = []
+    assert guest.machine.user_hyperv is not None
+    guest.machine.user_hyperv.hypercall_page.call = lambda control, param: seen.append(control) or 0
+    faults = set()
+    for _ in range(5):
+        reply = cpu.do("USER_CALL", 0x5C, SCRATCH, HYPERCALL_PAGE)
+        assert reply.fault_rip == HYPERCALL_PAGE + CODE.index(0xE7), "at the OUT"
+        assert reply.fault is not None
+        faults.add(reply.fault)
+        assert cpu.do("HYPERCALL", 0x5D, 0).fault is None
+    assert seen == [0x5D] * 5
+    return faults
+
+
+def test_a_hypercall_at_cpl_3_faults(guest: Guest) -> None:
+    """S55. Not every KVM knows IOPL: kvm_pvm lets no program use ports, which is #GP."""
+    assert cpl_3_faults(guest) in ({UD_FAULT}, {GP_FAULT})
+
+
+@pytest.mark.hyperv
+def test_a_hypercall_at_cpl_3_is_an_undefined_instruction(guest: Guest) -> None:
+    """S55, where programs may use ports: #UD, while a port without device is no fault."""
+    assert cpl_3_faults(guest) == {UD_FAULT}
+    guest.machine.memory.write(SCRATCH, CODE)
+    reply = guest[0].do("USER_CALL", 0x5C, 0, SCRATCH)
+    assert (reply.fault, reply.results[0]) == (GP_FAULT, 0), "the HLT behind the call"
+    assert reply.fault_rip > SCRATCH + len(CODE) or reply.fault_rip < SCRATCH
 
 
 @pytest.mark.parametrize("idle", ["HLT", "SPIN"])

@@ -6,8 +6,10 @@ here; RIP is left to KVM, which has stepped over the OUT already or does so at
 the next entry, by KVM's flavour.
 
 The page is an overlay: the RAM below comes back when the guest takes it away.
-The port answers only an OUT from the page itself, in protected mode at CPL 0;
-any other OUT there is one to a port without device.
+The port answers only an OUT from the page itself; any other is one to a port
+without device. A hypercall needs protected mode and CPL 0, and is #UD without
+(TLFS; S55). At CPL 3 the CPU refuses the OUT before that by #GP, unless the guest
+gave leave by IOPL or a task's bitmap.
 
 `write` runs on the calling vCPU's thread; `place` on the thread of the one that
 writes HV_X64_MSR_HYPERCALL, under the interface's lock.
@@ -29,15 +31,16 @@ if TYPE_CHECKING:
     from hvkvm.kvm.vcpu import Vcpu
 
 CODE = b"\xf3\x0f\x1e\xfa\xe7" + bytes((HYPERCALL_PORT, 0xC3))
-_OUT = 4
-_RIPS = (_OUT, _OUT + 2)
+_OUT, _OUT_LENGTH = 4, 2
+_RIPS = (_OUT, _OUT + _OUT_LENGTH)
 """Where RIP may be in the page at the exit: at the OUT (VMX, SVM) or behind it (KVM's emulator)."""
 
 _PAGE = 0xFFF
 _EFER_LMA = 1 << 10
 _CR0_PE = 1 << 0
+_RFLAGS_VM = 1 << 17
 _LOW = 0xFFFFFFFF
-_ACCESS_DENIED = int(HvStatus.ACCESS_DENIED)
+_UD = 6
 
 Call = Callable[[int, int], int]
 
@@ -73,11 +76,12 @@ class HypercallPage:
         regs, sregs = vcpu.regs(), vcpu.sregs()
         if not self._is_from_page(vcpu, regs, sregs):
             return
+        # In virtual-8086 mode, which is CPL 3, a selector says nothing of that.
+        if not sregs.cr0 & _CR0_PE or sregs.cs.selector & 3 or regs.rflags & _RFLAGS_VM:
+            _raise_ud(vcpu)
+            return
         long_mode = sregs.efer & _EFER_LMA and sregs.cs.l
-        if sregs.cs.selector & 3:
-            # An OUT at CPL 3 needs the guest's leave (IOPL); a hypercall needs CPL 0.
-            result = _ACCESS_DENIED
-        elif long_mode:
+        if long_mode:
             result = self.call(regs.rcx, regs.rdx)
         else:
             control = (regs.rdx & _LOW) << 32 | regs.rax & _LOW
@@ -90,8 +94,6 @@ class HypercallPage:
 
     def _is_from_page(self, vcpu: Vcpu, regs: kvm_regs, sregs: kvm_sregs) -> bool:
         rip = regs.rip
-        if not sregs.cr0 & _CR0_PE:
-            return False  # in real mode there are no hypercalls
         if not (sregs.efer & _EFER_LMA and sregs.cs.l):
             rip = rip + sregs.cs.base & _LOW
         if rip & _PAGE not in _RIPS:
@@ -105,6 +107,19 @@ class HypercallPage:
                 self._vcpus[get_ident()] = thread.vcpu
                 return thread.vcpu
         raise RuntimeError("a port write came on a thread that is no vCPU's")
+
+
+def _raise_ud(vcpu: Vcpu) -> None:
+    """Have the guest take #UD at the OUT, in place of it. The vCPU's thread, at the OUT's exit."""
+    # Some flavours of KVM step over the OUT at the next KVM_RUN: let them, before RIP is put back.
+    vcpu.complete_exit()
+    regs = vcpu.regs()
+    regs.rip -= _OUT_LENGTH
+    vcpu.set_regs(regs)  # drops pending exceptions, so it comes first
+    events = vcpu.vcpu_events()
+    events.exception.injected, events.exception.nr, events.exception.has_error_code = 1, _UD, 0
+    events.flags = 0  # leave alone what others write: pending NMIs, SIPIs, SMIs
+    vcpu.set_vcpu_events(events)
 
 
 def _nothing_known(control: int, param: int) -> int:
