@@ -88,7 +88,7 @@ def utf16(what: str, text: str, size: int) -> bytes:
     except UnicodeEncodeError:
         raise ValueError(f"{what} holds half a character (a lone surrogate)") from None
     if len(encoded) > size - 2:
-        raise ValueError(f"{what} has {len(encoded) // 2} UTF-16 units; {size // 2 - 1} fit")
+        raise ValueError(f"{what}: {len(encoded) // 2} UTF-16 units; {size // 2 - 1} fit")
     return encoded + b"\0\0"
 
 

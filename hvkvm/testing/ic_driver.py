@@ -38,6 +38,7 @@ class IcDriver:
         """Close the channel, whatever is unanswered."""
         self.loop.client.close(self.channel)
         self.loop.run()
+        self.channel.received.clear()
 
     def requests(self) -> list[bytes]:
         """What has come, unanswered."""
