@@ -12,8 +12,11 @@ from typing import TYPE_CHECKING
 from hvkvm.abi.vmbus import HOST_VERSIONS
 from hvkvm.devices.synth.heartbeat import Heartbeat
 from hvkvm.devices.synth.keyboard import Keyboard
+from hvkvm.devices.synth.kvp import Kvp
 from hvkvm.devices.synth.shutdown import Shutdown
 from hvkvm.devices.synth.timesync import TimeSync
+from hvkvm.devices.synth.vsock import Vsock
+from hvkvm.devices.synth.vss import Vss
 from hvkvm.errors import ConfigError
 from hvkvm.machine.config import VMBUS_VERSIONS
 from hvkvm.vmbus.host import VmbusHost
@@ -31,10 +34,6 @@ class Bus:
                 f"--vmbus on: needs the SynIC, which --hv {machine.config.hv} leaves out; add synic to --hv"
             )
 
-        def reference() -> int:
-            # What KVM's HV_X64_MSR_TIME_REF_COUNT counts: the VM's clock.
-            return int(machine.vm.get_clock().clock) // 100
-
         self.host = VmbusHost(
             machine.partition,
             machine.memory,
@@ -45,9 +44,14 @@ class Bus:
         )
         self.heartbeat = Heartbeat(machine.io.call_later)
         self.shutdown = Shutdown()
-        self.timesync = TimeSync(machine.io.call_later, reference)
+        self.timesync = TimeSync(machine.io.call_later, machine.reference_time)
+        self.kvp = Kvp()
+        self.vss = Vss()
         self.keyboard = Keyboard()
-        for device in (self.heartbeat, self.shutdown, self.timesync, self.keyboard):
+        for device in (self.heartbeat, self.shutdown, self.timesync, self.kvp, self.vss, self.keyboard):
             self.host.add(device)
         stack.callback(self.host.close)
+        self.vsock = Vsock(self.host, machine.io, machine.config.vsock, observer=machine.observer)
+        stack.callback(self.vsock.close)
+        self.vsock.start()
         self.host.attach()

@@ -11,6 +11,7 @@ called from any thread; the first ending wins.
 
 from __future__ import annotations
 
+import os
 import select
 import threading
 from collections import Counter
@@ -53,6 +54,7 @@ class Machine:
         self.outcome: Outcome | None = None
         self.started_at: float | None = None
         self.resets = 0
+        self.name = config.name or f"hvkvm-{os.getpid()}"
         # An eventfd, not a threading.Event: finish() is called by signal handlers, which may find the
         # main thread inside wait(), and an Event's lock would then be waited for by its own holder.
         self._ended = EventFd()
@@ -94,6 +96,7 @@ class Machine:
         build.reset_enlightenments(self)
         self._power_on = PowerOnState(self.kvm, self.vm, self.vcpus)
         self._image.load(self.memory, self.vcpus[0])
+        self.control = build.create_control(self, stack)
 
     def start(self) -> None:
         """Start the I/O loop and every vCPU. Once only."""
@@ -153,6 +156,13 @@ class Machine:
     def resume(self) -> None:
         """Undo one `pause()`."""
         self.group.resume_all()
+
+    def reference_time(self) -> int:
+        """What the guest's HV_X64_MSR_TIME_REF_COUNT counts, in 100 ns units. Any thread."""
+        if self.user_hyperv is not None:
+            return self.user_hyperv.clock.now()
+        # KVM's register counts the VM's clock.
+        return int(self.vm.get_clock().clock) // 100
 
     def request_reset(self, reason: str) -> None:
         """Reset the machine soon, or end the run if the configuration says so. Any thread."""
