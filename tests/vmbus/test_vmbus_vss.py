@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from struct import pack, unpack_from
 from typing import Any
 
@@ -12,7 +13,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
 from hvkvm.abi import ic, vss
 from hvkvm.devices.synth.ic import MAX_WAITING
-from hvkvm.devices.synth.vss import Vss, VssReply
+from hvkvm.devices.synth.vss import RETRIES, Vss, VssReply
 from hvkvm.testing.ic_driver import IcDriver
 from hvkvm.testing.vmbus_loopback import Loopback
 
@@ -42,8 +43,8 @@ class Daemon:
 class Guest:
     """A device and its driver, negotiated, and the replies by what was asked."""
 
-    def __init__(self, loop: Any, *, negotiate: bool = True) -> None:
-        self.device = Vss()
+    def __init__(self, loop: Any, *, negotiate: bool = True, clock: Clock | None = None) -> None:
+        self.device = Vss(clock.call_later if clock else None)
         self.driver = IcDriver(loop, self.device, (5, 0))
         self.told: list[tuple[str, VssReply]] = []
         if negotiate:
@@ -204,6 +205,76 @@ def test_a_rebooted_guest_that_refuses_its_thaw_can_be_frozen(guest: Guest) -> N
     guest.ask("freeze")
     guest.driver.serve(daemon)
     assert guest.device.state == "frozen"
+
+
+class Clock:
+    """Timers that go off when the test says so."""
+
+    def __init__(self) -> None:
+        self.timers: list[Callable[[], object]] = []
+
+    def call_later(self, _seconds: float, fn: Callable[[], object]) -> Clock:
+        assert not self.timers, "one timer is enough"
+        self.timers.append(fn)
+        return self
+
+    def cancel(self) -> None:
+        self.timers.clear()
+
+    def tick(self) -> bool:
+        """Whether there was a timer."""
+        due, self.timers = self.timers, []
+        for fn in due:
+            fn()
+        return bool(due)
+
+
+@pytest.mark.parametrize("refusals", [0, 1, 7, RETRIES - 1, RETRIES + 5])
+def test_a_guest_whose_daemon_is_late_is_thawed_when_it_is_there(loopback: Any, refusals: int) -> None:
+    clock = Clock()
+    guest = Guest(loopback(), clock=clock)
+    daemon = Daemon()
+    guest.ask("freeze")
+    guest.driver.serve(daemon)
+    guest.driver.close()
+    for _ in range(2):  # the driver may come and go before the daemon is there
+        guest.driver.open()
+        guest.driver.negotiate()
+        guest.driver.serve(Daemon(ic.HV_E_FAIL))
+        guest.driver.close()
+        assert clock.timers == []
+    guest.driver.open()
+    guest.driver.negotiate()
+    daemon.operations.clear()
+    daemon.status = ic.HV_E_FAIL
+    tries = 0
+    while guest.driver.serve(daemon) and tries < refusals:
+        tries += 1
+        clock.tick()
+    daemon.status = 0
+    clock.tick()
+    guest.driver.serve(daemon)
+    assert clock.timers == []
+    assert daemon.frozen == (refusals > RETRIES)
+    assert len(daemon.operations) <= RETRIES
+    assert guest.device.state == "thawed"
+
+
+def test_a_freeze_takes_over_what_was_owed(loopback: Any) -> None:
+    clock = Clock()
+    guest = Guest(loopback(), clock=clock)
+    daemon = Daemon()
+    guest.ask("freeze")
+    guest.driver.serve(daemon)
+    guest.driver.close()
+    guest.driver.open()
+    guest.driver.negotiate()
+    guest.driver.serve(Daemon(ic.HV_E_FAIL))
+    guest.ask("freeze")
+    guest.driver.serve(daemon)
+    assert clock.tick()
+    assert guest.driver.serve(daemon) == 0
+    assert (guest.device.frozen, clock.timers) == (True, [])
 
 
 def test_nobody_is_asked_where_nobody_is(loopback: Any) -> None:

@@ -7,7 +7,8 @@ FREEZE (Linux gives it 15).
 A guest must not stay frozen for a fault on this side. So there is never a second
 FREEZE before a THAW; a THAW can always be asked for and follows what is under way; a
 FREEZE that fails is thawed by itself (the daemon may come to it late); and a guest
-that left frozen is thawed when it is back. Owner: the I/O loop.
+that left frozen is thawed when it is back, for a while again and again: Linux refuses
+as long as its daemon has not registered. Owner: the I/O loop.
 """
 
 from __future__ import annotations
@@ -16,8 +17,11 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 from hvkvm.abi import ic, vmbus, vss
-from hvkvm.devices.synth.ic import MAX_WAITING, IntegrationComponent
+from hvkvm.devices.synth.ic import MAX_WAITING, CallLater, IntegrationComponent, TimerLike
 
+RETRY_SECONDS = 2.0
+RETRIES = 30
+"""How often, and at what distance, a guest that left frozen is asked to thaw until it does."""
 THAWED, FREEZING, FROZEN, THAWING = "thawed", "freezing", "frozen", "thawing"
 
 
@@ -44,19 +48,25 @@ OnReply = Callable[[VssReply], object]
 
 
 class Vss(IntegrationComponent):
-    """`state` is "thawed", "freezing", "frozen" or "thawing", as far as the host knows."""
+    """`state` is "thawed", "freezing", "frozen" or "thawing", as far as the host knows.
+
+    Without `call_later` a guest that is back is asked to thaw once.
+    """
 
     NAME = "vss"
     INTERFACE = vmbus.HV_VSS_GUID
     MESSAGE_VERSIONS = ((5, 0),)
 
-    def __init__(self) -> None:
+    def __init__(self, call_later: CallLater | None = None) -> None:
         super().__init__()
+        self._call_later = call_later
+        self._timer: TimerLike | None = None
         self.state = THAWED
         self.frozen = False
         """Whether a FREEZE was done and no THAW since."""
         self._thaw_replies: list[OnReply] = []
-        self._left_frozen = False
+        self._owed = 0
+        """How many more times to ask a guest that left frozen to thaw."""
 
     def check(self, reply: OnReply) -> None:
         """Whether the guest can be backed up while it runs; `flags` say how, 0 that it cannot."""
@@ -111,10 +121,24 @@ class Vss(IntegrationComponent):
     def _thawed(self, result: VssReply, _body: bytes) -> None:
         if result.ok:
             self.frozen = False
+            self._owed = 0
         self.state = FROZEN if self.frozen else THAWED
+        self._thaw_again_later()
         replies, self._thaw_replies = self._thaw_replies, []
         for reply in replies:
             reply(result)
+
+    def _thaw_again_later(self) -> None:
+        if self._owed and self._timer is None and self._call_later and self.ready_for_requests:
+            self._timer = self._call_later(RETRY_SECONDS, self._thaw_owed)
+
+    def _thaw_owed(self) -> None:
+        self._timer = None
+        if self.state != THAWED:
+            self._owed = 0  # somebody froze it since, so it thawed; or is thawing it
+        elif self._owed:
+            self._owed -= 1
+            self._thaw()
 
     def _operate(self, operation: int, answered: Callable[[VssReply, bytes], object]) -> None:
         def took(status: int, body: bytes) -> None:
@@ -125,13 +149,15 @@ class Vss(IntegrationComponent):
 
     def negotiated(self) -> None:
         """Thaw what a driver left frozen. A guest booted anew may refuse: nothing is frozen there."""
-        if self._left_frozen:
-            self._left_frozen = False
-            self._thaw()
+        self._thaw_owed()
 
     def left(self) -> None:
         """Nothing more can be known of the guest; who waits is told next."""
-        self._left_frozen = self._left_frozen or self.state != THAWED
+        timer, self._timer = self._timer, None
+        if timer is not None:
+            timer.cancel()
+        if self._owed or self.state != THAWED:
+            self._owed = RETRIES
         self.frozen = False
         if self.state == FROZEN:
             self.state = THAWED
