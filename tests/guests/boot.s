@@ -22,12 +22,13 @@ _start:
     cli
     cld
     # The header's first words live on; everything else that we report starts at zero.
-    # A machine reset comes through here again with RAM as it was.
-    incl    HEADER + HEADER_BOOTS
+    # A machine reset comes through here again with RAM as it was; whoever sees the new count of boots
+    # must not find the old life's words still standing.
     movl    $(HEADER + 0x40), %edi
     movl    $((MAILBOX - HEADER - 0x40) / 4), %ecx
     xorl    %eax, %eax
     rep stosl
+    incl    HEADER + HEADER_BOOTS
 
     # Identity map of the first 4 GiB in 2 MiB pages: RAM, and the holes that tests put pages into.
     movl    $page_directories, %edi
