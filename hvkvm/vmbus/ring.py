@@ -245,12 +245,13 @@ class RingReader(_Ring):
 class RingWriter(_Ring):
     """The producer's end. Packets are seen by the peer at `flush`, all at once."""
 
-    __slots__ = ("_at", "_published", "_reserved", "packets")
+    __slots__ = ("_at", "_owed", "_published", "_reserved", "packets")
 
     def __init__(self, memory: Ram, pfns: Sequence[int]) -> None:
         super().__init__(memory, pfns)
         self._at = self._published = self._index(WORD_WRITE_INDEX, "write index") or 0
         self._reserved: list[tuple[int, int]] = []
+        self._owed = False  # a signal for what was published ahead of `flush`
         self.packets = 0
 
     def _free(self) -> int | None:
@@ -269,7 +270,7 @@ class RingWriter(_Ring):
         """Write a packet behind the others; False if there is no room now, or the ring is broken.
 
         After a False for lack of room the peer is asked to signal when it has
-        made some (`flush` what is written, or it may see no reason to). A packet
+        made some (`flush` must follow, for the signal that may be due). A packet
         that can never fit: ValueError, a mistake of the caller.
         """
         if self.broken:
@@ -297,16 +298,19 @@ class RingWriter(_Ring):
         return True
 
     def _ask_for_room(self, need: int) -> int | None:
-        """Tell the peer what we wait for, then look again: it may have read before it could see that."""
+        """Tell the peer what we wait for, then look again: it may have read before it could see that.
+
+        What is staged is published first. Else a peer that reads all it can see
+        may find that there was room before, say nothing, and say nothing either
+        when it reads the rest.
+        """
+        self._publish()
         self.words[WORD_PENDING_SEND_SZ] = need
         fence()
         return self._free()
 
     def wait_for_room(self, need: int) -> bool:
-        """Whether packets of `need` bytes, trailers included, fit; else the peer is asked to tell when.
-
-        `flush` what is written first, or the peer may see no reason to read.
-        """
+        """Whether packets of `need` bytes, trailers included, fit; else the peer is asked to tell when."""
         if self.broken:
             return False
         free = self._free()
@@ -358,6 +362,11 @@ class RingWriter(_Ring):
                 self.words[WORD_PENDING_SEND_SZ] = 0
 
     @property
+    def consumed(self) -> int:
+        """The peer's read index as it stands, unchecked: to see whether it moves."""
+        return self.words[WORD_READ_INDEX]
+
+    @property
     def staged(self) -> bool:
         """Whether packets wait for `flush`."""
         return self._at != self._published
@@ -368,14 +377,20 @@ class RingWriter(_Ring):
         Once for a whole batch: the ring was empty for the consumer if it has
         read up to where the batch begins (hv_signal_on_write()).
         """
-        if self._at == self._published or self.broken:
+        if self.broken:
             return False
+        self._publish()
+        owed, self._owed = self._owed, False
+        return owed
+
+    def _publish(self) -> None:
+        if self._at == self._published:
+            return
         before, self._published = self._published, self._at
         self.words[WORD_WRITE_INDEX] = self._at
         fence()
-        if self.words[WORD_INTERRUPT_MASK]:
-            return False
-        return self.words[WORD_READ_INDEX] == before
+        if not self.words[WORD_INTERRUPT_MASK] and self.words[WORD_READ_INDEX] == before:
+            self._owed = True
 
     def announce(self) -> None:
         """Say that this end heeds pending_send_sz. The guest does that for both of its rings."""

@@ -1,0 +1,368 @@
+"""One hvsock connection: a byte stream between a host's socket and a guest's channel.
+
+Bytes go from the ring's pages to the socket and back with no copy of ours; what
+the socket does not take at once is copied, so that the guest has its room back.
+Whoever cannot go on is asked to tell when it can: the socket by `SocketWatch`,
+the guest by the pending size of the ring.
+
+Ends. An empty packet says that its sender sends no more; the other direction
+goes on. Linux closes a channel only after the host has rescinded it, so we do
+that as soon as both have said so, or when anything goes wrong.
+
+`vsock.Vsock` makes these. Owner: the I/O loop.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Callable
+from operator import add
+from typing import NamedTuple, Protocol
+
+from hvkvm.abi import hvsock as abi
+from hvkvm.abi.ring import DESCRIPTOR_BYTES, TRAILER_BYTES, VM_PKT_DATA_INBAND
+from hvkvm.runtime.socket_watch import HANG_UP, READ, WRITE, SocketWatch
+from hvkvm.vmbus.channel_io import ChannelIo
+from hvkvm.vmbus.offer import Offer
+
+HEADER_BYTES = abi.pipe_header.size
+FULL_PACKET = DESCRIPTOR_BYTES + HEADER_BYTES + abi.MAX_DATA_BYTES + TRAILER_BYTES
+LEAST_DATA = 512
+"""No packet with less room is begun: a ring so full is left to the guest to empty."""
+PACKETS = 16
+"""Most packets filled by one read of the socket, or emptied by one write: far fewer pieces than IOV_MAX."""
+TURN_BYTES = 1 << 19
+"""Moved each way before other connections have their turn."""
+LINGER_SECONDS = 30.0
+"""A guest that sends no more, and takes nothing for so long while there is something, has closed."""
+
+
+class Timer(Protocol):
+    """What `call_later` returns."""
+
+    def cancel(self) -> object: ...
+
+
+CallLater = Callable[..., Timer]
+"""call_later(seconds, fn, *args), as `runtime.io_loop.IoLoop` has it."""
+
+
+class Counters(NamedTuple):
+    """What a connection moved, or all of them; `signals` interrupted the guest, `wakes` called us."""
+
+    bytes_to_guest: int = 0
+    bytes_to_host: int = 0
+    packets_to_guest: int = 0
+    packets_to_host: int = 0
+    signals: int = 0
+    wakes: int = 0
+
+    def plus(self, other: Counters) -> Counters:
+        """The sum, field by field."""
+        return Counters(*map(add, self, other))
+
+
+def _data_header(size: int) -> bytes:
+    return abi.pipe_header.pack(abi.VMPIPE_TYPE_DATA, size)
+
+
+class HvsockConnection:
+    """A channel's device, on `sock`, which becomes its own: made non-blocking, closed at the end.
+
+    `on_opened(self)` once the guest has accepted; `on_ended(self, why)` once and
+    last, whoever ended it, with `why` if the guest broke a rule: the caller then
+    rescinds the channel. OSError or Stopped if the socket cannot be
+    watched, and then it is still the caller's.
+    """
+
+    def __init__(
+        self,
+        offer: Offer,
+        sock: socket.socket,
+        watch: SocketWatch,
+        call_later: CallLater,
+        on_opened: Callable[[HvsockConnection], object],
+        on_ended: Callable[[HvsockConnection, str], object],
+        *,
+        open_seconds: float,
+        linger_seconds: float = LINGER_SECONDS,
+    ) -> None:
+        sock.setblocking(False)
+        self._offer = offer
+        self._sock = sock
+        self._fd = sock.fileno()
+        self._call_later = call_later
+        self._on_opened = on_opened
+        self._on_ended = on_ended
+        self._linger_seconds = linger_seconds
+        self._io: ChannelIo | None = None
+        self._left = b""  # for the socket, which was full
+        self._may_read = True  # the socket may have something; else it is asked to tell
+        self._guest_done = False  # the guest's empty packet was seen
+        self._host_done = False  # the socket's end was seen
+        self._told_host = False  # and each was passed on
+        self._told_guest = False
+        self._ended = False
+        self._to_guest_bytes = self._to_host_bytes = self._wakes = 0
+        self._final: Counters | None = None
+        self._watched = watch.add(self._fd, self._socket_ready)
+        try:
+            self._timer: Timer | None = call_later(open_seconds, self.end)
+        except BaseException:
+            self._watched.remove()
+            raise
+
+    # vmbus.device.StreamDevice
+
+    @property
+    def offer(self) -> Offer:
+        """What the guest is offered."""
+        return self._offer
+
+    def opened(self, io: ChannelIo) -> None:
+        """The guest has accepted."""
+        self._drop_timer()
+        self._io = io
+        self._on_opened(self)
+
+    def rung(self) -> None:
+        """Move what can be moved."""
+        self._wakes += 1
+        self._to_host()
+        self._to_guest()
+        self._settle()
+
+    def closed(self) -> None:
+        """The guest closed it, left, or broke the ring."""
+        self.end()
+
+    # The socket.
+
+    def greet(self, line: bytes) -> None:
+        """Write a line ahead of the stream. The socket is new, so that it has room."""
+        try:
+            sent = self._sock.send(line, socket.MSG_NOSIGNAL)
+        except OSError:
+            sent = 0
+        if sent < len(line):
+            self.end()
+
+    def _socket_ready(self, mask: int) -> None:
+        io = self._io
+        if io is None:
+            self.end()  # it hung up before the guest accepted
+            return
+        self._wakes += 1
+        with io:
+            if mask & (READ | HANG_UP):
+                self._may_read = True
+            if self._left:
+                self._to_host()
+            self._to_guest()
+            self._settle()
+
+    def _settle(self) -> None:
+        """End if both sides are done, else ask the socket for what we wait for."""
+        if self._ended:
+            return
+        if self._told_host and self._told_guest:
+            self.end()
+            return
+        mask = WRITE if self._left else 0
+        if not self._may_read and not self._host_done:
+            mask |= READ
+        if mask:
+            self._watched.arm(mask)
+
+    # Ring to socket.
+
+    def _to_host(self) -> None:
+        io = self._io
+        if io is None or not self._send_left():
+            return
+        moved = 0
+        io.reader.mask()  # nobody need ring while we read, nor while the socket is full
+        while not self._ended:
+            views, size = self._take(io)
+            if size:
+                if not self._send(views, size):
+                    return
+                moved += size
+                if moved >= TURN_BYTES:
+                    io.again()
+                    return
+                continue
+            self._tell_host()
+            if self._ended or io.rest():
+                return
+
+    def _take(self, io: ChannelIo) -> tuple[list[memoryview], int]:
+        """The data of the packets that are there, and its size; what they say is checked here."""
+        views: list[memoryview] = []
+        size = 0
+        for _ in range(PACKETS):
+            packet = io.reader.get_raw(HEADER_BYTES)
+            if packet is None:
+                break
+            front, found = packet.front, packet.views
+            if packet.type != VM_PKT_DATA_INBAND or len(front) != HEADER_BYTES:
+                return self._broken(f"a packet of type {packet.type} with {len(front)} bytes of pipe header")
+            # The copy of the header is what counts; what lies in the ring may say something else by now.
+            kind, length = abi.pipe_header.unpack(front)
+            rest = len(found[0]) if len(found) == 1 else sum(map(len, found))
+            if kind != abi.VMPIPE_TYPE_DATA or length > abi.MAX_DATA_BYTES or length > rest:
+                return self._broken(f"pipe packet type {kind} says {length} bytes of {rest}")
+            if self._guest_done:
+                return self._broken("a packet behind the empty one that ends the stream")
+            if not length:
+                self._guest_done = True
+                self._linger((-1, -1))
+                continue
+            size += length
+            for view in found:
+                if length <= len(view):
+                    views.append(view[:length])
+                    break
+                views.append(view)
+                length -= len(view)
+        return views, size
+
+    def _send(self, views: list[memoryview], size: int) -> bool:
+        """Whether the socket took all. What it did not is kept, at most what PACKETS packets hold."""
+        try:
+            sent = self._sock.sendmsg(views, (), socket.MSG_NOSIGNAL)
+        except BlockingIOError:
+            sent = 0
+        except OSError:
+            self.end()  # nobody reads any more
+            return False
+        self._to_host_bytes += size
+        if sent < size:
+            self._left = b"".join(views)[sent:]
+        return sent == size
+
+    def _send_left(self) -> bool:
+        if not self._left:
+            return True
+        try:
+            sent = self._sock.send(self._left, socket.MSG_NOSIGNAL)
+        except BlockingIOError:
+            return False
+        except OSError:
+            self.end()
+            return False
+        self._left = self._left[sent:]
+        return not self._left
+
+    def _tell_host(self) -> None:
+        """All is sent: pass on that no more comes, if it is so."""
+        if not self._guest_done or self._told_host:
+            return
+        self._told_host = True
+        try:
+            self._sock.shutdown(socket.SHUT_WR)
+        except OSError:
+            self.end()
+
+    # Socket to ring.
+
+    def _to_guest(self) -> None:
+        io = self._io
+        if io is None or self._told_guest:
+            return
+        writer, moved = io.writer, 0
+        need = min(FULL_PACKET, writer.size // 2)
+        while self._may_read and not self._host_done:
+            views = writer.reserve(HEADER_BYTES, abi.MAX_DATA_BYTES, LEAST_DATA, PACKETS)
+            if not views:
+                if not writer.wait_for_room(need):
+                    return
+                continue
+            try:
+                size = os.readv(self._fd, views)
+            except BlockingIOError:
+                self._may_read = False
+                return
+            except OSError:
+                self.end()
+                return
+            if not size:
+                self._host_done = True
+                break
+            writer.commit(VM_PKT_DATA_INBAND, size, _data_header)
+            self._to_guest_bytes += size
+            moved += size
+            if size < sum(map(len, views)):
+                self._may_read = False  # it had no more; and if it has by now, it tells at once
+            elif moved >= TURN_BYTES:
+                io.again()
+                return
+        if self._host_done and io.send(_data_header(0)):
+            self._told_guest = True
+
+    # Ends.
+
+    def _broken(self, why: str) -> tuple[list[memoryview], int]:
+        self.end(why)
+        return [], 0
+
+    def _linger(self, before: tuple[int, int]) -> None:
+        """Watch a guest that sends no more: a closed socket looks the same as one that only listens."""
+        io = self._io
+        if io is None:
+            return
+        now = (self._to_guest_bytes, io.writer.consumed)
+        if now == before and not self._told_guest and (self._may_read or self._host_done):
+            self.end()
+        else:
+            self._timer = self._call_later(self._linger_seconds, self._linger, now)
+
+    def _drop_timer(self) -> None:
+        timer, self._timer = self._timer, None
+        if timer is not None:
+            timer.cancel()
+
+    def end(self, why: str = "") -> None:
+        """Close the socket and let go of the channel, whose data the guest may still read. Idempotent."""
+        if self._ended:
+            return
+        self._ended = True
+        self._drop_timer()
+        self._watched.remove()
+        self._sock.close()
+        if self._io is not None:
+            self._io.flush()
+        self._final = self.counters
+        self._io = None
+        self._on_ended(self, why)
+
+    # Telling.
+
+    @property
+    def counters(self) -> Counters:
+        """What it moved so far."""
+        if self._final is not None:
+            return self._final
+        moved = (self._to_guest_bytes, self._to_host_bytes)
+        io = self._io
+        if io is None:
+            return Counters(*moved, wakes=self._wakes)
+        return Counters(*moved, io.writer.packets, io.reader.packets, io.signals, self._wakes)
+
+    def describe(self) -> str:
+        """One line for dumps."""
+        if self._io is None:
+            return f"{self._offer.name}: offered"
+        ends = [
+            text
+            for text, true in (
+                ("the guest sends no more", self._guest_done),
+                ("the host sends no more", self._host_done),
+                (f"{len(self._left)} bytes wait for the host", bool(self._left)),
+                ("the guest's ring is full", self._may_read and not self._host_done),
+            )
+            if true
+        ]
+        counters = ", ".join(f"{name} {value}" for name, value in self.counters._asdict().items())
+        return f"{self._offer.name}: {'; '.join([counters, *ends])}"

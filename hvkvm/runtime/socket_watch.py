@@ -1,0 +1,106 @@
+"""Readiness of sockets on the I/O loop, asked for each time: one `arm`, one call.
+
+Why: a stream between a socket and a ring knows by itself what it can go on with,
+and asks to be told of the socket only when it is stuck there. A standing watch
+would call for every packet, and for ever once the peer has hung up. So all
+sockets of a service share one epoll of one-shot watches, which is itself one
+reader of the loop.
+
+Owner: the I/O loop, for all but construction.
+"""
+
+from __future__ import annotations
+
+import select
+from collections.abc import Callable
+from typing import Protocol
+
+READ = select.EPOLLIN | select.EPOLLRDHUP
+WRITE = select.EPOLLOUT
+HANG_UP = select.EPOLLHUP | select.EPOLLERR
+"""Told whatever was asked for."""
+
+MAX_EVENTS = 64
+
+
+class ReaderHandle(Protocol):
+    """What `add_reader` returns."""
+
+    def remove(self) -> object: ...
+
+
+class ReaderLoop(Protocol):
+    """What is needed of `runtime.io_loop.IoLoop`."""
+
+    def add_reader(self, fd: int, callback: Callable[[], object]) -> ReaderHandle: ...
+
+
+class Watched:
+    """One socket, from `SocketWatch.add`."""
+
+    __slots__ = ("_armed", "_callback", "_watch", "fd")
+
+    def __init__(self, watch: SocketWatch, fd: int, callback: Callable[[int], object]) -> None:
+        self._watch = watch
+        self._callback = callback
+        self._armed = 0
+        self.fd = fd
+
+    def arm(self, mask: int) -> None:
+        """Call once when what `mask` names, or was asked before and not told yet, is so; or on HANG_UP."""
+        wanted = self._armed | mask
+        if wanted != self._armed:
+            self._armed = wanted
+            self._watch._epoll.modify(self.fd, wanted | select.EPOLLONESHOT)
+
+    def remove(self) -> None:
+        """Forget it. Before closing the fd. Repeatable."""
+        self._watch._remove(self)
+
+    def _fire(self, mask: int) -> None:
+        self._armed = 0
+        self._callback(mask)
+
+
+class SocketWatch:
+    """The sockets of one service. Stopped when the loop takes no readers any more."""
+
+    def __init__(self, io: ReaderLoop) -> None:
+        self._epoll = select.epoll()
+        self._watched: dict[int, Watched] = {}
+        try:
+            self._handle = io.add_reader(self._epoll.fileno(), self._ready)
+        except BaseException:
+            self._epoll.close()
+            raise
+
+    def add(self, fd: int, callback: Callable[[int], object]) -> Watched:
+        """A watch of `fd`, for HANG_UP alone as yet; `callback(mask)` gets what is so. OSError."""
+        watched = Watched(self, fd, callback)
+        self._epoll.register(fd, select.EPOLLONESHOT)
+        self._watched[fd] = watched
+        return watched
+
+    def _ready(self) -> None:
+        events = self._epoll.poll(0, MAX_EVENTS)
+        # Looked up before any callback runs, since it may close a socket and open one of the same number.
+        found = [(self._watched.get(fd), mask) for fd, mask in events]
+        for watched, mask in found:
+            if watched is not None and self._watched.get(watched.fd) is watched:
+                watched._fire(mask)
+
+    def _remove(self, watched: Watched) -> None:
+        if self._watched.get(watched.fd) is not watched:
+            return
+        del self._watched[watched.fd]
+        try:
+            self._epoll.unregister(watched.fd)
+        except (OSError, ValueError):
+            return  # closed before, either of them
+
+    def close(self) -> None:
+        """Watch nothing any more. Idempotent; also after the loop's end."""
+        if not self._epoll.closed:
+            self._handle.remove()
+            self._watched.clear()
+            self._epoll.close()
