@@ -84,5 +84,15 @@ class UnhandledExit(HvkvmError):
         self.reason = reason
 
 
+class Refused(HvkvmError):
+    """A running VM, or its guest, did not do what was asked of it, or did not answer."""
+
+
+class VmGone(HvkvmError):
+    """No VM is where one was looked for, or it ended before it answered."""
+
+    exit_status = 69
+
+
 class Stuck(HvkvmError, TimeoutError):
     """Threads that did not pause or end in time; the text names each and what it is doing."""

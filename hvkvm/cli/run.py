@@ -99,6 +99,10 @@ def parser() -> Parser:
         help="Unix socket that leads to the guest's AF_VSOCK ports; PATH_PORT takes what the guest connects",
     )
     p.add_argument(
+        "--control", metavar="PATH|auto|off", help="the socket by which `hvkvm ctl` reaches this VM (auto)"
+    )
+    p.add_argument("--name", metavar="NAME", help="what `hvkvm ctl --vm` calls this VM (hvkvm-PID)")
+    p.add_argument(
         "--file",
         action="append",
         metavar="GUEST=HOST",
@@ -138,6 +142,8 @@ def config_from(arguments: list[str]) -> tuple[MachineConfig, Any]:
         "vmbus",
         "vmbus_max_version",
         "vsock",
+        "control",
+        "name",
         "modules_dir",
         "busybox",
         "kvm_path",
@@ -164,10 +170,10 @@ def config_from(arguments: list[str]) -> tuple[MachineConfig, Any]:
     elif "--" in arguments:
         raise ConfigError("--: no command behind it; name the guest command, or leave `--` out for a console")
     if options.config is not None:
-        return MachineConfig.from_toml(options.config)._replace(**values).validate(), options
+        return MachineConfig.from_toml(options.config, control="auto")._replace(**values).validate(), options
     if "kernel" not in values:
         raise ConfigError("--kernel: missing; name the guest kernel's file, or a --config that does")
-    return MachineConfig(**values).validate(), options
+    return MachineConfig(**{"control": "auto", **values}).validate(), options
 
 
 def _file(text: str) -> tuple[str, Path]:

@@ -217,3 +217,14 @@ class Connections:
                 f"event connection {conn_id:#x}, signalled by " + ("KVM" if c.in_kernel else "hvkvm")
                 for conn_id, c in sorted(self._events.items())
             ]
+
+    def snapshot(self) -> dict[str, object]:
+        """The same as values: message connections, and who signals each event connection. Any thread."""
+        with self._idle, self._event_lock:
+            return {
+                "message": [f"{conn_id:#x}" for conn_id in sorted(self._messages)],
+                "event": {
+                    f"{conn_id:#x}": "KVM" if c.in_kernel else "hvkvm"
+                    for conn_id, c in sorted(self._events.items())
+                },
+            }

@@ -129,6 +129,10 @@ class Partition:
         """Routes and connections in use, a line each, for dumps. Any thread."""
         return self.routes.describe() + self.connections.describe()
 
+    def snapshot(self) -> dict[str, object]:
+        """The same as values. Any thread."""
+        return {"routes": self.routes.snapshot(), "connections": self.connections.snapshot()}
+
     def close(self) -> None:
         """Let go of everything: connections, routes, pages. Idempotent.
 

@@ -234,3 +234,17 @@ class RouteTable:
                 )
                 for s in shares
             ]
+
+    def snapshot(self) -> list[dict[str, object]]:
+        """The same as values. Any thread."""
+        with self._lock:
+            return [
+                {
+                    "vp": s.vp.vp_index,
+                    "sint": s.sint,
+                    "routes": len(s.routes),
+                    "holders": s.refs,
+                    "messages": [r.staging.state.value for r in s.routes if r.staging is not None],
+                }
+                for s in self._lines.values()
+            ]

@@ -34,6 +34,7 @@ from hvkvm.memory.guest import GuestMemory
 if TYPE_CHECKING:
     from hvkvm.hyperv.usermode.interface import UserHyperv
     from hvkvm.machine.bus import Bus
+    from hvkvm.machine.control import Control
     from hvkvm.machine.machine import Machine
 
 _NEEDED = (
@@ -143,6 +144,15 @@ def create_bus(machine: Machine, stack: ExitStack) -> Bus | None:
     from hvkvm.machine.bus import Bus
 
     return Bus(machine, stack)
+
+
+def create_control(machine: Machine, stack: ExitStack) -> Control | None:
+    """The control socket, where the configuration asks for one. ConfigError."""
+    if machine.config.control == "off":
+        return None
+    from hvkvm.machine.control import open_control
+
+    return open_control(machine, stack)
 
 
 def reset_enlightenments(machine: Machine) -> None:

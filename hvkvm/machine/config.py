@@ -24,6 +24,8 @@ KNOWN_DEVICES = ("hyperv-testdev",)
 SYNIC_CHOICES = ("auto", "kernel", "user")
 SIGNAL_CHOICES = ("auto", "kernel", "user")
 VMBUS_CHOICES = ("on", "off")
+MAX_NAME = 48
+"""Characters of a VM's name: its socket's path must stay short."""
 VMBUS_VERSIONS = tuple(map(version_text, HOST_VERSIONS))
 
 _UNITS = {"": MIB, "b": 1, "k": 1 << 10, "m": MIB, "g": GIB, "t": 1 << 40}
@@ -52,8 +54,10 @@ class MachineConfig(NamedTuple):
     ("host-model", "passthrough", "none" or a list). `command` is run inside
     the guest by an initramfs built for it, with `files` in it: pairs of a guest
     path and a file of this host. `vsock` is the Unix socket through which
-    host programs reach the guest's AF_VSOCK ports. `signal_path` chooses who answers
-    HvSignalEvent: KVM_HYPERV_EVENTFD or the userspace table.
+    host programs reach the guest's AF_VSOCK ports. `control` is "off", "auto" or the
+    path of the control socket, `name` what `hvkvm ctl --vm` calls the machine ("":
+    hvkvm-PID). `signal_path` chooses who answers HvSignalEvent: KVM_HYPERV_EVENTFD or
+    the userspace table.
     """
 
     kernel: Path
@@ -68,6 +72,8 @@ class MachineConfig(NamedTuple):
     vmbus: Literal["on", "off"] = "off"
     vmbus_max_version: str = VMBUS_VERSIONS[-1]
     vsock: Path | None = None
+    control: str = "off"
+    name: str = ""
     acpi: bool = True
     reboot: bool = True
     timeout: float | None = None
@@ -119,8 +125,20 @@ class MachineConfig(NamedTuple):
                 raise ConfigError(f"--device {device}: unknown; the devices are {', '.join(KNOWN_DEVICES)}")
         if "\0" in self.append or "\n" in self.append:
             raise ConfigError("--append: a kernel command line cannot hold NUL or newline; remove it")
+        self._validate_control()
         self._validate_files()
         return self
+
+    def _validate_control(self) -> None:
+        if not self.control:
+            raise ConfigError("--control: empty; give auto, off or the path of a socket to make")
+        if "\0" in self.control:
+            raise ConfigError("--control: a path cannot hold NUL; remove it")
+        good = self.name.isascii() and self.name.replace("-", "").replace("_", "").replace(".", "").isalnum()
+        if self.name and (not good or not self.name[0].isalnum() or len(self.name) > MAX_NAME):
+            raise ConfigError(
+                f"--name {self.name}: not a name; use up to {MAX_NAME} letters, digits, dots, - and _"
+            )
 
     def _validate_files(self) -> None:
         for flag, path in (
@@ -160,8 +178,11 @@ class MachineConfig(NamedTuple):
         return cls(**{key: _convert(key, value) for key, value in values.items()}).validate()
 
     @classmethod
-    def from_toml(cls, path: Path) -> MachineConfig:
-        """Read a TOML file whose top-level keys are this class's fields; relative paths start at the file."""
+    def from_toml(cls, path: Path, **defaults: Any) -> MachineConfig:
+        """Read a TOML file whose top-level keys are this class's fields; relative paths start at the file.
+
+        `defaults` are for keys that the file leaves out.
+        """
         import tomllib
 
         try:
@@ -173,7 +194,7 @@ class MachineConfig(NamedTuple):
                 values[key] = str(path.parent / values[key])
         if isinstance(files := values.get("files"), dict):
             values["files"] = {k: str(path.parent / v) if isinstance(v, str) else v for k, v in files.items()}
-        return cls.from_mapping(values)
+        return cls.from_mapping({**defaults, **values})
 
 
 def _check_readable(flag: str, path: Path) -> None:

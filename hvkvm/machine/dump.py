@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING
 
 from hvkvm.errors import HvkvmError
 from hvkvm.kvm.exits import exit_name
+from hvkvm.machine import inspect
+from hvkvm.observe import tree
 
 if TYPE_CHECKING:
     from hvkvm.kvm.vcpu import Vcpu
@@ -34,7 +36,7 @@ def describe(machine: Machine) -> str:
     if machine.partition is not None:
         lines += [f"synic: {line}" for line in machine.partition.describe()]
     if machine.bus is not None:
-        lines += machine.bus.host.describe()
+        lines += tree.lines({"vmbus": machine.bus.host.snapshot(), "devices": inspect.devices(machine)})
     lines.append(f"i/o loop: {machine.io.state}")
     tail = machine.board.tail.lines(CONSOLE_LINES)
     lines.append("console: no output yet" if not tail else "console, last lines:")

@@ -62,14 +62,15 @@ class Keyboard:
 
         `typed` is called once if this returned True. ValueError for a character that is on no key.
         """
-        return self._add(wire.text_events(text), typed)
+        return self.send_events(wire.text_events(text), typed)
 
     def press(self, keys: str | list[wire.Key], typed: Typed | None = None) -> bool:
         """Press together, by name ("ctrl-alt-delete") or as `Key`s. As `type`; ValueError: no such key."""
         chord = wire.parse_chord(keys) if isinstance(keys, str) else keys
-        return self._add(wire.chord_events(chord), typed)
+        return self.send_events(wire.chord_events(chord), typed)
 
-    def _add(self, events: list[bytes], typed: Typed | None) -> bool:
+    def send_events(self, events: list[bytes], typed: Typed | None = None) -> bool:
+        """Send events that `abi.keyboard` made; as `type`."""
         if self.version is None or len(self._waiting) + len(events) >= MAX_WAITING:
             return False
         self._waiting.extend(events)

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from time import time_ns
 
 from hvkvm.abi import ic, vmbus
-from hvkvm.devices.synth.ic import CallLater, IntegrationComponent, TimerLike
+from hvkvm.devices.synth.ic import CallLater, IntegrationComponent, Reply, TimerLike
 
 INTERVAL = 5.0
 """Seconds between two samples; Linux's PTP clock takes one older than 600 s for stale."""
@@ -38,28 +38,32 @@ class TimeSync(IntegrationComponent):
         self._reference = reference
         self._clock = clock
         self._timer: TimerLike | None = None
+        self.sent = {"sync": 0, "sample": 0}
+        """How often the guest was told the time, to set its clock and to follow it."""
 
     def negotiated(self) -> None:
         """Set the guest's clock, then send samples."""
         self.sync()
         self._timer = self._call_later(INTERVAL, self._sample)
 
-    def sync(self) -> bool:
+    def sync(self, reply: Reply | None = None) -> bool:
         """Have the guest set its clock to the host's now; False when no driver is there."""
-        return self._tell(ic.ICTIMESYNCFLAG_SYNC)
+        return self._tell(ic.ICTIMESYNCFLAG_SYNC, reply)
 
     def _sample(self) -> None:
         self._tell(ic.ICTIMESYNCFLAG_SAMPLE)
         self._timer = self._call_later(INTERVAL, self._sample)
 
-    def _tell(self, flags: int) -> bool:
+    def _tell(self, flags: int, reply: Reply | None = None) -> bool:
         if self._sent is not None and flags == ic.ICTIMESYNCFLAG_SAMPLE:
             return False  # a time that waits is wrong when it goes
         if self.message_version is not None and self.message_version >= (4, 0):
             body = ic.ictimesync_ref_data.pack(self._clock(), self._reference(), flags, 0, 1)
         else:
             body = ic.ictimesync_data.pack(self._clock(), 0, 0, flags)
-        return self.ask(ic.ICMSGTYPE_TIMESYNC, body)
+        asked = self.ask(ic.ICMSGTYPE_TIMESYNC, body, reply)
+        self.sent["sync" if flags == ic.ICTIMESYNCFLAG_SYNC else "sample"] += asked
+        return asked
 
     def left(self) -> None:
         """Send no more."""

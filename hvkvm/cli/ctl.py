@@ -1,0 +1,258 @@
+"""`hvkvm ctl`: operate a running guest through its VM's control socket."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from hvkvm.cli import ctl_text
+from hvkvm.cli.arguments import Parser
+from hvkvm.cli.ctl_client import MissingKey, Vm, find
+from hvkvm.errors import ConfigError, HvkvmError, VmGone
+from hvkvm.observe import control_path
+
+EPILOG = """verbs:
+  list                      the VMs that run
+  info                      configuration, enlightenments, up time, resets, exits
+  inspect                   channels, rings, routes, devices: as they are now
+  dump                      who waits for what, as SIGQUIT prints it
+  shutdown|reboot|hibernate ask the guest; --wait until it has happened
+  heartbeat                 whether the guest's driver answers
+  time sync|show            set the guest's clock to the host's
+  keys TEXT                 type; --press ctrl-alt-delete, --scancode 1d,38,e053
+  kvp get|set|delete|list   key-value exchange with the guest's daemon
+  freeze, thaw              the guest's file systems, for a snapshot
+  quit                      end the run now
+
+`hvkvm ctl VERB --help` explains a verb's options.
+
+exit status:
+  0 done; 1 the guest or the VM refused or did not answer, and the line says why;
+  2 usage, or no VM or several to choose from; 69 no such VM, or it ended meanwhile;
+  130 interrupted
+"""
+
+Options = Any
+POOLS = ("external", "guest", "auto")
+WAIT_SECONDS = 300.0
+FREEZE_SECONDS = 60.0
+LIST_SECONDS = 2.0
+MOST_SECONDS = 24 * 3600.0
+
+_REQUESTED = {"shutdown": "power-off", "reboot": "reboot", "hibernate": "hibernate"}
+
+
+def _common(parser: Parser, *, again: bool) -> None:
+    """Options that stand before or behind the verb; behind it, only what is given there counts."""
+    default: Any = argparse.SUPPRESS if again else None
+    parser.add_argument(
+        "--vm", metavar="NAME|PID|PATH", default=default, help="which VM (the only one that runs)"
+    )
+    parser.add_argument("--timeout", metavar="S", default=default, help="how long to wait for the guest (10)")
+    parser.add_argument(
+        "--json", action="store_true", default=argparse.SUPPRESS if again else False, help="print JSON"
+    )
+
+
+def _verb_parser(verb: str) -> Parser:
+    parser = Parser(f"hvkvm ctl {verb}", ctl_text.SUMMARY[verb])
+    _common(parser, again=True)
+    if verb in _REQUESTED:
+        parser.add_argument(
+            "--wait", action="store_true", help=f"until it has happened, at most {WAIT_SECONDS:g} s"
+        )
+    elif verb == "time":
+        parser.add_argument("what", choices=("sync", "show"), help="set the guest's clock, or tell of it")
+    elif verb == "keys":
+        parser.add_argument("text", nargs="?", metavar="TEXT", help="what to type, on a US keyboard")
+        parser.add_argument("--enter", action="store_true", help="press Enter behind TEXT")
+        parser.add_argument("--press", metavar="KEYS", help="press together: ctrl-alt-delete, alt-f2, esc")
+        parser.add_argument("--scancode", metavar="CODES", help="press together, by code set 1: 1d,38,e053")
+    elif verb == "kvp":
+        parser.add_argument("what", choices=("get", "set", "delete", "list"))
+        parser.add_argument("key", nargs="?", metavar="KEY")
+        parser.add_argument("value", nargs="?", metavar="VALUE")
+        pool = "which pool (list: auto; set, delete: external; get: the first that has the key)"
+        parser.add_argument("--pool", choices=POOLS, help=pool)
+    return parser
+
+
+def parse(arguments: Sequence[str]) -> Options:
+    """The options with `verb`. ConfigError for what makes no sense."""
+    parser = Parser("hvkvm ctl", "Operate a running guest.", EPILOG)
+    parser.usage = "hvkvm ctl [--vm NAME|PID|PATH] [--timeout S] [--json] VERB ..."
+    _common(parser, again=False)
+    parser.add_argument("verb", nargs="?", help=argparse.SUPPRESS)
+    parser.add_argument("rest", nargs=argparse.REMAINDER, help=argparse.SUPPRESS)
+    options = parser.parse_args(list(arguments))
+    if options.verb is None:
+        raise ConfigError(f"no verb; choose {', '.join(_VERBS)}")
+    if options.verb not in _VERBS:
+        raise ConfigError(f"{options.verb}: no such verb; choose {', '.join(_VERBS)}")
+    options = _verb_parser(options.verb).parse_args(options.rest, options)
+    if options.timeout is not None:
+        options.timeout = _seconds(options.timeout)
+    return options
+
+
+def _seconds(text: str) -> float:
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = 0.0
+    if not 0 < seconds <= MOST_SECONDS:
+        raise ConfigError(
+            f"--timeout {text}: not a number of seconds above 0; write one, such as --timeout 30"
+        )
+    return seconds
+
+
+def main(arguments: list[str]) -> int:
+    """Run the verb; returns the exit status."""
+    options = parse(arguments)
+    return _VERBS[options.verb](options)
+
+
+def _tell(options: Options, result: Any, text: Callable[[Any], str]) -> int:
+    """Print what came: JSON when asked, else `text` of it."""
+    if options.json:
+        from json import dumps
+
+        print(dumps(result, indent=2))
+    else:
+        print(text(result))
+    return 0
+
+
+def _ask(options: Options, do: str, seconds: float = 10.0, **request: Any) -> Any:
+    with find(options.vm) as vm:
+        return vm.ask(do, options.timeout or seconds, **request)
+
+
+def _list(options: Options) -> int:
+    found = []
+    for path in control_path.sockets():
+        record: dict[str, Any] = {"name": path.stem, "socket": str(path)}
+        try:
+            with Vm(path) as vm:
+                record["pid"] = vm.pid
+                info = vm.ask("info", options.timeout or LIST_SECONDS)
+            record |= {key: info[key] for key in ("uptime", "resets", "synic", "vmbus_version")}
+            record["kernel"] = info["config"]["kernel"]
+        except VmGone:
+            continue
+        except HvkvmError as error:
+            record["error"] = str(error)
+        found.append(record)
+    return _tell(options, found, ctl_text.vm_list)
+
+
+def _info(options: Options) -> int:
+    return _tell(options, _ask(options, "info"), ctl_text.info)
+
+
+def _inspect(options: Options) -> int:
+    return _tell(options, _ask(options, "inspect"), ctl_text.tree)
+
+
+def _dump(options: Options) -> int:
+    return _tell(options, _ask(options, "dump", 30.0), str)
+
+
+def _quit(options: Options) -> int:
+    with find(options.vm) as vm:
+        return _tell(options, _until_end(vm, "quit", options.timeout or 30.0), ctl_text.ended)
+
+
+def _until_end(vm: Vm, do: str, seconds: float, **request: Any) -> dict[str, Any]:
+    """How it ended; a VM that goes before it can say so has ended too."""
+    try:
+        result: dict[str, Any] = vm.ask(do, seconds, **request)
+        return result
+    except VmGone:
+        return {"ending": "ended"}
+
+
+def _shutdown(options: Options) -> int:
+    what = _REQUESTED[options.verb]
+    with find(options.vm) as vm:
+        if options.wait:
+            ended = _until_end(vm, "shutdown", options.timeout or WAIT_SECONDS, what=what, wait=True)
+            return _tell(options, ended, ctl_text.ended)
+        accepted = vm.ask("shutdown", options.timeout or 30.0, what=what)
+        return _tell(options, accepted, lambda _result: f"the guest accepts: {what}")
+
+
+def _heartbeat(options: Options) -> int:
+    result = _ask(options, "heartbeat")
+    _tell(options, result, ctl_text.heartbeat)
+    return 0 if result["alive"] else 1
+
+
+def _time(options: Options) -> int:
+    return _tell(options, _ask(options, "time", what=options.what), ctl_text.time)
+
+
+def _keys(options: Options) -> int:
+    given = {key: getattr(options, key) for key in ("text", "press", "scancode")}
+    given = {key: value for key, value in given.items() if value is not None}
+    if options.enter and given.keys() <= {"text"}:
+        given["text"] = given.get("text", "") + "\n"
+    if len(given) != 1 or (options.enter and "text" not in given):
+        raise ConfigError("keys: what to type? give TEXT, --press or --scancode, and one of them only")
+    return _tell(
+        options, _ask(options, "keys", **given), lambda result: f"{result['events']} key events sent"
+    )
+
+
+def _kvp(options: Options) -> int:
+    what, key, value = options.what, options.key, options.value
+    wanted = {"list": 0, "set": 2}.get(what, 1)
+    if (key is not None) + (value is not None) != wanted:
+        takes = ("nothing more", "a KEY", "a KEY and a VALUE")[wanted]
+        raise ConfigError(f"kvp {what}: takes {takes}; see hvkvm ctl kvp --help")
+    more = {name: text for name, text in (("key", key), ("value", value)) if text is not None}
+    with find(options.vm) as vm:
+        seconds = options.timeout or 40.0  # Linux itself gives its daemon 30 s
+        if options.pool is not None or what != "get":
+            pool = options.pool or ("auto" if what == "list" else "external")
+            return _tell_kvp(options, vm.ask("kvp", seconds, what=what, pool=pool, **more))
+        for pool in POOLS:
+            try:
+                return _tell_kvp(options, vm.ask("kvp", seconds, what=what, pool=pool, **more))
+            except MissingKey:
+                continue
+    raise MissingKey(f"{key}: no such key in any pool")
+
+
+def _tell_kvp(options: Options, result: dict[str, Any]) -> int:
+    if options.json:
+        return _tell(options, dict(result["pairs"]), str)
+    for line in ctl_text.kvp(options.what, result):
+        print(line)
+    return 0
+
+
+def _freeze(options: Options) -> int:
+    return _tell(options, _ask(options, "freeze", FREEZE_SECONDS), ctl_text.snapshot)
+
+
+def _thaw(options: Options) -> int:
+    return _tell(options, _ask(options, "thaw", FREEZE_SECONDS), ctl_text.snapshot)
+
+
+_VERBS: dict[str, Callable[[Options], int]] = {
+    "list": _list,
+    "info": _info,
+    "inspect": _inspect,
+    "dump": _dump,
+    **dict.fromkeys(_REQUESTED, _shutdown),
+    "heartbeat": _heartbeat,
+    "time": _time,
+    "keys": _keys,
+    "kvp": _kvp,
+    "freeze": _freeze,
+    "thaw": _thaw,
+    "quit": _quit,
+}

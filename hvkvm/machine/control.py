@@ -1,0 +1,173 @@
+"""A running machine's control socket: what `hvkvm ctl` and other programs may ask of it.
+
+Each line is a request, {"do": NAME, ...}, and brings one reply; the framing is
+`observe.control_socket`. NAME is one of `Control.requests`; those that need the
+guest are in `control_guest`. "timeout" (seconds) bounds how long the guest may
+take. Only the user who runs the machine can connect.
+
+Owner: the I/O loop. `open_control` runs on the main thread before it, `close`
+after it.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from contextlib import ExitStack
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from hvkvm.errors import ConfigError, Stopped
+from hvkvm.events import Warned
+from hvkvm.machine import control_guest, inspect
+from hvkvm.machine.outcome import Ending
+from hvkvm.observe import control_path
+from hvkvm.observe.control_socket import Answer, ControlSocket
+
+if TYPE_CHECKING:
+    from socket import socket
+
+    from hvkvm.machine.machine import Machine
+
+Request = dict[str, Any]
+
+LONGEST = 24 * 3600.0
+"""Most seconds that a request may wait."""
+DEFAULT_SECONDS = 10.0
+WATCH_SECONDS = 0.1
+QUIT_STATUS = 130
+"""Exit status of a run that `quit` ended: its command was interrupted."""
+DUMP_JOIN_SECONDS = 5.0
+
+
+class Control:
+    """Answers requests about one machine."""
+
+    def __init__(self, machine: Machine, listener: socket) -> None:
+        self.machine = machine
+        self.requests: dict[str, Callable[[Request, Answer], object]] = {
+            "info": lambda _request, answer: answer.ok(inspect.info(machine)),
+            "inspect": lambda _request, answer: answer.ok(inspect.inspect(machine)),
+            "dump": self._dump,
+            "wait": self._wait,
+            "quit": self._quit,
+            **control_guest.requests(machine, self.wait),
+        }
+        self._waiting: list[tuple[Answer, int | None]] = []
+        self._watching = False
+        self._dumper: threading.Thread | None = None
+        self._socket = ControlSocket(listener, machine.io, self._handle)
+
+    def _handle(self, request: Request, answer: Answer) -> None:
+        handler = self.requests.get(request["do"])
+        if handler is None:
+            answer.fail(
+                "usage", f"{request['do'][:40]}: no such request; there are {', '.join(self.requests)}"
+            )
+            return
+        try:
+            seconds = control_guest.number(request, "timeout", DEFAULT_SECONDS, LONGEST)
+            handler(request, answer)
+            if answer.wanted:
+                answer.timer = self.machine.io.call_later(seconds, self._expire, answer, seconds)
+        except ValueError as error:
+            answer.fail("usage", str(error))
+        except Stopped:
+            return  # the machine is ending: `close` tells those who wait for that, the others see it
+
+    def _expire(self, answer: Answer, seconds: float) -> None:
+        waited = any(one is answer for one, _resets in self._waiting)
+        answer.fail("guest", f"{'it has not happened' if waited else 'no answer'} within {seconds:g} s")
+
+    def _dump(self, _request: Request, answer: Answer) -> None:
+        """On a thread of its own: it waits for the vCPUs' threads, and the loop must not."""
+        if self._dumper is not None and self._dumper.is_alive():
+            answer.fail("busy", "another dump is being made; try again")
+            return
+
+        def work() -> None:
+            from hvkvm.machine.dump import describe
+
+            try:
+                text = describe(self.machine)
+                self.machine.io.call_soon(answer.ok, text)
+            except Stopped:
+                return  # the machine ends, and the connection with it
+
+        self._dumper = threading.Thread(target=work, name="dump", daemon=True)
+        self._dumper.start()
+
+    def _quit(self, _request: Request, answer: Answer) -> None:
+        """Answered as "wait" is."""
+        self._waiting.append((answer, None))
+        self.machine.finish(Ending.QUIT, QUIT_STATUS, "by its control socket")
+
+    def _wait(self, request: Request, answer: Answer) -> None:
+        """Until the run has ended; with "resets": N, until the machine was reset more often than that too."""
+        resets = request.get("resets")
+        if resets is not None and not isinstance(resets, int):
+            raise ValueError('"resets" is a number, as "info" tells it')
+        self.wait(answer, resets)
+
+    def wait(self, answer: Answer, resets: int | None) -> None:
+        """Answer at the end of the run, or once there were more than `resets` resets."""
+        self._waiting.append((answer, resets))
+        if not self._watching:
+            self._watching = True
+            self._watch()
+
+    def _watch(self) -> None:
+        """A reset has no event of its own, and asking now and then costs nothing."""
+        machine, waiting = self.machine, self._waiting
+        self._waiting = [(answer, resets) for answer, resets in waiting if answer.wanted]
+        for answer, resets in list(self._waiting):
+            if resets is not None and machine.resets > resets:
+                answer.ok(_end(machine))
+        self._watching = bool(self._waiting)
+        if self._watching:
+            machine.io.call_later(WATCH_SECONDS, self._watch)
+
+    def close(self) -> None:
+        """Tell those who wait how it ended, and go. The I/O loop has ended. Idempotent."""
+        if self._dumper is not None:
+            self._dumper.join(DUMP_JOIN_SECONDS)
+        waiting, self._waiting = self._waiting, []
+        for answer, _resets in waiting:
+            answer.ok(_end(self.machine))
+        self._socket.close()
+
+
+def _end(machine: Machine) -> dict[str, Any]:
+    outcome = machine.outcome
+    found: dict[str, Any] = {"resets": machine.resets}
+    if outcome is not None:
+        found |= {"ending": outcome.ending.value, "status": outcome.status, "detail": outcome.detail}
+    return found
+
+
+def open_control(machine: Machine, stack: ExitStack) -> Control | None:
+    """Listen where `machine.config` says. ConfigError; in "auto" only for a name that is taken."""
+    choice = machine.config.control
+    if choice == "off":
+        return None
+    automatic = choice == "auto"
+    path = Path(choice)
+    try:
+        if automatic:
+            path = control_path.make_folder() / f"{machine.name}{control_path.SUFFIX}"
+        listener = control_path.listen(path)
+    except (OSError, control_path.FolderUnusable, control_path.NameTaken) as error:
+        reason = error.strerror if isinstance(error, OSError) else str(error)
+        if not automatic:
+            raise ConfigError(f"--control {path}: {reason}; name a new file in a folder of yours") from None
+        if machine.config.name and isinstance(error, control_path.NameTaken):
+            raise ConfigError(f"--name {machine.name}: {reason}; choose another name") from None
+        machine.observer.event(
+            Warned("control", f"no control socket: {reason}; --control names another path")
+        )
+        return None
+    stack.callback(control_path.remove, path, control_path.identity(path))
+    stack.callback(listener.close)
+    control = Control(machine, listener)
+    stack.callback(control.close)
+    return control

@@ -1,0 +1,164 @@
+"""Where control sockets lie, who may use them, and which belong to a VM that lives.
+
+`hvkvm run` puts its socket into a folder that only its user can enter, under
+$XDG_RUNTIME_DIR or /tmp; `hvkvm ctl` looks for VMs there. A lock on the folder
+keeps two starting VMs from taking each other's socket for a dead one's.
+
+Used by `machine.control` and the `ctl` verb, on the main thread.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from hvkvm.errors import ConfigError
+
+if TYPE_CHECKING:
+    from socket import socket
+
+SUFFIX = ".sock"
+MAX_PATH = 107
+"""Bytes of a Unix socket's path, the NUL not counted."""
+
+BACKLOG = 16
+
+
+class FolderUnusable(ConfigError):
+    """No folder for control sockets can be had; the text says why."""
+
+
+class NameTaken(ConfigError):
+    """Another VM listens at this path."""
+
+
+def folders() -> list[Path]:
+    """Where sockets may lie, the preferred first; they need not exist."""
+    runtime = os.environ.get("XDG_RUNTIME_DIR", "")
+    found = [Path(runtime, "hvkvm")] if runtime.startswith("/") else []
+    return [*found, Path(f"/tmp/hvkvm-{os.geteuid()}")]
+
+
+def why_not(folder: Path) -> str:
+    """Why `folder` cannot be trusted with a socket: not ours, open to others, no folder. Empty: it can."""
+    try:
+        found = os.lstat(folder)
+    except OSError as error:
+        return error.strerror or str(error)
+    if not stat.S_ISDIR(found.st_mode):
+        return "not a folder"
+    if found.st_uid != os.geteuid():
+        return f"belongs to user {found.st_uid}"
+    if found.st_mode & 0o077:
+        return f"open to others (mode {stat.S_IMODE(found.st_mode):o}); chmod 700 it"
+    return ""
+
+
+def make_folder() -> Path:
+    """The first folder that can be had, made if need be. FolderUnusable names the reason for each."""
+    reasons = []
+    for folder in folders():
+        try:
+            folder.mkdir(mode=0o700, exist_ok=True)
+        except OSError as error:
+            reasons.append(f"{folder}: {error.strerror}")
+            continue
+        if not (reason := why_not(folder)):
+            return folder
+        reasons.append(f"{folder}: {reason}")
+    raise FolderUnusable("; ".join(reasons))
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    from fcntl import LOCK_EX, flock
+
+    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        flock(fd, LOCK_EX)
+        yield
+    finally:
+        os.close(fd)
+
+
+def _dead(path: Path) -> bool:
+    """Whether `path` is a socket that nobody listens at. OSError if it is not there."""
+    from socket import AF_UNIX, SOCK_STREAM, socket
+
+    if not stat.S_ISSOCK(os.lstat(path).st_mode):
+        return False
+    with socket(AF_UNIX, SOCK_STREAM) as probe:
+        probe.setblocking(False)
+        return probe.connect_ex(str(path)) == errno.ECONNREFUSED
+
+
+def listen(path: Path) -> socket:
+    """A socket that listens at `path`, mode 0600, non-blocking; a dead VM's socket there is replaced.
+
+    NameTaken, or OSError for a path that cannot be bound.
+    """
+    from socket import AF_UNIX, SOCK_STREAM, socket
+
+    if len(os.fsencode(path)) > MAX_PATH:
+        raise OSError(errno.ENAMETOOLONG, f"longer than the {MAX_PATH} bytes of a socket's path")
+    listener = socket(AF_UNIX, SOCK_STREAM)
+    try:
+        with _locked(path.parent):
+            try:
+                listener.bind(str(path))
+            except OSError as error:
+                if error.errno != errno.EADDRINUSE:
+                    raise
+                if not _dead(path):
+                    raise NameTaken(f"{path} is another VM's, or no socket") from None
+                path.unlink()
+                listener.bind(str(path))
+            # Nobody can connect before listen(), so nobody finds it with another mode.
+            os.chmod(path, 0o600)
+            listener.listen(BACKLOG)
+        listener.setblocking(False)
+    except BaseException:
+        listener.close()
+        raise
+    return listener
+
+
+def sockets() -> list[Path]:
+    """The sockets of this user's VMs, by name; those of dead processes are removed on the way."""
+    found: dict[str, Path] = {}
+    for folder in folders():
+        if why_not(folder):
+            continue
+        with _locked(folder):
+            for entry in sorted(folder.iterdir()):
+                if entry.suffix != SUFFIX or not entry.is_socket():
+                    continue
+                if _dead(entry):
+                    entry.unlink()
+                else:
+                    found.setdefault(entry.stem, entry)
+    return [path for _name, path in sorted(found.items())]
+
+
+def identity(path: Path) -> tuple[int, int] | None:
+    """What tells this file from a later one of the same name; None when there is none."""
+    try:
+        found = os.lstat(path)
+    except OSError:
+        return None
+    return found.st_dev, found.st_ino
+
+
+def remove(path: Path, owned: tuple[int, int] | None) -> None:
+    """Unlink our socket, unless somebody else's lies there by now. Raises nothing."""
+    try:
+        with _locked(path.parent):
+            if owned is not None and identity(path) == owned:
+                path.unlink()
+    except OSError:
+        return
