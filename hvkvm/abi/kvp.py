@@ -102,7 +102,8 @@ def _padded(body: bytes) -> bytes:
     return body.ljust(SIZEOF_HV_KVP_MSG, b"\0")
 
 
-def _key(key: str) -> bytes:
+def key_bytes(key: str) -> bytes:
+    """A key as requests carry it. ValueError for one that is empty or does not fit."""
     if not key:
         raise ValueError("the key is empty")
     return utf16("the key", key, HV_KVP_EXCHANGE_MAX_KEY_SIZE)
@@ -110,14 +111,14 @@ def _key(key: str) -> bytes:
 
 def get_body(pool: int, key: str) -> bytes:
     """KVP_OP_GET."""
-    raw = _key(key)
+    raw = key_bytes(key)
     value = hv_kvp_exchg_msg_value.pack(REG_SZ, len(raw), 0, raw, b"")
     return _padded(hv_kvp_hdr.pack(KVP_OP_GET, pool, 0) + value)
 
 
 def set_body(pool: int, key: str, value: str | int) -> bytes:
     """KVP_OP_SET. A number goes as REG_U32 where it fits, else as REG_U64."""
-    raw = _key(key)
+    raw = key_bytes(key)
     if isinstance(value, str):
         kind, content = REG_SZ, utf16("the value", value, HV_KVP_EXCHANGE_MAX_VALUE_SIZE)
     elif 0 <= value < 1 << 64:
@@ -131,7 +132,7 @@ def set_body(pool: int, key: str, value: str | int) -> bytes:
 
 def delete_body(pool: int, key: str) -> bytes:
     """KVP_OP_DELETE."""
-    raw = _key(key)
+    raw = key_bytes(key)
     return _padded(hv_kvp_hdr.pack(KVP_OP_DELETE, pool, 0) + hv_kvp_msg_delete.pack(len(raw), raw))
 
 

@@ -129,9 +129,18 @@ def test_a_pair_is_set_read_enumerated_and_deleted(loopback: Any) -> None:
     assert (found.ok, found.value, found.text) == (True, "grün 🎨", "done")
     all_of_it = asked.ask("enumerate", pool, daemon=kept)
     assert all_of_it.pairs == tuple(KvpPair(*item) for item in kept.pools[pool].items())
+    assert asked.ask("get_directly", pool, "colour", daemon=kept) == found
     assert asked.ask("delete", pool, "colour", daemon=kept).ok
+    assert asked.ask("get_directly", pool, "colour", daemon=kept) == KvpReply(ic.HV_S_CONT)
     assert asked.ask("delete", pool, "colour", daemon=kept).text == "nothing there"
     assert asked.ask("enumerate", kvp.KVP_POOL_GUEST, daemon=kept) == KvpReply(0)
+
+
+def test_a_get_asks_no_further_than_it_must(loopback: Any) -> None:
+    kept, asked = Daemon(), Asked(loopback())
+    kept.pools[1] = {f"k{n}": f"v{n}" for n in range(20)}
+    assert asked.ask("get", 1, "k3", daemon=kept).pairs == (KvpPair("k3", "v3"),)
+    assert len(kept.asked) == 4
 
 
 def test_requests_carry_the_chosen_version_and_their_sizes(loopback: Any) -> None:
@@ -150,9 +159,9 @@ def test_numbers_are_told_as_numbers_where_the_guest_says_so(loopback: Any) -> N
     cases = ((4, 7, b"\xff\xff\xff\xff\xff", 0xFFFFFFFF), (8, 0, pack("<Q", 1 << 63), 1 << 63))
     for kind, size, raw, value in cases:
         body = pack("<BBHIII512s2048s", 0, 0, 0, kind, 0, size, b"", raw)
-        assert asked.ask("get", 0, "n", daemon=lambda _body, body=body: (0, body)).value == value
+        assert asked.ask("get_directly", 0, "n", daemon=lambda _body, body=body: (0, body)).value == value
     body = pack("<BBHIII512s2048s", 0, 0, 0, 3, 0, 2, b"", b"abc")
-    assert asked.ask("get", 0, "n", daemon=lambda _body: (0, body)).value == b"ab"
+    assert asked.ask("get_directly", 0, "n", daemon=lambda _body: (0, body)).value == b"ab"
 
 
 @pytest.mark.parametrize("version", [(1, 0), (3, 0), (4, 0)])
@@ -285,7 +294,7 @@ def test_an_enumeration_keeps_what_it_had_when_the_guest_leaves(loopback: Any) -
 
 def test_too_much_at_once_is_refused(loopback: Any) -> None:
     asked = Asked(loopback())
-    for _ in range(MAX_WAITING + 3):
+    for _ in range(MAX_WAITING + 3):  # each will ask once
         asked.device.get(0, "k", asked.replies.append)
     assert [told.status for told in asked.replies] == [ic.HV_ERROR_BUSY] * 2
     asked.driver.serve(Daemon())
@@ -310,6 +319,8 @@ def test_an_enumeration_that_never_ends_is_ended(loopback: Any) -> None:
     told = asked.ask("enumerate", 2, daemon=endless)
     assert (told.ok, len(told.pairs)) == (True, MAX_PAIRS)
     assert told.text == f"done: {MAX_PAIRS} pairs, and there may be more"
+    sought = asked.ask("get", 2, "k", daemon=endless)
+    assert sought == KvpReply(ic.HV_S_CONT, told.note)
 
 
 def answers() -> st.SearchStrategy[bytes]:
@@ -321,7 +332,14 @@ def answers() -> st.SearchStrategy[bytes]:
     return st.one_of(texts, value, value.map(lambda raw: raw * 3), st.just(b"\xff" * 7600))
 
 
-METHODS = (("get", 0, "k"), ("enumerate", 1), ("delete", 0, "k"), ("ip_info", "a"), ("ip_info", None))
+METHODS = (
+    ("get", 0, "k"),
+    ("get_directly", 0, "k"),
+    ("enumerate", 1),
+    ("delete", 0, "k"),
+    ("ip_info", "a"),
+    ("ip_info", None),
+)
 
 
 @given(answers(), st.one_of(st.just(0), st.integers(0, 2**32 - 1)), st.sampled_from(METHODS))

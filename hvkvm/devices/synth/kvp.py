@@ -62,7 +62,32 @@ class Kvp(IntegrationComponent):
     MESSAGE_VERSIONS = ((1, 0), (3, 0), (4, 0))
 
     def get(self, pool: int, key: str, reply: OnReply) -> None:
-        """The value of `key`; HV_S_CONT when there is none. Linux tells KVP_POOL_AUTO by `enumerate` only."""
+        """The value of `key`; HV_S_CONT when there is none. Enumerates up to it, as Hyper-V's own tools do.
+
+        `get_directly` says why.
+        """
+
+        def told(result: KvpReply) -> None:
+            if not result.ok:
+                reply(result._replace(pairs=()))
+            elif result.pairs and result.pairs[-1].key == key:
+                reply(KvpReply(ic.HV_S_OK, pairs=result.pairs[-1:]))
+            else:
+                reply(KvpReply(ic.HV_S_CONT, result.note))
+
+        try:
+            kvp.key_bytes(key)
+        except ValueError as error:
+            reply(KvpReply(ic.HV_INVALIDARG, str(error)))
+            return
+        self._enumerate_from(pool, (), key, told)
+
+    def get_directly(self, pool: int, key: str, reply: OnReply) -> None:
+        """The value of `key` by KVP_OP_GET, in one request.
+
+        Linux answers without the value's first four bytes (of its UTF-8): its driver takes
+        them from where an enumeration's answer has them. Seen with 6.1 and 6.12.
+        """
 
         def parse(body: bytes) -> KvpReply | None:
             pair = kvp.parse_get(body)
@@ -80,16 +105,22 @@ class Kvp(IntegrationComponent):
 
     def enumerate(self, pool: int, reply: OnReply) -> None:
         """All pairs of a pool, at most MAX_PAIRS. One request for each, so others may come in between."""
-        self._enumerate_from(pool, (), reply)
+        self._enumerate_from(pool, (), None, reply)
 
-    def _enumerate_from(self, pool: int, pairs: tuple[KvpPair, ...], reply: OnReply) -> None:
+    def _enumerate_from(
+        self, pool: int, pairs: tuple[KvpPair, ...], until: str | None, reply: OnReply
+    ) -> None:
         if len(pairs) == MAX_PAIRS:
             reply(KvpReply(ic.HV_S_OK, f"{MAX_PAIRS} pairs, and there may be more", pairs))
             return
 
         def took(result: KvpReply) -> None:
             if result.ok:
-                self._enumerate_from(pool, pairs + result.pairs, reply)
+                so_far = pairs + result.pairs
+                if so_far[-1].key == until:
+                    reply(KvpReply(ic.HV_S_OK, pairs=so_far))
+                else:
+                    self._enumerate_from(pool, so_far, until, reply)
             elif result.status == ic.HV_S_CONT:
                 reply(KvpReply(ic.HV_S_OK, pairs=pairs))
             else:
