@@ -68,7 +68,7 @@ operations:
     .quad   op_nop, op_rdmsr, op_wrmsr, op_cpuid, op_read, op_write, op_in, op_out
     .quad   op_hypercall, op_simp, op_siefp, op_wait_hlt, op_wait_spin, op_drain, op_hammer, op_post
     .quad   op_signal, op_post_echo, op_signal_echo, op_print, op_triple_fault, op_out_loop
-    .quad   op_user_call
+    .quad   op_user_call, op_ticks
     .if     . - operations != 8 * OP_COUNT
     .error  "operations and OP_COUNT differ"
     .endif

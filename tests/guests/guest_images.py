@@ -17,7 +17,7 @@ from hvkvm.boot import cache
 SOURCES = Path(__file__).parent
 RUNTIME = ("boot", "interrupts", "serial", "synic")
 PROGRAMS = {
-    "agent": ("agent", "loops", "user"),
+    "agent": ("agent", "loops", "ticks", "user"),
 }
 ASSEMBLE = ("as", "--64", "--fatal-warnings")
 LINK = ("ld", "-m", "elf_x86_64", "-n", "--build-id=none", "-T")
