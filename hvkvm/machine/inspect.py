@@ -14,8 +14,8 @@ if TYPE_CHECKING:
     from hvkvm.machine.machine import Machine
     from hvkvm.runtime.vcpu_thread import VcpuThread
 
-DEVICES = ("heartbeat", "shutdown", "timesync", "kvp", "vss", "keyboard", "vsock")
-"""Attributes of `machine.bus` that are devices; one that is not there is left out."""
+DEVICES = ("heartbeat", "shutdown", "timesync", "kvp", "vss", "keyboard")
+"""Attributes of `machine.bus` that are devices."""
 
 _SHOWN = ("alive", "beats", "missed", "sent", "state", "frozen", "events", "leds", "waiting")
 
@@ -72,13 +72,12 @@ def _vcpu(thread: VcpuThread) -> dict[str, Any]:
 
 def devices(machine: Machine) -> dict[str, Any]:
     """The devices on the bus: whether a driver is there, the versions it chose, and what they count."""
-    found: dict[str, Any] = {}
-    for name in DEVICES:
-        device = getattr(machine.bus, name, None)
-        if device is not None:
-            snapshot = getattr(device, "snapshot", None)
-            found[name] = snapshot() if snapshot is not None else _device(device)
-    return found
+    bus = machine.bus
+    if bus is None:
+        return {}
+    head, *connections = bus.vsock.describe()
+    vsock = {"summary": head, **bus.vsock.counters._asdict(), "connections": connections}
+    return {**{name: _device(getattr(bus, name)) for name in DEVICES}, "vsock": vsock}
 
 
 def _device(device: Any) -> dict[str, Any]:
@@ -87,5 +86,4 @@ def _device(device: Any) -> dict[str, Any]:
         if hasattr(device, key):
             version = getattr(device, key)
             found[key] = None if version is None else f"{version[0]}.{version[1]}"
-    found |= {key: getattr(device, key) for key in _SHOWN if hasattr(device, key)}
-    return found
+    return found | {key: getattr(device, key) for key in _SHOWN if hasattr(device, key)}
