@@ -43,8 +43,10 @@ DUMP_JOIN_SECONDS = 5.0
 class Control:
     """Answers requests about one machine."""
 
-    def __init__(self, machine: Machine, listener: socket) -> None:
+    def __init__(self, machine: Machine, listener: socket, path: Path) -> None:
         self.machine = machine
+        self.path = path
+        self._owned = control_path.identity(path)
         self.requests: dict[str, Callable[[Request, Answer], object]] = {
             "info": lambda _request, answer: answer.ok(inspect.info(machine)),
             "inspect": lambda _request, answer: answer.ok(inspect.inspect(machine)),
@@ -131,6 +133,8 @@ class Control:
         """Tell those who wait how it ended, and go. The I/O loop has ended. Idempotent."""
         if self._dumper is not None:
             self._dumper.join(DUMP_JOIN_SECONDS)
+        # First, so that who hears of the end can start another VM of this name.
+        control_path.remove(self.path, self._owned)
         waiting, self._waiting = self._waiting, []
         for answer, _resets in waiting:
             answer.ok(_end(self.machine))
@@ -166,8 +170,6 @@ def open_control(machine: Machine, stack: ExitStack) -> Control | None:
             Warned("control", f"no control socket: {reason}; --control names another path")
         )
         return None
-    stack.callback(control_path.remove, path, control_path.identity(path))
-    stack.callback(listener.close)
-    control = Control(machine, listener)
+    control = Control(machine, listener, path)
     stack.callback(control.close)
     return control

@@ -146,7 +146,10 @@ def sockets() -> list[Path]:
 
 
 def identity(path: Path) -> tuple[int, int] | None:
-    """What tells this file from a later one of the same name; None when there is none."""
+    """What tells our socket's file from a successor's, while our socket is open; None when there is none.
+
+    Once it is closed, the file system may give its number to the successor.
+    """
     try:
         found = os.lstat(path)
     except OSError:
@@ -155,7 +158,7 @@ def identity(path: Path) -> tuple[int, int] | None:
 
 
 def remove(path: Path, owned: tuple[int, int] | None) -> None:
-    """Unlink our socket, unless somebody else's lies there by now. Raises nothing."""
+    """Unlink our socket's file before closing it, unless another lies there by now. Raises nothing."""
     try:
         with _locked(path.parent):
             if owned is not None and identity(path) == owned:

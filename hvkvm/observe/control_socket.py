@@ -100,6 +100,9 @@ class _Client:
             self.close()
             return
         if not data:
+            if self._hung_up():
+                self.close()  # it takes no replies either
+                return
             if self._in.strip():
                 self._in += b"\n"  # the last request may lack it
                 self._turn()
@@ -114,6 +117,12 @@ class _Client:
                 answer.done = True  # its reply would come behind the complaint
             self._complain(f"more than {MAX_LINE} bytes without a newline or ahead of a reply")
             self._end()
+
+    def _hung_up(self) -> bool:
+        """Whether the client has closed its end, not only ended its requests."""
+        poller = select.poll()
+        poller.register(self._sock.fileno(), 0)
+        return any(events & (select.POLLHUP | select.POLLERR) for _fd, events in poller.poll(0))
 
     def _end(self) -> None:
         """No more requests: what was asked is still answered."""

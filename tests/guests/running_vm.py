@@ -1,0 +1,110 @@
+"""A `hvkvm run` process for tests, and `hvkvm ctl` beside it, in a folder for sockets of their own."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from time import monotonic, sleep
+from typing import Any
+
+SECONDS = 240.0
+
+
+def command_line(*arguments: object) -> list[str]:
+    return [sys.executable, "-m", "hvkvm", *map(str, arguments)]
+
+
+class RunningVm:
+    """The process, what it has printed, and its socket's folder."""
+
+    def __init__(self, process: subprocess.Popen[bytes], runtime: Path) -> None:
+        self.process = process
+        self.runtime = runtime
+        self.output = bytearray()
+        self.errors = bytearray()
+        self._threads = [
+            threading.Thread(target=self._collect, args=(stream, into), daemon=True)
+            for stream, into in ((process.stdout, self.output), (process.stderr, self.errors))
+        ]
+        for thread in self._threads:
+            thread.start()
+
+    @staticmethod
+    def _collect(stream: Any, into: bytearray) -> None:
+        while data := stream.read1():
+            into.extend(data)
+
+    @property
+    def text(self) -> str:
+        return bytes(self.output).decode(errors="replace").replace("\r\n", "\n")
+
+    def report(self) -> str:
+        return f"{self.text[-4000:]}\n{bytes(self.errors).decode(errors='replace')[-4000:]}"
+
+    def wait_for(self, marker: str, *, count: int = 1) -> str:
+        """The output, once `marker` was printed `count` times."""
+        end = monotonic() + SECONDS
+        while self.text.count(marker) < count:
+            assert self.process.poll() is None, f"ended before {marker!r}\n{self.report()}"
+            assert monotonic() < end, f"no {marker!r}\n{self.report()}"
+            sleep(0.05)
+        return self.text
+
+    def ctl(self, *arguments: object, status: int = 0, seconds: float = SECONDS) -> str:
+        """What `hvkvm ctl` printed; AssertionError for another exit status. Its errors where it failed."""
+        result = ctl(self.runtime, *arguments, seconds=seconds)
+        assert result.returncode == status, (arguments, result, self.report())
+        return result.stdout if status == 0 else result.stderr
+
+    def json(self, *arguments: object) -> Any:
+        """What `hvkvm ctl --json` printed."""
+        return json.loads(self.ctl("--json", *arguments))
+
+    def wait_until_listening(self) -> None:
+        end = monotonic() + SECONDS
+        while not list(self.runtime.glob("hvkvm/*.sock")):
+            assert self.process.poll() is None, self.report()
+            assert monotonic() < end, self.report()
+            sleep(0.02)
+
+    def finish(self) -> int:
+        """The exit status, once the process has ended by itself."""
+        status = self.process.wait(SECONDS)
+        for thread in self._threads:
+            thread.join(SECONDS)
+        return status
+
+
+def environment(runtime: Path) -> dict[str, str]:
+    return {**os.environ, "XDG_RUNTIME_DIR": str(runtime), "NO_COLOR": "1"}
+
+
+def ctl(runtime: Path, *arguments: object, seconds: float = SECONDS) -> subprocess.CompletedProcess[str]:
+    """`hvkvm ctl` with sockets in `runtime`."""
+    return subprocess.run(
+        command_line("ctl", *arguments),
+        stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=seconds, check=False,
+        env=environment(runtime),
+    )  # fmt: skip
+
+
+@contextmanager
+def running_vm(runtime: Path, *arguments: object) -> Iterator[RunningVm]:
+    """`hvkvm run ARGUMENTS` with its socket in `runtime`; killed at the end if it still runs."""
+    process = subprocess.Popen(
+        command_line("run", *arguments),
+        stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment(runtime),
+    )  # fmt: skip
+    vm = RunningVm(process, runtime)
+    try:
+        yield vm
+    finally:
+        if process.poll() is None:
+            process.kill()
+        vm.finish()

@@ -1,0 +1,161 @@
+"""Where control sockets lie: whose folder, whose socket, and which are dead."""
+
+from __future__ import annotations
+
+import os
+import socket
+import stat
+import threading
+from pathlib import Path
+
+import pytest
+
+from hvkvm.observe import control_path
+from hvkvm.observe.control_path import FolderUnusable, NameTaken
+
+
+@pytest.fixture
+def runtime(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An $XDG_RUNTIME_DIR, and no other folder."""
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path))
+    monkeypatch.setattr(control_path, "folders", lambda folders=control_path.folders: folders()[:1])
+    return tmp_path
+
+
+def dead_socket(path: Path) -> None:
+    """What a killed VM leaves."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as sock:
+        sock.bind(str(path))
+
+
+def test_folders_are_the_users_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_RUNTIME_DIR", "/run/user/7")
+    ours = Path(f"/tmp/hvkvm-{os.geteuid()}")
+    assert control_path.folders() == [Path("/run/user/7/hvkvm"), ours]
+    for value in ("", "relative"):
+        monkeypatch.setenv("XDG_RUNTIME_DIR", value)
+        assert control_path.folders() == [ours]
+
+
+def test_folder_and_socket_are_closed_to_others(runtime: Path) -> None:
+    before = os.umask(0)
+    try:
+        folder = control_path.make_folder()
+        assert folder == runtime / "hvkvm"
+        with control_path.listen(folder / "a.sock"):
+            assert stat.S_IMODE(os.stat(folder).st_mode) == 0o700
+            assert stat.S_IMODE(os.stat(folder / "a.sock").st_mode) == 0o600
+    finally:
+        os.umask(before)
+    assert control_path.make_folder() == folder  # twice is fine
+
+
+@pytest.mark.parametrize("wrong", ["open", "file", "link", "missing", "foreign"])
+def test_a_folder_that_others_could_use_is_not_used(
+    runtime: Path, wrong: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = runtime / "hvkvm"
+    if wrong == "open":
+        folder.mkdir()
+        folder.chmod(0o750)
+    elif wrong == "file":
+        folder.touch(mode=0o700)
+    elif wrong == "link":
+        (runtime / "real").mkdir(mode=0o700)
+        folder.symlink_to(runtime / "real")
+    elif wrong == "missing":
+        monkeypatch.setenv("XDG_RUNTIME_DIR", str(runtime / "nowhere"))
+    else:
+        folder.mkdir(mode=0o700)
+        real = os.geteuid()
+        monkeypatch.setattr(os, "geteuid", lambda: real + 1)
+    with pytest.raises(FolderUnusable, match=str(runtime)):
+        control_path.make_folder()
+    assert control_path.sockets() == []
+
+
+def test_the_second_folder_is_taken_when_the_first_cannot_be_had(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(control_path, "folders", lambda: [tmp_path / "no" / "hvkvm", tmp_path / "yes"])
+    assert control_path.make_folder() == tmp_path / "yes"
+
+
+def test_a_dead_vms_socket_is_replaced_and_a_live_ones_is_not(runtime: Path) -> None:
+    path = control_path.make_folder() / "a.sock"
+    dead_socket(path)
+    with control_path.listen(path), pytest.raises(NameTaken):
+        control_path.listen(path)
+    with control_path.listen(path):
+        assert control_path.sockets() == [path]
+
+
+@pytest.mark.parametrize("kind", ["file", "folder"])
+def test_what_is_no_socket_is_left_alone(runtime: Path, kind: str) -> None:
+    path = control_path.make_folder() / "a.sock"
+    path.write_text("mine") if kind == "file" else path.mkdir()
+    with pytest.raises(NameTaken, match="no socket"):
+        control_path.listen(path)
+    assert path.exists()
+    assert control_path.sockets() == []
+
+
+def test_of_many_that_start_at_once_one_gets_the_name(runtime: Path) -> None:
+    path = control_path.make_folder() / "a.sock"
+    for _ in range(20):
+        dead_socket(path)
+        got: list[socket.socket] = []
+        refused: list[NameTaken] = []
+        barrier = threading.Barrier(4)
+
+        def start(
+            barrier: threading.Barrier = barrier,
+            got: list[socket.socket] = got,
+            refused: list[NameTaken] = refused,
+        ) -> None:
+            barrier.wait()
+            try:
+                got.append(control_path.listen(path))
+            except NameTaken as error:
+                refused.append(error)
+
+        threads = [threading.Thread(target=start) for _ in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert (len(got), len(refused)) == (1, 3)
+        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as client:
+            client.connect(str(path))
+        control_path.remove(path, control_path.identity(path))
+        got[0].close()
+
+
+def test_listing_removes_the_dead_and_keeps_the_rest(runtime: Path) -> None:
+    folder = control_path.make_folder()
+    dead_socket(folder / "dead.sock")
+    dead_socket(folder / "other")
+    (folder / "note.sock").write_text("no socket")
+    with control_path.listen(folder / "b.sock"), control_path.listen(folder / "a.sock"):
+        assert control_path.sockets() == [folder / "a.sock", folder / "b.sock"]
+    assert sorted(path.name for path in folder.iterdir()) == ["a.sock", "b.sock", "note.sock", "other"]
+
+
+def test_removing_leaves_a_successors_socket(runtime: Path) -> None:
+    path = control_path.make_folder() / "a.sock"
+    with control_path.listen(path) as first:
+        owned = control_path.identity(path)
+        path.unlink()
+        with control_path.listen(path) as second:
+            control_path.remove(path, owned)
+            assert path.exists()
+            control_path.remove(path, control_path.identity(path))
+            assert not path.exists()
+            assert first.fileno() != second.fileno()
+    control_path.remove(path, owned)
+    control_path.remove(runtime / "nowhere" / "x.sock", owned)
+
+
+def test_a_path_too_long_is_an_error_with_a_reason(runtime: Path) -> None:
+    with pytest.raises(OSError, match="107 bytes"):
+        control_path.listen(runtime / ("x" * 120))
