@@ -97,7 +97,11 @@ class GuestSocket:
         return self._read(random) | self._write(random) | self._gone()
 
     def _gone(self) -> bool:
-        if not self.rescinded or self._readable:
+        if not self.rescinded:
+            return False
+        # The rescind may overtake the interrupt; what is in the ring counts.
+        self._readable = self._readable or (self.state == "open" and self.reader.unmask())
+        if self._readable:
             return False
         self.state = "gone"
         self.close()

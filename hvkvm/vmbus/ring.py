@@ -239,7 +239,7 @@ class RingReader(_Ring):
         """Ask for signals again; whether something came meanwhile, for which no signal will come."""
         self.words[WORD_INTERRUPT_MASK] = 0
         fence()
-        return self._available() > 0
+        return not self.broken and self._available() > 0
 
 
 class RingWriter(_Ring):

@@ -66,7 +66,7 @@ class Server:
         self.accepts_sockets = False
         """Whether the host handles `TlConnect`; else all are refused."""
         self._vp_count = vp_count
-        self._versions = frozenset(v for v in vmbus.HOST_VERSIONS if v <= max_version)
+        self.limit_version(max_version)
         self._trace = trace
         self._target = (0, vmbus.VMBUS_MESSAGE_SINT)
         self._pending: Message | None = None  # what is answered when the reset is done
@@ -109,6 +109,10 @@ class Server:
 
     # In, from the host.
 
+    def limit_version(self, newest: int) -> None:
+        """Speak no version above `newest`, beginning with the next INITIATE_CONTACT."""
+        self._versions = frozenset(v for v in vmbus.HOST_VERSIONS if v <= newest)
+
     def offer(self, offer: Offer) -> Channel:
         """Offer a channel: with the others when the guest asks, or at once (hot add). ValueError: twice."""
         return self.channels.add(offer)
@@ -143,8 +147,15 @@ class Server:
             )
 
     def accept_connect(self, request: TlConnect, offer: Offer) -> Channel | None:
-        """Offer the channel that carries this `TlConnect`; None if its guest has gone. ValueError."""
-        return self.channels.add(offer) if self._settle(request) else None
+        """Offer the channel that carries this `TlConnect`; None if its guest has gone.
+
+        ValueError if it cannot be offered, and then it still waits for an answer.
+        """
+        if not any(waiting is request for waiting in self._tl_connects):
+            return None
+        channel = self.channels.add(offer)
+        self._settle(request)
+        return channel
 
     def _settle(self, request: TlConnect) -> bool:
         for index, waiting in enumerate(self._tl_connects):

@@ -32,8 +32,8 @@ LEAST_DATA = 512
 """No packet with less room is begun: a ring so full is left to the guest to empty."""
 PACKETS = 16
 """Most packets filled by one read of the socket, or emptied by one write: far fewer pieces than IOV_MAX."""
-TURN_BYTES = 1 << 19
-"""Moved each way before other connections have their turn."""
+TURN = 16
+"""So many times PACKETS go each way before other connections have their turn."""
 LINGER_SECONDS = 30.0
 """A guest that sends no more, and takes nothing for so long while there is something, has closed."""
 
@@ -181,21 +181,17 @@ class HvsockConnection:
         io = self._io
         if io is None or not self._send_left():
             return
-        moved = 0
         io.reader.mask()  # nobody need ring while we read, nor while the socket is full
-        while not self._ended:
+        for _ in range(TURN):
             views, size = self._take(io)
             if size:
                 if not self._send(views, size):
-                    return
-                moved += size
-                if moved >= TURN_BYTES:
-                    io.again()
                     return
                 continue
             self._tell_host()
             if self._ended or io.rest():
                 return
+        io.again()
 
     def _take(self, io: ChannelIo) -> tuple[list[memoryview], int]:
         """The data of the packets that are there, and its size; what they say is checked here."""
@@ -271,9 +267,13 @@ class HvsockConnection:
         io = self._io
         if io is None or self._told_guest:
             return
-        writer, moved = io.writer, 0
+        writer, turns = io.writer, 0
         need = min(FULL_PACKET, writer.size // 2)
         while self._may_read and not self._host_done:
+            if turns == TURN:
+                io.again()
+                return
+            turns += 1
             views = writer.reserve(HEADER_BYTES, abi.MAX_DATA_BYTES, LEAST_DATA, PACKETS)
             if not views:
                 if not writer.wait_for_room(need):
@@ -292,12 +292,8 @@ class HvsockConnection:
                 break
             writer.commit(VM_PKT_DATA_INBAND, size, _data_header)
             self._to_guest_bytes += size
-            moved += size
             if size < sum(map(len, views)):
                 self._may_read = False  # it had no more; and if it has by now, it tells at once
-            elif moved >= TURN_BYTES:
-                io.again()
-                return
         if self._host_done and io.send(_data_header(0)):
             self._told_guest = True
 

@@ -78,8 +78,10 @@ class Vsock:
         self._io = io
         self._path = path
         self._reports = Reports(observer)
-        self._accept_seconds = accept_seconds
-        self._linger_seconds = linger_seconds
+        self.accept_seconds = accept_seconds
+        """So long an offer waits for a guest's program; may be changed for later ones."""
+        self.linger_seconds = linger_seconds
+        """See `hvsock.LINGER_SECONDS`; likewise."""
         self._listening: ListeningSocket | None = None
         self._reader: ReaderHandle | None = None
         self._watch: SocketWatch | None = None
@@ -276,8 +278,8 @@ class Vsock:
                 self._io.call_later,
                 opened,
                 self._ended,
-                open_seconds=self._accept_seconds,
-                linger_seconds=self._linger_seconds,
+                open_seconds=self.accept_seconds,
+                linger_seconds=self.linger_seconds,
             )
         except (OSError, Stopped) as error:
             self._reports.add("vsock", f"{offer.name}: {error}")
@@ -306,7 +308,7 @@ class Vsock:
             connection.end()
 
     def close(self) -> None:
-        """End everything and remove the socket. After the loop's end, before `VmbusHost.close`. Idempotent."""
+        """End everything and remove the socket. After the loop, before `VmbusHost.close`. Idempotent."""
         self._closed = True
         for caller in list(self._callers):
             caller.finish()
