@@ -83,14 +83,16 @@ def parse(arguments: Sequence[str]) -> Options:
     parser = Parser("hvkvm ctl", "Operate a running guest.", EPILOG)
     parser.usage = "hvkvm ctl [--vm NAME|PID|PATH] [--timeout S] [--json] VERB ..."
     _common(parser, again=False)
-    parser.add_argument("verb", nargs="?", help=argparse.SUPPRESS)
-    parser.add_argument("rest", nargs=argparse.REMAINDER, help=argparse.SUPPRESS)
-    options = parser.parse_args(list(arguments))
-    if options.verb is None:
+    at = 0
+    while at < len(arguments) and arguments[at].startswith("-"):
+        at += 2 if arguments[at] in ("--vm", "--timeout") else 1
+    options = parser.parse_args(list(arguments[:at]))
+    if at >= len(arguments):
         raise ConfigError(f"no verb; choose {', '.join(_VERBS)}")
+    options.verb = arguments[at]
     if options.verb not in _VERBS:
         raise ConfigError(f"{options.verb}: no such verb; choose {', '.join(_VERBS)}")
-    options = _verb_parser(options.verb).parse_args(options.rest, options)
+    options = _verb_parser(options.verb).parse_args(list(arguments[at + 1 :]), options)
     if options.timeout is not None:
         options.timeout = _seconds(options.timeout)
     return options

@@ -57,14 +57,16 @@ class Vm:
             self._socket.settimeout(seconds + GRACE_SECONDS)
             self._socket.sendall(line)
             reply = loads(self._line(seconds + GRACE_SECONDS))
+            if not isinstance(reply, dict):
+                raise ValueError("it speaks another language")
         except TimeoutError:
             raise Refused(f"the VM does not answer within {seconds + GRACE_SECONDS:g} s") from None
         except (OSError, ValueError) as error:
             raise VmGone(f"the VM went before it answered ({error})") from None
         if reply.get("ok"):
             return reply.get("result")
-        kind, text = reply.get("kind"), reply.get("error", "no reason given")
-        raise {"usage": ConfigError, "missing": MissingKey}.get(kind, Refused)(text)
+        kinds = {"usage": ConfigError, "missing": MissingKey}
+        raise kinds.get(str(reply.get("kind")), Refused)(reply.get("error", "no reason given"))
 
     def _line(self, seconds: float) -> bytes:
         end = monotonic() + seconds

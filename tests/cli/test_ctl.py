@@ -1,0 +1,309 @@
+"""`hvkvm ctl` against a VM that is played by the test: its arguments, answers, exit statuses, and ends."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from running_vm import command_line, ctl, environment
+
+from hvkvm.cli import ctl_client
+from hvkvm.observe import control_path
+
+SECONDS = 60.0
+
+
+class PlayedVm:
+    """Listens like a VM and answers as the test says; `asked` is what came."""
+
+    def __init__(self, runtime: Path, name: str) -> None:
+        folder = runtime / "hvkvm"
+        folder.mkdir(mode=0o700, exist_ok=True)
+        self.path = folder / f"{name}.sock"
+        self.asked: list[Any] = []
+        self.answers: dict[str, object] = {}
+        self.came = threading.Event()
+        self._listener = control_path.listen(self.path)
+        self._listener.setblocking(True)
+        self._thread = threading.Thread(target=self._serve, daemon=True)
+        self._thread.start()
+
+    def answer(self, do: str, result: object) -> None:
+        self.answers[do] = {"ok": True, "result": result}
+
+    def fail(self, do: str, kind: str, error: str) -> None:
+        self.answers[do] = {"ok": False, "kind": kind, "error": error}
+
+    def _serve(self) -> None:
+        while True:
+            try:
+                connection, _address = self._listener.accept()
+            except OSError:
+                return
+            with connection, connection.makefile("rb") as lines:
+                for line in lines:
+                    request = json.loads(line)
+                    self.asked.append(request)
+                    self.came.set()
+                    answer = self.answers.get(request["do"])
+                    if answer is None:
+                        break
+                    if answer == "silence":
+                        continue
+                    data = answer if isinstance(answer, bytes) else json.dumps(answer).encode() + b"\n"
+                    connection.sendall(data)
+
+    def close(self) -> None:
+        self._listener.shutdown(socket.SHUT_RDWR)
+        self._thread.join(SECONDS)
+        self._listener.close()
+
+
+@pytest.fixture
+def play(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[str], PlayedVm]]:
+    played: list[PlayedVm] = []
+    monkeypatch.setattr(control_path, "folders", lambda: [tmp_path / "hvkvm"])
+
+    def make(name: str) -> PlayedVm:
+        played.append(PlayedVm(tmp_path, name))
+        return played[-1]
+
+    yield make
+    for vm in played:
+        vm.close()
+
+
+Run = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def run(capsys: pytest.CaptureFixture[str]) -> Run:
+    """`hvkvm ctl` in this process: exit status, standard output, standard error."""
+    from hvkvm.cli import main
+
+    def call(*arguments: str) -> tuple[int, str, str]:
+        status = main(["ctl", *arguments])
+        out, err = capsys.readouterr()
+        assert "Traceback" not in err
+        assert err.count("\n") <= 1
+        assert err == "" or err.startswith("hvkvm: ")
+        return status, out, err
+
+    return call
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ((), ("no verb", "info")),
+        (("explode",), ("explode", "no such verb", "shutdown")),
+        (("--vm",), ("--vm", "hvkvm ctl --help")),
+        (("info", "spare"), ("spare", "hvkvm ctl info --help")),
+        (("info", "--wait"), ("--wait", "hvkvm ctl info --help")),
+        (("--timeout", "soon", "info"), ("--timeout soon", "--timeout 30")),
+        (("info", "--timeout", "0"), ("--timeout 0",)),
+        (("info", "--timeout", "nan"), ("--timeout nan",)),
+        (("info", "--timeout", "1e9"), ("--timeout 1e9",)),
+        (("time",), ("what", "hvkvm ctl time --help")),
+        (("time", "fly"), ("fly", "sync")),
+        (("keys",), ("what to type",)),
+        (("keys", "a", "--press", "b"), ("one of them only",)),
+        (("keys", "--enter", "--press", "b"), ("one of them only",)),
+        (("kvp",), ("hvkvm ctl kvp --help",)),
+        (("kvp", "get"), ("takes a KEY",)),
+        (("kvp", "get", "a", "b"), ("takes a KEY",)),
+        (("kvp", "set", "a"), ("a KEY and a VALUE",)),
+        (("kvp", "list", "a"), ("takes nothing more",)),
+        (("kvp", "list", "--pool", "deep"), ("deep", "external")),
+        (("info",), ("no VM is running", "hvkvm run")),
+    ],
+)
+def test_usage_errors(play: Any, run: Run, arguments: tuple[str, ...], words: tuple[str, ...]) -> None:
+    status, out, err = run(*arguments)
+    assert (status, out) == (2, "")
+    for word in words:
+        assert word in err
+
+
+@pytest.mark.parametrize("given", ["nobody", "4711", "/nonexistent/x.sock"])
+def test_a_vm_that_is_not_there(play: Any, run: Run, given: str) -> None:
+    status, out, err = run("--vm", given, "info")
+    assert (status, out) == (69, "")
+    assert given in err
+
+
+def test_one_vm_needs_no_name_and_two_need_one(play: Callable[[str], PlayedVm], run: Run) -> None:
+    one = play("one")
+    one.answer("thaw", {"state": "thawed"})
+    assert run("thaw") == (0, "the guest's file systems are thawed\n", "")
+    two = play("two")
+    two.answer("thaw", {"state": "thawed"})
+    status, out, err = run("thaw")
+    assert (status, out) == (2, "")
+    assert err == "hvkvm: 2 VMs are running: one, two; choose one with --vm NAME\n"
+    assert run("--vm", "two", "thaw")[0] == 0
+    assert run("thaw", "--vm", str(two.path))[0] == 0
+    assert run("--vm", str(os.getpid()), "thaw")[0] == 0  # the first of this process
+    assert (len(one.asked), len(two.asked)) == (2, 2)
+
+
+@pytest.mark.parametrize(
+    ("kind", "status"), [("guest", 1), ("absent", 1), ("busy", 1), ("internal", 1), ("?", 1), ("usage", 2)]
+)
+def test_the_reason_and_the_status_of_a_refusal(
+    play: Callable[[str], PlayedVm], run: Run, kind: str, status: int
+) -> None:
+    play("vm").fail("freeze", kind, "for a reason")
+    assert run("freeze") == (status, "", "hvkvm: for a reason\n")
+    assert run("freeze", "--json") == (status, "", "hvkvm: for a reason\n")
+
+
+@pytest.mark.parametrize("answer", [None, b"nonsense", b"\xff", b"[1", b"[1]", b"{}"])
+def test_a_vm_that_goes_or_talks_nonsense_is_gone(
+    play: Callable[[str], PlayedVm], run: Run, answer: bytes | None
+) -> None:
+    vm = play("vm")
+    if answer is not None:
+        vm.answers["info"] = answer + b"\n"
+    assert run("info")[0] == (1 if answer == b"{}" else 69)
+
+
+def test_silence_has_an_end(
+    play: Callable[[str], PlayedVm], run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ctl_client, "GRACE_SECONDS", 0.2)
+    vm = play("vm")
+    vm.answers["heartbeat"] = "silence"
+    status, out, err = run("--timeout", "0.1", "heartbeat")
+    assert (status, out) == (1, "")
+    assert "does not answer within" in err
+    assert vm.asked[0]["timeout"] == 0.1
+
+
+def test_ctrl_c_is_clean(tmp_path: Path, play: Callable[[str], PlayedVm]) -> None:
+    vm = play("vm")
+    vm.answers["shutdown"] = "silence"
+    process = subprocess.Popen(
+        command_line("ctl", "shutdown", "--wait"),
+        stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment(tmp_path),
+    )  # fmt: skip
+    assert vm.came.wait(SECONDS)
+    process.send_signal(signal.SIGINT)
+    assert process.communicate(timeout=SECONDS) == (b"", b"")
+    assert process.returncode == 130
+
+
+def test_what_is_asked_for_each_verb(play: Callable[[str], PlayedVm], run: Run) -> None:
+    clock = (
+        "host 1970-01-01 00:00:00 UTC\nguest: driver version 4.0; told to set its clock 1 times, 2 samples\n"
+    )
+
+    def kvp(what: str, pool: str, **more: str) -> dict[str, object]:
+        return {"do": "kvp", "what": what, "pool": pool, **more}
+
+    vm = play("vm")
+    vm.answer("shutdown", {"accepted": True})
+    vm.answer("keys", {"events": 2})
+    vm.answer("time", {"host": 0.0, "driver": True, "version": "4.0", "sent": {"sync": 1, "sample": 2}})
+    vm.answer("kvp", {"pairs": [["k", "v"]], "note": ""})
+    vm.answer("dump", "who waits\nfor what")
+    expected: list[tuple[tuple[str, ...], dict[str, object], str]] = [
+        (("shutdown",), {"do": "shutdown", "what": "power-off"}, "the guest accepts: power-off\n"),
+        (("reboot",), {"do": "shutdown", "what": "reboot"}, "the guest accepts: reboot\n"),
+        (("hibernate",), {"do": "shutdown", "what": "hibernate"}, "the guest accepts: hibernate\n"),
+        (("keys", "a b"), {"do": "keys", "text": "a b"}, "2 key events sent\n"),
+        (("keys", "--", "-a"), {"do": "keys", "text": "-a"}, "2 key events sent\n"),
+        (("keys", "--enter", "ls"), {"do": "keys", "text": "ls\n"}, "2 key events sent\n"),
+        (("keys", "--enter"), {"do": "keys", "text": "\n"}, "2 key events sent\n"),
+        (("keys", "--press", "esc"), {"do": "keys", "press": "esc"}, "2 key events sent\n"),
+        (("keys", "--scancode", "1d,38"), {"do": "keys", "scancode": "1d,38"}, "2 key events sent\n"),
+        (("kvp", "set", "k", "v"), kvp("set", "external", key="k", value="v"), "k=v\n"),
+        (("kvp", "list"), kvp("list", "auto"), "k=v\n"),
+        (("kvp", "delete", "k"), kvp("delete", "external", key="k"), "k=v\n"),
+        (("kvp", "get", "k", "--pool", "guest"), kvp("get", "guest", key="k"), "v\n"),
+        (("dump",), {"do": "dump"}, "who waits\nfor what\n"),
+        (("time", "show"), {"do": "time", "what": "show"}, clock),
+    ]  # fmt: skip
+    for arguments, request, said in expected:
+        assert run(*arguments) == (0, said, ""), arguments
+        asked = vm.asked.pop()
+        assert asked.pop("timeout") > 0
+        assert asked == request
+
+
+def test_waiting_for_the_end(play: Callable[[str], PlayedVm], run: Run) -> None:
+    vm = play("vm")
+    vm.answer("shutdown", {"resets": 0, "ending": "powered off", "status": 0, "detail": ""})
+    assert run("shutdown", "--wait") == (0, "the run has ended: powered off, status 0\n", "")
+    assert vm.asked[-1]["wait"] is True
+    vm.answer("shutdown", {"resets": 3})
+    assert run("reboot", "--wait") == (0, "the guest was reset (3 resets)\n", "")
+    del vm.answers["shutdown"]  # it goes without a word
+    assert run("shutdown", "--wait") == (0, "the run has ended\n", "")
+    assert json.loads(run("--json", "shutdown", "--wait")[1]) == {"ending": "ended"}
+
+
+def test_a_heart_that_does_not_beat_is_status_1(play: Callable[[str], PlayedVm], run: Run) -> None:
+    vm = play("vm")
+    vm.answer("heartbeat", {"alive": True, "beats": 5, "missed": 0})
+    assert run("heartbeat") == (0, "alive, 5 heartbeats\n", "")
+    vm.answer("heartbeat", {"alive": False, "beats": 5, "missed": 3})
+    status, out, _err = run("heartbeat")
+    assert (status, out.startswith("no heartbeat")) == (1, True)
+
+
+def test_a_key_is_looked_for_in_all_pools(play: Callable[[str], PlayedVm], run: Run) -> None:
+    vm = play("vm")
+    vm.fail("kvp", "missing", "no such key")
+    assert run("kvp", "get", "k") == (1, "", "hvkvm: k: no such key in any pool\n")
+    assert [request["pool"] for request in vm.asked] == ["external", "guest", "auto"]
+
+
+def test_texts_of_the_guest_cannot_command_the_terminal(play: Callable[[str], PlayedVm], run: Run) -> None:
+    vm = play("vm")
+    vm.answer("kvp", {"pairs": [["a\x1b[2J", "b\r\n\x9b\u202e"]], "note": ""})
+    assert run("kvp", "list")[1] == "a\\x1b[2J=b\\r\\n\\x9b\\u202e\n"
+    assert run("kvp", "get", "x", "--pool", "auto")[1] == "b\\r\\n\\x9b\\u202e\n"
+    vm.answer("inspect", {"a": "\x1b]0;", "b": [{"c": "\x07"}]})
+    assert run("inspect")[1] == "a \\x1b]0;\nb:\n  - c \\x07\n"
+
+
+def test_the_list_of_vms(play: Callable[[str], PlayedVm], run: Run) -> None:
+    assert run("list") == (0, "no VM is running\n", "")
+    assert json.loads(run("list", "--json")[1]) == []
+    info = {
+        "uptime": 3725.5,
+        "resets": 1,
+        "synic": "kernel",
+        "vmbus_version": "5.3",
+        "config": {"kernel": "/k"},
+    }
+    play("a").answer("info", info)
+    play("b").fail("info", "internal", "it is ill")
+    assert run("list")[1].splitlines() == [
+        "NAME  PID    UP       RESETS  KERNEL".replace("PID  ", "PID".ljust(max(3, len(str(os.getpid()))))),
+        f"a     {os.getpid()}  1:02:05  1       /k",
+        f"b     {os.getpid()}  ?        ?       it is ill",
+    ]
+    first, second = json.loads(run("list", "--json")[1])
+    assert (first["name"], first["pid"], first["kernel"]) == ("a", os.getpid(), "/k")
+    assert second["error"] == "it is ill"
+
+
+def test_every_verb_explains_itself(tmp_path: Path) -> None:
+    for verb in ("", "list", "info", "inspect", "dump", "shutdown", "reboot", "hibernate", "heartbeat",
+                 "time", "keys", "kvp", "freeze", "thaw", "quit"):  # fmt: skip
+        result = ctl(tmp_path, *([verb] if verb else []), "--help")
+        assert (result.returncode, result.stderr) == (0, "")
+        assert "--vm" in result.stdout
+    result = ctl(tmp_path, "--help")
+    assert "exit status:" in result.stdout
+    assert "69 no such VM" in result.stdout
