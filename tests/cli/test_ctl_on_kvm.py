@@ -1,0 +1,273 @@
+"""`hvkvm run` and `hvkvm ctl` as real processes, with a guest that only computes, on any KVM."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import stat
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import guest_images
+import pytest
+from running_vm import SECONDS, RunningVm, ctl, running_vm
+
+from hvkvm.cli.ctl_client import Vm
+from hvkvm.errors import VmGone
+
+pytestmark = pytest.mark.kvm
+
+
+def options(*more: object, hv: str = "none") -> tuple[object, ...]:
+    return ("--kernel", guest_images.image("agent"), "--memory", "64M", "--hv", hv, "--quiet", *more)
+
+
+def test_a_run_is_seen_and_ended(tmp_path: Path) -> None:
+    with running_vm(tmp_path, *options("--cpus", "2", "--name", "first")) as vm:
+        vm.wait_until_listening()
+        folder = tmp_path / "hvkvm"
+        assert stat.S_IMODE(folder.stat().st_mode) == 0o700
+        assert stat.S_IMODE((folder / "first.sock").stat().st_mode) == 0o600
+        (listed,) = vm.json("list")
+        assert (listed["name"], listed["pid"]) == ("first", vm.process.pid)
+        info = vm.json("info")
+        assert (info["pid"], info["resets"], info["synic"], info["outcome"]) == (
+            vm.process.pid,
+            0,
+            None,
+            None,
+        )
+        assert (info["config"]["cpus"], info["config"]["memory"]) == (2, 64 << 20)
+        assert info["uptime"] > 0
+        assert vm.json("info")["uptime"] > info["uptime"]
+        text = vm.ctl("info")
+        assert "config.cpus" in text
+        tree = vm.json("inspect")
+        assert [vcpu["name"] for vcpu in tree["vcpus"]] == ["vcpu0", "vcpu1"]
+        assert (tree["synic"], tree["vmbus"], tree["devices"]) == (None, None, {})
+        assert "vcpus:" in vm.ctl("inspect")
+        dump = vm.ctl("dump")
+        assert "vcpu1: " in dump
+        assert "rip=0x" in dump
+        for verb in (
+            ("heartbeat",),
+            ("shutdown",),
+            ("time", "show"),
+            ("keys", "x"),
+            ("kvp", "list"),
+            ("freeze",),
+        ):
+            assert vm.ctl(*verb, status=1) == "hvkvm: this VM has no VMBus; start it with --vmbus on\n"
+        assert vm.ctl("quit") == "the run has ended: quit, status 130\n"
+        assert vm.finish() == 130
+        assert list(folder.iterdir()) == []
+    assert ctl(tmp_path, "list").stdout == "no VM is running\n"
+
+
+def test_a_bus_without_drivers_says_what_the_guest_lacks(tmp_path: Path) -> None:
+    with running_vm(tmp_path, *options("--synic", "user", "--vmbus", "on", hv="host-model")) as vm:
+        vm.wait_until_listening()
+        tree = vm.json("inspect")
+        assert tree["vmbus"]["state"] == "disconnected"
+        assert {channel["state"] for channel in tree["vmbus"]["channels"]} == {"hidden"}
+        assert tree["synic"]["connections"]["message"] == ["0x1", "0x4"]
+        assert not any(device.get("driver") for device in tree["devices"].values())
+        for verb, module in (("heartbeat", "hv_utils"), ("freeze", "hv_vss_daemon"), ("reboot", "hv_utils")):
+            assert module in vm.ctl(verb, status=1)
+        assert "hyperv_keyboard" in vm.ctl("keys", "x", status=1)
+        assert "no key" in vm.ctl("keys", "\u00e4", status=2)
+        assert "no driver" in vm.ctl("time", "show")
+        assert "vmbus:" in vm.ctl("dump")
+        os.kill(vm.process.pid, signal.SIGQUIT)
+        while b"keyboard: driver no" not in vm.errors:
+            assert vm.process.poll() is None
+            time.sleep(0.05)
+
+
+def test_names(tmp_path: Path) -> None:
+    with running_vm(tmp_path, *options("--name", "a.b-c_1")) as one:
+        one.wait_until_listening()
+        with running_vm(tmp_path, *options("--name", "a.b-c_1")) as two:
+            assert two.finish() == 2
+            error = bytes(two.errors).decode()
+            assert error.startswith("hvkvm: --name a.b-c_1: ")
+            assert error.endswith("choose another name\n")
+        with running_vm(tmp_path, *options()) as three:
+            name = f"hvkvm-{three.process.pid}"
+            while len(list((tmp_path / "hvkvm").iterdir())) < 2:
+                assert three.process.poll() is None, three.report()
+                time.sleep(0.05)
+            error = one.ctl("info", status=2)
+            assert error == f"hvkvm: 2 VMs are running: a.b-c_1, {name}; choose one with --vm NAME\n"
+            for given in (name, three.process.pid, tmp_path / "hvkvm" / f"{name}.sock"):
+                assert one.json("--vm", given, "info")["pid"] == three.process.pid
+            assert "4000000" in one.ctl("--vm", "4000000", "info", status=69)
+            one.ctl("--vm", name, "quit")
+            assert three.finish() == 130
+        assert one.json("info")["pid"] == one.process.pid
+
+
+def test_what_a_killed_vm_left_is_removed_and_its_name_is_free(tmp_path: Path) -> None:
+    path = tmp_path / "hvkvm" / "x.sock"
+    with running_vm(tmp_path, *options("--name", "x")) as vm:
+        vm.wait_until_listening()
+        vm.process.kill()
+        vm.finish()
+    assert path.is_socket()
+    assert ctl(tmp_path, "--vm", path, "info").returncode == 69
+    with running_vm(tmp_path, *options("--name", "x")) as vm:
+        while ctl(tmp_path, "info").returncode != 0:
+            assert vm.process.poll() is None, vm.report()
+        vm.process.kill()
+        vm.finish()
+    assert ctl(tmp_path, "list").stdout == "no VM is running\n"
+    assert not path.exists()
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_who_waits_hears_of_the_end(tmp_path: Path, number: signal.Signals) -> None:
+    with running_vm(tmp_path, *options("--name", "x")) as vm:
+        vm.wait_until_listening()
+        with Vm(tmp_path / "hvkvm" / "x.sock") as client:
+            assert client.ask("info", 60)["name"] == "x"
+            os.kill(vm.process.pid, number)
+            if number == signal.SIGTERM:
+                end = client.ask("wait", 60)
+                assert (end["ending"], end["status"], end["detail"]) == ("quit", 143, "SIGTERM")
+            else:
+                with pytest.raises(VmGone):
+                    client.ask("wait", 60)
+        vm.finish()
+
+
+def test_a_vm_that_stands_still_is_not_waited_for_without_end(tmp_path: Path) -> None:
+    with running_vm(tmp_path, *options()) as vm:
+        vm.wait_until_listening()
+        os.kill(vm.process.pid, signal.SIGSTOP)
+        try:
+            assert "does not answer" in vm.ctl("--timeout", "0.1", "info", status=1)
+        finally:
+            os.kill(vm.process.pid, signal.SIGCONT)
+        assert vm.json("info")["pid"] == vm.process.pid
+
+
+def test_control_off(tmp_path: Path) -> None:
+    with running_vm(tmp_path, *options("--control", "off", "--timeout", "1")) as vm:
+        assert vm.finish() == 124
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_control_at_a_path(tmp_path: Path) -> None:
+    path = tmp_path / "here"
+    with running_vm(tmp_path, *options("--control", path)) as vm:
+        while not path.is_socket() or ctl(tmp_path, "--vm", path, "info").returncode:
+            assert vm.process.poll() is None, vm.report()
+        assert stat.S_IMODE(path.stat().st_mode) == 0o600
+        assert vm.ctl("list") == "no VM is running\n"
+        vm.ctl("--vm", path, "quit")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("where", ["no/such/folder", "file", "x" * 200])
+def test_a_path_that_cannot_be_had_is_an_error(tmp_path: Path, where: str) -> None:
+    (tmp_path / "file").write_text("mine")
+    with running_vm(tmp_path, *options("--control", tmp_path / where)) as vm:
+        assert vm.finish() == 2
+        error = bytes(vm.errors).decode()
+        assert error.startswith(f"hvkvm: --control {tmp_path / where}: ")
+        assert error.count("\n") == 1
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+def test_a_folder_that_cannot_be_had_is_a_warning(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from hvkvm.events import Event, Observer
+    from hvkvm.machine.config import MachineConfig
+    from hvkvm.machine.machine import Machine
+    from hvkvm.observe import control_path
+
+    class Notes(Observer):
+        def __init__(self) -> None:
+            self.events: list[Event] = []
+
+        def event(self, event: Event) -> None:
+            self.events.append(event)
+
+    notes = Notes()
+    monkeypatch.setattr(control_path, "folders", lambda: [tmp_path / "no" / "such"])
+    config = MachineConfig(kernel=guest_images.image("agent"), hv="none", control="auto", timeout=0.2)
+    with Machine(config, observer=notes) as machine:
+        assert machine.control is None
+        assert machine.run().status == 124
+    (event,) = notes.events
+    assert "no control socket" in str(event)
+
+
+def test_a_reset_ends_a_wait_for_it(tmp_path: Path) -> None:
+    from hvkvm.machine.config import MachineConfig
+    from hvkvm.machine.machine import Machine
+
+    path = tmp_path / "c"
+    config = MachineConfig(kernel=guest_images.image("agent"), hv="none", control=str(path))
+    with Machine(config) as machine:
+        machine.start()
+        with Vm(path) as client:
+            assert client.ask("info", 60)["resets"] == 0
+            client._socket.sendall(b'{"do":"wait","resets":0,"timeout":60}\n{"do":"info"}\n')
+            machine.request_reset("by the test")
+            assert json.loads(client._line(SECONDS)) == {"ok": True, "result": {"resets": 1}}
+            assert json.loads(client._line(SECONDS))["result"]["resets"] == 1
+            client._socket.sendall(b'{"do":"wait","timeout":0.2}\n')
+            late = json.loads(client._line(SECONDS))
+            assert (late["kind"], late["error"]) == ("guest", "it has not happened within 0.2 s")
+
+
+@pytest.mark.parametrize(
+    ("request_", "words"),
+    [
+        ({"do": "explode"}, "no such request"),
+        ({"do": "x" * 1000}, "no such request"),
+        ({"do": "wait", "timeout": -1}, '"timeout" is a number'),
+        ({"do": "wait", "timeout": True}, '"timeout" is a number'),
+        ({"do": "wait", "timeout": "1"}, '"timeout" is a number'),
+        ({"do": "wait", "timeout": 1e300}, '"timeout" is a number'),
+        ({"do": "wait", "resets": "1"}, '"resets" is a number'),
+        ({"do": "shutdown"}, '"what" is missing'),
+        ({"do": "shutdown", "what": 7}, '"what" is missing'),
+        ({"do": "shutdown", "what": "fly"}, "choose power-off"),
+        ({"do": "time", "what": "fly"}, "choose sync"),
+        ({"do": "keys"}, 'one of "text"'),
+        ({"do": "keys", "text": "a", "press": "b"}, 'one of "text"'),
+        ({"do": "keys", "text": "\x00"}, "no key"),
+        ({"do": "keys", "press": "ctrl-x-"}, "no such key"),
+        ({"do": "keys", "scancode": "e1"}, "not a make code"),
+        ({"do": "kvp", "what": "get", "pool": "deep"}, "choose external"),
+        ({"do": "kvp", "what": "get", "pool": "auto"}, '"key" is missing'),
+        ({"do": "kvp", "what": "set", "pool": "auto", "key": "a"}, '"value" is missing'),
+    ],
+)
+def test_requests_that_make_no_sense(
+    control: tuple[RunningVm, socket.socket], request_: dict[str, object], words: str
+) -> None:
+    _vm, client = control
+    client.sendall(json.dumps(request_).encode() + b"\n")
+    reply = json.loads(client.recv(1 << 16))
+    assert (reply["ok"], reply["kind"]) == (False, "usage")
+    assert words in reply["error"]
+    assert len(reply["error"]) < 300
+
+
+@pytest.fixture(scope="module")
+def control(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[RunningVm, socket.socket]]:
+    """A run with a bus, and a connection to it."""
+    folder = tmp_path_factory.mktemp("control")
+    with running_vm(
+        folder, *options("--synic", "user", "--vmbus", "on", "--name", "x", hv="host-model")
+    ) as vm:
+        vm.wait_until_listening()
+        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as client:
+            client.settimeout(SECONDS)
+            client.connect(str(folder / "hvkvm" / "x.sock"))
+            yield vm, client
