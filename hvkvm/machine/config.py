@@ -136,8 +136,9 @@ class MachineConfig(NamedTuple):
             raise ConfigError("--control: a path cannot hold NUL; remove it")
         good = self.name.isascii() and self.name.replace("-", "").replace("_", "").replace(".", "").isalnum()
         if self.name and (not good or not self.name[0].isalnum() or len(self.name) > MAX_NAME):
+            shown = self.name if self.name.isprintable() else repr(self.name)
             raise ConfigError(
-                f"--name {self.name}: not a name; use up to {MAX_NAME} letters, digits, dots, - and _"
+                f"--name {shown}: not a name; use up to {MAX_NAME} letters, digits, dots, - and _"
             )
 
     def _validate_files(self) -> None:
