@@ -34,7 +34,7 @@ from hvkvm.memory.guest import GuestMemory
 if TYPE_CHECKING:
     from hvkvm.hyperv.usermode.interface import UserHyperv
     from hvkvm.machine.bus import Bus
-    from hvkvm.machine.control import Control
+    from hvkvm.machine.control_door import ControlDoor
     from hvkvm.machine.machine import Machine
 
 _NEEDED = (
@@ -146,13 +146,13 @@ def create_bus(machine: Machine, stack: ExitStack) -> Bus | None:
     return Bus(machine, stack)
 
 
-def create_control(machine: Machine, stack: ExitStack) -> Control | None:
+def create_control(machine: Machine, stack: ExitStack) -> ControlDoor | None:
     """The control socket, where the configuration asks for one. ConfigError."""
     if machine.config.control == "off":
         return None
-    from hvkvm.machine.control import open_control
+    from hvkvm.machine.control_door import open_door
 
-    return open_control(machine, stack)
+    return open_door(machine, stack)
 
 
 def reset_enlightenments(machine: Machine) -> None:

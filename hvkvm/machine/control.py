@@ -5,28 +5,22 @@ Each line is a request, {"do": NAME, ...}, and brings one reply; the framing is
 guest are in `control_guest`. "timeout" (seconds) bounds how long the guest may
 take. Only the user who runs the machine can connect.
 
-Owner: the I/O loop. `open_control` runs on the main thread before it, `close`
-after it.
+Made by `control_door` when the first client comes, and owned by the I/O loop;
+`close` runs on the main thread behind that.
 """
 
 from __future__ import annotations
 
 import threading
 from collections.abc import Callable
-from contextlib import ExitStack
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hvkvm.errors import ConfigError, Stopped
-from hvkvm.events import Warned
+from hvkvm.errors import Stopped
 from hvkvm.machine import control_guest, inspect
 from hvkvm.machine.outcome import Ending
-from hvkvm.observe import control_path
 from hvkvm.observe.control_socket import Answer, ControlSocket
 
 if TYPE_CHECKING:
-    from socket import socket
-
     from hvkvm.machine.machine import Machine
 
 Request = dict[str, Any]
@@ -43,10 +37,10 @@ DUMP_JOIN_SECONDS = 5.0
 class Control:
     """Answers requests about one machine."""
 
-    def __init__(self, machine: Machine, listener: socket, path: Path) -> None:
+    def __init__(self, machine: Machine, listener: int) -> None:
+        from socket import socket
+
         self.machine = machine
-        self.path = path
-        self._owned = control_path.identity(path)
         self.requests: dict[str, Callable[[Request, Answer], object]] = {
             "info": lambda _request, answer: answer.ok(inspect.info(machine)),
             "inspect": lambda _request, answer: answer.ok(inspect.inspect(machine)),
@@ -58,7 +52,7 @@ class Control:
         self._waiting: list[tuple[Answer, int | None]] = []
         self._watching = False
         self._dumper: threading.Thread | None = None
-        self._socket = ControlSocket(listener, machine.io, self._handle)
+        self._socket = ControlSocket(socket(fileno=listener), machine.io, self._handle)
 
     def _handle(self, request: Request, answer: Answer) -> None:
         handler = self.requests.get(request["do"])
@@ -133,8 +127,6 @@ class Control:
         """Tell those who wait how it ended, and go. The I/O loop has ended. Idempotent."""
         if self._dumper is not None:
             self._dumper.join(DUMP_JOIN_SECONDS)
-        # First, so that who hears of the end can start another VM of this name.
-        control_path.remove(self.path, self._owned)
         waiting, self._waiting = self._waiting, []
         for answer, _resets in waiting:
             answer.ok(_end(self.machine))
@@ -147,29 +139,3 @@ def _end(machine: Machine) -> dict[str, Any]:
     if outcome is not None:
         found |= {"ending": outcome.ending.value, "status": outcome.status, "detail": outcome.detail}
     return found
-
-
-def open_control(machine: Machine, stack: ExitStack) -> Control | None:
-    """Listen where `machine.config` says. ConfigError; in "auto" only for a name that is taken."""
-    choice = machine.config.control
-    if choice == "off":
-        return None
-    automatic = choice == "auto"
-    path = Path(choice)
-    try:
-        if automatic:
-            path = control_path.make_folder() / f"{machine.name}{control_path.SUFFIX}"
-        listener = control_path.listen(path)
-    except (OSError, control_path.FolderUnusable, control_path.NameTaken) as error:
-        reason = error.strerror if isinstance(error, OSError) else str(error)
-        if not automatic:
-            raise ConfigError(f"--control {path}: {reason}; name a new file in a folder of yours") from None
-        if machine.config.name and isinstance(error, control_path.NameTaken):
-            raise ConfigError(f"--name {machine.name}: {reason}; choose another name") from None
-        machine.observer.event(
-            Warned("control", f"no control socket: {reason}; --control names another path")
-        )
-        return None
-    control = Control(machine, listener, path)
-    stack.callback(control.close)
-    return control

@@ -4,11 +4,12 @@
 $XDG_RUNTIME_DIR or /tmp; `hvkvm ctl` looks for VMs there. A lock on the folder
 keeps two starting VMs from taking each other's socket for a dead one's.
 
-Used by `machine.control` and the `ctl` verb, on the main thread.
+Used by `machine.control_door` and the `ctl` verb, on the main thread.
 """
 
 from __future__ import annotations
 
+import _socket  # of `socket`, which takes milliseconds to import: every run would have them at its start
 import errno
 import os
 import stat
@@ -88,25 +89,31 @@ def _locked(folder: Path) -> Iterator[None]:
 
 def _dead(path: Path) -> bool:
     """Whether `path` is a socket that nobody listens at. OSError if it is not there."""
-    from socket import AF_UNIX, SOCK_STREAM, socket
-
     if not stat.S_ISSOCK(os.lstat(path).st_mode):
         return False
-    with socket(AF_UNIX, SOCK_STREAM) as probe:
+    probe = _socket.socket(_socket.AF_UNIX, _socket.SOCK_STREAM)
+    try:
         probe.setblocking(False)
         return probe.connect_ex(str(path)) == errno.ECONNREFUSED
+    finally:
+        probe.close()
 
 
 def listen(path: Path) -> socket:
+    """`listen_fd` as a socket object."""
+    from socket import socket
+
+    return socket(fileno=listen_fd(path))
+
+
+def listen_fd(path: Path) -> int:
     """A socket that listens at `path`, mode 0600, non-blocking; a dead VM's socket there is replaced.
 
     NameTaken, or OSError for a path that cannot be bound.
     """
-    from socket import AF_UNIX, SOCK_STREAM, socket
-
     if len(os.fsencode(path)) > MAX_PATH:
         raise OSError(errno.ENAMETOOLONG, f"longer than the {MAX_PATH} bytes of a socket's path")
-    listener = socket(AF_UNIX, SOCK_STREAM)
+    listener = _socket.socket(_socket.AF_UNIX, _socket.SOCK_STREAM)
     try:
         with _locked(path.parent):
             try:
@@ -125,7 +132,7 @@ def listen(path: Path) -> socket:
     except BaseException:
         listener.close()
         raise
-    return listener
+    return listener.detach()
 
 
 def sockets() -> list[Path]:

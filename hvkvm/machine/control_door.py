@@ -1,0 +1,80 @@
+"""The door to a machine's control: listens from the start, and fetches who answers when somebody comes.
+
+Why: every `hvkvm run` has a control socket, and few are ever asked. So a run pays
+for the socket at its start, and the first client for all the rest.
+
+Owner: the I/O loop; opened on the main thread before it runs, closed behind it.
+"""
+
+from __future__ import annotations
+
+import os
+from contextlib import ExitStack
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from hvkvm.errors import ConfigError
+from hvkvm.events import Warned
+from hvkvm.observe import control_path
+
+if TYPE_CHECKING:
+    from hvkvm.machine.control import Control
+    from hvkvm.machine.machine import Machine
+    from hvkvm.runtime.io_loop import Handle
+
+
+class ControlDoor:
+    """Owns the socket's file, and its fd until the first client comes."""
+
+    def __init__(self, machine: Machine, fd: int, path: Path) -> None:
+        self.path = path
+        self._machine = machine
+        self._fd = fd
+        self._owned = control_path.identity(path)
+        self._control: Control | None = None
+        self._reader: Handle | None = machine.io.add_reader(fd, self._open)
+
+    def _open(self) -> None:
+        from hvkvm.machine.control import Control
+
+        if self._reader is not None:
+            self._reader.remove()
+            self._reader = None
+        self._control = Control(self._machine, self._fd)
+
+    def close(self) -> None:
+        """Take the name away, then tell who waits how it ended. The I/O loop has ended."""
+        # In this order, so that who hears of the end can start another VM of this name.
+        control_path.remove(self.path, self._owned)
+        if self._control is not None:
+            self._control.close()
+        else:
+            if self._reader is not None:
+                self._reader.remove()
+            os.close(self._fd)
+
+
+def open_door(machine: Machine, stack: ExitStack) -> ControlDoor | None:
+    """Listen where `machine.config` says. ConfigError; in "auto" only for a name that is taken."""
+    choice = machine.config.control
+    if choice == "off":
+        return None
+    automatic = choice == "auto"
+    path = Path(choice)
+    try:
+        if automatic:
+            path = control_path.make_folder() / f"{machine.name}{control_path.SUFFIX}"
+        fd = control_path.listen_fd(path)
+    except (OSError, control_path.FolderUnusable, control_path.NameTaken) as error:
+        reason = error.strerror if isinstance(error, OSError) else str(error)
+        if not automatic:
+            raise ConfigError(f"--control {path}: {reason}; name a new file in a folder of yours") from None
+        if machine.config.name and isinstance(error, control_path.NameTaken):
+            raise ConfigError(f"--name {machine.name}: {reason}; choose another name") from None
+        machine.observer.event(
+            Warned("control", f"no control socket: {reason}; --control names another path")
+        )
+        return None
+    door = ControlDoor(machine, fd, path)
+    stack.callback(door.close)
+    return door
