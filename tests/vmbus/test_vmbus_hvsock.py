@@ -114,6 +114,34 @@ def test_a_reader_that_stops_holds_the_writer_up_and_loses_nothing(make: Make, w
 
 
 @ways
+def test_a_full_socket_holds_up_a_guest_that_only_sends(make: Make, way: Any) -> None:
+    """Nothing but the socket's own word wakes us: the ring's doorbell is masked, the host sends nothing."""
+    bench = make(3)
+    program, guest = way(bench)
+    back = bench.random.randbytes(1_500_000)
+    guest.outgoing += back
+    for _ in range(4):
+        program.reads = False
+        bench.run()
+        assert guest.outgoing
+        program.reads = True
+        for _ in range(3):
+            program.step(bench.random)
+    bench.run()
+    assert program.incoming == back
+
+
+@ways
+def test_a_ring_full_of_small_packets_is_emptied_by_one_doorbell(make: Make, way: Any) -> None:
+    bench = make(3)
+    program, guest = way(bench)
+    for number in range(500):
+        guest.send_packet(b"%03d" % number)
+    bench.run()
+    assert program.incoming == b"".join(b"%03d" % number for number in range(500))
+
+
+@ways
 def test_one_end_may_be_done_while_the_other_goes_on(make: Make, way: Any) -> None:
     bench = make(4)
     program, guest = way(bench)
@@ -217,6 +245,7 @@ def test_a_port_without_listener_is_refused_after_a_while(make: Make) -> None:
     bench.run(lambda: program.at_end)
     bench.run()
     assert bench.loopback.client.offers == {}
+    assert bench.loopback.host._devices == {}
     assert program.incoming == b""
 
 
@@ -304,7 +333,7 @@ def test_a_queue_that_stays_full_is_a_refusal(make: Make) -> None:
 
 
 FRONTS = {
-    "more than a packet may have": (1, abi.MAX_DATA_BYTES + 8, b""),
+    "more than a packet may have": (1, abi.MAX_DATA_BYTES + 8, bytes(abi.MAX_DATA_BYTES + 8)),
     "more than is there": (1, 200, b"x" * 100),
     "huge": (1, 0xFFFFFFFF, b""),
     "another pipe type": (2, 0, b""),
@@ -318,12 +347,11 @@ def test_lying_headers_end_that_connection_alone(make: Make, way: Any, name: str
     kind, size, data = FRONTS[name]
     other, other_guest = from_host(bench, 1)
     program, guest = way(bench)
-    guest.send_packet(b"good")
     guest.send_packet(data, header=abi.pipe_header.pack(kind, size))
     bench.run(lambda: program.at_end)
     bench.run()
     assert guest.state == "gone"
-    assert program.incoming in (b"good", b"")
+    assert program.incoming == b""
     assert bench.loopback.host.server.reports.total == 0
     assert "pipe packet" in str(bench.loopback.notes.events)
     other_guest.outgoing += b"still here"
@@ -523,6 +551,25 @@ def test_a_guest_that_leaves_ends_every_program(make: Make, leave: Any) -> None:
         bench.run()
         assert program.incoming == b"again"
         assert bench.loopback.client.count(wire.RESCIND_CHANNELOFFER) == 0
+
+
+@pytest.mark.parametrize("leave", LEAVES.values(), ids=LEAVES)
+def test_a_guest_that_leaves_ends_what_it_had_not_accepted(make: Make, leave: Any) -> None:
+    bench = make()
+    program = bench.caller(b"CONNECT 6\n")
+    came: list[socket.socket] = []
+    bench.vsock.listen(100, came.append)
+    bench.guest.connect(100)
+    bench.guest.connects.clear()
+    bench.run()
+    assert len(bench.loopback.client.offers) == 2
+    leave(bench)
+    bench.run()
+    assert program.at_end
+    bench.loopback.connect(vmbus.VERSION_WIN10_V5_3)
+    assert bench.loopback.client.offers == {}
+    assert bench.loopback.client.count(wire.RESCIND_CHANNELOFFER) == 0
+    assert bench.loopback.host._devices == {}
 
 
 def test_programs_of_this_process_connect_without_a_path(make: Make) -> None:
