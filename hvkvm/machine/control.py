@@ -85,8 +85,12 @@ class Control:
             from hvkvm.machine.dump import describe
 
             try:
-                text = describe(self.machine)
-                self.machine.io.call_soon(answer.ok, text)
+                try:
+                    text = describe(self.machine)
+                except Exception as error:
+                    self.machine.io.call_soon(answer.fail, "internal", f"{type(error).__name__}: {error}")
+                else:
+                    self.machine.io.call_soon(answer.ok, text)
             except Stopped:
                 return  # the machine ends, and the connection with it
 
