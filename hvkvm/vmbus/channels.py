@@ -186,7 +186,8 @@ class Channels:
         channel = self.by_relid.get(relid)
         why = self._why_not_open(channel, message)
         if channel is None or why:
-            self._reports.add("OPENCHANNEL refused", f"relid {relid}: {why}")
+            if channel is None or not channel.withdrawn:  # else our RESCIND crossed it: no mistake
+                self._reports.add("OPENCHANNEL refused", f"relid {relid}: {why}")
             status = vmbus.STATUS_INVALID_PARAMETER
             self._send(wire.OPENCHANNEL_RESULT, relid=relid, openid=openid, status=status)
             return

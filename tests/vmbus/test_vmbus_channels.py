@@ -203,6 +203,9 @@ def test_a_channel_that_is_taken_back_while_it_opens_is_answered(loopback: Any, 
     assert kinds == ["OpenChannel", "SendMessage", "CloseChannel", "SendMessage"]
     server.opened(channel)  # too late
     assert server.take() == []
+    server.receive(message)  # crosses our RESCIND: answered, for its sender waits, and nobody's mistake
+    assert [type(action).__name__ for action in server.take()] == ["SendMessage"]
+    assert server.reports.total == 0
     released = wire.parse(wire.build(wire.RELID_RELEASED, relid=guest.relid))
     assert released is not None
     server.receive(released)

@@ -52,6 +52,12 @@ def test_a_capped_host_declines_newer_versions(loopback: Any) -> None:
         loop.run()
         assert not loop.client.last(wire.VERSION_RESPONSE)["version_supported"]
     loop.connect(vmbus.VERSION_WIN10)
+    loop.host.server.limit_version(vmbus.VERSION_WIN8)
+    assert loop.host.server.version == vmbus.VERSION_WIN10  # who is connected stays so
+    loop.client.contact(vmbus.VERSION_WIN10)
+    loop.run()
+    assert not loop.client.last(wire.VERSION_RESPONSE)["version_supported"]
+    loop.connect(vmbus.VERSION_WIN8)
 
 
 def test_features_of_6_0_that_serve_a_paravisor_are_declined(loopback: Any) -> None:
