@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import resource
 import socket
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -505,6 +506,22 @@ def test_there_are_not_more_than_so_many(make: Make) -> None:
     bench.guest.connect(99)
     bench.run()
     assert bench.loopback.client.count(wire.TL_CONNECT_RESULT) == 1
+
+
+def test_out_of_file_descriptors_callers_wait(make: Make) -> None:
+    bench = make()
+    bench.guest.listening.add(5)
+    program = bench.caller(b"CONNECT 5\n")
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (program.sock.fileno() + 1, hard))
+    try:
+        bench.run()  # comes to rest, though somebody waits
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    assert "cannot accept" in str(bench.loopback.notes.events)
+    assert not program.reset
+    bench.io.advance(1.0)
+    bench.run(lambda: program.line is not None)
 
 
 LEAVES = {
