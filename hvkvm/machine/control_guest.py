@@ -188,21 +188,12 @@ class _Guest:
                 pairs = [[pair.key, _plain(pair.value)] for pair in result.pairs]
                 answer.ok({"pairs": pairs, "note": result.note})
 
-        def find(result: KvpReply) -> None:
-            # Linux's daemon tells the facts of its own pool by enumeration only.
-            found = tuple(pair for pair in result.pairs if pair.key == key)
-            if result.ok and not found:
-                result = result._replace(status=ic.HV_S_CONT)
-            reply(result._replace(pairs=found))
-
         if what == "list":
             device.enumerate(pool, reply)
         elif what == "set":
             device.set(pool, key, value, reply)
         elif what == "delete":
             device.delete(pool, key, reply)
-        elif pool == kvp.KVP_POOL_AUTO:
-            device.enumerate(pool, find)
         else:
             device.get(pool, key, reply)
 
