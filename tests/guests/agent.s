@@ -34,8 +34,10 @@ serve:
     call    halt
     jmp     serve
 spin:
-    sti
+    sti                         # and long enough for an interrupt that needs a moment of its own
+    .rept   8
     pause
+    .endr
     jmp     serve
 deaf:
     pause
