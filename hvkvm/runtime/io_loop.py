@@ -14,6 +14,12 @@ A wake-up is not lost, for the reason told in `vcpu_thread`: whoever queues
 something does so before it looks whether the loop polls, and the loop says that
 it polls before it looks at what is queued.
 
+Nor is one lost for want of reading. An eventfd watched `edge`-triggered is never
+read: every write to it, by whomever, puts it on epoll's list anew, also while
+epoll hands out the last one, and its counter, once it is not 0, says readable
+for ever (it holds 2**64 - 2 writes). That saves a system call an event, and the
+loop's own wake-ups are taken in the same way.
+
 Threads: any thread may call anything here.
 """
 
@@ -68,6 +74,7 @@ class IoLoop:
         self.on_fault: OnFault = on_fault if on_fault is not None else _to_excepthook
         self._queue = WorkQueue(name)
         self._timers = TimerHeap()
+        self._waiting_timers = self._timers.entries
         self._handles: dict[int, Handle] = {}
         self._epoll = select.epoll()
         try:
@@ -75,7 +82,7 @@ class IoLoop:
         except BaseException:
             self._epoll.close()
             raise
-        self._epoll.register(self._wake_fd, select.EPOLLIN)
+        self._epoll.register(self._wake_fd, select.EPOLLIN | select.EPOLLET)
         self._polling = False
         self._stopping = False
         self._closed = False
@@ -109,9 +116,11 @@ class IoLoop:
         """Whether the caller runs on the loop's thread."""
         return threading.current_thread() is self._thread
 
-    def add_reader(self, fd: int, callback: Callable[[], object]) -> Handle:
-        """Call `callback()` on the loop while `fd` is readable, hung up or in error (level-triggered).
+    def add_reader(self, fd: int, callback: Callable[[], object], *, edge: bool = False) -> Handle:
+        """Call `callback()` on the loop while `fd` is readable, hung up or in error.
 
+        With `edge`, for eventfds: call it after every write, several of which may
+        come as one call, and once if it is readable already; nobody reads it.
         ValueError if the fd is watched already, Stopped after `stop()`.
         """
         with self._lock:
@@ -119,9 +128,13 @@ class IoLoop:
                 raise Stopped(f"{self.name} watches no more fds")
             if fd in self._handles:
                 raise ValueError(f"fd {fd} is watched already")
-            handle = Handle(self, fd, callback)
-            self._epoll.register(fd, select.EPOLLIN)
-            self._handles[fd] = handle
+            # Known first, then watched: a ready fd wakes the loop at once, and an edge comes only once.
+            handle = self._handles[fd] = Handle(self, fd, callback)
+            try:
+                self._epoll.register(fd, select.EPOLLIN | select.EPOLLET if edge else select.EPOLLIN)
+            except BaseException:
+                del self._handles[fd]
+                raise
             return handle
 
     def call_soon(self, fn: Callable[..., object], *args: Any, cancelled: Cancelled | None = None) -> None:
@@ -173,7 +186,7 @@ class IoLoop:
         if self._queue.items or self._stopping:
             timeout = 0.0
         else:
-            timeout = self._seconds_to_wait() if self._timers else -1.0
+            timeout = self._seconds_to_wait() if self._waiting_timers else -1.0
         events = self._epoll.poll(timeout, MAX_EVENTS)
         self._polling = False
         # Looked up before any callback runs: a callback may remove a handle and watch a new fd that got the
@@ -181,8 +194,7 @@ class IoLoop:
         handles = self._handles
         for handle in [handles.get(fd) for fd, _mask in events]:
             if handle is None:
-                self._clear_wake()
-                continue
+                continue  # the wake-up, or removed meanwhile
             # As in _run(), written out: a call less for each event.
             self._current = handle
             try:
@@ -199,7 +211,7 @@ class IoLoop:
                 self._queue.drain()
             except BaseException as error:
                 self._fault(error, "a deferred call")
-        if self._timers:
+        if self._waiting_timers:
             for timer in self._timers.take_due(monotonic()):
                 self._run(timer)
 
@@ -247,12 +259,6 @@ class IoLoop:
         with self._lock:  # or the fd's number could be another file's by now
             if not self._closed:
                 os.eventfd_write(self._wake_fd, 1)
-
-    def _clear_wake(self) -> None:
-        try:
-            os.eventfd_read(self._wake_fd)
-        except BlockingIOError:
-            return
 
     def _unwatch(self, handle: Handle) -> None:
         with self._lock:

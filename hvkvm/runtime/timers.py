@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import heapq
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
 _COMPACT_AT = 64
@@ -52,6 +52,8 @@ class TimerHeap:
     def __init__(self) -> None:
         self._lock = threading.RLock()
         self._heap: list[tuple[float, int, Timer]] = []
+        self.entries: Collection[object] = self._heap
+        """What waits. The loop may test its truth without a lock."""
         self._sequence = 0  # equal due times run in the order of their making
         self._cancelled = 0
 
@@ -67,7 +69,7 @@ class TimerHeap:
         with self._lock:
             self._cancelled += 1
             if self._cancelled > _COMPACT_AT and self._cancelled * 2 > len(self._heap):
-                self._heap = [entry for entry in self._heap if entry[2].active]
+                self._heap[:] = [entry for entry in self._heap if entry[2].active]
                 heapq.heapify(self._heap)
                 self._cancelled = 0
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import select
 import sys
 from collections.abc import Callable, Iterator
@@ -27,8 +28,12 @@ class ManualLoop:
         self.readers: dict[int, Callable[[], object]] = {}
         self.stopped = False
 
-    def add_reader(self, fd: int, callback: Callable[[], object]) -> SimpleNamespace:
-        self.readers[fd] = callback
+    def add_reader(self, fd: int, callback: Callable[[], object], *, edge: bool = False) -> SimpleNamespace:
+        def once_a_write() -> None:
+            os.eventfd_read(fd)
+            callback()
+
+        self.readers[fd] = once_a_write if edge else callback
         return SimpleNamespace(remove=lambda: self.readers.pop(fd, None))
 
     def call_soon(

@@ -103,10 +103,15 @@ class ManualReaders:
         self.readers: dict[int, Callable[[], object]] = {}
         self.queue: list[tuple[Callable[..., object], tuple[object, ...]]] = []
 
-    def add_reader(self, fd: int, callback: Callable[[], object]) -> SimpleNamespace:
+    def add_reader(self, fd: int, callback: Callable[[], object], *, edge: bool = False) -> SimpleNamespace:
         if fd in self.readers:
             raise ValueError("watched already")
-        self.readers[fd] = callback
+
+        def once_a_write() -> None:
+            os.eventfd_read(fd)
+            callback()
+
+        self.readers[fd] = once_a_write if edge else callback
 
         def remove() -> None:
             os.fstat(fd)  # still open: a number that is closed may be another file's already

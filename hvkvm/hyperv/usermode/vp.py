@@ -59,7 +59,7 @@ class VpThread(Protocol):
 class Loop(Protocol):
     """What is needed of `runtime.io_loop.IoLoop`."""
 
-    def add_reader(self, fd: int, callback: Callable[[], object]) -> ReaderHandle: ...
+    def add_reader(self, fd: int, callback: Callable[[], object], *, edge: bool = False) -> ReaderHandle: ...
 
     def call_soon(
         self, fn: Callable[..., object], *args: Any, cancelled: Callable[[], object] | None = None
