@@ -154,14 +154,10 @@ class RouteTable:
             return route
 
     def _staging(self, shared: _SharedLine, on_complete: Callable[[int], None]) -> Staging:
-        def hold() -> None:
-            with self._lock:
-                shared.refs += 1
-
         def drop() -> None:
             self._release(shared)
 
-        return Staging(shared.vp, shared.sint, shared.line, self._io, on_complete, hold, drop)
+        return Staging(shared.vp, shared.sint, shared.line, self._io, on_complete, drop)
 
     def close_route(self, route: SintRoute, *, withdraw: bool) -> bool:
         """Close `route` once; False if it was closed. `SintRoute.close` calls this."""
@@ -173,9 +169,10 @@ class RouteTable:
             shared.routes.remove(route)
             if shared.user is route:
                 shared.user = None
-        if route.staging is not None:
-            route.staging.close(withdraw=withdraw)
-        self._release(shared)
+        if route.staging is None:
+            self._release(shared)
+        else:
+            route.staging.close(withdraw=withdraw)  # releases behind a message that is under way
         return True
 
     def _release(self, shared: _SharedLine) -> None:

@@ -53,14 +53,13 @@ class Staging:
     `on_complete(status)` gets 0, -EAGAIN (the slot was taken and may be free
     now: post again, but not from inside the callback, S24), -ENXIO (no message
     page), -ECANCELED (reset, closed, vCPU stopped) or the -errno of the
-    interrupt. `hold` and `drop` keep the route alive while a message is under
-    way (S19, S22).
+    interrupt. `drop` is called once: when this is closed and nothing is under
+    way, so that the line outlives the message (S19, S22).
     """
 
     __slots__ = (
         "_closed",
         "_drop",
-        "_hold",
         "_io",
         "_line",
         "_lock",
@@ -81,7 +80,6 @@ class Staging:
         line: SintLine,
         io: Deferrer,
         on_complete: Callable[[int], None],
-        hold: Callable[[], None],
         drop: Callable[[], None],
     ) -> None:
         self._vp = vp
@@ -89,7 +87,6 @@ class Staging:
         self._line = line
         self._io = io
         self._on_complete = on_complete
-        self._hold = hold
         self._drop = drop
         self._lock = threading.Lock()
         self._state = _FREE
@@ -117,7 +114,6 @@ class Staging:
             self._state = _BUSY
             self._message = message
             self._number = number = self._number + 1
-            self._hold()
         cancel = partial(self._cancel, number)
         try:
             self._vp.submit(partial(self._attempt, number), cancel)
@@ -187,9 +183,11 @@ class Staging:
             self._state = _FREE
             self._message = b""
             waiter, self._waiter = self._waiter, None
+            closed = self._closed
         if waiter is not None:
             self._line.disarm_ack(waiter)
-        self._drop()
+        if closed:
+            self._drop()  # close() found a message under way, and nothing was accepted since
 
     def _cancel(self, number: int) -> None:
         """Post `number` will not be delivered (or not any more): complete it. Any thread."""
@@ -207,8 +205,13 @@ class Staging:
         the guest's next life (S31).
         """
         with self._lock:
+            if self._closed:
+                return
             self._closed = True
             number = self._number
+            idle = self._state is _FREE
             waits = self._state is _PENDING or (withdraw and self._state is _BUSY)
-        if waits:
+        if idle:
+            self._drop()
+        elif waits:
             self._cancel(number)

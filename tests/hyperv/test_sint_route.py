@@ -278,4 +278,4 @@ def test_describe_says_who_waits_for_what(world: World) -> None:
     route.post(1, b"")
     world.vp().run()
     (line,) = world.routes.describe()
-    assert line == "vp 0 sint 2: 2 routes, 3 holders, message waiting for the guest's EOM"
+    assert line == "vp 0 sint 2: 2 routes, 2 holders, message waiting for the guest's EOM"
