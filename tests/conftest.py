@@ -39,6 +39,7 @@ def pytest_collection_finish() -> None:
 
 def pytest_configure(config: pytest.Config) -> None:
     config.addinivalue_line("markers", "kernel_synic: about KVM's own SynIC; HVKVM_SYNIC=user leaves it out")
+    config.addinivalue_line("markers", "user_synic: about the one in user space; HVKVM_SYNIC changes nothing")
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -46,12 +47,17 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """HVKVM_SYNIC=user: what boots the agent guest runs on the SynIC in user space, so on any KVM.
 
     Save what is about the kernel's own SynIC: that says `@pytest.mark.kernel_synic`.
+    What chooses its SynIC itself says `@pytest.mark.user_synic`, and stays as it is.
     """
     if os.environ.get("HVKVM_SYNIC") != "user":
         return
+    chosen = []
     for item in items:
-        if "boot_agent" not in getattr(item, "fixturenames", ()):
-            continue
+        if "boot_agent" in getattr(item, "fixturenames", ()) and not item.get_closest_marker("user_synic"):
+            chosen.append(item)
+        elif item.get_closest_marker("hyperv"):
+            item.add_marker(pytest.mark.hyperv)  # its module may lose that below, for a neighbour's sake
+    for item in chosen:
         if item.get_closest_marker("kernel_synic"):
             item.add_marker(pytest.mark.skip(reason="about the kernel's own SynIC"))
             continue

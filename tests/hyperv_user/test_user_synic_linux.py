@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import re
+import subprocess
+import sys
 from collections.abc import Callable
 
 import pytest
 from guest_agent import DRAIN, HYPERCALL_PAGE, SCRATCH
+from guest_artifacts import artifact
 from guest_machine import Guest
 from linux_guest import LinuxGuest, linux_guest
 
@@ -14,7 +18,7 @@ from hvkvm.abi import tlfs
 from hvkvm.abi.kvm import KVM_EXIT_HYPERV
 from hvkvm.machine.machine import Machine
 
-pytestmark = [pytest.mark.hyperv, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.hyperv, pytest.mark.user_synic, pytest.mark.timeout(600)]
 
 BootAgent = Callable[..., Guest]
 SINT = 2
@@ -145,3 +149,22 @@ def test_linux(kernel: str, cpus: int, hv: str) -> None:
         assert "KVM_EXIT_HYPERV" not in counts
         guest.type("")
         assert guest.finish().status == 7
+
+
+def test_the_command_runs_a_program_on_it() -> None:
+    """`hvkvm run --synic user`, where auto would take KVM's own."""
+    options = (
+        "--synic", "user", "--kernel", artifact("HVKVM_GUEST_KERNEL"),
+        "--busybox", artifact("HVKVM_GUEST_BUSYBOX"), "--append", "quiet", "--json", "--timeout", "240",
+    )  # fmt: skip
+    result = subprocess.run(
+        [sys.executable, "-m", "hvkvm", "run", *map(str, options), "--", "sh", "-c", "uname -s; exit 9"],
+        stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=500, check=False,
+    )  # fmt: skip
+    assert result.returncode == 9, result
+    assert "Linux" in result.stdout
+    record = json.loads(result.stderr.splitlines()[-1])
+    assert record["synic"] == "user"
+    assert "hv-synic" in record["features"].split(",")
+    assert "KVM_EXIT_HYPERV" not in record["exits"]
+    assert 0 < record["exits"]["KVM_EXIT_X86_WRMSR"] < 100

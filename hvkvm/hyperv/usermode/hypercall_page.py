@@ -22,6 +22,7 @@ from threading import get_ident
 from typing import TYPE_CHECKING
 
 from hvkvm.abi.board import HYPERCALL_PORT
+from hvkvm.abi.kvm import KVM_CAP_SYNC_REGS, KVM_SYNC_X86_REGS, KVM_SYNC_X86_SREGS
 from hvkvm.abi.tlfs import HvStatus
 from hvkvm.hyperv.synic.pages import Overlay
 from hvkvm.hyperv.usermode.vp import VpThread
@@ -52,6 +53,12 @@ class HypercallPage:
         self._overlay = overlay
         self._threads = threads
         self._vcpus: dict[int, Vcpu] = {}
+        has_sync = bool(threads) and threads[0].vcpu.vm.check_extension(KVM_CAP_SYNC_REGS)
+        both = KVM_SYNC_X86_REGS | KVM_SYNC_X86_SREGS
+        self._registers_come_along = both if has_sync & both == both else 0
+        # The last address whose translation was the page, and the page: guests call it at one address, whose
+        # mapping stays. One that maps something else there finds that a hypercall too, until the page moves.
+        self._seen: tuple[int, int | None] | None = None
         self.call: Call = _nothing_known
 
     def place(self, gpa: int | None) -> bool:
@@ -73,33 +80,46 @@ class HypercallPage:
             vcpu = self._vcpus[get_ident()]
         except KeyError:
             vcpu = self._find_vcpu()
-        regs, sregs = vcpu.regs(), vcpu.sregs()
+        run = vcpu.run
+        shared = run.kvm_valid_regs
+        if shared:
+            regs, sregs = run.s.regs.regs, run.s.regs.sregs
+        else:
+            regs, sregs = vcpu.regs(), vcpu.sregs()
         if not self._is_from_page(vcpu, regs, sregs):
             return
         # In virtual-8086 mode, which is CPL 3, a selector says nothing of that.
         if not sregs.cr0 & _CR0_PE or sregs.cs.selector & 3 or regs.rflags & _RFLAGS_VM:
             _raise_ud(vcpu)
             return
-        long_mode = sregs.efer & _EFER_LMA and sregs.cs.l
-        if long_mode:
-            result = self.call(regs.rcx, regs.rdx)
+        if sregs.efer & _EFER_LMA and sregs.cs.l:
+            regs.rax = self.call(regs.rcx, regs.rdx)
         else:
             control = (regs.rdx & _LOW) << 32 | regs.rax & _LOW
             result = self.call(control, (regs.rbx & _LOW) << 32 | regs.rcx & _LOW)
-        if long_mode:
-            regs.rax = result
-        else:
             regs.rax, regs.rdx = result & _LOW, result >> 32
-        vcpu.set_regs(regs)
+        if shared:
+            run.kvm_dirty_regs = KVM_SYNC_X86_REGS
+        else:
+            vcpu.set_regs(regs)
+            # A vCPU that makes hypercalls brings its registers along from now on: that costs each of its
+            # exits less than reading and writing them costs a hypercall.
+            run.kvm_valid_regs = self._registers_come_along
 
     def _is_from_page(self, vcpu: Vcpu, regs: kvm_regs, sregs: kvm_sregs) -> bool:
-        rip = regs.rip
+        rip: int = regs.rip
         if not (sregs.efer & _EFER_LMA and sregs.cs.l):
             rip = rip + sregs.cs.base & _LOW
         if rip & _PAGE not in _RIPS:
             return False
+        page = self._overlay.gpa
+        if self._seen == (rip | _PAGE, page):
+            return True
         gpa = vcpu.translate(rip)
-        return gpa is not None and gpa & ~_PAGE == self._overlay.gpa
+        if gpa is None or gpa & ~_PAGE != page:
+            return False
+        self._seen = (rip | _PAGE, page)
+        return True
 
     def _find_vcpu(self) -> Vcpu:
         for thread in self._threads:

@@ -2,8 +2,9 @@
 
 An MSR filter takes 0x40000000-0x400001ff away from KVM, so each access exits:
 `handle_rdmsr` and `handle_wrmsr` answer it from a table. What the table does not
-know is the guest's #GP. A KVM with Hyper-V of its own never sees these accesses,
-so its SynIC, timers and hypercalls stay asleep (they wait for a guest OS id).
+know is the guest's #GP. A KVM with Hyper-V of its own sees the guest's CPUID, but
+never these accesses, so its SynIC, timers and hypercalls stay asleep (they wait
+for a guest OS id); VMCALL is KVM's own ABI then.
 
 Threads: exits come on the vCPUs' threads; VM-wide registers have a lock. `reset`
 runs with every vCPU paused; the main thread makes, activates and closes.
@@ -13,7 +14,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from functools import partial
 from time import thread_time_ns
 from typing import TYPE_CHECKING
@@ -26,7 +27,7 @@ from hvkvm.abi.kvm import (
     KVM_MSR_FILTER_READ,
     KVM_MSR_FILTER_WRITE,
 )
-from hvkvm.errors import GuestMemoryError
+from hvkvm.errors import GuestMemoryError, KvmIoctlError
 from hvkvm.events import NULL_OBSERVER, Observer
 from hvkvm.hyperv.crash import CRASH_PARAMETERS, panic_text
 from hvkvm.hyperv.usermode.clock import ReferenceClock, TscPage, host_counts_by_tsc
@@ -88,6 +89,7 @@ class UserHyperv:
         self._hypercall = 0
         self._stored: dict[int, int] = dict.fromkeys(_STORED, 0)
         self._tsc_invariant = 0
+        self._boot_vcpu = threads[0].vcpu
         self._assist = [0] * len(threads)
         self.synic: UserSynic | None = None
         with ExitStack() as stack:
@@ -130,7 +132,7 @@ class UserHyperv:
             tlfs.HV_X64_MSR_REFERENCE_TSC: lambda value: self._tsc_page.write(value, vcpu),
             tlfs.HV_X64_MSR_VP_ASSIST_PAGE: partial(self._write_assist, index),
             tlfs.HV_X64_MSR_CRASH_CTL: self._write_crash_ctl,
-            tlfs.HV_X64_MSR_TSC_INVARIANT_CONTROL: self._write_tsc_invariant,
+            tlfs.HV_X64_MSR_TSC_INVARIANT_CONTROL: partial(self._write_tsc_invariant, vcpu),
         }
         for msr in _STORED:
             reads[msr] = partial(self._stored.__getitem__, msr)
@@ -172,9 +174,8 @@ class UserHyperv:
         with self._lock:
             if not self._os_id or self._hypercall & tlfs.HV_X64_MSR_HYPERCALL_LOCKED:
                 return True
-            on = value & tlfs.HV_X64_MSR_HYPERCALL_ENABLE
-            gpa = value & tlfs.HV_X64_MSR_HYPERCALL_PAGE_ADDRESS_MASK
-            if not self.hypercall_page.place(gpa if on else None):
+            if not self.hypercall_page.place(_hypercall_gpa(value)):
+                self.hypercall_page.place(_hypercall_gpa(self._hypercall))
                 return False
             self._hypercall = value
         return True
@@ -200,14 +201,12 @@ class UserHyperv:
             self._on_crash(panic_text(parameters, self._memory, value))
         return True
 
-    def _write_tsc_invariant(self, value: int) -> bool:
-        """Remembered: the CPUID bit it would uncover (0x80000007 EDX[8]) is as the host's, from the start.
-
-        Set, it stays set until a reset, as in KVM.
-        """
+    def _write_tsc_invariant(self, vcpu: Vcpu, value: int) -> bool:
+        """Shows CPUID 0x80000007 EDX[8] where KVM hid it. Set, it stays set until a reset, as in KVM."""
         if value & ~tlfs.HV_EXPOSE_INVARIANT_TSC or value < self._tsc_invariant:
             return False
         self._tsc_invariant = value
+        _tell_kvm_tsc_invariant(vcpu, value)
         return True
 
     def _store(self, msr: int, value: int) -> bool:
@@ -227,6 +226,8 @@ class UserHyperv:
 
         Reference time goes on: it counts from the making of the VM.
         """
+        if self._tsc_invariant:
+            _tell_kvm_tsc_invariant(self._boot_vcpu, 0)
         with self._lock:
             self._os_id = self._hypercall = self._tsc_invariant = 0
             self.hypercall_page.place(None)
@@ -237,6 +238,21 @@ class UserHyperv:
     def close(self) -> None:
         """Free every page and timer. Idempotent; vCPU threads have ended."""
         self._stack.close()
+
+
+def _tell_kvm_tsc_invariant(vcpu: Vcpu, value: int) -> None:
+    """The one register that KVM must hear of, should it have it.
+
+    A KVM that knows it reads the guest's CPUID: where that offers this register,
+    the invariant TSC stays hidden until the register is set.
+    """
+    with suppress(KvmIoctlError):
+        vcpu.set_msrs(((tlfs.HV_X64_MSR_TSC_INVARIANT_CONTROL, value),))
+
+
+def _hypercall_gpa(value: int) -> int | None:
+    on = value & tlfs.HV_X64_MSR_HYPERCALL_ENABLE
+    return value & tlfs.HV_X64_MSR_HYPERCALL_PAGE_ADDRESS_MASK if on else None
 
 
 def _add_synic(vp: UserVp, reads: dict[int, Read], writes: dict[int, Write]) -> None:
