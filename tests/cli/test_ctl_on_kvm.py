@@ -7,6 +7,7 @@ import os
 import signal
 import socket
 import stat
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,7 +17,7 @@ import pytest
 from running_vm import SECONDS, RunningVm, ctl, running_vm
 
 from hvkvm.cli.ctl_client import Vm
-from hvkvm.errors import VmGone
+from hvkvm.errors import Refused, VmGone
 
 pytestmark = pytest.mark.kvm
 
@@ -125,6 +126,44 @@ def test_what_a_killed_vm_left_is_removed_and_its_name_is_free(tmp_path: Path) -
         vm.finish()
     assert ctl(tmp_path, "list").stdout == "no VM is running\n"
     assert not path.exists()
+
+
+def test_many_clients_at_once(tmp_path: Path) -> None:
+    """Each gets its own answers; a dump is one client's at a time, and the others hear that it is."""
+    with running_vm(tmp_path, *options("--cpus", "2", "--name", "x")) as vm:
+        vm.wait_until_listening()
+        path = tmp_path / "hvkvm" / "x.sock"
+        barrier = threading.Barrier(12)
+        problems: list[str] = []
+        dumps: list[str] = []
+
+        def work(number: int) -> None:
+            try:
+                with Vm(path) as client:
+                    barrier.wait()
+                    for count in range(40):
+                        if (number + count) % 4:
+                            assert client.ask("info", 60)["pid"] == vm.process.pid
+                        elif number % 2:
+                            assert client.ask("inspect", 60)["vmbus"] is None
+                        else:
+                            try:
+                                dumps.append(client.ask("dump", 60))
+                            except Refused as error:
+                                assert str(error) == "another dump is being made; try again"
+            except BaseException as error:
+                problems.append(f"{number}: {type(error).__name__}: {error}")
+
+        threads = [threading.Thread(target=work, args=(number,)) for number in range(12)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(SECONDS)
+        assert problems == []
+        assert dumps
+        assert all("vcpu1: " in dump for dump in dumps)
+        assert vm.ctl("quit")
+        assert vm.finish() == 130
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])

@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from hvkvm.observe import control_path, control_socket
 from hvkvm.observe.control_socket import MAX_CONNECTIONS, MAX_LINE, Answer, ControlSocket
@@ -280,3 +282,32 @@ def test_closing_drops_clients_and_their_requests(tmp_path: Path) -> None:
     assert clients[0].ended()
     assert clients[2].ended()
     world.close()
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow], deadline=None)
+@given(
+    lines=st.lists(
+        st.one_of(
+            st.binary(max_size=40),
+            st.sampled_from(
+                [b'{"do":"echo"}', b'{"do":"raise"}', b'{"do":"twice","id":[1]}', b'{"do":"unfit"}']
+            ),
+        ),
+        max_size=30,
+    ),
+    cut=st.integers(1, 50),
+)
+def test_whatever_comes_every_line_has_one_reply(world: World, lines: list[bytes], cut: int) -> None:
+    """Blank lines have none. However the bytes are cut into pieces."""
+    client = world.connect()
+    data = b"\n".join(lines) + b"\n"
+    expected = sum(bool(line.strip()) for line in data.split(b"\n"))
+    for start in range(0, len(data), cut):
+        client.send(data[start : start + cut])
+    client.send(b'{"do":"echo","what":"the end","id":"end"}\n')
+    replies = [client.reply() for _ in range(expected + 1)]
+    assert replies[-1] == {"ok": True, "result": "the end", "id": "end"}
+    assert all(isinstance(reply["ok"], bool) for reply in replies)
+    client.sock.close()
+    client.file.close()
+    world.eventually(lambda: not world.server.clients)

@@ -2,7 +2,8 @@
 
 Not an integration component: the guest speaks first, with the protocol version
 it wants, and afterwards only takes events. What finds no room in the ring waits
-in a bounded queue; the guest's doorbell moves it on.
+in a bounded queue; the guest's doorbell moves it on. Linux drops keys that come
+before its input layer has taken the driver's port, shortly after the version.
 
 Owner: the I/O loop, for every method.
 """
