@@ -170,15 +170,19 @@ def test_many_clients_at_once(tmp_path: Path) -> None:
 def test_who_waits_hears_of_the_end(tmp_path: Path, number: signal.Signals) -> None:
     with running_vm(tmp_path, *options("--name", "x")) as vm:
         vm.wait_until_listening()
-        with Vm(tmp_path / "hvkvm" / "x.sock") as client:
-            assert client.ask("info", 60)["name"] == "x"
+        path = tmp_path / "hvkvm" / "x.sock"
+        with Vm(path) as client, Vm(path) as other:
+            client._socket.sendall(b'{"do":"wait","timeout":60}\n')
+            assert other.ask("info", 60)["name"] == "x"  # behind the other's request
             os.kill(vm.process.pid, number)
             if number == signal.SIGTERM:
-                end = client.ask("wait", 60)
+                end = json.loads(client._line(SECONDS))["result"]
                 assert (end["ending"], end["status"], end["detail"]) == ("quit", 143, "SIGTERM")
             else:
-                with pytest.raises(VmGone):
-                    client.ask("wait", 60)
+                with pytest.raises(ValueError, match="closed"):
+                    client._line(SECONDS)
+            with pytest.raises(VmGone):
+                other.ask("info", 60)
         vm.finish()
 
 
