@@ -67,7 +67,7 @@ class Server:
         """Whether the host handles `TlConnect`; else all are refused."""
         self._vp_count = vp_count
         self.limit_version(max_version)
-        self._trace = trace
+        self.trace = trace
         self._target = (0, vmbus.VMBUS_MESSAGE_SINT)
         self._pending: Message | None = None  # what is answered when the reset is done
         self._tl_connects: list[TlConnect] = []
@@ -103,8 +103,8 @@ class Server:
 
     def _send(self, type_or_bytes: int | bytes, **values: Any) -> None:
         payload = type_or_bytes if isinstance(type_or_bytes, bytes) else wire.build(type_or_bytes, **values)
-        if self._trace is not None and (message := wire.parse(payload)) is not None:
-            self._trace(False, message)
+        if self.trace is not None and (message := wire.parse(payload)) is not None:
+            self.trace(False, message)
         self._out.append(SendMessage(*self._target, payload))
 
     # In, from the host.
@@ -174,8 +174,8 @@ class Server:
 
     def receive(self, message: Message) -> None:
         """Take one message that `wire.parse` made of a guest's bytes."""
-        if self._trace is not None:
-            self._trace(True, message)
+        if self.trace is not None:
+            self.trace(True, message)
         kind = message.kind
         if kind.type in (wire.INITIATE_CONTACT, wire.UNLOAD):
             if kind.type == wire.UNLOAD and self.version and self.version < kind.since:

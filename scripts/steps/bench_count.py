@@ -23,14 +23,15 @@ _LABELS = {
     "exits": "exits to the VMM",
     "eventfd writes": "eventfds signalled",
     "eventfd reads": "eventfds read",
+    "ioctls": "ioctls besides KVM_RUN",
     "copies out of the guest": "copies of the message out of the guest",
     "copies into the guest": "copies of the message into the guest",
 }
 
 
-def count(operation: str) -> dict[str, float]:
-    """Average numbers of one `operation`, less what a guest that does none costs. StepError."""
-    busy, idle = _run(image(operation, COUNT)), _run(image(operation, 0))
+def count(operation: str, synic: str = "kernel") -> dict[str, float]:
+    """Average numbers of one `operation` on that SynIC, less what a guest that does none costs. StepError."""
+    busy, idle = _run(image(operation, COUNT), synic), _run(image(operation, 0), synic)
     names = dict.fromkeys((*_LABELS, *busy))
     return {name: (busy.get(name, 0) - idle.get(name, 0)) / (COUNT * BATCHES) for name in names}
 
@@ -40,8 +41,8 @@ def text(found: dict[str, float]) -> str:
     return "\n".join(f"  {_LABELS.get(name, name):45} {value:6.2f}" for name, value in found.items())
 
 
-def _run(kernel: Path) -> dict[str, int]:
-    words = [str(PROJECT / ".venv/bin/python"), "-B", "-m", "steps.bench_count", str(kernel)]
+def _run(kernel: Path, synic: str) -> dict[str, int]:
+    words = [str(PROJECT / ".venv/bin/python"), "-B", "-m", "steps.bench_count", str(kernel), synic]
     done = subprocess.run(
         words, cwd=PROJECT / "scripts", capture_output=True, text=True, check=False, timeout=2 * _DEADLINE
     )
@@ -59,7 +60,7 @@ def _counted(counts: Counter[str], name: str, original: Callable[..., Any]) -> C
     return counting
 
 
-def _inside(kernel: Path) -> dict[str, int]:
+def _inside(kernel: Path, synic: Any) -> dict[str, int]:
     """Run the guest in this process, with counters in place."""
     import os
     import threading
@@ -70,10 +71,12 @@ def _inside(kernel: Path) -> dict[str, int]:
     os.eventfd_read = _counted(counts, "eventfd reads", os.eventfd_read)
 
     from hvkvm.hyperv.synic.pages import MessagePage
+    from hvkvm.kvm import ioctl as door
     from hvkvm.machine.config import MachineConfig
     from hvkvm.machine.machine import Machine
     from hvkvm.memory.guest import GuestMemory
 
+    door.ioctl = _counted(counts, "ioctls", door.ioctl)
     GuestMemory.read = _counted(counts, "copies out of the guest", GuestMemory.read)  # type: ignore[method-assign]
     MessagePage.post = _counted(counts, "copies into the guest", MessagePage.post)  # type: ignore[method-assign]
     said = bytearray()
@@ -84,7 +87,7 @@ def _inside(kernel: Path) -> dict[str, int]:
         if b"bench: done" in said:
             done.set()
 
-    config = MachineConfig(kernel=kernel, memory=64 << 20, devices=("hyperv-testdev",))
+    config = MachineConfig(kernel=kernel, memory=64 << 20, devices=("hyperv-testdev",), synic=synic)
     with Machine(config) as machine:
         machine.board.attach_sink(sink)
         machine.start()
@@ -97,4 +100,4 @@ def _inside(kernel: Path) -> dict[str, int]:
 
 
 if __name__ == "__main__":
-    print(json.dumps(_inside(Path(sys.argv[1]))))
+    print(json.dumps(_inside(Path(sys.argv[1]), sys.argv[2])))

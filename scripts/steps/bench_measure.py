@@ -13,7 +13,7 @@ from statistics import median
 from typing import NamedTuple
 
 from steps.bench_guest import DONE, Batch, image, parse
-from steps.bench_vmm import HVKVM, Guest, Memory, Running
+from steps.bench_vmm import HVKVM, HVKVM_USER, Guest, Memory, Running
 from steps.distribution import StepError
 
 FIRST_LINE = "hvkvm: init"
@@ -93,7 +93,7 @@ def _session(vmm: str, kernel: Path, *, hyperv: bool) -> _Session:
     batches = parse(said)
     if not batches:
         raise StepError(f"{vmm}: the benchmark guest said nothing: {errors.strip()[-500:]}")
-    return _Session(batches, exits, _own_exits(errors) if vmm == HVKVM else None)
+    return _Session(batches, exits, _own_exits(errors) if vmm in (HVKVM, HVKVM_USER) else None)
 
 
 def _own_exits(errors: str) -> int | None:

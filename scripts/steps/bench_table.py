@@ -55,10 +55,10 @@ def boot_rows(found: dict[str, list[Boot]], own: str) -> list[Row]:
 
 
 def trip_rows(operation: str, found: dict[str, list[Trips]], own: str, peer: str) -> list[Row]:
-    """Rows of a round trip, or of port exits."""
+    """Rows of a round trip, or of port exits; one of the two may be missing."""
 
     def row(figure: str, unit: str, values: dict[str, float | None], better: str = "less") -> Row:
-        return Row(figure, unit, values[own], values[peer], better, peer)
+        return Row(figure, unit, values.get(own), values.get(peer), better, peer)
 
     def each(name: str) -> dict[str, float | None]:
         return {vmm: _middle([getattr(trips, name) for trips in runs]) for vmm, runs in found.items()}
@@ -83,8 +83,8 @@ def _us(nanoseconds: float | None) -> float | None:
 
 
 def table(rows: list[Row]) -> str:
-    """figure | hvkvm | qemu | ratio, aligned."""
-    cells = [("figure", "hvkvm", "qemu", "", "hvkvm/qemu", "")]
+    """figure | hvkvm | the other | its name | ratio, aligned."""
+    cells = [("figure", "hvkvm", "other", "", "hvkvm/other", "")]
     for row in rows:
         verdict = ""
         if row.better and row.ratio is not None:

@@ -27,6 +27,8 @@ HV_FLAGS = (
 """What host-model is on an AMD host, by QEMU 7.2's names; kvm=off hides KVM's own leaves as hvkvm does."""
 
 HVKVM = "hvkvm"
+HVKVM_USER = "hvkvm-user"
+"""hvkvm with its SynIC in user space."""
 DEBUGFS = Path("/sys/kernel/debug")
 # The guest's RAM by the name of its memfd: hvkvm's own, and QEMU's memory-backend-memfd.
 _RAM_MAPPING = re.compile(r"/memfd:(hvkvm-ram|memory-backend-memfd)")
@@ -45,13 +47,14 @@ class Guest(NamedTuple):
 
 
 def command_line(vmm: str, guest: Guest) -> list[str]:
-    """How `vmm` ("hvkvm", or "qemu-" and a machine type) boots `guest`. StepError without QEMU."""
-    if vmm == HVKVM:
+    """How `vmm` ("hvkvm", "hvkvm-user", "qemu-" and a machine type) boots `guest`. StepError without QEMU."""
+    if vmm in (HVKVM, HVKVM_USER):
         words = [str(PROJECT / ".venv/bin/hvkvm"), "run", "--kernel", str(guest.kernel), "--quiet", "--json"]
         words += ["--memory", f"{guest.memory}M"]
         words += ["--initrd", str(guest.initrd)] if guest.initrd else []
         words += ["--append", guest.append] if guest.append else []
         words += ["--device", "hyperv-testdev"] if guest.testdev and guest.hyperv else []
+        words += ["--synic", "user"] if vmm == HVKVM_USER else []
         return words + ([] if guest.hyperv else ["--hv", "none"])
     machine = vmm.removeprefix("qemu-")
     # On a KVM without Hyper-V QEMU 7.2 may not start with -cpu host; a plain CPU model does for port exits.
@@ -150,12 +153,7 @@ class Running:
 
     def kvm_exits(self) -> int | None:
         """KVM's own count of this VM's exits, or None where debugfs does not show it."""
-        for folder in DEBUGFS.glob(f"kvm/{self.process.pid}-*"):
-            try:
-                return int((folder / "exits").read_text())
-            except (OSError, ValueError):
-                return None
-        return None
+        return kvm_exits_of(self.process.pid)
 
     def __enter__(self) -> Running:
         return self
@@ -182,6 +180,16 @@ def parse_smaps(text: str) -> Memory:
 
 def _kib(value: str) -> int:
     return int(value.split()[0])
+
+
+def kvm_exits_of(pid: int) -> int | None:
+    """KVM's own count of the exits of that process's VM, or None where debugfs does not show it."""
+    for folder in DEBUGFS.glob(f"kvm/{pid}-*"):
+        try:
+            return int((folder / "exits").read_text())
+        except (OSError, ValueError):
+            return None
+    return None
 
 
 def ensure_debugfs() -> None:

@@ -12,7 +12,15 @@ PROJECT = Path(__file__).resolve().parent.parent.parent
 if str(PROJECT / "scripts") not in sys.path:
     sys.path.append(str(PROJECT / "scripts"))
 
-from steps import bench_count, bench_guest, bench_measure, bench_table, bench_vmm  # noqa: E402
+from steps import (  # noqa: E402
+    bench_count,
+    bench_guest,
+    bench_measure,
+    bench_synics,
+    bench_table,
+    bench_vmbus,
+    bench_vmm,
+)
 from steps.bench_vmm import Memory  # noqa: E402
 from steps.distribution import StepError  # noqa: E402
 
@@ -31,7 +39,7 @@ VmFlags: rd wr mr mw me ac sd
 """
 
 
-def lines_of(kernel: Path, hv: str, devices: tuple[str, ...] = ()) -> list[str]:
+def lines_of(kernel: Path, hv: str, devices: tuple[str, ...] = (), synic: str = "auto") -> list[str]:
     """Run the benchmark guest here and return what it said."""
     from hvkvm.machine.config import MachineConfig
     from hvkvm.machine.machine import Machine
@@ -44,7 +52,8 @@ def lines_of(kernel: Path, hv: str, devices: tuple[str, ...] = ()) -> list[str]:
         if bench_guest.DONE.encode() in said or b"no SynIC" in said:
             done.set()
 
-    with Machine(MachineConfig(kernel=kernel, memory=64 << 20, hv=hv, devices=devices)) as machine:
+    config = MachineConfig(kernel=kernel, memory=64 << 20, hv=hv, devices=devices, synic=synic)  # type: ignore[arg-type]
+    with Machine(config) as machine:
         machine.board.attach_sink(sink)
         machine.start()
         done.wait(60)
@@ -64,12 +73,13 @@ def test_the_guest_says_so_where_there_is_no_synic() -> None:
         bench_guest.parse(lines_of(bench_guest.image("message", 20, 3), "none"))
 
 
-@pytest.mark.hyperv
+@pytest.mark.parametrize(
+    "synic", [pytest.param("user", marks=pytest.mark.kvm), pytest.param("kernel", marks=pytest.mark.hyperv)]
+)
 @pytest.mark.parametrize("operation", ["message", "event"])
-def test_the_guest_gets_its_answers(operation: str) -> None:
-    batches = bench_guest.parse(
-        lines_of(bench_guest.image(operation, 20, 3), "host-model", ("hyperv-testdev",))
-    )
+def test_the_guest_gets_its_answers(operation: str, synic: str) -> None:
+    kernel = bench_guest.image(operation, 20, 3)
+    batches = bench_guest.parse(lines_of(kernel, "host-model", ("hyperv-testdev",), synic))
     assert [batch.operations for batch in batches] == [20, 20, 20]
     assert all(batch.reference > 0 for batch in batches)
 
@@ -93,7 +103,7 @@ def test_smaps_leave_the_guest_s_ram_out() -> None:
 def test_both_vmms_get_the_same_guest(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(bench_vmm, "_qemu", lambda: "qemu")
     guest = bench_vmm.Guest(Path("k"), Path("i"), "quiet", memory=64)
-    for vmm in ("hvkvm", "qemu-q35", "qemu-microvm"):
+    for vmm in ("hvkvm", "hvkvm-user", "qemu-q35", "qemu-microvm"):
         words = bench_vmm.command_line(vmm, guest)
         assert {"k", "i", "quiet", "64M"} <= set(words), words
 
@@ -112,3 +122,35 @@ def test_the_table_says_which_is_better() -> None:
 
 def test_counts_are_shown_by_what_they_mean() -> None:
     assert "eventfds signalled" in bench_count.text({"eventfd writes": 2.0})
+
+
+@pytest.mark.kvm
+@pytest.mark.parametrize("operation", ["message", "event"])
+def test_work_is_counted_on_the_synic_asked_for(operation: str) -> None:
+    found = bench_count.count(operation, "user")
+    assert found["exits"] >= 1
+    assert found["eventfd reads"] < 0.5, "a doorbell that somebody reads"
+    assert (found["copies into the guest"] >= 1) == (operation == "message")
+
+
+def test_synics_stand_side_by_side_and_a_failed_run_is_told_not_counted() -> None:
+    told: list[str] = []
+    values = {"kernel": iter([1.0, 2.0, 9.0]), "user": iter([5.0])}
+
+    def once(synic: str) -> bench_synics.Figures:
+        try:
+            return {("beat", "us"): (next(values[synic]), "less")}
+        except StopIteration:
+            raise StepError("it hangs") from None
+
+    (row,) = bench_synics._rows("x", ("hvkvm", "hvkvm-user"), 3, told.append, once)
+    assert row == bench_table.Row("beat", "us", 2.0, 5.0, "less", "hvkvm-user")
+    assert sum("it hangs" in line for line in told) == 2
+    (row,) = bench_synics._rows("x", ("hvkvm-user",), 1, told.append, lambda s: {("beat", "us"): (3.0, "")})
+    assert (row.hvkvm, row.peer, row.ratio) == (None, 3.0, None)
+
+
+def test_costs_are_given_for_one_operation() -> None:
+    costs = bench_vmbus.Costs(100, 400, 50, 0).less(bench_vmbus.Costs(40, 40, 20, 0))
+    found = bench_vmbus._cost_rows("beat", costs, 60, "/op")
+    assert [value for value, _ in found.values()] == [1, 6, 0.5, 0]
