@@ -18,7 +18,7 @@ VSS_OP_THAW = 6
 VSS_OP_AUTO_RECOVER = 7
 
 VSS_HBU_NO_AUTO_RECOVERY = 0x00000005
-"""What Linux answers to VSS_OP_HOT_BACKUP: it can be backed up while it runs, and recovers by itself."""
+"""A guest's answer to VSS_OP_HOT_BACKUP: it can be backed up as it runs. Of Linux see `Vss.check`."""
 
 hv_vss_msg = Struct("<B7xI")
 """operation; flags of hv_vss_check_feature."""

@@ -69,7 +69,11 @@ class Vss(IntegrationComponent):
         """How many more times to ask a guest that left frozen to thaw."""
 
     def check(self, reply: OnReply) -> None:
-        """Whether the guest can be backed up while it runs; `flags` say how, 0 that it cannot."""
+        """Whether the guest can be backed up while it runs.
+
+        `flags` would say how, but Linux's are 0: its daemon writes the result over the
+        operation by which its driver would set them. So go by `ok`.
+        """
 
         def answered(result: VssReply, body: bytes) -> None:
             flags = vss.parse_flags(body)
