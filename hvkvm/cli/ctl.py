@@ -27,6 +27,8 @@ EPILOG = """verbs:
 
 `hvkvm ctl VERB --help` explains a verb's options.
 
+VMs are looked for in $XDG_RUNTIME_DIR/hvkvm and /tmp/hvkvm-UID, or in $HVKVM_CONTROL_DIR.
+
 exit status:
   0 done; 1 the guest or the VM refused or did not answer, and the line says why;
   2 usage, or no VM or several to choose from; 69 no such VM, or it ended meanwhile;

@@ -39,7 +39,9 @@ class NameTaken(ConfigError):
 
 
 def folders() -> list[Path]:
-    """Where sockets may lie, the preferred first; they need not exist."""
+    """Where sockets may lie, the preferred first; they need not exist. $HVKVM_CONTROL_DIR is the only one."""
+    if (only := os.environ.get("HVKVM_CONTROL_DIR", "")).startswith("/"):
+        return [Path(only)]
     runtime = os.environ.get("XDG_RUNTIME_DIR", "")
     found = [Path(runtime, "hvkvm")] if runtime.startswith("/") else []
     return [*found, Path(f"/tmp/hvkvm-{os.geteuid()}")]

@@ -98,9 +98,8 @@ def test_names(tmp_path: Path) -> None:
             assert error.endswith("choose another name\n")
         with running_vm(tmp_path, *options()) as three:
             name = f"hvkvm-{three.process.pid}"
-            while len(list((tmp_path / "hvkvm").iterdir())) < 2:
+            while not json.loads(ctl(tmp_path, "--json", "list").stdout)[1:]:
                 assert three.process.poll() is None, three.report()
-                time.sleep(0.05)
             error = one.ctl("info", status=2)
             assert error == f"hvkvm: 2 VMs are running: a.b-c_1, {name}; choose one with --vm NAME\n"
             for given in (name, three.process.pid, tmp_path / "hvkvm" / f"{name}.sock"):

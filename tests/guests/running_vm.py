@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import socket
 import subprocess
 import sys
 import threading
@@ -18,6 +19,11 @@ SECONDS = 240.0
 
 def command_line(*arguments: object) -> list[str]:
     return [sys.executable, "-m", "hvkvm", *map(str, arguments)]
+
+
+def _listens(path: Path) -> bool:
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as client:
+        return client.connect_ex(str(path)) == 0
 
 
 class RunningVm:
@@ -67,8 +73,9 @@ class RunningVm:
         return json.loads(self.ctl("--json", *arguments))
 
     def wait_until_listening(self) -> None:
+        """Until its socket in the folder takes connections."""
         end = monotonic() + SECONDS
-        while not list(self.runtime.glob("hvkvm/*.sock")):
+        while not any(map(_listens, self.runtime.glob("hvkvm/*.sock"))):
             assert self.process.poll() is None, self.report()
             assert monotonic() < end, self.report()
             sleep(0.02)
@@ -82,7 +89,7 @@ class RunningVm:
 
 
 def environment(runtime: Path) -> dict[str, str]:
-    return {**os.environ, "XDG_RUNTIME_DIR": str(runtime), "NO_COLOR": "1"}
+    return {**os.environ, "HVKVM_CONTROL_DIR": str(runtime / "hvkvm"), "NO_COLOR": "1"}
 
 
 def ctl(runtime: Path, *arguments: object, seconds: float = SECONDS) -> subprocess.CompletedProcess[str]:

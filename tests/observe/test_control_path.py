@@ -17,6 +17,7 @@ from hvkvm.observe.control_path import FolderUnusable, NameTaken
 @pytest.fixture
 def runtime(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """An $XDG_RUNTIME_DIR, and no other folder."""
+    monkeypatch.delenv("HVKVM_CONTROL_DIR", raising=False)
     monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path))
     monkeypatch.setattr(control_path, "folders", lambda folders=control_path.folders: folders()[:1])
     return tmp_path
@@ -29,12 +30,15 @@ def dead_socket(path: Path) -> None:
 
 
 def test_folders_are_the_users_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("HVKVM_CONTROL_DIR", raising=False)
     monkeypatch.setenv("XDG_RUNTIME_DIR", "/run/user/7")
     ours = Path(f"/tmp/hvkvm-{os.geteuid()}")
     assert control_path.folders() == [Path("/run/user/7/hvkvm"), ours]
     for value in ("", "relative"):
         monkeypatch.setenv("XDG_RUNTIME_DIR", value)
         assert control_path.folders() == [ours]
+    monkeypatch.setenv("HVKVM_CONTROL_DIR", "/x/y")
+    assert control_path.folders() == [Path("/x/y")]
 
 
 def test_folder_and_socket_are_closed_to_others(runtime: Path) -> None:
