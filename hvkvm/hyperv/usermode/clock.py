@@ -57,6 +57,10 @@ def host_counts_by_tsc() -> bool:
         return False
 
 
+def _gpa(value: int) -> int | None:
+    return value & HV_X64_MSR_TSC_REFERENCE_ADDRESS_MASK if value & HV_X64_MSR_TSC_REFERENCE_ENABLE else None
+
+
 class TscPage:
     """HV_X64_MSR_REFERENCE_TSC and its page. Not `usable`, it stays invalid and guests use the counter."""
 
@@ -72,7 +76,8 @@ class TscPage:
         """The guest writes the MSR on `vcpu`; False when the page cannot lie there."""
         with self._lock:
             on = value & HV_X64_MSR_TSC_REFERENCE_ENABLE
-            if not self._page.place(value & HV_X64_MSR_TSC_REFERENCE_ADDRESS_MASK if on else None):
+            if not self._page.place(_gpa(value)):
+                self._page.place(_gpa(self.value))
                 return False
             self.value = value
             if on and self._usable:
