@@ -98,7 +98,7 @@ class ElfImage(NamedTuple):
             )
             rest = segment.mem_size - segment.file_size
             if rest:
-                memory.zero(segment.paddr + segment.file_size, rest)
+                memory.clear(segment.paddr + segment.file_size, rest)
 
 
 def parse(file: KernelFile) -> ElfImage:

@@ -27,7 +27,7 @@ class GuestRam(Protocol):
     def write(self, gpa: int, data: bytes | bytearray | memoryview, /) -> None:
         """Copy `data` to `gpa`."""
 
-    def zero(self, gpa: int, n: int, /) -> None:
+    def clear(self, gpa: int, n: int, /) -> None:
         """Make `n` bytes at `gpa` zero."""
 
     def fill(self, gpa: int, n: int, fd: int, offset: int, /) -> int:

@@ -17,6 +17,10 @@ from typing import Any
 from hvkvm.boot import cache
 
 _ELF = b"\x7fELF"
+_ELF64_LITTLE = b"\x7fELF\x02\x01"
+_HEADER_BYTES = 64
+_PROGRAM_HEADER = struct.Struct("<IIQQQQQQ")
+_PT_LOAD = 1
 # No kernel's ELF comes near; what unpacks to more is not one.
 _VMLINUX_MAX = 512 << 20
 # Room for the dot, process id and like that a partial file's name gets.
@@ -85,6 +89,28 @@ def _by_tool(tool: str, packed: bytes) -> bytes:
     return done.stdout if len(done.stdout) == size else b""
 
 
+def without_tails(elf: bytes) -> bytes:
+    """The ELF64 `elf` with each loaded segment's trailing zeros left to the loader, by its header alone.
+
+    Linux's last segment ends in more than ten megabytes of them (.bss and .brk),
+    which need not be copied. What has no such header is given back as it is.
+    """
+    if elf[:6] != _ELF64_LITTLE or len(elf) < _HEADER_BYTES:
+        return elf
+    (table,) = struct.unpack_from("<Q", elf, 32)
+    size, count = struct.unpack_from("<HH", elf, 54)
+    if size < _PROGRAM_HEADER.size or table + size * count > len(elf):
+        return elf
+    patched = bytearray(elf)
+    for at in range(table, table + size * count, size):
+        kind, flags, offset, vaddr, paddr, file_size, mem_size, align = _PROGRAM_HEADER.unpack_from(elf, at)
+        if kind != _PT_LOAD or file_size > mem_size or offset + file_size > len(elf):
+            continue
+        file_size = len(elf[offset : offset + file_size].rstrip(b"\0"))
+        _PROGRAM_HEADER.pack_into(patched, at, kind, flags, offset, vaddr, paddr, file_size, mem_size, align)
+    return bytes(patched)
+
+
 def extract(bzimage: Path, cache_dir: Path | None = None) -> Path | None:
     """The path of the vmlinux ELF inside `bzimage`, from the cache when it was taken out before.
 
@@ -103,14 +129,14 @@ def extract(bzimage: Path, cache_dir: Path | None = None) -> Path | None:
         return bzimage
     import hashlib
 
-    kept = folder / hashlib.sha256(data).hexdigest()
+    kept = folder / f"{hashlib.sha256(data).hexdigest()}.elf"
     try:
         if not kept.exists():
             packed = payload(data)
             unpacked = decompress(packed) if packed is not None else None
             if unpacked is None:
                 return None
-            cache.publish(kept, [unpacked])
+            cache.publish(kept, [without_tails(unpacked)])
         _point(known, kept.name)
     except OSError:
         return kept if kept.exists() else None
@@ -121,12 +147,12 @@ def _stat_key(path: Path) -> str:
     """A file name that stands for `path` as it is now; made without hashlib, which costs a boot more."""
     seen = os.stat(path)
     name = os.path.realpath(path).replace("%", "%25").replace("/", "%2f")
-    key = f"at-{seen.st_size:x}-{seen.st_mtime_ns:x}-{name}"
+    key = f"of-{seen.st_size:x}-{seen.st_mtime_ns:x}-{name}"
     if len(os.fsencode(key)) <= _NAME_MAX:
         return key
     import hashlib
 
-    return "at-" + hashlib.sha256(os.fsencode(key)).hexdigest()
+    return "of-" + hashlib.sha256(os.fsencode(key)).hexdigest()
 
 
 def _point(link: Path, target: str) -> None:

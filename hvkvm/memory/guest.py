@@ -20,7 +20,7 @@ from typing import NamedTuple, Protocol
 
 from hvkvm.abi.board import RAM_HIGH_BASE, RAM_LOW_LIMIT
 from hvkvm.errors import GuestMemoryError
-from hvkvm.memory.mapping import PAGE_SIZE, Mapping, sealed_memfd
+from hvkvm.memory.mapping import PAGE_SIZE, Mapping, punch, sealed_memfd
 from hvkvm.memory.overlay_stacks import OverlayStacks
 from hvkvm.memory.slots import SlotAllocator
 
@@ -140,6 +140,19 @@ class GuestMemory:
         mapping, at = self._locate(gpa, n)
         os.lseek(self.fd, mapping.offset + at, os.SEEK_SET)
         return os.sendfile(self.fd, fd, offset, n)
+
+    def clear(self, gpa: int, n: int) -> None:
+        """Make `n` bytes of RAM zero, giving whole pages back to the host: free where nobody wrote.
+
+        For loaders, like `fill`: RAM itself, under any overlay. GuestMemoryError.
+        """
+        mapping, at = self._locate(gpa, n)
+        first, last = -(-at // PAGE_SIZE) * PAGE_SIZE, (at + n) // PAGE_SIZE * PAGE_SIZE
+        if first < last and punch(self.fd, mapping.offset + first, last - first):
+            _memset(mapping.hva + at, 0, first - at)
+            _memset(mapping.hva + last, 0, at + n - last)
+        else:
+            _memset(mapping.hva + at, 0, n)
 
     def zero(self, gpa: int, n: int) -> None:
         """Fill `n` bytes with zeros. GuestMemoryError."""

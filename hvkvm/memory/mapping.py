@@ -25,6 +25,8 @@ PAGE_SIZE = 4096
 _PROT_NONE = 0
 _MAP_FIXED = 0x10
 _MAP_NORESERVE = 0x4000
+_FALLOC_FL_KEEP_SIZE = 1
+_FALLOC_FL_PUNCH_HOLE = 2
 _MAP_FAILED = ctypes.c_void_p(-1).value
 
 _PRUNE_AT = 256
@@ -42,6 +44,17 @@ _libc.mmap.argtypes = (
     ctypes.c_int64,
 )
 _libc.munmap.argtypes = (ctypes.c_void_p, ctypes.c_size_t)
+
+
+_libc.fallocate.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64)
+
+
+def punch(fd: int, offset: int, size: int) -> bool:
+    """Give a file's pages back, which makes them zero in every mapping; False where that cannot be done.
+
+    `offset` and `size` are multiples of PAGE_SIZE. What is a hole already costs nothing.
+    """
+    return not _libc.fallocate(fd, _FALLOC_FL_PUNCH_HOLE | _FALLOC_FL_KEEP_SIZE, offset, size)
 
 
 def _mmap(address: int | None, size: int, prot: int, flags: int, fd: int = -1, offset: int = 0) -> int:

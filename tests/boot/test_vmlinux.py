@@ -134,3 +134,80 @@ def test_payload_stays_inside_a_hostile_image(header: bytes, sectors: int) -> No
 @given(st.sampled_from([b"\xfd7zXZ\0", b"\x5d\0\0", b"\x1f\x8b", b"BZh", b""]), st.binary(max_size=200))
 def test_broken_payloads_give_none(magic: bytes, rest: bytes) -> None:
     assert vmlinux.decompress(magic + rest) is None or (magic + rest).startswith(b"\x7fELF")
+
+
+def elf64(*segments: tuple[int, bytes, int], tail: bytes = b"symbols") -> bytes:
+    """An ELF of (program header type, bytes in the file, bytes in memory) and something behind."""
+    start = 64 + 56 * len(segments)
+    header = struct.pack(
+        "<16sHHIQQQIHHHHHH",
+        b"\x7fELF\x02\x01\x01",
+        2,
+        62,
+        1,
+        0x1000,
+        64,
+        0,
+        0,
+        64,
+        56,
+        len(segments),
+        0,
+        0,
+        0,
+    )
+    table, body = b"", b""
+    for number, (kind, data, mem_size) in enumerate(segments):
+        where = start + len(body)
+        table += struct.pack(
+            "<IIQQQQQQ", kind, 5, where, 0, 0x100000 * (number + 1), len(data), mem_size, 0x1000
+        )
+        body += data
+    return header + table + body + tail
+
+
+def test_trailing_zeros_of_segments_are_left_to_the_loader() -> None:
+    source = elf64(
+        (1, b"code\0\0", 6), (4, b"note\0\0\0\0", 8), (1, b"da\0ta" + bytes(9000), 10000), (1, bytes(50), 50)
+    )
+    found = vmlinux.without_tails(source)
+    assert len(found) == len(source)
+    sizes = [struct.unpack_from("<QQ", found, 64 + 56 * number + 32) for number in range(4)]
+    assert sizes == [(4, 6), (8, 8), (5, 10000), (0, 50)]
+    assert found[64 + 56 * 4 :] == source[64 + 56 * 4 :]
+
+
+@given(st.binary(max_size=300), st.integers(0, 80), st.integers(0, 255))
+def test_broken_headers_are_left_alone_or_stay_inside(junk: bytes, at: int, value: int) -> None:
+    assert vmlinux.without_tails(b"\x7fELF" + junk)[:4] == b"\x7fELF"
+    broken = bytearray(elf64((1, b"code" + bytes(100), 104)))
+    broken[at] = value
+    found = vmlinux.without_tails(bytes(broken))
+    assert len(found) == len(broken)
+
+
+def test_the_kept_vmlinux_loads_the_same_memory(tmp_path: Path) -> None:
+    """Fresh, and again over what a guest wrote: what the file leaves out is zero."""
+    from hvkvm.boot import elf
+    from hvkvm.boot.kernel_file import KernelFile
+    from hvkvm.memory.guest import GuestMemory
+
+    class NoVm:
+        def set_user_memory_region(self, *where: int) -> None: ...
+
+    source = elf64((1, b"code" + bytes(5000), 6000), (1, b"data" * 3000 + bytes(30000), 50000))
+    (tmp_path / "bzImage").write_bytes(bzimage(gzip.compress(source)))
+    (tmp_path / "vmlinux").write_bytes(source)
+    kept = vmlinux.extract(tmp_path / "bzImage", tmp_path / "cache")
+    assert kept is not None
+    images = []
+    for path in (tmp_path / "vmlinux", kept):
+        with GuestMemory(NoVm(), 4 << 20) as memory:
+            for _life in range(2):
+                with KernelFile(path, "--kernel") as file:
+                    elf.parse(file).load(memory)
+                images.append(memory.read(0x100000, 0x200000))
+                memory.write(0x100000, b"guest" * 1200)
+                memory.write(0x200000, b"guest" * 10000)
+    assert len(images) == 4
+    assert len(set(images)) == 1

@@ -94,6 +94,7 @@ def test_every_access_is_inside_ram_or_raises_guest_memory_error(
                 ("write", n, lambda: big.write(gpa, bytes(n))),
                 ("view", n, lambda: big.view(gpa, n)),
                 ("zero", n, lambda: big.zero(gpa, n)),
+                ("clear", n, lambda: big.clear(gpa, n)),
                 ("hva", n, lambda: big.hva(gpa, n)),
                 ("read_u32", 4, lambda: big.read_u32(gpa)),
                 ("read_u64", 8, lambda: big.read_u64(gpa)),
@@ -129,6 +130,31 @@ def test_what_is_written_is_read(big: GuestMemory, base: int, at: int, data: byt
     view = big.view(base, 64)
     assert view[at : at + len(data)] == data
     assert ctypes.string_at(big.hva(base, 64), 64) == bytes(view)
+
+
+@pytest.mark.parametrize("base", [0x10000, HIGH])
+@pytest.mark.parametrize(
+    ("at", "n"), [(0, 0x3000), (5, 0x3000), (5, 0x20), (0xFFF, 2), (0x1001, 0x1FFF), (0, 0)]
+)
+@pytest.mark.parametrize("can_punch", [True, False])
+def test_clear_zeroes_what_it_is_told_and_nothing_else(
+    big: GuestMemory, base: int, at: int, n: int, can_punch: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not can_punch:
+        monkeypatch.setattr("hvkvm.memory.guest.punch", lambda *where: False)
+    size = 0x5000
+    big.write(base, b"x" * size)
+    big.clear(base + at, n)
+    assert big.read(base, size) == b"x" * at + bytes(n) + b"x" * (size - at - n)
+    big.write(base + at, b"again"[:n])
+    assert big.read(base + at, min(n, 5)) == b"again"[:n]
+    big.zero(base, size)
+
+
+def test_clearing_fresh_memory_takes_none(big: GuestMemory) -> None:
+    before = os.fstat(big.fd).st_blocks
+    big.clear(HIGH + 0x1000, 0x1F000)
+    assert os.fstat(big.fd).st_blocks <= before
 
 
 @given(at=st.integers(0, 24), value=st.integers(0, 2**64 - 1))
