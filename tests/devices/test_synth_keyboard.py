@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from random import Random
 from struct import pack, unpack
 from typing import Any
 
@@ -188,3 +189,35 @@ def test_leds_are_noted(loop: Loopback) -> None:
     device, driver = connected(loop)
     driver.send(pack("<IHH", 4, 4, 0))
     assert device.leds == 4
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_every_key_comes_once_and_in_order_whatever_the_timing(seed: int) -> None:
+    """Host and guest in any order, in a ring that a few keys fill."""
+    random = Random(seed)
+    loop = Loopback(random=random)
+    try:
+        device = Keyboard()
+        driver = Driver(loop, device, in_pages=2)
+        driver.request()
+        driver.packets()
+        expected = b""
+        stream = b""
+        done: list[bool] = []
+        for _ in range(30):
+            text = "".join(random.choices("abc XYZ\n", k=random.randrange(60)))
+            assert device.type(text, done.append)
+            for character in text:
+                key, shifted = wire.TYPED[character]
+                inner = bytes([key.code, key.code | 0x80])
+                expected += b"\x2a" + inner + b"\xaa" if shifted else inner
+            for _ in range(random.randrange(4)):
+                loop.step()
+            if random.random() < 0.3:
+                stream += driver.bytes_for_atkbd()
+        stream += driver.bytes_for_atkbd()
+        assert stream == expected
+        assert done == [True] * 30
+        assert device.waiting == 0
+    finally:
+        loop.close()
