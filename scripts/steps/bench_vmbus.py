@@ -41,12 +41,19 @@ _ECHO_SIZE = 64
 _DEADLINE = 120.0
 _TO_HOST, _TO_GUEST, _ECHO, _CONNECT = 1000, 1001, 1002, 1003
 _RINGS = 256 << 10
-# Each line says that the step before it is over, so that counting can begin.
-_SCRIPT = f"""echo bench-ready; read -r go
-/vsock -b {_RINGS} connect {_TO_HOST} send {STREAM}; echo bench-over; read -r go
-/vsock -b {_RINGS} connect {_TO_GUEST} recv; echo bench-over; read -r go
-/vsock connect {_ECHO} echo; echo bench-over; read -r go
-/vsock burst {_CONNECT} {CONNECTS}; echo bench-over; read -r go"""
+
+
+def script(stream: int, connects: int) -> str:
+    """What the guest runs. Each line says when it is over, so that counting can begin anew."""
+    steps = (
+        f"-b {_RINGS} connect {_TO_HOST} send {stream}",
+        f"-b {_RINGS} connect {_TO_GUEST} recv",
+        f"connect {_ECHO} echo",
+        f"burst {_CONNECT} {connects}",
+    )
+    return "\n".join(
+        ["echo bench-ready; read -r go", *(f"/vsock {step}; echo bench-over; read -r go" for step in steps)]
+    )
 
 
 class Costs(NamedTuple):
@@ -78,8 +85,13 @@ class Figures(NamedTuple):
     connect_costs: Costs
 
 
-def measure(synic: str, *, suite: str | None = None) -> Figures:
-    """One boot on SynIC "kernel" or "user". StepError when the guest does not get there; HvkvmError."""
+def measure(
+    synic: str, *, suite: str | None = None, stream: int = STREAM, connects: int = CONNECTS
+) -> Figures:
+    """One boot on SynIC "kernel" or "user"; `stream` bytes each way, `connects` connections.
+
+    StepError when the guest does not get there; HvkvmError.
+    """
     from hvkvm.machine.config import MachineConfig
     from hvkvm.machine.machine import Machine
 
@@ -93,18 +105,19 @@ def measure(synic: str, *, suite: str | None = None) -> Figures:
         memory=256 << 20,
         synic=synic,  # type: ignore[arg-type]
         vmbus="on",
-        command=("sh", "-c", _SCRIPT),
+        command=("sh", "-c", script(stream, connects)),
     )
     with Machine(config) as machine:
-        return _Session(machine).run()
+        return _Session(machine, stream).run()
 
 
 class _Session:
     """One guest, from start to figures. Steps run on the caller's thread, callbacks on the I/O loop."""
 
-    def __init__(self, machine: Machine) -> None:
+    def __init__(self, machine: Machine, stream: int) -> None:
         assert machine.bus is not None
         self._machine = machine
+        self._stream = stream
         self._bus = machine.bus
         self._said = bytearray()
         self._messages = 0
@@ -116,7 +129,7 @@ class _Session:
 
     def run(self) -> Figures:
         self._serve(_TO_HOST, _sink)
-        self._serve(_TO_GUEST, _source)
+        self._serve(_TO_GUEST, lambda sock: _source(sock, self._stream))
         self._serve(_ECHO, _echoes)
         bursts: list[float] = []
         self._bus.vsock.listen(_CONNECT, lambda sock: bursts.append(_answer(sock)))
@@ -131,9 +144,9 @@ class _Session:
             self._offers - self._contact,
             beats,
             beat_costs,
-            STREAM / self._results[_TO_HOST],
+            self._stream / self._results[_TO_HOST],
             steps[0][1],
-            STREAM / self._results[_TO_GUEST],
+            self._stream / self._results[_TO_GUEST],
             steps[1][1],
             self._results[_ECHO],
             steps[2][1],
@@ -235,10 +248,10 @@ def _sink(sock: socket.socket) -> float:
     return time.monotonic() - began
 
 
-def _source(sock: socket.socket) -> float:
-    """Send; seconds until the guest has closed, having taken all."""
+def _source(sock: socket.socket, size: int) -> float:
+    """Send `size` bytes; seconds until the guest has closed, having taken all."""
     block = bytes(range(256)) * 256
-    began, left = time.monotonic(), STREAM
+    began, left = time.monotonic(), size
     while left:
         sock.sendall(block[:left])
         left -= min(left, len(block))

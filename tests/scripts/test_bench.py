@@ -154,3 +154,15 @@ def test_costs_are_given_for_one_operation() -> None:
     costs = bench_vmbus.Costs(100, 400, 50, 0).less(bench_vmbus.Costs(40, 40, 20, 0))
     found = bench_vmbus._cost_rows("beat", costs, 60, "/op")
     assert [value for value, _ in found.values()] == [1, 6, 0.5, 0]
+
+
+@pytest.mark.hyperv
+@pytest.mark.timeout(300)
+def test_a_stock_linux_is_measured_on_its_bus(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, small in (("BEATS", 5), ("ECHOES", 5)):
+        monkeypatch.setattr(bench_vmbus, name, small)
+    found = bench_vmbus.measure("kernel", stream=1 << 20, connects=3)
+    assert found.offers > 0
+    assert len(found.beats) == len(found.echoes) == 5
+    assert found.beat_costs.signals >= 5
+    assert found.connect_costs.messages >= 3 * 4, "a request, an offer, an open and its end for each"
