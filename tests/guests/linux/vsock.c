@@ -1,8 +1,8 @@
 /*
  * AF_VSOCK programs for a Linux guest, to be held against the host's end.
  *
- *   vsock [-b BYTES] [-t SECONDS] connect PORT ACTION [ARG]
- *   vsock [-b BYTES] listen PORT COUNT ACTION [ARG]
+ *   vsock [-t SECONDS] connect PORT ACTION [ARG]
+ *   vsock listen PORT COUNT ACTION [ARG]
  *   vsock [-t SECONDS] burst PORT COUNT
  *
  * Actions on a connection: "send N" sends N bytes and says that no more comes,
@@ -12,7 +12,7 @@
  * line: bytes and CRC-32 each way, and milliseconds. "listen" serves COUNT
  * connections, each in a process of its own, and prints "listening" when it does.
  * "burst" makes COUNT connections one after the other, and wants a few bytes back
- * on each. -b asks for larger rings, -t for more patience when connecting.
+ * on each. -t is for how long connecting may take.
  */
 #include <errno.h>
 #include <stdint.h>
@@ -28,7 +28,6 @@
 #include <linux/vm_sockets.h>
 
 static uint32_t crc_tables[8][256];
-static long ring_bytes;
 static long patience = 60;
 
 struct flow {
@@ -189,14 +188,10 @@ static void act(int fd, const char *action, const char *argument)
 static int open_socket(void)
 {
 	struct timeval timeout = {.tv_sec = patience};
-	int size = ring_bytes;
 	int fd = socket(AF_VSOCK, SOCK_STREAM, 0);
 
 	if (fd < 0)
 		fail("socket");
-	if (size && (setsockopt(fd, SOL_SOCKET, SO_SNDBUF, &size, sizeof size) ||
-		     setsockopt(fd, SOL_SOCKET, SO_RCVBUF, &size, sizeof size)))
-		fail("setsockopt");
 	if (setsockopt(fd, AF_VSOCK, SO_VM_SOCKETS_CONNECT_TIMEOUT, &timeout, sizeof timeout))
 		fail("setsockopt");
 	return fd;
@@ -259,10 +254,8 @@ int main(int argc, char **argv)
 {
 	int option;
 
-	while ((option = getopt(argc, argv, "+b:t:")) != -1) {
-		if (option == 'b')
-			ring_bytes = atol(optarg);
-		else if (option == 't')
+	while ((option = getopt(argc, argv, "+t:")) != -1) {
+		if (option == 't')
 			patience = atol(optarg);
 		else
 			return 2;
