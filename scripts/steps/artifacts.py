@@ -1,9 +1,9 @@
 """Which packages the project boots, and where their files lie once unpacked.
 
 Why: tests, the lab and `make run` need a guest kernel, the lab's kernel, a
-static busybox and the Hyper-V daemons, by name and not by version. Called by `scripts/artifacts` and
-`steps.lab_image`. What was once resolved is written down in the cache, so that
-a later run neither waits for the network nor needs it.
+static busybox and the Hyper-V daemons, by name and not by version. Called by
+`scripts/artifacts` and `steps.lab_image`. What was once resolved is written down
+in the cache, so that a later run neither waits for the network nor needs it.
 """
 
 from __future__ import annotations

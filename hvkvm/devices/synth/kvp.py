@@ -85,8 +85,8 @@ class Kvp(IntegrationComponent):
     def get_directly(self, pool: int, key: str, reply: OnReply) -> None:
         """The value of `key` by KVP_OP_GET, in one request.
 
-        Linux answers without the value's first four bytes (of its UTF-8): its driver takes
-        them from where an enumeration's answer has them. Seen with 6.1 and 6.12.
+        Linux finds the key and answers with an empty value (seen with 6.1 and 6.12): its
+        daemon copies as much as the request has room for, and its driver does not tell how much.
         """
 
         def parse(body: bytes) -> KvpReply | None:
@@ -96,7 +96,11 @@ class Kvp(IntegrationComponent):
         self._exchange(pool, lambda: kvp.get_body(pool, key), reply, parse)
 
     def set(self, pool: int, key: str, value: str | int, reply: OnReply) -> None:
-        """Leave a pair with the guest, in place of one of that key. Linux keeps numbers as their digits."""
+        """Leave a pair with the guest, in place of one of that key.
+
+        Linux keeps a number as its digits. A key has room for 255 UTF-16 units and a value
+        for 1023, but Linux tells no more than 254 and 1022 of them again.
+        """
         self._exchange(pool, lambda: kvp.set_body(pool, key, value), reply, _done)
 
     def delete(self, pool: int, key: str, reply: OnReply) -> None:

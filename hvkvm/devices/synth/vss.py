@@ -59,7 +59,7 @@ class Vss(IntegrationComponent):
 
     def __init__(self, call_later: CallLater | None = None) -> None:
         super().__init__()
-        self._call_later = call_later
+        self.call_later = call_later
         self._timer: TimerLike | None = None
         self.state = THAWED
         self.frozen = False
@@ -133,8 +133,8 @@ class Vss(IntegrationComponent):
             reply(result)
 
     def _thaw_again_later(self) -> None:
-        if self._owed and self._timer is None and self._call_later and self.ready_for_requests:
-            self._timer = self._call_later(RETRY_SECONDS, self._thaw_owed)
+        if self._owed and self._timer is None and self.call_later and self.ready_for_requests:
+            self._timer = self.call_later(RETRY_SECONDS, self._thaw_owed)
 
     def _thaw_owed(self) -> None:
         self._timer = None
