@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import resource
 import socket
@@ -402,6 +403,70 @@ def test_junk_in_a_ring_never_raises(make: Make) -> None:
             guest.reads = False
             while bench.loopback.step() or bench.io.poll() or program.step(random):
                 pass
+        bench.close()
+
+
+def _with(context: Any, fn: Callable[[bytes], None]) -> Callable[[bytes], None]:
+    def wrapped(payload: bytes) -> None:
+        with context:
+            fn(payload)
+
+    return wrapped
+
+
+def test_no_order_of_messages_leaves_anything_behind(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A guest that connects, opens, closes and releases as it likes, while programs come and go."""
+    for seed in range(40):
+        bench = make(seed, mix=True)
+        random, client = bench.random, bench.loopback.client
+        bench.guest.listening |= {1, 2}
+        came: list[socket.socket] = []
+        bench.vsock.listen(3, came.append)
+        # Its own mistakes confuse this guest; what counts is the host.
+        tolerant = contextlib.suppress(AssertionError, KeyError, ValueError)
+        monkeypatch.setattr(client, "deliver", _with(tolerant, client.deliver))
+        for _ in range(150):
+            relid = random.choice([*client.offers, random.randrange(3000)])
+            what = random.randrange(9)
+            if what == 0:
+                client.post(
+                    wire.TL_CONNECT_REQUEST,
+                    endpoint_id=abi.service_guid(random.randrange(5)),
+                    service_id=abi.service_guid(random.randrange(5)),
+                )
+            elif what == 1:
+                client.post(wire.CLOSECHANNEL, relid=relid)
+            elif what == 2:
+                client.post(wire.RELID_RELEASED, relid=relid)
+            elif what == 3:
+                client.post(wire.GPADL_TEARDOWN, relid=relid, gpadl=random.choice((0xE1E10, 0xE1E11, 5)))
+            elif what == 4:
+                bench.caller(b"CONNECT %d\n" % random.randrange(4))
+            elif what == 5 and bench.programs:
+                bench.programs.pop(random.randrange(len(bench.programs))).sock.close()
+            elif what == 6 and bench.guest.sockets:
+                random.choice(bench.guest.sockets).outgoing += bytes(random.randrange(30000))
+            elif what == 7 and random.random() < 0.1:
+                bench.io.advance(6.0)
+            elif what == 8 and random.random() < 0.05:
+                client.contact(vmbus.VERSION_WIN10_V5_3)
+                bench.guest.sockets.clear()
+                client.free_pages = list(range(64, 1024))
+                client.post(wire.REQUESTOFFERS)
+            for _ in range(random.randrange(4)):
+                bench.loopback.step()
+                bench.io.poll()
+                with tolerant:
+                    bench.guest.step(random)
+        bench.loopback.host.reset()
+        while bench.loopback.step() or bench.io.poll():
+            pass
+        bench.io.advance(20.0)
+        for sock in came:
+            sock.close()
+        assert "0 connections" in bench.vsock.describe()[0]
+        assert bench.loopback.host._devices == {}
+        assert bench.loopback.host._open == {}
         bench.close()
 
 
