@@ -157,7 +157,7 @@ def _info(options: Options) -> int:
 
 
 def _inspect(options: Options) -> int:
-    return _tell(options, _ask(options, "inspect"), ctl_text.tree)
+    return _tell(options, _ask(options, "inspect"), ctl_text.inspect)
 
 
 def _dump(options: Options) -> int:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from hvkvm.observe.tree import lines
+from hvkvm.observe.bus_text import inspect_lines
 
 SUMMARY = {
     "list": "List the VMs that run, and forget those that are dead.",
@@ -70,14 +70,9 @@ def _plain(value: object) -> str:
     return "none" if value in (None, "") else str(value)
 
 
-def tree(result: dict[str, Any]) -> str:
-    """Indented."""
-    return harmless_lines(lines(result))
-
-
-def harmless_lines(found: list[str]) -> str:
-    """Lines of which each is made harmless."""
-    return "\n".join(map(harmless, found))
+def inspect(result: dict[str, Any]) -> str:
+    """A line for each vCPU, route and channel, and one for each ring."""
+    return "\n".join(map(harmless, inspect_lines(result)))
 
 
 def ended(result: dict[str, Any]) -> str:

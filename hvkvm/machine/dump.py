@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from hvkvm.errors import HvkvmError
 from hvkvm.kvm.exits import exit_name
 from hvkvm.machine import inspect
-from hvkvm.observe import tree
+from hvkvm.observe import bus_text
 
 if TYPE_CHECKING:
     from hvkvm.kvm.vcpu import Vcpu
@@ -36,7 +36,8 @@ def describe(machine: Machine) -> str:
     if machine.partition is not None:
         lines += [f"synic: {line}" for line in machine.partition.describe()]
     if machine.bus is not None:
-        lines += tree.lines({"vmbus": machine.bus.host.snapshot(), "devices": inspect.devices(machine)})
+        lines += bus_text.bus_lines(machine.bus.host.snapshot())
+        lines += bus_text.device_lines(inspect.devices(machine))
     lines.append(f"i/o loop: {machine.io.state}")
     tail = machine.board.tail.lines(CONSOLE_LINES)
     lines.append("console: no output yet" if not tail else "console, last lines:")

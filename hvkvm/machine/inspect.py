@@ -76,7 +76,8 @@ def devices(machine: Machine) -> dict[str, Any]:
     if bus is None:
         return {}
     head, *connections = bus.vsock.describe()
-    vsock = {"summary": head, **bus.vsock.counters._asdict(), "connections": connections}
+    vsock = {"service": head.removeprefix("vsock "), **bus.vsock.counters._asdict()}
+    vsock["connections"] = connections
     return {**{name: _device(getattr(bus, name)) for name in DEVICES}, "vsock": vsock}
 
 

@@ -272,8 +272,9 @@ def test_texts_of_the_guest_cannot_command_the_terminal(play: Callable[[str], Pl
     vm.answer("kvp", {"pairs": [["a\x1b[2J", "b\r\n\x9b\u202e"]], "note": ""})
     assert run("kvp", "list")[1] == "a\\x1b[2J=b\\r\\n\\x9b\\u202e\n"
     assert run("kvp", "get", "x", "--pool", "auto")[1] == "b\\r\\n\\x9b\\u202e\n"
-    vm.answer("inspect", {"a": "\x1b]0;", "b": [{"c": "\x07"}]})
-    assert run("inspect")[1] == "a \\x1b]0;\nb:\n  - c \\x07\n"
+    inside = {"vcpus": [{"name": "\x1b]0;", "state": "\x07", "exits": {}}], "synic": None, "vmbus": None}
+    vm.answer("inspect", inside)
+    assert run("inspect")[1] == "\\x1b]0;: \\x07; exits: none\n"
 
 
 def test_the_list_of_vms(play: Callable[[str], PlayedVm], run: Run) -> None:

@@ -1,0 +1,79 @@
+"""A running machine's inside as text for people: what `hvkvm ctl inspect` and dumps print.
+
+Takes the plain values of `machine.inspect`, which may have come by a socket. Any thread.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from hvkvm.observe import tree
+
+Values = Mapping[str, Any]
+
+
+def inspect_lines(inside: Values) -> list[str]:
+    """All of `machine.inspect.inspect`."""
+    found = []
+    for vcpu in inside["vcpus"]:
+        exits = ", ".join(f"{_short(name)} {count}" for name, count in vcpu["exits"].items())
+        found.append(f"{vcpu['name']}: {vcpu['state']}; exits: {exits or 'none'}")
+    synic = inside["synic"]
+    if synic is not None:
+        found += [f"synic: {tree.lines(route)[0]}" for route in synic["routes"]]
+        found += [f"synic: {line}" for line in tree.lines({"connections": synic["connections"]})]
+    if inside["vmbus"] is not None:
+        found += bus_lines(inside["vmbus"]) + device_lines(inside["devices"])
+    return found
+
+
+def _short(exit_name: str) -> str:
+    return exit_name.removeprefix("KVM_EXIT_")
+
+
+def bus_lines(bus: Values) -> list[str]:
+    """`VmbusHost.snapshot`: the connection, then each channel, and the rings of an open one."""
+    complaints = ", ".join(f"{kind} {count}" for kind, count in bus["complaints"].items())
+    head = f"vmbus: {bus['state']}, version {bus['version'] or 'none'}, features {bus['features']:#x}"
+    head += f", messages to vp {bus['message_vp']} sint {bus['message_sint']}"
+    head += f", {bus['from_guest_waiting']} wait from the guest, {bus['to_guest_waiting']} for it"
+    gpadls = f"  {bus['gpadls']} GPADLs, {bus['gpadls_unfinished']} of them unfinished"
+    found = [head, f"{gpadls}; complaints: {complaints or 'none'}"]
+    for channel in bus["channels"]:
+        found += _channel_lines(channel)
+    return found
+
+
+def _channel_lines(channel: Values) -> list[str]:
+    index = channel["sub_channel_index"]
+    head = f"  {channel['name']}{f'.{index}' if index else ''}: {channel['state']}"
+    head += ", withdrawn" if channel["withdrawn"] else ""
+    if channel["relid"]:
+        head += f", relid {channel['relid']}"
+    gpadls = ", ".join(f"GPADL {gpadl} of {pages} pages" for gpadl, pages in channel["gpadls"].items())
+    head += f", {gpadls}" if gpadls else ""
+    opened = channel["open"]
+    if opened is None:
+        return [head]
+    target = "no vp" if opened["interrupt_vp"] is None else f"vp {opened['interrupt_vp']}"
+    head += f", interrupts {target} by flag {opened['event_flag']}, {opened['signals']} times"
+    head += f", doorbell {opened['doorbell']:#x}"
+    return [
+        head,
+        f"    from guest: {_ring(opened['from_guest'])}",
+        f"    to guest: {_ring(opened['to_guest'])}",
+    ]
+
+
+def _ring(ring: Values) -> str:
+    free = "?" if ring["free"] is None else ring["free"]
+    text = f"{ring['packets']} packets, write {ring['write_index']:#x} read {ring['read_index']:#x}"
+    text += f", {free} of {ring['size']} bytes free, mask {ring['interrupt_mask']}"
+    text += f", pending {ring['pending_send_sz']}"
+    return f"{text}, broken: {ring['broken']}" if ring["broken"] else text
+
+
+def device_lines(devices: Values) -> list[str]:
+    """`machine.inspect.devices`."""
+    return tree.lines({"devices": devices})
