@@ -122,8 +122,8 @@ DIFFERENCES = (
         "hypercall-lock",
         "hypercall-page",
         {
-            "vp0 rdmsr HYPERCALL (13)": ("0x1030001", "0xe80003"),
-            "vp0 rdmsr HYPERCALL (14)": ("0x0", "0xe80003"),
+            "vp0 rdmsr HYPERCALL (15)": ("0x1030001", "0xe80003"),
+            "vp0 rdmsr HYPERCALL (16)": ("0x0", "0xe80003"),
         },
     ),
     Difference(
@@ -162,6 +162,35 @@ DIFFERENCES = (
                 "type 0x80000010 flags 0x0; vp0 sint5 timer messages +1; vp0 slot5: empty",
                 "type 0x0 flags 0x0",
             ),
+        },
+    ),
+    Difference(
+        "timer-masked-sint",
+        "beyond-the-rules",
+        {
+            "vp0 untaken 0x3 0x5000a": (
+                "type 0x80000010 flags 0x0, then type 0x0 flags 0x0",
+                "type 0x80000010 flags 0x1, then type 0x80000010 flags 0x1",
+            ),
+        },
+    ),
+    Difference(
+        "periodic-tick",
+        "beyond-the-rules",
+        {
+            f"vp0 untaken 0x3 {config}": (
+                "type 0x80000010 flags 0x0, then type 0x80000010 flags 0x0",
+                "type 0x80000010 flags 0x1, then type 0x80000010 flags 0x1",
+            )
+            for config in ("0x5000a (2)", "0x5000e")
+        },
+    ),
+    Difference(
+        "tsc-page",
+        "reference-time",
+        {
+            "vp0 wrmsr REFERENCE_TSC 0x8000000000000001": ("ok", "#GP"),
+            "vp0 rdmsr REFERENCE_TSC (5)": ("0x8000000000000001", "0x90000001"),
         },
     ),
     Difference(

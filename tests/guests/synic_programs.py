@@ -152,6 +152,10 @@ def _beyond_the_rules() -> Iterable[Op]:
     # A masked SINT takes a timer's message as any other, once.
     yield from (Op("wrmsr", 0, SINT + 5, 0x65 | MASKED), *timer(1, AUTO_ENABLE | 5 << 16, 3))
     yield from (Op("drain", 0, 5), Op("wrmsr", 0, EOM, 0), *timer(1, 0, 0), Op("drain", 0, 5))
+    # A periodic timer goes on, whoever takes its messages.
+    yield Op("untaken", 0, 3, PERIODIC | AUTO_ENABLE | 5 << 16)
+    yield from (*on(5), Op("untaken", 0, 3, PERIODIC | AUTO_ENABLE | 5 << 16))
+    yield Op("untaken", 0, 3, PERIODIC | LAZY | AUTO_ENABLE | 5 << 16)
     # A message that waits goes out at EOM; KVM also takes an EOI of the SINT for one.
     yield from (*on(5), *timer(1, AUTO_ENABLE | 5 << 16, 3), *timer(2, AUTO_ENABLE | 5 << 16, 4))
     yield from (Op("drain", 0, 5), Op("pulse", 0, 5), Op("drain", 0, 5), Op("wrmsr", 0, EOM, 0))

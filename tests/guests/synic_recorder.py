@@ -8,8 +8,6 @@ give the same lines. Owner: the test's thread.
 
 from __future__ import annotations
 
-import errno
-from collections import deque
 from collections.abc import Callable
 from struct import pack
 
@@ -28,6 +26,7 @@ from synic_program import (
     Step,
     named,
 )
+from synic_sender import Sender
 from synic_view import View, changes, look
 
 from hvkvm.abi import tlfs
@@ -36,41 +35,6 @@ from hvkvm.abi.hv_synic import HV_SYNIC_SINT_AUTO_EOI
 _PENDING = 1
 _ROUNDS = 50
 _IDLE = ("HLT", "SPIN", "DEAF")
-
-
-class Sender:
-    """A device on one SINT: one message after the other, each again after every -EAGAIN."""
-
-    def __init__(self, guest: Guest, vp: int, sint: int) -> None:
-        self._io = guest.machine.io
-        self.route = guest.partition.open_route(vp, sint, self._complete)
-        self._queue: deque[tuple[int, bytes]] = deque()
-        self._under_way = False
-        self.sent = 0
-        self.failed: tuple[int, ...] = ()
-
-    def send(self, message_type: int, payload: bytes) -> None:
-        """Queue a message; the I/O loop sends it."""
-        self._io.call_soon(self._add, (message_type, payload))
-
-    def _add(self, message: tuple[int, bytes]) -> None:
-        self._queue.append(message)
-        self._next()
-
-    def _next(self) -> None:
-        if not self._under_way and self._queue:
-            self._under_way = self.route.post(*self._queue[0]) == 0
-
-    def _complete(self, status: int) -> None:
-        self._under_way = False
-        if status == 0:
-            self.sent += 1
-        elif status != -errno.EAGAIN:
-            self.failed += (status,)
-        if status != -errno.EAGAIN:
-            self._queue.popleft()
-        # Deferred: the route is taken until this returns.
-        self._io.call_soon(self._next)
 
 
 class Recorder:
@@ -100,6 +64,7 @@ class Recorder:
             "tsc-page": self._tsc_page,
             "clock": self._clock,
             "ticks": self._ticks,
+            "untaken": self._untaken,
             "reset": self._reset,
         }
         connections = guest.partition.connections
@@ -211,6 +176,22 @@ class Recorder:
         cpu.wrmsr(config + 1, 0)
         self._before = self._settle()
         return f"ticks by CONFIG {running:#x}, then {cpu.rdmsr(config):#x}"
+
+    def _untaken(self, cpu: AgentCpu, op: Op) -> str:
+        """Timer `a` ticks every 5 ms by CONFIG `b` into a slot that nobody empties, but once, without EOM."""
+        config = tlfs.HV_X64_MSR_STIMER0_CONFIG + 2 * op.a
+        cpu.wrmsr(config, op.b)
+        cpu.wrmsr(config + 1, 50_000)
+        found = []
+        for _ in range(2):
+            end = cpu.rdmsr(tlfs.HV_X64_MSR_TIME_REF_COUNT) + 500_000
+            self.guest.until(lambda end=end: cpu.rdmsr(tlfs.HV_X64_MSR_TIME_REF_COUNT) > end, "50 ms pass")
+            kind, flags, *_ = cpu.do("DRAIN", op.b >> 16 & 0xF).results
+            found.append(f"type {kind:#x} flags {flags:#x}")
+        cpu.wrmsr(config + 1, 0)
+        cpu.do("DRAIN", op.b >> 16 & 0xF)
+        self._before = self._settle()
+        return ", then ".join(found)
 
     def _reset(self, cpu: AgentCpu | None = None, op: Op | None = None) -> str:
         for sender in self._senders.values():

@@ -162,6 +162,8 @@ def _hypercall_page() -> Iterable[Op]:
     yield from (*wr(msr, HYPERCALL_PAGE | 1), Op("code", 0, HYPERCALL_PAGE), Op("hypercall", 0, 0x4321))
     yield from (*wr(msr, other | 0xFFD), Op("code", 0, other), Op("code", 0, HYPERCALL_PAGE))
     yield from (*wr(msr, OUTSIDE | 1), *wr(msr, other), Op("code", 0, other))
+    # A refused address leaves the page where it was.
+    yield from (*wr(msr, HYPERCALL_PAGE | 1, 1 << 63 | 1), Op("hypercall", 0, 0x4321))
     yield from (*wr(msr, HYPERCALL_PAGE | 1), *wr(os_id, 0), *rd(msr), Op("code", 0, HYPERCALL_PAGE))
     yield from (*wr(msr, HYPERCALL_PAGE | 1), *enlightened(1), *rd(msr, os_id), Op("hypercall", 0, 0x4321))
     yield from wr(msr, HYPERCALL_PAGE | 3, other | 1, 0)
@@ -171,7 +173,7 @@ def _reference_time() -> Iterable[Op]:
     msr = tlfs.HV_X64_MSR_REFERENCE_TSC
     yield from (*wr(msr, SCRATCH | 1), Op("tsc-page", 0, SCRATCH), Op("clock", 0, 0x40000020))
     yield from (*wr(msr, SCRATCH + PAGE | 0xFFF), Op("tsc-page", 0, SCRATCH + PAGE))
-    yield from (*wr(msr, SCRATCH + PAGE), *rd(msr, vp=1), *wr(msr, OUTSIDE | 1, 0))
+    yield from (*wr(msr, SCRATCH + PAGE), *rd(msr, vp=1), *wr(msr, OUTSIDE | 1, 1 << 63 | 1, 0))
     yield from (*wr(msr, SCRATCH | 1, vp=1), Op("clock", 1, 0x40000020), *wr(msr, 0))
 
 
