@@ -16,6 +16,7 @@ import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from time import monotonic, sleep
 from typing import TYPE_CHECKING
 
 from hvkvm.errors import ConfigError
@@ -28,6 +29,8 @@ MAX_PATH = 107
 """Bytes of a Unix socket's path, the NUL not counted."""
 
 BACKLOG = 16
+LOCK_SECONDS = 3.0
+"""Whoever starts or looks holds the lock for less than a millisecond."""
 
 
 class FolderUnusable(ConfigError):
@@ -79,11 +82,20 @@ def make_folder() -> Path:
 
 @contextmanager
 def _locked(folder: Path) -> Iterator[None]:
-    from fcntl import LOCK_EX, flock
+    """Alone in `folder`. OSError, also when another process keeps its lock, stopped in there say."""
+    from fcntl import LOCK_EX, LOCK_NB, flock
 
     fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
-        flock(fd, LOCK_EX)
+        end = monotonic() + LOCK_SECONDS
+        while True:
+            try:
+                flock(fd, LOCK_EX | LOCK_NB)
+                break
+            except BlockingIOError:
+                if monotonic() > end:
+                    raise OSError(errno.EBUSY, f"another process keeps {folder} locked") from None
+                sleep(LOCK_SECONDS / 100)
         yield
     finally:
         os.close(fd)
@@ -143,15 +155,29 @@ def sockets() -> list[Path]:
     for folder in folders():
         if why_not(folder):
             continue
-        with _locked(folder):
-            for entry in sorted(folder.iterdir()):
-                if entry.suffix != SUFFIX or not entry.is_socket():
-                    continue
-                if _dead(entry):
-                    entry.unlink()
-                else:
-                    found.setdefault(entry.stem, entry)
+        try:
+            with _locked(folder):
+                listed = _scan(folder, remove=True)
+        except OSError:
+            listed = _scan(folder, remove=False)  # without the lock a socket may only seem dead
+        for path in listed:
+            found.setdefault(path.stem, path)
     return [path for _name, path in sorted(found.items())]
+
+
+def _scan(folder: Path, *, remove: bool) -> list[Path]:
+    alive = []
+    for path in folder.iterdir():
+        try:
+            if path.suffix != SUFFIX or not path.is_socket():
+                continue
+            if not _dead(path):
+                alive.append(path)
+            elif remove:
+                path.unlink()
+        except FileNotFoundError:
+            continue
+    return alive
 
 
 def identity(path: Path) -> tuple[int, int] | None:

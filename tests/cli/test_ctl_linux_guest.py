@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -13,6 +14,7 @@ from running_vm import RunningVm, running_vm
 pytestmark = [pytest.mark.hyperv, pytest.mark.timeout(900)]
 
 MODULES = ("hv_vmbus", "hv_utils", "hyperv_keyboard")
+SYNIC = os.environ.get("HVKVM_SYNIC") or "kernel"
 
 # hv_kvp_daemon and hv_vss_daemon go to the background by themselves.
 SCRIPT = """
@@ -38,7 +40,7 @@ def options() -> tuple[object, ...]:
         "/lib64/ld-linux-x86-64.so.2": libc / "ld-linux-x86-64.so.2",
         "/lib/x86_64-linux-gnu/libc.so.6": libc / "libc.so.6",
     }
-    found: list[object] = ["--kernel", artifact("HVKVM_GUEST_KERNEL"), "--vmbus", "on"]
+    found: list[object] = ["--kernel", artifact("HVKVM_GUEST_KERNEL"), "--vmbus", "on", "--synic", SYNIC]
     found += ["--busybox", artifact("HVKVM_GUEST_BUSYBOX"), "--modules-dir", artifact("HVKVM_GUEST_MODULES")]
     for module in MODULES:
         found += ["--module", module]
@@ -63,7 +65,7 @@ def see_the_guest(vm: RunningVm) -> None:
     assert [one["name"] for one in vm.json("list")] == ["linux"]
     info = vm.json("info")
     assert (info["name"], info["pid"], info["resets"]) == ("linux", vm.process.pid, 0)
-    assert info["synic"] == "kernel"
+    assert info["synic"] == SYNIC
     assert info["exits"]["KVM_EXIT_IO"] > 0
     eventually(vm, lambda: vm.json("inspect")["devices"]["heartbeat"]["alive"], "heartbeat")
     assert vm.ctl("heartbeat").startswith("alive")

@@ -163,3 +163,20 @@ def test_removing_leaves_a_successors_socket(runtime: Path) -> None:
 def test_a_path_too_long_is_an_error_with_a_reason(runtime: Path) -> None:
     with pytest.raises(OSError, match="107 bytes"):
         control_path.listen(runtime / ("x" * 120))
+
+
+def test_a_lock_that_is_kept_is_not_waited_for_without_end(
+    runtime: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(control_path, "LOCK_SECONDS", 0.05)
+    folder = control_path.make_folder()
+    dead_socket(folder / "dead.sock")
+    with control_path.listen(folder / "a.sock"), control_path._locked(folder):
+        assert control_path.sockets() == [folder / "a.sock"]
+        assert (folder / "dead.sock").exists()  # it might be about to listen
+        with pytest.raises(OSError, match=r"keeps .* locked"):
+            control_path.listen(folder / "b.sock")
+        control_path.remove(folder / "a.sock", control_path.identity(folder / "a.sock"))
+        assert (folder / "a.sock").exists()
+    assert control_path.sockets() == []
+    assert list(folder.iterdir()) == []
