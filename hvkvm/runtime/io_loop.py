@@ -28,7 +28,7 @@ from __future__ import annotations
 import os
 import select
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from time import monotonic
 from typing import Any
 
@@ -184,15 +184,19 @@ class IoLoop:
         """The hot path of every event: what is empty is not even asked."""
         self._polling = True
         if self._queue.items or self._stopping:
-            timeout = 0.0
+            timeout: float | None = 0.0
         else:
-            timeout = self._seconds_to_wait() if self._waiting_timers else -1.0
+            timeout = self._seconds_to_wait() if self._waiting_timers else None
         events = self._epoll.poll(timeout, MAX_EVENTS)
         self._polling = False
         # Looked up before any callback runs: a callback may remove a handle and watch a new fd that got the
         # same number, and this round's event is not the new one's.
         handles = self._handles
-        for handle in [handles.get(fd) for fd, _mask in events]:
+        if len(events) == 1:
+            ready: Sequence[Handle | None] = (handles.get(events[0][0]),)
+        else:
+            ready = [handles.get(fd) for fd, _mask in events]
+        for handle in ready:
             if handle is None:
                 continue  # the wake-up, or removed meanwhile
             # As in _run(), written out: a call less for each event.
@@ -215,9 +219,9 @@ class IoLoop:
             for timer in self._timers.take_due(monotonic()):
                 self._run(timer)
 
-    def _seconds_to_wait(self) -> float:
+    def _seconds_to_wait(self) -> float | None:
         due = self._timers.next_due()
-        return -1.0 if due is None else max(0.0, due - monotonic())
+        return None if due is None else max(0.0, due - monotonic())
 
     def _run(self, source: Timer) -> None:
         self._current = source

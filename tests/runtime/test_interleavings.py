@@ -115,8 +115,8 @@ class SleepyEpoll:
         self.real = real
         self.asleep = threading.Event()
 
-    def poll(self, timeout: float, most: int) -> Any:
-        if timeout:
+    def poll(self, timeout: float | None, most: int) -> Any:
+        if timeout != 0:
             self.asleep.set()
         return self.real.poll(timeout, most)
 
@@ -165,7 +165,7 @@ CONSUMERS = {
     "vcpu": (vcpu_consumer, {"_loop", "_attend", "drain"}, {"submit", "kick"}),
     "loop": (
         loop_consumer,
-        {"_round", "_seconds_to_wait", "_clear_wake", "drain"},
+        {"_round", "_seconds_to_wait", "drain"},
         {"submit", "call_soon", "_wake"},
     ),
 }
