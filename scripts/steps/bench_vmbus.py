@@ -40,14 +40,13 @@ STREAM = 16_000_000
 _ECHO_SIZE = 64
 _DEADLINE = 120.0
 _TO_HOST, _TO_GUEST, _ECHO, _CONNECT = 1000, 1001, 1002, 1003
-_RINGS = 256 << 10
 
 
 def script(stream: int, connects: int) -> str:
     """What the guest runs. Each line says when it is over, so that counting can begin anew."""
     steps = (
-        f"-b {_RINGS} connect {_TO_HOST} send {stream}",
-        f"-b {_RINGS} connect {_TO_GUEST} recv",
+        f"connect {_TO_HOST} send {stream}",
+        f"connect {_TO_GUEST} recv",
         f"connect {_ECHO} echo",
         f"burst {_CONNECT} {connects}",
     )
@@ -138,7 +137,8 @@ class _Session:
         self._wait(lambda: self._bus.heartbeat.beats > 0 and self._offers > 0, "the first heartbeat")
         time.sleep(0.5)  # other drivers settle
         beats, beat_costs = self._counted(self._beat)
-        steps = [self._counted(lambda n=n: self._step(n)) for n in range(4)]  # type: ignore[misc]
+        ports = (_TO_HOST, _TO_GUEST, _ECHO, _CONNECT)
+        steps = [self._counted(lambda n=n: self._step(n, ports[n])) for n in range(4)]  # type: ignore[misc]
         began, ended = bursts[0], bursts[-1]
         return Figures(
             self._offers - self._contact,
@@ -209,10 +209,11 @@ class _Session:
             port, lambda sock: threading.Thread(target=serve, args=(sock,), daemon=True).start()
         )
 
-    def _step(self, number: int) -> None:
-        """Let the guest go on with the next program, until it is over."""
+    def _step(self, number: int, port: int) -> None:
+        """Let the guest go on with the next program, until it is over and so is the host's end on `port`."""
         self._machine.io.call_soon(self._machine.board.serial.feed, b"go\n")
         self._wait(lambda: self._said.count(b"bench-over") > number, f"vsock program {number + 1}")
+        self._wait(lambda: port in self._results or port == _CONNECT, f"the end of the stream on port {port}")
 
     # Counting and waiting.
 
