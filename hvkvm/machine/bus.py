@@ -46,7 +46,7 @@ class Bus:
         self.shutdown = Shutdown()
         self.timesync = TimeSync(machine.io.call_later, machine.reference_time)
         self.kvp = Kvp()
-        self.vss = Vss()
+        self.vss = Vss(machine.io.call_later)
         self.keyboard = Keyboard()
         for device in (self.heartbeat, self.shutdown, self.timesync, self.kvp, self.vss, self.keyboard):
             self.host.add(device)
