@@ -16,6 +16,8 @@
 .equ OPERATION_PORT,    0       # IN from isa-debug-exit's port
 .equ OPERATION_MESSAGE, 1       # HvPostMessage, hyperv-testdev's echo, SINT, EOM
 .equ OPERATION_EVENT,   2       # HvSignalEvent, hyperv-testdev's answer, SINT
+.equ OPERATION_IPI,     3       # an IPI to itself by the LAPIC's ICR, HLT, its handler, EOI
+.equ OPERATION_HYPERCALL, 4     # a hypercall that does nothing: an unknown code and its status
 
 .equ HV_X64_MSR_GUEST_OS_ID,    0x40000000
 .equ HV_X64_MSR_HYPERCALL,      0x40000001
@@ -31,6 +33,9 @@
 .equ MESSAGE_SIZE,      64      # QEMU's testdev aborts at 240
 .equ EVENT_SINT,        3
 .equ EVENT_CONN,        0x20
+.equ IPI_VECTOR,        SINT_VECTOR + 15        # of a SINT that stays masked
+.equ UNKNOWN_CODE,      0xFFFF
+.equ HV_STATUS_INVALID_HYPERCALL_CODE, 2
 .equ SIMP,              SCRATCH
 .equ SIEFP,             SCRATCH + 0x1000
 
@@ -133,6 +138,23 @@ batch:
     jz      .Lover
     .if     OPERATION == OPERATION_PORT
     inl     $DEBUG_EXIT, %eax
+    .elseif OPERATION == OPERATION_IPI
+    cli
+    movq    %gs:(MB_IRQS + 8 * 15), %r14
+    apic_write APIC_ICR, (0x44000 | IPI_VECTOR)     # fixed, edge, to self
+    call    halt                                    # else a software MMU might see it late
+    movl    $IPI_VECTOR, %eax
+    cmpq    %gs:(MB_IRQS + 8 * 15), %r14
+    je      .Lbroken                                # something else woke us
+    .elseif OPERATION == OPERATION_HYPERCALL
+    movl    $(1 << 16 | UNKNOWN_CODE), %ecx         # fast
+    xorl    %edx, %edx
+    xorl    %r8d, %r8d
+    movl    $HYPERCALL_PAGE, %eax
+    call    *%rax
+    movzwl  %ax, %eax
+    cmpl    $HV_STATUS_INVALID_HYPERCALL_CODE, %eax
+    jne     .Lbroken
     .else
     call    round_trip
     testl   %eax, %eax
@@ -180,7 +202,7 @@ print_number:
     movl    $space_text, %esi
     jmp     print
 
-    .if     OPERATION != OPERATION_PORT
+    .if     OPERATION == OPERATION_MESSAGE || OPERATION == OPERATION_EVENT
     .if     OPERATION == OPERATION_MESSAGE
     .equ    ANSWERS, MB_MESSAGES + 8 * MESSAGE_SINT
     .else
@@ -212,8 +234,7 @@ round_trip:
 3:  cli
     cmpq    %gs:ANSWERS, %r14
     jne     4f
-    sti
-    hlt
+    call    halt
     jmp     3b
 4:  sti
     xorl    %eax, %eax

@@ -22,7 +22,7 @@ RUNTIME = PROJECT / "tests/guests"
 _RUNTIME_SOURCES = ("boot.s", "interrupts.s", "serial.s", "synic.s")
 _INCLUDED = ("abi.inc", "macros.inc", "link.ld")
 
-OPERATIONS = {"port": 0, "message": 1, "event": 2}
+OPERATIONS = {"port": 0, "message": 1, "event": 2, "ipi": 3, "hypercall": 4}
 BATCHES = 5
 _REFERENCE_HZ = 10_000_000
 DONE = "bench: done"

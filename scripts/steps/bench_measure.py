@@ -22,7 +22,7 @@ GUEST_DEADLINE = 240.0
 PEER = "qemu-q35"
 """QEMU's machine for the round trips; hyperv-testdev wants an ISA bus."""
 
-COUNTS = {"port": 4000, "message": 400, "event": 400}
+COUNTS = {"port": 4000, "message": 400, "event": 400, "ipi": 1000, "hypercall": 1000}
 """Operations a batch."""
 
 

@@ -72,7 +72,8 @@ def trip_rows(operation: str, found: dict[str, list[Trips]], own: str, peer: str
         rows.append(row(f"{operation} round trip, median", "us", {k: _us(v) for k, v in times.items()}))
         best = {k: _us(v) for k, v in each("best").items()}
         rows.append(row(f"{operation} round trip, best batch", "us", best))
-        rows.append(row(f"{operation} refused before accepted", "/op", each("refused"), ""))
+        if any(each("refused").values()):
+            rows.append(row(f"{operation} refused before accepted", "/op", each("refused"), ""))
     rows.append(row(f"{operation}: exits from the guest (KVM's count)", "/op", each("kvm_exits"), ""))
     rows.append(row(f"{operation}: exits to the VMM", "/op", each("vmm_exits"), ""))
     return rows
