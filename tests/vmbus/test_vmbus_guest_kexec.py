@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 from guest_artifacts import artifact
 from linux_guest import KERNELS, linux_guest
-from linux_programs import program
+from linux_programs import ProgramBuildError, program
 from linux_shell import SHELL, Shell
 from linux_vmbus import UTILITIES, channel_of, complaints, converse, version, wait_for_utilities
 
@@ -20,6 +21,10 @@ MODULES = ("hv_vmbus", "hv_utils")
 CRASH_MEMORY = "192M"
 HV = "host-model,-crash"
 """With hv-crash Linux reports the panic before it starts the crash kernel, and for us that ends the run."""
+
+# Tests are collected outside before the lab has started: compiled there it is quick, and kept.
+with suppress(ProgramBuildError, OSError):
+    program("kexec")
 
 
 @pytest.mark.parametrize("kernel", KERNELS)
