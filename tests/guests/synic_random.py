@@ -95,8 +95,19 @@ def _sint(random: Random, vp: int) -> Program:
 def _page(random: Random, vp: int) -> Program:
     msr = random.choice((SIMP, SIEFP))
     page = pages(vp) + (PAGE if msr == SIEFP else 0)
-    places = (page | 1, page | 1, page | 0xFFF, page + 0x4000 | 1, 0, page)
+    places = [page | 1, page | 1, page | 0xFFF, page + 0x4000 | 1]
+    if msr == SIEFP:
+        places += [0, page]
     return (Op("wrmsr", vp, msr, random.choice(places)), Op("rdmsr", vp, msr))
+
+
+def _page_off(random: Random, vp: int) -> Program:
+    """The message page goes, a timer expires, it comes back. No interrupt in between: its EOI would count."""
+    number = 2 * random.randrange(4)
+    config = Op("wrmsr", vp, CONFIG + number, AUTO_ENABLE | TIMER_SINT << 16)
+    count = Op("wrmsr", vp, COUNT + number, random.choice((1, 2, FAR)))
+    off, on_again = Op("wrmsr", vp, SIMP, random.choice((0, pages(vp)))), Op("wrmsr", vp, SIMP, pages(vp) | 1)
+    return (off, config, count, *_timer_reads(vp, number), on_again, *_timer_reads(vp, number))
 
 
 def _control(random: Random, vp: int) -> Program:
@@ -202,7 +213,7 @@ _RESET: Program = (Op("reset"),)
 
 
 _KINDS: tuple[Callable[[Random, int], Program], ...] = (
-    *(_sint, _sint, _page, _control, _timer, _timer, _message, _message, _crowd, _crowd),
+    *(_sint, _sint, _page, _page_off, _control, _timer, _timer, _message, _message, _crowd, _crowd),
     *(_take, _take, _take, _eom, _flag, _flag, _pulse, _pulse, _policy, _idle),
     *(_hypercall, _hypercall_page, _memory, lambda _random, _vp: _RESET),
 )
