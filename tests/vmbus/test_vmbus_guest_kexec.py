@@ -15,6 +15,7 @@ from linux_vmbus import UTILITIES, channel_of, complaints, converse, version, wa
 
 from hvkvm.boot import initramfs
 from hvkvm.machine.outcome import Ending
+from hvkvm.vmbus.server import BusState
 
 pytestmark = [pytest.mark.hyperv, pytest.mark.timeout(600)]
 MODULES = ("hv_vmbus", "hv_utils")
@@ -53,6 +54,7 @@ def test_a_kexecd_kernel_and_then_a_crash_kernel_connect(kernel: str, tmp_path: 
         wait_for_utilities(guest)
         shell.check('kexec load /kexec/kernel /kexec/initrd "$(cat /proc/cmdline) life=second"')
         shell.send("kexec go")
+        guest.wait_until(lambda: server.state is BusState.DISCONNECTED, "waiting for the old kernel's UNLOAD")
 
         shell.ready()
         assert "life=second" in shell.check("cat /proc/cmdline")
@@ -63,6 +65,9 @@ def test_a_kexecd_kernel_and_then_a_crash_kernel_connect(kernel: str, tmp_path: 
         shell.check('kexec crash /kexec/kernel /kexec/initrd "$(cat /proc/cmdline) life=third nr_cpus=1"')
         # The crash kernel runs where the crash was, on VP 1, and wants messages and interrupts there.
         shell.send("taskset 2 sh -c 'echo c > /proc/sysrq-trigger'")
+        guest.wait_until(
+            lambda: server.state is BusState.DISCONNECTED, "waiting for the crashed one's UNLOAD"
+        )
 
         shell.ready()
         assert "life=third" in shell.check("cat /proc/cmdline")
