@@ -56,7 +56,8 @@ def move_channels(guest: LinuxGuest, shell: Shell) -> None:
         before = callbacks(shell)
         assert set(converse(guest, 50)) == {0}
         after = callbacks(shell)
-        assert after[cpu] - before[cpu] >= 50
+        # Not every request interrupts: one that comes while the guest still reads its ring is found there.
+        assert after[cpu] - before[cpu] >= 25
     for name in UTILITIES:
         move(guest, shell, name, 0)
     for online in (0, 1):
