@@ -209,6 +209,9 @@ class _Guest:
             return
 
         def reply(result: Any) -> None:
+            if what == "freeze" and result.ok and not answer.wanted:
+                # Whoever asked has given up, and would not know that there is something to thaw.
+                device.thaw(lambda _result: None)
             if result.ok:
                 answer.ok({"state": device.state})
             else:

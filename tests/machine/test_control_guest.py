@@ -28,6 +28,7 @@ class Answers:
 
     def __init__(self) -> None:
         self.told: list[tuple[str, Any]] = []
+        self.wanted = True
 
     def ok(self, result: object = None) -> None:
         self.told.append(("ok", result))
@@ -251,3 +252,14 @@ def test_freeze_and_thaw(loop: Loopback) -> None:
         assert answer.told == []
         world.driver.answer(payload)
         assert answer.told == [("ok", {"state": state})]
+
+
+def test_a_freeze_that_nobody_waits_for_any_more_is_undone(loop: Loopback) -> None:
+    world = made(loop, "vss")
+    world.driver.negotiate()
+    answer = world.ask("freeze")
+    payload = world.pending()
+    answer.wanted = False  # its client's patience, or the client itself, has ended
+    world.driver.answer(payload)
+    loop.run()
+    assert world.pending()[28] == vss.VSS_OP_THAW
