@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator
@@ -38,6 +39,7 @@ def pytest_collection_finish() -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # under nohup children would inherit that it is ignored
     config.addinivalue_line("markers", "kernel_synic: about KVM's own SynIC; HVKVM_SYNIC=user leaves it out")
     config.addinivalue_line("markers", "user_synic: about the one in user space; HVKVM_SYNIC changes nothing")
 

@@ -17,13 +17,20 @@ from types import FrameType
 from hvkvm.kvm.irqfd import EventFd
 
 
+def _hang_up_is_ignored(number: signal.Signals) -> bool:
+    """Whether the run was started by nohup or its like: it shall outlive its terminal."""
+    return number == signal.SIGHUP and signal.getsignal(number) is signal.SIG_IGN
+
+
 class Signals:
     """Takes `numbers` over until closed. `wait` returns them one at a time."""
 
     def __init__(self, numbers: Iterable[signal.Signals]) -> None:
         self._noted: deque[int] = deque()
         self._wake = EventFd()
-        self._before = {number: signal.signal(number, self._note) for number in numbers}
+        self._before = {
+            number: signal.signal(number, self._note) for number in numbers if not _hang_up_is_ignored(number)
+        }
 
     def _note(self, number: int, _frame: FrameType | None) -> None:
         self._noted.append(number)

@@ -153,6 +153,19 @@ def test_signals_end_the_run(guest: Guest, number: signal.Signals, status: int) 
     assert (code, errors) == (status, f"hvkvm: quit: {number.name}\n")
 
 
+def test_a_run_under_nohup_outlives_its_terminal(guest: Guest) -> None:
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        running = Running(*run_arguments(guest(out_string(b"up\n") + SPIN)))
+    finally:
+        signal.signal(signal.SIGHUP, before)
+    assert running.process.stdout is not None
+    running.wait_for_output(running.process.stdout.fileno(), b"up\n")
+    running.process.send_signal(signal.SIGHUP)
+    running.process.send_signal(signal.SIGTERM)
+    assert running.end() == (143, "hvkvm: quit: SIGTERM\n")
+
+
 def test_sigquit_dumps_and_goes_on(guest: Guest) -> None:
     running = Running(*run_arguments(guest(out_string(b"up\n") + SPIN), "--cpus", "2"))
     assert running.process.stdout is not None
