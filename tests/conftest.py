@@ -39,7 +39,10 @@ def pytest_collection_finish() -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # under nohup children would inherit that it is ignored
+    # Under nohup, or in a script's background, children would inherit that these are ignored.
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     config.addinivalue_line("markers", "kernel_synic: about KVM's own SynIC; HVKVM_SYNIC=user leaves it out")
     config.addinivalue_line("markers", "user_synic: about the one in user space; HVKVM_SYNIC changes nothing")
 
