@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -70,3 +71,30 @@ def loopback() -> Iterator[Callable[..., Loopback]]:
 def echo() -> type[Echo]:
     """The echoing device."""
     return Echo
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """Real guests run on both SynICs, or on the one that HVKVM_SYNIC names."""
+    if "each_synic" in metafunc.fixturenames:
+        chosen = os.environ.get("HVKVM_SYNIC")
+        metafunc.parametrize("each_synic", [chosen] if chosen else ["kernel", "user"], indirect=True)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """A boot on the SynIC in user space for each test, not for each kernel too, unless HVKVM_SYNIC=user."""
+    if os.environ.get("HVKVM_SYNIC"):
+        return
+    items[:] = [item for item in items if not _newer_on_user(item)]
+
+
+def _newer_on_user(item: pytest.Item) -> bool:
+    params = getattr(item, "callspec", None) and item.callspec.params  # type: ignore[attr-defined]
+    return bool(params) and (params.get("each_synic"), params.get("kernel")) == ("user", "newer")
+
+
+@pytest.fixture
+def each_synic(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """The SynIC that `linux_guest` takes."""
+    monkeypatch.setenv("HVKVM_SYNIC", request.param)
+    chosen: str = request.param
+    return chosen

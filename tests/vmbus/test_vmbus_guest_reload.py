@@ -18,7 +18,7 @@ from hvkvm.abi import vmbus
 from hvkvm.abi.vmbus import version_text
 from hvkvm.vmbus.server import BusState
 
-pytestmark = [pytest.mark.hyperv, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.hyperv, pytest.mark.timeout(600), pytest.mark.usefixtures("each_synic")]
 NEWEST_OF_LINUX = vmbus.VERSION_WIN10_V5_3
 CAPS = (
     *vmbus.HOST_VERSIONS,

@@ -181,6 +181,7 @@ def cost(guest: LinuxGuest, what: str) -> Iterator[None]:
     )
 
 
+@pytest.mark.usefixtures("each_synic")
 @pytest.mark.parametrize("kernel", ["stable", "newer"])
 def test_connections_of_every_kind(tmp_path: Path, kernel: str) -> None:
     path = tmp_path / "v"
