@@ -21,7 +21,8 @@ from hvkvm.abi.ring import Packet
 from hvkvm.abi.vmbus_messages import Message
 from hvkvm.memory.guest import GuestMemory
 from hvkvm.vmbus.channel_io import ChannelIo
-from hvkvm.vmbus.ring import RingReader, RingWriter
+from hvkvm.vmbus.ring_reader import RingReader
+from hvkvm.vmbus.ring_writer import RingWriter
 
 PAGE = vmbus.HV_HYP_PAGE_SIZE
 

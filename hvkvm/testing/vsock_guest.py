@@ -22,7 +22,8 @@ from hvkvm.abi.ring import (
 )
 from hvkvm.testing.vmbus_client import GuestChannel
 from hvkvm.testing.vmbus_loopback import Loopback
-from hvkvm.vmbus.ring import RingReader, RingWriter
+from hvkvm.vmbus.ring_reader import RingReader
+from hvkvm.vmbus.ring_writer import RingWriter
 
 SEND_BYTES = 4096 - 8
 """Most data that Linux puts into one packet."""

@@ -12,7 +12,8 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from hvkvm.abi.ring import VM_PKT_COMP, VM_PKT_DATA_INBAND, Packet
-from hvkvm.vmbus.ring import RingReader, RingWriter
+from hvkvm.vmbus.ring_reader import RingReader
+from hvkvm.vmbus.ring_writer import RingWriter
 
 BUDGET = 256
 """Packets taken a wake; a guest that writes as fast as we read must not keep the loop for itself."""

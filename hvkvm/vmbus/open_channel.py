@@ -15,7 +15,8 @@ from hvkvm.vmbus.actions import OpenChannel
 from hvkvm.vmbus.channel_io import ChannelIo
 from hvkvm.vmbus.device import Device, StreamDevice
 from hvkvm.vmbus.pages import Ram
-from hvkvm.vmbus.ring import RingReader, RingWriter
+from hvkvm.vmbus.ring_reader import RingReader
+from hvkvm.vmbus.ring_writer import RingWriter
 
 
 class Route(Protocol):

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator
+from pathlib import Path
+from random import Random
 from typing import Any
 
 import pytest
+from vsock_pairs import Make, open_fds
 
 from hvkvm.abi import vmbus
 from hvkvm.abi.ring import Packet
 from hvkvm.testing.vmbus_loopback import Loopback
+from hvkvm.testing.vsock_loopback import VsockLoopback
 from hvkvm.vmbus.channel_io import ChannelIo
 from hvkvm.vmbus.offer import Offer
 
@@ -98,3 +102,22 @@ def each_synic(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setenv("HVKVM_SYNIC", request.param)
     chosen: str = request.param
     return chosen
+
+
+@pytest.fixture
+def make_vsock(tmp_path: Path) -> Iterator[Make]:
+    """Makes vsocks with a guest; closes them, and looks whether they left anything behind."""
+    before = open_fds()
+    made: list[VsockLoopback] = []
+
+    def new(seed: int = 0, **options: Any) -> VsockLoopback:
+        made.append(VsockLoopback(tmp_path / f"v{len(made)}", Random(seed), **options))
+        return made[-1]
+
+    yield new
+    for one in made:
+        one.close()
+        assert not one.path or not one.path.exists()
+        assert one.io.readers == {}
+        assert one.io.timers == 0
+    assert open_fds() == before

@@ -15,7 +15,8 @@ from hvkvm.abi.ring import GpaRange, Packet, TransferRange
 from hvkvm.memory.guest import GuestMemory
 from hvkvm.testing.vmbus_loopback import NoSlots
 from hvkvm.vmbus.channel_io import ChannelIo
-from hvkvm.vmbus.ring import RingReader, RingWriter
+from hvkvm.vmbus.ring_reader import RingReader
+from hvkvm.vmbus.ring_writer import RingWriter
 
 PAGE = 4096
 

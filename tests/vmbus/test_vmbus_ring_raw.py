@@ -10,7 +10,8 @@ import pytest
 from hvkvm.abi import ring as layout
 from hvkvm.memory.guest import GuestMemory
 from hvkvm.testing.vmbus_loopback import NoSlots
-from hvkvm.vmbus.ring import RingReader, RingWriter
+from hvkvm.vmbus.ring_reader import RingReader
+from hvkvm.vmbus.ring_writer import RingWriter
 
 PAGE = 4096
 LAYOUTS = {"neighbours": [10, 11, 12, 13], "scattered": [20, 9, 31, 15], "single": [5, 6]}

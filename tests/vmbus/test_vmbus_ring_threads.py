@@ -12,7 +12,8 @@ from hvkvm.abi.ring import Packet
 from hvkvm.memory.guest import GuestMemory
 from hvkvm.testing.vmbus_loopback import NoSlots
 from hvkvm.vmbus.channel_io import ChannelIo
-from hvkvm.vmbus.ring import RingReader, RingWriter
+from hvkvm.vmbus.ring_reader import RingReader
+from hvkvm.vmbus.ring_writer import RingWriter
 
 STUCK_SECONDS = 30
 PACKETS = 2000

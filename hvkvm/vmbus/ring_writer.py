@@ -1,0 +1,180 @@
+"""The producer's end of a ring: packets in, seen by the peer all at once.
+
+`ring` says what holds of both ends. Owner: one thread a ring end.
+Nothing here raises for what the peer writes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from hvkvm.abi.ring import (
+    DESCRIPTOR_BYTES,
+    FEAT_PENDING_SEND_SZ,
+    TRAILER_BYTES,
+    WORD_FEATURE_BITS,
+    WORD_INTERRUPT_MASK,
+    WORD_PENDING_SEND_SZ,
+    WORD_READ_INDEX,
+    WORD_WRITE_INDEX,
+    packet_header,
+    trailer,
+)
+from hvkvm.memory.atomics import fence
+from hvkvm.vmbus.pages import Ram
+from hvkvm.vmbus.ring import MAX_PACKET_BYTES, RingEnd
+
+
+class RingWriter(RingEnd):
+    """The producer's end. Packets are seen by the peer at `flush`, all at once."""
+
+    __slots__ = ("_at", "_owed", "_published", "_reserved", "packets")
+
+    def __init__(self, memory: Ram, pfns: Sequence[int]) -> None:
+        super().__init__(memory, pfns)
+        self._at = self._published = self._index(WORD_WRITE_INDEX, "write index") or 0
+        self._reserved: list[tuple[int, int]] = []
+        self._owed = False  # a signal for what was published ahead of `flush`
+        self.packets = 0
+
+    def _free(self) -> int | None:
+        read = self._index(WORD_READ_INDEX, "read index")
+        return None if read is None else self.size - (self._at - read) % self.size
+
+    def put(
+        self,
+        kind: int,
+        payload: bytes | memoryview,
+        *,
+        trans_id: int = 0,
+        flags: int = 0,
+        header: bytes = b"",
+    ) -> bool:
+        """Write a packet behind the others; False if there is no room now, or the ring is broken.
+
+        After a False for lack of room the peer is asked to signal when it has
+        made some (`flush` must follow, for the signal that may be due). A packet
+        that can never fit: ValueError, a mistake of the caller.
+        """
+        if self.broken:
+            return False
+        self._reserved = []
+        front = packet_header(kind, header, len(payload), trans_id, flags)
+        padding = -len(payload) % 8
+        need = len(front) + len(payload) + padding + TRAILER_BYTES
+        if need >= self.size or need - TRAILER_BYTES > MAX_PACKET_BYTES:
+            raise ValueError(f"a packet of {need} bytes never fits in a ring of {self.size}")
+        free = self._free()
+        if free is not None and need >= free:
+            free = self._ask_for_room(need)
+        if free is None or need >= free:
+            return False
+        start = self._at
+        at = self._write(start, front)
+        if payload:
+            at = self._write(at, payload)
+        at = self._write(at, bytes(padding) + trailer.pack(0, start))
+        self._at = at
+        self.packets += 1
+        if self.words[WORD_PENDING_SEND_SZ]:
+            self.words[WORD_PENDING_SEND_SZ] = 0
+        return True
+
+    def _ask_for_room(self, need: int) -> int | None:
+        """Tell the peer what we wait for, then look again: it may have read before it could see that.
+
+        What is staged is published first. Else a peer that reads all it can see
+        may find that there was room before, say nothing, and say nothing either
+        when it reads the rest.
+        """
+        self._publish()
+        self.words[WORD_PENDING_SEND_SZ] = need
+        fence()
+        return self._free()
+
+    def wait_for_room(self, need: int) -> bool:
+        """Whether packets of `need` bytes, trailers included, fit; else the peer is asked to tell when."""
+        if self.broken:
+            return False
+        free = self._free()
+        if free is not None and need >= free:
+            free = self._ask_for_room(need)
+        return free is not None and need < free
+
+    def reserve(self, front: int, most: int, least: int, count: int) -> list[memoryview]:
+        """Room for up to `count` packets, to be filled in place: where their payloads go, in order.
+
+        Each has `front` bytes (a multiple of 8) of payload in front of what is
+        filled in, and then up to `most` (likewise); none is made for fewer than
+        `least`. What is reserved is forgotten at the next `reserve` or `put`.
+        """
+        self._reserved = reserved = []
+        free = None if self.broken else self._free()
+        views: list[memoryview] = []
+        if free is None:
+            return views
+        usable, at = free - 8, self._at  # a ring is never quite full
+        extra = DESCRIPTOR_BYTES + front + TRAILER_BYTES
+        for _ in range(count):
+            room = min(most, usable - extra) & ~7
+            if room < least:
+                break
+            reserved.append((at, room))
+            views += self._views((at + DESCRIPTOR_BYTES + front) % self.size, room)
+            usable -= extra + room
+            at = (at + extra + room) % self.size
+        return views
+
+    def commit(self, kind: int, n: int, front: Callable[[int], bytes]) -> None:
+        """Make packets of the `n` bytes that were filled in; `front(size)` is what goes before each.
+
+        As many as it takes: all but the last are full. 0 takes the reservation back.
+        """
+        reserved, self._reserved = self._reserved, []
+        for start, room in reserved:
+            if n <= 0:
+                return
+            size = min(n, room)
+            n -= size
+            head = front(size)
+            at = self._write(start, packet_header(kind, b"", len(head) + size, 0) + head)
+            at = self._write((at + size) % self.size, bytes(-size % 8) + trailer.pack(0, start))
+            self._at = at
+            self.packets += 1
+            if self.words[WORD_PENDING_SEND_SZ]:
+                self.words[WORD_PENDING_SEND_SZ] = 0
+
+    @property
+    def consumed(self) -> int:
+        """The peer's read index as it stands, unchecked: to see whether it moves."""
+        return self.words[WORD_READ_INDEX]
+
+    @property
+    def staged(self) -> bool:
+        """Whether packets wait for `flush`."""
+        return self._at != self._published
+
+    def flush(self) -> bool:
+        """Publish what was written; whether the consumer must be signalled.
+
+        Once for a whole batch: the ring was empty for the consumer if it has
+        read up to where the batch begins (hv_signal_on_write()).
+        """
+        if self.broken:
+            return False
+        self._publish()
+        owed, self._owed = self._owed, False
+        return owed
+
+    def _publish(self) -> None:
+        if self._at == self._published:
+            return
+        before, self._published = self._published, self._at
+        self.words[WORD_WRITE_INDEX] = self._at
+        fence()
+        if not self.words[WORD_INTERRUPT_MASK] and self.words[WORD_READ_INDEX] == before:
+            self._owed = True
+
+    def announce(self) -> None:
+        """Say that this end heeds pending_send_sz. The guest does that for both of its rings."""
+        self.words[WORD_FEATURE_BITS] = FEAT_PENDING_SEND_SZ

@@ -1,0 +1,46 @@
+"""Connections of vsock between a host program and a played guest, made either way. For tests."""
+
+from __future__ import annotations
+
+import os
+import socket
+from collections.abc import Callable
+
+import pytest
+
+from hvkvm.testing.vsock_guest import GuestSocket
+from hvkvm.testing.vsock_loopback import HostProgram, VsockLoopback
+
+Make = Callable[..., VsockLoopback]
+
+
+def open_fds() -> int:
+    return len(os.listdir("/proc/self/fd"))
+
+
+def from_host(bench: VsockLoopback, port: int = 77) -> tuple[HostProgram, GuestSocket]:
+    """A connection that a host program made and a guest's took."""
+    bench.guest.listening.add(port)
+    count = len(bench.guest.sockets)
+    program = bench.caller(b"CONNECT %d\n" % port)
+    bench.run(lambda: program.line is not None)
+    return program, bench.guest.sockets[count]
+
+
+def from_guest(bench: VsockLoopback, port: int = 99) -> tuple[HostProgram, GuestSocket]:
+    """A connection that a guest's program made to a program of this process."""
+    came: list[socket.socket] = []
+    bench.vsock.listen(port, came.append)
+    count = len(bench.guest.sockets)
+    bench.guest.connect(port)
+    bench.run(lambda: came)
+    return bench.run_program(came[0]), bench.guest.sockets[count]
+
+
+def ended(bench: VsockLoopback, program: HostProgram, guest: GuestSocket) -> None:
+    """Both have read to the end, and the guest's kernel has given the channel back."""
+    bench.run(lambda: program.at_end and guest.state == "gone")
+
+
+WAYS = {"from host": from_host, "from guest": from_guest}
+ways = pytest.mark.parametrize("way", WAYS.values(), ids=WAYS)
