@@ -12,6 +12,7 @@ from linux_shell import Shell
 
 from hvkvm.abi import ic
 from hvkvm.devices.synth.ic import IntegrationComponent
+from hvkvm.devices.synth.keyboard import Keyboard
 from hvkvm.vmbus.offer import Channel, ChannelState
 
 UTILITIES = ("heartbeat", "shutdown", "timesync")
@@ -19,10 +20,10 @@ UTILITIES = ("heartbeat", "shutdown", "timesync")
 VERSION = re.compile(r"Vmbus version:(\d+\.\d+)")
 
 
-def device_of(guest: LinuxGuest, name: str) -> IntegrationComponent:
-    """A device of the machine's bus."""
+def device_of(guest: LinuxGuest, name: str) -> IntegrationComponent | Keyboard:
+    """A device of the machine's bus, by the name of its attribute there."""
     device = getattr(guest.bus, name)
-    assert isinstance(device, IntegrationComponent)
+    assert isinstance(device, IntegrationComponent | Keyboard)
     return device
 
 
