@@ -1,18 +1,12 @@
 """A distribution's own hv_kvp_daemon and hv_vss_daemon in a real guest, on KVM with Hyper-V.
 
-One boot a kernel. Nothing of the daemons' package depends on the kernel's version,
-so the same ones serve both.
+One boot a kernel.
 """
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Callable, Mapping
-from pathlib import Path
-from typing import Any
-
 import pytest
-from guest_artifacts import artifact
+from linux_daemons import DISK, WRITE, WRITTEN, ask, daemons
 from linux_guest import LinuxGuest, linux_guest
 from linux_shell import SHELL, Shell
 
@@ -27,7 +21,7 @@ PREPARE = (
     "hostname kvpguest",
     "echo 127.0.0.1 kvpguest.example kvpguest > /etc/hosts",
     f"ip addr add {ADDRESS}/24 dev dummy0 && ip link set dummy0 up",
-    "mke2fs -q /dev/ram0 2>&1 && mkdir -p /mnt/data && mount -t ext4 /dev/ram0 /mnt/data",
+    DISK,
 )
 DAEMONS = "hv_kvp_daemon -n 2>/dev/null & hv_vss_daemon -n 2>/dev/null & true"
 # The guest's own pair, as its programs would leave it: 512 bytes of key, 2048 of value.
@@ -35,37 +29,6 @@ LEAVE_PAIR = (
     "(printf from-guest | dd bs=512 conv=sync; printf hello | dd bs=2048 conv=sync)"
     " > /var/lib/hyperv/.kvp_pool_1 2>/dev/null"
 )
-# A write to a frozen file system stands still, uninterruptibly; else it is over soon.
-WRITE = (
-    "(echo written > /mnt/data/file) & writer=$!;"
-    " while grep -q 'State:.[RS]' /proc/$writer/status; do sleep 0.1; done;"
-    " grep -q 'State:.D' /proc/$writer/status"
-)
-
-
-def daemons() -> Mapping[str, Path]:
-    """The daemons, and the loader and libc they need."""
-    folder, libc = artifact("HVKVM_GUEST_HYPERV_DAEMONS"), artifact("HVKVM_GUEST_LIBC")
-    return {
-        "/usr/sbin/hv_kvp_daemon": folder / "hv_kvp_daemon",
-        "/usr/sbin/hv_vss_daemon": folder / "hv_vss_daemon",
-        "/lib64/ld-linux-x86-64.so.2": libc / "ld-linux-x86-64.so.2",
-        "/lib/x86_64-linux-gnu/libc.so.6": libc / "libc.so.6",
-    }
-
-
-def ask(guest: LinuxGuest, method: Callable[..., object], *args: Any) -> Any:
-    """Call `method(*args, reply)` on the I/O loop; the reply."""
-    replies: list[Any] = []
-    done = threading.Event()
-
-    def reply(told: object) -> None:
-        replies.append(told)
-        done.set()
-
-    guest.call(method, *args, reply)
-    guest.wait_until(done.is_set, f"{method.__name__}{args}")
-    return replies[0]
 
 
 def see_facts(guest: LinuxGuest, shell: Shell) -> None:
@@ -130,7 +93,7 @@ def see_freeze(guest: LinuxGuest, shell: Shell) -> None:
         assert ask(guest, device.freeze).status == ic.HV_ERROR_BUSY
         assert ask(guest, device.thaw).ok
         assert (device.frozen, device.state) == (False, "thawed")
-        assert shell.check("wait $writer; cat /mnt/data/file; rm /mnt/data/file").strip() == "written"
+        assert shell.check(WRITTEN).strip() == "written"
 
 
 def see_return(guest: LinuxGuest, shell: Shell) -> None:
