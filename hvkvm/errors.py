@@ -22,6 +22,18 @@ class ConfigError(HvkvmError):
     exit_status = 2
 
 
+class FolderUnusable(ConfigError):
+    """No folder for control sockets can be had; the text says why."""
+
+
+class NameTaken(ConfigError):
+    """A socket cannot be put at a path, since something is there. `reason` is the text without a remedy."""
+
+    def __init__(self, reason: str, remedy: str) -> None:
+        super().__init__(f"{reason}; {remedy}, or name another")
+        self.reason = reason
+
+
 class BootError(ConfigError):
     """A kernel, initrd or module file cannot be booted (not a kernel, does not fit, missing)."""
 

@@ -13,9 +13,10 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from hvkvm.errors import ConfigError
+from hvkvm.errors import ConfigError, FolderUnusable, NameTaken
 from hvkvm.events import Warned
 from hvkvm.observe import control_path
+from hvkvm.runtime import unix_listener
 
 if TYPE_CHECKING:
     from hvkvm.machine.control import Control
@@ -30,7 +31,7 @@ class ControlDoor:
         self.path = path
         self._machine = machine
         self._fd = fd
-        self._owned = control_path.identity(path)
+        self._owned = unix_listener.identity(path)
         self._control: Control | None = None
         self._reader: Handle | None = machine.io.add_reader(fd, self._open)
 
@@ -45,7 +46,7 @@ class ControlDoor:
     def close(self) -> None:
         """Take the name away, then tell who waits how it ended. The I/O loop has ended."""
         # In this order, so that who hears of the end can start another VM of this name.
-        control_path.remove(self.path, self._owned)
+        unix_listener.remove(self.path, self._owned)
         if self._control is not None:
             self._control.close()
         else:
@@ -65,16 +66,23 @@ def open_door(machine: Machine, stack: ExitStack) -> ControlDoor | None:
         if automatic:
             path = control_path.make_folder() / f"{machine.name}{control_path.SUFFIX}"
         fd = control_path.listen_fd(path)
-    except (OSError, control_path.FolderUnusable, control_path.NameTaken) as error:
-        reason = error.strerror if isinstance(error, OSError) else str(error)
+    except NameTaken as error:
         if not automatic:
-            raise ConfigError(f"--control {path}: {reason}; name a new file in a folder of yours") from None
-        if machine.config.name and isinstance(error, control_path.NameTaken):
-            raise ConfigError(f"--name {machine.name}: {reason}; choose another name") from None
-        machine.observer.event(
-            Warned("control", f"no control socket: {reason}; --control names another path")
-        )
+            raise ConfigError(f"--control {path}: {error}") from None
+        if machine.config.name:
+            raise ConfigError(f"--name {machine.name}: {path}: {error.reason}; choose another name") from None
+        _go_without(machine, f"{path}: {error.reason}")
         return None
+    except (OSError, FolderUnusable) as error:
+        reason = (error.strerror if isinstance(error, OSError) else "") or str(error)
+        if automatic:
+            _go_without(machine, reason)
+            return None
+        raise ConfigError(f"--control {path}: {reason}; name a new file in a folder of yours") from None
     door = ControlDoor(machine, fd, path)
     stack.callback(door.close)
     return door
+
+
+def _go_without(machine: Machine, reason: str) -> None:
+    machine.observer.event(Warned("control", f"no control socket: {reason}; --control names another path"))

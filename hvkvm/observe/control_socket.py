@@ -11,12 +11,13 @@ Owner: the I/O loop; `close` on any other thread once the loop has ended.
 
 from __future__ import annotations
 
-import errno
 import select
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from hvkvm.errors import Stopped
+from hvkvm.runtime.acceptor import Acceptor
+from hvkvm.runtime.socket_watch import WRITE, SocketWatch, Watched
 
 if TYPE_CHECKING:
     from socket import socket
@@ -32,7 +33,6 @@ READ_SECONDS = 10.0
 """How long a client may leave a reply lying before it is dropped."""
 TURN = 8
 """Requests of one client before others have theirs."""
-ACCEPT_PAUSE = 1.0
 
 Handler = Callable[[dict[str, Any], "Answer"], object]
 """handle(request, answer): answers now or later, once. Whatever it raises is answered as an error."""
@@ -86,8 +86,7 @@ class _Client:
         self._busy: Answer | None = None
         self._turning = False
         self._last = False  # nothing more is read; closed when the last reply is out
-        self._writable: select.epoll | None = None
-        self._writer: Handle | None = None
+        self._writable: Watched | None = None
         self._patience: Timer | None = None
         self._reader: Handle | None = server.loop.add_reader(sock.fileno(), self._read)
 
@@ -222,14 +221,12 @@ class _Client:
                 self._server.soon(self._go_on)
 
     def _wait_for_room(self) -> None:
-        """The loop tells readable fds only; an epoll that watches for room is one, while there is some."""
         try:
             if self._patience is None:
                 self._be_patient(self._server.loop.call_later(READ_SECONDS, self.close))
-            if self._writer is None:
-                self._writable = select.epoll(1)
-                self._writable.register(self._sock.fileno(), select.EPOLLOUT)
-                self._writer = self._server.loop.add_reader(self._writable.fileno(), self._write)
+            if self._writable is None:
+                self._writable = self._server.watch.add(self._sock.fileno(), lambda _mask: self._write())
+            self._writable.arm(WRITE)
         except (OSError, Stopped):
             self.close()
 
@@ -239,12 +236,9 @@ class _Client:
             before.cancel()
 
     def _stop_writing(self) -> None:
-        writer, self._writer = self._writer, None
-        if writer is not None:
-            writer.remove()
-        if self._writable is not None:
-            self._writable.close()
-            self._writable = None
+        writable, self._writable = self._writable, None
+        if writable is not None:
+            writable.remove()
 
     def close(self) -> None:
         """Idempotent; what is under way goes on, and its answer goes nowhere."""
@@ -267,25 +261,11 @@ class ControlSocket:
         self.handle = handle
         self.loop = loop
         self.clients: set[_Client] = set()
+        self.watch = SocketWatch(loop)
         self._listener = listener
-        self._closed = False
-        self._reader: Handle | None = loop.add_reader(listener.fileno(), self._accept)
+        self._acceptor = Acceptor(loop, listener, self._accepted)
 
-    def _accept(self) -> None:
-        try:
-            sock, _address = self._listener.accept()
-        except (BlockingIOError, ConnectionAbortedError):
-            return
-        except OSError as error:
-            if error.errno not in (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS):
-                raise
-            # It stays readable: look again later instead of at once, for ever.
-            if self._reader is not None:
-                self._reader.remove()
-            self._reader = None
-            self.loop.call_later(ACCEPT_PAUSE, self._resume)
-            return
-        sock.setblocking(False)
+    def _accepted(self, sock: socket) -> None:
         if len(self.clients) >= MAX_CONNECTIONS:
             text = f"{MAX_CONNECTIONS} clients are connected already; try again later"
             with sock:
@@ -296,10 +276,6 @@ class ControlSocket:
             return
         self.clients.add(_Client(self, sock))
 
-    def _resume(self) -> None:
-        if not self._closed and self._reader is None:
-            self._reader = self.loop.add_reader(self._listener.fileno(), self._accept)
-
     def soon(self, fn: Callable[[], object]) -> None:
         """Defer to the loop; dropped if that has ended."""
         try:
@@ -309,10 +285,8 @@ class ControlSocket:
 
     def close(self) -> None:
         """Drop every client and stop listening. Idempotent."""
-        self._closed = True
+        self._acceptor.close()
         for client in list(self.clients):
             client.close()
-        if self._reader is not None:
-            self._reader.remove()
-            self._reader = None
+        self.watch.close()
         self._listener.close()

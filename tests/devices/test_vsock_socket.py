@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 
 from hvkvm.devices.synth.vsock_caller import parse_connect
-from hvkvm.devices.synth.vsock_socket import MAX_PATH_BYTES, ListeningSocket, connect
+from hvkvm.devices.synth.vsock_socket import ListeningSocket, connect
 from hvkvm.errors import ConfigError
+from hvkvm.runtime.unix_listener import MAX_PATH
 
 
 @pytest.fixture(autouse=True)
@@ -73,7 +74,7 @@ def test_the_longest_path_leaves_room_for_the_longest_port() -> None:
     listening = ListeningSocket(path)
     with socket.socket(socket.AF_UNIX) as service:
         name = f"{path}_{0x7FFFFFFF}"
-        assert len(name) == MAX_PATH_BYTES
+        assert len(name) == MAX_PATH
         service.bind(name)
         service.listen()
         found = connect(path, 0x7FFFFFFF)

@@ -10,8 +10,9 @@ from pathlib import Path
 
 import pytest
 
+from hvkvm.errors import FolderUnusable, NameTaken
 from hvkvm.observe import control_path
-from hvkvm.observe.control_path import FolderUnusable, NameTaken
+from hvkvm.runtime import unix_listener
 
 
 @pytest.fixture
@@ -131,7 +132,7 @@ def test_of_many_that_start_at_once_one_gets_the_name(runtime: Path) -> None:
         assert (len(got), len(refused)) == (1, 3)
         with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as client:
             client.connect(str(path))
-        control_path.remove(path, control_path.identity(path))
+        unix_listener.remove(path, unix_listener.identity(path))
         got[0].close()
 
 
@@ -148,16 +149,16 @@ def test_listing_removes_the_dead_and_keeps_the_rest(runtime: Path) -> None:
 def test_removing_leaves_a_successors_socket(runtime: Path) -> None:
     path = control_path.make_folder() / "a.sock"
     with control_path.listen(path) as first:
-        owned = control_path.identity(path)
+        owned = unix_listener.identity(path)
         path.unlink()
         with control_path.listen(path) as second:
-            control_path.remove(path, owned)
+            unix_listener.remove(path, owned)
             assert path.exists()
-            control_path.remove(path, control_path.identity(path))
+            unix_listener.remove(path, unix_listener.identity(path))
             assert not path.exists()
             assert first.fileno() != second.fileno()
-    control_path.remove(path, owned)
-    control_path.remove(runtime / "nowhere" / "x.sock", owned)
+    unix_listener.remove(path, owned)
+    unix_listener.remove(runtime / "nowhere" / "x.sock", owned)
 
 
 def test_a_path_too_long_is_an_error_with_a_reason(runtime: Path) -> None:
@@ -168,15 +169,15 @@ def test_a_path_too_long_is_an_error_with_a_reason(runtime: Path) -> None:
 def test_a_lock_that_is_kept_is_not_waited_for_without_end(
     runtime: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(control_path, "LOCK_SECONDS", 0.05)
+    monkeypatch.setattr(unix_listener, "LOCK_SECONDS", 0.05)
     folder = control_path.make_folder()
     dead_socket(folder / "dead.sock")
-    with control_path.listen(folder / "a.sock"), control_path._locked(folder):
+    with control_path.listen(folder / "a.sock"), unix_listener.locked(folder):
         assert control_path.sockets() == [folder / "a.sock"]
         assert (folder / "dead.sock").exists()  # it might be about to listen
         with pytest.raises(OSError, match=r"keeps .* locked"):
             control_path.listen(folder / "b.sock")
-        control_path.remove(folder / "a.sock", control_path.identity(folder / "a.sock"))
+        unix_listener.remove(folder / "a.sock", unix_listener.identity(folder / "a.sock"))
         assert (folder / "a.sock").exists()
     assert control_path.sockets() == []
     assert list(folder.iterdir()) == []

@@ -13,7 +13,6 @@ Owner: the I/O loop, for all that is not said otherwise.
 
 from __future__ import annotations
 
-import errno
 import os
 import socket
 from collections.abc import Callable
@@ -27,6 +26,7 @@ from hvkvm.devices.synth.vsock_caller import Caller
 from hvkvm.devices.synth.vsock_socket import ListeningSocket, connect
 from hvkvm.errors import Stopped
 from hvkvm.events import NULL_OBSERVER, Observer
+from hvkvm.runtime.acceptor import Acceptor
 from hvkvm.runtime.socket_watch import ReaderHandle, SocketWatch
 from hvkvm.vmbus.actions import TlConnect
 from hvkvm.vmbus.host import VmbusHost
@@ -45,7 +45,6 @@ RETRIES = 30
 """How often a guest's connect is tried again while the queue of the host's program is full."""
 
 _FIRST_HOST_PORT = 1 << 30
-_OUT_OF_FDS = (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM)
 
 
 class Io(Protocol):
@@ -83,7 +82,7 @@ class Vsock:
         self.linger_seconds = linger_seconds
         """See `hvsock.LINGER_SECONDS`; likewise."""
         self._listening: ListeningSocket | None = None
-        self._reader: ReaderHandle | None = None
+        self._acceptor: Acceptor | None = None
         self._watch: SocketWatch | None = None
         self._callers: set[Caller] = set()
         self._connections: dict[HvsockConnection, Channel | None] = {}
@@ -102,7 +101,7 @@ class Vsock:
         try:
             self._watch = SocketWatch(self._io)
             if listening is not None:
-                self._resume()
+                self._acceptor = Acceptor(self._io, listening.socket, self._accepted, self._not_accepted)
         except BaseException:
             self.close()
             raise
@@ -138,26 +137,9 @@ class Vsock:
 
     # Host to guest.
 
-    def _resume(self) -> None:
-        listening = self._listening
-        if listening is not None and not self._closed:
-            self._reader = self._io.add_reader(listening.socket.fileno(), self._accept)
-
-    def _accept(self) -> None:
-        listening, watch = self._listening, self._watch
-        if listening is None or watch is None:
-            return
-        try:
-            sock, _ = listening.socket.accept()
-        except OSError as error:
-            if error.errno in _OUT_OF_FDS and self._reader is not None:
-                # Whoever waits goes on waiting, and the loop must not turn on it.
-                self._reports.add("vsock", f"cannot accept: {error.strerror}")
-                self._reader.remove()
-                self._reader = None
-                self._io.call_later(1.0, self._resume)
-            return
-        if self._full:
+    def _accepted(self, sock: socket.socket) -> None:
+        watch = self._watch
+        if watch is None or self._full:
             sock.close()
             return
         try:
@@ -165,6 +147,9 @@ class Vsock:
         except (OSError, Stopped) as error:
             self._reports.add("vsock", f"cannot serve a program: {error}")
             sock.close()
+
+    def _not_accepted(self, reason: str) -> None:
+        self._reports.add("vsock", f"cannot accept: {reason}")
 
     @property
     def _full(self) -> bool:
@@ -313,9 +298,8 @@ class Vsock:
         for caller in list(self._callers):
             caller.finish()
         self.reset()
-        reader, self._reader = self._reader, None
-        if reader is not None:
-            reader.remove()
+        if self._acceptor is not None:
+            self._acceptor.close()
         listening, self._listening = self._listening, None
         if listening is not None:
             listening.close()
