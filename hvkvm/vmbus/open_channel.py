@@ -73,6 +73,7 @@ class OpenedChannel:
         self._flag = request.event_flag
         self._connection_id = request.connection_id
         self._route: Route | None = None
+        self._started = False
         self._closed = False
         split = request.split
         self.io = ChannelIo(
@@ -92,7 +93,8 @@ class OpenedChannel:
             raise
 
     def start(self) -> None:
-        """Let the device begin, and look into the ring: a doorbell before ours was there is lost."""
+        """Let the device begin, and look into the ring: what rang before was not heeded."""
+        self._started = True
         self._device.opened(self.io)
         self._doorbell()
 
@@ -116,7 +118,8 @@ class OpenedChannel:
         self._call_soon(self._doorbell)
 
     def _doorbell(self) -> None:
-        if self._closed:
+        # A guest rings as soon as it has the result, which may be before `start` has its turn on the loop.
+        if self._closed or not self._started:
             return
         with self.io:
             self._serve()

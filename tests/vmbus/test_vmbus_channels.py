@@ -53,6 +53,32 @@ def test_what_was_written_before_the_doorbell_was_there_is_read(loopback: Any, e
     assert [packet.payload[:10] for packet in device.got] == [b"early bird"]
 
 
+@pytest.mark.parametrize("seed", range(25))
+def test_a_device_hears_of_its_opening_before_anything_else(loopback: Any, echo: Any, seed: int) -> None:
+    """A guest rings once it has the result, and the loop may see that before its own deferred call."""
+    heard: list[str] = []
+
+    class Listener(echo):  # type: ignore[misc]
+        def opened(self, io: Any) -> None:
+            heard.append("opened")
+            super().opened(io)
+
+        def received(self, packet: Any) -> None:
+            heard.append("received")
+            super().received(packet)
+
+    loop, guest = ready(loopback, Listener(), random=Random(seed))
+    loop.client.prepare_rings(guest)
+    loop.run()
+    loop.client.open(guest)
+    while not loop.synic.events:
+        loop.step()
+    guest.opened.send(b"at once")
+    loop._deliver_doorbell()
+    loop.run()
+    assert heard == ["opened", "received"]
+
+
 def test_signals_per_packet_are_few(loopback: Any, echo: Any) -> None:
     loop, guest = ready(loopback, echo(1))
     loop.open(guest, out_pages=8, in_pages=8)
