@@ -84,6 +84,7 @@ def see_the_guest(vm: RunningVm) -> None:
     assert sum(heartbeat["gpadls"].values()) >= 4
     assert any(route["sint"] == 2 for route in tree["synic"]["routes"])
     assert "vcpu0: " in vm.ctl("dump")
+    assert "synthetic timer 0: config " in vm.ctl("dump")
     assert "guest-ready" in vm.ctl("dump")
 
 

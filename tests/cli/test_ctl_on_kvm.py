@@ -53,6 +53,8 @@ def test_a_run_is_seen_and_ended(tmp_path: Path) -> None:
         dump = vm.ctl("dump")
         assert "vcpu1: " in dump
         assert "rip=0x" in dump
+        assert dump.count("interrupts pending ") == 2
+        assert dump.count("APIC timer one-shot, vector ") == 2
         for verb in (
             ("heartbeat",),
             ("shutdown",),
