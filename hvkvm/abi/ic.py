@@ -1,4 +1,4 @@
-"""Integration component messages: the framing of heartbeat, shutdown and time packets.
+"""Integration component messages: the framing that all of their packets have.
 
 struct vmbuspipe_hdr, icmsg_hdr and icmsg_negotiate of include/linux/hyperv.h.
 Layout only; anyone may import it. `parse` takes a guest's bytes and raises
@@ -76,9 +76,13 @@ _counts = Struct("<HHI")
 _version = Struct("<HH")
 
 
-def status_text(status: int) -> str:
-    """What a guest's HRESULT says, in words where it is one of those that integration components use."""
-    return _STATUS_TEXTS.get(status) or f"error {status:#010x}"
+def status_text(status: int, note: str = "") -> str:
+    """What a guest's HRESULT says, in words where it is one of those that integration components use.
+
+    `note` goes behind it, if there is more to say.
+    """
+    said = _STATUS_TEXTS.get(status) or f"error {status:#010x}"
+    return f"{said}: {note}" if note else said
 
 
 class IcMessage(NamedTuple):

@@ -20,6 +20,7 @@ from typing import Any
 
 from hvkvm.abi import vmbus
 from hvkvm.devices.synth.vsock import Vsock
+from hvkvm.observe.bus_text import bus_lines
 from hvkvm.testing.vmbus_loopback import Loopback
 from hvkvm.testing.vsock_guest import RING_PAGES, VsockGuest
 
@@ -209,7 +210,9 @@ class VsockLoopback:
                 continue
             if until is None:
                 return
-            raise AssertionError("stuck: " + "\n".join(self.vsock.describe() + self.loopback.host.describe()))
+            raise AssertionError(
+                "stuck: " + "\n".join(self.vsock.describe() + bus_lines(self.loopback.host.snapshot()))
+            )
 
     def close(self) -> None:
         """End everything."""

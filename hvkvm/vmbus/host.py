@@ -359,17 +359,8 @@ class VmbusHost:
         self._open.clear()
         self._drop_route()
 
-    def describe(self) -> list[str]:
-        """The connection, its channels and their rings, for dumps."""
-        lines = self.server.describe()
-        lines.append(f"  {len(self._inbox)} messages of the guest wait, {len(self._outbox)} for it")
-        for channel, opened in list(self._open.items()):
-            lines.append(f"  relid {channel.relid} from guest: {opened.io.reader.describe()}")
-            lines.append(f"  relid {channel.relid} to guest: {opened.io.writer.describe()}")
-        return lines
-
     def snapshot(self) -> dict[str, object]:
-        """The same as values: the connection, each channel, and the rings of an open one. Any thread."""
+        """The connection, each channel, and the rings of an open one. Any thread."""
         channels = []
         for channel in list(self.server.channels.all):
             gpadls = self.server.channels.gpadls.of_channel(channel.relid)

@@ -30,6 +30,11 @@ class Offer(NamedTuple):
         return self.interface, self.instance, self.sub_channel_index
 
 
+def only_instance(interface: bytes) -> bytes:
+    """The instance of a device of which a machine has one: the same at each boot."""
+    return interface[:15] + bytes([interface[15] ^ 0xFF])
+
+
 class ChannelState(Enum):
     """How far the guest is with a channel."""
 

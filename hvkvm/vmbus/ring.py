@@ -82,17 +82,11 @@ class RingEnd:
             self._data.write(0, view[first:])
         return n - first
 
-    def describe(self) -> str:
-        """Indices, mask and pending size as they are now, for dumps."""
-        w = self.words
-        text = (
-            f"write {w[WORD_WRITE_INDEX]:#x} read {w[WORD_READ_INDEX]:#x} of {self.size:#x}, "
-            f"mask {w[WORD_INTERRUPT_MASK]}, pending {w[WORD_PENDING_SEND_SZ]}"
-        )
-        return f"{text}, broken: {self.broken}" if self.broken else text
-
     def snapshot(self) -> dict[str, int | str | None]:
-        """The same as values; `free` bytes are None while the indices make no sense. Any thread."""
+        """Indices, mask and pending size as they are now. Any thread.
+
+        `free` bytes are None while the indices make no sense.
+        """
         w = self.words
         write, read = w[WORD_WRITE_INDEX], w[WORD_READ_INDEX]
         sane = write < self.size and read < self.size

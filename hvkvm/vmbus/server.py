@@ -293,16 +293,8 @@ class Server:
         else:
             self._out.append(request)
 
-    def describe(self) -> list[str]:
-        """A line for the connection and one a channel, for dumps."""
-        head = f"vmbus {self.state.value}"
-        if self.state is BusState.CONNECTED:
-            head += f", version {version_text(self.version)}, features {self.features:#x}"
-        head += f", {len(self.channels.gpadls)} GPADLs, {self.reports.total} complaints"
-        return [head, *(f"  {channel}" for channel in self.channels.all)]
-
     def snapshot(self) -> dict[str, object]:
-        """The same as values, without the channels. Any thread."""
+        """The connection, without the channels. Any thread."""
         gpadls = self.channels.gpadls
         return {
             "state": self.state.value,

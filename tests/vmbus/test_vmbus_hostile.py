@@ -19,6 +19,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 from hvkvm.abi import vmbus
 from hvkvm.abi import vmbus_messages as wire
 from hvkvm.abi.hv_synic import HVMSG_VMBUS, hv_post_message_input
+from hvkvm.observe.bus_text import bus_lines
 from hvkvm.testing.vmbus_client import gpadl_messages
 from hvkvm.testing.vmbus_loopback import Loopback
 from hvkvm.vmbus.gpadl import MAX_UNFINISHED, MAX_VALUES
@@ -210,7 +211,7 @@ class HostileGuest(RuleBasedStateMachine):
         assert host.server.state is not BusState.RESETTING
         if host.server.state is BusState.DISCONNECTED:
             assert len(channels.gpadls) == 0
-        assert host.describe()
+        assert bus_lines(host.snapshot())
 
 
 HostileGuest.TestCase.settings = settings(

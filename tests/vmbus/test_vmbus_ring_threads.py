@@ -79,7 +79,7 @@ def test_nobody_sleeps_for_ever(repeat: int) -> None:
         host.start()
         guest.join()
         host.join()
-        assert not guest.stuck, guest.io.reader.describe()
-        assert not host.stuck, host.io.reader.describe()
+        assert not guest.stuck, guest.io.reader.snapshot()
+        assert not host.stuck, host.io.reader.snapshot()
         assert guest.got == host.got == list(range(PACKETS))
         del guest, host

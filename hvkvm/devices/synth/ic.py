@@ -16,7 +16,7 @@ from typing import Protocol
 from hvkvm.abi import ic, vmbus
 from hvkvm.abi.ring import Packet
 from hvkvm.vmbus.channel_io import ChannelIo
-from hvkvm.vmbus.offer import Offer
+from hvkvm.vmbus.offer import Offer, only_instance
 
 MAX_WAITING = 16
 
@@ -64,8 +64,7 @@ class IntegrationComponent:
         """A message pipe; the instance is the same at each boot."""
         flags = vmbus.VMBUS_CHANNEL_ENUMERATE_DEVICE_INTERFACE | vmbus.VMBUS_CHANNEL_NAMED_PIPE_MODE
         pipe = vmbus.VMBUS_PIPE_TYPE_MESSAGE.to_bytes(4, "little")
-        instance = self.INTERFACE[:15] + bytes([self.INTERFACE[15] ^ 0xFF])
-        return Offer(self.INTERFACE, instance, self.NAME, flags=flags, user_defined=pipe)
+        return Offer(self.INTERFACE, only_instance(self.INTERFACE), self.NAME, flags=flags, user_defined=pipe)
 
     @property
     def ready_for_requests(self) -> bool:

@@ -17,7 +17,7 @@ from hvkvm.abi import keyboard as wire
 from hvkvm.abi import vmbus
 from hvkvm.abi.ring import VM_PKT_DATA_INBAND, Packet
 from hvkvm.vmbus.channel_io import ChannelIo
-from hvkvm.vmbus.offer import Offer
+from hvkvm.vmbus.offer import Offer, only_instance
 
 MAX_WAITING = 16384
 """Events that may wait for room; a shifted character is four."""
@@ -44,9 +44,8 @@ class Keyboard:
     @property
     def offer(self) -> Offer:
         """The instance is the same at each boot."""
-        instance = self.INTERFACE[:15] + bytes([self.INTERFACE[15] ^ 0xFF])
         flags = vmbus.VMBUS_CHANNEL_ENUMERATE_DEVICE_INTERFACE
-        return Offer(self.INTERFACE, instance, self.NAME, flags=flags)
+        return Offer(self.INTERFACE, only_instance(self.INTERFACE), self.NAME, flags=flags)
 
     @property
     def ready_for_requests(self) -> bool:

@@ -42,8 +42,7 @@ class KvpReply(NamedTuple):
     @property
     def text(self) -> str:
         """The status in words."""
-        said = ic.status_text(self.status)
-        return f"{said}: {self.note}" if self.note else said
+        return ic.status_text(self.status, self.note)
 
     @property
     def value(self) -> Value | None:

@@ -254,12 +254,15 @@ class Vsock:
         self, offer: Offer, sock: socket.socket, opened: Callable[[HvsockConnection], object]
     ) -> HvsockConnection | None:
         """A connection on `sock`, which is closed if there can be none."""
-        assert self._watch is not None
+        watch = self._watch
+        if watch is None:  # not started
+            sock.close()
+            return None
         try:
             connection = HvsockConnection(
                 offer,
                 sock,
-                self._watch,
+                watch,
                 self._io.call_later,
                 opened,
                 self._ended,

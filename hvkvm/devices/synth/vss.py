@@ -40,8 +40,7 @@ class VssReply(NamedTuple):
     @property
     def text(self) -> str:
         """The status in words."""
-        said = ic.status_text(self.status)
-        return f"{said}: {self.note}" if self.note else said
+        return ic.status_text(self.status, self.note)
 
 
 OnReply = Callable[[VssReply], object]
