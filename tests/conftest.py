@@ -82,6 +82,15 @@ def _open_fds() -> dict[str, str]:
 
 
 @pytest.fixture
+def tiny_switch_interval() -> Iterator[None]:
+    """Threads change over as often as the interpreter can."""
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    yield
+    sys.setswitchinterval(before)
+
+
+@pytest.fixture
 def boot_agent() -> Iterator[Callable[..., Guest]]:
     """`boot_agent(cpus=1, hv="passthrough", ...)`: a running machine whose vCPUs all serve their mailbox.
 

@@ -12,13 +12,6 @@ from hvkvm.errors import ConfigError
 from hvkvm.machine.config import MIB, MachineConfig, parse_size
 
 
-@pytest.fixture
-def kernel(tmp_path: Path) -> Path:
-    path = tmp_path / "kernel"
-    path.write_bytes(b"x")
-    return path
-
-
 @pytest.mark.parametrize(
     ("text", "size"),
     [

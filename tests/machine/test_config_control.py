@@ -11,13 +11,6 @@ from hvkvm.errors import ConfigError
 from hvkvm.machine.config import MAX_NAME, MachineConfig
 
 
-@pytest.fixture
-def kernel(tmp_path: Path) -> Path:
-    path = tmp_path / "kernel"
-    path.write_bytes(b"x")
-    return path
-
-
 @pytest.mark.parametrize(
     "name",
     ["a/b", ".", "..", ".a", "-a", "a b", "ä", "a\n", "\0", "a" * (MAX_NAME + 1), "_", "a:b", "\u0661"],

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gc
 import os
-import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing
@@ -20,15 +19,6 @@ from hvkvm.runtime.io_loop import IoLoop
 from hvkvm.runtime.vcpu_thread import Handler, VcpuThread
 
 CODE = 0x1000
-
-
-@pytest.fixture
-def tiny_switch_interval() -> Iterator[None]:
-    """Threads change over as often as the interpreter can."""
-    before = sys.getswitchinterval()
-    sys.setswitchinterval(1e-6)
-    yield
-    sys.setswitchinterval(before)
 
 
 @pytest.fixture

@@ -13,7 +13,8 @@ from vsock_pairs import Make, open_fds
 
 from hvkvm.abi import vmbus
 from hvkvm.abi.ring import Packet
-from hvkvm.testing.vmbus_loopback import Loopback
+from hvkvm.memory.guest import GuestMemory
+from hvkvm.testing.vmbus_loopback import Loopback, NoSlots
 from hvkvm.testing.vsock_loopback import VsockLoopback
 from hvkvm.vmbus.channel_io import ChannelIo
 from hvkvm.vmbus.offer import Offer
@@ -55,6 +56,13 @@ class Echo:
         self.log.append("closed")
         self.io = None
         self.backlog.clear()
+
+
+@pytest.fixture(scope="module")
+def memory() -> Iterator[GuestMemory]:
+    """RAM without a VM."""
+    with GuestMemory(NoSlots(), 1 << 20) as ram:
+        yield ram
 
 
 @pytest.fixture

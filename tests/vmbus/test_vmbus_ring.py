@@ -2,36 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from random import Random
 from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from ring_ends import PAGE, ends
 
 from hvkvm.abi import ring as layout
 from hvkvm.abi.ring import GpaRange, Packet, TransferRange
 from hvkvm.memory.guest import GuestMemory
-from hvkvm.testing.vmbus_loopback import NoSlots
 from hvkvm.vmbus.channel_io import ChannelIo
 from hvkvm.vmbus.ring_reader import RingReader
 from hvkvm.vmbus.ring_writer import RingWriter
-
-PAGE = 4096
-
-
-@pytest.fixture(scope="module")
-def memory() -> Iterator[GuestMemory]:
-    with GuestMemory(NoSlots(), 1 << 20) as ram:
-        yield ram
-
-
-def ends(memory: GuestMemory, pfns: list[int]) -> tuple[RingWriter, RingReader]:
-    for pfn in pfns:
-        memory.zero(pfn * PAGE, PAGE)
-    return RingWriter(memory, pfns), RingReader(memory, pfns)
-
 
 LAYOUTS = {"neighbours": [10, 11, 12], "scattered": [20, 9, 31], "backwards": [30, 29, 28], "single": [5, 6]}
 

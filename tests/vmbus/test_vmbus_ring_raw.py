@@ -2,31 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from random import Random
 
 import pytest
+from ring_ends import PAGE, ends
 
 from hvkvm.abi import ring as layout
 from hvkvm.memory.guest import GuestMemory
-from hvkvm.testing.vmbus_loopback import NoSlots
-from hvkvm.vmbus.ring_reader import RingReader
-from hvkvm.vmbus.ring_writer import RingWriter
 
-PAGE = 4096
 LAYOUTS = {"neighbours": [10, 11, 12, 13], "scattered": [20, 9, 31, 15], "single": [5, 6]}
-
-
-@pytest.fixture(scope="module")
-def memory() -> Iterator[GuestMemory]:
-    with GuestMemory(NoSlots(), 1 << 20) as ram:
-        yield ram
-
-
-def ends(memory: GuestMemory, pfns: list[int]) -> tuple[RingWriter, RingReader]:
-    for pfn in pfns:
-        memory.zero(pfn * PAGE, PAGE)
-    return RingWriter(memory, pfns), RingReader(memory, pfns)
 
 
 def fill(views: list[memoryview], data: bytes) -> None:

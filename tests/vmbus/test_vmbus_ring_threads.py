@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import sys
 import threading
-from collections.abc import Iterator
 
 import pytest
 
@@ -17,15 +15,6 @@ from hvkvm.vmbus.ring_writer import RingWriter
 
 STUCK_SECONDS = 30
 PACKETS = 2000
-
-
-@pytest.fixture
-def tiny_switch_interval() -> Iterator[None]:
-    """Threads change over as often as the interpreter can."""
-    before = sys.getswitchinterval()
-    sys.setswitchinterval(1e-6)
-    yield
-    sys.setswitchinterval(before)
 
 
 class End(threading.Thread):
