@@ -14,7 +14,7 @@ from time import monotonic
 from typing import Any
 
 import pytest
-from linux_guest import LinuxGuest, linux_guest
+from linux_guest import KERNELS, LinuxGuest, linux_guest
 from linux_programs import program
 from linux_shell import SHELL, Shell
 
@@ -128,9 +128,10 @@ def vsock_guest(path: Path, **options: Any) -> Any:
     )
 
 
-def test_streams_arrive_unchanged_and_end_with_the_machine(tmp_path: Path) -> None:
+@pytest.mark.parametrize("kernel", KERNELS)
+def test_streams_arrive_unchanged_and_end_with_the_machine(tmp_path: Path, kernel: str) -> None:
     path = tmp_path / "v"
-    with vsock_guest(path) as guest:
+    with vsock_guest(path, kernel=kernel) as guest:
         guest.start()
         shell, host = Shell(guest).ready(), Host(guest)
         sink, source = host.expect(1000), host.expect(1001, to_send=STREAM)
@@ -182,7 +183,7 @@ def cost(guest: LinuxGuest, what: str) -> Iterator[None]:
 
 
 @pytest.mark.usefixtures("each_synic")
-@pytest.mark.parametrize("kernel", ["stable", "newer"])
+@pytest.mark.parametrize("kernel", KERNELS)
 def test_connections_of_every_kind(tmp_path: Path, kernel: str) -> None:
     path = tmp_path / "v"
     with vsock_guest(path, kernel=kernel) as guest:
