@@ -231,7 +231,7 @@ class VmbusHost:
 
         def broken(reason: str) -> None:
             # Deferred: it is told from inside the ring's own batch.
-            self._soon(self._break, channel, reason)
+            self._soon(self._break, channel, opened, reason)
 
         try:
             opened = OpenedChannel(
@@ -257,9 +257,10 @@ class VmbusHost:
             opened.start()
             self._perform()
 
-    def _break(self, channel: Channel, reason: str) -> None:
-        self.server.broken(channel, reason)
-        self._perform()
+    def _break(self, channel: Channel, opened: OpenedChannel, reason: str) -> None:
+        if self._open.get(channel) is opened:  # else the guest was quicker to close it
+            self.server.broken(channel, reason)
+            self._perform()
 
     def _close_channel(self, channel: Channel) -> None:
         opened = self._open.pop(channel, None)

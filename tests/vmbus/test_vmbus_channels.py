@@ -210,6 +210,25 @@ def test_s61_a_broken_channel_ends_alone_with_one_line(loopback: Any, echo: Any)
     assert len(second.received) == 1
 
 
+def test_s61_a_ring_that_was_closed_meanwhile_breaks_nothing(loopback: Any, echo: Any) -> None:
+    """The guest closes a broken ring and opens another before the host has come to ending the channel."""
+    loop, guest = ready(loopback, echo(1))
+    loop.open(guest)
+    broken = guest.opened
+    loop.client.prepare_rings(guest)
+    loop.run()
+    loop.client.post(wire.CLOSECHANNEL, relid=guest.relid)
+    loop.client.open(guest)
+    broken.writer.words[WORD_WRITE_INDEX] = 0xFFFFFFFF
+    loop.synic.signal(guest.connection_id)
+    loop._deliver_doorbell()
+    loop.run()
+    assert not guest.rescinded
+    guest.opened.send(b"anew")
+    loop.run()
+    assert [packet.payload[:4] for packet in guest.received] == [b"anew"]
+
+
 def test_a_channel_that_is_taken_back_while_it_opens_is_answered(loopback: Any, echo: Any) -> None:
     loop, guest = ready(loopback, echo(1))
     loop.client.prepare_rings(guest)
