@@ -37,6 +37,7 @@ class Echo:
         self.io = io
 
     def received(self, packet: Packet) -> None:
+        assert self.io is not None, "a packet for a device that is not open"
         self.got.append(packet)
         self.backlog.append(packet)
         self.ready()
