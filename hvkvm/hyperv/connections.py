@@ -194,24 +194,12 @@ class Connections:
         for conn_id in events:
             self.remove_event(conn_id)
 
-    def describe(self) -> list[str]:
-        """One line a connection, for dumps."""
-        with self._idle, self._event_lock:
-            lines = [
-                f"message connection {conn_id:#x}"
-                + (f", handler running on {len(c.running)} threads" * bool(c.running))
-                for conn_id, c in sorted(self._messages.items())
-            ]
-            return lines + [
-                f"event connection {conn_id:#x}, signalled by " + ("KVM" if c.in_kernel else "hvkvm")
-                for conn_id, c in sorted(self._events.items())
-            ]
-
     def snapshot(self) -> dict[str, object]:
-        """The same as values: message connections, and who signals each event connection. Any thread."""
+        """Message connections, whose handlers run, and who signals each event connection. Any thread."""
         with self._idle, self._event_lock:
             return {
                 "message": [f"{conn_id:#x}" for conn_id in sorted(self._messages)],
+                "running": [f"{conn_id:#x}" for conn_id, c in sorted(self._messages.items()) if c.running],
                 "event": {
                     f"{conn_id:#x}": "KVM" if c.in_kernel else "hvkvm"
                     for conn_id, c in sorted(self._events.items())

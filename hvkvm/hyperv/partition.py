@@ -125,12 +125,8 @@ class Partition:
         self.routes.close_all("at reset")
         self.synic.reset()
 
-    def describe(self) -> list[str]:
-        """Routes and connections in use, a line each, for dumps. Any thread."""
-        return self.routes.describe() + self.connections.describe()
-
     def snapshot(self) -> dict[str, object]:
-        """The same as values. Any thread."""
+        """Routes and connections in use. Any thread."""
         return {"routes": self.routes.snapshot(), "connections": self.connections.snapshot()}
 
     def close(self) -> None:

@@ -21,7 +21,7 @@ from hvkvm.abi.hv_synic import (
 )
 from hvkvm.errors import HvkvmError, RouteError
 from hvkvm.events import NULL_OBSERVER, Observer, Warned
-from hvkvm.hyperv.staging import Deferrer, Staging, State
+from hvkvm.hyperv.staging import Deferrer, Staging
 from hvkvm.hyperv.synic.seam import SintLine, Synic, SynicVp
 
 # message_type, payload_size, message_flags, reserved, sender (S28), then the payload padded with zeros.
@@ -218,22 +218,8 @@ class RouteTable:
         for shared in left:
             shared.line.close()
 
-    def describe(self) -> list[str]:
-        """One line for each (vp, sint) in use: who holds it and what it waits for. For dumps."""
-        with self._lock:
-            shares = list(self._lines.values())
-            return [
-                f"vp {s.vp.vp_index} sint {s.sint}: {len(s.routes)} routes, {s.refs} holders"
-                + "".join(
-                    f", message {r.staging.state.value}"
-                    for r in s.routes
-                    if r.staging is not None and r.staging.state is not State.FREE
-                )
-                for s in shares
-            ]
-
     def snapshot(self) -> list[dict[str, object]]:
-        """The same as values. Any thread."""
+        """Each (vp, sint) in use: who holds it, and how far its messages are. Any thread."""
         with self._lock:
             return [
                 {

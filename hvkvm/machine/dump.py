@@ -25,7 +25,7 @@ def describe(machine: Machine) -> str:
     for thread in machine.threads:
         lines += dump_vcpu.describe(thread)
     if machine.partition is not None:
-        lines += [f"synic: {line}" for line in machine.partition.describe()]
+        lines += bus_text.synic_lines(machine.partition.snapshot())
     if machine.bus is not None:
         lines += bus_text.bus_lines(machine.bus.host.snapshot())
         lines += bus_text.device_lines(inspect.devices(machine))

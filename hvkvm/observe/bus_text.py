@@ -19,10 +19,8 @@ def inspect_lines(inside: Values) -> list[str]:
     for vcpu in inside["vcpus"]:
         exits = ", ".join(f"{_short(name)} {count}" for name, count in vcpu["exits"].items())
         found.append(f"{vcpu['name']}: {vcpu['state']}; exits: {exits or 'none'}")
-    synic = inside["synic"]
-    if synic is not None:
-        found += [f"synic: {tree.lines(route)[0]}" for route in synic["routes"]]
-        found += [f"synic: {line}" for line in tree.lines({"connections": synic["connections"]})]
+    if inside["synic"] is not None:
+        found += synic_lines(inside["synic"])
     if inside["vmbus"] is not None:
         found += bus_lines(inside["vmbus"]) + device_lines(inside["devices"])
     return found
@@ -30,6 +28,13 @@ def inspect_lines(inside: Values) -> list[str]:
 
 def _short(exit_name: str) -> str:
     return exit_name.removeprefix("KVM_EXIT_")
+
+
+def synic_lines(synic: Values) -> list[str]:
+    """`Partition.snapshot`: a line for each SINT in use, then the connections."""
+    lines = [tree.lines(route)[0] for route in synic["routes"]]
+    lines += tree.lines({"connections": synic["connections"]})
+    return [f"synic: {line}" for line in lines]
 
 
 def bus_lines(bus: Values) -> list[str]:

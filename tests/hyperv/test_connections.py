@@ -80,11 +80,14 @@ def test_s37_event_table_answers(connections: Connections, loop: IoLoop) -> None
     assert connections.signal(7) == HvStatus.INVALID_CONNECTION_ID
 
 
+NOTHING = {"message": [], "running": [], "event": {}}
+
+
 @pytest.mark.parametrize("conn_id", [0x1000000, -1, 1 << 32])
 def test_s38_ids_beyond_24_bits_are_rejected(connections: Connections, conn_id: int) -> None:
     assert connections.add_message(conn_id, ok) == -errno.EINVAL
     assert connections.add_event(conn_id, lambda: None) == -errno.EINVAL
-    assert connections.describe() == []
+    assert connections.snapshot() == NOTHING
 
 
 @pytest.mark.parametrize("conn_id", [0, 1, 0xFFFFFF])
@@ -328,7 +331,7 @@ def test_an_ended_loop_takes_no_event_and_leaks_nothing(open_fds: Callable[[], i
 def test_closed_tables_take_nothing(connections: Connections) -> None:
     connections.add_message(1, ok)
     connections.add_event(1, lambda: None)
-    assert connections.describe() == ["message connection 0x1", "event connection 0x1, signalled by hvkvm"]
+    assert connections.snapshot() == {"message": ["0x1"], "running": [], "event": {"0x1": "hvkvm"}}
     connections.close()
-    assert connections.describe() == []
+    assert connections.snapshot() == NOTHING
     assert connections.add_message(2, ok) == connections.add_event(2, lambda: None) == -errno.ENODEV

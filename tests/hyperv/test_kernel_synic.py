@@ -163,7 +163,7 @@ def test_s14_no_step_of_opening_a_route_leaks(
             bench.routes.open(0, 2, on_complete)
         assert open_fds() == fds
         assert bench.gsi.gsis() == []
-        assert bench.routes.describe() == []
+        assert bench.routes.snapshot() == []
     bench.vm.fail.clear()
     monkeypatch.setattr(os, "eventfd", make)
     route = bench.routes.open(0, 2, on_complete)

@@ -20,6 +20,7 @@ from hvkvm.hyperv.features import FeatureSet
 from hvkvm.hyperv.partition import Partition
 from hvkvm.kvm.gsi import GsiTable
 from hvkvm.memory.guest import GuestMemory
+from hvkvm.observe.bus_text import synic_lines
 
 FEATURES = FeatureSet(("vpindex", "synic"))
 
@@ -181,13 +182,16 @@ def test_closing_leaves_no_fd_no_gsi_and_no_slot(open_fds: Callable[[], int]) ->
     machine.memory.write_u32(0x30000 + 512, 1)
     route.post(1, b"never delivered")
     machine.threads[0].run()
-    assert len(partition.describe()) == 3
+    text = synic_lines(partition.snapshot())
+    assert text[0].startswith("synic: vp 0, sint 2, routes 2, holders 2, ")
+    assert "synic:   event: 0x1 KVM" in text
     partition.close()
     partition.close()
     assert open_fds() == fds
     assert machine.gsi.gsis() == []
     assert ("slot", 0xE0000000, 0) in machine.vm.log
-    assert partition.describe() == []
+    connections = {"message": [], "running": [], "event": {}}
+    assert partition.snapshot() == {"routes": [], "connections": connections}
     with pytest.raises(RouteError):
         partition.open_route(0, 2)
     machine.memory.close()

@@ -271,11 +271,17 @@ def test_a_closed_table_opens_nothing(world: World) -> None:
     world.routes.close()
 
 
-def test_describe_says_who_waits_for_what(world: World) -> None:
+def test_the_snapshot_says_who_waits_for_what(world: World) -> None:
     route, _ = world.sender()
     world.open()
     world.vp().slot(2).message_type = 1
     route.post(1, b"")
     world.vp().run()
-    (line,) = world.routes.describe()
-    assert line == "vp 0 sint 2: 2 routes, 2 holders, message waiting for the guest's EOM"
+    (line,) = world.routes.snapshot()
+    assert line == {
+        "vp": 0,
+        "sint": 2,
+        "routes": 2,
+        "holders": 2,
+        "messages": ["waiting for the guest's EOM"],
+    }
