@@ -77,7 +77,7 @@ def listen_fd(path: Path, backlog: int, mode: int | None = None) -> int:
             except OSError as error:
                 if error.errno != errno.EADDRINUSE:
                     raise
-                if not path.is_socket():
+                if not stat.S_ISSOCK(os.lstat(path).st_mode):  # a link to a socket is none
                     raise NameTaken("exists and is no socket", "remove it") from None
                 if not dead(path):
                     raise NameTaken("another program listens there", "end it") from None

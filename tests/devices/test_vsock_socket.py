@@ -54,6 +54,7 @@ def test_a_socket_that_another_has_put_there_meanwhile_stays() -> None:
         ("nowhere/v", "no folder nowhere; create it, or name another"),
         ("file", "exists and is no socket; remove it, or name another"),
         ("folder", "exists and is no socket; remove it, or name another"),
+        ("link", "exists and is no socket; remove it, or name another"),
         ("busy", "another program listens there; end it, or name another"),
         ("x" * 97, "longer than the 96 bytes that leave room for _PORT; choose a shorter path"),
     ],
@@ -61,6 +62,7 @@ def test_a_socket_that_another_has_put_there_meanwhile_stays() -> None:
 def test_what_cannot_be_is_told_with_a_remedy(name: str, reason: str) -> None:
     Path("file").touch()
     Path("folder").mkdir()
+    Path("link").symlink_to("busy")
     with socket.socket(socket.AF_UNIX) as busy:
         busy.bind("busy")
         busy.listen()

@@ -39,7 +39,8 @@ class ListeningSocket:
         except NameTaken as error:
             raise self._error(str(error)) from None
         except OSError as error:
-            raise self._error(f"{error.strerror}; name a socket that you may create") from None
+            why = error.strerror or str(error)
+            raise self._error(f"{why}; name a socket that you may create") from None
         self._owned = identity(path)
 
     def _error(self, why: str) -> ConfigError:
