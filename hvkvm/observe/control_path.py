@@ -12,14 +12,10 @@ from __future__ import annotations
 import os
 import stat
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from hvkvm.errors import FolderUnusable
 from hvkvm.runtime import unix_listener
 from hvkvm.runtime.unix_listener import dead, locked
-
-if TYPE_CHECKING:
-    from socket import socket
 
 SUFFIX = ".sock"
 BACKLOG = 16
@@ -67,13 +63,6 @@ def make_folder() -> Path:
 def listen_fd(path: Path) -> int:
     """A socket that listens at `path`, mode 0600. Raises as `unix_listener.listen_fd`."""
     return unix_listener.listen_fd(path, BACKLOG, 0o600)
-
-
-def listen(path: Path) -> socket:
-    """`listen_fd` as a socket object."""
-    from socket import socket
-
-    return socket(fileno=listen_fd(path))
 
 
 def sockets() -> list[Path]:

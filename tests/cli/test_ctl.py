@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from control_listener import listen
 from running_vm import command_line, ctl, environment
 
 from hvkvm.cli import ctl_client
@@ -31,7 +32,7 @@ class PlayedVm:
         self.asked: list[Any] = []
         self.answers: dict[str, object] = {}
         self.came = threading.Event()
-        self._listener = control_path.listen(self.path)
+        self._listener = listen(self.path)
         self._listener.setblocking(True)
         self._thread = threading.Thread(target=self._serve, daemon=True)
         self._thread.start()

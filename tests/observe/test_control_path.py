@@ -9,6 +9,7 @@ import threading
 from pathlib import Path
 
 import pytest
+from control_listener import listen
 
 from hvkvm.errors import FolderUnusable, NameTaken
 from hvkvm.observe import control_path
@@ -47,7 +48,7 @@ def test_folder_and_socket_are_closed_to_others(runtime: Path) -> None:
     try:
         folder = control_path.make_folder()
         assert folder == runtime / "hvkvm"
-        with control_path.listen(folder / "a.sock"):
+        with listen(folder / "a.sock"):
             assert stat.S_IMODE(os.stat(folder).st_mode) == 0o700
             assert stat.S_IMODE(os.stat(folder / "a.sock").st_mode) == 0o600
     finally:
@@ -89,9 +90,9 @@ def test_the_second_folder_is_taken_when_the_first_cannot_be_had(
 def test_a_dead_vms_socket_is_replaced_and_a_live_ones_is_not(runtime: Path) -> None:
     path = control_path.make_folder() / "a.sock"
     dead_socket(path)
-    with control_path.listen(path), pytest.raises(NameTaken):
-        control_path.listen(path)
-    with control_path.listen(path):
+    with listen(path), pytest.raises(NameTaken):
+        listen(path)
+    with listen(path):
         assert control_path.sockets() == [path]
 
 
@@ -100,7 +101,7 @@ def test_what_is_no_socket_is_left_alone(runtime: Path, kind: str) -> None:
     path = control_path.make_folder() / "a.sock"
     path.write_text("mine") if kind == "file" else path.mkdir()
     with pytest.raises(NameTaken, match="no socket"):
-        control_path.listen(path)
+        listen(path)
     assert path.exists()
     assert control_path.sockets() == []
 
@@ -120,7 +121,7 @@ def test_of_many_that_start_at_once_one_gets_the_name(runtime: Path) -> None:
         ) -> None:
             barrier.wait()
             try:
-                got.append(control_path.listen(path))
+                got.append(listen(path))
             except NameTaken as error:
                 refused.append(error)
 
@@ -141,17 +142,17 @@ def test_listing_removes_the_dead_and_keeps_the_rest(runtime: Path) -> None:
     dead_socket(folder / "dead.sock")
     dead_socket(folder / "other")
     (folder / "note.sock").write_text("no socket")
-    with control_path.listen(folder / "b.sock"), control_path.listen(folder / "a.sock"):
+    with listen(folder / "b.sock"), listen(folder / "a.sock"):
         assert control_path.sockets() == [folder / "a.sock", folder / "b.sock"]
     assert sorted(path.name for path in folder.iterdir()) == ["a.sock", "b.sock", "note.sock", "other"]
 
 
 def test_removing_leaves_a_successors_socket(runtime: Path) -> None:
     path = control_path.make_folder() / "a.sock"
-    with control_path.listen(path) as first:
+    with listen(path) as first:
         owned = unix_listener.identity(path)
         path.unlink()
-        with control_path.listen(path) as second:
+        with listen(path) as second:
             unix_listener.remove(path, owned)
             assert path.exists()
             unix_listener.remove(path, unix_listener.identity(path))
@@ -163,7 +164,7 @@ def test_removing_leaves_a_successors_socket(runtime: Path) -> None:
 
 def test_a_path_too_long_is_an_error_with_a_reason(runtime: Path) -> None:
     with pytest.raises(OSError, match="107 bytes"):
-        control_path.listen(runtime / ("x" * 120))
+        listen(runtime / ("x" * 120))
 
 
 def test_a_lock_that_is_kept_is_not_waited_for_without_end(
@@ -172,11 +173,11 @@ def test_a_lock_that_is_kept_is_not_waited_for_without_end(
     monkeypatch.setattr(unix_listener, "LOCK_SECONDS", 0.05)
     folder = control_path.make_folder()
     dead_socket(folder / "dead.sock")
-    with control_path.listen(folder / "a.sock"), unix_listener.locked(folder):
+    with listen(folder / "a.sock"), unix_listener.locked(folder):
         assert control_path.sockets() == [folder / "a.sock"]
         assert (folder / "dead.sock").exists()  # it might be about to listen
         with pytest.raises(OSError, match=r"keeps .* locked"):
-            control_path.listen(folder / "b.sock")
+            listen(folder / "b.sock")
         unix_listener.remove(folder / "a.sock", unix_listener.identity(folder / "a.sock"))
         assert (folder / "a.sock").exists()
     assert control_path.sockets() == []

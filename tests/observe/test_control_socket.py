@@ -11,10 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from control_listener import listen
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from hvkvm.observe import control_path, control_socket
+from hvkvm.observe import control_socket
 from hvkvm.observe.control_socket import MAX_CONNECTIONS, MAX_LINE, Answer, ControlSocket
 from hvkvm.runtime.io_loop import IoLoop
 
@@ -30,7 +31,7 @@ class World:
         self.path = folder / "x.sock"
         self.held: list[Answer] = []
         self.seen: list[Any] = []
-        self.server = ControlSocket(control_path.listen(self.path), self.loop, self.handle)
+        self.server = ControlSocket(listen(self.path), self.loop, self.handle)
         self.clients: list[Client] = []
         self.loop.start()
 
