@@ -19,6 +19,7 @@ from hvkvm.abi.tlfs import (
     HV_X64_MSR_TIME_REF_COUNT,
 )
 from hvkvm.errors import HvkvmError, KvmIoctlError
+from hvkvm.hyperv.usermode.clock import MSR_IA32_TSC
 from hvkvm.kvm.exits import exit_name
 
 if TYPE_CHECKING:
@@ -27,7 +28,6 @@ if TYPE_CHECKING:
 
 ANSWER_SECONDS = 1.0
 
-MSR_IA32_TSC = 0x10
 MSR_IA32_TSC_DEADLINE = 0x6E0
 # Offsets of the local APIC's registers; ISR and IRR have a bit a vector, 32 of them every 16 bytes.
 _TPR, _ISR, _IRR, _LVT_TIMER, _TIMER_INITIAL, _TIMER_CURRENT = 0x80, 0x100, 0x200, 0x320, 0x380, 0x390

@@ -23,8 +23,8 @@ class Caller:
     r"""Reads `CONNECT <port>\n` and not a byte more, since the stream may follow at once.
 
     `done(self, port)` once; None for a program that left, was silent or said
-    something else. `sock` is then the callee's. OSError or Stopped if it cannot
-    be watched.
+    something else. `sock` is non-blocking, and then the callee's. OSError or
+    Stopped if it cannot be watched.
     """
 
     def __init__(
@@ -34,7 +34,6 @@ class Caller:
         call_later: CallLater,
         done: Callable[[Caller, int | None], object],
     ) -> None:
-        sock.setblocking(False)
         self.sock = sock
         self._done: Callable[[Caller, int | None], object] | None = done
         self._line = b""
