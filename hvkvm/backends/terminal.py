@@ -26,7 +26,7 @@ def in_foreground(fd: int) -> bool:
     try:
         return os.isatty(fd) and os.tcgetpgrp(fd) == os.getpgrp()
     except OSError:
-        # A terminal, but not the one that controls this session: no job control there.
+        # A terminal, but not our controlling one: no job control there.
         return os.isatty(fd)
 
 
