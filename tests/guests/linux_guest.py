@@ -16,6 +16,7 @@ from time import monotonic, sleep
 from typing import Any, TypeVar
 
 from guest_artifacts import artifact
+from running_vm import whole_lines
 
 from hvkvm.machine.bus import Bus
 from hvkvm.machine.config import MachineConfig
@@ -67,9 +68,13 @@ class LinuxGuest:
             sleep(0.02)
 
     def wait_for(self, marker: str, *, count: int = 1, seconds: float = SECONDS) -> str:
-        """The console's text once it holds `marker` `count` times."""
-        self.wait_until(lambda: self.text.count(marker) >= count, f"waiting for {marker!r}", seconds)
-        return self.text
+        """The console's whole lines, once `marker` stands in them `count` times."""
+
+        def printed() -> str | None:
+            lines = whole_lines(self.text)
+            return lines if lines.count(marker) >= count else None
+
+        return self.wait_until(printed, f"waiting for {marker!r}", seconds)
 
     def call(self, fn: Callable[..., T], *args: Any) -> T:
         """`fn(*args)` on the I/O loop, and what it returned or raised."""

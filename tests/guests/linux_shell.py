@@ -19,7 +19,8 @@ SHELL = (
     ' while read -r line; do eval "$line"; echo "hvkvm-status $?"; done'
 )
 """What such a guest runs: each line of its console is a command, and its status follows the output."""
-_STATUS = re.compile(r"^hvkvm-status (\d+)$", re.MULTILINE)
+# Its line's end must have come: "$" would also take the first digit of three.
+_STATUS = re.compile(r"^hvkvm-status (\d+)\n", re.MULTILINE)
 
 
 class Result(NamedTuple):

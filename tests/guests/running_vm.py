@@ -21,6 +21,11 @@ def command_line(*arguments: object) -> list[str]:
     return [sys.executable, "-m", "hvkvm", *map(str, arguments)]
 
 
+def whole_lines(text: str) -> str:
+    """`text` without a last line that has no end yet: what is read behind a marker must have come whole."""
+    return text[: text.rfind("\n") + 1]
+
+
 def _listens(path: Path) -> bool:
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as client:
         return client.connect_ex(str(path)) == 0
@@ -54,13 +59,13 @@ class RunningVm:
         return f"{self.text[-4000:]}\n{bytes(self.errors).decode(errors='replace')[-4000:]}"
 
     def wait_for(self, marker: str, *, count: int = 1) -> str:
-        """The output, once `marker` was printed `count` times."""
+        """The output's whole lines, once `marker` stands in them `count` times."""
         end = monotonic() + SECONDS
-        while self.text.count(marker) < count:
+        while (lines := whole_lines(self.text)).count(marker) < count:
             assert self.process.poll() is None, f"ended before {marker!r}\n{self.report()}"
             assert monotonic() < end, f"no {marker!r}\n{self.report()}"
             sleep(0.05)
-        return self.text
+        return lines
 
     def ctl(self, *arguments: object, status: int = 0, seconds: float = SECONDS) -> str:
         """What `hvkvm ctl` printed; AssertionError for another exit status. Its errors where it failed."""
