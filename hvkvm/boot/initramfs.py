@@ -5,8 +5,9 @@ else prepared. Called by the machine and by tests. Pure but for reading files
 and the module cache; any thread.
 
 The guest's init prints `hvkvm: init SECONDS` (its uptime) as its first line,
-loads the modules in order, runs the command on a controlling terminal, hands
-the status to the machine (see `boot.guest_exit`) and powers off.
+loads the modules in order and runs the command in a session whose leader waits
+until the terminal has sent everything, hands the status to the machine (see
+`boot.guest_exit`) and powers off.
 """
 
 from __future__ import annotations
@@ -42,8 +43,22 @@ ip link set lo up
 export PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin HOME=/root TERM="${TERM:-linux}"
 cd /root
 # A session of its own with the console as its terminal: Ctrl-C then works in there.
-setsid cttyhack /bin/sh /command
+setsid cttyhack /bin/sh /session
+# Come here only if the session was killed: it ends the guest itself.
 status=$?
+sync
+guest-exit $status
+poweroff -f
+"""
+
+# The leader of the session outlives the command: when a leader dies Linux hangs its terminal up, and drops
+# what the terminal has not sent yet.
+SESSION = r"""# These signals are the command's: trapped, not ignored, so that it gets them as ever.
+trap : HUP INT QUIT TERM
+/bin/sh /command
+status=$?
+# A shell that was killed leaves another process group in the foreground: wait for the output all the same.
+trap '' TTOU
 sync
 guest-exit $status
 poweroff -f
@@ -104,6 +119,7 @@ def _base(busybox: Path) -> bytes:
     entries.append(cpio.regular("bin/guest-exit", guest_exit.program(), 0o755))
     entries += [cpio.symlink(f"bin/{name}", "busybox") for name in _APPLETS.split()]
     entries.append(cpio.regular("init", INIT.encode(), 0o755))
+    entries.append(cpio.regular("session", SESSION.encode(), 0o755))
     return cpio.pack(cpio.with_parents(entries))
 
 

@@ -12,6 +12,7 @@ from uart import FCR, IER, IIR, LCR, LSR, MCR, NO_INT, OUT2, RBR, SCR, THR, Uart
 from hvkvm.devices.port.irq_line import UnconnectedLine
 from hvkvm.devices.port.serial import RX_LIMIT, Serial16550
 from hvkvm.devices.port.serial_output import TX_BATCH, TX_LIMIT
+from hvkvm.devices.port.serial_registers import FIFO_SIZE
 
 
 @pytest.fixture
@@ -59,10 +60,12 @@ def test_held_output_fills_up_takes_thre_away_and_resumes_with_an_interrupt(uart
     assert uart.r(IIR) == NO_INT, "a full transmitter is no reason to interrupt"
     uart.line.taken()
     assert uart.text() == b""
-    uart.w(THR, 0x41)
+    uart.print(b"B" * (FIFO_SIZE - 1))
+    assert uart.serial.output.overruns == 0, "the last byte's driver saw THRE and may fill the FIFO"
+    uart.print(b"Bx")
     assert uart.serial.output.overruns == 1
     uart.serial.output.hold(False)
-    assert uart.text() == sent
+    assert uart.text() == sent + b"B" * FIFO_SIZE
     assert uart.line.taken() == 1
     assert uart.r(IIR) == 0xC2
     assert uart.r(LSR) & 0x60 == 0x60

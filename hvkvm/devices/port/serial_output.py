@@ -4,9 +4,9 @@ Each byte a guest writes costs an exit, so nothing more may be spent on it than
 an append. A batch leaves on the I/O loop after a newline, when it is large, or
 a few milliseconds after its first byte, and so costs the sink one write(2).
 
-It is bounded: a sink that is full calls `hold(True)`, then bytes wait here up
-to TX_LIMIT, and what comes beyond is dropped and counted. The UART shows `full`
-to the guest before that happens.
+It is bounded: a sink that is full calls `hold(True)`, then bytes wait here. From
+TX_LIMIT on the UART shows `full` to the guest; what a driver still sends, having
+looked just before, has room, and only what comes beyond is dropped and counted.
 
 Any thread may call anything here. Producers need no lock: they append at the end
 of the bytearray, the flusher copies and deletes from its start, and each of
@@ -20,6 +20,7 @@ from collections.abc import Callable
 from contextlib import suppress
 from typing import TYPE_CHECKING
 
+from hvkvm.devices.port.serial_registers import FIFO_SIZE
 from hvkvm.errors import Stopped
 
 if TYPE_CHECKING:
@@ -27,6 +28,8 @@ if TYPE_CHECKING:
 
 TX_LIMIT = 1 << 16
 """Bytes that wait for the sink before the UART stops saying that it can send."""
+_CAPACITY = TX_LIMIT + FIFO_SIZE
+"""A driver that saw THRE fills the FIFO without another look."""
 TX_BATCH = 4096
 TX_DELAY = 0.004
 """Seconds that output without a newline may wait for more."""
@@ -75,7 +78,7 @@ class OutputBatch:
     def put_block(self, data: bytes | bytearray) -> None:
         """Take several bytes. Any thread."""
         waiting = self._waiting
-        taken = data[: max(0, TX_LIMIT - len(waiting))]
+        taken = data[: max(0, _CAPACITY - len(waiting))]
         self.overruns += len(data) - len(taken)
         waiting += taken
         if len(waiting) >= TX_BATCH or _NEWLINE in taken:

@@ -1,0 +1,83 @@
+"""The session that a Linux guest's command runs in: its keys, its last words, its status."""
+
+from __future__ import annotations
+
+from time import sleep
+
+import pytest
+from linux_guest import LinuxGuest, linux_guest
+
+from hvkvm.devices.port.serial_output import TX_LIMIT
+
+pytestmark = [pytest.mark.hyperv, pytest.mark.timeout(400)]
+
+CTRL_C, CTRL_Z = b"\x03", b"\x1a"
+LINE = "0123456789abcde"
+LINES = (TX_LIMIT + 3000) // len(f"{LINE}\r\n")
+"""More than a UART takes that is held; the kernel keeps the rest, 4096 bytes at most."""
+
+
+def press(guest: LinuxGuest, key: bytes) -> None:
+    assert guest.call(guest.machine.board.serial.feed, key) == 1
+
+
+def test_what_waits_in_the_guest_when_its_command_ends_is_printed() -> None:
+    """Linux drops what a terminal has not sent yet when the leader of the session on it dies."""
+    script = f"stty -echo; echo now; read -r line; yes {LINE} | head -n {LINES}; exit 7"
+    with linux_guest(script, modules=(), vmbus="off") as guest:
+        output = guest.machine.board.serial.output
+        guest.start()
+        guest.wait_for("now\n")
+        output.hold(True)
+        guest.type("go")
+        guest.wait_until(lambda: output.full, "the UART to be full")
+        sleep(3)  # the command ends meanwhile
+        output.hold(False)
+        assert guest.finish().status == 7
+        words = guest.text.split("now\n")[1].splitlines()
+        assert (output.overruns, len(words), set(words)) == (0, LINES, {LINE})
+
+
+@pytest.mark.parametrize(
+    ("script", "status", "last"),
+    [
+        ("echo now; sleep 1000", 130, ""),
+        ("trap 'echo caught; exit 5' INT; echo now; while :; do sleep 1; done", 5, "caught"),
+    ],
+    ids=["dies", "catches"],
+)
+def test_ctrl_c_is_the_commands(script: str, status: int, last: str) -> None:
+    with linux_guest(script, modules=(), vmbus="off") as guest:
+        guest.start()
+        guest.wait_for("now\n")
+        press(guest, CTRL_C)
+        assert guest.finish().status == status
+        assert guest.text.split("now\n")[1].strip() == f"^C{last}"
+
+
+@pytest.mark.parametrize(
+    ("script", "status"),
+    [("trap 'exit 9' TERM; kill 0; sleep 1000", 9), ("kill -9 $PPID; sleep 1000", 137)],
+    ids=["its process group", "the leader"],
+)
+def test_a_command_that_kills_around_it_ends_the_guest(script: str, status: int) -> None:
+    with linux_guest(script, modules=(), vmbus="off") as guest:
+        assert guest.finish().status == status
+
+
+def test_without_a_command_there_is_a_shell_with_jobs() -> None:
+    with linux_guest("", modules=(), vmbus="off", command=()) as guest:
+        guest.start()
+        guest.wait_until(lambda: guest.text.endswith("# "), "the prompt")
+        guest.type("stty -echo")
+        guest.type("echo; sleep 1000")
+        sleep(1)
+        press(guest, CTRL_C)
+        guest.type("echo; echo status $?; sleep 1000")
+        guest.wait_for("status 130\n")
+        sleep(1)
+        press(guest, CTRL_Z)
+        guest.type("echo; jobs; echo listed")
+        assert "Stopped" in guest.wait_for("listed\n")
+        guest.type("kill %1; wait; exit 3")
+        assert guest.finish().status == 3
