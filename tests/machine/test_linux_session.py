@@ -9,7 +9,7 @@ from linux_guest import LinuxGuest, linux_guest
 
 from hvkvm.devices.port.serial_output import TX_LIMIT
 
-pytestmark = [pytest.mark.hyperv, pytest.mark.timeout(400)]
+pytestmark = [pytest.mark.hyperv, pytest.mark.timeout(200)]
 
 CTRL_C, CTRL_Z = b"\x03", b"\x1a"
 LINE = "0123456789abcde"
@@ -66,18 +66,19 @@ def test_a_command_that_kills_around_it_ends_the_guest(script: str, status: int)
 
 
 def test_without_a_command_there_is_a_shell_with_jobs() -> None:
+    job = "sh -c 'echo job at work; exec sleep 1000'"
     with linux_guest("", modules=(), vmbus="off", command=()) as guest:
         guest.start()
-        guest.wait_until(lambda: guest.text.endswith("# "), "the prompt")
-        guest.type("stty -echo")
-        guest.type("echo; sleep 1000")
-        sleep(1)
+        guest.wait_until(lambda: "# " in guest.text, "the prompt")
+        guest.type("stty -echo; echo quiet now")
+        guest.wait_for("\nquiet now\n")
+        guest.type(job)
+        guest.wait_for("job at work\n")
         press(guest, CTRL_C)
-        guest.type("echo; echo status $?; sleep 1000")
-        guest.wait_for("status 130\n")
-        sleep(1)
+        guest.type(f"echo status $?; {job}")
+        assert "status 130\n" in guest.wait_for("job at work\n", count=2)
         press(guest, CTRL_Z)
-        guest.type("echo; jobs; echo listed")
+        guest.type("jobs; echo listed")
         assert "Stopped" in guest.wait_for("listed\n")
-        guest.type("kill %1; wait; exit 3")
+        guest.type("kill -9 %1; wait; exit 3")
         assert guest.finish().status == 3
