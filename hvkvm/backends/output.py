@@ -99,6 +99,16 @@ class Output:
             else:
                 self._tell_source()
 
+    @property
+    def waiting(self) -> int:
+        """Bytes that the reader has not taken yet."""
+        return len(self._waiting)
+
+    @property
+    def ready_fd(self) -> int:
+        """Readable when the reader would take more: for callers that wait for something else too."""
+        return self._ready.fileno()
+
     def drain(self, timeout: float) -> bool:
         """Wait up to `timeout` seconds until everything is sent; whether it was. Not on the I/O loop."""
         deadline = monotonic() + timeout

@@ -203,6 +203,7 @@ def main(arguments: list[str]) -> int:
 def _run(arguments: list[str]) -> int:
     config, options = config_from(arguments)
     from hvkvm.backends.console import Console
+    from hvkvm.cli.last_output import patience, send_last_output
     from hvkvm.cli.signals import Signals
     from hvkvm.cli.status import StatusLine
     from hvkvm.cli.teller import Teller
@@ -235,37 +236,40 @@ def _run(arguments: list[str]) -> int:
         gc.enable()
         with console:
             machine.start()
-            report = _attend(machine, signals, status)
-            machine.stop()
-        status.clear()
-        outcome = machine.outcome
-        assert outcome is not None
+            end = None if config.timeout is None else monotonic() + config.timeout
+            outcome, report = _attend(machine, signals, status, end)
+            machine.close()  # a reader who takes his time holds no guest RAM
+            status.clear()
+            lost = send_last_output(console, signals, patience(outcome, end))
+        lost += machine.board.serial.output.overruns
+        if lost:
+            what = f"{lost} bytes of the guest's output are lost"
+            print(f"hvkvm: {what}: standard output was not read in time", file=sys.stderr)
         if report:
             print(report, file=sys.stderr)
         _conclude(machine, outcome, monotonic() - began, options)
     return outcome.status
 
 
-def _attend(machine: Machine, signals: Signals, status: StatusLine) -> str:
-    """Wait for the machine's end, its time limit, or signals; returns what a time-out has to tell."""
+def _attend(machine: Machine, signals: Signals, status: StatusLine, end: float | None) -> tuple[Outcome, str]:
+    """Wait for the machine's end, its time limit, or signals; what a time-out has to tell beside it."""
     from hvkvm.machine.outcome import Ending
 
-    limit = machine.config.timeout
-    end = None if limit is None else monotonic() + limit
+    report = ""
     while machine.outcome is None:
         left = None if end is None else end - monotonic()
         if left is not None and left <= 0:
             status.clear()
             report = _describe(machine)
             machine.expire()
-            return report
+            continue
         number = signals.wait(machine.ended_fd, left)
         if number == signal.SIGQUIT:
             status.clear()
             print(_describe(machine), file=sys.stderr, flush=True)
         elif number is not None:
             machine.finish(Ending.QUIT, 128 + number, signal.Signals(number).name)
-    return ""
+    return machine.outcome, report
 
 
 def _describe(machine: Machine) -> str:
