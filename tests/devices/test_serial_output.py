@@ -11,7 +11,7 @@ from uart import FCR, IER, IIR, LCR, LSR, MCR, NO_INT, OUT2, RBR, SCR, THR, Uart
 
 from hvkvm.devices.port.irq_line import UnconnectedLine
 from hvkvm.devices.port.serial import RX_LIMIT, Serial16550
-from hvkvm.devices.port.serial_output import TX_BATCH, TX_LIMIT
+from hvkvm.devices.port.serial_output import TX_BATCH, TX_INTERVAL, TX_LIMIT
 from hvkvm.devices.port.serial_registers import FIFO_SIZE
 
 
@@ -45,6 +45,24 @@ def test_output_without_newlines_leaves_in_large_pieces(uart):
     uart.print(b"x")
     assert len(uart.loop.soon) == 1
     assert len(uart.text()) == TX_BATCH
+
+
+def test_lines_of_a_stream_share_a_batch(uart, monkeypatch):
+    """Each batch wakes the loop and whoever reads: a line for itself only after a pause."""
+    now = 100.0
+    monkeypatch.setattr("hvkvm.devices.port.serial_output.monotonic", lambda: now)
+    uart.print(b"one\n")
+    uart.loop.settle()
+    now += TX_INTERVAL / 4
+    uart.print(b"two\nthree\nfo")
+    assert uart.loop.soon == []
+    assert [seconds for seconds, *_ in uart.loop.later] == [pytest.approx(TX_INTERVAL * 3 / 4)]
+    uart.loop.run_later()
+    now += 2 * TX_INTERVAL
+    uart.print(b"ur\n")
+    assert len(uart.loop.soon) == 1
+    assert uart.text() == b"one\ntwo\nthree\nfour\n"
+    assert uart.out == [b"one\n", b"two\nthree\nfo", b"ur\n"]
 
 
 def test_held_output_fills_up_takes_thre_away_and_resumes_with_an_interrupt(uart, monkeypatch):
