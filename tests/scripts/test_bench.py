@@ -13,6 +13,7 @@ if str(PROJECT / "scripts") not in sys.path:
     sys.path.append(str(PROJECT / "scripts"))
 
 from steps import (  # noqa: E402
+    bench_console,
     bench_count,
     bench_guest,
     bench_measure,
@@ -166,3 +167,21 @@ def test_a_stock_linux_is_measured_on_its_bus(monkeypatch: pytest.MonkeyPatch) -
     assert len(found.beats) == len(found.echoes) == 5
     assert found.beat_costs.signals >= 5
     assert found.connect_costs.messages >= 3 * 4, "a request, an offer, an open and its end for each"
+
+
+def test_console_lines_are_timed_by_the_guests_uptime() -> None:
+    said = ["hvkvm: init 2.20", "2.50 0.00", *["line"] * bench_console.LINES, "6.50 0.10", "9.00 0.00"]
+    assert bench_console.milliseconds_a_line(said) == 4.0
+
+
+@pytest.mark.parametrize(
+    ("said", "why"),
+    [
+        (["2.50 0.00", "line", "6.50 0.10"], "1 lines of 1000 came"),
+        (["2.50 0.00", *["line"] * bench_console.LINES], "ended before its last line"),
+        ([], "ended before its last line"),
+    ],
+)
+def test_console_lines_that_are_missing_are_no_figure(said: list[str], why: str) -> None:
+    with pytest.raises(StepError, match=why):
+        bench_console.milliseconds_a_line(said)

@@ -1,0 +1,64 @@
+"""A Linux guest's serial console under each VMM: many short lines, timed by the guest's own uptime.
+
+Called by `scripts/bench`. A line costs the driver's interrupts and register
+accesses, and the host's work to pass it on.
+"""
+
+from __future__ import annotations
+
+import re
+import tempfile
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from statistics import median
+
+from steps import artifacts
+from steps.bench_measure import BOOT_DEADLINE, PEER
+from steps.bench_table import Row
+from steps.bench_vmm import HVKVM, Guest, Running
+from steps.distribution import StepError
+
+LINES = 1000
+COMMAND = ["sh", "-c", f"cat /proc/uptime; yes line | head -n {LINES}; cat /proc/uptime; sleep 1000"]
+_UPTIME = re.compile(r"(\d+\.\d\d) \d+\.\d\d")
+
+
+def milliseconds_a_line(said: Iterable[str]) -> float:
+    """The time between the two uptimes in what the guest said. StepError unless all lines lie between."""
+    began: float | None = None
+    lines = 0
+    for text in said:
+        found = _UPTIME.fullmatch(text)
+        if found and began is not None:
+            if lines != LINES:
+                raise StepError(f"{lines} lines of {LINES} came")
+            return (float(found[1]) - began) * 1000 / LINES
+        if found:
+            began = float(found[1])
+        lines += text == "line"
+    raise StepError("the guest ended before its last line")
+
+
+def rows(runs: int, tell: Callable[[str], None], *, suite: str | None = None) -> list[Row]:
+    """`runs` boots of hvkvm and QEMU, alternating. One that fails is told and left out."""
+    from hvkvm.boot import initramfs
+    from hvkvm.boot.linux import default_cmdline
+
+    found: dict[str, list[float]] = {HVKVM: [], PEER: []}
+    with tempfile.TemporaryDirectory(prefix="hvkvm-bench-") as folder:
+        initrd = Path(folder) / "initramfs"
+        initrd.write_bytes(initramfs.build(COMMAND, busybox=artifacts.path("busybox")))
+        kernel = artifacts.path("guest-kernel", suite)
+        for run in range(runs):
+            for vmm, taken in found.items():
+                # hvkvm puts the default command line first by itself.
+                append = "quiet" if vmm == HVKVM else f"{default_cmdline()} quiet"
+                try:
+                    with Running(vmm, Guest(kernel, initrd, append), deadline=BOOT_DEADLINE) as running:
+                        taken.append(milliseconds_a_line(text for _seconds, text in running.lines()))
+                except StepError as error:
+                    tell(f"bench: console {run + 1}/{runs} {vmm}: {error}")
+                    continue
+                tell(f"bench: console {run + 1}/{runs} {vmm}: {taken[-1]:.2f} ms a line")
+    mine, peer = (median(taken) if taken else None for taken in found.values())
+    return [Row("console: a short line of Linux", "ms", mine, peer, "less", PEER)]
