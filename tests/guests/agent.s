@@ -35,6 +35,7 @@ serve:
     jmp     serve
 spin:
     sti                         # and long enough for an interrupt that needs a moment of its own
+    nop                         # an emulated CPU keeps STI's shadow up over any number of pauses
     .rept   8
     pause
     .endr

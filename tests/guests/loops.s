@@ -140,6 +140,7 @@ echo:
     call    halt
     jmp     3b
 4:  sti
+    nop                         # as in the agent's spin
     pause
     jmp     3b
 5:  sti
