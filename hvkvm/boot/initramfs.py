@@ -27,7 +27,12 @@ from hvkvm.errors import BootError
 HYPERV_MODULES = ("hv_vmbus", "hv_utils", "hv_storvsc", "hv_netvsc", "sd_mod")
 """What a stock kernel needs to use the synthetic devices."""
 
-INIT = r"""#!/bin/busybox sh
+_END = """sync
+guest-exit $status
+poweroff -f
+"""
+INIT = (
+    r"""#!/bin/busybox sh
 /bin/busybox mount -t proc proc /proc
 read -r up idle </proc/uptime
 echo "hvkvm: init $up"
@@ -46,23 +51,22 @@ cd /root
 setsid cttyhack /bin/sh /session
 # Come here only if the session was killed: it ends the guest itself.
 status=$?
-sync
-guest-exit $status
-poweroff -f
 """
+    + _END
+)
 
 # The leader of the session outlives the command: when a leader dies Linux hangs its terminal up, and drops
 # what the terminal has not sent yet.
-SESSION = r"""# These signals are the command's: trapped, not ignored, so that it gets them as ever.
+SESSION = (
+    r"""# These signals are the command's: trapped, not ignored, so that it gets them as ever.
 trap : HUP INT QUIT TERM
 /bin/sh /command
 status=$?
 # A shell that was killed leaves another process group in the foreground: wait for the output all the same.
 trap '' TTOU
-sync
-guest-exit $status
-poweroff -f
 """
+    + _END
+)
 
 _FOLDERS = "bin dev etc mnt modules proc root run sys tmp usr/bin usr/sbin var"
 # busybox's own shell finds its applets by itself; these are for programs and scripts that look on PATH.

@@ -80,7 +80,7 @@ class OutputBatch:
             return
         waiting.append(value)
         if not self._later:
-            self._flush_later(monotonic() - self._left_at)
+            self._flush_later()
 
     def put_block(self, data: bytes | bytearray) -> None:
         """Take several bytes. Any thread."""
@@ -88,18 +88,22 @@ class OutputBatch:
         taken = data[: max(0, _CAPACITY - len(waiting))]
         self.overruns += len(data) - len(taken)
         waiting += taken
-        pause = monotonic() - self._left_at
-        if len(waiting) >= TX_BATCH or (_NEWLINE in taken and pause >= TX_INTERVAL):
+        if len(waiting) >= TX_BATCH or (_NEWLINE in taken and self._pause >= TX_INTERVAL):
             if not self._soon:
                 self._flush_soon()
         elif waiting and not self._later:
-            self._flush_later(pause)
+            self._flush_later()
 
-    def _flush_later(self, pause: float) -> None:
+    @property
+    def _pause(self) -> float:
+        """Seconds since the last batch left."""
+        return monotonic() - self._left_at
+
+    def _flush_later(self) -> None:
         # The loop may have stopped before the vCPUs did; then the last flush() finds the bytes.
         with suppress(Stopped):
             self._later = True
-            self._io.call_later(max(TX_DELAY, TX_INTERVAL - pause), self._flush_after_delay)
+            self._io.call_later(max(TX_DELAY, TX_INTERVAL - self._pause), self._flush_after_delay)
 
     def _flush_soon(self) -> None:
         with suppress(Stopped):
