@@ -5,11 +5,11 @@ from __future__ import annotations
 import os
 import struct
 import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from running_vm import command_line
 
 MULTIBOOT_MAGIC = 0x1BADB002
 LOAD_ADDRESS = 0x100000
@@ -42,10 +42,6 @@ def guest(tmp_path: Path) -> Callable[[bytes], Path]:
 
 
 Hvkvm = Callable[..., "subprocess.CompletedProcess[str]"]
-
-
-def command_line(*arguments: object) -> list[str]:
-    return [sys.executable, "-m", "hvkvm", *map(str, arguments)]
 
 
 @pytest.fixture

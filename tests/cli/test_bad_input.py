@@ -4,17 +4,13 @@ from __future__ import annotations
 
 import os
 import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from running_vm import command_line
 
 HANG = b"\xfa\xf4\xeb\xfd"
-
-
-def command_line(*arguments: object) -> list[str]:
-    return [sys.executable, "-m", "hvkvm", *map(str, arguments)]
 
 
 def one_line(result: subprocess.CompletedProcess[str], status: int, *words: str) -> None:

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import json
 import subprocess
-import sys
 from collections.abc import Callable
 
 import pytest
 from guest_artifacts import artifact
+from running_vm import command_line
 
 pytestmark = pytest.mark.hyperv
 
@@ -91,7 +91,7 @@ def test_a_panic_is_255_with_the_guests_own_words(linux: Boot) -> None:
 def test_a_reboot_starts_the_guest_again() -> None:
     options = (*kernel_options(), "--append", "quiet", "--json", "--timeout", SECONDS, "--", "reboot", "-f")
     process = subprocess.Popen(
-        [sys.executable, "-m", "hvkvm", "run", *map(str, options)],
+        command_line("run", *options),
         stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
     assert process.stdout is not None

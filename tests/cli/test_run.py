@@ -8,13 +8,13 @@ import pty
 import select
 import signal
 import subprocess
-import sys
 import termios
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from running_vm import command_line
 from tiny_guests import DEADLINE, HANG, SPIN, TRIPLE_FAULT, out, out_string, run_arguments
 
 from hvkvm.abi import board
@@ -104,7 +104,7 @@ class Running:
         stdin = subprocess.DEVNULL if terminal is None else terminal
         output = subprocess.PIPE if terminal is None else terminal
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "hvkvm", *map(str, arguments)],
+            command_line(*arguments),
             stdin=stdin, stdout=output, stderr=subprocess.PIPE, start_new_session=True,
         )  # fmt: skip
 
@@ -209,7 +209,7 @@ def test_a_reader_that_goes_away_ends_the_run(guest: Guest) -> None:
 
 def test_closed_standard_fds_are_not_taken_by_the_vms_own(guest: Guest) -> None:
     kernel = guest(out_string(b"into nothing\n") + out(board.GUEST_EXIT_PORT, 5) + HANG)
-    words = [sys.executable, "-m", "hvkvm", *map(str, run_arguments(kernel))]
+    words = command_line(*run_arguments(kernel))
     result = subprocess.run(
         ["sh", "-c", 'exec "$@" <&- >&- 2>&-', "sh", *words], timeout=DEADLINE, check=False
     )

@@ -7,12 +7,12 @@ import fcntl
 import os
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from running_vm import command_line
 from tiny_guests import DEADLINE, HANG, out, out_string, run_arguments
 
 from hvkvm.abi import board
@@ -32,7 +32,7 @@ class SlowReader:
         kernel = guest(out_string(self.TEXT) + out(board.GUEST_EXIT_PORT, 3) + HANG)
         self.fd, writer = os.pipe()
         fcntl.fcntl(writer, fcntl.F_SETPIPE_SZ, 4096)
-        words = [sys.executable, "-m", "hvkvm", *map(str, run_arguments(kernel, *options))]
+        words = command_line(*run_arguments(kernel, *options))
         self.process = subprocess.Popen(
             words, stdin=subprocess.DEVNULL, stdout=writer, stderr=subprocess.PIPE
         )

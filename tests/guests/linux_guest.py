@@ -96,8 +96,11 @@ class LinuxGuest:
         return result[0]
 
     def type(self, line: str) -> None:
-        """Send a line to the guest's serial console, as fast as it takes it."""
-        data = f"{line}\n".encode()
+        """Send a line to the guest's serial console."""
+        self.press(f"{line}\n".encode())
+
+    def press(self, data: bytes) -> None:
+        """Send keys to the guest's serial console, as fast as it takes them."""
         while data:
             taken = self.call(self.machine.board.serial.feed, data)
             data = data[taken:]

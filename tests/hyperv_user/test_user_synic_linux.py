@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import re
 import subprocess
-import sys
 from collections.abc import Callable
 
 import pytest
@@ -13,6 +12,7 @@ from guest_agent import DRAIN, HYPERCALL_PAGE, SCRATCH
 from guest_artifacts import artifact
 from guest_machine import Guest
 from linux_guest import LinuxGuest, linux_guest
+from running_vm import command_line
 
 from hvkvm.abi import tlfs
 from hvkvm.abi.kvm import KVM_EXIT_HYPERV
@@ -158,7 +158,7 @@ def test_the_command_runs_a_program_on_it() -> None:
         "--busybox", artifact("HVKVM_GUEST_BUSYBOX"), "--append", "quiet", "--json", "--timeout", "240",
     )  # fmt: skip
     result = subprocess.run(
-        [sys.executable, "-m", "hvkvm", "run", *map(str, options), "--", "sh", "-c", "uname -s; exit 9"],
+        command_line("run", *options, "--", "sh", "-c", "uname -s; exit 9"),
         stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=500, check=False,
     )  # fmt: skip
     assert result.returncode == 9, result

@@ -5,7 +5,7 @@ from __future__ import annotations
 from time import sleep
 
 import pytest
-from linux_guest import LinuxGuest, linux_guest
+from linux_guest import linux_guest
 
 from hvkvm.devices.port.serial_output import TX_LIMIT
 
@@ -15,10 +15,6 @@ CTRL_C, CTRL_Z = b"\x03", b"\x1a"
 LINE = "0123456789abcde"
 LINES = (TX_LIMIT + 3000) // len(f"{LINE}\r\n")
 """More than a UART takes that is held; the kernel keeps the rest, 4096 bytes at most."""
-
-
-def press(guest: LinuxGuest, key: bytes) -> None:
-    assert guest.call(guest.machine.board.serial.feed, key) == 1
 
 
 def test_what_waits_in_the_guest_when_its_command_ends_is_printed() -> None:
@@ -50,7 +46,7 @@ def test_ctrl_c_is_the_commands(script: str, status: int, last: str) -> None:
     with linux_guest(script, modules=(), vmbus="off") as guest:
         guest.start()
         guest.wait_for("now\n")
-        press(guest, CTRL_C)
+        guest.press(CTRL_C)
         assert guest.finish().status == status
         assert guest.text.split("now\n")[1].strip() == f"^C{last}"
 
@@ -74,10 +70,10 @@ def test_without_a_command_there_is_a_shell_with_jobs() -> None:
         guest.wait_for("\nquiet now\n")
         guest.type(job)
         guest.wait_for("job at work\n")
-        press(guest, CTRL_C)
+        guest.press(CTRL_C)
         guest.type(f"echo status $?; {job}")
         assert "status 130\n" in guest.wait_for("job at work\n", count=2)
-        press(guest, CTRL_Z)
+        guest.press(CTRL_Z)
         guest.type("jobs; echo listed")
         assert "Stopped" in guest.wait_for("listed\n")
         guest.type("kill -9 %1; wait; exit 3")
