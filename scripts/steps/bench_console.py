@@ -8,14 +8,14 @@ from __future__ import annotations
 
 import re
 import tempfile
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from pathlib import Path
-from statistics import median
 
 from steps import artifacts
 from steps.bench_measure import BOOT_DEADLINE, PEER
+from steps.bench_synics import Figures, Progress, alternate
 from steps.bench_table import Row
-from steps.bench_vmm import HVKVM, Guest, Running
+from steps.bench_vmm import HVKVM, Guest, Running, linux_append
 from steps.distribution import StepError
 
 LINES = 1000
@@ -39,26 +39,19 @@ def milliseconds_a_line(said: Iterable[str]) -> float:
     raise StepError("the guest ended before its last line")
 
 
-def rows(runs: int, tell: Callable[[str], None], *, suite: str | None = None) -> list[Row]:
-    """`runs` boots of hvkvm and QEMU, alternating. One that fails is told and left out."""
+def rows(runs: int, tell: Progress, *, suite: str | None = None) -> list[Row]:
+    """`runs` boots of hvkvm and QEMU."""
     from hvkvm.boot import initramfs
-    from hvkvm.boot.linux import default_cmdline
 
-    found: dict[str, list[float]] = {HVKVM: [], PEER: []}
     with tempfile.TemporaryDirectory(prefix="hvkvm-bench-") as folder:
         initrd = Path(folder) / "initramfs"
         initrd.write_bytes(initramfs.build(COMMAND, busybox=artifacts.path("busybox")))
         kernel = artifacts.path("guest-kernel", suite)
-        for run in range(runs):
-            for vmm, taken in found.items():
-                # hvkvm puts the default command line first by itself.
-                append = "quiet" if vmm == HVKVM else f"{default_cmdline()} quiet"
-                try:
-                    with Running(vmm, Guest(kernel, initrd, append), deadline=BOOT_DEADLINE) as running:
-                        taken.append(milliseconds_a_line(text for _seconds, text in running.lines()))
-                except StepError as error:
-                    tell(f"bench: console {run + 1}/{runs} {vmm}: {error}")
-                    continue
-                tell(f"bench: console {run + 1}/{runs} {vmm}: {taken[-1]:.2f} ms a line")
-    mine, peer = (median(taken) if taken else None for taken in found.values())
-    return [Row("console: a short line of Linux", "ms", mine, peer, "less", PEER)]
+
+        def once(vmm: str) -> Figures:
+            guest = Guest(kernel, initrd, linux_append(vmm))
+            with Running(vmm, guest, deadline=BOOT_DEADLINE) as running:
+                taken = milliseconds_a_line(text for _seconds, text in running.lines())
+            return {("console: a short line of Linux", "ms"): (taken, "less")}
+
+        return alternate("console", (HVKVM, PEER), runs, tell, once, PEER)

@@ -50,14 +50,21 @@ def vmbus_rows(vmms: tuple[str, ...], runs: int, tell: Progress, *, suite: str |
 def _rows(
     what: str, vmms: tuple[str, ...], runs: int, tell: Progress, once: Callable[[str], Figures]
 ) -> list[Row]:
-    """Medians of `runs` of `once(synic)` for each, alternating; a run that fails is told and left out."""
+    """`alternate` with `once(synic)`."""
+    return alternate(what, vmms, runs, tell, lambda vmm: once(SYNICS[vmm]), HVKVM_USER)
+
+
+def alternate(
+    what: str, vmms: tuple[str, ...], runs: int, tell: Progress, once: Callable[[str], Figures], peer: str
+) -> list[Row]:
+    """Medians of `runs` of `once(vmm)` for each, alternating; a run that fails is told and left out."""
     from hvkvm.errors import HvkvmError
 
     found: dict[str, list[Figures]] = {vmm: [] for vmm in vmms}
     for run in range(runs):
         for vmm in vmms:
             try:
-                figures = once(SYNICS[vmm])
+                figures = once(vmm)
             except (StepError, HvkvmError) as error:
                 tell(f"bench: {what} {run + 1}/{runs} {vmm}: {error}")
                 continue
@@ -71,9 +78,9 @@ def _rows(
         Row(
             *name,
             _middle(found.get(HVKVM, []), name),
-            _middle(found.get(HVKVM_USER, []), name),
+            _middle(found.get(peer, []), name),
             better,
-            HVKVM_USER,
+            peer,
         )
         for name, better in names
     ]

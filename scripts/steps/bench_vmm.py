@@ -46,6 +46,13 @@ class Guest(NamedTuple):
     hyperv: bool = True
 
 
+def linux_append(vmm: str) -> str:
+    """`Guest.append` that gives a Linux the same command line under each; hvkvm begins it by itself."""
+    from hvkvm.boot.linux import default_cmdline
+
+    return "quiet" if vmm in (HVKVM, HVKVM_USER) else f"{default_cmdline()} quiet"
+
+
 def command_line(vmm: str, guest: Guest) -> list[str]:
     """How `vmm` ("hvkvm", "hvkvm-user", "qemu-" and a machine type) boots `guest`. StepError without QEMU."""
     if vmm in (HVKVM, HVKVM_USER):
