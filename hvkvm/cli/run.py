@@ -215,16 +215,22 @@ def _run(arguments: list[str]) -> int:
         Signals((signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)) as signals,
         Machine(config, observer=Teller(sys.stderr, quiet=options.quiet or options.json)) as machine,
     ):
-        if not machine.features and config.hv != "none" and not options.quiet:
+        offered = machine.hyperv.offered
+        if not offered.features and config.hv != "none" and not options.quiet:
             note = f"--hv {config.hv}: this kernel's KVM can back none; `hvkvm doctor` names the remedies"
             print(f"hvkvm: running without enlightenments: {note}", file=sys.stderr)
-        elif machine.features and config.synic == "auto" and not options.quiet and not options.json:
-            choice = machine.synic_choice
+        elif (
+            machine.hyperv.offered.features
+            and config.synic == "auto"
+            and not options.quiet
+            and not options.json
+        ):
+            choice = offered.choice
             who = "in user space" if choice.synic == "user" else "by KVM"
             print(f"hvkvm: SynIC {who}: {choice.why}", file=sys.stderr)
         status = StatusLine(machine, sys.stderr, enabled=not options.quiet and not options.json)
         console = Console(
-            machine.io,
+            machine.platform.io,
             on_quit=lambda: machine.finish(Ending.QUIT, 130, "by the console's keys"),
             on_dump=lambda: os.kill(os.getpid(), signal.SIGQUIT),
             on_output_broken=lambda: machine.finish(Ending.QUIT, 141, "nobody reads the console any more"),
@@ -263,7 +269,7 @@ def _attend(machine: Machine, signals: Signals, status: StatusLine, end: float |
             report = _describe(machine)
             machine.expire()
             continue
-        number = signals.wait(machine.ended_fd, left)
+        number = signals.wait(machine.lifecycle.ended_fd, left)
         if number == signal.SIGQUIT:
             status.clear()
             print(_describe(machine), file=sys.stderr, flush=True)
@@ -275,7 +281,7 @@ def _attend(machine: Machine, signals: Signals, status: StatusLine, end: float |
 def _describe(machine: Machine) -> str:
     from hvkvm.machine.dump import describe
 
-    return describe(machine)
+    return describe(machine.parts)
 
 
 def _conclude(machine: Machine, outcome: Outcome, seconds: float, options: Any) -> None:
@@ -289,8 +295,8 @@ def _conclude(machine: Machine, outcome: Outcome, seconds: float, options: Any) 
             "detail": outcome.detail,
             "seconds": round(seconds, 3),
             "resets": machine.resets,
-            "features": str(machine.features),
-            "synic": machine.synic_choice.synic if machine.features else None,
+            "features": str(machine.hyperv.offered.features),
+            "synic": machine.hyperv.offered.synic,
             "exits": machine.exit_counts(),
         }
         print(json.dumps(record), file=sys.stderr)

@@ -36,7 +36,7 @@ class StatusLine:
         """Start drawing; the guest's first byte ends it."""
         if self._live:
             self._machine.board.on_first_output = self.clear
-            self._timer = self._machine.io.call_later(REDRAW_SECONDS, self._draw)
+            self._timer = self._machine.platform.io.call_later(REDRAW_SECONDS, self._draw)
 
     def _draw(self) -> None:
         with self._lock:
@@ -49,7 +49,7 @@ class StatusLine:
             self._stream.write(ERASE + text)
             self._stream.flush()
             self._drawn = True
-            self._timer = self._machine.io.call_later(REDRAW_SECONDS, self._draw)
+            self._timer = self._machine.platform.io.call_later(REDRAW_SECONDS, self._draw)
 
     def clear(self) -> None:
         """Erase the line and draw no more. Any thread, any number of times."""

@@ -1,8 +1,8 @@
 """The port devices of a machine and its console: what `abi.board` promises, built and wired.
 
-Made by `Machine` before the vCPUs run. Device callbacks come on vCPU threads
-and only name the machine's next step (`finish`, `request_reset`); output
-reaches the sink on the I/O loop.
+A `parts.Part`, made by `Machine` before the vCPUs run. Device callbacks come on
+vCPU threads and only name the machine's next step (`finish`, `request_reset`);
+output reaches the sink on the I/O loop.
 """
 
 from __future__ import annotations
@@ -23,14 +23,16 @@ from hvkvm.devices.port.quiet import absorb_writes, quiet_ports
 from hvkvm.devices.port.reset import I8042Reset, PciConfigPorts, SystemControlA
 from hvkvm.devices.port.serial import Serial16550
 from hvkvm.devices.port.serial_coalesced import CoalescedSerial
-from hvkvm.errors import CapabilityMissing, ConfigError
+from hvkvm.errors import CapabilityMissing
 from hvkvm.kvm.irqfd import Irqfd
 from hvkvm.machine.outcome import Ending
 
 if TYPE_CHECKING:
     from hvkvm.backends.console import Console
     from hvkvm.devices.port.hyperv_testdev import HypervTestdev
-    from hvkvm.machine.machine import Machine
+    from hvkvm.machine.hyperv import Hyperv
+    from hvkvm.machine.lifecycle import Lifecycle
+    from hvkvm.machine.parts import Platform
 
 PANIC_MARK = "Kernel panic - not syncing: "
 """What Linux prints; the only word of a panic from a kernel whose Hyper-V drivers are not loaded."""
@@ -39,71 +41,68 @@ PANIC_MARK = "Kernel panic - not syncing: "
 class Board:
     """The devices. `stack` closes what they hold, in reverse order."""
 
-    def __init__(self, machine: Machine, stack: ExitStack) -> None:
-        self._machine = machine
+    name = "board"
+
+    def __init__(self, platform: Platform, lifecycle: Lifecycle, stack: ExitStack) -> None:
+        self._platform = platform
         self._stack = stack
         self.tail = ConsoleTail()
         """The guest's last console lines."""
         self.on_first_output: Callable[[], None] | None = None
         self._sink: Callable[[bytes], object] | None = None
         self.testdev: HypervTestdev | None = None
-        self.ports = PortBus(machine.observer)
+        self.ports = PortBus(platform.observer)
         self.ports.expect(quiet_ports())
-        self.mmio = MmioHole(machine.observer)
-        for vcpu in machine.vcpus:
+        self.mmio = MmioHole(platform.observer)
+        for vcpu in platform.vcpus:
             stack.callback(self.ports.forget, vcpu)
-        self._add_serial(machine, stack)
-        self._add_platform(machine, stack)
+        self._add_serial(platform, stack)
+        self._add_chipset(platform, lifecycle, stack)
 
-    def _add_serial(self, machine: Machine, stack: ExitStack) -> None:
-        irqfd = Irqfd(machine.vm, board.COM1_IRQ)
+    def _add_serial(self, platform: Platform, stack: ExitStack) -> None:
+        irqfd = Irqfd(platform.vm, board.COM1_IRQ)
         stack.callback(irqfd.close)
-        self.serial = Serial16550(IrqfdLine(irqfd), self._output, machine.io)
+        self.serial = Serial16550(IrqfdLine(irqfd), self._output, platform.io)
         self._coalesced: CoalescedSerial | None = None
         try:
-            self._coalesced = CoalescedSerial(self.serial, machine.vcpus[0], machine.io)
+            self._coalesced = CoalescedSerial(self.serial, platform.vcpus[0], platform.io)
             self._coalesced.attach(self.ports)
             stack.callback(self._coalesced.close)
         except CapabilityMissing:
             self.serial.attach(self.ports)
 
-    def _add_platform(self, machine: Machine, stack: ExitStack) -> None:
+    def _add_chipset(self, platform: Platform, lifecycle: Lifecycle, stack: ExitStack) -> None:
         def reset() -> None:
-            machine.request_reset("the guest asked for a reset")
+            lifecycle.request_reset("the guest asked for a reset")
 
         def debug_exit(value: int) -> None:
-            machine.finish(Ending.DEBUG_EXIT, debug_exit_status(value), f"{value:#x} written")
+            lifecycle.finish(Ending.DEBUG_EXIT, debug_exit_status(value), f"{value:#x} written")
 
         def guest_exit(status: int) -> None:
-            machine.finish(Ending.COMMAND_EXITED, status)
+            lifecycle.finish(Ending.COMMAND_EXITED, status)
 
         PciConfigPorts(reset).attach(self.ports)
         I8042Reset(reset).attach(self.ports)
         SystemControlA(reset).attach(self.ports)
         DebugExit(debug_exit).attach(self.ports)
         GuestExit(guest_exit).attach(self.ports)
-        FwCfg(machine.config.cpus, machine.config.memory).attach(self.ports)
+        FwCfg(platform.config.cpus, platform.config.memory).attach(self.ports)
         Cmos().attach(self.ports)
-        self.sleep = AcpiControlBlock(lambda: machine.finish(Ending.POWERED_OFF, 0))
+        self.sleep = AcpiControlBlock(lambda: lifecycle.finish(Ending.POWERED_OFF, 0))
         self.sleep.attach(self.ports)
-        self.power = AcpiEventBlock(lambda level: machine.vm.irq_line(board.SCI_IRQ, int(level)))
+        self.power = AcpiEventBlock(lambda level: platform.vm.irq_line(board.SCI_IRQ, int(level)))
         self.power.attach(self.ports)
-        for doorbell in absorb_writes(machine.vm):
+        for doorbell in absorb_writes(platform.vm):
             stack.callback(doorbell.close)
 
-    def add_optional_devices(self, names: tuple[str, ...]) -> None:
+    def add_optional_devices(self, names: tuple[str, ...], hyperv: Hyperv) -> None:
         """Add the devices asked for by `--device`. ConfigError when one lacks what it stands on."""
-        machine = self._machine
         for name in dict.fromkeys(names):
             if name == "hyperv-testdev":
                 from hvkvm.devices.port.hyperv_testdev import HypervTestdev
 
-                if machine.partition is None:
-                    raise ConfigError(
-                        f"--device {name}: drives the SynIC, which --hv {machine.config.hv} leaves out; "
-                        "add synic to --hv"
-                    )
-                self.testdev = HypervTestdev(machine.partition, machine.io, machine.observer)
+                partition = hyperv.require_synic(f"--device {name}", "drives")
+                self.testdev = HypervTestdev(partition, self._platform.io, self._platform.observer)
                 self._stack.callback(self.testdev.close)
                 self.testdev.attach(self.ports)
 
@@ -143,6 +142,14 @@ class Board:
         if self._coalesced is not None:
             self._coalesced.drain()
         self.serial.output.flush(even_if_held=True)
+
+    def start(self) -> None:
+        """See `Part.start`."""
+
+    def stop(self, done: Callable[[], object]) -> None:
+        """See `Part.stop`: what the guest printed last is on its way."""
+        self.flush()
+        done()
 
     def reset(self) -> None:
         """Power-on state of every device; the SynIC's users give their routes up (S7). vCPUs paused."""

@@ -1,8 +1,8 @@
-"""The steps of building a machine, in the order KVM demands.
+"""The platform of a machine, built in the order KVM demands, and the guest's image.
 
-VM, interrupt chips, memory, every vCPU in vp_index order, CPUID before SynIC,
-SynIC before routing. Called by `Machine` on the thread that owns it; each step
-pushes its undoing on the stack.
+VM, interrupt chips, memory, every vCPU in vp_index order with its CPUID; the
+SynIC and the devices come on top. Called by `Machine` on the thread that owns it;
+each step pushes its undoing on the stack.
 """
 
 from __future__ import annotations
@@ -21,9 +21,7 @@ from hvkvm.abi.kvm import (
 )
 from hvkvm.errors import CapabilityMissing, ConfigError
 from hvkvm.hyperv import cpuid as hv_cpuid
-from hvkvm.hyperv.features import FeatureSet, parse_features, resolve
-from hvkvm.hyperv.partition import Partition
-from hvkvm.hyperv.usermode.features import Choice, choose, for_user_synic
+from hvkvm.hyperv.features import FeatureSet
 from hvkvm.kvm.system import Kvm
 from hvkvm.kvm.vcpu import Vcpu
 from hvkvm.kvm.vm import Vm
@@ -32,26 +30,15 @@ from hvkvm.machine.cpu import vcpu_cpuid
 from hvkvm.memory.guest import GuestMemory
 
 if TYPE_CHECKING:
-    from hvkvm.hyperv.usermode.interface import UserHyperv
     from hvkvm.machine.bus import Bus
     from hvkvm.machine.control_door import ControlDoor
-    from hvkvm.machine.machine import Machine
+    from hvkvm.machine.hyperv import Hyperv
+    from hvkvm.machine.parts import Parts, Platform
 
 _NEEDED = (
     (KVM_CAP_IMMEDIATE_EXIT, "KVM_CAP_IMMEDIATE_EXIT", "Linux 4.13"),
     (KVM_CAP_IRQFD_RESAMPLE, "KVM_CAP_IRQFD_RESAMPLE", "Linux 3.9 with an in-kernel irqchip"),
 )
-
-
-def choose_synic(kvm: Kvm, config: MachineConfig) -> Choice:
-    """Who carries the enlightenments of `config` on this host. CapabilityMissing."""
-    return choose(kvm, config.synic)
-
-
-def resolve_features(choice: Choice, config: MachineConfig) -> FeatureSet:
-    """The enlightenments of `config` with the SynIC of `choice`. ConfigError, CapabilityMissing."""
-    features = resolve(parse_features(config.hv), choice.host)
-    return for_user_synic(features) if choice.synic == "user" else features
 
 
 def create_vm(kvm: Kvm, config: MachineConfig, stack: ExitStack) -> Vm:
@@ -92,76 +79,22 @@ def create_vcpus(kvm: Kvm, vm: Vm, config: MachineConfig, features: FeatureSet) 
     return vcpus
 
 
-def create_user_hyperv(machine: Machine, stack: ExitStack) -> UserHyperv | None:
-    """The Hyper-V interface in user space, where that one was chosen; MSRs and hypercall port taken."""
-    if machine.synic_choice.synic != "user" or not machine.features:
-        return None
-    from hvkvm.hyperv.usermode.interface import UserHyperv
-
-    user = UserHyperv(
-        machine.vm,
-        machine.memory,
-        machine.io,
-        machine.threads,
-        with_synic="synic" in machine.features.names,
-        on_crash=machine.guest_panicked,
-        on_reset=machine.request_reset,
-        observer=machine.observer,
-    )
-    stack.callback(user.close)
-    user.activate()
-    machine.board.ports.add(board.HYPERCALL_PORT, board.HYPERCALL_PORT_SIZE, user.hypercall_page)
-    return user
-
-
-def create_partition(machine: Machine, stack: ExitStack) -> Partition | None:
-    """The SynIC component, where the enlightenments have one; activated."""
-    if "synic" not in machine.features.names:
-        return None
-    user = machine.user_hyperv
-    partition = Partition(
-        machine.vm,
-        machine.gsi,
-        machine.memory,
-        machine.io,
-        machine.threads,
-        features=machine.features,
-        observer=machine.observer,
-        signal_path=machine.config.signal_path,
-        synic=None if user is None else user.synic,
-    )
-    stack.callback(partition.close)
-    partition.activate()
-    if user is not None:
-        user.hypercall_page.call = partition.hypercalls.call
-    return partition
-
-
-def create_bus(machine: Machine, stack: ExitStack) -> Bus | None:
+def create_bus(platform: Platform, hyperv: Hyperv, stack: ExitStack) -> Bus | None:
     """The VMBus host and its devices, where the configuration asks for them. ConfigError without SynIC."""
-    if machine.config.vmbus == "off":
+    if platform.config.vmbus == "off":
         return None
     from hvkvm.machine.bus import Bus
 
-    return Bus(machine, stack)
+    return Bus(platform, hyperv, stack)
 
 
-def create_control(machine: Machine, stack: ExitStack) -> ControlDoor | None:
+def create_control(parts: Parts, stack: ExitStack) -> ControlDoor | None:
     """The control socket, where the configuration asks for one. ConfigError."""
-    if machine.config.control == "off":
+    if parts.platform.config.control == "off":
         return None
     from hvkvm.machine.control_door import open_door
 
-    return open_door(machine, stack)
-
-
-def reset_enlightenments(machine: Machine) -> None:
-    """Power-on values of the Hyper-V registers that no `Partition` resets."""
-    if machine.user_hyperv is not None:
-        machine.user_hyperv.reset()
-    elif machine.partition is None and machine.features:
-        for vcpu in machine.vcpus:
-            vcpu.set_msrs(hv_cpuid.reset_msrs(machine.features, vcpu.index))
+    return open_door(parts, stack)
 
 
 class GuestImage:

@@ -1,11 +1,12 @@
 """The machine's VMBus: the host on its partition, and the utility devices.
 
-Made by `Machine` when the configuration asks for it, before vCPUs run;
-afterwards everything happens on the I/O loop.
+A `parts.Part`. Made by `Machine` when the configuration asks for it, before
+vCPUs run; afterwards everything happens on the I/O loop.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import ExitStack
 from typing import TYPE_CHECKING
 
@@ -17,41 +18,50 @@ from hvkvm.devices.synth.shutdown import Shutdown
 from hvkvm.devices.synth.timesync import TimeSync
 from hvkvm.devices.synth.vsock import Vsock
 from hvkvm.devices.synth.vss import Vss
-from hvkvm.errors import ConfigError
 from hvkvm.machine.config import VMBUS_VERSIONS
 from hvkvm.vmbus.host import VmbusHost
 
 if TYPE_CHECKING:
-    from hvkvm.machine.machine import Machine
+    from hvkvm.machine.hyperv import Hyperv
+    from hvkvm.machine.parts import Platform
 
 
 class Bus:
     """The bus and its devices. ConfigError without a SynIC."""
 
-    def __init__(self, machine: Machine, stack: ExitStack) -> None:
-        if machine.partition is None:
-            raise ConfigError(
-                f"--vmbus on: needs the SynIC, which --hv {machine.config.hv} leaves out; add synic to --hv"
-            )
+    name = "VMBus"
 
+    def __init__(self, platform: Platform, hyperv: Hyperv, stack: ExitStack) -> None:
+        config, io = platform.config, platform.io
         self.host = VmbusHost(
-            machine.partition,
-            machine.memory,
-            machine.config.cpus,
-            machine.io.call_soon,
-            max_version=HOST_VERSIONS[VMBUS_VERSIONS.index(machine.config.vmbus_max_version)],
-            observer=machine.observer,
+            hyperv.require_synic("--vmbus on", "needs"),
+            platform.memory,
+            config.cpus,
+            io.call_soon,
+            max_version=HOST_VERSIONS[VMBUS_VERSIONS.index(config.vmbus_max_version)],
+            observer=platform.observer,
         )
-        self.heartbeat = Heartbeat(machine.io.call_later)
+        self.heartbeat = Heartbeat(io.call_later)
         self.shutdown = Shutdown()
-        self.timesync = TimeSync(machine.io.call_later, machine.reference_time)
+        self.timesync = TimeSync(io.call_later, hyperv.reference_time)
         self.kvp = Kvp()
-        self.vss = Vss(machine.io.call_later)
+        self.vss = Vss(io.call_later)
         self.keyboard = Keyboard()
         for device in (self.heartbeat, self.shutdown, self.timesync, self.kvp, self.vss, self.keyboard):
             self.host.add(device)
         stack.callback(self.host.close)
-        self.vsock = Vsock(self.host, machine.io, machine.config.vsock, observer=machine.observer)
+        self.vsock = Vsock(self.host, io, config.vsock, observer=platform.observer)
         stack.callback(self.vsock.close)
         self.vsock.start()
         self.host.attach()
+
+    def start(self) -> None:
+        """See `Part.start`."""
+
+    def stop(self, done: Callable[[], object]) -> None:
+        """See `Part.stop`."""
+        done()
+
+    def reset(self) -> None:
+        """See `Part.reset`: every channel closed, every device offered anew."""
+        self.host.reset()

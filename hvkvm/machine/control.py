@@ -21,7 +21,8 @@ from hvkvm.machine.outcome import Ending
 from hvkvm.observe.control_socket import Answer, ControlSocket
 
 if TYPE_CHECKING:
-    from hvkvm.machine.machine import Machine
+    from hvkvm.machine.lifecycle import Lifecycle
+    from hvkvm.machine.parts import Parts
 
 Request = dict[str, Any]
 
@@ -37,22 +38,23 @@ DUMP_JOIN_SECONDS = 5.0
 class Control:
     """Answers requests about one machine."""
 
-    def __init__(self, machine: Machine, listener: int) -> None:
+    def __init__(self, parts: Parts, listener: int) -> None:
         from socket import socket
 
-        self.machine = machine
+        self._parts = parts
+        self._io = parts.platform.io
         self.requests: dict[str, Callable[[Request, Answer], object]] = {
-            "info": lambda _request, answer: answer.ok(inspect.info(machine)),
-            "inspect": lambda _request, answer: answer.ok(inspect.inspect(machine)),
+            "info": lambda _request, answer: answer.ok(inspect.info(parts)),
+            "inspect": lambda _request, answer: answer.ok(inspect.inspect(parts)),
             "dump": self._dump,
             "wait": self._wait,
             "quit": self._quit,
-            **control_guest.requests(machine, self.wait),
+            **control_guest.requests(parts, self.wait),
         }
         self._waiting: list[tuple[Answer, int | None]] = []
         self._watching = False
         self._dumper: threading.Thread | None = None
-        self._socket = ControlSocket(socket(fileno=listener), machine.io, self._handle)
+        self._socket = ControlSocket(socket(fileno=listener), self._io, self._handle)
 
     def _handle(self, request: Request, answer: Answer) -> None:
         handler = self.requests.get(request["do"])
@@ -65,7 +67,7 @@ class Control:
             seconds = control_guest.number(request, "timeout", DEFAULT_SECONDS, LONGEST)
             handler(request, answer)
             if answer.wanted:
-                answer.timer = self.machine.io.call_later(seconds, self._expire, answer, seconds)
+                answer.timer = self._io.call_later(seconds, self._expire, answer, seconds)
         except ValueError as error:
             answer.fail("usage", str(error))
         except Stopped:
@@ -86,11 +88,11 @@ class Control:
 
             try:
                 try:
-                    text = describe(self.machine)
+                    text = describe(self._parts)
                 except Exception as error:
-                    self.machine.io.call_soon(answer.fail, "internal", f"{type(error).__name__}: {error}")
+                    self._io.call_soon(answer.fail, "internal", f"{type(error).__name__}: {error}")
                 else:
-                    self.machine.io.call_soon(answer.ok, text)
+                    self._io.call_soon(answer.ok, text)
             except Stopped:
                 return  # the machine ends, and the connection with it
 
@@ -100,7 +102,7 @@ class Control:
     def _quit(self, _request: Request, answer: Answer) -> None:
         """Answered as "wait" is."""
         self._waiting.append((answer, None))
-        self.machine.finish(Ending.QUIT, QUIT_STATUS, "by its control socket")
+        self._parts.lifecycle.finish(Ending.QUIT, QUIT_STATUS, "by its control socket")
 
     def _wait(self, request: Request, answer: Answer) -> None:
         """Until the run has ended; with "resets": N, until the machine was reset more often than that too."""
@@ -118,14 +120,14 @@ class Control:
 
     def _watch(self) -> None:
         """A reset has no event of its own, and asking now and then costs nothing."""
-        machine, waiting = self.machine, self._waiting
+        lifecycle, waiting = self._parts.lifecycle, self._waiting
         self._waiting = [(answer, resets) for answer, resets in waiting if answer.wanted]
         for answer, resets in list(self._waiting):
-            if resets is not None and machine.resets > resets:
-                answer.ok(_end(machine))
+            if resets is not None and lifecycle.resets > resets:
+                answer.ok(_end(lifecycle))
         self._watching = bool(self._waiting)
         if self._watching:
-            machine.io.call_later(WATCH_SECONDS, self._watch)
+            self._io.call_later(WATCH_SECONDS, self._watch)
 
     def close(self) -> None:
         """Tell those who wait how it ended, and go. The I/O loop has ended. Idempotent."""
@@ -133,13 +135,13 @@ class Control:
             self._dumper.join(DUMP_JOIN_SECONDS)
         waiting, self._waiting = self._waiting, []
         for answer, _resets in waiting:
-            answer.ok(_end(self.machine))
+            answer.ok(_end(self._parts.lifecycle))
         self._socket.close()
 
 
-def _end(machine: Machine) -> dict[str, Any]:
-    outcome = machine.outcome
-    found: dict[str, Any] = {"resets": machine.resets}
+def _end(lifecycle: Lifecycle) -> dict[str, Any]:
+    outcome = lifecycle.outcome
+    found: dict[str, Any] = {"resets": lifecycle.resets}
     if outcome is not None:
         found |= {"ending": outcome.ending.value, "status": outcome.status, "detail": outcome.detail}
     return found

@@ -20,20 +20,20 @@ from hvkvm.runtime import unix_listener
 
 if TYPE_CHECKING:
     from hvkvm.machine.control import Control
-    from hvkvm.machine.machine import Machine
+    from hvkvm.machine.parts import Parts
     from hvkvm.runtime.io_loop import Handle
 
 
 class ControlDoor:
     """Owns the socket's file, and its fd until the first client comes."""
 
-    def __init__(self, machine: Machine, fd: int, path: Path) -> None:
+    def __init__(self, parts: Parts, fd: int, path: Path) -> None:
         self.path = path
-        self._machine = machine
+        self._parts = parts
         self._fd = fd
         self._owned = unix_listener.identity(path)
         self._control: Control | None = None
-        self._reader: Handle | None = machine.io.add_reader(fd, self._open)
+        self._reader: Handle | None = parts.platform.io.add_reader(fd, self._open)
 
     def _open(self) -> None:
         from hvkvm.machine.control import Control
@@ -41,7 +41,7 @@ class ControlDoor:
         if self._reader is not None:
             self._reader.remove()
             self._reader = None
-        self._control = Control(self._machine, self._fd)
+        self._control = Control(self._parts, self._fd)
 
     def close(self) -> None:
         """Take the name away, then tell who waits how it ended. The I/O loop has ended."""
@@ -55,34 +55,36 @@ class ControlDoor:
             os.close(self._fd)
 
 
-def open_door(machine: Machine, stack: ExitStack) -> ControlDoor | None:
-    """Listen where `machine.config` says. ConfigError; in "auto" only for a name that is taken."""
-    choice = machine.config.control
+def open_door(parts: Parts, stack: ExitStack) -> ControlDoor | None:
+    """Listen where `parts.platform.config` says. ConfigError; in "auto" only for a name that is taken."""
+    choice = parts.platform.config.control
     if choice == "off":
         return None
     automatic = choice == "auto"
     path = Path(choice)
     try:
         if automatic:
-            path = control_path.make_folder() / f"{machine.name}{control_path.SUFFIX}"
+            path = control_path.make_folder() / f"{parts.name}{control_path.SUFFIX}"
         fd = control_path.listen_fd(path)
     except NameTaken as error:
         if not automatic:
             raise ConfigError(f"--control {path}: {error}") from None
-        if machine.config.name:
-            raise ConfigError(f"--name {machine.name}: {path}: {error.reason}; choose another name") from None
-        _go_without(machine, f"{path}: {error.reason}")
+        if parts.platform.config.name:
+            raise ConfigError(f"--name {parts.name}: {path}: {error.reason}; choose another name") from None
+        _go_without(parts, f"{path}: {error.reason}")
         return None
     except (OSError, FolderUnusable) as error:
         reason = (error.strerror if isinstance(error, OSError) else "") or str(error)
         if automatic:
-            _go_without(machine, reason)
+            _go_without(parts, reason)
             return None
         raise ConfigError(f"--control {path}: {reason}; name a new file in a folder of yours") from None
-    door = ControlDoor(machine, fd, path)
+    door = ControlDoor(parts, fd, path)
     stack.callback(door.close)
     return door
 
 
-def _go_without(machine: Machine, reason: str) -> None:
-    machine.observer.event(Warned("control", f"no control socket: {reason}; --control names another path"))
+def _go_without(parts: Parts, reason: str) -> None:
+    parts.platform.observer.event(
+        Warned("control", f"no control socket: {reason}; --control names another path")
+    )

@@ -17,7 +17,7 @@ from hvkvm.observe.control_socket import Answer
 
 if TYPE_CHECKING:
     from hvkvm.devices.synth.kvp import KvpReply
-    from hvkvm.machine.machine import Machine
+    from hvkvm.machine.parts import Parts
 
 Request = dict[str, Any]
 Handler = Callable[[Request, Answer], object]
@@ -39,9 +39,9 @@ Wait = Callable[[Answer, "int | None"], object]
 """wait(answer, resets): answers at the end of the run, or after one more reset than `resets`."""
 
 
-def requests(machine: Machine, wait: Wait) -> dict[str, Handler]:
+def requests(parts: Parts, wait: Wait) -> dict[str, Handler]:
     """The handlers by name."""
-    guest = _Guest(machine, wait)
+    guest = _Guest(parts, wait)
     return {
         "heartbeat": guest.heartbeat,
         "shutdown": guest.shutdown,
@@ -74,16 +74,16 @@ def text(request: Request, key: str, choices: tuple[str, ...] = ()) -> str:
 
 
 class _Guest:
-    def __init__(self, machine: Machine, wait: Wait) -> None:
-        self._machine = machine
+    def __init__(self, parts: Parts, wait: Wait) -> None:
+        self._parts = parts
         self._wait = wait
 
     def _device(self, name: str, answer: Answer, *, driver: bool = True) -> Any:
         """The device, or None when it is not there; then the answer says why."""
-        if self._machine.bus is None:
+        if self._parts.bus is None:
             answer.fail("absent", "this VM has no VMBus; start it with --vmbus on")
             return None
-        device = getattr(self._machine.bus, name, None)
+        device = getattr(self._parts.bus, name, None)
         if device is None:
             answer.fail("absent", f"this VM has no {name} device")
         elif driver and not device.ready_for_requests:
@@ -101,7 +101,7 @@ class _Guest:
     def shutdown(self, request: Request, answer: Answer) -> None:
         """Have the guest do "what": power-off, reboot or hibernate. It answers before it acts."""
         what = text(request, "what", ("power-off", "reboot", "hibernate"))
-        resets = self._machine.resets
+        resets = self._parts.lifecycle.resets
         device = self._device("shutdown", answer)
         if device is None:
             return

@@ -12,25 +12,26 @@ from hvkvm.machine import dump_vcpu, inspect
 from hvkvm.observe import bus_text
 
 if TYPE_CHECKING:
-    from hvkvm.machine.machine import Machine
+    from hvkvm.machine.parts import Parts
 
 CONSOLE_LINES = 12
 
 
-def describe(machine: Machine) -> str:
+def describe(parts: Parts) -> str:
     """Several lines: each vCPU's state, registers and exits, the SynIC's queues, the last console lines."""
     lines = []
-    elapsed = 0.0 if machine.started_at is None else monotonic() - machine.started_at
-    lines.append(f"hvkvm: {machine.config.kernel} after {elapsed:.1f} s, {machine.resets} resets")
-    for thread in machine.threads:
+    platform, lifecycle, partition = parts.platform, parts.lifecycle, parts.hyperv.partition
+    elapsed = 0.0 if lifecycle.started_at is None else monotonic() - lifecycle.started_at
+    lines.append(f"hvkvm: {platform.config.kernel} after {elapsed:.1f} s, {lifecycle.resets} resets")
+    for thread in platform.threads:
         lines += dump_vcpu.describe(thread)
-    if machine.partition is not None:
-        lines += bus_text.synic_lines(machine.partition.snapshot())
-    if machine.bus is not None:
-        lines += bus_text.bus_lines(machine.bus.host.snapshot())
-        lines += bus_text.device_lines(inspect.devices(machine))
-    lines.append(f"i/o loop: {machine.io.state}")
-    tail = machine.board.tail.lines(CONSOLE_LINES)
+    if partition is not None:
+        lines += bus_text.synic_lines(partition.snapshot())
+    if parts.bus is not None:
+        lines += bus_text.bus_lines(parts.bus.host.snapshot())
+        lines += bus_text.device_lines(inspect.devices(parts.bus))
+    lines.append(f"i/o loop: {platform.io.state}")
+    tail = parts.board.tail.lines(CONSOLE_LINES)
     lines.append("console: no output yet" if not tail else "console, last lines:")
     lines += [f"  | {line}" for line in tail]
     return "\n".join(lines)

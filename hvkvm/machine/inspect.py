@@ -7,41 +7,44 @@ moment. Runs no code on vCPU threads, so it never waits. Any thread.
 from __future__ import annotations
 
 import os
+from collections import Counter
 from time import monotonic
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from hvkvm.machine.machine import Machine
+    from hvkvm.machine.bus import Bus
+    from hvkvm.machine.config import MachineConfig
+    from hvkvm.machine.parts import Parts, Platform
     from hvkvm.runtime.vcpu_thread import VcpuThread
 
 DEVICES = ("heartbeat", "shutdown", "timesync", "kvp", "vss", "keyboard")
-"""Attributes of `machine.bus` that are devices."""
+"""Attributes of `Parts.bus` that are devices."""
 
 _SHOWN = ("alive", "beats", "missed", "sent", "state", "frozen", "events", "leds", "waiting")
 
 
-def info(machine: Machine) -> dict[str, Any]:
+def info(parts: Parts) -> dict[str, Any]:
     """What the machine is, how long it runs and how often it left the guest."""
     from hvkvm import __version__
 
-    choice = machine.synic_choice
+    lifecycle, offered = parts.lifecycle, parts.hyperv.offered
     return {
-        "name": machine.name,
+        "name": parts.name,
         "pid": os.getpid(),
         "hvkvm": __version__,
-        "uptime": round(0.0 if machine.started_at is None else monotonic() - machine.started_at, 3),
-        "resets": machine.resets,
-        "outcome": None if machine.outcome is None else str(machine.outcome),
-        "features": str(machine.features),
-        "synic": choice.synic if machine.features else None,
-        "synic_reason": choice.why,
-        "vmbus_version": None if machine.bus is None else machine.bus.host.snapshot()["version"],
-        "config": config(machine),
-        "exits": machine.exit_counts(),
+        "uptime": round(0.0 if lifecycle.started_at is None else monotonic() - lifecycle.started_at, 3),
+        "resets": lifecycle.resets,
+        "outcome": None if lifecycle.outcome is None else str(lifecycle.outcome),
+        "features": str(offered.features),
+        "synic": offered.synic,
+        "synic_reason": offered.choice.why,
+        "vmbus_version": None if parts.bus is None else parts.bus.host.snapshot()["version"],
+        "config": config(parts.platform.config),
+        "exits": exit_counts(parts.platform),
     }
 
 
-def config(machine: Machine) -> dict[str, Any]:
+def config(config: MachineConfig) -> dict[str, Any]:
     """The configuration as plain values: paths are text, files a table."""
 
     def plain(value: Any) -> Any:
@@ -49,17 +52,27 @@ def config(machine: Machine) -> dict[str, Any]:
             return [plain(item) for item in value]
         return value if isinstance(value, bool | int | float | str | None) else str(value)
 
-    return {key: plain(value) for key, value in machine.config._asdict().items()}
+    return {key: plain(value) for key, value in config._asdict().items()}
 
 
-def inspect(machine: Machine) -> dict[str, Any]:
+def inspect(parts: Parts) -> dict[str, Any]:
     """vCPUs, the SynIC's routes and connections, the bus with its channels and rings, the devices."""
     return {
-        "vcpus": [_vcpu(thread) for thread in machine.threads],
-        "synic": None if machine.partition is None else machine.partition.snapshot(),
-        "vmbus": None if machine.bus is None else machine.bus.host.snapshot(),
-        "devices": devices(machine),
+        "vcpus": [_vcpu(thread) for thread in parts.platform.threads],
+        "synic": None if parts.hyperv.partition is None else parts.hyperv.partition.snapshot(),
+        "vmbus": None if parts.bus is None else parts.bus.host.snapshot(),
+        "devices": devices(parts.bus),
     }
+
+
+def exit_counts(platform: Platform) -> dict[str, int]:
+    """Exits of all vCPUs so far, by the C name of the reason without KVM_EXIT_. Any thread."""
+    from hvkvm.kvm.exits import exit_name
+
+    total: Counter[str] = Counter()
+    for thread in platform.threads:
+        total.update({exit_name(reason): count for reason, count in list(thread.exit_counts.items())})
+    return dict(total)
 
 
 def _vcpu(thread: VcpuThread) -> dict[str, Any]:
@@ -70,9 +83,8 @@ def _vcpu(thread: VcpuThread) -> dict[str, Any]:
     return {"name": thread.name, "state": thread.state, "last_exits": last, "exits": exits}
 
 
-def devices(machine: Machine) -> dict[str, Any]:
+def devices(bus: Bus | None) -> dict[str, Any]:
     """The devices on the bus: whether a driver is there, the versions it chose, and what they count."""
-    bus = machine.bus
     if bus is None:
         return {}
     head, *connections = bus.vsock.describe()

@@ -82,7 +82,8 @@ class VcpuThread:
         self._stopping = False
         self._quiesced = False
         self._pausers: list[int] = []  # thread idents, one entry for each pause() not yet resumed
-        # Guards the four above, save the loop's own peeks. Reentrant: signal handlers stop machines.
+        self._when_paused: list[Callable[[], object]] = []
+        # Guards the five above, save the loop's own peeks. Reentrant: signal handlers stop machines.
         self._changed = threading.Condition(threading.RLock())
         self._thread = threading.Thread(target=self._main, name=self.name, daemon=True)
 
@@ -143,13 +144,23 @@ class VcpuThread:
         """Whether the caller runs on this thread."""
         return threading.current_thread() is self._thread
 
-    def request_pause(self) -> None:
-        """Ask the thread to leave the guest and wait; pauses nest. RuntimeError on the thread itself."""
+    def request_pause(self, when_paused: Callable[[], object] | None = None) -> None:
+        """Ask the thread to leave the guest and wait; pauses nest. RuntimeError on the thread itself.
+
+        `when_paused()` is called once, when the vCPU is quiescent (see `wait_paused`):
+        on its thread, or right here if it is already. A resume that comes first
+        forgets it.
+        """
         if self.is_current():
             raise RuntimeError(f"{self.name} cannot pause itself")
         with self._changed:
             self._pausers.append(threading.get_ident())
             self._attention = True
+            if when_paused is not None and not self._at_rest():
+                self._when_paused.append(when_paused)
+                when_paused = None
+        if when_paused is not None:
+            when_paused()
         if self._phase == _ENTERED:
             self._kicker.kick()
 
@@ -160,7 +171,17 @@ class VcpuThread:
         `timeout` seconds. A thread that has not started or has ended is quiescent.
         """
         with self._changed:
-            return self._changed.wait_for(lambda: self._quiesced or self._phase in (_NEW, _ENDED), timeout)
+            return self._changed.wait_for(self._at_rest, timeout)
+
+    def _at_rest(self) -> bool:
+        return self._quiesced or self._phase in (_NEW, _ENDED)
+
+    def _tell_paused(self) -> None:
+        """On this thread, at rest. Not under the lock: who is told may take locks of its own."""
+        with self._changed:
+            waiting, self._when_paused = self._when_paused, []
+        for when_paused in waiting:
+            when_paused()
 
     def resume(self) -> None:
         """Undo one `request_pause()`: one of the caller's, if it made any. RuntimeError if there is none."""
@@ -171,6 +192,7 @@ class VcpuThread:
             self._pausers.remove(me if me in self._pausers else self._pausers[-1])
             if not self._pausers:
                 self._attention = self._stopping
+                self._when_paused.clear()
                 self._changed.notify_all()
 
     @property
@@ -205,6 +227,7 @@ class VcpuThread:
             with self._changed:
                 self._phase = _ENDED
                 self._changed.notify_all()
+            self._tell_paused()
             try:
                 self._queue.close()
             except Exception as error:
@@ -249,6 +272,8 @@ class VcpuThread:
                 self._phase = _PARKED
                 self._quiesced = True
                 self._changed.notify_all()
+            self._tell_paused()
+            with self._changed:
                 self._changed.wait_for(lambda: self._stopping or not self._pausers)
                 self._quiesced = False
                 self._phase = _DRAINING

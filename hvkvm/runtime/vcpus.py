@@ -6,7 +6,7 @@ Callable from any thread but a vCPU's own, which could not wait for itself.
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from time import monotonic
 
@@ -15,6 +15,23 @@ from hvkvm.runtime.vcpu_thread import VcpuThread
 
 PAUSE_SECONDS = 30.0
 """How long a pause waits before it says which vCPU does not come to rest."""
+
+
+class Countdown:
+    """Calls `done()` on the thread that reports the last of `count` things done. Any thread."""
+
+    def __init__(self, count: int, done: Callable[[], object]) -> None:
+        self._left = count
+        self._done = done
+        self._lock = threading.Lock()
+
+    def one_done(self) -> None:
+        """One of them is done."""
+        with self._lock:
+            self._left -= 1
+            last = not self._left
+        if last:
+            self._done()
 
 
 class VcpuGroup:
@@ -52,8 +69,19 @@ class VcpuGroup:
             self.resume_all()
             raise Stuck(f"no rest within {timeout:g} s: {stuck}")
 
+    def request_pause(self, when_paused: Callable[[], object]) -> None:
+        """Ask every vCPU to come to rest; `when_paused()` is called once, when the last of them has.
+
+        Like `pause_all`, without the wait: on the thread of that vCPU, or right
+        here. It needs its `resume_all()` too, which makes the call not come if it
+        has not yet. RuntimeError on a vCPU's own thread.
+        """
+        left = Countdown(len(self.threads), when_paused)
+        for thread in self.threads:
+            thread.request_pause(left.one_done)
+
     def resume_all(self) -> None:
-        """Undo one `pause_all()`."""
+        """Undo one `pause_all()` or `request_pause()`."""
         for thread in self.threads:
             thread.resume()
 

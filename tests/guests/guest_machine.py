@@ -21,6 +21,7 @@ from hvkvm.abi.tlfs import HV_X64_MSR_GUEST_OS_ID, HV_X64_MSR_HYPERCALL
 if TYPE_CHECKING:
     from hvkvm.hyperv.partition import Partition
     from hvkvm.hyperv.sint_route import SintRoute
+    from hvkvm.hyperv.usermode.interface import UserHyperv
     from hvkvm.machine.machine import Machine
 
 MIB = 1 << 20
@@ -62,10 +63,10 @@ class Guest:
     def _describe(self) -> str:
         from hvkvm.machine.dump import describe
 
-        return describe(self.machine)
+        return describe(self.machine.parts)
 
     def _wake(self, index: int) -> None:
-        self.machine.vm.signal_msi(0xFEE00000 | index << 12, ABI["DOORBELL_VECTOR"])
+        self.machine.platform.vm.signal_msi(0xFEE00000 | index << 12, ABI["DOORBELL_VECTOR"])
 
     def start(self) -> Guest:
         """Start the machine and wait for every vCPU."""
@@ -83,14 +84,22 @@ class Guest:
         return self.machine.partition
 
     @property
+    def in_user_space(self) -> UserHyperv | None:
+        """The Hyper-V interface in user space; None where it is KVM's, or none."""
+        from hvkvm.machine.hyperv import UserModeHyperv
+
+        interface = self.machine.hyperv
+        return interface.registers if isinstance(interface, UserModeHyperv) else None
+
+    @property
     def hypercall_exit(self) -> int:
         """The exit that a hypercall makes, by the SynIC that carries this guest."""
-        return KVM_EXIT_HYPERV if self.machine.user_hyperv is None else KVM_EXIT_IO
+        return KVM_EXIT_HYPERV if self.in_user_space is None else KVM_EXIT_IO
 
     @property
     def register_exit(self) -> int:
         """The exit that a write to SCONTROL, SIMP or SIEFP makes."""
-        return KVM_EXIT_HYPERV if self.machine.user_hyperv is None else KVM_EXIT_X86_WRMSR
+        return KVM_EXIT_HYPERV if self.in_user_space is None else KVM_EXIT_X86_WRMSR
 
     def enlighten(self) -> None:
         """GUEST_OS_ID and the hypercall page, which hypercalls need."""
@@ -109,14 +118,14 @@ class Guest:
             held.set()
             go.wait(self.agent.seconds)
 
-        self.machine.threads[index].submit(wait)
+        self.machine.platform.threads[index].submit(wait)
         assert held.wait(self.agent.seconds), f"vcpu{index}'s thread does not take work"
         return go.set
 
     def io_barrier(self) -> None:
         """Return when the I/O loop has run everything that was queued for it before."""
         done = threading.Event()
-        self.machine.io.call_soon(done.set)
+        self.machine.platform.io.call_soon(done.set)
         assert done.wait(self.agent.seconds), "the I/O loop is stuck"
 
     def settle(self, *indexes: int) -> None:
@@ -141,7 +150,7 @@ class Poster:
         self.route: SintRoute = guest.partition.open_route(vp, sint, self._complete)
 
     def _complete(self, status: int) -> None:
-        if not self.guest.machine.io.in_loop():
+        if not self.guest.machine.platform.io.in_loop():
             self.off_loop += 1
         self.statuses.append(status)
         if self.on_complete is not None:
@@ -181,7 +190,7 @@ class Sender:
     def send(self, count: int) -> None:
         """Send `count` more messages; numbers go on from the last."""
         self.due = self.sent + count
-        self.guest.machine.io.call_soon(self._next)
+        self.guest.machine.platform.io.call_soon(self._next)
 
     def _next(self) -> None:
         if self.sent < self.due and not self._under_way:
@@ -199,10 +208,10 @@ class Sender:
         if status == 0:
             self._under_way = False
             self.sent += 1
-            self.guest.machine.io.call_soon(self._next)
+            self.guest.machine.platform.io.call_soon(self._next)
         elif status == -errno.EAGAIN:
             self.retries += 1
-            self.guest.machine.io.call_soon(self._post)
+            self.guest.machine.platform.io.call_soon(self._post)
         else:
             self.failed.append(status)
 

@@ -89,7 +89,7 @@ class LinuxGuest:
                 error.append(caught)
             done.set()
 
-        self.machine.io.call_soon(run)
+        self.machine.platform.io.call_soon(run)
         self.wait_until(done.is_set, f"{fn} on the I/O loop")
         if error:
             raise error[0]
@@ -109,7 +109,7 @@ class LinuxGuest:
 
     def finish(self, seconds: float = SECONDS) -> Outcome:
         """The outcome of the run; starts it if need be."""
-        if self.machine.started_at is None:
+        if self.machine.lifecycle.started_at is None:
             self.start()
         outcome = self.machine.wait(seconds)
         assert outcome is not None, f"the guest does not end\n{self.report()}"
@@ -120,7 +120,7 @@ class LinuxGuest:
         """Console and machine, for a failure's text."""
         from hvkvm.machine.dump import describe
 
-        return f"{self.text[-6000:]}\n{describe(self.machine)}"
+        return f"{self.text[-6000:]}\n{describe(self.machine.parts)}"
 
 
 @contextmanager

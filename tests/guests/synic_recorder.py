@@ -217,7 +217,7 @@ class Recorder:
         machine, agent = self.guest.machine, self.guest.agent
         seen: View = {}
         for round_number in range(_ROUNDS):
-            for thread in machine.threads:
+            for thread in machine.platform.threads:
                 thread.call(_nothing, timeout=agent.seconds)
             self.guest.io_barrier()
             self._await_auto_eoi()
@@ -240,7 +240,7 @@ class Recorder:
 
     def _await_auto_eoi(self) -> None:
         """In user space these wait for a moment in which the CPU takes them; not for one that takes none."""
-        user = self.guest.machine.user_hyperv
+        user = self.guest.in_user_space
         if user is None or user.synic is None:
             return
         for vp, cpu in zip(user.synic.vps, self.guest.agent.cpus, strict=True):

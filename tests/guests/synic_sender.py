@@ -12,7 +12,7 @@ class Sender:
     """A device on one SINT: one message after the other, each again after every -EAGAIN."""
 
     def __init__(self, guest: Guest, vp: int, sint: int) -> None:
-        self._io = guest.machine.io
+        self._io = guest.machine.platform.io
         self.route = guest.partition.open_route(vp, sint, self._complete)
         self._queue: deque[tuple[int, bytes]] = deque()
         self._under_way = False

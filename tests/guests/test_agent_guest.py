@@ -178,7 +178,7 @@ def test_pause_stops_every_vcpu(boot: BootAgent) -> None:
     for cpu in guest.agent.cpus:
         cpu.idle("SPIN")
     for _ in range(5):
-        with guest.machine.group.paused():
+        with guest.machine.platform.group.paused():
             before = [cpu.counter("HEARTBEAT") for cpu in guest.agent.cpus]
             guest.io_barrier()
             assert [cpu.counter("HEARTBEAT") for cpu in guest.agent.cpus] == before

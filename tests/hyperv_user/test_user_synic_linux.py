@@ -16,6 +16,7 @@ from running_vm import command_line
 
 from hvkvm.abi import tlfs
 from hvkvm.abi.kvm import KVM_EXIT_HYPERV
+from hvkvm.machine.hyperv import UserModeHyperv
 from hvkvm.machine.machine import Machine
 
 pytestmark = [pytest.mark.hyperv, pytest.mark.user_synic, pytest.mark.timeout(600)]
@@ -41,9 +42,10 @@ KVMS_OWN = (
 
 def kvms_own(machine: Machine) -> list[dict[int, int]]:
     """What KVM's own Hyper-V code holds in its registers, for every vCPU."""
+    running = machine.lifecycle.started_at is not None
     return [
-        thread.call(thread.vcpu.msrs, KVMS_OWN, timeout=60) if machine.started_at else vcpu.msrs(KVMS_OWN)
-        for thread, vcpu in zip(machine.threads, machine.vcpus, strict=True)
+        thread.call(thread.vcpu.msrs, KVMS_OWN, timeout=60) if running else thread.vcpu.msrs(KVMS_OWN)
+        for thread in machine.platform.threads
     ]
 
 
@@ -67,7 +69,7 @@ def test_kvms_own_registers_stay_at_power_on() -> None:
         assert hidden == untouched[0]
         for msr in KVMS_OWN:
             assert seen[msr] != hidden[msr], f"{msr:#x}"
-        assert KVM_EXIT_HYPERV not in guest.machine.threads[0].exit_counts
+        assert KVM_EXIT_HYPERV not in guest.machine.platform.threads[0].exit_counts
     finally:
         guest.close()
 
@@ -79,7 +81,7 @@ def test_vmcall_is_none_of_hypervs(boot_agent: BootAgent) -> None:
     for code in (b"\x0f\x01\xd9\xc3", b"\x0f\x01\xc1\xc3"):
         guest.machine.memory.write(HYPERCALL_PAGE, code)
         assert guest[0].hypercall(0x5C, SCRATCH) == (1 << 64) - KVM_ENOSYS
-    assert KVM_EXIT_HYPERV not in guest.machine.threads[0].exit_counts
+    assert KVM_EXIT_HYPERV not in guest.machine.platform.threads[0].exit_counts
 
 
 SCRIPT = """
@@ -140,9 +142,10 @@ def test_linux(kernel: str, cpus: int, hv: str) -> None:
         assert len(re.findall("^bound .*/hv_", text, re.MULTILINE)) >= 3
         guest.wait_until(lambda: guest.bus.heartbeat.alive, "the heartbeat")
         assert kvms_own(machine) == untouched
-        assert machine.user_hyperv is not None
-        assert machine.user_hyperv.synic is not None
-        for vp in machine.user_hyperv.synic.vps:
+        interface = machine.hyperv
+        assert isinstance(interface, UserModeHyperv)
+        assert interface.registers.synic is not None
+        for vp in interface.registers.synic.vps:
             assert vp.simp & 1
             assert vp.scontrol & 1
         counts = machine.exit_counts()

@@ -57,9 +57,9 @@ def test_kvm_sees_nothing_of_it(guest: Guest) -> None:
     guest.enlighten()
     guest[0].synic_on(simp=SCRATCH, siefp=SCRATCH + 0x1000, sints={SINT: DRAIN})
     assert guest[0].hypercall(0x5D | 1 << 16, 0x77) == HvStatus.INVALID_CONNECTION_ID
-    assert KVM_EXIT_HYPERV not in guest.machine.threads[0].exit_counts
-    assert guest.machine.synic_choice.synic == "user"
-    assert "avic" in guest.machine.features, "AutoEOI is declared deprecated"
+    assert KVM_EXIT_HYPERV not in guest.machine.platform.threads[0].exit_counts
+    assert guest.machine.hyperv.offered.synic == "user"
+    assert "avic" in guest.machine.hyperv.offered.features, "AutoEOI is declared deprecated"
 
 
 def test_registers_that_are_not_there_fault(guest: Guest) -> None:
@@ -147,8 +147,8 @@ def test_code_copied_out_of_the_page_is_no_hypercall(guest: Guest) -> None:
     guest[0].wrmsr(tlfs.HV_X64_MSR_HYPERCALL, SCRATCH)  # off
     guest.machine.memory.write(HYPERCALL_PAGE, CODE)
     seen: list[int] = []
-    assert guest.machine.user_hyperv is not None
-    page = guest.machine.user_hyperv.hypercall_page
+    assert guest.in_user_space is not None
+    page = guest.in_user_space.hypercall_page
     page.call = lambda control, param: seen.append(control) or 0
     guest[0].do("HYPERCALL", 0x5C, 0)
     guest[0].wrmsr(tlfs.HV_X64_MSR_HYPERCALL, SCRATCH | 1)  # on, somewhere else
@@ -164,8 +164,8 @@ def cpl_3_faults(guest: Guest) -> set[int]:
     guest.enlighten()
     cpu = guest[0]
     seen: list[int] = []
-    assert guest.machine.user_hyperv is not None
-    guest.machine.user_hyperv.hypercall_page.call = lambda control, param: seen.append(control) or 0
+    assert guest.in_user_space is not None
+    guest.in_user_space.hypercall_page.call = lambda control, param: seen.append(control) or 0
     faults = set()
     for _ in range(5):
         reply = cpu.do("USER_CALL", 0x5C, SCRATCH, HYPERCALL_PAGE)
@@ -247,7 +247,7 @@ def test_reference_counter_and_frequencies(guest: Guest) -> None:
     assert values == sorted(values)
     assert values[0] < values[-1]
     # On its thread: KVM holds the vCPU for as long as the guest halts.
-    khz = guest.machine.threads[0].call(guest.machine.vcpus[0].tsc_khz, timeout=30)
+    khz = guest.machine.platform.threads[0].call(guest.machine.platform.vcpus[0].tsc_khz, timeout=30)
     assert cpu.rdmsr(tlfs.HV_X64_MSR_TSC_FREQUENCY) == khz * 1000
     assert cpu.rdmsr(tlfs.HV_X64_MSR_APIC_FREQUENCY) == 1_000_000_000
     runtime = cpu.rdmsr(tlfs.HV_X64_MSR_VP_RUNTIME)
@@ -257,7 +257,7 @@ def test_reference_counter_and_frequencies(guest: Guest) -> None:
 
 def test_the_invariant_tsc_shows_once_the_guest_asked_for_it(guest: Guest) -> None:
     cpu = guest[0]
-    if "tsc-invariant" not in guest.machine.features:
+    if "tsc-invariant" not in guest.machine.hyperv.offered.features:
         assert not cpu.do("CPUID", 0x40000003, 0).results[0] & tlfs.HV_ACCESS_TSC_INVARIANT
         return
     assert cpu.rdmsr(tlfs.HV_X64_MSR_TSC_INVARIANT_CONTROL) == 0
@@ -271,9 +271,9 @@ def test_reference_tsc_page_agrees_with_the_counter(guest: Guest) -> None:
     """Computed from the guest's TSC between two readings of the counter, it lies between them."""
     from hvkvm.hyperv.usermode.clock import host_counts_by_tsc
 
-    cpu, memory, vcpu = guest[0], guest.machine.memory, guest.machine.vcpus[0]
-    assert guest.machine.user_hyperv is not None
-    clock = guest.machine.user_hyperv.clock
+    cpu, memory, vcpu = guest[0], guest.machine.memory, guest.machine.platform.vcpus[0]
+    assert guest.in_user_space is not None
+    clock = guest.in_user_space.clock
     cpu.wrmsr(tlfs.HV_X64_MSR_REFERENCE_TSC, SCRATCH | 1)
     sequence, scale, offset = unpack("<I4xQq", memory.read(SCRATCH, 24))
     if not host_counts_by_tsc():
@@ -288,7 +288,7 @@ def test_reference_tsc_page_agrees_with_the_counter(guest: Guest) -> None:
 
     slack = 20  # 2 us: the page was made from a reading as uncertain as that
     for _ in range(20):
-        before, page, after = guest.machine.threads[0].call(between, timeout=10)
+        before, page, after = guest.machine.platform.threads[0].call(between, timeout=10)
         assert before - slack <= page <= after + slack
     cpu.wrmsr(tlfs.HV_X64_MSR_REFERENCE_TSC, SCRATCH)
     assert memory.read(SCRATCH, 24) == bytes(24), "the RAM below is back"

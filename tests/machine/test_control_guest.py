@@ -52,9 +52,11 @@ class World:
     def __init__(self, loop: Loopback, name: str, device: IntegrationComponent, version: ic.Version) -> None:
         self.loop = loop
         self.waits: list[tuple[object, int | None]] = []
-        self.machine = SimpleNamespace(bus=SimpleNamespace(**{name: device}), resets=5)
+        self.parts = SimpleNamespace(
+            bus=SimpleNamespace(**{name: device}), lifecycle=SimpleNamespace(resets=5)
+        )
         wait = lambda answer, resets: self.waits.append((answer, resets))  # noqa: E731
-        self.requests = control_guest.requests(self.machine, wait)  # type: ignore[arg-type]
+        self.requests = control_guest.requests(self.parts, wait)  # type: ignore[arg-type]
         self.driver = IcDriver(loop, device, version)
 
     def ask(self, do: str, **more: Any) -> Answers:
@@ -104,9 +106,9 @@ def test_without_bus_device_or_driver_the_answer_says_so(
     ((kind, text),) = world.ask(do, **more).told
     assert kind == "guest"
     assert control_guest.MODULES[name] in text
-    world.machine.bus = SimpleNamespace()
+    world.parts.bus = SimpleNamespace()
     assert world.ask(do, **more).told == [("absent", f"this VM has no {name} device")]
-    world.machine.bus = None
+    world.parts.bus = None
     assert world.ask(do, **more).told == [("absent", "this VM has no VMBus; start it with --vmbus on")]
 
 
@@ -145,7 +147,7 @@ def test_who_waits_for_a_shutdown_is_told_later(loop: Loopback, what: str, reset
     world.driver.negotiate()
     answer = world.ask("shutdown", what=what, wait=True)
     payload = world.pending()
-    world.machine.resets = 6  # what counts is what was before the request
+    world.parts.lifecycle.resets = 6  # what counts is what was before the request
     world.driver.answer(payload)
     assert answer.told == []
     assert world.waits == [(answer, resets)]

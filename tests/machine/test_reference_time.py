@@ -32,19 +32,23 @@ def expect_agreement(guest: Guest) -> None:
     """Register and page lie between two of the host's own readings, on every vCPU."""
     machine = guest.machine
     for cpu in guest.agent.cpus:
-        before = machine.reference_time()
+        before = machine.hyperv.reference_time()
         counter = cpu.rdmsr(tlfs.HV_X64_MSR_TIME_REF_COUNT)
-        after = machine.reference_time()
+        after = machine.hyperv.reference_time()
         assert before - SLACK <= counter <= after + SLACK
         sequence, scale, offset = read_page(guest)
         if not sequence:
             continue  # the host's clock is not the TSC: guests use the register
 
         def tsc_between(index: int = cpu.index) -> tuple[int, int, int]:
-            before = machine.reference_time()
-            return before, machine.vcpus[index].msrs((MSR_TSC,))[MSR_TSC], machine.reference_time()
+            before = machine.hyperv.reference_time()
+            return (
+                before,
+                machine.platform.vcpus[index].msrs((MSR_TSC,))[MSR_TSC],
+                machine.hyperv.reference_time(),
+            )
 
-        before, tsc, after = machine.threads[cpu.index].call(tsc_between, timeout=30)
+        before, tsc, after = machine.platform.threads[cpu.index].call(tsc_between, timeout=30)
         assert before - SLACK <= (tsc * scale >> 64) + offset <= after + SLACK
 
 
@@ -59,7 +63,7 @@ def test_counter_page_and_host_agree_through_pause_and_reset(boot_agent: BootAge
         machine.resume()
         expect_agreement(guest)
     sequence = read_page(guest)[0]
-    before = machine.reference_time()
+    before = machine.hyperv.reference_time()
     boots = machine.memory.read_u64(ABI["HEADER"] + ABI["HEADER_BOOTS"])
     machine.request_reset("a test wants it")
     guest.until(
@@ -70,5 +74,5 @@ def test_counter_page_and_host_agree_through_pause_and_reset(boot_agent: BootAge
     assert guest[0].rdmsr(tlfs.HV_X64_MSR_REFERENCE_TSC) == 0
     guest[0].wrmsr(tlfs.HV_X64_MSR_REFERENCE_TSC, SCRATCH | 1)
     expect_agreement(guest)
-    assert machine.reference_time() > before, "a reset does not turn time back"
+    assert machine.hyperv.reference_time() > before, "a reset does not turn time back"
     assert bool(read_page(guest)[0]) == bool(sequence)

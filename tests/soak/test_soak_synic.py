@@ -35,7 +35,7 @@ def test_ten_thousand_routes(boot_agent: BootAgent) -> None:
     guest = boot_agent(cpus=2)
     for cpu in guest.agent.cpus:
         cpu.synic_on(simp=SCRATCH + cpu.index * 0x1000, sints=dict.fromkeys(range(16), DRAIN | EOM_PENDING))
-    fds, gsis = len(os.listdir("/proc/self/fd")), guest.machine.gsi.gsis()
+    fds, gsis = len(os.listdir("/proc/self/fd")), guest.machine.platform.gsi.gsis()
     for number in range(CHURN):
         vp, sint = number % 2, number % 16
         if number % 3:
@@ -46,5 +46,5 @@ def test_ten_thousand_routes(boot_agent: BootAgent) -> None:
         assert guest[vp].await_messages(1)[0].payload.rstrip(b"\0") == b"%d" % number
         poster.await_completions(1)
         poster.close()
-    assert guest.machine.gsi.gsis() == gsis
+    assert guest.machine.platform.gsi.gsis() == gsis
     assert len(os.listdir("/proc/self/fd")) == fds

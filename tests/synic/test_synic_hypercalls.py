@@ -210,10 +210,10 @@ def test_signals_take_an_exit_only_by_the_userspace_table(boot_agent: BootAgent,
     calls: list[int] = []
     connections = guest.partition.connections
     assert connections.add_event(CONNECTION, lambda: calls.append(1)) == 0
-    before = guest.machine.threads[0].exit_counts[guest.hypercall_exit]
+    before = guest.machine.platform.threads[0].exit_counts[guest.hypercall_exit]
     reply = guest[0].do("SIGNAL", CONNECTION, 50)
     assert reply.results[:3] == (50, 0, 0)
-    exits = guest.machine.threads[0].exit_counts[guest.hypercall_exit] - before
+    exits = guest.machine.platform.threads[0].exit_counts[guest.hypercall_exit] - before
     assert exits == (50 if path == "user" else 0)
     guest.until(lambda: bool(calls), "the event's callback runs")
     guest.io_barrier()

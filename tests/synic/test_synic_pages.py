@@ -93,7 +93,7 @@ def test_enabling_takes_three_exits_and_moves_each_page_once(boot_agent: BootAge
     moves = Moves()
     guest = boot_agent(observer=moves)
     cpu = guest[0]
-    counts = guest.machine.threads[0].exit_counts
+    counts = guest.machine.platform.threads[0].exit_counts
     before = counts[guest.register_exit]
     cpu.wrmsr(HV_X64_MSR_SIMP, A | 1)
     cpu.wrmsr(HV_X64_MSR_SIEFP, B | 1)

@@ -70,5 +70,5 @@ def test_s55_without_synic_its_calls_are_denied_or_malformed(boot_agent: BootAge
         guest.enlighten()
         for control in (POST, SIGNAL_FAST):
             assert guest[0].hypercall(control, SCRATCH) == status, f"{hv}: {control:#x}"
-        assert guest.hypercall_exit not in guest.machine.threads[0].exit_counts
+        assert guest.hypercall_exit not in guest.machine.platform.threads[0].exit_counts
         guest.close()

@@ -39,7 +39,7 @@ def test_route_to_nowhere_is_an_error(boot_agent: BootAgent) -> None:
 def test_routes_to_one_sint_share_a_line(boot_agent: BootAgent) -> None:
     """S12: one GSI for all, one user of the completions, who may follow another."""
     guest = boot_agent()
-    gsis = guest.machine.gsi.gsis
+    gsis = guest.machine.platform.gsi.gsis
     base = gsis()
     plain = guest.partition.open_route(0, 2)
     first = Poster(guest, 0, 2)
@@ -93,7 +93,7 @@ def test_closing_with_a_message_under_way(boot_agent: BootAgent) -> None:
     guest = boot_agent()
     cpu = guest[0]
     cpu.synic_on(simp=SCRATCH, sints={2: 0})
-    base = guest.machine.gsi.gsis()
+    base = guest.machine.platform.gsi.gsis()
     for _ in range(10):
         poster = Poster(guest, 0, 2)
         assert poster.post(b"first") == 0
@@ -106,7 +106,7 @@ def test_closing_with_a_message_under_way(boot_agent: BootAgent) -> None:
         cpu.do("DRAIN", 2)
         cpu.eom()
         guest.io_barrier()
-        assert guest.machine.gsi.gsis() == base
+        assert guest.machine.platform.gsi.gsis() == base
 
 
 def test_churn_leaks_nothing(boot_agent: BootAgent) -> None:
@@ -119,7 +119,7 @@ def test_churn_leaks_nothing(boot_agent: BootAgent) -> None:
 
 def churn(guest: Guest, count: int) -> None:
     """Open and close `count` routes over all VPs and SINTs, every third with a message through it."""
-    fds, gsis = open_fds(), guest.machine.gsi.gsis()
+    fds, gsis = open_fds(), guest.machine.platform.gsi.gsis()
     cpus = len(guest.agent.cpus)
     for number in range(count):
         vp, sint = number % cpus, number % 16
@@ -132,14 +132,14 @@ def churn(guest: Guest, count: int) -> None:
         assert message.payload.rstrip(b"\0") == b"%d" % number
         poster.await_completions(1)
         poster.close()
-    assert guest.machine.gsi.gsis() == gsis
+    assert guest.machine.platform.gsi.gsis() == gsis
     assert open_fds() == fds
 
 
 def test_open_and_close_from_several_threads(boot_agent: BootAgent) -> None:
     """S17: counts are not torn; everything is back at the end."""
     guest = boot_agent(cpus=2)
-    fds, gsis = open_fds(), guest.machine.gsi.gsis()
+    fds, gsis = open_fds(), guest.machine.platform.gsi.gsis()
     problems: list[BaseException] = []
 
     def work() -> None:
@@ -155,5 +155,5 @@ def test_open_and_close_from_several_threads(boot_agent: BootAgent) -> None:
     for thread in threads:
         thread.join()
     assert problems == []
-    assert guest.machine.gsi.gsis() == gsis
+    assert guest.machine.platform.gsi.gsis() == gsis
     assert open_fds() == fds

@@ -99,7 +99,7 @@ def see_freeze(guest: LinuxGuest, shell: Shell) -> None:
 def see_return(guest: LinuxGuest, shell: Shell) -> None:
     """What a driver and a daemon left frozen is thawed when they are back."""
     device = guest.bus.vss
-    device.call_later = guest.machine.io.call_later
+    device.call_later = guest.machine.platform.io.call_later
     assert ask(guest, device.freeze).ok
     shell.check(WRITE)
     shell.check("kill -9 $(pidof hv_vss_daemon) $(pidof hv_kvp_daemon)")

@@ -1,0 +1,198 @@
+"""The Hyper-V interface of a machine: KVM's own, the one in user space, or none.
+
+One part with three implementations, so that nobody else asks which it is. `choose`
+says before there is a VM what a machine will have; `create` makes it once there
+are vCPUs, and switches it on.
+
+Threads: made and closed on the main thread; `partition` may be used from any
+thread; the rest belongs to the I/O loop while the machine is at rest.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import ExitStack
+from typing import TYPE_CHECKING, NamedTuple
+
+from hvkvm.abi import board
+from hvkvm.abi.kvm import KVM_EXIT_HYPERV, KVM_EXIT_X86_RDMSR, KVM_EXIT_X86_WRMSR
+from hvkvm.errors import ConfigError
+from hvkvm.hyperv import cpuid as hv_cpuid
+from hvkvm.hyperv.features import FeatureSet, parse_features, resolve
+from hvkvm.hyperv.partition import Partition
+from hvkvm.hyperv.usermode.features import Choice, for_user_synic
+from hvkvm.hyperv.usermode.features import choose as choose_synic
+
+if TYPE_CHECKING:
+    from hvkvm.devices.port.bus import PortBus
+    from hvkvm.hyperv.synic.seam import Synic
+    from hvkvm.kvm.system import Kvm
+    from hvkvm.kvm.vcpu import Vcpu
+    from hvkvm.machine.config import MachineConfig
+    from hvkvm.machine.lifecycle import Lifecycle
+    from hvkvm.machine.parts import Platform
+
+Handlers = dict[int, Callable[["Vcpu"], None]]
+
+
+class Enlightenments(NamedTuple):
+    """What the guest is offered, and who carries it out."""
+
+    features: FeatureSet
+    """Empty for a machine without any."""
+    choice: Choice
+
+    @property
+    def synic(self) -> str | None:
+        """ "kernel" or "user"; None without enlightenments."""
+        return self.choice.synic if self.features else None
+
+
+def choose(kvm: Kvm, config: MachineConfig) -> Enlightenments:
+    """What `config` asks for, on this host. ConfigError, CapabilityMissing."""
+    choice = choose_synic(kvm, config.synic)
+    features = resolve(parse_features(config.hv), choice.host)
+    return Enlightenments(for_user_synic(features) if choice.synic == "user" else features, choice)
+
+
+class Hyperv:
+    """No interface at all, and what all three have in common. A `parts.Part`."""
+
+    name = "Hyper-V interface"
+
+    def __init__(self, platform: Platform, offered: Enlightenments) -> None:
+        self.offered = offered
+        self.partition: Partition | None = None
+        """The SynIC component; None where the enlightenments have no SynIC."""
+        self._platform = platform
+
+    def require_synic(self, flag: str, why: str) -> Partition:
+        """The SynIC component, for the device that `flag` asks for. ConfigError without."""
+        if self.partition is None:
+            hv = self._platform.config.hv
+            raise ConfigError(f"{flag}: {why} the SynIC, which --hv {hv} leaves out; add synic to --hv")
+        return self.partition
+
+    def handlers(self) -> Handlers:
+        """The exits that are its own, each handled on the exiting vCPU's thread."""
+        return {}
+
+    def reference_time(self) -> int:
+        """What the guest's HV_X64_MSR_TIME_REF_COUNT counts, in 100 ns units. Any thread."""
+        return int(self._platform.vm.get_clock().clock) // 100
+
+    def start(self) -> None:
+        """See `Part.start`."""
+
+    def stop(self, done: Callable[[], object]) -> None:
+        """See `Part.stop`. Its messages are written on vCPU threads, which are paused."""
+        done()
+
+    def reset(self) -> None:
+        """See `Part.reset`. The devices have given their routes up (S7)."""
+
+    def _make_partition(self, stack: ExitStack, synic: Synic | None) -> None:
+        platform = self._platform
+        if "synic" not in self.offered.features.names:
+            return
+        self.partition = Partition(
+            platform.vm,
+            platform.gsi,
+            platform.memory,
+            platform.io,
+            platform.threads,
+            features=self.offered.features,
+            observer=platform.observer,
+            signal_path=platform.config.signal_path,
+            synic=synic,
+        )
+        stack.callback(self.partition.close)
+        self.partition.activate()
+
+
+class KernelHyperv(Hyperv):
+    """KVM's own. Its reference time is the VM's clock."""
+
+    def __init__(self, platform: Platform, offered: Enlightenments, stack: ExitStack) -> None:
+        super().__init__(platform, offered)
+        self._make_partition(stack, None)
+
+    def handlers(self) -> Handlers:
+        """See `Hyperv.handlers`."""
+        return {} if self.partition is None else {KVM_EXIT_HYPERV: self.partition.handle_hyperv_exit}
+
+    def reset(self) -> None:
+        """See `Part.reset`: KVM resets none of these registers by itself."""
+        if self.partition is not None:
+            self.partition.reset()
+            return
+        for vcpu in self._platform.vcpus:
+            vcpu.set_msrs(hv_cpuid.reset_msrs(self.offered.features, vcpu.index))
+
+
+class UserModeHyperv(Hyperv):
+    """The one in user space: MSR exits, and a hypercall page behind a port."""
+
+    def __init__(
+        self,
+        platform: Platform,
+        offered: Enlightenments,
+        lifecycle: Lifecycle,
+        ports: PortBus,
+        stack: ExitStack,
+    ) -> None:
+        from hvkvm.hyperv.usermode.interface import UserHyperv
+
+        super().__init__(platform, offered)
+        self.registers = UserHyperv(
+            platform.vm,
+            platform.memory,
+            platform.io,
+            platform.threads,
+            with_synic="synic" in offered.features.names,
+            on_crash=lifecycle.panicked,
+            on_reset=lifecycle.request_reset,
+            observer=platform.observer,
+        )
+        stack.callback(self.registers.close)
+        self.registers.activate()
+        page = self.registers.hypercall_page
+        ports.add(board.HYPERCALL_PORT, board.HYPERCALL_PORT_SIZE, page)
+        self._make_partition(stack, self.registers.synic)
+        if self.partition is not None:
+            page.call = self.partition.hypercalls.call
+
+    def handlers(self) -> Handlers:
+        """See `Hyperv.handlers`."""
+        return {
+            KVM_EXIT_X86_RDMSR: self.registers.handle_rdmsr,
+            KVM_EXIT_X86_WRMSR: self.registers.handle_wrmsr,
+        }
+
+    def reference_time(self) -> int:
+        """See `Hyperv.reference_time`."""
+        return self.registers.clock.now()
+
+    def reset(self) -> None:
+        """See `Part.reset`."""
+        if self.partition is not None:
+            self.partition.reset()
+        self.registers.reset()
+
+
+def create(
+    platform: Platform,
+    offered: Enlightenments,
+    lifecycle: Lifecycle,
+    ports: PortBus,
+    stack: ExitStack,
+) -> Hyperv:
+    """The interface of a machine, switched on. Before a vCPU runs. CapabilityMissing, OSError."""
+    if not offered.features:
+        return Hyperv(platform, offered)
+    if offered.choice.synic == "user":
+        return UserModeHyperv(platform, offered, lifecycle, ports, stack)
+    made = KernelHyperv(platform, offered, stack)
+    if made.partition is None:
+        made.reset()  # an active partition has written them
+    return made

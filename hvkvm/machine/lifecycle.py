@@ -1,0 +1,262 @@
+"""The life of a machine: it runs, comes to rest and goes on, and ends once.
+
+Whatever needs a machine at rest (a reset, saving it) takes one path on the I/O loop:
+
+    RUNNING -> PAUSING   every vCPU leaves the guest, its pending exit completed
+            -> STOPPING  the parts come to rest one after the other, and each says when
+            -> AT_REST   what was asked for happens
+            -> RUNNING   the parts start, last to first; the vCPUs go on
+
+Nothing in it blocks the loop. An end of the run that comes meanwhile wins: the
+parts then stay as they are, and the vCPUs' threads end instead of going on.
+
+Threads: `finish`, `request_reset`, `panicked` and `wait` may be called from any
+thread; `finish` from a signal handler too. All else says its own.
+"""
+
+from __future__ import annotations
+
+import select
+import threading
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import suppress
+from enum import Enum
+from functools import partial
+from time import monotonic
+from typing import TYPE_CHECKING, Protocol
+
+from hvkvm.errors import HvkvmError, Stopped, Stuck
+from hvkvm.events import GuestPanicked
+from hvkvm.kvm.irqfd import EventFd
+from hvkvm.machine.outcome import EXIT_MACHINE_FAULT, EXIT_PANIC, EXIT_TIMEOUT, Ending, Outcome
+from hvkvm.machine.parts import Part, Platform
+
+if TYPE_CHECKING:
+    from hvkvm.runtime.timers import Timer
+
+REST_SECONDS = 30.0
+"""How long vCPUs and parts may take to come to rest before the one that does not is named."""
+
+
+class Phase(Enum):
+    """Where a machine is; the value is for people."""
+
+    BUILT = "not started"
+    RUNNING = "running"
+    PAUSING = "waiting for its vCPUs to pause"
+    STOPPING = "waiting for its parts to stop"
+    AT_REST = "at rest"
+    ENDED = "ended"
+
+
+class GuestConsole(Protocol):
+    """Where a panic shows that the guest has no other way to report."""
+
+    def flush(self) -> None:
+        """Take over what the guest has printed by now. The I/O loop, or after its end."""
+
+    def console_panic(self) -> str | None:
+        """The guest's panic, if that is how its output ends. Any thread."""
+
+
+class Lifecycle:
+    """Of one machine. `reboot` says whether a reset starts the guest anew or ends the run.
+
+    Until `govern` is called there are no parts; that comes once, before `start`.
+    """
+
+    def __init__(self, platform: Platform, *, reboot: bool) -> None:
+        self.outcome: Outcome | None = None
+        """How the run ended; None while it has not."""
+        self.started_at: float | None = None
+        """On the monotonic clock, in seconds."""
+        self.resets = 0
+        self.phase = Phase.BUILT
+        self._platform = platform
+        self._reboot = reboot
+        # An eventfd, not a threading.Event: finish() is called by signal handlers, which may find the
+        # main thread inside wait(), and an Event's lock would then be waited for by its own holder.
+        self._ended = EventFd()
+        self._lock = threading.RLock()  # outcome and _reset_pending
+        self._reset_pending = False
+        self._parts: tuple[Part, ...] = ()
+        self._console: GuestConsole | None = None
+        # The rest is the loop's own.
+        self._waiting: deque[Callable[[], object]] = deque()
+        self._deadline: Timer | None = None
+        self._stopping: Part | None = None
+
+    def govern(self, parts: Sequence[Part], console: GuestConsole) -> None:
+        """Take the machine's parts, in the order in which they stop and reset; they start in reverse.
+
+        That order is: who uses something before what it uses (S7: devices before the SynIC).
+        """
+        self._parts = tuple(parts)
+        self._console = console
+
+    # The beginning and the end.
+
+    def start(self) -> None:
+        """Start the parts, the I/O loop and every vCPU. Once; HvkvmError else. Main thread."""
+        if self.started_at is not None:
+            raise HvkvmError("this machine was started already; build another one")
+        self.started_at = monotonic()
+        for part in reversed(self._parts):
+            part.start()
+        self.phase = Phase.RUNNING
+        self._platform.io.start()
+        try:
+            self._platform.group.start_all()
+        except HvkvmError:
+            if self.outcome is None:  # else a vCPU that ran already has ended the machine
+                raise
+
+    @property
+    def ended_fd(self) -> int:
+        """Becomes readable when the run has ended, for callers that wait for more than that."""
+        return self._ended.fd
+
+    def wait(self, timeout: float | None = None) -> Outcome | None:
+        """Wait up to `timeout` seconds (None: without limit) for the end; None if it has not come."""
+        poller = select.poll()
+        poller.register(self._ended.fd, select.POLLIN)
+        poller.poll(None if timeout is None else timeout * 1000)
+        return self.outcome
+
+    def finish(self, ending: Ending, status: int, detail: str = "") -> None:
+        """Name the end of the run, once; wakes `wait()`."""
+        with self._lock:
+            if self.outcome is None:
+                self.outcome = Outcome(ending, status, detail)
+        for thread in self._platform.threads:
+            thread.stop()
+        self._ended.signal()
+
+    def expire(self, seconds: float | None) -> None:
+        """End the run because its `seconds` are over; a guest that hangs in its panic has ended by that."""
+        if self._console is not None and (panic := self._console.console_panic()) is not None:
+            self.finish(Ending.PANIC, EXIT_PANIC, panic)
+        self.finish(Ending.TIMEOUT, EXIT_TIMEOUT, f"the guest had not finished after {seconds:g} s")
+
+    def stop(self, seconds: float) -> None:
+        """End every vCPU's thread, stop the parts, end the I/O loop. Main thread. Idempotent.
+
+        Raises Stuck, naming who has not come to rest within `seconds` a step.
+        """
+        if self.outcome is None:
+            self.finish(Ending.QUIT, 0, "stopped by the host")
+        if self.started_at is None:
+            return
+        self._platform.group.stop_all(seconds)
+        self._stop_parts_from_outside(seconds)
+        self.phase = Phase.ENDED
+        self._platform.io.stop()
+
+    def _stop_parts_from_outside(self, seconds: float) -> None:
+        stopped = threading.Event()
+        try:
+            self._platform.io.call_soon(self._stop_parts, iter(self._parts), stopped.set)
+        except Stopped:
+            return  # the loop has ended: nothing is in flight any more
+        if not stopped.wait(seconds) and self._stopping is not None:
+            raise Stuck(f"the {self._stopping.name} has not stopped within {seconds:g} s")
+
+    # What the guest asks for.
+
+    def panicked(self, text: str) -> None:
+        """The guest reported a crash; ends the run with its text."""
+        self._platform.observer.event(GuestPanicked(text))
+        self._platform.io.call_soon(self._end_of_panic, text)
+
+    def _end_of_panic(self, text: str) -> None:
+        """What the console says is for people; the crash registers come after it. I/O loop."""
+        seen = self._last_words()
+        self.finish(Ending.PANIC, EXIT_PANIC, f"{seen}; {text}" if seen else text)
+
+    def _last_words(self) -> str | None:
+        if self._console is None:
+            return None
+        self._console.flush()
+        return self._console.console_panic()
+
+    def request_reset(self, reason: str) -> None:
+        """Reset the machine soon, or end the run if that is what a reset does here."""
+        with self._lock:
+            if self._reset_pending or self.outcome is not None:
+                return
+            self._reset_pending = True
+        self._platform.io.call_soon(self._reset, reason)
+
+    def _reset(self, reason: str) -> None:
+        if (panic := self._last_words()) is not None:
+            # A panicking kernel told to reboot would loop for ever; its panic is the end.
+            self.finish(Ending.PANIC, EXIT_PANIC, panic)
+        elif not self._reboot:
+            self.finish(Ending.RESET, 0, reason)
+        else:
+            self.at_rest(self._reset_parts)
+
+    def _reset_parts(self) -> None:
+        for part in self._parts:
+            part.reset()
+        self.resets += 1
+        self._reset_pending = False
+
+    # The path to rest and back. I/O loop.
+
+    def at_rest(self, work: Callable[[], object]) -> None:
+        """Run `work()` soon, while vCPUs and parts are at rest, then go on; not if the run ends first."""
+        self._waiting.append(work)
+        if self.phase is Phase.RUNNING:
+            self._pause()
+
+    def _pause(self) -> None:
+        self.phase = Phase.PAUSING
+        self._deadline = self._platform.io.call_later(REST_SECONDS, self._too_late)
+        self._platform.group.request_pause(self._paused)
+
+    def _paused(self) -> None:
+        """Called on whichever thread saw the last vCPU come to rest."""
+        self._soon(self._stop_all)
+
+    def _stop_all(self) -> None:
+        if self.outcome is None:
+            self.phase = Phase.STOPPING
+            self._stop_parts(iter(self._parts), self._rested)
+
+    def _stop_parts(self, left: Iterator[Part], done: Callable[[], object]) -> None:
+        part = self._stopping = next(left, None)
+        if part is None:
+            done()
+        else:
+            # By way of the loop's queue: many parts make no deep stack, and who else waits gets a turn.
+            part.stop(partial(self._soon, self._stop_parts, left, done))
+
+    def _rested(self) -> None:
+        if self._deadline is not None:
+            self._deadline.cancel()
+        if self.outcome is not None:
+            return  # its vCPUs' threads end; `stop` does the rest
+        self.phase = Phase.AT_REST
+        while self._waiting:
+            self._waiting.popleft()()
+        if self.outcome is not None:
+            return
+        for part in reversed(self._parts):
+            part.start()
+        self.phase = Phase.RUNNING
+        self._platform.group.resume_all()
+
+    def _too_late(self) -> None:
+        what = f"the {self._stopping.name}" if self._stopping is not None else self._platform.group.describe()
+        detail = f"no rest within {REST_SECONDS:g} s: {self.phase.value}: {what}"
+        self.finish(Ending.KVM_ERROR, EXIT_MACHINE_FAULT, detail)
+
+    def _soon(self, fn: Callable[..., object], *args: object) -> None:
+        with suppress(Stopped):  # the loop has ended, and with it what was to follow
+            self._platform.io.call_soon(fn, *args)
+
+    def close(self) -> None:
+        """Let the eventfd go. Nobody waits any more. Idempotent."""
+        self._ended.close()
