@@ -1,6 +1,6 @@
 """The port devices of a machine and its console: what `abi.board` promises, built and wired.
 
-A `parts.Part`, made by `Machine` before the vCPUs run. Device callbacks come on
+A `part.Part`, made by `Machine` before the vCPUs run. Device callbacks come on
 vCPU threads and only name the machine's next step (`finish`, `request_reset`);
 output reaches the sink on the I/O loop.
 """
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from hvkvm.devices.port.hyperv_testdev import HypervTestdev
     from hvkvm.machine.hyperv import Hyperv
     from hvkvm.machine.lifecycle import Lifecycle
-    from hvkvm.machine.parts import Platform
+    from hvkvm.machine.platform import Platform
 
 PANIC_MARK = "Kernel panic - not syncing: "
 """What Linux prints; the only word of a panic from a kernel whose Hyper-V drivers are not loaded."""

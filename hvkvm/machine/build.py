@@ -33,7 +33,8 @@ if TYPE_CHECKING:
     from hvkvm.machine.bus import Bus
     from hvkvm.machine.control_door import ControlDoor
     from hvkvm.machine.hyperv import Hyperv
-    from hvkvm.machine.parts import Parts, Platform
+    from hvkvm.machine.parts import Parts
+    from hvkvm.machine.platform import Platform
 
 _NEEDED = (
     (KVM_CAP_IMMEDIATE_EXIT, "KVM_CAP_IMMEDIATE_EXIT", "Linux 4.13"),

@@ -1,6 +1,6 @@
 """The machine's VMBus: the host on its partition, and the utility devices.
 
-A `parts.Part`. Made by `Machine` when the configuration asks for it, before
+A `part.Part`. Made by `Machine` when the configuration asks for it, before
 vCPUs run; afterwards everything happens on the I/O loop.
 """
 
@@ -23,7 +23,7 @@ from hvkvm.vmbus.host import VmbusHost
 
 if TYPE_CHECKING:
     from hvkvm.machine.hyperv import Hyperv
-    from hvkvm.machine.parts import Platform
+    from hvkvm.machine.platform import Platform
 
 
 class Bus:

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
     from hvkvm.kvm.vcpu import Vcpu
     from hvkvm.machine.config import MachineConfig
     from hvkvm.machine.lifecycle import Lifecycle
-    from hvkvm.machine.parts import Platform
+    from hvkvm.machine.platform import Platform
 
 Handlers = dict[int, Callable[["Vcpu"], None]]
 
@@ -56,7 +56,7 @@ def choose(kvm: Kvm, config: MachineConfig) -> Enlightenments:
 
 
 class Hyperv:
-    """No interface at all, and what all three have in common. A `parts.Part`."""
+    """No interface at all, and what all three have in common. A `part.Part`."""
 
     name = "Hyper-V interface"
 

@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from hvkvm.machine.bus import Bus
     from hvkvm.machine.config import MachineConfig
-    from hvkvm.machine.parts import Parts, Platform
+    from hvkvm.machine.parts import Parts
+    from hvkvm.machine.platform import Platform
     from hvkvm.runtime.vcpu_thread import VcpuThread
 
 DEVICES = ("heartbeat", "shutdown", "timesync", "kvp", "vss", "keyboard")

@@ -30,7 +30,8 @@ from hvkvm.errors import HvkvmError, Stopped, Stuck
 from hvkvm.events import GuestPanicked
 from hvkvm.kvm.irqfd import EventFd
 from hvkvm.machine.outcome import EXIT_MACHINE_FAULT, EXIT_PANIC, EXIT_TIMEOUT, Ending, Outcome
-from hvkvm.machine.parts import Part, Platform
+from hvkvm.machine.part import Part
+from hvkvm.machine.platform import Platform
 
 if TYPE_CHECKING:
     from hvkvm.runtime.timers import Timer

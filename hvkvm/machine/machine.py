@@ -25,7 +25,9 @@ from hvkvm.machine.board import Board
 from hvkvm.machine.config import MachineConfig
 from hvkvm.machine.lifecycle import Lifecycle
 from hvkvm.machine.outcome import EXIT_MACHINE_FAULT, Ending, Outcome
-from hvkvm.machine.parts import Part, Parts, Platform
+from hvkvm.machine.part import Part
+from hvkvm.machine.parts import Parts
+from hvkvm.machine.platform import Platform
 from hvkvm.machine.processors import Processors
 from hvkvm.memory.guest import GuestMemory
 from hvkvm.runtime.io_loop import IoLoop

@@ -1,6 +1,6 @@
 """The vCPUs and interrupt chips of a machine, and the image that a reset starts them on.
 
-A `parts.Part`: the last to reset, since the registers decide where the guest goes on.
+A `part.Part`: the last to reset, since the registers decide where the guest goes on.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from hvkvm.machine.reset import PowerOnState
 
 if TYPE_CHECKING:
     from hvkvm.machine.build import GuestImage
-    from hvkvm.machine.parts import Platform
+    from hvkvm.machine.platform import Platform
 
 
 class Processors:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import queue
 import signal
 import threading
 from collections import deque
@@ -327,3 +328,59 @@ def test_one_group_stop_names_the_thread_that_is_stuck() -> None:
         assert "vcpu1: ended" in group.describe()
         let_go.set()
         group.stop_all(20)
+
+
+def test_a_pause_tells_once_when_the_vcpu_is_at_rest() -> None:
+    with running(FakeVcpu()) as thread:
+        told = threading.Event()
+        thread.request_pause(told.set)
+        assert told.wait(20)
+        assert thread.state == "waiting paused"
+        again: list[bool] = []
+        thread.request_pause(lambda: again.append(thread.is_current()))
+        assert again == [False], "at rest already: told right here"
+        thread.resume()
+        thread.resume()
+
+
+def test_a_resume_that_comes_first_forgets_whom_to_tell() -> None:
+    hold, held = threading.Event(), threading.Event()
+
+    def busy() -> None:
+        held.set()
+        hold.wait(20)
+
+    told: list[int] = []
+    with running(FakeVcpu()) as thread:
+        thread.submit(busy)
+        assert held.wait(20)
+        thread.request_pause(lambda: told.append(1))
+        thread.resume()
+        hold.set()
+        thread.call(int)
+        thread.request_pause()
+        assert thread.wait_paused(20)
+        thread.resume()
+    assert not told
+
+
+def test_a_thread_that_ends_tells_who_waits_for_its_rest() -> None:
+    told, hold, held = threading.Event(), threading.Event(), threading.Event()
+    with running(FakeVcpu()) as thread:
+        thread.submit(lambda: (held.set(), hold.wait(20)))
+        assert held.wait(20)
+        thread.request_pause(told.set)
+        thread.stop()
+        hold.set()
+        assert told.wait(20)
+
+
+def test_a_group_tells_once_when_its_last_vcpu_is_at_rest() -> None:
+    with running(FakeVcpu(index=0)) as first, running(FakeVcpu(index=1)) as second:
+        group = VcpuGroup([first, second])
+        for _ in range(50):
+            told: queue.SimpleQueue[list[str]] = queue.SimpleQueue()
+            group.request_pause(lambda told=told: told.put([t.state for t in group.threads]))  # type: ignore[misc]
+            assert told.get(timeout=20) == ["waiting paused"] * 2
+            group.resume_all()
+            assert told.empty()

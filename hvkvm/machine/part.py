@@ -1,0 +1,30 @@
+"""What a machine has of each of its parts: the calls that take it to rest and back."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Protocol
+
+
+class Part(Protocol):
+    """Something with guest-visible state. `Lifecycle` calls it, on the I/O loop, with every vCPU paused.
+
+    It is stopped when made: `start` comes before the vCPUs first run, without a
+    loop yet. A stopped part may be started, reset and stopped again, in any order.
+    """
+
+    name: str
+    """One word, for messages about it."""
+
+    def start(self) -> None:
+        """Go on from the state that it has."""
+
+    def stop(self, done: Callable[[], object]) -> None:
+        """Come to rest, then call `done()` once, now or later.
+
+        From then on the part touches no guest memory and has no work in flight.
+        A part that is stopped already answers at once.
+        """
+
+    def reset(self) -> None:
+        """Take the power-on state. Only while stopped."""

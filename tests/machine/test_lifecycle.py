@@ -1,0 +1,267 @@
+"""A machine's way to rest and back: in which order, who is waited for, and what an end does to it."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import cast
+
+import pytest
+
+from hvkvm.errors import HvkvmError, Stuck
+from hvkvm.events import NULL_OBSERVER
+from hvkvm.machine import lifecycle as lifecycle_module
+from hvkvm.machine.config import MachineConfig
+from hvkvm.machine.lifecycle import Lifecycle, Phase
+from hvkvm.machine.outcome import Ending
+from hvkvm.machine.part import Part
+from hvkvm.machine.platform import Platform
+from hvkvm.runtime.io_loop import IoLoop
+
+SECONDS = 60.0
+
+
+class Group:
+    """vCPUs that come to rest when the test says so, on a thread of their own as real ones do."""
+
+    def __init__(self, log: list[str]) -> None:
+        self.log = log
+        self.may_rest = threading.Event()
+        self.may_rest.set()
+        self._threads: list[threading.Thread] = []
+
+    def start_all(self) -> None:
+        self.log.append("run")
+
+    def request_pause(self, when_paused: Callable[[], object]) -> None:
+        def rest() -> None:
+            if self.may_rest.wait(SECONDS):
+                self.log.append("pause")
+                when_paused()
+
+        self._threads.append(threading.Thread(target=rest))
+        self._threads[-1].start()
+
+    def resume_all(self) -> None:
+        self.log.append("run")
+
+    def stop_all(self, timeout: float) -> None:
+        self.may_rest.set()
+        for thread in self._threads:
+            thread.join(timeout)
+
+    def describe(self) -> str:
+        return "vcpu0: running guest"
+
+
+class Recorder:
+    """A part that says what it is told; `slow` ones answer a stop only when the test lets them."""
+
+    def __init__(self, name: str, log: list[str], *, slow: bool = False) -> None:
+        self.name = name
+        self._log = log
+        self.slow = slow
+        self.waiting: list[Callable[[], object]] = []
+        self.asked = threading.Event()
+
+    def start(self) -> None:
+        self._log.append(f"{self.name} starts")
+
+    def stop(self, done: Callable[[], object]) -> None:
+        self._log.append(f"{self.name} stops")
+        if self.slow:
+            self.waiting.append(done)
+        else:
+            done()
+        self.asked.set()
+
+    def reset(self) -> None:
+        self._log.append(f"{self.name} resets")
+
+
+class World:
+    """A lifecycle on a real I/O loop, with two recording parts."""
+
+    def __init__(self, *, reboot: bool = True) -> None:
+        self.log: list[str] = []
+        self.faults: list[BaseException] = []
+        self.group = Group(self.log)
+        self.io = IoLoop(on_fault=self.faults.append)
+        config = MachineConfig(kernel=Path("/dev/null"))
+        platform = cast(
+            Platform,
+            Platform(config, None, None, None, [], [], self.group, None, self.io, NULL_OBSERVER),  # type: ignore[arg-type]
+        )
+        self.lifecycle = Lifecycle(platform, reboot=reboot)
+        self.user = Recorder("disk", self.log)
+        self.used = Recorder("bus", self.log)
+        self.panic: str | None = None
+        self.lifecycle.govern([cast(Part, self.user), cast(Part, self.used)], self)
+
+    def flush(self) -> None:
+        pass
+
+    def console_panic(self) -> str | None:
+        return self.panic
+
+    def on_loop(self, fn: Callable[[], object] = lambda: None) -> None:
+        """Run `fn` on the loop, behind all that was queued before."""
+        done = threading.Event()
+        self.io.call_soon(lambda: (fn(), done.set()))
+        assert done.wait(SECONDS)
+
+    def until(self, happened: Callable[[], bool]) -> None:
+        gate = threading.Event()
+        for _ in range(int(SECONDS / 0.005)):
+            if happened():
+                return
+            gate.wait(0.005)
+        raise AssertionError(f"it did not happen; phase {self.lifecycle.phase}, log {self.log}")
+
+
+@pytest.fixture
+def world() -> Iterator[World]:
+    world = World()
+    world.lifecycle.start()
+    yield world
+    world.user.slow = world.used.slow = False
+    world.lifecycle.stop(SECONDS)
+    world.lifecycle.close()
+    assert not world.faults
+
+
+STARTED = ["bus starts", "disk starts", "run"]
+RESTED = ["pause", "disk stops", "bus stops"]
+"""Who uses something stops first (S7)."""
+
+
+def test_a_reset_stops_resets_and_starts_the_parts_in_order(world: World) -> None:
+    world.lifecycle.request_reset("asked")
+    world.until(lambda: world.lifecycle.resets == 1 and world.lifecycle.phase is Phase.RUNNING)
+    assert world.log == [*STARTED, *RESTED, "disk resets", "bus resets", *STARTED]
+
+
+def test_while_a_part_stops_the_loop_goes_on_and_nothing_is_reset(world: World) -> None:
+    world.user.slow = True
+    world.lifecycle.request_reset("asked")
+    assert world.user.asked.wait(SECONDS)
+    world.on_loop()
+    assert world.lifecycle.phase is Phase.STOPPING
+    assert world.log == [*STARTED, "pause", "disk stops"]
+    world.on_loop(world.user.waiting.pop())
+    world.until(lambda: world.lifecycle.resets == 1)
+
+
+def test_while_a_vcpu_does_not_rest_the_loop_goes_on(world: World) -> None:
+    world.group.may_rest.clear()
+    world.lifecycle.request_reset("asked")
+    world.on_loop()
+    world.until(lambda: world.lifecycle.phase is Phase.PAUSING)
+    world.on_loop()
+    assert world.log == STARTED
+    world.group.may_rest.set()
+    world.until(lambda: world.lifecycle.resets == 1)
+
+
+def test_resets_asked_for_at_once_are_one_and_a_later_one_is_another(world: World) -> None:
+    world.user.slow = True
+    for _ in range(3):
+        world.lifecycle.request_reset("asked")
+    assert world.user.asked.wait(SECONDS)
+    world.lifecycle.request_reset("asked while it stops")
+    world.user.slow = False
+    world.on_loop(world.user.waiting.pop())
+    world.until(lambda: world.lifecycle.resets == 1 and world.lifecycle.phase is Phase.RUNNING)
+    world.lifecycle.request_reset("again")
+    world.until(lambda: world.lifecycle.resets == 2)
+
+
+def test_work_asked_for_on_the_way_is_done_in_the_same_rest(world: World) -> None:
+    world.user.slow = True
+    world.on_loop(lambda: world.lifecycle.at_rest(lambda: world.log.append("first")))
+    assert world.user.asked.wait(SECONDS)
+    world.on_loop(lambda: world.lifecycle.at_rest(lambda: world.log.append("second")))
+    world.user.slow = False
+    world.on_loop(world.user.waiting.pop())
+    world.until(lambda: world.lifecycle.phase is Phase.RUNNING)
+    assert world.log == [*STARTED, *RESTED, "first", "second", *STARTED]
+
+
+def test_an_end_on_the_way_to_rest_wins(world: World) -> None:
+    world.user.slow = True
+    world.lifecycle.request_reset("asked")
+    assert world.user.asked.wait(SECONDS)
+    world.lifecycle.finish(Ending.POWERED_OFF, 0)
+    world.on_loop(world.user.waiting.pop())
+    world.until(lambda: "bus stops" in world.log)
+    world.on_loop()
+    assert world.lifecycle.resets == 0
+    assert not {"disk resets", "bus resets"} & set(world.log)
+    assert world.log.count("run") == 1, "no vCPU goes on after the end"
+
+
+def test_the_end_waits_for_parts_that_stop_later(world: World) -> None:
+    world.user.slow = True
+    ended = threading.Thread(target=world.lifecycle.stop, args=(SECONDS,))
+    ended.start()
+    assert world.user.asked.wait(SECONDS)
+    world.on_loop()
+    assert ended.is_alive()
+    world.on_loop(world.user.waiting.pop())
+    ended.join(SECONDS)
+    assert not ended.is_alive()
+    assert world.log[-1] == "bus stops"
+    assert world.lifecycle.outcome is not None
+    assert world.lifecycle.outcome.ending is Ending.QUIT
+
+
+def test_a_part_that_never_stops_is_named_at_the_end(world: World) -> None:
+    world.user.slow = True
+    with pytest.raises(Stuck, match="the disk has not stopped"):
+        world.lifecycle.stop(0.05)
+
+
+def test_a_part_that_never_stops_ends_a_reset_with_its_name(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lifecycle_module, "REST_SECONDS", 0.05)
+    world.user.slow = True
+    world.lifecycle.request_reset("asked")
+    outcome = world.lifecycle.wait(SECONDS)
+    assert outcome is not None
+    assert outcome.ending is Ending.KVM_ERROR
+    assert "the disk" in outcome.detail
+
+
+def test_a_vcpu_that_never_rests_ends_a_reset_with_what_it_does(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(lifecycle_module, "REST_SECONDS", 0.05)
+    world.group.may_rest.clear()
+    world.lifecycle.request_reset("asked")
+    outcome = world.lifecycle.wait(SECONDS)
+    assert outcome is not None
+    assert "vcpu0: running guest" in outcome.detail
+
+
+def test_a_reset_behind_a_panic_is_the_panic(world: World) -> None:
+    world.panic = "Kernel panic - not syncing: oops"
+    world.lifecycle.request_reset("asked")
+    outcome = world.lifecycle.wait(SECONDS)
+    assert outcome == (Ending.PANIC, 255, world.panic)
+    assert world.log == STARTED
+
+
+def test_a_machine_that_shall_not_reboot_ends_at_a_reset() -> None:
+    world = World(reboot=False)
+    world.lifecycle.start()
+    world.lifecycle.request_reset("asked")
+    assert world.lifecycle.wait(SECONDS) == (Ending.RESET, 0, "asked")
+    world.lifecycle.stop(SECONDS)
+    world.lifecycle.close()
+
+
+def test_a_machine_starts_once(world: World) -> None:
+    with pytest.raises(HvkvmError, match="started already"):
+        world.lifecycle.start()
