@@ -38,6 +38,10 @@ class BootError(ConfigError):
     """A kernel, initrd or module file cannot be booted (not a kernel, does not fit, missing)."""
 
 
+class StateError(ConfigError):
+    """A saved machine cannot be used: damaged, foreign, made by a newer hvkvm, or in need of another host."""
+
+
 class KvmUnavailable(HvkvmError):
     """/dev/kvm is missing, not permitted, or speaks another API version."""
 

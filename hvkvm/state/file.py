@@ -1,0 +1,253 @@
+"""The file of a saved machine: a header, guest RAM that can be mapped, and a manifest in JSON.
+
+    0            header, one page: magic, format, where the rest lies, checksums
+    RAM_OFFSET   guest RAM as it is, page by page; pages of zeros are holes of the file
+    behind it    the manifest: who wrote it, the configuration, each part's state
+
+A file is written beside its name and renamed when it is whole. A reader believes
+nothing: every length is held against the file, header and manifest against their
+checksums. RAM has a checksum an extent, which `verify` compares; restoring does not,
+so that its time does not grow with RAM.
+
+Owner: one thread writes, any number of processes may read and map the same file.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+from collections.abc import Iterator
+from contextlib import suppress
+from hashlib import blake2b
+from pathlib import Path
+from struct import Struct
+from typing import Any, NamedTuple
+
+from hvkvm.errors import StateError
+from hvkvm.memory.mapping import PAGE_SIZE
+from hvkvm.state.codec import plain, restored
+
+MAGIC = b"hvkvm saved VM\n\0"
+FORMAT = 1
+"""Goes up when an older reader would misread the file."""
+
+RAM_OFFSET = 2 << 20
+"""Where RAM begins: a multiple of a huge page, so that the map of it can be backed by some."""
+
+MAX_MANIFEST = 64 << 20
+"""Bytes. A machine with 254 vCPUs needs some 10 MiB."""
+
+_CHUNK = 1 << 20
+_DIGEST = 32
+_header = Struct(f"<16sIIQQQQ{_DIGEST}s")
+"""magic, format, flags (none yet), RAM size, manifest offset and length, file size, manifest's checksum."""
+
+
+class Extent(NamedTuple):
+    """A piece of RAM that is in the file; what lies between extents is zero. Bytes, in pages."""
+
+    offset: int
+    size: int
+    checksum: bytes
+
+
+class Manifest(NamedTuple):
+    """All of a saved machine but its RAM."""
+
+    hvkvm: str
+    """The version that wrote it."""
+    saved_at: float
+    """Seconds since the epoch."""
+    name: str
+    config: dict[str, str]
+    """What the guest sees of the configuration, for the reader to compare."""
+    extents: tuple[Extent, ...]
+
+
+def checksum(data: bytes | memoryview) -> bytes:
+    """What the header and each extent keep of bytes."""
+    return blake2b(data, digest_size=_DIGEST).digest()
+
+
+class Writer:
+    """Writes `path` beside its name; `commit` puts it there, anything else leaves nothing. OSError.
+
+    Use it in a with block.
+    """
+
+    def __init__(self, path: Path, ram_size: int) -> None:
+        self._path = path
+        self._ram_size = ram_size
+        self._partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+        self._extents: list[Extent] = []
+        self._fd = os.open(self._partial, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+
+    def write_ram(self, offset: int, data: bytes) -> None:
+        """Put `data`, whole pages, at byte `offset` of RAM; in ascending order. Zero pages are left out."""
+        for at, size in _runs(data):
+            piece = data[at : at + size]
+            _write_all(self._fd, memoryview(piece), RAM_OFFSET + offset + at)
+            self._extents.append(Extent(offset + at, size, checksum(piece)))
+
+    def commit(self, manifest: Manifest, parts: dict[str, Any]) -> int:
+        """Write the rest and rename; returns the file's size in bytes, holes included."""
+        tree = {"manifest": plain(manifest._replace(extents=tuple(self._extents))), "parts": plain(parts)}
+        text = json.dumps(tree, separators=(",", ":")).encode()
+        at = RAM_OFFSET + self._ram_size
+        size = at + len(text)
+        fields = (MAGIC, FORMAT, 0, self._ram_size, at, len(text), size, checksum(text))
+        head = _header.pack(*fields)
+        _write_all(self._fd, memoryview(text), at)
+        _write_all(self._fd, memoryview(head + checksum(head)), 0)
+        os.fsync(self._fd)
+        os.replace(self._partial, self._path)
+        self._close()
+        return size
+
+    def _close(self) -> None:
+        fd, self._fd = self._fd, -1
+        if fd >= 0:
+            os.close(fd)
+
+    def __enter__(self) -> Writer:
+        return self
+
+    def __exit__(self, *_exception: object) -> None:
+        if self._fd >= 0:
+            self._close()
+            with suppress(OSError):
+                self._partial.unlink()
+
+
+class Saved:
+    """A saved machine, opened to read. StateError in one line for anything that is not one.
+
+    `fd` stays open, for RAM's maps, until `close`. `parts` has each part's state
+    as plain values: `state` gives it its type.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        try:
+            self.fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        except OSError as error:
+            raise StateError(f"{path}: {error.strerror}") from None
+        try:
+            self.ram_size, tree = _read(self.fd, path)
+            self.manifest = restored(Manifest, tree.get("manifest"), f"{path}: manifest")
+            self.parts = _table(tree.get("parts"), path)
+            self._check_extents()
+        except BaseException:
+            self.close()
+            raise
+
+    def _check_extents(self) -> None:
+        end = 0
+        for extent in self.manifest.extents:
+            whole = not (extent.offset % PAGE_SIZE or extent.size % PAGE_SIZE)
+            if not whole or extent.size <= 0 or not end <= extent.offset <= self.ram_size - extent.size:
+                raise StateError(f"{self.path}: manifest: its pieces of RAM do not lie one behind the other")
+            end = extent.offset + extent.size
+
+    def state(self, kind: type[Any], part: str) -> Any:
+        """The state of `part`. StateError: it is missing, or no `kind`."""
+        if part not in self.parts:
+            raise StateError(f"{self.path}: the state of the {part} is missing")
+        return restored(kind, self.parts[part], f"{self.path}: {part}")
+
+    def verify(self) -> None:
+        """Read all of RAM and compare its checksums. StateError naming the first damaged piece."""
+        for extent in self.manifest.extents:
+            data = _read_exactly(self.fd, RAM_OFFSET + extent.offset, extent.size)
+            if data is None or checksum(data) != extent.checksum:
+                raise StateError(f"{self.path}: guest RAM at {extent.offset:#x}+{extent.size:#x} is damaged")
+
+    def close(self) -> None:
+        """Close the file; maps of it stay. Idempotent."""
+        fd, self.fd = self.fd, -1
+        if fd >= 0:
+            os.close(fd)
+
+    def __enter__(self) -> Saved:
+        return self
+
+    def __exit__(self, *_exception: object) -> None:
+        self.close()
+
+
+def _read(fd: int, path: Path) -> tuple[int, dict[str, Any]]:
+    head = _read_exactly(fd, 0, _header.size + _DIGEST)
+    if head is None or not head.startswith(MAGIC):
+        raise StateError(f"{path}: not a saved VM; `hvkvm ctl save` makes one")
+    _magic, version, flags, ram_size, at, length, size, digest = _header.unpack_from(head)
+    if version != FORMAT or flags:
+        raise StateError(
+            f"{path}: saved in format {version}, and this hvkvm reads {FORMAT}; use the other one"
+        )
+    if checksum(head[: _header.size]) != head[_header.size :]:
+        raise StateError(f"{path}: its header is damaged; save the VM again")
+    if os.fstat(fd).st_size != size:
+        raise StateError(
+            f"{path}: {os.fstat(fd).st_size} bytes where {size} were saved; it was cut or added to"
+        )
+    sound = ram_size > 0 and not ram_size % PAGE_SIZE and at == RAM_OFFSET + ram_size
+    if not sound or at + length != size or length > MAX_MANIFEST:
+        raise StateError(f"{path}: its header makes no sense; save the VM again")
+    text = _read_exactly(fd, at, length)
+    if text is None or checksum(text) != digest:
+        raise StateError(f"{path}: its manifest is damaged; save the VM again")
+    try:
+        tree = json.loads(text)
+    except (ValueError, RecursionError):
+        raise StateError(f"{path}: its manifest cannot be read; save the VM again") from None
+    return ram_size, _table(tree, path)
+
+
+def _table(value: Any, path: Path) -> dict[str, Any]:
+    if type(value) is not dict:
+        raise StateError(f"{path}: its manifest has a part missing; save the VM again")
+    return value
+
+
+def _read_exactly(fd: int, offset: int, size: int) -> bytes | None:
+    """`size` bytes at `offset`; None where the file ends before, or the disk gives an error."""
+    pieces = []
+    while size:
+        try:
+            piece = os.pread(fd, min(size, _CHUNK), offset)
+        except OSError as error:
+            if error.errno == errno.EINTR:
+                continue
+            return None
+        if not piece:
+            return None
+        pieces.append(piece)
+        offset += len(piece)
+        size -= len(piece)
+    return b"".join(pieces)
+
+
+def _write_all(fd: int, data: memoryview, offset: int) -> None:
+    while data:
+        done = os.pwrite(fd, data[:_CHUNK], offset)
+        data, offset = data[done:], offset + done
+
+
+_ZEROS = bytes(PAGE_SIZE)
+
+
+def _runs(data: bytes) -> Iterator[tuple[int, int]]:
+    """The runs of pages of `data` that are not all zero: (offset, size)."""
+    if not data.strip(b"\0"):
+        return
+    start: int | None = None
+    for at in range(0, len(data), PAGE_SIZE):
+        zero = data[at : at + PAGE_SIZE] == _ZEROS
+        if zero and start is not None:
+            yield start, at - start
+            start = None
+        elif not zero and start is None:
+            start = at
+    if start is not None:
+        yield start, len(data) - start

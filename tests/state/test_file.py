@@ -1,0 +1,174 @@
+"""The file of a saved machine: whole or not there, holes kept, and nothing of it believed."""
+
+from __future__ import annotations
+
+import os
+import random
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from hvkvm.errors import StateError
+from hvkvm.state import file as state_file
+from hvkvm.state.file import FORMAT, RAM_OFFSET, Manifest, Saved, Writer
+
+PAGE = 4096
+RAM = 64 * PAGE
+SOAK = bool(os.environ.get("HVKVM_SOAK"))
+
+
+class Part(NamedTuple):
+    value: int
+    page: bytes
+
+
+MANIFEST = Manifest("0.1.0", 1000.5, "demo", {"cpus": "1"}, ())
+PARTS = {"vCPUs": Part(7, b"x" * 100)}
+
+
+def written(path: Path, ram: bytes = b"", size: int = RAM) -> Path:
+    with Writer(path, size) as writer:
+        writer.write_ram(0, ram.ljust(size, b"\0"))
+        writer.commit(MANIFEST, PARTS)
+    return path
+
+
+def ram_of(saved: Saved) -> bytes:
+    return os.pread(saved.fd, saved.ram_size, RAM_OFFSET)
+
+
+def test_ram_and_parts_come_back(tmp_path: Path) -> None:
+    ram = random.Random(1).randbytes(PAGE) + bytes(PAGE * 20) + b"end".ljust(PAGE, b"\0")
+    with Saved(written(tmp_path / "vm", ram)) as saved:
+        assert ram_of(saved) == ram.ljust(RAM, b"\0")
+        assert saved.state(Part, "vCPUs") == PARTS["vCPUs"]
+        assert saved.manifest._replace(extents=()) == MANIFEST
+        assert [extent[:2] for extent in saved.manifest.extents] == [(0, PAGE), (21 * PAGE, PAGE)]
+        saved.verify()
+        with pytest.raises(StateError, match="the state of the VMBus is missing"):
+            saved.state(Part, "VMBus")
+
+
+@given(st.sets(st.integers(0, RAM // PAGE - 1)), st.integers(1, 9))
+def test_holes_stay_holes(tmp_path_factory: pytest.TempPathFactory, pages: set[int], chunk: int) -> None:
+    path = tmp_path_factory.mktemp("holes") / "vm"
+    ram = bytearray(RAM)
+    for page in pages:
+        ram[page * PAGE + page] = 1
+    with Writer(path, RAM) as writer:
+        for at in range(0, RAM, chunk * PAGE):
+            writer.write_ram(at, bytes(ram[at : at + chunk * PAGE]))
+        writer.commit(MANIFEST, PARTS)
+    with Saved(path) as saved:
+        assert ram_of(saved) == ram
+        assert sum(extent.size for extent in saved.manifest.extents) == len(pages) * PAGE
+        saved.verify()
+
+
+def test_what_is_not_committed_leaves_nothing_and_the_old_file_as_it_was(tmp_path: Path) -> None:
+    path = written(tmp_path / "vm")
+    before = path.read_bytes()
+    with Writer(path, RAM) as writer:
+        writer.write_ram(0, b"x" * PAGE)
+    assert os.listdir(tmp_path) == ["vm"]
+    assert path.read_bytes() == before
+
+
+def test_a_full_disk_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "vm"
+
+    def full(*_arguments: object) -> int:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(state_file.os, "pwrite", full)
+    with pytest.raises(OSError, match="No space"), Writer(path, RAM) as writer:
+        writer.write_ram(0, b"x" * PAGE)
+    assert os.listdir(tmp_path) == []
+
+
+def patch(at: int, data: bytes) -> Callable[[bytearray], None]:
+    def change(raw: bytearray) -> None:
+        raw[at : at + len(data)] = data
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (bytearray.clear, "not a saved VM"),
+        (patch(0, b"KVM"), "not a saved VM"),
+        (patch(16, bytes([FORMAT + 1])), f"saved in format {FORMAT + 1}, and this hvkvm reads {FORMAT}"),
+        (patch(24, b"\1"), "its header is damaged"),
+        (lambda raw: raw.pop(), "it was cut or added to"),
+        (lambda raw: raw.append(0), "it was cut or added to"),
+        (patch(RAM_OFFSET + RAM + 5, b"#"), "its manifest is damaged"),
+    ],
+)
+def test_a_file_that_is_not_whole_gets_one_line(tmp_path: Path, change: Any, words: str) -> None:
+    path = written(tmp_path / "vm", b"x" * PAGE)
+    raw = bytearray(path.read_bytes())
+    change(raw)
+    path.write_bytes(raw)
+    with pytest.raises(StateError) as caught:
+        Saved(path)
+    assert str(caught.value).startswith(f"{path}: ")
+    assert words in str(caught.value)
+    assert path.read_bytes() == raw
+
+
+def test_damaged_ram_is_found_by_verify(tmp_path: Path) -> None:
+    path = written(tmp_path / "vm", b"x" * 3 * PAGE)
+    with open(path, "r+b") as out:
+        out.seek(RAM_OFFSET + PAGE)
+        out.write(b"y")
+    with Saved(path) as saved, pytest.raises(StateError, match="guest RAM at 0x0\\+0x3000 is damaged"):
+        saved.verify()
+
+
+@pytest.mark.parametrize("path", ["/dev/null", "/", "/proc/self/mem", "missing"])
+def test_what_is_no_file_gets_one_line(path: str) -> None:
+    with pytest.raises(StateError):
+        Saved(Path(path))
+
+
+def test_mutated_files_are_refused_or_mean_the_same(tmp_path: Path) -> None:
+    """Flips, cuts and moved pieces, also with checksums put right again behind them."""
+    random_ = random.Random(11)
+    path = written(tmp_path / "vm", random_.randbytes(2 * PAGE), 4 * PAGE)
+    whole = path.read_bytes()
+    head, text = whole[:4096], whole[RAM_OFFSET + 4 * PAGE :]
+    for _ in range(100_000 if SOAK else 2_000):
+        new_head, new_text = bytearray(head), bytearray(text)
+        for _ in range(random_.randint(1, 3)):
+            target = random_.choice((new_head, new_text, new_text))
+            limit = 100 if target is new_head else len(target)
+            at = random_.randrange(limit)
+            if random_.random() < 0.5:
+                target[at] ^= 1 << random_.randrange(8)
+            else:
+                piece = bytes(target[at : at + random_.randint(1, 30)])
+                at = random_.randrange(limit)
+                target[at : at + len(piece)] = piece
+        with_sums = random_.random() < 0.8
+        if with_sums:
+            fields = list(state_file._header.unpack_from(new_head))
+            fields[5:8] = len(new_text), RAM_OFFSET + 4 * PAGE + len(new_text), state_file.checksum(new_text)
+            packed = state_file._header.pack(*fields)
+            new_head[: len(packed) + 32] = packed + state_file.checksum(packed)
+        with open(path, "r+b") as out:
+            out.write(new_head)
+            out.seek(RAM_OFFSET + 4 * PAGE)
+            out.write(new_text)
+            out.truncate()
+        try:
+            with Saved(path) as saved:
+                state = saved.state(Part, "vCPUs")
+                assert isinstance(state, Part)
+                assert isinstance(state.value, int)
+        except StateError as error:
+            assert str(error).count("\n") == 0
