@@ -61,6 +61,9 @@ def parser() -> Parser:
     )
     p.add_argument("--append", metavar="TEXT", help="kernel command line, behind hvkvm's own defaults")
     p.add_argument("--cpus", metavar="N", help="vCPUs (1)")
+    p.add_argument(
+        "--cpu", metavar="host,-NAME", help="hide CPU features, by /proc/cpuinfo's names: host,-cx16 (host)"
+    )
     p.add_argument("--memory", metavar="SIZE", help="guest RAM: 512M, 2G, 0.5G; a bare number is MiB (512M)")
     p.add_argument(
         "--hv", metavar="LIST", help="host-model, passthrough, none, or QEMU's hv-* names (host-model)"
@@ -136,6 +139,7 @@ def config_from(arguments: list[str]) -> tuple[MachineConfig, Any]:
         "kernel",
         "initrd",
         "append",
+        "cpu",
         "hv",
         "synic",
         "signal_path",

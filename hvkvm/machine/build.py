@@ -26,7 +26,8 @@ from hvkvm.kvm.system import Kvm
 from hvkvm.kvm.vcpu import Vcpu
 from hvkvm.kvm.vm import Vm
 from hvkvm.machine.config import MachineConfig
-from hvkvm.machine.cpu import vcpu_cpuid
+from hvkvm.machine.cpu import guest_cpuid, vcpu_cpuid
+from hvkvm.machine.cpu_features import must_hide, parse_cpu
 from hvkvm.memory.guest import GuestMemory
 
 if TYPE_CHECKING:
@@ -69,14 +70,21 @@ def create_memory(vm: Vm, config: MachineConfig, stack: ExitStack) -> GuestMemor
 
 
 def create_vcpus(kvm: Kvm, vm: Vm, config: MachineConfig, features: FeatureSet) -> list[Vcpu]:
-    """Every vCPU fd, in VP order, each with its CPUID. They must all exist before any runs."""
-    host = kvm.supported_cpuid()
+    """Every vCPU fd, in VP order, each with its CPUID. They must all exist before any runs.
+
+    Raises CapabilityMissing for a CPU feature that KVM cannot show as it was asked for, or not hide.
+    """
     leaves = hv_cpuid.hyperv_leaves(features, config.cpus) if features else None
     tsc_deadline = bool(kvm.check_extension(KVM_CAP_TSC_DEADLINE_TIMER))
+    request = parse_cpu(config.cpu)
+    cpuid = guest_cpuid(kvm.supported_cpuid(), request, tsc_deadline=tsc_deadline)
     vcpus = [vm.create_vcpu(index) for index in range(config.cpus)]
     for vcpu in vcpus:
-        vcpu.set_cpuid2(vcpu_cpuid(host, vcpu.index, config.cpus, leaves, tsc_deadline=tsc_deadline))
+        vcpu.set_cpuid2(vcpu_cpuid(cpuid, vcpu.index, config.cpus, leaves))
         hv_cpuid.prepare_vcpu(vcpu, features)
+    if request.hide:
+        # KVM without VMX or SVM underneath may let the guest see the CPU's own CPUID.
+        must_hide(request, vcpus[0].cpuid2())
     return vcpus
 
 

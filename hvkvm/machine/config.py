@@ -51,7 +51,8 @@ class MachineConfig(NamedTuple):
     """A machine's description; immutable, checked by `validate()`.
 
     `memory` is in bytes, `timeout` in seconds. `hv` takes QEMU's hv-* names
-    ("host-model", "passthrough", "none" or a list). `command` is run inside
+    ("host-model", "passthrough", "none" or a list), `cpu` the features to hide from the guest
+    ("host" or "host,-cx16,..."). `command` is run inside
     the guest by an initramfs built for it, with `files` in it: pairs of a guest
     path and a file of this host. `vsock` is the Unix socket through which
     host programs reach the guest's AF_VSOCK ports. `control` is "off", "auto" or the
@@ -64,6 +65,7 @@ class MachineConfig(NamedTuple):
     initrd: Path | None = None
     append: str = ""
     cpus: int = 1
+    cpu: str = "host"
     memory: int = 512 * MIB
     hv: str = "host-model"
     synic: Literal["auto", "kernel", "user"] = "auto"
@@ -90,6 +92,10 @@ class MachineConfig(NamedTuple):
             raise ConfigError(
                 f"--cpus {self.cpus}: a machine has 1 to {MAX_CPUS} vCPUs; choose one in that range"
             )
+        if self.cpu != "host":
+            from hvkvm.machine.cpu_features import parse_cpu
+
+            parse_cpu(self.cpu)
         if self.memory < MIN_MEMORY:
             raise ConfigError(
                 f"--memory {self.memory >> 20}M: too little for any guest; give at least {MIN_MEMORY >> 20}M"
