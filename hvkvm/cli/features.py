@@ -9,6 +9,7 @@ from hvkvm.hyperv.enlightenments import ENLIGHTENMENTS
 from hvkvm.hyperv.features import FeatureSet, HostFeatures, parse_features, resolve
 from hvkvm.hyperv.usermode.features import Choice, choose, for_user_synic, lacks_for_user, user_host
 from hvkvm.kvm.system import Kvm
+from hvkvm.machine.build import guest_features
 from hvkvm.machine.config import SYNIC_CHOICES
 
 
@@ -48,9 +49,11 @@ def main(arguments: list[str]) -> int:
     options = parser.parse_args(arguments)
     request = parse_features(options.list) if options.list is not None else None
     with Kvm(options.kvm) as kvm:
-        choice = choose(kvm, options.synic if request is not None else "auto")
+        cpu = guest_features(kvm)
+        choice = choose(kvm, options.synic if request is not None else "auto").for_cpu(cpu)
         lacking = lacks_for_user(kvm)
-        table = rows(HostFeatures.probe(kvm), user_host(kvm), lacking)
+        kernel, user = (host._replace(cpu=cpu) for host in (HostFeatures.probe(kvm), user_host(kvm)))
+        table = rows(kernel, user, lacking)
     chosen: FeatureSet | None = None
     if request is not None:
         chosen = resolve(request, choice.host)

@@ -42,6 +42,8 @@ class Enlightenment(NamedTuple):
     """Part of host-model and passthrough. Not what is a policy, or opens the guest to a debugger."""
     needs_host: bool = True
     """KVM must report `bits`; else the bits are a statement about the host that only the user can make."""
+    needs_cpu: frozenset[str] = frozenset()
+    """CPU features, by /proc/cpuinfo's names: of no use to a guest whose CPUID shows none of them."""
 
 
 ALWAYS = (
@@ -49,6 +51,8 @@ ALWAYS = (
     Bits(FEATURES, "edx", tlfs.HV_X64_CPU_DYNAMIC_PARTITIONING_AVAILABLE),
 )
 """Shown with any enlightenment at all, as QEMU does; KVM does not report the second."""
+
+_NESTING = frozenset({"vmx", "svm"})
 
 ENLIGHTENMENTS = (
     Enlightenment(
@@ -136,6 +140,7 @@ ENLIGHTENMENTS = (
         "TLB flush of a nested guest without its hypervisor",
         (Bits(NESTED, "eax", tlfs.HV_X64_NESTED_DIRECT_FLUSH),),
         requires=("vapic",),
+        needs_cpu=_NESTING,
     ),
     Enlightenment(
         "ipi",
@@ -169,6 +174,7 @@ ENLIGHTENMENTS = (
         "tsc-invariant",
         "the guest may trust the TSC (hvkvm's own name)",
         (Bits(FEATURES, "eax", tlfs.HV_ACCESS_TSC_INVARIANT),),
+        needs_cpu=frozenset({"nonstop_tsc"}),
     ),
     Enlightenment(
         "evmcs",
@@ -176,11 +182,13 @@ ENLIGHTENMENTS = (
         (Bits(INFO, "eax", tlfs.HV_X64_ENLIGHTENED_VMCS_RECOMMENDED), Bits(NESTED, "eax", EVMCS_VERSIONS)),
         requires=("vapic",),
         kvm_caps=("KVM_CAP_HYPERV", "KVM_CAP_HYPERV_ENLIGHTENED_VMCS"),
+        needs_cpu=frozenset({"vmx"}),
     ),
     Enlightenment(
         "emsr-bitmap",
         "enlightened MSR bitmap for nested guests",
         (Bits(NESTED, "eax", tlfs.HV_X64_NESTED_MSR_BITMAP),),
+        needs_cpu=_NESTING,
     ),
     Enlightenment(
         "xmm-input",

@@ -75,7 +75,8 @@ class HostFeatures(NamedTuple):
     `leaves` None means that this KVM cannot report them (before 5.11, without a
     vCPU): then capabilities alone decide. `source` says who backs them, `remedy`
     what to do about what it lacks. `on_demand` names what can be backed but costs
-    more than it gives, so that host-model leaves it out.
+    more than it gives, so that host-model leaves it out. `cpu` names the CPU features
+    that guests are shown; None means that it is not known, and then any are taken to be.
     """
 
     caps: Mapping[str, int]
@@ -83,6 +84,7 @@ class HostFeatures(NamedTuple):
     source: str = "this kernel's KVM"
     remedy: str = "use a newer kernel"
     on_demand: frozenset[str] = frozenset()
+    cpu: frozenset[str] | None = None
 
     @classmethod
     def probe(cls, kvm: Kvm, vcpu: Vcpu | None = None) -> HostFeatures:
@@ -114,6 +116,10 @@ class HostFeatures(NamedTuple):
                     f"hv-{row.name} needs CPUID {bits.leaf:#x}.{bits.register.upper()} {bits.mask:#x}, which"
                     f" {self.source} does not report; {self.remedy}, or leave hv-{row.name} out"
                 )
+        if row.needs_cpu and self.cpu is not None and row.needs_cpu.isdisjoint(self.cpu):
+            names = " or ".join(sorted(row.needs_cpu))
+            lacks = f"hv-{row.name} needs {names} in the guest's CPU, which has none here"
+            return f"{lacks}; leave hv-{row.name} out"
         return None
 
     def reports(self, bits: Bits) -> bool:

@@ -27,7 +27,7 @@ from hvkvm.kvm.vcpu import Vcpu
 from hvkvm.kvm.vm import Vm
 from hvkvm.machine.config import MachineConfig
 from hvkvm.machine.cpu import guest_cpuid, vcpu_cpuid
-from hvkvm.machine.cpu_features import must_hide, parse_cpu
+from hvkvm.machine.cpu_features import must_hide, parse_cpu, shown
 from hvkvm.memory.guest import GuestMemory
 
 if TYPE_CHECKING:
@@ -67,6 +67,13 @@ def create_memory(vm: Vm, config: MachineConfig, stack: ExitStack) -> GuestMemor
         raise ConfigError(
             f"--memory {config.memory >> 20}M: the host refuses it ({error.strerror}); ask for less"
         ) from error
+
+
+def guest_features(kvm: Kvm, cpu: str = "host") -> frozenset[str]:
+    """The CPU features that `--cpu` leaves a guest here. ConfigError, CapabilityMissing."""
+    tsc_deadline = bool(kvm.check_extension(KVM_CAP_TSC_DEADLINE_TIMER))
+    entries = guest_cpuid(kvm.supported_cpuid(), parse_cpu(cpu), tsc_deadline=tsc_deadline)
+    return frozenset(shown(entries))
 
 
 def create_vcpus(kvm: Kvm, vm: Vm, config: MachineConfig, features: FeatureSet) -> list[Vcpu]:

@@ -22,6 +22,7 @@ from hvkvm.hyperv.features import FeatureSet, parse_features, resolve
 from hvkvm.hyperv.partition import Partition
 from hvkvm.hyperv.usermode.features import Choice, for_user_synic
 from hvkvm.hyperv.usermode.features import choose as choose_synic
+from hvkvm.machine.build import guest_features
 
 if TYPE_CHECKING:
     from hvkvm.devices.port.bus import PortBus
@@ -50,7 +51,7 @@ class Enlightenments(NamedTuple):
 
 def choose(kvm: Kvm, config: MachineConfig) -> Enlightenments:
     """What `config` asks for, on this host. ConfigError, CapabilityMissing."""
-    choice = choose_synic(kvm, config.synic)
+    choice = choose_synic(kvm, config.synic).for_cpu(guest_features(kvm, config.cpu))
     features = resolve(parse_features(config.hv), choice.host)
     return Enlightenments(for_user_synic(features) if choice.synic == "user" else features, choice)
 

@@ -7,6 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hvkvm.abi import kvm as abi_kvm
+from hvkvm.abi import tlfs
 from hvkvm.errors import CapabilityMissing, ConfigError
 from hvkvm.hyperv.enlightenments import ALIASES, ENLIGHTENMENTS, REGISTERS, Version
 from hvkvm.hyperv.features import FeatureSet, HostFeatures, parse_features, resolve
@@ -128,6 +129,44 @@ def test_host_model_is_what_kvm_6_1_has() -> None:
         "avic",
         "no-nonarch-coresharing",
     }
+
+
+NESTED = {"evmcs", "emsr-bitmap", "tlbflush-direct"}
+
+
+@pytest.mark.parametrize("base", ["host-model", "passthrough"])
+def test_what_the_guests_cpu_has_no_use_for_is_left_out(base: str) -> None:
+    """No guest of hvkvm has VMX or SVM; and there is nothing to trust in a TSC that CPUID calls variant."""
+    plain = EVERYTHING._replace(cpu=frozenset({"lm"}))
+    assert names(base, EVERYTHING) - names(base, plain) == NESTED | {"tsc-invariant"}
+    assert (
+        names(base, EVERYTHING._replace(cpu=frozenset({"nonstop_tsc"}))) == names(base, EVERYTHING) - NESTED
+    )
+    assert names(base, EVERYTHING._replace(cpu=frozenset({"nonstop_tsc", "svm"}))) == names(
+        base, EVERYTHING
+    ) - {"evmcs"}
+
+
+@pytest.mark.parametrize("name", sorted(NESTED))
+def test_a_nested_feature_by_name_is_refused_where_nothing_nests(name: str) -> None:
+    with pytest.raises(
+        CapabilityMissing, match=f"hv-{name} needs .*vmx.* in the guest's CPU.*leave hv-{name} out"
+    ):
+        names(f"vapic,{name}", EVERYTHING._replace(cpu=frozenset()))
+
+
+def test_every_feature_in_the_nested_leaf_needs_a_cpu_that_nests() -> None:
+    """Of what leaf 0x4000000A and the recommendations say, all about nesting; a new row may not forget it."""
+    for row in ENLIGHTENMENTS:
+        nested = any(
+            bits.leaf == tlfs.HYPERV_CPUID_NESTED_FEATURES
+            or (
+                bits.leaf == tlfs.HYPERV_CPUID_ENLIGHTMENT_INFO
+                and bits.mask & tlfs.HV_X64_ENLIGHTENED_VMCS_RECOMMENDED
+            )
+            for bits in row.bits
+        )
+        assert nested == bool(row.needs_cpu & {"vmx", "svm"}), row.name
 
 
 def test_host_model_on_a_host_without_hyperv_is_empty() -> None:

@@ -31,6 +31,10 @@ class Choice(NamedTuple):
     host: HostFeatures
     why: str
 
+    def for_cpu(self, cpu: frozenset[str]) -> Choice:
+        """The same for guests that are shown these CPU features, by /proc/cpuinfo's names."""
+        return self._replace(host=self.host._replace(cpu=cpu))
+
 
 def choose(kvm: Kvm, wanted: Literal["auto", "kernel", "user"]) -> Choice:
     """KVM's SynIC or the one in user space. "auto" takes KVM's where it is complete.
