@@ -16,6 +16,7 @@ from typing import NamedTuple
 from hvkvm.abi import kvm as abi
 from hvkvm.cli.arguments import Parser
 from hvkvm.errors import CapabilityMissing, KvmUnavailable
+from hvkvm.kvm.kind import REMEDY, KvmKind, probe
 from hvkvm.kvm.system import Kvm
 
 
@@ -82,7 +83,16 @@ def checks(path: str) -> Iterator[Check]:
         return
     with kvm:
         yield Check("PASS", path, f"KVM API {abi.KVM_API_VERSION}")
+        yield carrier(probe())
         yield from _capabilities(kvm)
+
+
+def carrier(kind: KvmKind) -> Check:
+    """Whether the CPU runs the guests of this KVM, or software does."""
+    if kind.in_software:
+        detail = f"guests run in software, and Linux may end in a KVM internal error: {kind}"
+        return Check("WARN", "VMX or SVM", detail, REMEDY)
+    return Check("PASS", "VMX or SVM", str(kind))
 
 
 def _capabilities(kvm: Kvm) -> Iterator[Check]:

@@ -16,6 +16,7 @@ from hvkvm.abi.kvm import (
     KVM_EXIT_MMIO,
     KVM_EXIT_SHUTDOWN,
     KVM_EXIT_SYSTEM_EVENT,
+    KVM_INTERNAL_ERROR_EMULATION,
     KVM_SYSTEM_EVENT_CRASH,
     KVM_SYSTEM_EVENT_RESET,
     KVM_SYSTEM_EVENT_SHUTDOWN,
@@ -40,9 +41,13 @@ def handlers(board: Board, lifecycle: Lifecycle, memory: GuestMemory) -> Handler
         lifecycle.finish(Ending.TRIPLE_FAULT, EXIT_MACHINE_FAULT, detail)
 
     def broken(vcpu: Vcpu) -> None:
-        from hvkvm.kvm.exits import decode
+        from hvkvm.kvm.exits import InternalErrorExit, decode
+        from hvkvm.kvm.kind import probe, why_emulation_failed
 
-        detail = f"vcpu{vcpu.index}: {decode(vcpu.run)} at rip={vcpu.regs().rip:#x}"
+        what = decode(vcpu.run)
+        detail = f"vcpu{vcpu.index}: {what} at rip={vcpu.regs().rip:#x}"
+        if isinstance(what, InternalErrorExit) and what.suberror == KVM_INTERNAL_ERROR_EMULATION:
+            detail += why_emulation_failed(probe())
         lifecycle.finish(Ending.KVM_ERROR, EXIT_MACHINE_FAULT, detail)
 
     def system_event(vcpu: Vcpu) -> None:

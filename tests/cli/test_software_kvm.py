@@ -1,0 +1,77 @@
+"""A KVM without VMX or SVM underneath: `doctor` and the error say what it is and where to run instead."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from hvkvm.cli.doctor import carrier
+from hvkvm.hyperv.features import FeatureSet
+from hvkvm.kvm.kind import KvmKind, probe
+from hvkvm.kvm.system import Kvm
+from hvkvm.machine.build import create_vcpus
+from hvkvm.machine.config import MachineConfig
+from hvkvm.machine.cpu import guest_cpuid
+from hvkvm.machine.cpu_features import parse_cpu, shown
+
+Hvkvm = Callable[..., "subprocess.CompletedProcess[str]"]
+FSIN = bytes.fromhex("d9fe fa f4 ebfd")  # fsin, which no KVM emulates so far; cli; hlt
+
+
+def test_doctor_tells_hardware_from_software() -> None:
+    check = carrier(KvmKind(("kvm_pvm",), frozenset({"hypervisor"})))
+    assert check.verdict == "WARN"
+    assert "kvm_pvm" in check.detail
+    assert "scripts/lab" in check.remedy
+    check = carrier(KvmKind(("kvm_amd",), frozenset({"svm"})))
+    assert (check.verdict, check.remedy) == ("PASS", "")
+
+
+@pytest.mark.kvm
+def test_an_instruction_that_cannot_be_emulated_names_this_kvm(
+    hvkvm: Hvkvm, guest: Callable[[bytes], Path]
+) -> None:
+    kind = probe()
+    check = next(c for c in json.loads(hvkvm("doctor", "--json").stdout) if c["name"] == "VMX or SVM")
+    assert (check["verdict"] == "WARN") is kind.in_software
+    assert str(kind) in check["detail"]
+    if not kind.in_software:
+        return  # the CPU itself runs it
+    result = hvkvm("run", "--quiet", "--kernel", guest(FSIN), "--timeout", "3")
+    if result.returncode == 124:
+        return  # this one does emulate it
+    assert result.returncode == 254, result
+    (line,) = result.stderr.splitlines()
+    assert line.startswith("hvkvm: KVM internal error: vcpu0: ")
+    for part in ("suberror=1", str(kind), "scripts/lab", "--cpu host,-NAME"):
+        assert part in line, (part, line)
+
+
+@pytest.mark.kvm
+@pytest.mark.parametrize("name", ["cx16", "sse4_2", "nx", "umip"])
+def test_what_is_hidden_is_hidden_or_the_run_is_refused(
+    hvkvm: Hvkvm, guest: Callable[[bytes], Path], name: str
+) -> None:
+    """Such a KVM may show a guest what the CPU shows: then hiding is no promise we could keep."""
+    image = guest(FSIN)
+    with Kvm() as kvm, kvm.create_vm() as vm:
+        hidden = guest_cpuid(kvm.supported_cpuid(), parse_cpu(f"host,-{name}"), tsc_deadline=False)
+        assert name not in shown(hidden)
+        vcpu = vm.create_vcpu(0)
+        vcpu.set_cpuid2(hidden)
+        kept = name in shown(vcpu.cpuid2())
+    if kept:
+        result = hvkvm("run", "--kernel", image, "--cpu", f"host,-{name}")
+        assert result.returncode == 77, result
+        assert result.stderr.startswith(f"hvkvm: --cpu host,-{name}: ")
+        assert "all the same" in result.stderr
+        return
+    with Kvm() as kvm, kvm.create_vm() as vm:
+        vm.create_irqchip()
+        config = MachineConfig(image, cpu=f"host,-{name}", cpus=2)
+        for vcpu in create_vcpus(kvm, vm, config, FeatureSet()):
+            assert name not in shown(vcpu.cpuid2())
