@@ -12,6 +12,7 @@ import contextlib
 import functools
 import json
 import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -34,7 +35,8 @@ def _kernel(tree: Path) -> Path:
 
 
 def _modules(tree: Path) -> Path:
-    return _one(tree, "lib/modules/*", "usr/lib/modules/*")
+    # A package that holds the kernel only has the folder too, with its vmlinuz in it.
+    return _one(tree, "lib/modules/*/kernel", "usr/lib/modules/*/kernel").parent
 
 
 def _busybox(tree: Path) -> Path:
@@ -84,11 +86,18 @@ def path(name: str, suite: str | None = None, *, update: bool = False, offline: 
     suite = (suite or release_codename()) if artifact.real else release_codename()
     noted = cache.root() / "resolved" / f"{suite}-{artifact.package}.json"
     tree = None if update else _noted_tree(noted)
-    if tree is None:
+    found = None
+    if tree is not None:
+        # A tree may lack it that was unpacked when packages were split otherwise.
+        with contextlib.suppress(StepError):
+            found = artifact.find(tree)
+    if found is None:
         if offline:
-            raise StepError(f"{name} ({suite}) is not in the cache; run scripts/artifacts fetch {name} first")
-        tree = _fetch(artifact, suite, noted)
-    found = artifact.find(tree)
+            option = "" if suite == release_codename() else f"--suite {suite} "
+            raise StepError(
+                f"{name} ({suite}) is not in the cache; run scripts/artifacts {option}fetch {name} first"
+            )
+        found = _fetch(artifact, suite, noted)
     if artifact.find is _kernel:
         # Now and not when it boots: in the lab that costs ten times as much, and its cache forgets.
         vmlinux.extract(found)
@@ -112,17 +121,36 @@ def _refreshed(suite: str) -> Archive:
 
 
 def _fetch(artifact: Artifact, suite: str, noted: Path) -> Path:
+    """What `artifact` finds in its package as the archive has it now. Raises StepError."""
     archive = _refreshed(suite)
     package: Package = archive.candidate(artifact.package)
+    parts: list[Package] = []
     if artifact.real:
         names = [name for name in package.depends if re.match(artifact.real, name)]
         if not names:
             raise StepError(f"{artifact.package} of {suite} depends on no kernel image: {package.depends}")
         package = archive.candidate(names[0])
-    tree = archive.unpacked(package)
+        parts = [archive.candidate(name, package.version) for name in parts_of(package)]
+    tree = archive.unpacked(package, parts)
+    try:
+        found = artifact.find(tree)
+    except StepError:
+        shutil.rmtree(tree, ignore_errors=True)
+        tree = archive.unpacked(package, parts)
+        found = artifact.find(tree)
     entry = {"package": package.name, "version": package.version}
     cache.publish(noted, [json.dumps(entry).encode()])
-    return tree
+    return found
+
+
+def parts_of(image: Package) -> list[str]:
+    """The packages among which a kernel is split: kernel, modules and the lists of both.
+
+    Debian's linux-image-RELEASE holds all of them up to Linux 7.1. From 7.2 on it is empty
+    and depends on linux-base-, linux-binary- and linux-modules-RELEASE.
+    """
+    release = image.name.removeprefix("linux-image-")
+    return [name for name in image.depends if name.startswith("linux-") and name.endswith(f"-{release}")]
 
 
 # The names under which tests and commands look for a guest to boot.
@@ -138,18 +166,29 @@ NEWER_VARIABLES = {
     "HVKVM_NEWER_KERNEL": "guest-kernel",
     "HVKVM_NEWER_MODULES": "guest-modules",
 }
+# And a third one, the newest there is.
+NEWEST_VARIABLES = {
+    "HVKVM_NEWEST_KERNEL": "guest-kernel",
+    "HVKVM_NEWEST_MODULES": "guest-modules",
+}
 _NEWER_SUITES = {"bullseye": "bookworm", "bookworm": "trixie"}
+NEWEST_SUITE = "sid"
 
 
 def newer_suite() -> str:
     """The suite after this machine's; sid where none is known."""
-    return _NEWER_SUITES.get(release_codename(), "sid")
+    return _NEWER_SUITES.get(release_codename(), NEWEST_SUITE)
+
+
+def other_kernels() -> list[tuple[str, dict[str, str]]]:
+    """(suite, variables) of the kernels that tests boot beside this machine's own."""
+    return [(newer_suite(), NEWER_VARIABLES), (NEWEST_SUITE, NEWEST_VARIABLES)]
 
 
 def variables(suite: str | None = None) -> dict[str, str]:
     """The environment variables that name the cached artifacts; none for what is not cached."""
     found: dict[str, str] = {}
-    for names, from_suite in ((VARIABLES, suite), (NEWER_VARIABLES, newer_suite())):
+    for from_suite, names in ((suite, VARIABLES), *other_kernels()):
         for variable, name in names.items():
             with contextlib.suppress(StepError):
                 found[variable] = str(path(name, from_suite, offline=True))

@@ -14,6 +14,7 @@ import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -131,6 +132,8 @@ class Archive:
             "APT::Sandbox::User": "",
             # Hooks of the system's own apt runs (update notifiers) have no business with these lists.
             "APT::Update::Post-Invoke-Success": "",
+            # A list that cannot be read is an error, and not a suite without packages.
+            "APT::Update::Error-Mode": "any",
             "Acquire::Languages": "none",
             "Acquire::Retries": "3",
         }
@@ -148,7 +151,9 @@ class Archive:
         )
         if done.returncode:
             lines = (done.stderr.strip() or done.stdout.strip()).splitlines() or ["no message"]
-            raise StepError(f"{tool} {' '.join(words)} ({self.suite}): {lines[-1]}")
+            # The first error is the cause: apt's last one only counts them.
+            reason = next((line for line in lines if line.startswith("E: ")), lines[-1])
+            raise StepError(f"{tool} {' '.join(words)} ({self.suite}): {reason}")
         return done.stdout
 
     def refresh(self) -> None:
@@ -175,8 +180,8 @@ class Archive:
         depends = tuple(re.split(r"[ (:|]", item.strip())[0] for item in fields.get("Depends", "").split(","))
         return Package(fields["Package"], fields["Version"], depends)
 
-    def unpacked(self, package: Package) -> Path:
-        """The folder of the unpacked package, fetched first where the cache lacks it."""
+    def unpacked(self, package: Package, parts: Sequence[Package] = ()) -> Path:
+        """The folder of the unpacked package and its `parts`, fetched first where the cache lacks it."""
         target = tree_of(package.name, package.version)
         if target.is_dir():
             return target
@@ -184,12 +189,16 @@ class Archive:
         folder = target.with_name(f".{target.name}.{os.getpid()}")
         (folder / "tree").mkdir(parents=True)
         try:
-            self._apt("apt-get", "download", f"{package.name}={package.version}", cwd=folder)
-            deb = next(folder.glob("*.deb"))
-            subprocess.run(["dpkg-deb", "-x", str(deb), str(folder / "tree")], check=True)
+            wanted = [f"{one.name}={one.version}" for one in (package, *parts)]
+            self._apt("apt-get", "download", *wanted, cwd=folder)
+            debs = sorted(folder.glob("*.deb"))
+            if len(debs) != len(wanted):
+                raise OSError(f"apt-get brought {len(debs)} packages of {len(wanted)}")
+            for deb in debs:
+                subprocess.run(["dpkg-deb", "-x", str(deb), str(folder / "tree")], check=True)
             if not target.is_dir():
                 os.rename(folder / "tree", target)
-        except (OSError, StopIteration, subprocess.CalledProcessError) as error:
+        except (OSError, subprocess.CalledProcessError) as error:
             raise StepError(f"{package.name} {package.version}: cannot be unpacked: {error}") from error
         finally:
             shutil.rmtree(folder, ignore_errors=True)

@@ -12,5 +12,6 @@ def artifact(name: str) -> Path:
     """What scripts/artifacts fetched; the lab and scripts/test put the paths into the environment."""
     value = os.environ.get(name)
     if not value:
-        pytest.fail(f'{name} is not set: eval "$(scripts/artifacts env)" first, or run scripts/test')
+        fetch = "`scripts/artifacts fetch` says whether the package can be had"
+        pytest.fail(f'{name} is not set: eval "$(scripts/artifacts env)" first, or run scripts/test; {fetch}')
     return Path(value)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import shutil
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -106,7 +108,7 @@ def cached(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     tree = tmp_path / "packages/linux-image-6.12.1-cloud-amd64_1%3a6.12.1-1"
     (tree / "boot").mkdir(parents=True)
     (tree / "boot/vmlinuz-6.12.1-cloud-amd64").touch()
-    (tree / "usr/lib/modules/6.12.1-cloud-amd64").mkdir(parents=True)
+    (tree / "usr/lib/modules/6.12.1-cloud-amd64/kernel").mkdir(parents=True)
     return tree
 
 
@@ -114,12 +116,13 @@ def test_cached_artifacts_need_no_archive(cached: Path) -> None:
     assert artifacts.path("guest-kernel", "trixie") == cached / "boot/vmlinuz-6.12.1-cloud-amd64"
     assert artifacts.path("guest-modules", "trixie").name == "6.12.1-cloud-amd64"
     kernels = {"HVKVM_GUEST_KERNEL", "HVKVM_GUEST_MODULES", "HVKVM_NEWER_KERNEL", "HVKVM_NEWER_MODULES"}
+    # Of the newest one the cache has nothing.
     assert set(artifacts.variables("trixie")) == kernels
 
 
 @pytest.mark.usefixtures("cached")
 def test_offline_says_what_to_run() -> None:
-    with pytest.raises(StepError, match="scripts/artifacts fetch lab-kernel"):
+    with pytest.raises(StepError, match="scripts/artifacts --suite trixie fetch lab-kernel"):
         artifacts.path("lab-kernel", "trixie", offline=True)
 
 
@@ -129,3 +132,75 @@ def test_damaged_note_is_not_believed(cached: Path) -> None:
         note.write_text(damage)
         with pytest.raises(StepError):
             artifacts.path("guest-kernel", "trixie", offline=True)
+
+
+RELEASE = "7.2.1-cloud-amd64"
+SPLIT = {
+    "linux-image-cloud-amd64": ("linux-base-cloud-amd64", f"linux-image-{RELEASE}"),
+    f"linux-image-{RELEASE}": (
+        "kmod",
+        f"linux-base-{RELEASE}",
+        f"linux-binary-{RELEASE}",
+        f"linux-modules-{RELEASE}",
+    ),
+    f"linux-base-{RELEASE}": (),
+    f"linux-binary-{RELEASE}": ("linux-initramfs-tool",),
+    f"linux-modules-{RELEASE}": ("kmod",),
+}
+FILES = {
+    f"linux-base-{RELEASE}": "modules.builtin",
+    f"linux-binary-{RELEASE}": "vmlinuz",
+    f"linux-modules-{RELEASE}": "kernel/drivers/hv/hv_utils.ko.xz",
+}
+
+
+@pytest.fixture
+def split(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """An archive whose kernel is split among packages, as from Linux 7.2 on; real .deb files, no network."""
+    if shutil.which("dpkg-deb") is None:
+        pytest.skip("dpkg-deb is needed to make packages: this is not a Debian system")
+    monkeypatch.setenv("HVKVM_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(artifacts, "release_codename", lambda: "bookworm")
+    debs = tmp_path / "debs"
+    for name in SPLIT:
+        folder = tmp_path / "build" / name
+        (folder / "DEBIAN").mkdir(parents=True)
+        (folder / "DEBIAN/control").write_text(
+            f"Package: {name}\nVersion: 1\nArchitecture: amd64\nMaintainer: x\nDescription: x\n"
+        )
+        if name in FILES:
+            file = folder / "usr/lib/modules" / RELEASE / FILES[name]
+            file.parent.mkdir(parents=True)
+            file.write_text(name)
+        debs.mkdir(exist_ok=True)
+        subprocess.run(["dpkg-deb", "--build", folder, debs / f"{name}.deb"], check=True, capture_output=True)
+
+    def apt(self: distribution.Archive, tool: str, *words: str, cwd: Path | None = None) -> str:
+        if tool == "apt-cache":
+            name = words[-1].partition("=")[0]
+            return f"Package: {name}\nVersion: 1\nDepends: {', '.join(f'{d} (= 1)' for d in SPLIT[name])}\n"
+        for word in words[1:]:
+            assert cwd is not None
+            shutil.copy(debs / f"{word.partition('=')[0]}.deb", cwd)
+        return ""
+
+    monkeypatch.setattr(distribution.Archive, "_apt", apt)
+    monkeypatch.setattr(artifacts, "_refreshed", distribution.Archive)
+    return tmp_path / "cache/packages" / f"linux-image-{RELEASE}_1"
+
+
+def test_a_kernel_that_is_split_among_packages_becomes_one_tree(split: Path) -> None:
+    modules = split / "usr/lib/modules" / RELEASE
+    assert artifacts.path("guest-kernel", "sid") == modules / "vmlinuz"
+    assert artifacts.path("guest-modules", "sid", offline=True) == modules
+    assert (modules / "modules.builtin").is_file()
+
+
+def test_a_tree_from_before_the_split_was_known_is_fetched_again(split: Path) -> None:
+    (split / "usr/share").mkdir(parents=True)
+    note = split.parents[1] / "resolved/sid-linux-image-cloud-amd64.json"
+    note.parent.mkdir()
+    note.write_text(json.dumps({"package": f"linux-image-{RELEASE}", "version": "1"}))
+    with pytest.raises(StepError, match="--suite sid fetch guest-kernel"):
+        artifacts.path("guest-kernel", "sid", offline=True)
+    assert artifacts.path("guest-kernel", "sid").read_text() == f"linux-binary-{RELEASE}"
