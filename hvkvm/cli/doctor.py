@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 from hvkvm.abi import kvm as abi
 from hvkvm.cli.arguments import Parser
-from hvkvm.errors import CapabilityMissing, KvmUnavailable
+from hvkvm.errors import CapabilityMissing, HvkvmError, KvmUnavailable
 from hvkvm.kvm.kind import REMEDY, KvmKind, probe
 from hvkvm.kvm.system import Kvm
 
@@ -85,6 +85,7 @@ def checks(path: str) -> Iterator[Check]:
         yield Check("PASS", path, f"KVM API {abi.KVM_API_VERSION}")
         yield carrier(probe())
         yield from _capabilities(kvm)
+        yield _cpuid(kvm)
 
 
 def carrier(kind: KvmKind) -> Check:
@@ -131,6 +132,30 @@ def _synic(kvm: Kvm) -> Check:
         other = f"--synic user lacks {lacking}" if lacking else "--synic user would work too"
         return Check("PASS", "--synic auto", f"KVM's own SynIC: {choice.why}; {other}")
     return Check("WARN", "--synic auto", f"no SynIC at all: {choice.why}", KERNEL_REMEDY)
+
+
+def _cpuid(kvm: Kvm) -> Check:
+    """Whether guests see the CPU that hvkvm makes for them, or one of KVM's own making."""
+    from hvkvm.machine.cpu import guest_cpuid, vcpu_cpuid
+    from hvkvm.machine.cpu_features import shown
+
+    name = "guest CPUID"
+    try:
+        wanted = vcpu_cpuid(guest_cpuid(kvm.supported_cpuid(), tsc_deadline=False), 0, 1, None)
+        with kvm.create_vm() as vm:
+            vcpu = vm.create_vcpu(0)
+            vcpu.set_cpuid2(wanted)
+            # OSXSAVE and OSPKE follow the guest's CR4.
+            own = sorted(shown(vcpu.cpuid2()) - shown(wanted) - {"osxsave", "ospke"})
+    except HvkvmError as error:
+        return Check("WARN", name, f"cannot be tried: {error}", "see the lines above")
+    if not own:
+        return Check("PASS", name, "what hvkvm sets is what guests see")
+    few = ", ".join(own[:4]) + (f" and {len(own) - 4} more" if len(own) > 4 else "")
+    detail = f"this KVM shows guests features of its own, which --cpu cannot hide: {few}"
+    return Check(
+        "WARN", name, detail, "use a host with VMX or SVM, or scripts/lab, where a guest must not see them"
+    )
 
 
 def main(arguments: list[str]) -> int:

@@ -56,6 +56,8 @@ def parse_cpu(text: str) -> CpuRequest:
     Raises ConfigError: the flag, the reason, the remedy.
     """
     model, *items = (item.strip() for item in text.split(","))
+    if text.isdecimal():
+        raise ConfigError(f"--cpu {text}: a CPU model, not a number of vCPUs; write --cpus {text}")
     if model != "host":
         raise ConfigError(
             f"--cpu {text}: begins with {model or 'nothing'}, and there is one CPU model, host;"
@@ -208,6 +210,6 @@ def must_hide(request: CpuRequest, set_: Iterable[kvm_cpuid_entry2]) -> None:
     left = sorted(request.hide & shown(set_))
     if left:
         raise CapabilityMissing(
-            f"--cpu host,-{',-'.join(left)}: this kernel's KVM shows the guest {' and '.join(left)} all the"
-            " same; leave that out, or use another host or scripts/lab"
+            f"--cpu host,-{',-'.join(left)}: this kernel's KVM shows guests {', '.join(left)} all the same;"
+            " leave that out, or use another host or scripts/lab"
         )

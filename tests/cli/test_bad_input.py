@@ -33,6 +33,8 @@ def one_line(result: subprocess.CompletedProcess[str], status: int, *words: str)
         (("run", "--kernel", "KERNEL", "--cpus", "0"), ("--cpus 0", "1 to 254")),
         (("run", "--kernel", "KERNEL", "--cpus", "many"), ("--cpus many", "number")),
         (("run", "--kernel", "KERNEL", "--cpus", "1000"), ("--cpus 1000", "1 to 254")),
+        (("run", "--kernel", "KERNEL", "--cpu", "host,-cx61"), ("--cpu host,-cx61", "did you mean cx16")),
+        (("run", "--kernel", "KERNEL", "--cpu", "host,-apic"), ("apic cannot be hidden",)),
         (("run", "--kernel", "KERNEL", "--memory", "1M"), ("--memory 1M", "at least 8M")),
         (("run", "--kernel", "KERNEL", "--memory", "lots"), ("--memory lots", "512M")),
         (
@@ -59,7 +61,8 @@ def one_line(result: subprocess.CompletedProcess[str], status: int, *words: str)
         ),
         (("run", "--kernel", "KERNEL", "--config", "/nonexistent"), ("--config /nonexistent",)),
         (("run", "--kernel", "KERNEL", "--"), ("--", "no command")),
-        (("run", "--kernel", "KERNEL", "--cpu", "2"), ("--cpu", "hvkvm run --help")),
+        (("run", "--kernel", "KERNEL", "--cpu", "2"), ("--cpu 2", "write --cpus 2")),
+        (("run", "--kernel", "KERNEL", "--mem", "2"), ("--mem", "hvkvm run --help")),
         (("run", "--kernel", "KERNEL", "spare"), ("spare", "hvkvm run --help")),
         (("features", "sinyc"), ("sinyc",)),
     ],

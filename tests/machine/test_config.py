@@ -43,6 +43,7 @@ def test_a_size_is_a_number_or_one_clear_line(text: str) -> None:
     [
         ({"cpus": 0}, ("--cpus 0", "1 to 254")),
         ({"cpus": 255}, ("--cpus 255", "1 to 254")),
+        ({"cpu": "host,-cx61"}, ("--cpu host,-cx61", "cx16")),
         ({"memory": 1 * MIB}, ("--memory 1M", "at least 8M")),
         ({"memory": (16 * MIB) + 5}, ("--memory", "4 KiB")),
         ({"timeout": 0.0}, ("--timeout 0", "more than 0")),
@@ -77,11 +78,12 @@ def test_toml_round_trip(tmp_path: Path, kernel: Path) -> None:
     toml = tmp_path / "guest.toml"
     toml.write_text(
         'kernel = "kernel"\ncpus = 4\nmemory = "1G"\nhv = "none"\ntimeout = 5\ncommand = ["uname", "-a"]\n'
-        'vmbus = "on"\nvsock = "v.sock"\n[files]\n"/root/k" = "kernel"\n'
+        'cpu = "host,-cx16"\nvmbus = "on"\nvsock = "v.sock"\n[files]\n"/root/k" = "kernel"\n'
     )
     config = MachineConfig.from_toml(toml)
     assert config.kernel == kernel
     assert (config.cpus, config.memory, config.hv, config.timeout) == (4, 1 << 30, "none", 5.0)
+    assert config.cpu == "host,-cx16"
     assert config.command == ("uname", "-a")
     assert config.vsock == tmp_path / "v.sock"
     assert config.files == (("/root/k", kernel),)
