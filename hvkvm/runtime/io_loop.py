@@ -3,7 +3,18 @@
 It owns eventfds, acks, completions and channel state; its callbacks must not
 block. One round runs, in this order: the readers that poll found ready, the
 calls that were queued when their turn began, the timers that were due when
-theirs began. So a callback that reschedules itself starves nobody.
+theirs began; at most MAX_EVENTS, MAX_CALLS and MAX_TIMERS of them. What is left
+waits for the next round, in the order in which it came.
+
+Fairness. Whatever a guest or a peer does, nobody waits for longer than a few
+rounds, and a round is short (the aim: 20 ms for all that wait at once). For
+that, a callback is a *turn* of bounded work, stated by who has the callback in
+packets, bytes or messages, and chosen to cost about a millisecond at most. What
+a turn leaves undone is asked for with `call_soon`, and so comes behind all who
+wait already. One source (a channel, a message stream, all sockets of a
+service, all alarms) has one such request pending at a time and no other turn
+meanwhile: a doorbell that rings then adds nothing. A device with many
+connections shares its turn among them in rotation.
 
 Removing is synchronous: when `Handle.remove()` or `Timer.cancel()` returns, the
 callback is not running and never will again, so its owner may free what it uses
@@ -29,6 +40,7 @@ import os
 import select
 import threading
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from time import monotonic
 from typing import Any
 
@@ -38,7 +50,13 @@ from hvkvm.runtime.timers import Timer, TimerHeap
 from hvkvm.runtime.workqueue import Cancelled, WorkQueue
 
 MAX_EVENTS = 64
-"""Ready fds taken a round; the rest wait for the next one."""
+"""Ready fds taken a round; the rest wait for the next one. epoll hands them out in rotation."""
+
+MAX_CALLS = 64
+"""Deferred calls run a round."""
+
+MAX_TIMERS = 16
+"""Timers run a round."""
 
 STOP_SECONDS = 10.0
 
@@ -48,13 +66,16 @@ OnFault = Callable[[BaseException], object]
 class Handle:
     """One watched fd, from `IoLoop.add_reader`."""
 
-    __slots__ = ("_loop", "active", "callback", "fd")
+    __slots__ = ("_loop", "active", "callback", "events", "fd", "since")
 
-    def __init__(self, loop: IoLoop, fd: int, callback: Callable[[], object]) -> None:
+    def __init__(self, loop: IoLoop, fd: int, callback: Callable[[], object], events: int) -> None:
         self._loop = loop
         self.fd = fd
         self.callback = callback
+        self.events = events
         self.active = True
+        self.since = loop._polls
+        """Which poll had begun, and perhaps not come back, when this was made."""
 
     def remove(self) -> None:
         """Watch no more; synchronous (S39). Before closing the fd. Repeatable."""
@@ -83,6 +104,7 @@ class IoLoop:
             self._epoll.close()
             raise
         self._epoll.register(self._wake_fd, select.EPOLLIN | select.EPOLLET)
+        self._polls = 0  # how many have begun; the loop's thread counts
         self._polling = False
         self._stopping = False
         self._closed = False
@@ -129,9 +151,10 @@ class IoLoop:
             if fd in self._handles:
                 raise ValueError(f"fd {fd} is watched already")
             # Known first, then watched: a ready fd wakes the loop at once, and an edge comes only once.
-            handle = self._handles[fd] = Handle(self, fd, callback)
+            events = select.EPOLLIN | select.EPOLLET if edge else select.EPOLLIN
+            handle = self._handles[fd] = Handle(self, fd, callback, events)
             try:
-                self._epoll.register(fd, select.EPOLLIN | select.EPOLLET if edge else select.EPOLLIN)
+                self._epoll.register(fd, events)
             except BaseException:
                 del self._handles[fd]
                 raise
@@ -187,6 +210,7 @@ class IoLoop:
             timeout: float | None = 0.0
         else:
             timeout = self._seconds_to_wait() if self._waiting_timers else None
+        self._polls = polls = self._polls + 1
         events = self._epoll.poll(timeout, MAX_EVENTS)
         self._polling = False
         # Looked up before any callback runs: a callback may remove a handle and watch a new fd that got the
@@ -202,7 +226,9 @@ class IoLoop:
             # As in _run(), written out: a call less for each event.
             self._current = handle
             try:
-                if handle.active:
+                if handle.since == polls:
+                    self._ask_again(handle)
+                elif handle.active:
                     handle.callback()
             except BaseException as error:
                 self._fault(error, _name_of(handle.callback))
@@ -212,12 +238,25 @@ class IoLoop:
                     self._tell_removers()
         if self._queue.items:
             try:
-                self._queue.drain()
+                self._queue.drain(MAX_CALLS)
             except BaseException as error:
                 self._fault(error, "a deferred call")
         if self._waiting_timers:
-            for timer in self._timers.take_due(monotonic()):
+            for timer in self._timers.take_due(monotonic(), MAX_TIMERS):
                 self._run(timer)
+
+    def _ask_again(self, handle: Handle) -> None:
+        """Have the next poll tell of this handle, if it is ready.
+
+        It was made while the poll was under way, so that its event may be that of
+        an older one, removed by another thread, whose fd had the same number. If
+        it is its own, and perhaps an edge, it must not be lost: epoll looks at the
+        fd anew when it is told to watch it as it does.
+        """
+        with self._lock:
+            if self._handles.get(handle.fd) is handle:
+                with suppress(OSError):  # closed before it was removed
+                    self._epoll.modify(handle.fd, handle.events)
 
     def _seconds_to_wait(self) -> float | None:
         due = self._timers.next_due()

@@ -81,12 +81,15 @@ class TimerHeap:
                 heapq.heappop(heap)
             return heap[0][0] if heap else None
 
-    def take_due(self, now: float) -> list[Timer]:
-        """Take out those due at `now`, earliest first."""
+    def take_due(self, now: float, most: int | None = None) -> list[Timer]:
+        """Take out those due at `now`, or the first `most` of them, earliest first."""
         due: list[Timer] = []
         with self._lock:
-            while self._heap and self._heap[0][0] <= now:
-                due.append(heapq.heappop(self._heap)[2])
+            heap = self._heap
+            while heap and heap[0][0] <= now and len(due) != most:
+                timer = heapq.heappop(heap)[2]
+                if timer.active:
+                    due.append(timer)
         return due
 
     def clear(self) -> None:

@@ -6,8 +6,8 @@ item whose `submit()` returned earlier (FIFO); or it is reported cancelled once,
 by the thread that closes the queue. A `submit()` that raises means neither ever
 happens. Nothing is forgotten, also when closing races with submitting.
 
-A drain pass runs what was queued when it began, so that an item which submits
-again cannot keep its thread from its other duties.
+A drain pass runs what was queued when it began, or the first so many of it, so
+that an item which submits again cannot keep its thread from its other duties.
 
 Owner: one consumer thread drains. Any thread submits. Whoever ends the consumer
 closes.
@@ -52,13 +52,15 @@ class WorkQueue:
                 raise Stopped(f"{self.name} takes no more work")
             self.items.append((fn, args, cancelled))
 
-    def drain(self) -> int:
-        """Run what is queued now, in order; the number run. Consumer thread.
+    def drain(self, most: int | None = None) -> int:
+        """Run what is queued now, or the first `most` of it, in order; the number run. Consumer thread.
 
         An item's exception propagates at once; the items behind it stay queued.
         """
         items = self.items
         count = len(items)
+        if most is not None and count > most:
+            count = most
         try:
             for _ in range(count):
                 try:
