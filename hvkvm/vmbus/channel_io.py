@@ -1,7 +1,8 @@
 """An open channel as its device sees it: packets in, packets out, few signals.
 
-Why: a wake in Python is dear, so a wake drains the whole ring (up to a budget)
-and answers everything with at most one signal to the guest. A ring that breaks
+Why: a wake in Python is dear, so a wake drains the whole ring (up to a turn's
+budget, see `runtime.io_loop`) and answers everything with at most one signal to
+the guest. A ring that breaks
 is told once by `on_broken`, and from then on the channel does nothing.
 
 Owner: the I/O loop. Nothing here raises for guest bytes.
@@ -15,8 +16,11 @@ from hvkvm.abi.ring import VM_PKT_COMP, VM_PKT_DATA_INBAND, Packet
 from hvkvm.vmbus.ring_reader import RingReader
 from hvkvm.vmbus.ring_writer import RingWriter
 
-BUDGET = 256
-"""Packets taken a wake; a guest that writes as fast as we read must not keep the loop for itself."""
+BUDGET = 32
+"""Packets taken a turn; a guest that writes as fast as we read must not keep the loop for itself."""
+
+BUDGET_BYTES = 1 << 16
+"""Bytes of payload a turn: the packet that goes beyond is the turn's last."""
 
 
 class ChannelIo:
@@ -57,21 +61,22 @@ class ChannelIo:
         Answers that `handle` sends leave with one signal at the end. `handle`
         may stop the channel by `abandon`.
         """
-        reader, count = self.reader, 0
+        reader, count, size = self.reader, 0, 0
         if self._on_broken is None:
             return 0
         reader.mask()
         with self:
             while True:
-                packet = reader.get() if count < budget else None
+                packet = reader.get() if count < budget and size < BUDGET_BYTES else None
                 if packet is not None:
                     count += 1
+                    size += len(packet.payload)
                     handle(packet)
                     if self._on_broken is None:
                         break
                 elif reader.broken:
                     break
-                elif count >= budget:
+                elif count >= budget or size >= BUDGET_BYTES:
                     # Masked as it is: no doorbell comes, so we come back by ourselves.
                     self._again()
                     break
@@ -92,7 +97,7 @@ class ChannelIo:
         return False
 
     def again(self) -> None:
-        """Come back soon, though no doorbell rings: for what a budget left undone."""
+        """Come back soon, though no doorbell rings: for what a budget left undone. Several are one."""
         self._again()
 
     def send(

@@ -75,6 +75,7 @@ class OpenedChannel:
         self._route: Route | None = None
         self._started = False
         self._closed = False
+        self._asked = False  # a turn is pending: one a channel, whoever asks how often
         split = request.split
         self.io = ChannelIo(
             RingReader(memory, request.pages[:split]),
@@ -115,11 +116,18 @@ class OpenedChannel:
             self._route.set_event_flag(self._flag)
 
     def _again(self) -> None:
-        self._call_soon(self._doorbell)
+        if not self._asked:
+            self._asked = True
+            self._call_soon(self._go_on)
+
+    def _go_on(self) -> None:
+        self._asked = False
+        self._doorbell()
 
     def _doorbell(self) -> None:
         # A guest rings as soon as it has the result, which may be before `start` has its turn on the loop.
-        if self._closed or not self._started:
+        # While a turn is pending a doorbell brings nothing new, and must not be a second turn a round.
+        if self._asked or self._closed or not self._started:
             return
         with self.io:
             self._serve()
