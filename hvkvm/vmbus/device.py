@@ -47,7 +47,10 @@ class StreamDevice(AnyDevice, Protocol):
     """A device that takes its packets from the ring by itself, so that their bytes need no copy."""
 
     def rung(self) -> None:
-        """The guest rang, or the device asked by `ChannelIo.again`: inside a batch."""
+        """The guest rang, or the device asked by `ChannelIo.again`: inside a batch.
+
+        Such a device may also take from the ring, one last time, inside `closed`.
+        """
         ...
 
 

@@ -145,6 +145,11 @@ class RingWriter(RingEnd):
                 self.words[WORD_PENDING_SEND_SZ] = 0
 
     @property
+    def position(self) -> int:
+        """Where the next packet begins: what `consumed` will be once the peer has read all before."""
+        return self._at
+
+    @property
     def consumed(self) -> int:
         """The peer's read index as it stands, unchecked: to see whether it moves."""
         return self.words[WORD_READ_INDEX]

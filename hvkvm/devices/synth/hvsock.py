@@ -9,6 +9,17 @@ Ends. An empty packet says that its sender sends no more; the other direction
 goes on. Linux closes a channel only after the host has rescinded it, so we do
 that as soon as both have said so, or when anything goes wrong.
 
+What was written before a close arrives, whoever closes first and when:
+- A host program that has gone, even before the guest accepted, may have left
+  data. The guest gets it, and then the end. What the guest sends meanwhile goes
+  nowhere. The channel goes as soon as the guest has taken all and is known to
+  be past its connect (Linux's times out if the channel goes before that).
+- What a guest wrote before it closed the channel is still in the ring, or in
+  our hands while the socket was full: `on_left` gets it with the socket.
+
+A turn moves a bounded number of packets; all connections of a service share
+the service's turn (`runtime.rotation`).
+
 `vsock.Vsock` makes these. Owner: the I/O loop.
 """
 
@@ -17,11 +28,13 @@ from __future__ import annotations
 import os
 import socket
 from collections.abc import Callable
+from contextlib import suppress
 from operator import add
 from typing import NamedTuple, Protocol
 
 from hvkvm.abi import hvsock as abi
 from hvkvm.abi.ring import DESCRIPTOR_BYTES, TRAILER_BYTES, VM_PKT_DATA_INBAND
+from hvkvm.runtime.rotation import Rotation
 from hvkvm.runtime.socket_watch import HANG_UP, READ, WRITE, SocketWatch
 from hvkvm.vmbus.channel_io import ChannelIo
 from hvkvm.vmbus.offer import Offer
@@ -32,10 +45,16 @@ LEAST_DATA = 512
 """No packet with less room is begun: a ring so full is left to the guest to empty."""
 PACKETS = 16
 """Most packets filled by one read of the socket, or emptied by one write: far fewer pieces than IOV_MAX."""
-TURN = 16
+TURN = 4
 """So many times PACKETS go each way before other connections have their turn."""
+VISIT_COST = 4
+"""What a turn costs beside its packets, in packets."""
 LINGER_SECONDS = 30.0
 """A guest that sends no more, and takes nothing for so long while there is something, has closed."""
+GONE_SECONDS = 2.5
+"""How often a guest whose host program has gone is looked at; longer than Linux's connect takes (2 s)."""
+MAX_LAST_BYTES = 1 << 20
+"""Most that is taken from the ring of a guest that has closed its channel; Linux's rings have far less."""
 
 
 class Timer(Protocol):
@@ -72,8 +91,11 @@ class HvsockConnection:
 
     `on_opened(self)` once the guest has accepted; `on_ended(self, why)` once and
     last, whoever ended it, with `why` if the guest broke a rule: the caller then
-    rescinds the channel. OSError or Stopped if the socket cannot be
-    watched, and then it is still the caller's.
+    rescinds the channel. `on_left(sock, data)` before that, if the socket has yet
+    to take data of the guest: the socket is the caller's then, to be closed behind
+    the data. `guest_waits`: a guest's program asked for it, so that it is kept also
+    if the host's program leaves without a word. OSError or Stopped if the socket
+    cannot be watched, and then it is still the caller's.
     """
 
     def __init__(
@@ -81,28 +103,36 @@ class HvsockConnection:
         offer: Offer,
         sock: socket.socket,
         watch: SocketWatch,
+        turns: Rotation,
         call_later: CallLater,
         on_opened: Callable[[HvsockConnection], object],
         on_ended: Callable[[HvsockConnection, str], object],
+        on_left: Callable[[socket.socket, bytes], object],
         *,
         open_seconds: float,
         linger_seconds: float = LINGER_SECONDS,
+        guest_waits: bool = False,
     ) -> None:
         sock.setblocking(False)
         self._offer = offer
         self._sock = sock
         self._fd = sock.fileno()
+        self._turns = turns
         self._call_later = call_later
         self._on_opened = on_opened
         self._on_ended = on_ended
+        self._on_left = on_left
         self._linger_seconds = linger_seconds
+        self._guest_waits = guest_waits
         self._io: ChannelIo | None = None
         self._left = b""  # for the socket, which was full
         self._may_read = True  # the socket may have something; else it is asked to tell
         self._guest_done = False  # the guest's empty packet was seen
         self._host_done = False  # the socket's end was seen
+        self._host_gone = False  # the socket takes no more, and what the guest sends goes nowhere
         self._told_host = False  # and each was passed on
         self._told_guest = False
+        self._end_at = 0  # where the guest's ring has the empty packet
         self._ended = False
         self._to_guest_bytes = self._to_host_bytes = self._wakes = 0
         self._final: Counters | None = None
@@ -127,48 +157,74 @@ class HvsockConnection:
         self._on_opened(self)
 
     def rung(self) -> None:
-        """Move what can be moved."""
-        self._wakes += 1
-        self._to_host()
-        self._to_guest()
-        self._settle()
+        """The guest has written, or made room."""
+        self._turns.ask(self)
 
     def closed(self) -> None:
-        """The guest closed it, left, or broke the ring."""
+        """The guest closed it, left, or broke the ring: what it wrote before is taken now or never."""
+        io = self._io
+        if io is not None and not self._host_gone:
+            while len(self._left) < MAX_LAST_BYTES:
+                views, size = self._take(io)
+                if not size:
+                    break
+                self._to_host_bytes += size
+                self._left = b"".join([self._left, *views])
         self.end()
+
+    # runtime.rotation.Member
+
+    def turn(self) -> int:
+        """Move what can be moved, up to a bound; what it cost in packets."""
+        io = self._io
+        if io is None:
+            return 0
+        self._wakes += 1
+        before = io.reader.packets + io.writer.packets
+        with io:
+            self._to_host()
+            self._to_guest()
+            self._settle()
+        return io.reader.packets + io.writer.packets - before + VISIT_COST
 
     # The socket.
 
     def greet(self, line: bytes) -> None:
-        """Write a line ahead of the stream. The socket is new, so that it has room."""
-        try:
-            sent = self._sock.send(line, socket.MSG_NOSIGNAL)
-        except OSError:
-            sent = 0
-        if sent < len(line):
-            self.end()
+        """Write a line ahead of the stream."""
+        self._left = line
+        self._send_left()
 
     def _socket_ready(self, mask: int) -> None:
-        io = self._io
-        if io is None:
-            self.end()  # it hung up before the guest accepted
-            return
-        self._wakes += 1
-        with io:
-            if mask & (READ | HANG_UP):
-                self._may_read = True
-            if self._left:
-                self._to_host()
-            self._to_guest()
-            self._settle()
+        if mask & (READ | HANG_UP):
+            self._may_read = True
+        if mask & HANG_UP:
+            self._host_left()
+        if self._io is not None:
+            self._turns.ask(self)
+        elif not self._guest_waits and not self._has_data():
+            self.end()  # it hung up before the guest accepted, and has nothing for it
+
+    def _has_data(self) -> bool:
+        try:
+            return bool(self._sock.recv(1, socket.MSG_PEEK))
+        except OSError:
+            return False
+
+    def _host_left(self) -> None:
+        """Nobody will read the socket's other end; what it sent before is still to come."""
+        self._host_gone = True
+        self._left = b""
+        self._may_read = True
 
     def _settle(self) -> None:
         """End if both sides are done, else ask the socket for what we wait for."""
         if self._ended:
             return
-        if self._told_host and self._told_guest:
+        if self._told_guest and (self._told_host or (self._host_gone and self._guest_has_all())):
             self.end()
             return
+        if self._host_gone and self._timer is None:
+            self._timer = self._call_later(GONE_SECONDS, self._gone, 0.0, (-1, -1))
         mask = WRITE if self._left else 0
         if not self._may_read and not self._host_done:
             mask |= READ
@@ -191,7 +247,7 @@ class HvsockConnection:
             self._tell_host()
             if self._ended or io.rest():
                 return
-        io.again()
+        self._turns.ask(self)
 
     def _take(self, io: ChannelIo) -> tuple[list[memoryview], int]:
         """The data of the packets that are there, and its size; what they say is checked here."""
@@ -226,13 +282,15 @@ class HvsockConnection:
 
     def _send(self, views: list[memoryview], size: int) -> bool:
         """Whether the socket took all. What it did not is kept, at most what PACKETS packets hold."""
+        if self._host_gone:
+            return True
         try:
             sent = self._sock.sendmsg(views, (), socket.MSG_NOSIGNAL)
         except BlockingIOError:
             sent = 0
         except OSError:
-            self.end()  # nobody reads any more
-            return False
+            self._host_left()
+            return True
         self._to_host_bytes += size
         if sent < size:
             self._left = b"".join(views)[sent:]
@@ -246,8 +304,8 @@ class HvsockConnection:
         except BlockingIOError:
             return False
         except OSError:
-            self.end()
-            return False
+            self._host_left()
+            return True
         self._left = self._left[sent:]
         return not self._left
 
@@ -256,10 +314,8 @@ class HvsockConnection:
         if not self._guest_done or self._told_host:
             return
         self._told_host = True
-        try:
+        with suppress(OSError):  # it has gone
             self._sock.shutdown(socket.SHUT_WR)
-        except OSError:
-            self.end()
 
     # Socket to ring.
 
@@ -271,7 +327,7 @@ class HvsockConnection:
         need = min(FULL_PACKET, writer.size // 2)
         while self._may_read and not self._host_done:
             if turns == TURN:
-                io.again()
+                self._turns.ask(self)
                 return
             turns += 1
             views = writer.reserve(HEADER_BYTES, abi.MAX_DATA_BYTES, LEAST_DATA, PACKETS)
@@ -284,9 +340,9 @@ class HvsockConnection:
             except BlockingIOError:
                 self._may_read = False
                 return
-            except OSError:
-                self.end()
-                return
+            except OSError:  # it closed, and left some of ours unread
+                self._host_left()
+                size = 0
             if not size:
                 self._host_done = True
                 break
@@ -294,8 +350,9 @@ class HvsockConnection:
             self._to_guest_bytes += size
             if size < sum(map(len, views)):
                 self._may_read = False  # it had no more; and if it has by now, it tells at once
-        if self._host_done and io.send(_data_header(0)):
-            self._told_guest = True
+        if self._host_done:
+            self._end_at = writer.position
+            self._told_guest = io.send(_data_header(0))
 
     # Ends.
 
@@ -312,7 +369,31 @@ class HvsockConnection:
         if now == before and not self._told_guest and (self._may_read or self._host_done):
             self.end()
         else:
+            self._drop_timer()
             self._timer = self._call_later(self._linger_seconds, self._linger, now)
+
+    def _guest_has_all(self) -> bool:
+        """Whether the guest has read all before the empty packet, and has shown by a packet that it is there.
+
+        Linux leaves the empty packet where it is.
+        """
+        io = self._io
+        return io is not None and io.reader.packets > 0 and self._has_read(io)
+
+    def _has_read(self, io: ChannelIo) -> bool:
+        return io.writer.consumed in (self._end_at, io.writer.position)
+
+    def _gone(self, idle: float, before: tuple[int, int]) -> None:
+        """Watch a guest whose host program has gone: it may read as slowly as it likes, but read."""
+        io = self._io
+        if io is None:
+            return
+        now = (self._to_guest_bytes, io.writer.consumed)
+        idle = idle + GONE_SECONDS if now == before else 0.0
+        if idle >= self._linger_seconds or (self._told_guest and self._has_read(io)):
+            self.end()
+        else:
+            self._timer = self._call_later(GONE_SECONDS, self._gone, idle, now)
 
     def _drop_timer(self) -> None:
         timer, self._timer = self._timer, None
@@ -320,13 +401,18 @@ class HvsockConnection:
             timer.cancel()
 
     def end(self, why: str = "") -> None:
-        """Close the socket and let go of the channel, whose data the guest may still read. Idempotent."""
+        """Let go of the socket and the channel, whose data the guest may still read. Idempotent."""
         if self._ended:
             return
         self._ended = True
         self._drop_timer()
+        self._turns.forget(self)
         self._watched.remove()
-        self._sock.close()
+        left, self._left = self._left, b""
+        if left and not self._host_gone:
+            self._on_left(self._sock, left)
+        else:
+            self._sock.close()
         if self._io is not None:
             self._io.flush()
         self._final = self.counters
@@ -355,6 +441,7 @@ class HvsockConnection:
             for text, true in (
                 ("the guest sends no more", self._guest_done),
                 ("the host sends no more", self._host_done),
+                ("the host reads no more", self._host_gone),
                 (f"{len(self._left)} bytes wait for the host", bool(self._left)),
                 ("the guest's ring is full", self._may_read and not self._host_done),
             )

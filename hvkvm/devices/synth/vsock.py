@@ -16,6 +16,7 @@ from __future__ import annotations
 import os
 import socket
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -23,10 +24,12 @@ from hvkvm.abi import hvsock as abi
 from hvkvm.abi import vmbus
 from hvkvm.devices.synth.hvsock import LINGER_SECONDS, Counters, HvsockConnection, Timer
 from hvkvm.devices.synth.vsock_caller import Caller
+from hvkvm.devices.synth.vsock_remainder import Remainder
 from hvkvm.devices.synth.vsock_socket import ListeningSocket, connect
 from hvkvm.errors import Stopped
 from hvkvm.events import NULL_OBSERVER, Observer
 from hvkvm.runtime.acceptor import Acceptor
+from hvkvm.runtime.rotation import Rotation
 from hvkvm.runtime.socket_watch import ReaderHandle, SocketWatch
 from hvkvm.vmbus.actions import TlConnect
 from hvkvm.vmbus.host import VmbusHost
@@ -43,6 +46,9 @@ ACCEPT_SECONDS = 5.0
 RETRY_SECONDS = 0.05
 RETRIES = 30
 """How often a guest's connect is tried again while the queue of the host's program is full."""
+
+TURN_PACKETS = 64
+"""Packets that all connections together move in a turn of the I/O loop; the last one may go beyond."""
 
 _FIRST_HOST_PORT = 1 << 30
 
@@ -84,7 +90,11 @@ class Vsock:
         self._listening: ListeningSocket | None = None
         self._acceptor: Acceptor | None = None
         self._watch: SocketWatch | None = None
+        self._turns = Rotation(io.call_soon, TURN_PACKETS)
         self._callers: set[Caller] = set()
+        self._remainders: set[Remainder] = set()
+        self._retries: dict[int, tuple[TlConnect, Timer]] = {}
+        """By id, since a guest may send the same request twice."""
         self._connections: dict[HvsockConnection, Channel | None] = {}
         self._handed: dict[HvsockConnection, socket.socket] = {}
         """The programs' ends of connections that the guest has not accepted yet."""
@@ -153,7 +163,7 @@ class Vsock:
 
     @property
     def _full(self) -> bool:
-        return len(self._callers) + len(self._connections) >= MAX_CONNECTIONS
+        return len(self._callers) + len(self._connections) + len(self._remainders) >= MAX_CONNECTIONS
 
     def _called(self, caller: Caller, port: int | None) -> None:
         """A program said which port it wants, or left, or was too slow."""
@@ -206,7 +216,7 @@ class Vsock:
                     sock = connect(self._path, port)
             except BlockingIOError:
                 if retries:
-                    self._io.call_later(RETRY_SECONDS, self._guest_connects, request, retries - 1)
+                    self._retry_later(request, retries - 1)
                     return
             except OSError as error:
                 self._reports.add("vsock", f"cannot connect to host port {port}: {error.strerror}")
@@ -223,13 +233,11 @@ class Vsock:
         )
 
         def opened(connection: HvsockConnection) -> None:
-            handed, listener = self._handed.pop(connection, None), self._listeners.get(port)
-            if handed is not None and listener is not None:
-                listener(handed)
-            elif handed is not None:
-                handed.close()
+            handed = self._handed.pop(connection, None)
+            if handed is not None:
+                self._hand_over(handed, port)
 
-        connection = self._connection(offer, sock, opened)
+        connection = self._connection(offer, sock, opened, guest_waits=True)
         if connection is None:
             if theirs is not None:
                 theirs.close()
@@ -248,10 +256,35 @@ class Vsock:
         else:
             self._connections[connection] = channel
 
+    def _retry_later(self, request: TlConnect, retries: int) -> None:
+        timer = self._io.call_later(RETRY_SECONDS, self._retry, request, retries)
+        self._retries[id(request)] = request, timer
+
+    def _retry(self, request: TlConnect, retries: int) -> None:
+        del self._retries[id(request)]
+        self._guest_connects(request, retries)
+
+    def _hand_over(self, sock: socket.socket, port: int) -> None:
+        """The guest has accepted: the other end is the listener's. Its error ends this connection."""
+        listener = self._listeners.get(port)
+        if listener is None:
+            sock.close()
+            return
+        try:
+            listener(sock)
+        except Exception as error:
+            self._reports.add("vsock", f"the listener of port {port} failed: {type(error).__name__}: {error}")
+            sock.close()
+
     # Both.
 
     def _connection(
-        self, offer: Offer, sock: socket.socket, opened: Callable[[HvsockConnection], object]
+        self,
+        offer: Offer,
+        sock: socket.socket,
+        opened: Callable[[HvsockConnection], object],
+        *,
+        guest_waits: bool = False,
     ) -> HvsockConnection | None:
         """A connection on `sock`, which is closed if there can be none."""
         watch = self._watch
@@ -263,11 +296,14 @@ class Vsock:
                 offer,
                 sock,
                 watch,
+                self._turns,
                 self._io.call_later,
                 opened,
                 self._ended,
+                self._left,
                 open_seconds=self.accept_seconds,
                 linger_seconds=self.linger_seconds,
+                guest_waits=guest_waits,
             )
         except (OSError, Stopped) as error:
             self._reports.add("vsock", f"{offer.name}: {error}")
@@ -288,10 +324,31 @@ class Vsock:
         if channel is not None and not self._closed:
             self._host.remove(channel)
 
+    def _left(self, sock: socket.socket, data: bytes) -> None:
+        """A connection ends, and its program has not got all yet: what it does not take now waits for it."""
+        watch, sent = self._watch, 0
+        try:
+            with suppress(BlockingIOError):
+                sent = sock.send(data, socket.MSG_NOSIGNAL)
+            if watch is None or sent == len(data):
+                sock.close()
+                return
+            data = data[sent:]
+            self._remainders.add(
+                Remainder(
+                    sock, data, watch, self._io.call_later, self.linger_seconds, self._remainders.discard
+                )
+            )
+        except (OSError, Stopped):
+            sock.close()
+
     # Ends.
 
     def reset(self) -> None:
         """The guest has gone: end every connection. `VmbusHost` calls it for every such case."""
+        retries, self._retries = self._retries, {}
+        for _request, timer in retries.values():
+            timer.cancel()
         for connection in list(self._connections):
             connection.end()
 
@@ -300,7 +357,11 @@ class Vsock:
         self._closed = True
         for caller in list(self._callers):
             caller.finish()
+        for connection in list(self._connections):
+            connection.closed()  # what a guest wrote last is still in its ring
         self.reset()
+        for remainder in list(self._remainders):
+            remainder.finish()
         if self._acceptor is not None:
             self._acceptor.close()
         listening, self._listening = self._listening, None
