@@ -153,9 +153,12 @@ class GpadlTable:
                 return f"a range of {byte_count} bytes with too few pages"
             pfns = array("Q", data[at : at + pages * 8])
             at += pages * 8
-            for pfn in pfns:
-                if not self._contains(pfn * HV_HYP_PAGE_SIZE, HV_HYP_PAGE_SIZE):
-                    return f"page {pfn:#x} is not guest RAM"
+            lowest, highest = min(pfns), max(pfns)
+            if not self._contains(lowest * HV_HYP_PAGE_SIZE, (highest - lowest + 1) * HV_HYP_PAGE_SIZE):
+                # Some are outside, or on both sides of RAM's hole.
+                for pfn in pfns:
+                    if not self._contains(pfn * HV_HYP_PAGE_SIZE, HV_HYP_PAGE_SIZE):
+                        return f"page {pfn:#x} is not guest RAM"
             ranges.append(GpaRangeList(byte_count, byte_offset, pfns))
         return tuple(ranges) if at == len(data) else f"{len(data) - at} bytes too many"
 

@@ -42,6 +42,21 @@ from hvkvm.vmbus.server import Server
 MAX_INBOX = 256
 """Messages of the guest that may wait; Linux has a handful under way."""
 
+TURN_MESSAGES = 4
+"""Messages of the guest taken a turn of the I/O loop: the last of a GPADL takes a millisecond or two."""
+
+COSTLY_MESSAGES = frozenset(
+    (
+        wire.INITIATE_CONTACT,
+        wire.UNLOAD,
+        wire.REQUESTOFFERS,
+        wire.OPENCHANNEL,
+        wire.CLOSECHANNEL,
+        wire.TL_CONNECT_REQUEST,
+    )
+)
+"""These end a turn: they open or close files, devices and KVM's objects, or go through all channels."""
+
 MAX_OUTBOX = 64
 """While so many wait for the guest, no more of its requests are looked at."""
 
@@ -175,8 +190,8 @@ class VmbusHost:
             return  # the machine is ending: nobody waits for an answer
 
     def _receive(self) -> None:
-        """Take what is queued, as long as the guest takes our answers. I/O loop."""
-        for _ in range(MAX_INBOX):
+        """Take a turn's share of what is queued, while the guest takes our answers. I/O loop."""
+        for _ in range(TURN_MESSAGES):
             with self._lock:
                 blocked = len(self._outbox) >= MAX_OUTBOX and (
                     not self._inbox or self._inbox[0].kind.type != wire.INITIATE_CONTACT
@@ -187,6 +202,8 @@ class VmbusHost:
                 message = self._inbox.popleft()
             self.server.receive(message)
             self._perform()
+            if message.kind.type in COSTLY_MESSAGES:
+                break
         self._schedule()
 
     # Actions.

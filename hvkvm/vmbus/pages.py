@@ -2,7 +2,9 @@
 
 Why: a ring lies on pages that need not be neighbours. Neighbouring ones become
 one run, and a guest's ring is mostly a single run, so that the usual access is
-one slice of a memoryview.
+one slice of a memoryview. Where it is not, a run is made when it is first
+needed: a guest may open and close a ring of thousands of scattered pages again
+and again, and none of that may take long.
 
 The PFNs were checked against RAM when the GPADL was made; offsets are the
 caller's to keep in bounds (a ring's are, see `ring`). Owner: who owns the ring.
@@ -10,11 +12,12 @@ caller's to keep in bounds (a ring's are, see `ring`). Owner: who owns the ring.
 
 from __future__ import annotations
 
-from bisect import bisect_right
 from collections.abc import Sequence
+from operator import eq
 from typing import Protocol
 
 from hvkvm.abi.vmbus import HV_HYP_PAGE_SIZE
+from hvkvm.errors import GuestMemoryError
 
 
 class Ram(Protocol):
@@ -25,38 +28,53 @@ class Ram(Protocol):
     def view(self, gpa: int, n: int) -> memoryview: ...
 
 
+RUN_PAGES = 64
+"""Most pages of a run that is not the only one."""
+
+
 class GuestPages:
     """The pages `pfns` in their order, `size` bytes in all. GuestMemoryError for one outside RAM."""
 
-    __slots__ = ("_only", "_runs", "_starts", "size")
+    __slots__ = ("_memory", "_only", "_pfns", "_runs", "size")
 
     def __init__(self, memory: Ram, pfns: Sequence[int]) -> None:
-        runs: list[memoryview] = []
-        starts: list[int] = []
-        first = 0
-        for index in range(1, len(pfns) + 1):
-            if index < len(pfns) and pfns[index] == pfns[index - 1] + 1:
-                continue
-            starts.append(first * HV_HYP_PAGE_SIZE)
-            runs.append(memory.view(pfns[first] * HV_HYP_PAGE_SIZE, (index - first) * HV_HYP_PAGE_SIZE))
-            first = index
-        self._runs = runs
-        self._starts = starts
-        self._only = runs[0] if len(runs) == 1 else None
-        self.size = len(pfns) * HV_HYP_PAGE_SIZE
+        count, first = len(pfns), pfns[0]
+        self.size = count * HV_HYP_PAGE_SIZE
+        self._memory = memory
+        self._pfns = pfns
+        self._only: memoryview | None = None
+        # By the index of the page that they begin with; up to the next page that is no neighbour.
+        self._runs: dict[int, memoryview] = {}
+        if pfns[-1] - first == count - 1 and all(map(eq, pfns, range(first, first + count))):
+            self._only = memory.view(first * HV_HYP_PAGE_SIZE, self.size)
+            return
+        lowest, highest = min(pfns), max(pfns)
+        if not memory.contains(lowest * HV_HYP_PAGE_SIZE, (highest - lowest + 1) * HV_HYP_PAGE_SIZE):
+            for pfn in pfns:
+                if not memory.contains(pfn * HV_HYP_PAGE_SIZE, HV_HYP_PAGE_SIZE):
+                    raise GuestMemoryError(pfn * HV_HYP_PAGE_SIZE, HV_HYP_PAGE_SIZE)
+
+    def _run(self, index: int) -> memoryview:
+        pfns = self._pfns
+        pfn, end = pfns[index], index + 1
+        most = min(len(pfns), index + RUN_PAGES)
+        while end < most and pfns[end] == pfn + end - index:
+            end += 1
+        run = self._memory.view(pfn * HV_HYP_PAGE_SIZE, (end - index) * HV_HYP_PAGE_SIZE)
+        self._runs[index] = run
+        return run
 
     def views(self, offset: int, n: int) -> list[memoryview]:
-        """Zero-copy views of `n` bytes from `offset`, one for each run: made for preadv and pwritev."""
+        """Zero-copy views of `n` bytes from `offset`, in order: made for preadv and pwritev."""
         if self._only is not None:
             return [self._only[offset : offset + n]]
         found = []
-        at = bisect_right(self._starts, offset) - 1
-        offset -= self._starts[at]
         while n > 0:
-            part = self._runs[at][offset : offset + n]
+            index, at = divmod(offset, HV_HYP_PAGE_SIZE)
+            part = (self._runs.get(index) or self._run(index))[at : at + n]
             found.append(part)
             n -= len(part)
-            at, offset = at + 1, 0
+            offset += len(part)
         return found
 
     def read(self, offset: int, n: int) -> bytes:

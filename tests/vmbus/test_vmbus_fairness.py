@@ -4,8 +4,16 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
+
 from hvkvm.abi import vmbus
+from hvkvm.abi import vmbus_messages as wire
+from hvkvm.errors import GuestMemoryError
+from hvkvm.memory.guest import GuestMemory
+from hvkvm.testing.vmbus_client import gpadl_messages
 from hvkvm.vmbus.channel_io import BUDGET, BUDGET_BYTES
+from hvkvm.vmbus.host import MAX_INBOX, TURN_MESSAGES
+from hvkvm.vmbus.pages import RUN_PAGES, GuestPages
 
 
 def two_channels(loopback: Any, echo: Any) -> tuple[Any, Any, Any, Any, Any]:
@@ -80,3 +88,81 @@ def test_a_turn_that_is_pending_ends_with_its_channel(loopback: Any, echo: Any) 
     loop.run()
     assert device.log == ["opened", "closed"]
     assert len(device.got) <= got + BUDGET
+
+
+PAIRS = MAX_INBOX // 2
+
+
+def flood(loop: Any) -> list[int]:
+    """Run the deferred calls one by one; how many messages of the guest each of them took."""
+    taken = []
+    while loop.deferred:
+        before = len(loop.host._inbox)
+        loop._run_deferred()
+        taken.append(before - len(loop.host._inbox))
+        while loop.synic.messages:
+            loop._deliver_message()
+    assert not loop.host._inbox
+    return taken
+
+
+def test_messages_are_taken_in_turns(loopback: Any, echo: Any) -> None:
+    loop = loopback()
+    loop.host.add(echo(1))
+    loop.connect(vmbus.VERSION_WIN10_V5_3)
+    (guest,) = loop.client.offers.values()
+    for number in range(MAX_INBOX):
+        assert loop.client.post(wire.GPADL_TEARDOWN, relid=guest.relid, gpadl=number) == 0
+    assert len(loop.deferred) == 1
+    assert max(flood(loop)) == TURN_MESSAGES
+    assert loop.client.count(wire.GPADL_TORNDOWN) == MAX_INBOX
+
+
+def test_costly_messages_are_taken_one_a_turn(loopback: Any, echo: Any) -> None:
+    """OPEN and CLOSE of a large ring, as often as the queue of messages holds."""
+    device = echo(1)
+    loop = loopback()
+    loop.host.add(device)
+    loop.connect(vmbus.VERSION_WIN10_V5_3)
+    (guest,) = loop.client.offers.values()
+    for payload in gpadl_messages(guest.relid, 1, [(8190 * 4096, 0, [2 * (i % 500) for i in range(8190)])]):
+        loop.post(payload)
+        loop.run()
+    for number in range(PAIRS):
+        opens = {"openid": number, "ring_gpadl": 1, "target_vp": 0, "downstream_page_offset": 4095}
+        assert loop.client.post(wire.OPENCHANNEL, relid=guest.relid, **opens) == 0
+        assert loop.client.post(wire.CLOSECHANNEL, relid=guest.relid) == 0
+    assert max(flood(loop)) == 1
+    assert device.log.count("closed") == PAIRS
+
+
+class CountingRam:
+    """Guest RAM that counts the views it gives."""
+
+    def __init__(self, memory: GuestMemory) -> None:
+        self.contains = memory.contains
+        self._memory = memory
+        self.views = 0
+
+    def view(self, gpa: int, n: int) -> memoryview:
+        self.views += 1
+        return self._memory.view(gpa, n)
+
+
+def test_scattered_pages_cost_nothing_before_they_are_used(memory: GuestMemory) -> None:
+    ram = CountingRam(memory)
+    scattered = [2 * (page * 7 % 100) for page in range(100)]
+    pages = GuestPages(ram, scattered)
+    assert ram.views == 0
+    pages.write(4096 * 10 - 2, b"data")
+    assert pages.read(4096 * 10 - 2, 4) == b"data"
+    assert memory.read(scattered[10] * 4096, 2) == b"ta"
+    assert ram.views == 2
+    pages = GuestPages(ram, range(5, 205))
+    assert ram.views == 3
+    pages = GuestPages(ram, [250, *range(10, 210)])
+    assert sum(map(len, pages.views(0, pages.size))) == pages.size
+    assert ram.views <= 3 + 2 + 200 // RUN_PAGES + 1
+    for outside in ([3, 1 << 40], [3, 5, 256], [1 << 52, 1]):
+        with pytest.raises(GuestMemoryError):
+            GuestPages(ram, outside)
