@@ -51,6 +51,7 @@ class Channels:
         self._emit = emit
         self._reports = reports
         self._last_relid = 0
+        self._closing = 0  # channels in that state: a connection may end with hundreds of them
 
     # The host's wishes.
 
@@ -75,7 +76,8 @@ class Channels:
             return
         if not channel.offer.sub_channel_index:
             primary = channel.offer.key[:2]
-            for sub in [c for c in self.all if c is not channel and c.offer.key[:2] == primary]:
+            subs = [c for c in self.all if c.offer.sub_channel_index and c.offer.key[:2] == primary]
+            for sub in subs:
                 self.withdraw(sub)
         channel.withdrawn = True
         if channel.state is ChannelState.HIDDEN:
@@ -124,6 +126,7 @@ class Channels:
         if channel.state is not ChannelState.CLOSING:
             return
         channel.state = ChannelState.OFFERED
+        self._closing -= 1
         held, channel.held_torndown = channel.held_torndown, []
         for gpadl_id in held:
             self.gpadls.drop(channel.relid, gpadl_id)
@@ -135,6 +138,7 @@ class Channels:
         """Ask the device to stop if it runs."""
         if channel.state in (ChannelState.OPENING, ChannelState.OPEN):
             channel.state = ChannelState.CLOSING
+            self._closing += 1
             self._emit(CloseChannel(channel))
 
     def stop_all(self) -> None:
@@ -148,7 +152,7 @@ class Channels:
     @property
     def stopping(self) -> bool:
         """Whether a device is still to stop."""
-        return any(c.state is ChannelState.CLOSING for c in self.all)
+        return self._closing > 0
 
     def hide_all(self) -> None:
         """After `stop_all` and the last `closed`: no guest knows any channel; withdrawn ones are gone."""

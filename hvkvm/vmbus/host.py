@@ -37,7 +37,7 @@ from hvkvm.vmbus.gpadl import Gpadl
 from hvkvm.vmbus.offer import Channel
 from hvkvm.vmbus.open_channel import OPEN_FAILURES, OpenedChannel, Route, SynicUser
 from hvkvm.vmbus.pages import Ram
-from hvkvm.vmbus.server import Server
+from hvkvm.vmbus.server import BusState, Server
 
 MAX_INBOX = 256
 """Messages of the guest that may wait; Linux has a handful under way."""
@@ -56,6 +56,9 @@ COSTLY_MESSAGES = frozenset(
     )
 )
 """These end a turn: they open or close files, devices and KVM's objects, or go through all channels."""
+
+TURN_CLOSES = 4
+"""Channels closed a turn when a connection ends with many: KVM may take milliseconds to let go of each."""
 
 MAX_OUTBOX = 64
 """While so many wait for the guest, no more of its requests are looked at."""
@@ -97,6 +100,7 @@ class VmbusHost:
         self._inbox: deque[wire.Message] = deque()
         self._scheduled = False
         self._outbox: deque[SendMessage] = deque()
+        self._leaving: deque[Channel] = deque()
         self._route: Route | None = None
         self._route_target = (0, 0)
         self._route_number = 0
@@ -233,7 +237,10 @@ class VmbusHost:
             case OpenChannel():
                 self._open_channel(action)
             case CloseChannel(channel):
-                self._close_channel(channel)
+                if self.server.state is BusState.RESETTING:
+                    self._close_soon(channel)
+                else:
+                    self._close_channel(channel)
             case RetargetChannel(channel, target_vp):
                 self._retarget(channel, target_vp)
             case TlConnect():
@@ -278,6 +285,23 @@ class VmbusHost:
         if self._open.get(channel) is opened:  # else the guest was quicker to close it
             self.server.broken(channel, reason)
             self._perform()
+
+    def _close_soon(self, channel: Channel) -> None:
+        """The connection is over, and its end is answered behind the last of its channels: some a turn."""
+        opened = self._open.get(channel)
+        if opened is not None:
+            opened.io.abandon()  # its pages may be another kernel's by now
+        self._leaving.append(channel)
+        if len(self._leaving) == 1:
+            self._soon(self._close_some)
+
+    def _close_some(self) -> None:
+        for _ in range(TURN_CLOSES):
+            if self._leaving:
+                self._close_channel(self._leaving.popleft())
+        if self._leaving:
+            self._soon(self._close_some)
+        self._perform()
 
     def _close_channel(self, channel: Channel) -> None:
         opened = self._open.pop(channel, None)
@@ -364,6 +388,9 @@ class VmbusHost:
         with self._lock:
             self._inbox.clear()
         self.server.reset()
+        self._perform()
+        while self._leaving:
+            self._close_channel(self._leaving.popleft())
         self._perform()
         self._outbox.clear()
         self._drop_route()

@@ -12,7 +12,7 @@ from hvkvm.errors import GuestMemoryError
 from hvkvm.memory.guest import GuestMemory
 from hvkvm.testing.vmbus_client import gpadl_messages
 from hvkvm.vmbus.channel_io import BUDGET, BUDGET_BYTES
-from hvkvm.vmbus.host import MAX_INBOX, TURN_MESSAGES
+from hvkvm.vmbus.host import MAX_INBOX, TURN_CLOSES, TURN_MESSAGES
 from hvkvm.vmbus.pages import RUN_PAGES, GuestPages
 
 
@@ -134,6 +134,53 @@ def test_costly_messages_are_taken_one_a_turn(loopback: Any, echo: Any) -> None:
         assert loop.client.post(wire.CLOSECHANNEL, relid=guest.relid) == 0
     assert max(flood(loop)) == 1
     assert device.log.count("closed") == PAIRS
+
+
+@pytest.mark.parametrize("leave", [wire.INITIATE_CONTACT, wire.UNLOAD], ids=["contact", "unload"])
+def test_a_connection_ends_some_channels_a_turn_and_is_answered_behind_the_last(
+    loopback: Any, echo: Any, leave: int
+) -> None:
+    loop = loopback()
+    devices = [echo(number) for number in range(1, 20)]
+    for device in devices:
+        loop.host.add(device)
+    loop.connect(vmbus.VERSION_WIN10_V5_3)
+    for guest in list(loop.client.offers.values()):
+        loop.open(guest)
+    if leave == wire.UNLOAD:
+        loop.client.post(wire.UNLOAD)
+        answer = wire.UNLOAD_RESPONSE
+    else:
+        loop.client.contact(vmbus.VERSION_WIN10_V5_3)
+        answer = wire.VERSION_RESPONSE
+    answers = loop.client.count(answer)
+    closed = 0
+    while loop.deferred:
+        ready = devices[-1].io
+        if ready is not None and closed:
+            assert not ready.send(b"into memory that may be another kernel's")
+        loop._run_deferred()
+        before, closed = closed, sum(device.log[-1] == "closed" for device in devices)
+        assert closed - before <= TURN_CLOSES
+        while loop.synic.messages:
+            assert closed == len(devices)
+            loop._deliver_message()
+    assert loop.client.count(answer) == answers + 1
+
+
+def test_a_reset_of_the_machine_closes_all_at_once(loopback: Any, echo: Any) -> None:
+    loop = loopback()
+    devices = [echo(number) for number in range(1, 20)]
+    for device in devices:
+        loop.host.add(device)
+    loop.connect(vmbus.VERSION_WIN10_V5_3)
+    for guest in list(loop.client.offers.values()):
+        loop.open(guest)
+    loop.client.post(wire.UNLOAD)
+    loop._run_deferred()
+    loop.host.reset()
+    assert [device.log for device in devices] == [["opened", "closed"]] * len(devices)
+    loop.run()
 
 
 class CountingRam:
