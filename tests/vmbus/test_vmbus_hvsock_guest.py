@@ -25,6 +25,7 @@ DONE = re.compile(
     r"(\w+) done: sent (\d+) crc ([0-9a-f]{8}), received (\d+) crc ([0-9a-f]{8}), (\d+) ms", re.MULTILINE
 )
 BLOCK = Random(1).randbytes(1_000_003)  # no multiple of any packet, so that a piece out of place shows
+CURT = [BLOCK[:size] for size in (0, 1, 15_000, 100_000)]
 SECONDS = 200
 LISTENING = "waits() { until grep -q listening $1; do sleep 0.1; done; }; waits"
 
@@ -220,6 +221,23 @@ def test_connections_of_every_kind(tmp_path: Path, kernel: str) -> None:
             threading.Thread(target=answer, args=(listener, 40), daemon=True).start()
             assert "burst done: 40 of 40" in shell.check("/vsock burst 3000 40")
 
+        # Host programs that close behind their last word, before the guest's connect has come back.
+        with socket.socket(socket.AF_UNIX) as listener:
+            listener.bind(f"{path}_3002")
+            listener.listen(8)
+            threading.Thread(target=say_and_close, args=(listener, CURT), daemon=True).start()
+            for data in CURT:
+                output = shell.check("/vsock connect 3002 recv")
+                assert ran(output)[3:5] == (len(data), f"{zlib.crc32(data):08x}")
+        for data in CURT:
+            guest.bus.vsock.listen(1008, lambda sock, data=data: (sock.sendall(data), sock.close()))
+            assert ran(shell.check("/vsock connect 1008 recv"))[3] == len(data)
+        shell.check(f"/vsock listen 2002 1 recv >/curt & {LISTENING} /curt")
+        with socket.socket(socket.AF_UNIX) as caller:
+            caller.connect(str(path))
+            caller.sendall(b"CONNECT 2002\n" + CURT[-1])
+        assert ran(shell.check("wait; cat /curt"))[3:5] == (len(CURT[-1]), f"{zlib.crc32(CURT[-1]):08x}")
+
         # Nobody is there: Linux goes by its own patience.
         refused = shell.run("/vsock -t 1 connect 3001 recv")
         assert (refused.status, "connect: Connection timed out" in refused.output) == (1, True), (
@@ -259,3 +277,11 @@ def answer(listener: socket.socket, count: int) -> None:
             sock.settimeout(SECONDS)
             sock.sendall(sock.recv(4))
             sock.recv(1)
+
+
+def say_and_close(listener: socket.socket, words: list[bytes]) -> None:
+    """Say one of the words to each who comes, and leave at once."""
+    for word in words:
+        sock, _ = listener.accept()
+        with sock:
+            sock.sendall(word)

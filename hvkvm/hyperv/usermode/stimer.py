@@ -64,7 +64,7 @@ class Clock(Protocol):
 
 
 class Alarm(Protocol):
-    """Calls `Stimer.due` on the I/O loop: see `alarm.Alarm`."""
+    """Calls `Stimer.due` on the I/O loop: see `alarm.Alarms`."""
 
     def arm(self, nanoseconds: int) -> None: ...
 

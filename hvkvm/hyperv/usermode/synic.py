@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 from hvkvm.events import NULL_OBSERVER, Observer
+from hvkvm.hyperv.usermode.alarm import Alarms
 from hvkvm.hyperv.usermode.stimer import Clock
 from hvkvm.hyperv.usermode.vp import Loop, UserVp, VpThread
 
@@ -70,9 +71,10 @@ class UserSynic:
         observer: Observer = NULL_OBSERVER,
     ) -> None:
         self.vps: list[UserVp] = []
+        self._alarms = Alarms(io)
         try:
             for thread in threads:
-                self.vps.append(UserVp(vm, thread, memory, io, clock, observer))
+                self.vps.append(UserVp(vm, thread, memory, io, clock, self._alarms, observer))
         except BaseException:
             self.close()
             raise
@@ -99,3 +101,4 @@ class UserSynic:
         """See `seam.Synic.close`."""
         for vp in self.vps:
             vp.close()
+        self._alarms.close()

@@ -26,7 +26,7 @@ from hvkvm.errors import KvmIoctlError, Stopped
 from hvkvm.events import Observer
 from hvkvm.hyperv.connections import ReaderHandle
 from hvkvm.hyperv.synic.vp import VpSynic
-from hvkvm.hyperv.usermode.alarm import FdAlarm
+from hvkvm.hyperv.usermode.alarm import Alarms
 from hvkvm.hyperv.usermode.auto_eoi import AutoEoi
 from hvkvm.hyperv.usermode.stimer import Clock, Stimer
 from hvkvm.memory.overlay import OverlayPage
@@ -84,7 +84,14 @@ class UserVp(VpSynic):
     )
 
     def __init__(
-        self, vm: Vm, thread: VpThread, memory: GuestMemory, io: Loop, clock: Clock, observer: Observer
+        self,
+        vm: Vm,
+        thread: VpThread,
+        memory: GuestMemory,
+        io: Loop,
+        clock: Clock,
+        alarms: Alarms,
+        observer: Observer,
     ) -> None:
         message = OverlayPage(memory)
         try:
@@ -103,11 +110,7 @@ class UserVp(VpSynic):
         # Guards the waiters; never held while one runs.
         self._ack_lock = threading.Lock()
         self._waiters: list[Waiter] = []
-
-        def make_alarm(callback: Callable[[], None]) -> FdAlarm:
-            return FdAlarm(io, callback)
-
-        self.stimers = [Stimer(timer, self, clock, make_alarm) for timer in range(HV_STIMER_COUNT)]
+        self.stimers = [Stimer(timer, self, clock, alarms.make) for timer in range(HV_STIMER_COUNT)]
 
     def submit(self, fn: Callable[[], None], cancelled: Callable[[], None]) -> None:
         """See `seam.SynicVp.submit`: on the VP's thread, where its timers' messages are written too."""
