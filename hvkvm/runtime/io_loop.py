@@ -74,8 +74,8 @@ class Handle:
         self.callback = callback
         self.events = events
         self.active = True
-        self.since = loop._polls
-        """Which poll had begun, and perhaps not come back, when this was made."""
+        self.since = loop.rounds
+        """Whose poll had begun, and perhaps not come back, when this was made."""
 
     def remove(self) -> None:
         """Watch no more; synchronous (S39). Before closing the fd. Repeatable."""
@@ -104,7 +104,8 @@ class IoLoop:
             self._epoll.close()
             raise
         self._epoll.register(self._wake_fd, select.EPOLLIN | select.EPOLLET)
-        self._polls = 0  # how many have begun; the loop's thread counts
+        self.rounds = 0
+        """How many have begun. The loop's thread counts."""
         self._polling = False
         self._stopping = False
         self._closed = False
@@ -210,7 +211,7 @@ class IoLoop:
             timeout: float | None = 0.0
         else:
             timeout = self._seconds_to_wait() if self._waiting_timers else None
-        self._polls = polls = self._polls + 1
+        self.rounds = number = self.rounds + 1
         events = self._epoll.poll(timeout, MAX_EVENTS)
         self._polling = False
         # Looked up before any callback runs: a callback may remove a handle and watch a new fd that got the
@@ -226,7 +227,7 @@ class IoLoop:
             # As in _run(), written out: a call less for each event.
             self._current = handle
             try:
-                if handle.since == polls:
+                if handle.since == number:
                     self._ask_again(handle)
                 elif handle.active:
                     handle.callback()

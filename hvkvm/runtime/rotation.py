@@ -4,7 +4,9 @@ Why: a device whose connections a guest or a host program can multiply would
 have a turn for each of them in every round of the loop. Members of a rotation
 wait in one line instead, each at most once, and the line has one turn a round:
 as many members as fit into its budget of work, at least one. So other devices
-wait for one turn, whatever the number of members.
+wait for one turn, whatever the number of members. Who is the first to ask in a
+round, while nobody waits, has its turn at once: that is the usual case, and
+spares it the way through the loop's queue.
 
 Owner: the I/O loop.
 """
@@ -23,22 +25,36 @@ class Member(Protocol):
         ...
 
 
+class RotationLoop(Protocol):
+    """What is needed of `runtime.io_loop.IoLoop`."""
+
+    @property
+    def rounds(self) -> int: ...
+
+    def call_soon(self, fn: Callable[[], object]) -> object: ...
+
+
 class Rotation:
-    """The line. `call_soon` is the loop's; a turn ends once `budget` units of work are done."""
+    """The line. A turn ends once `budget` units of work are done."""
 
-    __slots__ = ("_asked", "_budget", "_call_soon", "_line")
+    __slots__ = ("_asked", "_budget", "_line", "_loop", "_served")
 
-    def __init__(self, call_soon: Callable[[Callable[[], object]], object], budget: int) -> None:
-        self._call_soon = call_soon
+    def __init__(self, loop: RotationLoop, budget: int) -> None:
+        self._loop = loop
         self._budget = budget
+        self._served = -1  # the round in which somebody had a turn at once
         self._line: dict[Member, None] = {}
         self._asked = False
 
     def ask(self, member: Member) -> None:
-        """Give `member` a turn, behind those who wait already. Stopped after the loop's end."""
+        """Give `member` a turn, now or behind those who wait already. Stopped after the loop's end."""
+        if not self._line and self._served != self._loop.rounds:
+            self._served = self._loop.rounds
+            member.turn()
+            return
         self._line[member] = None
         if not self._asked:
-            self._call_soon(self._turn)
+            self._loop.call_soon(self._turn)
             self._asked = True
 
     def forget(self, member: Member) -> None:
@@ -55,7 +71,7 @@ class Rotation:
                 done += member.turn()
         finally:
             if line and not self._asked:
-                self._call_soon(self._turn)
+                self._loop.call_soon(self._turn)
                 self._asked = True
 
     def __len__(self) -> int:

@@ -55,6 +55,7 @@ class LoopbackIo:
         self.call_soon = call_soon
         self.readers: dict[int, Callable[[], object]] = {}
         self.now = 0.0
+        self.rounds = 0
         self._timers: list[_Timer] = []
 
     def add_reader(self, fd: int, callback: Callable[[], object]) -> _Handle:
@@ -70,7 +71,8 @@ class LoopbackIo:
         return timer
 
     def poll(self) -> bool:
-        """Run the readers that are ready; whether there were any."""
+        """Run the readers that are ready; whether there were any. A round of the loop begins."""
+        self.rounds += 1
         poller = select.poll()
         for fd in self.readers:
             poller.register(fd, select.POLLIN)

@@ -67,20 +67,19 @@ class ChannelIo:
         reader.mask()
         with self:
             while True:
-                packet = reader.get() if count < budget and size < BUDGET_BYTES else None
-                if packet is not None:
-                    count += 1
-                    size += len(packet.payload)
-                    handle(packet)
-                    if self._on_broken is None:
+                packet = reader.get()
+                if packet is None:
+                    if reader.broken or self.rest():
                         break
-                elif reader.broken:
+                    continue
+                count += 1
+                size += len(packet.payload)
+                handle(packet)
+                if self._on_broken is None:
                     break
-                elif count >= budget or size >= BUDGET_BYTES:
+                if count >= budget or size >= BUDGET_BYTES:
                     # Masked as it is: no doorbell comes, so we come back by ourselves.
                     self._again()
-                    break
-                elif self.rest():
                     break
         return count
 

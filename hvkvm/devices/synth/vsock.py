@@ -56,6 +56,9 @@ _FIRST_HOST_PORT = 1 << 30
 class Io(Protocol):
     """What is needed of `runtime.io_loop.IoLoop`."""
 
+    @property
+    def rounds(self) -> int: ...
+
     def add_reader(self, fd: int, callback: Callable[[], object]) -> ReaderHandle: ...
 
     def call_soon(self, fn: Callable[..., object], *args: Any) -> object: ...
@@ -90,7 +93,7 @@ class Vsock:
         self._listening: ListeningSocket | None = None
         self._acceptor: Acceptor | None = None
         self._watch: SocketWatch | None = None
-        self._turns = Rotation(io.call_soon, TURN_PACKETS)
+        self._turns = Rotation(io, TURN_PACKETS)
         self._callers: set[Caller] = set()
         self._remainders: set[Remainder] = set()
         self._retries: dict[int, tuple[TlConnect, Timer]] = {}
