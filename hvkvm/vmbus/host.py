@@ -52,6 +52,7 @@ COSTLY_MESSAGES = frozenset(
         wire.REQUESTOFFERS,
         wire.OPENCHANNEL,
         wire.CLOSECHANNEL,
+        wire.MODIFYCHANNEL,
         wire.TL_CONNECT_REQUEST,
     )
 )

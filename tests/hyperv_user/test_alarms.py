@@ -116,6 +116,19 @@ def test_alarms_take_no_file_descriptors_and_leave_nothing_behind(io: OneReader,
     assert len(alarms._heap) <= 100
 
 
+def test_a_callback_that_raises_keeps_no_other_alarm_from_going_off(io: OneReader, alarms: Alarms) -> None:
+    heard: list[int] = []
+    for number in range(3):
+        alarms.make(lambda: 1 // 0).arm(0)
+        alarms.make(lambda number=number: heard.append(number)).arm(0)
+    alarms.make(lambda: heard.append(3)).arm(1000)
+    with pytest.raises(ExceptionGroup):
+        io.rings(20)
+    while len(heard) < 4:
+        assert io.rings(20)
+    assert heard == [0, 1, 2, 3]
+
+
 def test_no_alarm_is_lost_among_threads(tiny_switch_interval: None) -> None:
     loop = IoLoop()
     loop.start()

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 import pytest
 
 from hvkvm.runtime.io_loop import IoLoop
-from hvkvm.runtime.socket_watch import HANG_UP, READ, WRITE, SocketWatch, Watched
+from hvkvm.runtime.socket_watch import HANG_UP, MAX_EVENTS, READ, WRITE, SocketWatch, Watched
 
 
 class Loop:
@@ -140,3 +140,29 @@ def test_on_a_real_loop() -> None:
     watch.close()
     ours.close()
     theirs.close()
+
+
+def test_a_turn_tells_of_so_many_and_one_that_raises_keeps_no_other_from_hearing() -> None:
+    loop = Loop()
+    watch = SocketWatch(loop)
+    told: list[int] = []
+    pairs = [socket.socketpair() for _ in range(3 * MAX_EVENTS)]
+
+    def hear(number: int) -> None:
+        told.append(number)
+        if number % 2:
+            raise KeyError(number)
+
+    for number, (ours, theirs) in enumerate(pairs):
+        watch.add(ours.fileno(), lambda _mask, number=number: hear(number)).arm(READ)
+        theirs.send(b"x")
+    for turn in range(1, 4):
+        with pytest.raises(ExceptionGroup):
+            loop.callback()
+        assert len(told) == turn * MAX_EVENTS
+    loop.callback()
+    assert sorted(told) == list(range(len(pairs)))
+    watch.close()
+    for ours, theirs in pairs:
+        ours.close()
+        theirs.close()

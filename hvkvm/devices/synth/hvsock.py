@@ -54,7 +54,8 @@ LINGER_SECONDS = 30.0
 GONE_SECONDS = 2.5
 """How often a guest whose host program has gone is looked at; longer than Linux's connect takes (2 s)."""
 MAX_LAST_BYTES = 1 << 20
-"""Most that is taken from the ring of a guest that has closed its channel; Linux's rings have far less."""
+MAX_LAST_PACKETS = 4096
+"""Most that is taken from the ring of a guest that has closed its channel, in one turn. Linux's have less."""
 
 
 class Timer(Protocol):
@@ -164,7 +165,8 @@ class HvsockConnection:
         """The guest closed it, left, or broke the ring: what it wrote before is taken now or never."""
         io = self._io
         if io is not None and not self._host_gone:
-            while len(self._left) < MAX_LAST_BYTES:
+            most = io.reader.packets + MAX_LAST_PACKETS
+            while len(self._left) < MAX_LAST_BYTES and io.reader.packets < most:
                 views, size = self._take(io)
                 if not size:
                     break

@@ -63,13 +63,17 @@ class Alarms:
         self._timer.drain()
         with self._lock:
             self._ringing = True
-        try:
-            for timer in self._heap.take_due(monotonic(), MAX_ALARMS):
+        errors: list[Exception] = []
+        for timer in self._heap.take_due(monotonic(), MAX_ALARMS):
+            try:
                 timer.run()
-        finally:
-            with self._lock:
-                self._ringing = False
-                self._set()
+            except Exception as error:  # the others go off all the same
+                errors.append(error)
+        with self._lock:
+            self._ringing = False
+            self._set()
+        if errors:
+            raise errors[0] if len(errors) == 1 else ExceptionGroup("alarms", errors)
 
     def close(self) -> None:
         """Let the timerfd go; waits for a callback that runs. Idempotent."""
