@@ -165,13 +165,17 @@ class HvsockConnection:
         """The guest closed it, left, or broke the ring: what it wrote before is taken now or never."""
         io = self._io
         if io is not None and not self._host_gone:
+            pieces, total = [memoryview(self._left)], 0
             most = io.reader.packets + MAX_LAST_PACKETS
-            while len(self._left) < MAX_LAST_BYTES and io.reader.packets < most:
+            while total < MAX_LAST_BYTES and io.reader.packets < most:
                 views, size = self._take(io)
                 if not size:
                     break
-                self._to_host_bytes += size
-                self._left = b"".join([self._left, *views])
+                pieces += views
+                total += size
+            if not self._ended:  # or it broke a rule in there
+                self._to_host_bytes += total
+                self._left = b"".join(pieces)
         self.end()
 
     # runtime.rotation.Member
