@@ -48,8 +48,9 @@ class Rotation:
 
     def ask(self, member: Member) -> None:
         """Give `member` a turn, now or behind those who wait already. Stopped after the loop's end."""
-        if not self._line and self._served != self._loop.rounds:
-            self._served = self._loop.rounds
+        number = self._loop.rounds
+        if not self._line and self._served != number:
+            self._served = number
             member.turn()
             return
         self._line[member] = None

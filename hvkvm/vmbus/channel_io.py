@@ -16,7 +16,7 @@ from hvkvm.abi.ring import VM_PKT_COMP, VM_PKT_DATA_INBAND, Packet
 from hvkvm.vmbus.ring_reader import RingReader
 from hvkvm.vmbus.ring_writer import RingWriter
 
-BUDGET = 32
+BUDGET = 64
 """Packets taken a turn; a guest that writes as fast as we read must not keep the loop for itself."""
 
 BUDGET_BYTES = 1 << 16
