@@ -55,6 +55,29 @@ def test_a_channel_has_one_turn_pending_however_often_it_rings(loopback: Any, ec
     assert turns >= count / (2 * BUDGET)
 
 
+def test_a_device_that_asks_often_has_one_turn_pending(loopback: Any, echo: Any) -> None:
+    loop = loopback()
+    device = echo(1)
+
+    def rung() -> None:
+        device.log.append("rung")
+        for _ in range(3):
+            device.io.again()
+
+    device.rung = rung
+    loop.host.add(device)
+    loop.connect(vmbus.VERSION_WIN10_V5_3)
+    (guest,) = loop.client.offers.values()
+    with pytest.raises(AssertionError, match="never come to rest"):  # it asks again in each turn
+        loop.open(guest)
+    assert len(loop.deferred) == 1
+    loop.synic.events[guest.connection_id]()
+    assert len(loop.deferred) == 1
+    before = device.log.count("rung")
+    loop._run_deferred()
+    assert (device.log.count("rung"), len(loop.deferred)) == (before + 1, 1)
+
+
 def test_the_rest_of_a_busy_channel_comes_behind_all_who_wait(loopback: Any, echo: Any) -> None:
     """Between two services of a modest channel, a greedy one moves a turn's packets."""
     loop, greedy, modest, greedy_device, modest_device = two_channels(loopback, echo)

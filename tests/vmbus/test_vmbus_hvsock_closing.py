@@ -12,6 +12,7 @@ import pytest
 from vsock_pairs import Make, from_host, ways
 
 from hvkvm.abi import vmbus_messages as wire
+from hvkvm.devices.synth.hvsock import MAX_LAST_PACKETS
 from hvkvm.testing.vsock_guest import GuestSocket
 from hvkvm.testing.vsock_loopback import VsockLoopback
 
@@ -220,6 +221,26 @@ def test_what_a_guest_wrote_before_it_closed_its_channel_waits_for_a_slow_progra
     assert program.incoming == written[:kept]
     bench.run()
     assert bench.io.timers == 0
+
+
+def test_what_is_taken_from_a_closed_channel_has_a_bound(make_vsock: Make) -> None:
+    """Far more than Linux's rings hold; the guest gave up the rest with its channel."""
+    bench = make_vsock(6, pages=64)
+    program, guest = from_host(bench)
+    bench.run()
+    count = 0
+    while guest._writable_bytes() > 100:
+        guest.send_packet(b"%08d" % count)
+        count += 1
+    assert count > MAX_LAST_PACKETS
+    bench.loopback.client.post(wire.CLOSECHANNEL, relid=guest.channel.relid)
+    guest.state = "closed"
+    while bench.loopback.deferred:  # no doorbell comes through before
+        bench.loopback._run_deferred()
+    taken = bench.vsock.counters.packets_to_host
+    assert MAX_LAST_PACKETS <= taken < MAX_LAST_PACKETS + 100
+    bench.run(lambda: program.at_end)
+    assert program.incoming == b"".join(b"%08d" % number for number in range(taken))
 
 
 def test_a_program_that_never_reads_the_rest_is_given_up(make_vsock: Make) -> None:
