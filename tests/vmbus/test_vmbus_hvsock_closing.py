@@ -112,7 +112,7 @@ def test_a_guest_that_stays_open_behind_a_server_that_left_is_ended(make_vsock: 
         guest = only_socket(bench)
         guest.reads = False
         bench.run()
-        for _ in range(10):
+        for _ in range(100):
             bench.io.advance(2.5)
             bench.run()
         assert guest.rescinded == (not size), "it may be slow to read"

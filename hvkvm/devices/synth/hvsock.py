@@ -230,7 +230,7 @@ class HvsockConnection:
             self.end()
             return
         if self._host_gone and self._timer is None:
-            self._timer = self._call_later(GONE_SECONDS, self._gone, 0.0, (-1, -1))
+            self._timer = self._call_later(GONE_SECONDS, self._gone)
         mask = WRITE if self._left else 0
         if not self._may_read and not self._host_done:
             mask |= READ
@@ -389,17 +389,15 @@ class HvsockConnection:
     def _has_read(self, io: ChannelIo) -> bool:
         return io.writer.consumed in (self._end_at, io.writer.position)
 
-    def _gone(self, idle: float, before: tuple[int, int]) -> None:
-        """Watch a guest whose host program has gone: it may read as slowly as it likes, but read."""
+    def _gone(self) -> None:
+        """Look at a guest whose host program has gone: it may be as slow to read as it likes."""
         io = self._io
         if io is None:
             return
-        now = (self._to_guest_bytes, io.writer.consumed)
-        idle = idle + GONE_SECONDS if now == before else 0.0
-        if idle >= self._linger_seconds or (self._told_guest and self._has_read(io)):
+        if self._told_guest and self._has_read(io):
             self.end()
         else:
-            self._timer = self._call_later(GONE_SECONDS, self._gone, idle, now)
+            self._timer = self._call_later(GONE_SECONDS, self._gone)
 
     def _drop_timer(self) -> None:
         timer, self._timer = self._timer, None
