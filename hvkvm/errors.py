@@ -100,6 +100,12 @@ class UnhandledExit(HvkvmError):
         self.reason = reason
 
 
+class OutputError(HvkvmError):
+    """What was asked for was done, but its result could not be written (EX_IOERR of <sysexits.h>)."""
+
+    exit_status = 74
+
+
 class Refused(HvkvmError):
     """A running VM, or its guest, did not do what was asked of it, or did not answer."""
 

@@ -1,8 +1,9 @@
 """The `hvkvm` command: one file a verb, only the chosen one is imported.
 
-Exit status: 0 ok; N the guest command's own; 2 usage; 69 KVM unavailable; 77
-capability missing; 124 timeout; 130 interrupted; 254 triple fault or KVM
-internal error; 255 guest panic.
+Exit status: 0 ok; N the guest command's own; 2 usage; 69 KVM unavailable; 74
+output that could not be written; 77 capability missing; 124 timeout; 130
+interrupted; 141 nobody reads the output; 254 triple fault or KVM internal error;
+255 guest panic.
 """
 
 from __future__ import annotations
@@ -50,29 +51,39 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run one verb and return the exit status; every failure is one line on stderr."""
     hold_standard_fds()
     arguments = list(sys.argv[1:] if argv is None else argv)
+    from hvkvm.cli.output import complain, drop_output, show
     from hvkvm.errors import ConfigError, HvkvmError
 
+    _write_any_text()
     try:
-        if not arguments or arguments[0] in ("-h", "--help", "help"):
-            print(usage(), file=sys.stdout if arguments else sys.stderr)
-            return 0 if arguments else 2
+        if not arguments:
+            complain(usage())
+            return 2
+        if arguments[0] in ("-h", "--help", "help"):
+            show(usage())
+            return 0
         if arguments[0] in ("-V", "--version"):
             from hvkvm import __version__
 
-            print(f"hvkvm {__version__}")
+            show(f"hvkvm {__version__}")
             return 0
         verb, rest = arguments[0], arguments[1:]
         if verb not in VERBS:
             raise ConfigError(f"{verb}: no such verb; choose {', '.join(VERBS)}")
         status: int = import_module(f"hvkvm.cli.{verb}").main(rest)
-        sys.stdout.flush()
         return status
     except BrokenPipeError:
-        # The reader of our output went away; keep the interpreter from saying so again at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        drop_output()
         return 141
     except HvkvmError as error:
-        print(f"hvkvm: {error}", file=sys.stderr)
+        complain(f"hvkvm: {error}")
         return error.exit_status
     except KeyboardInterrupt:
         return 130
+
+
+def _write_any_text() -> None:
+    """Have standard output escape what its encoding lacks: a file's name may be no text, a locale ASCII."""
+    reconfigure = getattr(sys.stdout, "reconfigure", None)
+    if reconfigure is not None:
+        reconfigure(errors="backslashreplace")

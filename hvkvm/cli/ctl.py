@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Callable, Sequence
 from typing import Any
 
 from hvkvm.cli import ctl_text
-from hvkvm.cli.arguments import Parser
+from hvkvm.cli.arguments import Parser, split_words
 from hvkvm.cli.ctl_client import MissingKey, Vm, find
+from hvkvm.cli.output import show
 from hvkvm.errors import ConfigError, HvkvmError, VmGone
 from hvkvm.observe import control_path
 
@@ -32,7 +32,7 @@ VMs are looked for in $XDG_RUNTIME_DIR/hvkvm and /tmp/hvkvm-UID, or in $HVKVM_CO
 exit status:
   0 done; 1 the guest or the VM refused or did not answer, and the line says why;
   2 usage, or no VM or several to choose from; 69 no such VM, or it ended meanwhile;
-  130 interrupted
+  74 it was done, but the answer could not be written; 130 interrupted
 """
 
 Options = Any
@@ -42,24 +42,22 @@ FREEZE_SECONDS = 60.0
 LIST_SECONDS = 2.0
 MOST_SECONDS = 24 * 3600.0
 
+_WITH_OPTIONS = ("shutdown", "keys", "kvp")
+"""Verbs that between them have every option."""
 _REQUESTED = {"shutdown": "power-off", "reboot": "reboot", "hibernate": "hibernate"}
 
 
-def _common(parser: Parser, *, again: bool) -> None:
-    """Options that stand before or behind the verb; behind it, only what is given there counts."""
-    default: Any = argparse.SUPPRESS if again else None
-    parser.add_argument(
-        "--vm", metavar="NAME|PID|PATH", default=default, help="which VM (the only one that runs)"
-    )
-    parser.add_argument("--timeout", metavar="S", default=default, help="how long to wait for the guest (10)")
-    parser.add_argument(
-        "--json", action="store_true", default=argparse.SUPPRESS if again else False, help="print JSON"
-    )
+def _common(parser: Parser) -> None:
+    """What every verb takes."""
+    parser.add_argument("--vm", metavar="NAME|PID|PATH", help="which VM (the only one that runs)")
+    parser.add_argument("--timeout", metavar="S", help="how long to wait for the guest (10)")
+    parser.add_argument("--json", action="store_true", help="print JSON")
 
 
-def _verb_parser(verb: str) -> Parser:
+def verb_parser(verb: str) -> Parser:
+    """The options and words of one verb; an option's name means the same with each that has it."""
     parser = Parser(f"hvkvm ctl {verb}", ctl_text.SUMMARY[verb])
-    _common(parser, again=True)
+    _common(parser)
     if verb in _REQUESTED:
         parser.add_argument(
             "--wait", action="store_true", help=f"until it has happened, at most {WAIT_SECONDS:g} s"
@@ -82,22 +80,25 @@ def _verb_parser(verb: str) -> Parser:
 
 def parse(arguments: Sequence[str]) -> Options:
     """The options with `verb`. ConfigError for what makes no sense."""
+    from itertools import chain
+
     parser = Parser("hvkvm ctl", "Operate a running guest.", EPILOG)
     parser.usage = "hvkvm ctl [--vm NAME|PID|PATH] [--timeout S] [--json] VERB ..."
-    _common(parser, again=False)
-    at = 0
-    while at < len(arguments) and arguments[at].startswith("-"):
-        at += 2 if arguments[at] in ("--vm", "--timeout") else 1
-    options = parser.parse_args(list(arguments[:at]))
-    if at >= len(arguments):
-        raise ConfigError(f"no verb; choose {', '.join(_VERBS)}")
-    options.verb = arguments[at]
-    if options.verb not in _VERBS:
-        raise ConfigError(f"{options.verb}: no such verb; choose {', '.join(_VERBS)}")
-    options = _verb_parser(options.verb).parse_args(list(arguments[at + 1 :]), options)
-    if options.timeout is not None:
-        options.timeout = _seconds(options.timeout)
-    return options
+    _common(parser)
+    # Options may stand before the verb too, so all of them must be known to tell their values from it.
+    with_value = set(chain.from_iterable(verb_parser(verb).value_options() for verb in _WITH_OPTIONS))
+    options, words = split_words(arguments, with_value)
+    if not words:
+        parser.parse_args(options)
+        raise ConfigError(f"no verb; choose {', '.join(VERBS)}")
+    verb = words.pop(0)
+    if verb not in VERBS:
+        raise ConfigError(f"{verb}: no such verb; choose {', '.join(VERBS)}")
+    parsed = verb_parser(verb).parse_args([*options, "--", *words])
+    parsed.verb = verb
+    if parsed.timeout is not None:
+        parsed.timeout = _seconds(parsed.timeout)
+    return parsed
 
 
 def _seconds(text: str) -> float:
@@ -115,7 +116,7 @@ def _seconds(text: str) -> float:
 def main(arguments: list[str]) -> int:
     """Run the verb; returns the exit status."""
     options = parse(arguments)
-    return _VERBS[options.verb](options)
+    return VERBS[options.verb](options)
 
 
 def _tell(options: Options, result: Any, text: Callable[[Any], str]) -> int:
@@ -123,9 +124,9 @@ def _tell(options: Options, result: Any, text: Callable[[Any], str]) -> int:
     if options.json:
         from json import dumps
 
-        print(dumps(result, indent=2))
+        show(dumps(result, indent=2))
     else:
-        print(text(result))
+        show(text(result))
     return 0
 
 
@@ -233,8 +234,8 @@ def _kvp(options: Options) -> int:
 def _tell_kvp(options: Options, result: dict[str, Any]) -> int:
     if options.json:
         return _tell(options, dict(result["pairs"]), str)
-    for line in ctl_text.kvp(options.what, result):
-        print(line)
+    if lines := ctl_text.kvp(options.what, result):
+        show("\n".join(lines))
     return 0
 
 
@@ -246,7 +247,7 @@ def _thaw(options: Options) -> int:
     return _tell(options, _ask(options, "thaw", FREEZE_SECONDS), ctl_text.snapshot)
 
 
-_VERBS: dict[str, Callable[[Options], int]] = {
+VERBS: dict[str, Callable[[Options], int]] = {
     "list": _list,
     "info": _info,
     "inspect": _inspect,
@@ -260,3 +261,4 @@ _VERBS: dict[str, Callable[[Options], int]] = {
     "thaw": _thaw,
     "quit": _quit,
 }
+"""The verbs, and what each does."""

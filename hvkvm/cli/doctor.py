@@ -15,6 +15,7 @@ from typing import NamedTuple
 
 from hvkvm.abi import kvm as abi
 from hvkvm.cli.arguments import Parser
+from hvkvm.cli.output import show
 from hvkvm.errors import CapabilityMissing, HvkvmError, KvmUnavailable
 from hvkvm.kvm.kind import REMEDY, KvmKind, probe
 from hvkvm.kvm.system import Kvm
@@ -158,25 +159,34 @@ def _cpuid(kvm: Kvm) -> Check:
     )
 
 
+def parser() -> Parser:
+    """The options."""
+    p = Parser("hvkvm doctor", "Check what hvkvm needs of this machine.")
+    p.add_argument("--kvm", default="/dev/kvm", metavar="PATH", help="the KVM device (/dev/kvm)")
+    p.add_argument("--json", action="store_true", help="print JSON")
+    return p
+
+
 def main(arguments: list[str]) -> int:
     """Run the verb; returns the exit status."""
-    parser = Parser("hvkvm doctor", "Check what hvkvm needs of this machine.")
-    parser.add_argument("--kvm", default="/dev/kvm", metavar="PATH", help="the KVM device (/dev/kvm)")
-    parser.add_argument("--json", action="store_true", help="print JSON")
-    options = parser.parse_args(arguments)
+    options = parser().parse_args(arguments)
     report = list(checks(options.kvm))
     if options.json:
         import json
 
-        print(json.dumps([check._asdict() for check in report], indent=2))
+        show(json.dumps([check._asdict() for check in report], indent=2))
     else:
-        width = max(len(check.name) for check in report)
-        for check in report:
-            print(f"{check.verdict}  {check.name:{width}}  {check.detail}")
-        remedies: dict[str, list[str]] = {}
-        for check in report:
-            if check.remedy:
-                remedies.setdefault(check.remedy, []).append(check.name)
-        for remedy, names in remedies.items():
-            print(f"remedy for {', '.join(names)}: {remedy}")
+        show(text(report))
     return next((check.status for check in report if check.verdict == "FAIL"), 0)
+
+
+def text(report: list[Check]) -> str:
+    """The report for people: a line a check, and each remedy once."""
+    width = max(len(check.name) for check in report)
+    lines = [f"{check.verdict}  {check.name:{width}}  {check.detail}" for check in report]
+    remedies: dict[str, list[str]] = {}
+    for check in report:
+        if check.remedy:
+            remedies.setdefault(check.remedy, []).append(check.name)
+    lines += [f"remedy for {', '.join(names)}: {remedy}" for remedy, names in remedies.items()]
+    return "\n".join(lines)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from hvkvm.cli.arguments import Parser
+from hvkvm.cli.output import show
 from hvkvm.hyperv.enlightenments import ENLIGHTENMENTS
 from hvkvm.hyperv.features import FeatureSet, HostFeatures, parse_features, resolve
 from hvkvm.hyperv.usermode.features import Choice, choose, for_user_synic, lacks_for_user, user_host
@@ -33,20 +34,25 @@ def rows(kernel: HostFeatures, user: HostFeatures, lacking: str) -> list[dict[st
     ]
 
 
-def main(arguments: list[str]) -> int:
-    """Run the verb; returns the exit status."""
-    parser = Parser(
+def parser() -> Parser:
+    """The options."""
+    p = Parser(
         "hvkvm features",
         "List the Hyper-V enlightenments, and whether KVM and the SynIC in user space can back them;"
         " with LIST, show what --hv LIST gives a guest here.",
     )
-    parser.add_argument("list", nargs="?", metavar="LIST", help="as for hvkvm run --hv")
-    parser.add_argument(
+    p.add_argument("list", nargs="?", metavar="LIST", help="as for hvkvm run --hv")
+    p.add_argument(
         "--synic", choices=SYNIC_CHOICES, default="auto", help="as for hvkvm run, with LIST (auto)"
     )
-    parser.add_argument("--kvm", default="/dev/kvm", metavar="PATH", help="the KVM device (/dev/kvm)")
-    parser.add_argument("--json", action="store_true", help="print JSON")
-    options = parser.parse_args(arguments)
+    p.add_argument("--kvm", default="/dev/kvm", metavar="PATH", help="the KVM device (/dev/kvm)")
+    p.add_argument("--json", action="store_true", help="print JSON")
+    return p
+
+
+def main(arguments: list[str]) -> int:
+    """Run the verb; returns the exit status."""
+    options = parser().parse_args(arguments)
     request = parse_features(options.list) if options.list is not None else None
     with Kvm(options.kvm) as kvm:
         cpu = guest_features(kvm)
@@ -64,29 +70,29 @@ def main(arguments: list[str]) -> int:
 
         synic = {"synic": choice.synic, "why": choice.why}
         record = {"resolved": str(chosen)} if chosen is not None else {"features": table}
-        print(json.dumps(record | synic, indent=2))
+        show(json.dumps(record | synic, indent=2))
     elif chosen is not None:
-        print(chosen)
+        show(str(chosen))
     else:
-        _print_table(table, choice, lacking)
+        show(_table(table, choice, lacking))
     return 0
 
 
-def _print_table(table: list[dict[str, Any]], choice: Choice, lacking: str) -> None:
+def _table(table: list[dict[str, Any]], choice: Choice, lacking: str) -> str:
     width = max(len(row["name"]) for row in table)
-    print("kvm  user")
+    lines = ["kvm  user"]
     for row in table:
         kernel, user = ("yes" if row[key] is None else "no" for key in ("missing", "user_missing"))
         notes = [f"requires {', '.join(row['requires'])}"] if row["requires"] else []
         if row["user_on_demand"] and row["user_missing"] is None:
             notes.append("user: not in host-model, name it")
         suffix = f" ({'; '.join(notes)})" if notes else ""
-        print(f"{kernel:3}  {user:4}  {row['name']:{width}}  {row['summary']}{suffix}")
+        lines.append(f"{kernel:3}  {user:4}  {row['name']:{width}}  {row['summary']}{suffix}")
     reasons = (str(row["missing"]).partition(" needs ")[2] for row in table if row["missing"] is not None)
-    for reason in dict.fromkeys(reasons):
-        print(f"missing, kvm: {reason}")
+    lines += [f"missing, kvm: {reason}" for reason in dict.fromkeys(reasons)]
     if lacking:
-        print(f"missing, user: {lacking}, which this kernel's KVM lacks; use Linux 5.10 or newer")
+        lines.append(f"missing, user: {lacking}, which this kernel's KVM lacks; use Linux 5.10 or newer")
     elif any(row["user_missing"] for row in table):
-        print("missing, user: not emulated; use --synic kernel on a KVM that has it, or leave it out")
-    print(f"--synic auto: {choice.synic}, because {choice.why}")
+        lines.append("missing, user: not emulated; use --synic kernel on a KVM that has it, or leave it out")
+    lines.append(f"--synic auto: {choice.synic}, because {choice.why}")
+    return "\n".join(lines)
