@@ -72,11 +72,12 @@ class Console:
         on_quit: Callable[[], None] | None = None,
         on_dump: Callable[[], None] | None = None,
         on_output_broken: Callable[[], None] | None = None,
+        on_output_failed: Callable[[OSError], None] | None = None,
         tail: ConsoleTail | None = None,
     ) -> None:
         self.tail = ConsoleTail() if tail is None else tail
         """The last lines of output, for diagnoses."""
-        self.output = Output(output_fd, io, on_broken=on_output_broken)
+        self.output = Output(output_fd, io, on_broken=on_output_broken, on_failed=on_output_failed)
         self._io = io
         self._input_fd = input_fd
         self._on_quit = on_quit

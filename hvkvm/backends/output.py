@@ -1,4 +1,4 @@
-"""Host output that never blocks the I/O loop and never loses a byte.
+"""Host output that never blocks the I/O loop, and loses no byte that its file takes.
 
 Whether a file description blocks is shared with every process that has it, so
 hvkvm must not make its caller's stdout non-blocking. It opens a pipe or terminal
@@ -6,12 +6,17 @@ again instead, which gives a description of its own. What the reader does not
 take yet waits here; above HIGH_WATER `on_congestion(True)` asks the source to
 wait, below LOW_WATER `on_congestion(False)` lets it go on.
 
+A file that takes no bytes (a full disk, a limit on its size) is no reader that
+went away: what it refuses is lost and counted, and the next write tries again,
+since there may be room by then.
+
 `write` may be called from any thread, and usually is from the I/O loop, which
 sends the rest when the reader is ready.
 """
 
 from __future__ import annotations
 
+import errno
 import os
 import select
 import stat
@@ -32,6 +37,7 @@ LIMIT = 1 << 20
 """Bytes a source that ignores on_congestion may leave waiting; what comes beyond is lost and counted."""
 
 _PIECE = 1 << 16
+_GONE = (errno.EPIPE, errno.ECONNRESET)
 _CAREFUL_PIECE = 512  # within what POLLOUT promises of a pipe (PIPE_BUF) or a terminal
 
 
@@ -53,7 +59,9 @@ class Output:
     """What waits for one host fd. The fd stays the caller's.
 
     `on_broken()` is called once, on the writing thread, when nobody reads any
-    more (EPIPE, EIO); from then on output vanishes.
+    more (EPIPE, ECONNRESET); from then on output vanishes. `on_failed(error)` is
+    called once, there too, for the first write that fails for another reason
+    (ENOSPC, EFBIG, EIO, ...). Neither may block.
     """
 
     def __init__(
@@ -63,10 +71,14 @@ class Output:
         *,
         on_congestion: Callable[[bool], None] | None = None,
         on_broken: Callable[[], None] | None = None,
+        on_failed: Callable[[OSError], None] | None = None,
     ) -> None:
         self.on_congestion = on_congestion
         self.on_broken = on_broken
+        self.on_failed = on_failed
         self.broken = False
+        self.failure: OSError | None = None
+        """The first error of a write, if the file refused one."""
         self.lost = 0
         self._io = io
         self._lock = threading.RLock()
@@ -148,8 +160,11 @@ class Output:
                 del waiting[: os.write(self._fd, waiting[: _CAREFUL_PIECE if self._ask_first else _PIECE])]
         except BlockingIOError:
             pass
-        except OSError:
-            self._break()
+        except OSError as error:
+            if error.errno in _GONE:
+                self._break()
+            else:
+                self._fail(error)
         self._tell_source()
         if waiting and self._watch is None:
             # An epoll fd is itself readable when its fd is ready: the loop needs no notion of "writable".
@@ -169,6 +184,14 @@ class Output:
             self._congested = congested
             if self.on_congestion is not None:
                 self.on_congestion(congested)
+
+    def _fail(self, error: OSError) -> None:
+        self.lost += len(self._waiting)
+        self._waiting.clear()
+        if self.failure is None:
+            self.failure = error
+            if self.on_failed is not None:
+                self.on_failed(error)
 
     def _break(self) -> None:
         self.broken = True

@@ -17,7 +17,9 @@ from time import monotonic
 from typing import TYPE_CHECKING, Any
 
 from hvkvm.cli.arguments import Parser, split_command
-from hvkvm.errors import ConfigError
+from hvkvm.cli.output import cannot_write, complain
+from hvkvm.errors import ConfigError, OutputError
+from hvkvm.events import Warned
 from hvkvm.machine.config import (
     KNOWN_DEVICES,
     SIGNAL_CHOICES,
@@ -36,8 +38,12 @@ if TYPE_CHECKING:
 
 EPILOG = """exit status:
   the guest command's own; 0 after a power-off; 2 usage; 69 KVM unavailable;
-  77 capability missing; 124 timeout; 130 interrupted; 254 triple fault or KVM
-  internal error; 255 guest panic
+  74 instead of 0 when output is lost; 77 capability missing; 124 timeout;
+  130 interrupted; 141 nobody reads the output; 254 triple fault or KVM internal
+  error; 255 guest panic
+
+a standard output that takes nothing (a full disk, ulimit -f) does not end the guest:
+it is said at once, tried again with what the guest prints next, and counted at the end
 
 keys on the console: Ctrl-a x quits, Ctrl-a d (or SIGQUIT) says who waits for what,
 Ctrl-a h helps, Ctrl-a Ctrl-a sends Ctrl-a
@@ -222,22 +228,18 @@ def _run(arguments: list[str]) -> int:
         offered = machine.hyperv.offered
         if not offered.features and config.hv != "none" and not options.quiet:
             note = f"--hv {config.hv}: this kernel's KVM can back none; `hvkvm doctor` names the remedies"
-            print(f"hvkvm: running without enlightenments: {note}", file=sys.stderr)
-        elif (
-            machine.hyperv.offered.features
-            and config.synic == "auto"
-            and not options.quiet
-            and not options.json
-        ):
+            complain(f"hvkvm: running without enlightenments: {note}")
+        elif offered.features and config.synic == "auto" and not options.quiet and not options.json:
             choice = offered.choice
             who = "in user space" if choice.synic == "user" else "by KVM"
-            print(f"hvkvm: SynIC {who}: {choice.why}", file=sys.stderr)
+            complain(f"hvkvm: SynIC {who}: {choice.why}")
         status = StatusLine(machine, sys.stderr, enabled=not options.quiet and not options.json)
         console = Console(
             machine.platform.io,
             on_quit=lambda: machine.finish(Ending.QUIT, 130, "by the console's keys"),
             on_dump=lambda: os.kill(os.getpid(), signal.SIGQUIT),
             on_output_broken=lambda: machine.finish(Ending.QUIT, 141, "nobody reads the console any more"),
+            on_output_failed=lambda error: machine.platform.observer.event(Warned("output", _goes_on(error))),
             tail=machine.board.tail,
         )
         machine.board.attach_console(console)
@@ -253,12 +255,18 @@ def _run(arguments: list[str]) -> int:
             lost = send_last_output(console, signals, patience(outcome, end))
         lost += machine.board.serial.output.overruns
         if lost:
-            what = f"{lost} bytes of the guest's output are lost"
-            print(f"hvkvm: {what}: standard output was not read in time", file=sys.stderr)
+            failure = console.output.failure
+            why = "standard output was not read in time"
+            why = why if failure is None else cannot_write("standard output", failure)
+            complain(f"hvkvm: {lost} bytes of the guest's output are lost: {why}")
         if report:
-            print(report, file=sys.stderr)
-        _conclude(machine, outcome, monotonic() - began, options)
-    return outcome.status
+            complain(report)
+        told = _conclude(machine, outcome, monotonic() - began, options)
+    return OutputError.exit_status if outcome.status == 0 and (lost or not told) else outcome.status
+
+
+def _goes_on(error: OSError) -> str:
+    return f"{cannot_write('standard output', error)}; the guest goes on, and what it prints is lost"
 
 
 def _attend(machine: Machine, signals: Signals, status: StatusLine, end: float | None) -> tuple[Outcome, str]:
@@ -276,7 +284,7 @@ def _attend(machine: Machine, signals: Signals, status: StatusLine, end: float |
         number = signals.wait(machine.lifecycle.ended_fd, left)
         if number == signal.SIGQUIT:
             status.clear()
-            print(_describe(machine), file=sys.stderr, flush=True)
+            complain(_describe(machine))
         elif number is not None:
             machine.finish(Ending.QUIT, 128 + number, signal.Signals(number).name)
     return machine.outcome, report
@@ -288,8 +296,8 @@ def _describe(machine: Machine) -> str:
     return describe(machine.parts)
 
 
-def _conclude(machine: Machine, outcome: Outcome, seconds: float, options: Any) -> None:
-    """Say how it ended: JSON when asked, one line when it was not clean."""
+def _conclude(machine: Machine, outcome: Outcome, seconds: float, options: Any) -> bool:
+    """Say how it ended: JSON when asked, one line when it was not clean. Whether it could be written."""
     if options.json:
         import json
 
@@ -303,6 +311,5 @@ def _conclude(machine: Machine, outcome: Outcome, seconds: float, options: Any) 
             "synic": machine.hyperv.offered.synic,
             "exits": machine.exit_counts(),
         }
-        print(json.dumps(record), file=sys.stderr)
-    elif not outcome.clean:
-        print(f"hvkvm: {outcome}", file=sys.stderr)
+        return complain(json.dumps(record))
+    return outcome.clean or complain(f"hvkvm: {outcome}")

@@ -46,8 +46,9 @@ class StatusLine:
             text = f"hvkvm: guest running {monotonic() - self._began:.1f} s, {exits} exits, no output yet"
             if "NO_COLOR" not in os.environ:
                 text = f"\x1b[2m{text}\x1b[0m"
-            self._stream.write(ERASE + text)
-            self._stream.flush()
+            if not self._write(ERASE + text):
+                self._live = False
+                return
             self._drawn = True
             self._timer = self._machine.platform.io.call_later(REDRAW_SECONDS, self._draw)
 
@@ -60,5 +61,12 @@ class StatusLine:
                 self._timer = None
             if self._drawn:
                 self._drawn = False
-                self._stream.write(ERASE)
-                self._stream.flush()
+                self._write(ERASE)
+
+    def _write(self, text: str) -> bool:
+        try:
+            self._stream.write(text)
+            self._stream.flush()
+        except (OSError, ValueError):
+            return False  # the terminal has hung up, and the guest may outlive it
+        return True

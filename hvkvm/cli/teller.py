@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from typing import TextIO
 
 from hvkvm.events import Event, Observer, Warned
@@ -16,5 +17,6 @@ class Teller(Observer):
 
     def event(self, event: Event) -> None:
         if isinstance(event, Warned) and not self._quiet:
-            self._stream.write(f"hvkvm: {event.text}\n")
-            self._stream.flush()
+            with suppress(OSError, ValueError):  # a full disk behind `2>` ends no guest
+                self._stream.write(f"hvkvm: {event.text}\n")
+                self._stream.flush()

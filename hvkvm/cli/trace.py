@@ -11,7 +11,8 @@ import sys
 from typing import IO, TYPE_CHECKING
 
 from hvkvm.cli.arguments import Parser, split_command
-from hvkvm.errors import ConfigError
+from hvkvm.cli.output import cannot_write, complain
+from hvkvm.errors import ConfigError, OutputError
 
 if TYPE_CHECKING:
     from contextlib import AbstractContextManager
@@ -26,7 +27,8 @@ examples:
 
 Children of the command are followed too. Exit status: the command's own; 0 when an
 attached process ends; 130 after Ctrl-C, which leaves an attached process running; 2
-usage; 77 python-ptrace missing or tracing not permitted. A traced vCPU is slower, and
+usage; 74 instead of 0 when the trace could not be written, which does not end the
+command; 77 python-ptrace missing or tracing not permitted. A traced vCPU is slower, and
 attaching and detaching make a running KVM_RUN return EINTR once."""
 
 
@@ -37,6 +39,8 @@ class Report:
         self, out: IO[str], *, json: bool = False, lines: bool = True, runs: bool = False, time: bool = False
     ) -> None:
         self._out = out
+        self.lost = 0
+        """Lines that could not be written."""
         self._lines = lines
         self._runs = runs
         self._time = time
@@ -55,7 +59,20 @@ class Report:
         count[2] += call.seconds
         if not self._lines or (call.request == "KVM_RUN" and not self._runs):
             return
-        print(self._line(call) if self._dumps is None else self._dumps(record(call)), file=self._out)
+        self._say(self._line(call) if self._dumps is None else self._dumps(record(call)))
+
+    def _say(self, line: str) -> None:
+        """Write a line. A full disk must not end what is traced: the next line may find room."""
+        try:
+            print(line, file=self._out)
+        except BrokenPipeError:
+            raise
+        except OSError as error:
+            if not self.lost:
+                name = getattr(self._out, "name", "")
+                what = "standard error" if name == "<stderr>" else f"--output {name}"
+                complain(f"hvkvm: {cannot_write(what, error)}; the command goes on, lines are lost")
+            self.lost += 1
 
     def _line(self, call: Call) -> str:
         from hvkvm.observe.kvm_ioctls import text
@@ -84,14 +101,14 @@ class Report:
                     "errors": int(errors),
                     "us": round(seconds * 1e6),
                 }
-                print(self._dumps(row), file=self._out)
+                self._say(self._dumps(row))
         elif self._lines:
             for name, (calls, errors, _seconds) in rows:
-                print(f"{name}: {int(calls)} calls, {int(errors)} errors; --runs shows each", file=self._out)
+                self._say(f"{name}: {int(calls)} calls, {int(errors)} errors; --runs shows each")
         else:
-            print("   calls  errors   seconds  request", file=self._out)
+            self._say("   calls  errors   seconds  request")
             for name, (calls, errors, seconds) in rows:
-                print(f"{int(calls):8} {int(errors):7} {seconds:9.4f}  {name}", file=self._out)
+                self._say(f"{int(calls):8} {int(errors):7} {seconds:9.4f}  {name}")
 
 
 def record(call: Call) -> dict[str, object]:
@@ -130,23 +147,24 @@ def wanted_requests(given: str) -> frozenset[str]:
     return frozenset(names)
 
 
-def _options() -> Parser:
-    parser = Parser("hvkvm trace", "Show every KVM ioctl that another program makes, decoded.", EPILOG)
-    parser.usage = "hvkvm trace [options] -- COMMAND...\n       hvkvm trace [options] --pid N"
-    parser.add_argument("--pid", metavar="N", help="attach to this running process")
-    parser.add_argument("--filter", metavar="NAME[,NAME]", help="only these requests")
-    parser.add_argument("--runs", action="store_true", help="show each KVM_RUN with its exit (else: counted)")
-    parser.add_argument("--time", action="store_true", help="show how long each call took")
-    parser.add_argument("--summary", action="store_true", help="only count: calls, errors, time by request")
-    parser.add_argument("--json", action="store_true", help="one JSON object a line")
-    parser.add_argument("--output", metavar="FILE", help="write the trace there, not to standard error")
-    return parser
+def parser() -> Parser:
+    """The options."""
+    p = Parser("hvkvm trace", "Show every KVM ioctl that another program makes, decoded.", EPILOG)
+    p.usage = "hvkvm trace [options] -- COMMAND...\n       hvkvm trace [options] --pid N"
+    p.add_argument("--pid", metavar="N", help="attach to this running process")
+    p.add_argument("--filter", metavar="NAME[,NAME]", help="only these requests")
+    p.add_argument("--runs", action="store_true", help="show each KVM_RUN with its exit (else: counted)")
+    p.add_argument("--time", action="store_true", help="show how long each call took")
+    p.add_argument("--summary", action="store_true", help="only count: calls, errors, time by request")
+    p.add_argument("--json", action="store_true", help="one JSON object a line")
+    p.add_argument("--output", metavar="FILE", help="write the trace there, not to standard error")
+    return p
 
 
 def main(arguments: list[str]) -> int:
     """Run the verb; returns the exit status."""
     ours, command = split_command(arguments)
-    options = _options().parse_args(ours)
+    options = parser().parse_args(ours)
     if options.pid is not None and "--" in arguments:
         raise ConfigError("--pid and a command: one or the other; leave one out")
     if options.pid is None and not command:
@@ -169,7 +187,9 @@ def main(arguments: list[str]) -> int:
             tracer.attach(pid)
         status = tracer.follow()
         report.end()
-        return status
+        if report.lost:
+            complain(f"hvkvm: {report.lost} lines of the trace are lost")
+        return OutputError.exit_status if status == 0 and report.lost else status
 
 
 def _output(path: str | None) -> AbstractContextManager[IO[str]]:
@@ -179,7 +199,10 @@ def _output(path: str | None) -> AbstractContextManager[IO[str]]:
         if sys.stderr is not None:
             return nullcontext(sys.stderr)
         path = os.devnull  # closed by the caller; print would fall back to standard output
+    from io import FileIO, TextIOWrapper
+
     try:
-        return open(path, "w", buffering=1, encoding="utf-8")
+        # Unbuffered: what could not be written is lost there and then, not met again at close.
+        return TextIOWrapper(FileIO(path, "w"), "utf-8", "backslashreplace", write_through=True)
     except OSError as error:
         raise ConfigError(f"--output {path}: {error.strerror}; name a file to write") from error

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
+import pty
+import resource
 import socket
 import threading
 
@@ -165,14 +168,47 @@ def test_dev_null_takes_everything(io):
     os.close(fd)
 
 
-def test_a_full_device_breaks_the_output_only(io):
+def test_a_full_device_is_told_once_and_what_it_refuses_is_counted(io):
     fd = os.open("/dev/full", os.O_WRONLY)
-    told = []
-    output = Output(fd, io, on_broken=lambda: told.append(1))
-    output.write(b"x")
-    assert told == [1]
+    gone, failed = [], []
+    output = Output(fd, io, on_broken=lambda: gone.append(1), on_failed=failed.append)
+    for _ in range(3):
+        output.write(b"xy")
+    assert [error.errno for error in failed] == [errno.ENOSPC]
+    assert output.failure is failed[0]
+    assert (gone, output.broken, output.lost, output.waiting) == ([], False, 6, 0)
+    assert output.drain(0)
     output.close()
     os.close(fd)
+
+
+def test_a_terminal_that_hangs_up_is_no_reader_that_wants_no_more(io):
+    """Who lets a run outlive its terminal does not want it to end for that."""
+    master, slave = pty.openpty()
+    gone, failed = [], []
+    output = Output(slave, io, on_broken=lambda: gone.append(1), on_failed=failed.append)
+    os.close(master)
+    output.write(b"x")
+    assert ([error.errno for error in failed], gone, output.lost) == ([errno.EIO], [], 1)
+    output.close()
+    os.close(slave)
+
+
+def test_a_file_that_has_room_again_is_written_again(io, tmp_path):
+    with (tmp_path / "out").open("wb", buffering=0) as file:
+        before = resource.getrlimit(resource.RLIMIT_FSIZE)
+        output = Output(file.fileno(), io)
+        try:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (4, before[1]))
+            output.write(b"123456")
+            output.write(b"789")
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        output.write(b"0")
+        output.close()
+    assert (tmp_path / "out").read_bytes() == b"12340"
+    assert output.failure.errno == errno.EFBIG
+    assert output.lost == 5
 
 
 def test_a_socket_is_asked_before_each_piece(io, until):

@@ -1,0 +1,174 @@
+"""Outputs that take nothing: each says which file, why, and nothing else ends for it."""
+
+from __future__ import annotations
+
+import errno
+import json
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+from resource import RLIMIT_FSIZE, setrlimit
+from typing import TextIO, cast
+from unittest import mock
+
+import pytest
+from running_vm import command_line
+from tiny_guests import DEADLINE, HANG, SPIN, out, out_string, run_arguments
+
+from hvkvm.abi import board
+from hvkvm.cli.status import StatusLine
+
+Hvkvm = Callable[..., "subprocess.CompletedProcess[str]"]
+Guest = Callable[[bytes], Path]
+
+FULL = "No space left on device"
+GOES_ON = f"hvkvm: cannot write to standard output: {FULL}; the guest goes on, and what it prints is lost\n"
+LOST = f"hvkvm: {{}} bytes of the guest's output are lost: cannot write to standard output: {FULL}\n"
+
+
+def ends_with(status: int, text: bytes = b"hello\n") -> bytes:
+    return out_string(text) + out(board.GUEST_EXIT_PORT, status) + HANG
+
+
+def shell(
+    redirection: str, *arguments: object, before: Callable[[], object] | None = None
+) -> subprocess.CompletedProcess[str]:
+    """`hvkvm ARGUMENTS REDIRECTION`, with what is left of standard output and error."""
+    words = ["sh", "-c", f'exec "$@" {redirection}', "sh", *command_line(*arguments)]
+    return subprocess.run(
+        words, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=DEADLINE, check=False,
+        preexec_fn=before,
+    )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("--help",), ("--version",), ("run", "--help"), ("ctl", "--help"), ("ctl", "kvp", "--help"),
+        ("ctl", "list"), ("ctl", "list", "--json"), ("doctor", "--help"), ("trace", "--help"),
+    ],
+    ids=" ".join,
+)  # fmt: skip
+def test_every_answer_that_cannot_be_written_is_74(arguments: tuple[str, ...]) -> None:
+    result = shell(">/dev/full", *arguments)
+    assert (result.returncode, result.stderr) == (74, f"hvkvm: cannot write to standard output: {FULL}\n")
+    assert shell(">/dev/full 2>&1", *arguments).returncode == 74
+
+
+@pytest.mark.kvm
+@pytest.mark.parametrize(
+    "arguments",
+    [("doctor",), ("doctor", "--json"), ("features",), ("features", "--json"), ("features", "none")],
+    ids=" ".join,
+)
+def test_and_so_are_those_that_ask_kvm(arguments: tuple[str, ...]) -> None:
+    test_every_answer_that_cannot_be_written_is_74(arguments)
+
+
+@pytest.mark.parametrize("arguments", [("rum",), ("run",), ("ctl", "explode"), ()], ids=" ".join)
+def test_an_error_that_cannot_be_written_keeps_its_status(arguments: tuple[str, ...]) -> None:
+    assert shell("2>/dev/full", *arguments).returncode == 2
+    assert shell(">/dev/full 2>&1", *arguments).returncode == 2
+
+
+@pytest.mark.parametrize("arguments", [("--help",), ("run", "--help"), ("ctl", "list")], ids=" ".join)
+def test_a_reader_that_went_away_is_141_and_no_error(arguments: tuple[str, ...]) -> None:
+    words = " ".join(map(str, command_line(*arguments)))
+    result = subprocess.run(
+        ["bash", "-c", f"{{ sleep 0.2; {words}; echo $? >&2; }} | true"],
+        capture_output=True, text=True, timeout=DEADLINE, check=False,
+    )  # fmt: skip
+    assert result.stderr == "141\n"
+
+
+@pytest.mark.kvm
+@pytest.mark.parametrize(("status", "ours"), [(0, 74), (3, 3)])
+def test_a_guest_outlives_a_full_standard_output(guest: Guest, status: int, ours: int) -> None:
+    result = shell(">/dev/full", *run_arguments(guest(ends_with(status))))
+    assert (result.returncode, result.stderr) == (ours, GOES_ON + LOST.format(6))
+
+
+def limited(size: int, redirection: str, *arguments: object) -> subprocess.CompletedProcess[str]:
+    """As `shell`, under `ulimit -f` of `size` bytes."""
+    return shell(redirection, *arguments, before=lambda: setrlimit(RLIMIT_FSIZE, (size, size)))
+
+
+@pytest.mark.kvm
+def test_a_limit_on_the_files_size_is_told_and_what_fits_is_there(guest: Guest, tmp_path: Path) -> None:
+    """The limit leaves room for the guest's RAM, a file too, and the file is almost as long as it already."""
+    path = tmp_path / "out"
+    limit = 64 << 20
+    with path.open("wb") as file:
+        file.truncate(limit - 1000)
+    result = limited(limit, f">>{path}", *run_arguments(guest(ends_with(0, b"x" * 3000))))
+    assert result.returncode == 74, result
+    with path.open("rb") as file:
+        file.seek(limit - 1000)
+        assert file.read() == b"x" * 1000
+    assert "cannot write to standard output: File too large; the guest goes on" in result.stderr
+    assert "hvkvm: 2000 bytes of the guest's output are lost" in result.stderr
+
+
+@pytest.mark.kvm
+def test_a_limit_below_the_guests_ram_is_named(guest: Guest) -> None:
+    result = limited(8 << 20, "", *run_arguments(guest(ends_with(0))))
+    assert result.returncode == 2
+    assert result.stderr.startswith("hvkvm: --memory 16M: the limit on the size of files (ulimit -f)")
+    assert result.stderr.count("\n") == 1
+
+
+@pytest.mark.kvm
+def test_nothing_at_all_can_be_written_and_the_guest_runs_its_course(guest: Guest) -> None:
+    assert shell(">/dev/full 2>&1", *run_arguments(guest(ends_with(3)))).returncode == 3
+    assert shell(">/dev/full 2>&1", *run_arguments(guest(ends_with(0)))).returncode == 74
+    spin = run_arguments(guest(out_string(b"x") + SPIN), "--timeout", "1")
+    assert shell(">/dev/full 2>&1", *spin).returncode == 124
+
+
+@pytest.mark.kvm
+def test_a_record_that_cannot_be_written_is_74(guest: Guest) -> None:
+    result = shell("2>/dev/full", *run_arguments(guest(ends_with(0)), "--json"))
+    assert (result.returncode, result.stdout) == (74, "hello\n")
+    assert shell("2>/dev/full", *run_arguments(guest(ends_with(0)))).returncode == 0
+    result = shell(">/dev/full", *run_arguments(guest(ends_with(0)), "--json"))
+    assert result.returncode == 74
+    record = json.loads(result.stderr.splitlines()[-1])
+    assert (record["ending"], record["status"]) == ("command exited", 0)
+
+
+@pytest.mark.kvm
+@pytest.mark.parametrize("more", [(), ("--json",), ("--summary",)], ids=["", "json", "summary"])
+def test_a_trace_that_cannot_be_written_ends_nothing(guest: Guest, more: tuple[str, ...]) -> None:
+    pytest.importorskip("ptrace")
+    command = command_line(*run_arguments(guest(ends_with(0))))
+    result = shell("", "trace", *more, "--output", "/dev/full", "--", *command)
+    assert (result.returncode, result.stdout) == (74, "hello\n")
+    told = f"hvkvm: cannot write to --output /dev/full: {FULL}; the command goes on, lines are lost\n"
+    assert result.stderr.startswith(told)
+    assert result.stderr.endswith("lines of the trace are lost\n")
+    assert shell("2>/dev/full", "trace", *more, "--", *command).returncode == 74
+
+
+class HungUp:
+    """A terminal that was one when the run began."""
+
+    def isatty(self) -> bool:
+        return True
+
+    def write(self, text: str) -> None:
+        raise OSError(errno.EIO, "Input/output error")
+
+
+def test_the_status_line_ends_with_its_terminal_and_nothing_else(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is drawn on the I/O loop, where an exception ends the machine."""
+    monkeypatch.setenv("TERM", "xterm")
+    timers: list[object] = []
+    machine = mock.Mock()
+    machine.exit_counts.return_value = {}
+    machine.platform.io.call_later = lambda *timer: timers.append(timer)
+    status = StatusLine(machine, cast(TextIO, HungUp()), enabled=True)
+    status.start()
+    status._draw()
+    status._draw()
+    assert len(timers) == 1
+    status.clear()
