@@ -6,6 +6,9 @@ terminal in the foreground the keys are raw and Ctrl-a x ends the guest (see
 `escape_keys`); from a pipe or a file every byte is the guest's. The end of
 input ends nothing.
 
+In the background a terminal is left alone, and looked at now and then: a shell's
+`fg` of a job that runs sends no signal.
+
 Owner: the main thread makes, starts and closes it; `write` is the UART's sink;
 the rest runs on the I/O loop.
 """
@@ -13,6 +16,7 @@ the rest runs on the I/O loop.
 from __future__ import annotations
 
 import os
+import termios
 import threading
 from collections.abc import Callable
 from contextlib import suppress
@@ -30,6 +34,8 @@ if TYPE_CHECKING:
 
 READ_SIZE = 1024
 INTERRUPT_KEY = 0x03
+BACKGROUND_SECONDS = 0.2
+"""How often a job in the background looks whether the terminal is its own by now."""
 DRAIN_SECONDS = 2.0
 """How long `close` waits for a reader that takes no output before it gives the rest up."""
 
@@ -89,7 +95,10 @@ class Console:
         self._reader: Handle | None = None
         self._unwatchable = False
         self._refused = b""  # input that the UART had no room for
-        self._lock = threading.Lock()  # _reader and _closed, between the loop and close()
+        self._looking = False
+        # _reader, _closed and the terminal's mode, between the loop and close(). Reentrant: signal handlers
+        # restore the terminal.
+        self._lock = threading.RLock()
         self._closed = False
 
     def connect(self, serial: SerialPort) -> None:
@@ -99,23 +108,21 @@ class Console:
         self.output.on_congestion = serial.output.hold
 
     def start(self) -> None:
-        """Go raw if stdin is our terminal, and begin to read. Main thread."""
+        """Go raw if stdin is our terminal, and begin to read as soon as it is. Main thread."""
         fd = self._input_fd
         if fd is None or self._serial is None:
             return
         try:
             if os.isatty(fd):
-                if not in_foreground(fd):
-                    return  # a background job that reads its terminal is stopped
-                self._terminal = RawTerminal(fd)
-                self._terminal.enter()
+                self._terminal = RawTerminal(fd, on_continue=self._look_soon)
+                self._terminal.handle_signals()
                 self._keys = EscapeKeys()
+                self._take_terminal()
             self._own = open_again(fd, os.O_RDONLY)
             os.fstat(fd)
         except OSError:
             return  # started with stdin closed
-        with suppress(Stopped):
-            self._io.call_soon(self._watch)
+        self._look_soon()
 
     def write(self, data: bytes) -> None:
         """Show the guest's output. The UART's sink: the I/O loop, or the main thread at the end."""
@@ -124,8 +131,10 @@ class Console:
 
     def restore_terminal(self) -> None:
         """Leave raw mode now. Any thread, signal handlers."""
-        if self._terminal is not None:
-            self._terminal.restore()
+        with self._lock:
+            terminal, self._terminal = self._terminal, None
+            if terminal is not None:
+                terminal.restore()
 
     def close(self) -> None:
         """Stop reading, send what waits (for DRAIN_SECONDS at most), restore the terminal. Idempotent."""
@@ -146,6 +155,37 @@ class Console:
                 self._own = None
 
     # --- input; on the I/O loop ------------------------------------------------------------------
+
+    def _look_soon(self) -> None:
+        """Look on the loop. Any thread, signal handlers."""
+        with suppress(Stopped):
+            self._io.call_soon(self._look)
+
+    def _look(self) -> None:
+        """Read, unless the input is a terminal that is not ours: then look again before long."""
+        if self._keys is None or self._take_terminal():
+            if not self._refused:
+                self._watch()
+            return
+        self._unwatch()
+        hung_up = self._input_fd is None or not os.isatty(self._input_fd)
+        if not hung_up and not self._looking and not self._closed:
+            with suppress(Stopped):
+                self._io.call_later(BACKGROUND_SECONDS, self._look_again)
+                self._looking = True
+
+    def _look_again(self) -> None:
+        self._looking = False
+        self._look()
+
+    def _take_terminal(self) -> bool:
+        """Whether the terminal is ours; it is raw then. The main thread too."""
+        with self._lock:
+            if self._terminal is None or self._input_fd is None or not in_foreground(self._input_fd):
+                return False
+            with suppress(termios.error):  # it has hung up, which reading will tell
+                self._terminal.enter()
+            return True
 
     def _watch(self) -> None:
         """Read when there is something to read."""
@@ -173,11 +213,17 @@ class Console:
         fd = self._own if self._own is not None else self._input_fd
         if fd is None or self._closed:
             return
+        if self._keys is not None and not in_foreground(fd):
+            self._look()
+            return
         try:
             data = os.read(fd, READ_SIZE)
         except (BlockingIOError, InterruptedError):
             return
         except OSError:
+            if self._keys is not None and not in_foreground(fd):
+                self._look()  # taken from us just now: SIGTTIN is blocked on this thread, which makes it EIO
+                return
             data = b""  # EIO: the terminal has hung up
         if not data:
             self._unwatch()
@@ -211,7 +257,7 @@ class Console:
             if self._unwatchable:
                 self._readable()
             else:
-                self._watch()
+                self._look()
 
     def _obey(self, command: Command) -> None:
         if command is Command.HELP:

@@ -156,12 +156,15 @@ def test_an_error_inside_restores_the_terminal(guest, tty):
     assert termios.tcgetattr(slave) == before
 
 
-def test_a_terminal_that_hangs_up_ends_input_only(guest, io):
+def test_a_terminal_that_hangs_up_ends_input_only(guest, io, until):
     master, slave = pty.openpty()
     out = os.open("/dev/null", os.O_WRONLY)
     g = guest(input_fd=slave, output_fd=out)
     g.console.start()
+    until(lambda: g.console._reader is not None)
     os.close(master)
+    until(lambda: g.console._reader is None)
+    assert not g.console._looking, "and nobody asks any more whether it is in front"
     g.print(b"still here\n")
     g.close()
     assert g.console.tail.lines() == ["still here"]
