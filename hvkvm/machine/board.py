@@ -34,9 +34,6 @@ if TYPE_CHECKING:
     from hvkvm.machine.lifecycle import Lifecycle
     from hvkvm.machine.platform import Platform
 
-PANIC_MARK = "Kernel panic - not syncing: "
-"""What Linux prints; the only word of a panic from a kernel whose Hyper-V drivers are not loaded."""
-
 
 class Board:
     """The devices. `stack` closes what they hold, in reverse order."""
@@ -129,13 +126,18 @@ class Board:
         """Whether the guest has enabled the UART's receive interrupt: something reads the console."""
         return self.serial.receive_interrupt_enabled
 
-    def console_panic(self) -> str | None:
-        """The panic message among the last console lines, or None. Any thread."""
-        for line in reversed(self.tail.lines()):
-            at = line.find(PANIC_MARK)
-            if at >= 0 and "end Kernel panic" not in line:
-                return line[at:].strip()
-        return None
+    def console_panic(self, *, hung: bool = False) -> str | None:
+        """The message of the panic that the console ends in, or None; see `linux_panic`. Any thread."""
+        from hvkvm.backends import linux_panic
+
+        return linux_panic.panic(self.tail.lines(), hung=hung)
+
+    def console_panic_report(self) -> str | None:
+        """What the console says of a panic of which something better knows, or None. Any thread."""
+        from hvkvm.backends import linux_panic
+
+        report = linux_panic.last_report(self.tail.lines())
+        return None if report is None else report.message
 
     def flush(self) -> None:
         """Take what the guest printed last out of KVM's ring and the UART. The I/O loop, or after its end."""

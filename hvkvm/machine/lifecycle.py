@@ -57,8 +57,11 @@ class GuestConsole(Protocol):
     def flush(self) -> None:
         """Take over what the guest has printed by now. The I/O loop, or after its end."""
 
-    def console_panic(self) -> str | None:
-        """The guest's panic, if that is how its output ends. Any thread."""
+    def console_panic(self, *, hung: bool = False) -> str | None:
+        """The guest's panic, if that is how its output ends: in a reset, or `hung`. Any thread."""
+
+    def console_panic_report(self) -> str | None:
+        """What the output says of a panic that is known from elsewhere. Any thread."""
 
 
 class Lifecycle:
@@ -136,7 +139,7 @@ class Lifecycle:
 
     def expire(self, seconds: float | None) -> None:
         """End the run because its `seconds` are over; a guest that hangs in its panic has ended by that."""
-        if self._console is not None and (panic := self._console.console_panic()) is not None:
+        if self._console is not None and (panic := self._console.console_panic(hung=True)) is not None:
             self.finish(Ending.PANIC, EXIT_PANIC, panic)
         self.finish(Ending.TIMEOUT, EXIT_TIMEOUT, f"the guest had not finished after {seconds:g} s")
 
@@ -172,10 +175,13 @@ class Lifecycle:
 
     def _end_of_panic(self, text: str) -> None:
         """What the console says is for people; the crash registers come after it. I/O loop."""
-        seen = self._last_words()
+        seen = None
+        if self._console is not None:
+            self._console.flush()
+            seen = self._console.console_panic_report()
         self.finish(Ending.PANIC, EXIT_PANIC, f"{seen}; {text}" if seen else text)
 
-    def _last_words(self) -> str | None:
+    def _panic_before_reset(self) -> str | None:
         if self._console is None:
             return None
         self._console.flush()
@@ -190,7 +196,7 @@ class Lifecycle:
         self._platform.io.call_soon(self._reset, reason)
 
     def _reset(self, reason: str) -> None:
-        if (panic := self._last_words()) is not None:
+        if (panic := self._panic_before_reset()) is not None:
             # A panicking kernel told to reboot would loop for ever; its panic is the end.
             self.finish(Ending.PANIC, EXIT_PANIC, panic)
         elif not self._reboot:

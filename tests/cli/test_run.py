@@ -81,12 +81,30 @@ def test_no_reboot_ends_at_the_reset(hvkvm: Hvkvm, guest: Guest) -> None:
     assert json.loads(result.stderr.splitlines()[-1])["ending"] == "reset"
 
 
+PANIC = b"Kernel panic - not syncing: VFS: no root"
+
+
 def test_a_linux_panic_on_the_console_is_255(hvkvm: Hvkvm, guest: Guest) -> None:
-    panic = b"Kernel panic - not syncing: VFS: no root"
-    text = panic + b"\r\n---[ end " + panic + b" ]---\r\n"
+    text = PANIC + b"\r\n---[ end " + PANIC + b" ]---\r\n"
     result = hvkvm(*run_arguments(guest(out_string(text) + out(board.RESET_PORT, board.RESET_VALUE) + SPIN)))
     assert result.returncode == 255
     assert result.stderr == "hvkvm: guest panic: Kernel panic - not syncing: VFS: no root\n"
+
+
+RESET = out(board.RESET_PORT, board.RESET_VALUE) + SPIN
+
+
+@pytest.mark.parametrize(
+    ("text", "end", "status"),
+    [(PANIC, RESET, 0), (PANIC + b"\r\n42 tests passed\r\n", RESET, 0), (PANIC + b"\r\n", SPIN, 124)],
+    ids=["then a reset", "then more and a reset", "then nothing"],
+)
+def test_a_guest_that_quotes_a_panic_has_none(
+    hvkvm: Hvkvm, guest: Guest, text: bytes, end: bytes, status: int
+) -> None:
+    result = hvkvm(*run_arguments(guest(out_string(text) + end), "--no-reboot", "--timeout", "2", "--json"))
+    ending = json.loads(result.stderr.splitlines()[-1])["ending"]
+    assert (result.returncode, ending) == (status, "timeout" if status else "reset")
 
 
 def test_power_off_by_acpi(hvkvm: Hvkvm, guest: Guest) -> None:
