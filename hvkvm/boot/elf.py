@@ -85,6 +85,10 @@ class ElfImage(NamedTuple):
             segment.paddr <= entry < segment.paddr + segment.file_size for segment in self.load_segments()
         )
 
+    def is_linked_as_a_kernel(self) -> bool:
+        """Whether something runs in the upper half of the address space, where Linux does and no program."""
+        return any(segment.vaddr >> 63 for segment in self.load_segments())
+
     def claim(self, layout: Layout) -> None:
         """Check that every segment fits; raises BootError, has written nothing yet."""
         for number, segment in enumerate(self.load_segments()):

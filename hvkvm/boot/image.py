@@ -71,6 +71,7 @@ def load(
         if initrd is not None and (isinstance(initrd, Path) or len(initrd)):
             payload = files.enter_context(Payload(initrd))
         head = file.head(_HEAD_SIZE)
+        _write_reset_vector(memory)
         if head.startswith(_ELF_MAGIC):
             image = elf.parse(file)
             rsdp = _write_acpi(memory, cpus, vmbus=vmbus) if acpi else 0
@@ -80,6 +81,21 @@ def load(
             raise _not_a_kernel(file, head)
         rsdp = _write_acpi(memory, cpus, vmbus=vmbus) if acpi else 0
         return linux.load_bzimage(memory, file, header, initrd=payload, cmdline=line, rsdp=rsdp, kaslr=kaslr)
+
+
+# mov dx, RESET_PORT; mov al, RESET_VALUE; out dx, al; cli; hlt; and again.
+_RESET_VECTOR = (
+    b"\xba"
+    + board.RESET_PORT.to_bytes(2, "little")
+    + bytes([0xB0, board.RESET_VALUE])
+    + b"\xee\xfa\xf4\xeb\xfd"
+)
+
+
+def _write_reset_vector(memory: GuestRam) -> None:
+    """The one thing that a guest in real mode finds of a BIOS: Linux's reboot=bios jumps there."""
+    if memory.size >= board.KERNEL_ADDRESS:
+        memory.write(board.RESET_VECTOR_ADDRESS, _RESET_VECTOR)
 
 
 def _write_acpi(memory: GuestRam, cpus: int, *, vmbus: bool) -> int:
@@ -117,6 +133,11 @@ def _load_elf(
     if image.bits == 64:
         if flags is not None:
             raise image.file.error("is a 64-bit multiboot image", "convert it with objcopy -O elf32-i386")
+        if not image.is_linked_as_a_kernel():
+            raise image.file.error(
+                "is linked to run as a program, not as a kernel, and has no PVH note",
+                "give a bzImage or vmlinux",
+            )
         return linux.load_vmlinux(memory, image, initrd=initrd, cmdline=cmdline, rsdp=rsdp)
     if flags is None:
         raise image.file.error(

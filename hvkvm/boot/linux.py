@@ -49,6 +49,20 @@ def default_cmdline() -> str:
     return " ".join(argument for argument, _reason in DEFAULT_ARGUMENTS)
 
 
+def resets_by_triple_fault(cmdline: str) -> str:
+    """The word of `cmdline` that has Linux reset the machine by a triple fault, or "".
+
+    A letter behind "reboot=" or a comma chooses how (reboot_setup() in kernel/reboot.c); the last one counts.
+    """
+    chosen = ""
+    for word in cmdline.split():
+        if word.startswith("reboot="):
+            for part in word.removeprefix("reboot=").split(","):
+                if part[:1] and part[0] in "baktep":
+                    chosen = word if part[0] == "t" else ""
+    return chosen
+
+
 def load_bzimage(
     memory: GuestRam,
     file: KernelFile,

@@ -33,11 +33,15 @@ if TYPE_CHECKING:
 Handlers = dict[int, Callable[[Vcpu], None]]
 
 
-def handlers(board: Board, lifecycle: Lifecycle, memory: GuestMemory) -> Handlers:
-    """The exits that every machine has; the Hyper-V interface brings its own."""
+def handlers(board: Board, lifecycle: Lifecycle, memory: GuestMemory, cmdline: str) -> Handlers:
+    """The exits that every machine has; the Hyper-V interface brings its own. `cmdline` is the guest's."""
 
     def shutdown(vcpu: Vcpu) -> None:
+        from hvkvm.boot.linux import resets_by_triple_fault
+
         detail = f"vcpu{vcpu.index} at rip={vcpu.regs().rip:#x}"
+        if given := resets_by_triple_fault(cmdline):
+            detail += f"; {given} has Linux reset so: leave it out, or use reboot=acpi"
         lifecycle.finish(Ending.TRIPLE_FAULT, EXIT_MACHINE_FAULT, detail)
 
     def broken(vcpu: Vcpu) -> None:

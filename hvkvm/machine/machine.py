@@ -60,7 +60,7 @@ class Machine:
         stack.callback(lifecycle.close)
         self.board = board = Board(platform, lifecycle, stack)
         self.hyperv = interface = hyperv.create(platform, offered, lifecycle, board.ports, stack)
-        handlers |= exits.handlers(board, lifecycle, platform.memory) | interface.handlers()
+        handlers |= exits.handlers(board, lifecycle, platform.memory, config.append) | interface.handlers()
         board.add_optional_devices(config.devices, interface)
         self.bus = build.create_bus(platform, interface, stack)
         order: list[Part] = [board, interface, Processors(platform, image)]

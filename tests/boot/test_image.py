@@ -5,9 +5,11 @@ from __future__ import annotations
 import gzip
 import lzma
 import os
+import shutil
 import struct
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import kernel_images as ki
 import pytest
@@ -16,10 +18,15 @@ from hypothesis import strategies as st
 
 from hvkvm.boot import image
 from hvkvm.boot.entry import Entry
+from hvkvm.boot.initramfs import is_static_elf
 from hvkvm.errors import BootError
 from hvkvm.memory.guest import GuestMemory
 
 MIB = 1 << 20
+
+
+def kernel_segment(paddr: int) -> dict[str, Any]:
+    return ki.segment(paddr, ki.HALT, vaddr=ki.KERNEL_MAP + paddr % MIB)
 
 
 def refused(memory: GuestMemory, path: Path, content: bytes) -> str:
@@ -74,14 +81,15 @@ def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         (ki.elf(64, MIB, ki.segment(MIB, ki.HALT), kind=4), "is a core dump"),
         (ki.elf(64, MIB), "nothing to load"),
         (ki.elf(64, MIB, ki.segment(0, b"/lib/ld.so\0", kind=ki.PT_INTERP)), "under an operating system"),
-        (ki.elf(64, 5, ki.segment(MIB, ki.HALT)), "its entry point 0x5 is not in what it loads"),
+        (ki.elf(64, 4 * MIB, ki.segment(4 * MIB, ki.HALT)), "is linked to run as a program, not as a kernel"),
+        (ki.elf(64, 5, kernel_segment(MIB)), "its entry point 0x5 is not in what it loads"),
         (ki.elf(32, MIB, ki.segment(MIB, ki.HALT)), "neither a PVH note nor a multiboot header"),
-        (ki.elf(64, 0, ki.segment(0, ki.HALT)), "wants 0x0, but the first MiB belongs"),
+        (ki.elf(64, 0, kernel_segment(0)), "wants 0x0, but the first MiB belongs"),
         (
-            ki.elf(64, MIB, ki.segment(MIB, ki.HALT), ki.segment(MIB + 2, ki.HALT)),
+            ki.elf(64, MIB, kernel_segment(MIB), kernel_segment(MIB + 2)),
             "ELF segment 1 at 0x100002+0x4 overlaps ELF segment 0",
         ),
-        (ki.elf(64, 1 << 40, ki.segment(1 << 40, ki.HALT)), "past the 3 GiB"),
+        (ki.elf(64, 1 << 40, kernel_segment(1 << 40)), "past the 3 GiB"),
     ],
 )
 def test_what_is_no_kernel_is_named(memory: GuestMemory, tmp_path: Path, content: bytes, what: str) -> None:
@@ -91,6 +99,17 @@ def test_what_is_no_kernel_is_named(memory: GuestMemory, tmp_path: Path, content
 def test_this_machines_own_programs_are_no_kernels(memory: GuestMemory) -> None:
     with pytest.raises(BootError, match="runs under an operating system"):
         image.load(memory, Path(os.path.realpath("/proc/self/exe")))
+
+
+def test_a_static_program_is_no_kernel(memory: GuestMemory, tmp_path: Path) -> None:
+    """It was loaded at its addresses and entered, and KVM gave up on it somewhere."""
+    busybox = shutil.which("busybox-static") or shutil.which("busybox")
+    if busybox is None or not is_static_elf(Path(busybox).read_bytes()):
+        pytest.skip("needs a static busybox")
+    with pytest.raises(
+        BootError, match="is linked to run as a program, not as a kernel, and has no PVH note"
+    ):
+        image.load(memory, Path(busybox))
 
 
 def test_missing_and_odd_files(memory: GuestMemory, tmp_path: Path) -> None:
@@ -209,7 +228,9 @@ def test_any_program_headers(
 ) -> None:
     content = bytearray(ki.elf(64, MIB, *(ki.segment(0, b"") for _ in rows)))
     for index, (kind, paddr, file_size, mem_size) in enumerate(rows):
-        struct.pack_into("<IIQQQQQ", content, 64 + 56 * index, kind, 7, 0, paddr, paddr, file_size, mem_size)
+        struct.pack_into(
+            "<IIQQQQQ", content, 64 + 56 * index, kind, 7, 0, ki.KERNEL_MAP, paddr, file_size, mem_size
+        )
     survives(*scratch, bytes(content))
 
 

@@ -93,5 +93,6 @@ def test_entry_outside_the_image(memory: GuestMemory, tmp_path: Path) -> None:
     ],
 )
 def test_broken_note_is_no_note(memory: GuestMemory, tmp_path: Path, notes: bytes) -> None:
-    content = ki.elf(64, MIB, ki.segment(MIB, ki.HALT), ki.segment(0, notes, kind=ki.PT_NOTE))
+    kernel = ki.segment(MIB, ki.HALT, vaddr=ki.KERNEL_MAP + MIB)
+    content = ki.elf(64, MIB, kernel, ki.segment(0, notes, kind=ki.PT_NOTE))
     assert ki.load(memory, tmp_path / "k", content).mode is Mode.LONG

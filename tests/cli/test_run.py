@@ -43,6 +43,17 @@ def test_triple_fault_is_254_and_says_where(hvkvm: Hvkvm, guest: Guest) -> None:
     assert result.stderr.startswith("hvkvm: triple fault: vcpu0 at rip=0x10")
 
 
+@pytest.mark.parametrize("given", ["reboot=triple", "reboot=k quiet reboot=w,t,force"])
+def test_a_triple_fault_that_was_asked_for_says_so(hvkvm: Hvkvm, guest: Guest, given: str) -> None:
+    result = hvkvm(*run_arguments(guest(TRIPLE_FAULT), "--append", given))
+    assert result.returncode == 254
+    told = f"; {given.split()[-1]} has Linux reset so: leave it out, or use reboot=acpi\n"
+    assert result.stderr.endswith(told)
+    assert result.stderr.count("\n") == 1
+    for other in ("reboot=acpi", "reboot=t reboot=k", "noreboot=t", "reboot=w"):
+        assert hvkvm(*run_arguments(guest(TRIPLE_FAULT), "--append", other)).stderr.count(";") == 0
+
+
 @pytest.mark.parametrize("code", [HANG, SPIN, out_string(b"last words\n") + SPIN])
 def test_timeout_is_124_and_says_who_waits_for_what(hvkvm: Hvkvm, guest: Guest, code: bytes) -> None:
     result = hvkvm(*run_arguments(guest(code), "--timeout", "0.5"))
@@ -215,9 +226,9 @@ def test_ctrl_a_d_dumps_and_the_guest_goes_on(guest: Guest) -> None:
 
 
 def test_a_reader_that_goes_away_ends_the_run(guest: Guest) -> None:
-    running = Running(
-        *run_arguments(guest(out_string(b"y\n" * 50) + b"\xe9" + (-605).to_bytes(4, "little", signed=True)))
-    )
+    code = out_string(b"y\n" * 50)
+    again = b"\xe9" + (-len(code) - 5).to_bytes(4, "little", signed=True)
+    running = Running(*run_arguments(guest(code + again)))
     assert running.process.stdout is not None
     running.wait_for_output(running.process.stdout.fileno(), b"y\n")
     running.process.stdout.close()

@@ -15,6 +15,7 @@ MIB = 1 << 20
 PT_LOAD, PT_INTERP, PT_NOTE = 1, 3, 4
 HALT = b"\xfa\xf4\xeb\xfc"  # cli; hlt; jmp to the hlt
 ENTRY_64 = 0x200
+KERNEL_MAP = 0xFFFFFFFF_80000000
 
 
 class NoVm:
@@ -35,8 +36,11 @@ def load(memory: GuestMemory, path: Path, content: bytes, **options: Any) -> Ent
     return image.load(memory, path, **options)
 
 
-def segment(paddr: int, data: bytes, *, kind: int = PT_LOAD, bss: int = 0, align: int = 4) -> dict[str, Any]:
-    return {"paddr": paddr, "data": data, "kind": kind, "bss": bss, "align": align}
+def segment(
+    paddr: int, data: bytes, *, kind: int = PT_LOAD, bss: int = 0, align: int = 4, vaddr: int | None = None
+) -> dict[str, Any]:
+    vaddr = paddr if vaddr is None else vaddr
+    return {"paddr": paddr, "data": data, "kind": kind, "bss": bss, "align": align, "vaddr": vaddr}
 
 
 def elf(
@@ -57,11 +61,11 @@ def elf(
         memsz = size + part["bss"]
         if wide:
             rows += struct.pack(
-                "<IIQQQQQQ", part["kind"], 7, at, part["paddr"], part["paddr"], size, memsz, part["align"]
+                "<IIQQQQQQ", part["kind"], 7, at, part["vaddr"], part["paddr"], size, memsz, part["align"]
             )
         else:
             rows += struct.pack(
-                "<IIIIIIII", part["kind"], at, part["paddr"], part["paddr"], size, memsz, 7, part["align"]
+                "<IIIIIIII", part["kind"], at, part["vaddr"], part["paddr"], size, memsz, 7, part["align"]
             )
         body += part["data"]
         at += size
@@ -101,8 +105,8 @@ def pvh(code: bytes = HALT, at: int = MIB, *, bits: int = 64, note_size: int = 4
 
 
 def vmlinux(code: bytes = HALT, at: int = 16 * MIB, *, bss: int = 8192) -> bytes:
-    """A 64-bit ELF without a PVH note."""
-    return elf(64, at, segment(at, code, bss=bss))
+    """A 64-bit ELF without a PVH note, linked to run where Linux does."""
+    return elf(64, at, segment(at, code, bss=bss, vaddr=KERNEL_MAP + at))
 
 
 def multiboot_header(flags: int = 0, *, magic: int = 0x1BADB002) -> bytes:

@@ -102,7 +102,10 @@ class World:
     def flush(self) -> None:
         pass
 
-    def console_panic(self) -> str | None:
+    def console_panic(self, *, hung: bool = False) -> str | None:
+        return self.panic
+
+    def console_panic_report(self) -> str | None:
         return self.panic
 
     def on_loop(self, fn: Callable[[], object] = lambda: None) -> None:
