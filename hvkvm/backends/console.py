@@ -18,6 +18,7 @@ from __future__ import annotations
 import os
 import termios
 import threading
+from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
 from types import TracebackType
@@ -59,6 +60,8 @@ class SerialPort(Protocol):
 
     def feed(self, data: bytes) -> int: ...
 
+    def feed_break(self) -> bool: ...
+
 
 class Console:
     """Connects one UART to two host fds, which stay the caller's.
@@ -94,7 +97,7 @@ class Console:
         self._own: int | None = None
         self._reader: Handle | None = None
         self._unwatchable = False
-        self._refused = b""  # input that the UART had no room for
+        self._pieces: deque[bytes | Command] = deque()  # input that the UART had no room for, breaks among it
         self._looking = False
         # _reader, _closed and the terminal's mode, between the loop and close(). Reentrant: signal handlers
         # restore the terminal.
@@ -164,7 +167,7 @@ class Console:
     def _look(self) -> None:
         """Read, unless the input is a terminal that is not ours: then look again before long."""
         if self._keys is None or self._take_terminal():
-            if not self._refused:
+            if not self._pieces:
                 self._watch()
             return
         self._unwatch()
@@ -228,32 +231,48 @@ class Console:
         if not data:
             self._unwatch()
             return
-        if self._keys is not None:
-            data, commands = self._keys.feed(data)
-            for command in commands:
-                self._obey(command)
-            # A guest that boots or hangs has nobody to hear Ctrl-c; waiting there for ever would be a trap.
-            if INTERRUPT_KEY in data and self._serial and not self._serial.receive_interrupt_enabled:
-                self._obey(Command.QUIT)
-        self._offer(data)
-        if self._unwatchable and not self._refused:
+        if self._keys is None:
+            self._pieces.append(data)
+        else:
+            self._typed(self._keys.pieces(data))
+        self._offer()
+        if self._unwatchable and not self._pieces:
             with suppress(Stopped):
                 self._io.call_soon(self._readable)
 
-    def _offer(self, data: bytes) -> None:
-        serial = self._serial
-        if serial is None or not data:
-            return
-        self._refused = data[serial.feed(data) :]
-        if self._refused:
+    def _typed(self, pieces: list[bytes | Command]) -> None:
+        """Obey commands at once; a break waits for its turn among the keys."""
+        for piece in pieces:
+            if isinstance(piece, Command) and piece is not Command.BREAK:
+                self._obey(piece)
+            else:
+                self._pieces.append(piece)
+            # A guest that boots or hangs has nobody to hear Ctrl-c; waiting there for ever would be a trap.
+            interrupts = isinstance(piece, bytes) and INTERRUPT_KEY in piece
+            if interrupts and self._serial and not self._serial.receive_interrupt_enabled:
+                self._obey(Command.QUIT)
+
+    def _offer(self) -> None:
+        """Give the UART what it takes; read no more while something is left."""
+        serial, pieces = self._serial, self._pieces
+        while pieces and serial is not None:
+            piece = pieces[0]
+            if isinstance(piece, bytes):
+                pieces[0] = piece[serial.feed(piece) :]
+                if pieces[0]:
+                    break
+            elif not serial.feed_break():
+                break
+            pieces.popleft()
+        if pieces:
             self._unwatch()  # until _room
 
     def _room(self) -> None:
         """The UART has room again."""
-        if self._closed or not self._refused:
+        if self._closed or not self._pieces:
             return
-        self._offer(self._refused)
-        if not self._refused:
+        self._offer()
+        if not self._pieces:
             if self._unwatchable:
                 self._readable()
             else:

@@ -13,6 +13,7 @@ ESCAPE = 0x01  # Ctrl-a
 HELP = """
 Ctrl-a x       end the guest
 Ctrl-a d       say who waits for what
+Ctrl-a b       send a break: Linux takes the next key as SysRq
 Ctrl-a h       this help
 Ctrl-a Ctrl-a  send Ctrl-a to the guest
 Ctrl-c         goes to the guest; while nothing there reads the console, it ends the guest
@@ -25,6 +26,7 @@ class Command(Enum):
     QUIT = "x"
     DUMP = "d"
     HELP = "h"
+    BREAK = "b"
 
 
 _COMMANDS = {ord(command.value): command for command in Command}
@@ -37,15 +39,21 @@ class EscapeKeys:
         self._escaped = False
 
     def feed(self, data: bytes) -> tuple[bytes, list[Command]]:
-        """Split `data` into what the guest gets and the commands in it, in order.
+        """Split `data` into what the guest gets and the commands in it, in order; see `pieces`."""
+        pieces = self.pieces(data)
+        commands = [piece for piece in pieces if isinstance(piece, Command)]
+        return b"".join(piece for piece in pieces if isinstance(piece, bytes)), commands
+
+    def pieces(self, data: bytes) -> list[bytes | Command]:
+        """What the guest gets and the commands between, in the order in which they were typed.
 
         A Ctrl-a before any other key goes to the guest together with that key,
         so a shell's "start of line" only waits for the next key.
         """
         if not self._escaped and ESCAPE not in data:
-            return data, []
+            return [data] if data else []
+        found: list[bytes | Command] = []
         guest = bytearray()
-        commands = []
         for byte in data:
             if not self._escaped:
                 if byte == ESCAPE:
@@ -55,9 +63,14 @@ class EscapeKeys:
                 continue
             self._escaped = False
             if byte in _COMMANDS:
-                commands.append(_COMMANDS[byte])
+                if guest:
+                    found.append(bytes(guest))
+                    guest.clear()
+                found.append(_COMMANDS[byte])
             elif byte == ESCAPE:
                 guest.append(ESCAPE)
             else:
                 guest += bytes((ESCAPE, byte))
-        return bytes(guest), commands
+        if guest:
+            found.append(bytes(guest))
+        return found

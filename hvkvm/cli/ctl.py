@@ -21,6 +21,8 @@ EPILOG = """verbs:
   heartbeat                 whether the guest's driver answers
   time sync|show            set the guest's clock to the host's
   keys TEXT                 type; --press ctrl-alt-delete, --scancode 1d,38,e053
+  break [KEYS]              break on the serial console; Linux takes the next key as SysRq
+  nmi                       interrupt that cannot be masked, for --cpu N or for each
   kvp get|set|delete|list   key-value exchange with the guest's daemon
   freeze, thaw              the guest's file systems, for a snapshot
   quit                      end the run now
@@ -42,7 +44,7 @@ FREEZE_SECONDS = 60.0
 LIST_SECONDS = 2.0
 MOST_SECONDS = 24 * 3600.0
 
-_WITH_OPTIONS = ("shutdown", "keys", "kvp")
+_WITH_OPTIONS = ("shutdown", "keys", "kvp", "nmi")
 """Verbs that between them have every option."""
 _REQUESTED = {"shutdown": "power-off", "reboot": "reboot", "hibernate": "hibernate"}
 
@@ -69,6 +71,12 @@ def verb_parser(verb: str) -> Parser:
         parser.add_argument("--enter", action="store_true", help="press Enter behind TEXT")
         parser.add_argument("--press", metavar="KEYS", help="press together: ctrl-alt-delete, alt-f2, esc")
         parser.add_argument("--scancode", metavar="CODES", help="press together, by code set 1: 1d,38,e053")
+    elif verb == "break":
+        parser.add_argument(
+            "keys", nargs="?", metavar="KEYS", help="what to type behind it; h lists SysRq keys"
+        )
+    elif verb == "nmi":
+        parser.add_argument("--cpu", metavar="N", help="for this vCPU only")
     elif verb == "kvp":
         parser.add_argument("what", choices=("get", "set", "delete", "list"))
         parser.add_argument("key", nargs="?", metavar="KEY")
@@ -211,6 +219,27 @@ def _keys(options: Options) -> int:
     )
 
 
+def _break(options: Options) -> int:
+    more = {} if options.keys is None else {"keys": options.keys}
+
+    def text(result: dict[str, Any]) -> str:
+        return (
+            "break sent"
+            if result["listens"]
+            else "break sent, but nothing in the guest reads its console yet"
+        )
+
+    return _tell(options, _ask(options, "break", **more), text)
+
+
+def _nmi(options: Options) -> int:
+    cpu = options.cpu
+    if cpu is not None and not (cpu.isascii() and cpu.isdecimal() and len(cpu) < 9):
+        raise ConfigError(f"--cpu {cpu}: not the number of a vCPU; write one, such as --cpu 0")
+    result = _ask(options, "nmi", **({} if cpu is None else {"cpu": int(cpu)}))
+    return _tell(options, result, ctl_text.nmi)
+
+
 def _kvp(options: Options) -> int:
     what, key, value = options.what, options.key, options.value
     wanted = {"list": 0, "set": 2}.get(what, 1)
@@ -256,6 +285,8 @@ VERBS: dict[str, Callable[[Options], int]] = {
     "heartbeat": _heartbeat,
     "time": _time,
     "keys": _keys,
+    "break": _break,
+    "nmi": _nmi,
     "kvp": _kvp,
     "freeze": _freeze,
     "thaw": _thaw,

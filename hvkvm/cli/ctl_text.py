@@ -17,6 +17,8 @@ SUMMARY = {
     "heartbeat": "Ask whether the guest's heartbeat is heard; exit status 1 if not.",
     "time": "Set the guest's clock to the host's, or tell what the guest was told.",
     "keys": "Type on the synthetic keyboard, or press keys together.",
+    "break": "Send a break on the serial console, which Linux takes for the SysRq key.",
+    "nmi": "Send a non-maskable interrupt, as a server's NMI button does.",
     "kvp": "Read and write the pools of key-value exchange.",
     "freeze": "Freeze the guest's file systems, for a snapshot of its disks.",
     "thaw": "Thaw the guest's file systems.",
@@ -101,6 +103,12 @@ def time(result: dict[str, Any]) -> str:
     return (
         f"host {host}\nguest: {driver}; told to set its clock {sent['sync']} times, {sent['sample']} samples"
     )
+
+
+def nmi(result: dict[str, Any]) -> str:
+    """One line."""
+    cpus = result["cpus"]
+    return f"NMI sent to vCPU {cpus[0]}" if len(cpus) == 1 else f"NMI sent to {len(cpus)} vCPUs"
 
 
 def kvp(what: str, result: dict[str, Any]) -> list[str]:

@@ -46,7 +46,7 @@ a standard output that takes nothing (a full disk, ulimit -f) does not end the g
 it is said at once, tried again with what the guest prints next, and counted at the end
 
 keys on the console: Ctrl-a x quits, Ctrl-a d (or SIGQUIT) says who waits for what,
-Ctrl-a h helps, Ctrl-a Ctrl-a sends Ctrl-a
+Ctrl-a b sends a break (SysRq), Ctrl-a h helps, Ctrl-a Ctrl-a sends Ctrl-a
 
 examples:
   hvkvm run --kernel vmlinuz -- uname -r

@@ -33,6 +33,8 @@ WATCH_SECONDS = 0.1
 QUIT_STATUS = 130
 """Exit status of a run that `quit` ended: its command was interrupted."""
 DUMP_JOIN_SECONDS = 5.0
+MOST_KEYS = 64
+"""Characters that may come with a break."""
 
 
 class Control:
@@ -47,6 +49,8 @@ class Control:
             "info": lambda _request, answer: answer.ok(inspect.info(parts)),
             "inspect": lambda _request, answer: answer.ok(inspect.inspect(parts)),
             "dump": self._dump,
+            "break": self._break,
+            "nmi": self._nmi,
             "wait": self._wait,
             "quit": self._quit,
             **control_guest.requests(parts, self.wait),
@@ -98,6 +102,31 @@ class Control:
 
         self._dumper = threading.Thread(target=work, name="dump", daemon=True)
         self._dumper.start()
+
+    def _break(self, request: Request, answer: Answer) -> None:
+        """A break on the serial console; with "keys", these behind it: Linux takes the first as SysRq."""
+        keys = control_guest.text(request, "keys") if "keys" in request else ""
+        if not (keys.isascii() and len(keys) <= MOST_KEYS):
+            raise ValueError(f'"keys" are up to {MOST_KEYS} ASCII characters')
+        serial = self._parts.board.serial
+        if serial.rx_room() <= len(keys):
+            answer.fail("guest", "the guest does not read its console: too much waits for it already")
+            return
+        serial.feed_break()
+        serial.feed(keys.encode())
+        answer.ok({"listens": serial.receive_interrupt_enabled})
+
+    def _nmi(self, request: Request, answer: Answer) -> None:
+        """A non-maskable interrupt for vCPU "cpu", or for each. Not waited for: a thread may be stuck."""
+        vcpus = self._parts.platform.threads
+        cpu = request.get("cpu")
+        if cpu is not None:
+            if isinstance(cpu, bool) or not isinstance(cpu, int) or not 0 <= cpu < len(vcpus):
+                raise ValueError(f'"cpu" is the number of a vCPU, 0 to {len(vcpus) - 1}')
+            vcpus = [vcpus[cpu]]
+        for thread in vcpus:
+            thread.submit(thread.vcpu.nmi)
+        answer.ok({"cpus": [thread.vcpu.index for thread in vcpus]})
 
     def _quit(self, _request: Request, answer: Answer) -> None:
         """Answered as "wait" is."""

@@ -125,6 +125,31 @@ def test_ctrl_a_x_quits_and_h_helps_and_ctrl_a_is_itself(guest, tty, until):
     assert g.console.tail.lines() == [], "help is not the guest's output"
 
 
+def test_ctrl_a_b_is_a_break_in_its_place_among_the_keys(guest, tty, until):
+    master, slave = tty
+    g = guest(input_fd=slave, output_fd=slave)
+    g.console.start()
+    long = b"k" * (RX_LIMIT - 1)
+    for start in range(0, len(long), 1000):
+        os.write(master, long[start : start + 1000])
+        until(lambda start=start: g.serial.rx_room() == RX_LIMIT - min(len(long), start + 1000))
+    os.write(master, b"x\x01bh")  # the UART is full behind the x
+    until(lambda: g.serial.rx_room() == 0)
+    seen = bytearray()
+    breaks = []
+
+    def read() -> bool:
+        while (status := g.serial.read(5, 1)) & 0x01:
+            if status & 0x10:
+                breaks.append(len(seen))
+            seen.append(g.serial.read(0, 1))
+        return len(seen) == RX_LIMIT + 2
+
+    until(read)
+    assert seen == long + b"x\0h"
+    assert breaks == [RX_LIMIT]
+
+
 def test_ctrl_c_is_the_guests_and_ends_it_only_while_nothing_there_listens(guest, tty, until):
     master, slave = tty
     quits = []

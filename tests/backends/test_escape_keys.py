@@ -14,6 +14,7 @@ from hvkvm.backends.escape_keys import Command, EscapeKeys
     [
         (b"plain", b"plain", []),
         (b"\x01x", b"", [Command.QUIT]),
+        (b"a\x01bc", b"ac", [Command.BREAK]),
         (b"a\x01hb", b"ab", [Command.HELP]),
         (b"\x01\x01", b"\x01", []),
         (b"\x01\x01x", b"\x01x", []),
@@ -35,3 +36,10 @@ def test_the_cuts_do_not_matter(pieces):
         guest += some
         commands += said
     assert (guest, commands) == EscapeKeys().feed(b"".join(pieces))
+
+
+def test_a_command_stands_where_it_was_typed():
+    keys = EscapeKeys()
+    assert keys.pieces(b"x\x01") == [b"x"]
+    assert keys.pieces(b"bh\x01b\x01ht") == [Command.BREAK, b"h", Command.BREAK, Command.HELP, b"t"]
+    assert keys.pieces(b"") == []

@@ -17,6 +17,7 @@ from control_listener import listen
 from running_vm import command_line, ctl, environment
 
 from hvkvm.cli import ctl_client
+from hvkvm.cli.ctl import VERBS
 from hvkvm.observe import control_path
 
 SECONDS = 60.0
@@ -119,6 +120,7 @@ def run(capsys: pytest.CaptureFixture[str]) -> Run:
         (("keys", "a", "--press", "b"), ("one of them only",)),
         (("keys", "--enter", "--press", "b"), ("one of them only",)),
         (("kvp",), ("hvkvm ctl kvp --help",)),
+        (("nmi", "--cpu", "all"), ("--cpu all", "--cpu 0")),
         (("kvp", "get"), ("takes a KEY",)),
         (("kvp", "get", "a", "b"), ("takes a KEY",)),
         (("kvp", "set", "a"), ("a KEY and a VALUE",)),
@@ -216,6 +218,8 @@ def test_what_is_asked_for_each_verb(play: Callable[[str], PlayedVm], run: Run) 
     vm.answer("time", {"host": 0.0, "driver": True, "version": "4.0", "sent": {"sync": 1, "sample": 2}})
     vm.answer("kvp", {"pairs": [["k", "v"]], "note": ""})
     vm.answer("dump", "who waits\nfor what")
+    vm.answer("break", {"listens": True})
+    vm.answer("nmi", {"cpus": [0, 1]})
     expected: list[tuple[tuple[str, ...], dict[str, object], str]] = [
         (("shutdown",), {"do": "shutdown", "what": "power-off"}, "the guest accepts: power-off\n"),
         (("reboot",), {"do": "shutdown", "what": "reboot"}, "the guest accepts: reboot\n"),
@@ -230,6 +234,12 @@ def test_what_is_asked_for_each_verb(play: Callable[[str], PlayedVm], run: Run) 
         (("kvp", "list"), kvp("list", "auto"), "k=v\n"),
         (("kvp", "delete", "k"), kvp("delete", "external", key="k"), "k=v\n"),
         (("kvp", "get", "k", "--pool", "guest"), kvp("get", "guest", key="k"), "v\n"),
+        (("break",), {"do": "break"}, "break sent\n"),
+        (("break", "h"), {"do": "break", "keys": "h"}, "break sent\n"),
+        (("nmi",), {"do": "nmi"}, "NMI sent to 2 vCPUs\n"),
+        (("--cpu", "1", "nmi"), {"do": "nmi", "cpu": 1}, "NMI sent to 2 vCPUs\n"),
+        (("kvp", "get", "--pool", "external", "k"), kvp("get", "external", key="k"), "v\n"),
+        (("kvp", "set", "--pool", "guest", "k", "v"), kvp("set", "guest", key="k", value="v"), "k=v\n"),
         (("dump",), {"do": "dump"}, "who waits\nfor what\n"),
         (("time", "show"), {"do": "time", "what": "show"}, clock),
     ]  # fmt: skip
@@ -301,8 +311,7 @@ def test_the_list_of_vms(play: Callable[[str], PlayedVm], run: Run) -> None:
 
 
 def test_every_verb_explains_itself(tmp_path: Path) -> None:
-    for verb in ("", "list", "info", "inspect", "dump", "shutdown", "reboot", "hibernate", "heartbeat",
-                 "time", "keys", "kvp", "freeze", "thaw", "quit"):  # fmt: skip
+    for verb in ("", *VERBS):
         result = ctl(tmp_path, *([verb] if verb else []), "--help")
         assert (result.returncode, result.stderr) == (0, "")
         assert "--vm" in result.stdout

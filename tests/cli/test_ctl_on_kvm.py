@@ -9,11 +9,12 @@ import socket
 import stat
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import guest_images
 import pytest
+import tiny_guests
 from running_vm import SECONDS, RunningVm, ctl, running_vm
 
 from hvkvm.cli.ctl_client import Vm
@@ -198,6 +199,40 @@ def test_a_vm_that_stands_still_is_not_waited_for_without_end(tmp_path: Path) ->
         assert vm.json("info")["pid"] == vm.process.pid
 
 
+NO_IDT = tiny_guests.HANG
+"""cli; hlt: only an NMI wakes it, and as it has no handler that is its end."""
+
+
+def test_an_nmi_reaches_the_vcpu_it_is_for(tmp_path: Path, guest: Callable[[bytes], Path]) -> None:
+    kernel = guest(tiny_guests.out_string(b"up\n") + NO_IDT)
+    with running_vm(tmp_path, *tiny_guests.run_arguments(kernel)[1:], "--cpus", "2") as vm:
+        vm.wait_for("up\n")
+        assert vm.ctl("nmi", "--cpu", "2", status=2) == 'hvkvm: "cpu" is the number of a vCPU, 0 to 1\n'
+        assert vm.ctl("nmi", "--cpu", "1") == "NMI sent to vCPU 1\n"  # that one has not started
+        assert "halted" in vm.ctl("dump")
+        assert vm.ctl("nmi") == "NMI sent to 2 vCPUs\n"
+        assert vm.finish() == 254
+        assert b"triple fault: vcpu0" in vm.errors
+
+
+def test_a_break_and_keys_come_to_the_guest(tmp_path: Path, guest: Callable[[bytes], Path]) -> None:
+    # Prints the status and the byte of all that it receives, as two letters from "@" on.
+    loop = bytes.fromhex("66bafd03 ec 88c4 a801 74f5 66baf803 ec 86c4 2411 0440 ee 88e0 240f 0440 ee ebe0")
+    with running_vm(
+        tmp_path, *tiny_guests.run_arguments(guest(tiny_guests.out_string(b"up\n") + loop))[1:]
+    ) as vm:
+        vm.wait_for("up\n")
+        told = "break sent, but nothing in the guest reads its console yet\n"
+        assert vm.ctl("break") == told
+        assert vm.ctl("break", "ab") == told
+        # BI and DR with a NUL, twice; then DR alone with a and b.
+        while len(vm.text) < len("up\nQ@Q@AAAB"):
+            assert vm.process.poll() is None, vm.report()
+            time.sleep(0.05)
+        assert vm.text == "up\nQ@Q@AAAB"
+        vm.ctl("quit")
+
+
 def test_control_off(tmp_path: Path) -> None:
     with running_vm(tmp_path, *options("--control", "off", "--timeout", "1")) as vm:
         assert vm.finish() == 124
@@ -283,6 +318,13 @@ def test_a_reset_ends_a_wait_for_it(tmp_path: Path) -> None:
         ({"do": "shutdown", "what": "fly"}, "choose power-off"),
         ({"do": "time", "what": "fly"}, "choose sync"),
         ({"do": "keys"}, 'one of "text"'),
+        ({"do": "break", "keys": "\u00e4"}, "ASCII"),
+        ({"do": "break", "keys": "x" * 65}, "up to 64"),
+        ({"do": "break", "keys": 1}, '"keys" is missing'),
+        ({"do": "nmi", "cpu": 1}, "0 to 0"),
+        ({"do": "nmi", "cpu": -1}, "0 to 0"),
+        ({"do": "nmi", "cpu": "0"}, "0 to 0"),
+        ({"do": "nmi", "cpu": True}, "0 to 0"),
         ({"do": "keys", "text": "a", "press": "b"}, 'one of "text"'),
         ({"do": "keys", "text": "\x00"}, "no key"),
         ({"do": "keys", "press": "ctrl-x-"}, "no such key"),

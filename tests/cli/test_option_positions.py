@@ -13,8 +13,9 @@ from hvkvm.errors import ConfigError
 
 Parse = Callable[[list[str]], Any]
 
-VALUES = {"--timeout": "7", "--pool": "guest", "--synic": "user"}
+VALUES = {"--cpu": "1", "--timeout": "7", "--pool": "guest", "--synic": "user"}
 WORDS: dict[str, list[list[str]]] = {
+    "ctl break": [[], ["h"], ["-"]],
     "features": [[], ["host-model"]],
     "doctor": [[]],
     "run": [[]],

@@ -282,3 +282,77 @@ def test_without_fifos_one_byte_shows_at_a_time(uart):
     assert uart.r(IIR) == 0x04
     assert uart.r(RBR) == ord("b")
     assert uart.r(IIR) == 0x01
+
+
+# --- a break ---------------------------------------------------------------------------------------
+
+
+BI, DR = 0x10, 0x01
+
+
+def test_a_break_is_a_nul_that_lsr_marks_once_when_it_is_at_the_top(uart):
+    uart.open(0x05)
+    uart.serial.feed(b"a")
+    assert uart.serial.feed_break()
+    uart.serial.feed(b"b")
+    assert uart.r(LSR) & (BI | DR) == DR
+    assert uart.r(RBR) == ord("a")
+    assert uart.r(IIR) & 0x0F == 0x06, "a line status interrupt"
+    assert uart.r(LSR) & (BI | DR) == BI | DR
+    assert uart.r(LSR) & (BI | DR) == DR, "reading it clears it"
+    assert uart.r(RBR) == 0
+    assert uart.r(LSR) & (BI | DR) == DR
+    assert uart.r(RBR) == ord("b")
+    assert uart.r(LSR) & (BI | DR) == 0
+
+
+def test_a_break_whose_status_nobody_read_says_nothing_of_the_next_byte(uart):
+    uart.open(0x01)
+    uart.serial.feed_break()
+    uart.serial.feed(b"b\0")
+    assert [uart.r(RBR), uart.r(RBR)] == [0, ord("b")]
+    assert uart.r(LSR) & (BI | DR) == DR, "a NUL is no break"
+
+
+def test_a_break_interrupts_a_driver_that_listens(uart, line):
+    uart.open(0x05)
+    before = line.pulses if hasattr(line, "pulses") else len(line.edges)
+    uart.serial.feed_break()
+    after = line.pulses if hasattr(line, "pulses") else len(line.edges)
+    assert after == before + 1
+    assert uart.r(IIR) & 0x0F == 0x06
+
+
+def test_two_breaks_are_two(uart):
+    uart.open(0x05)
+    uart.serial.feed_break()
+    uart.serial.feed_break()
+    for _ in range(2):
+        assert uart.r(LSR) & BI
+        assert not uart.r(LSR) & BI
+        assert uart.r(RBR) == 0
+
+
+def test_a_break_waits_for_the_driver_as_keys_do_and_goes_with_the_fifo(uart):
+    uart.w(MCR, 0)
+    uart.serial.feed_break()
+    assert not uart.r(LSR) & (BI | DR)
+    uart.open(0x05)
+    assert uart.r(LSR) & (BI | DR) == BI | DR
+    uart.serial.feed_break()
+    uart.w(FCR, 0x83)
+    assert not uart.r(LSR) & (BI | DR)
+    uart.serial.feed(b"x")
+    assert uart.r(LSR) & (BI | DR) == DR
+
+
+def test_breaks_are_bounded_as_all_input_is(uart):
+    taken = sum(uart.serial.feed_break() for _ in range(RX_LIMIT + 10))
+    assert taken == RX_LIMIT
+    assert len(uart.serial._breaks) == RX_LIMIT
+    uart.open(0x05)
+    for _ in range(RX_LIMIT):
+        assert uart.r(LSR) & BI
+        assert uart.r(RBR) == 0
+    assert not uart.r(LSR) & (BI | DR)
+    assert not uart.serial._breaks

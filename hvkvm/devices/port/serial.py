@@ -2,13 +2,16 @@
 
 Time does not exist here: a byte written to THR has left at once, a received
 byte waits no character times, so THRE is always ready, the receive timeout
-interrupt comes with the byte, and a break is ignored.
+interrupt comes with the byte, and a break that the guest sends is ignored.
 
 Output goes through `serial_output`; while that is full the UART does not say
 THRE, as a UART under flow control would. Input waits in a bounded queue in
 front of the FIFO and enters it only while the guest asserts RTS (unless it has
 never written MCR at all), so nothing typed before the guest's driver opened the
 port is lost to the driver's FIFO resets and trial reads.
+
+A break that the guest receives is a NUL among the input. When it comes to the
+top of the FIFO, LSR says BI until it is read, and stays silent for what follows.
 
 Register calls come from vCPU threads; `feed` from any thread. One lock guards
 the registers.
@@ -18,6 +21,7 @@ from __future__ import annotations
 
 import threading
 import time
+from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
 from typing import TYPE_CHECKING
@@ -42,6 +46,7 @@ from hvkvm.devices.port.serial_registers import (
     IIR_RX_TIMEOUT,
     IIR_THRI,
     LCR_DLAB,
+    LSR_BI,
     LSR_DR,
     LSR_OE,
     LSR_TEMT,
@@ -90,6 +95,8 @@ class Serial16550:
         self._io = io
         self._lock = threading.RLock()
         self._wire = bytearray()  # input the guest has not read yet, but for loopback
+        self._taken = 0  # how many bytes have left _wire
+        self._breaks: deque[int] = deque()  # the NULs in it that are breaks, counted from the first byte ever
         self._looped = bytearray()  # bytes in the FIFO that came through loopback
         self._feeder_waits = False
         self.thr_is_output = True
@@ -110,6 +117,7 @@ class Serial16550:
             self._read_since_dip = 0
             self._thre_pending = False
             self._line = False
+            self._break_told = False
             self._looped.clear()
 
     def attach(self, bus: PortBus, port: int = COM1_PORT) -> None:
@@ -226,14 +234,31 @@ class Serial16550:
             level += len(self._wire)
         return min(level, depth)
 
+    def _take(self, count: int) -> None:
+        """Bytes leave the wire, and with them the breaks among them."""
+        del self._wire[:count]
+        self._taken += count
+        while self._breaks and self._breaks[0] < self._taken:
+            self._breaks.popleft()
+            self._break_told = False
+            self._lsr_errors &= ~LSR_BI  # it is about the byte at the top, and that is another one now
+        self._tell_feeder()
+
+    def _note_break(self) -> None:
+        """A break at the top of the FIFO sets BI, once."""
+        at_top = bool(self._breaks) and self._breaks[0] == self._taken and not self._looped
+        if at_top and not self._break_told and self._level():
+            self._break_told = True
+            self._lsr_errors |= LSR_BI
+
     def _receive(self) -> int:
         if not self._level():
             return 0
         if self._looped:
             value = self._looped.pop(0)
         else:
-            value = self._wire.pop(0)
-            self._tell_feeder()
+            value = self._wire[0]
+            self._take(1)
         self._read_since_dip += 1
         if self._read_since_dip >= self._trigger:
             # On a real line the level falls under the trigger here before more arrives. Without this dip a
@@ -260,8 +285,7 @@ class Serial16550:
             visible = self._level() - len(self._looped)
             self._looped.clear()
             if visible > 0:
-                del self._wire[:visible]
-                self._tell_feeder()
+                self._take(visible)
         self._update_irq()
 
     def _write_mcr(self, value: int) -> None:
@@ -282,6 +306,7 @@ class Serial16550:
         return value
 
     def _read_lsr(self) -> int:
+        self._note_break()
         value = self._lsr_errors
         if not self.output.full:
             value |= _READY
@@ -293,6 +318,7 @@ class Serial16550:
         return value
 
     def _interrupt_id(self) -> int:
+        self._note_break()
         ier = self._ier
         if ier & IER_RLSI and self._lsr_errors:
             return IIR_RLSI
@@ -342,6 +368,15 @@ class Serial16550:
     def rx_room(self) -> int:
         """Bytes that `feed` would take now."""
         return RX_LIMIT - len(self._wire)
+
+    def feed_break(self) -> bool:
+        """Offer a break; whether it was taken. If not wait for `on_rx_room`. Any thread."""
+        with self._lock:
+            self._breaks.append(self._taken + len(self._wire))
+            if self.feed(b"\0"):
+                return True
+            self._breaks.pop()
+            return False
 
     def feed(self, data: bytes) -> int:
         """Offer input; the number of bytes taken. After a short answer wait for `on_rx_room`. Any thread."""
