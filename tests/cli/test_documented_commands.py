@@ -1,0 +1,245 @@
+"""Every command in README.md, docs/ and the help texts is understood, by the parsers that users meet.
+
+What is cheap is run. A guest's command line is taken as far as a checked
+configuration; the guests themselves are other tests' business.
+"""
+
+from __future__ import annotations
+
+import ast
+import re
+import shlex
+import subprocess
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+
+import hvkvm as package
+from hvkvm.cli import VERBS, ctl, doctor, features, run, trace
+from hvkvm.cli.arguments import split_command
+from hvkvm.errors import ConfigError
+from hvkvm.hyperv.features import parse_features
+from hvkvm.machine.config import MachineConfig
+
+ROOT = Path(__file__).parents[2]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+Hvkvm = Callable[..., "subprocess.CompletedProcess[str]"]
+
+
+class Command(NamedTuple):
+    where: str
+    words: tuple[str, ...]
+
+    def __str__(self) -> str:
+        return f"{self.where}: {' '.join(self.words)}"
+
+
+def blocks(page: Path) -> Iterator[tuple[int, str, list[str]]]:
+    """The fenced blocks: first line's number, language, lines."""
+    inside: list[str] | None = None
+    start, language = 0, ""
+    for number, line in enumerate(page.read_text().splitlines(), 1):
+        if line.startswith("```"):
+            if inside is None:
+                inside, start, language = [], number + 1, line[3:].strip()
+            else:
+                yield start, language, inside
+                inside = None
+        elif inside is not None:
+            inside.append(line)
+    assert inside is None, f"{page}: a block that does not end"
+
+
+PROGRAMS = ("hvkvm", "make", "scripts/", ".venv/bin/", "python", "socat")
+
+
+def commands_of(name: str, first: int, lines: list[str]) -> Iterator[Command]:
+    """The lines that begin with a program we know; in a block with prompts, those behind a prompt."""
+    prompts = any(line.startswith("$ ") for line in lines)
+    for number, line in enumerate(lines, first):
+        text = line.strip().removeprefix("$ ")
+        if prompts != line.startswith("$ ") or not text.startswith(PROGRAMS):
+            continue
+        words = shlex.split(re.sub(r"\s\.\.\.( |$)", r"\1", text), comments=True)
+        if text.startswith("hvkvm: ") or not words:
+            continue
+        if text.startswith("make "):
+            # The list of targets has each one's purpose behind two spaces.
+            words = shlex.split(re.split(r"\s{2,}", text)[0], comments=True)
+        yield Command(f"{name}:{number}", tuple(word for word in words if word != "&"))
+
+
+def inline_of(page: Path) -> Iterator[Command]:
+    """Commands within sentences: what stands in back quotes and has more than a name."""
+    outside = re.sub(
+        r"^```.*?^```", lambda found: "\n" * found[0].count("\n"), page.read_text(), flags=re.M | re.S
+    )
+    for number, line in enumerate(outside.splitlines(), 1):
+        for text in re.findall(r"`([^`]+)`", line):
+            if text.startswith(PROGRAMS) and " " in text and "*" not in text:
+                yield Command(f"{page.name}:{number}", tuple(shlex.split(text)))
+
+
+def every_command() -> list[Command]:
+    found: list[Command] = []
+    for page in PAGES:
+        for first, language, lines in blocks(page):
+            if language != "python":
+                found += commands_of(page.name, first, lines)
+        found += inline_of(page)
+    for name, text in (("run.EPILOG", run.EPILOG), ("trace.EPILOG", trace.EPILOG)):
+        examples = [line for line in text.splitlines() if line.startswith("  hvkvm ")]
+        found += commands_of(name, 1, examples)
+    return found
+
+
+COMMANDS = every_command()
+
+
+def test_the_pages_have_commands() -> None:
+    """So that a page written otherwise is not passed over in silence."""
+    names = {command.where.partition(":")[0] for command in COMMANDS}
+    assert {"README.md", "cookbook.md", "linux-guests.md", "run.EPILOG", "trace.EPILOG"} <= names
+    verbs = {command.words[1] for command in COMMANDS if command.words[0] == "hvkvm"}
+    assert verbs >= set(VERBS)
+    assert len(COMMANDS) > 40
+
+
+def check_hvkvm(words: tuple[str, ...]) -> None:
+    verb, rest = words[0], list(words[1:])
+    assert verb in VERBS
+    if "--help" in rest or not rest:
+        return  # a verb by its name
+    if verb == "run":
+        config, _options = run.config_from(rest)
+        assert isinstance(config, MachineConfig)
+        parse_features(config.hv)
+    elif verb == "ctl":
+        ctl.parse(rest)
+    elif verb == "features":
+        options = features.parser().parse_args(rest)
+        parse_features(options.list)
+    elif verb == "doctor":
+        doctor.parser().parse_args(rest)
+    else:
+        ours, command = split_command(rest)
+        options = trace.parser().parse_args(ours)
+        assert (options.pid is None) == bool(command)
+        if options.filter:
+            trace.wanted_requests(options.filter)
+        if command[:1] == ("hvkvm",):
+            check_hvkvm(command[1:])
+
+
+def check(words: tuple[str, ...]) -> None:
+    program, rest = words[0], words[1:]
+    if program in ("hvkvm", ".venv/bin/hvkvm"):
+        check_hvkvm(rest)
+    elif program == "make":
+        dry = subprocess.run(["make", "-n", *rest], cwd=ROOT, capture_output=True, text=True, check=False)
+        assert dry.returncode == 0, dry.stderr
+        for word in rest:
+            if word.startswith("CMD="):
+                check(tuple(shlex.split(word.removeprefix("CMD="))))
+    elif program.startswith("scripts/"):
+        script = ROOT / program
+        assert script.is_file()
+        assert script.stat().st_mode & 0o111
+        text = "".join(path.read_text() for path in (script, *(ROOT / "scripts/steps").glob("*.py")))
+        for word in rest[: rest.index("--") if "--" in rest else None]:
+            assert not word.startswith("--") or f'"{word}"' in text, f"{program} has no {word}"
+        inner = rest[rest.index("--") + 1 :] if "--" in rest else ()
+        if inner and inner[0] != "COMMAND":
+            check(inner)
+    elif program in ("python", ".venv/bin/python"):
+        if rest[0] == "-m":
+            assert rest[1] == "pytest"
+            for word in rest[2:]:
+                assert "/" not in word or (ROOT / word).exists(), word
+        else:
+            assert (ROOT / rest[0]).is_file()
+    else:
+        assert program == "socat"
+
+
+@pytest.fixture(autouse=True)
+def named_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the commands name is there, where they are run."""
+    for name in ("vmlinuz", "x.flat", "initrd.img"):
+        (tmp_path / name).write_bytes(b"\0")
+    for name in ("DIR", "modules"):
+        (tmp_path / name).mkdir()
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.mark.parametrize("command", COMMANDS, ids=str)
+def test_a_documented_command_is_understood(command: Command) -> None:
+    check(command.words)
+
+
+def test_a_command_that_does_not_exist_is_found_out() -> None:
+    wrong = ("hvkvm rum", "hvkvm run --kernel k --no-such", "hvkvm ctl explode --json", "make nothing")
+    for text in (*wrong, "scripts/no", "scripts/lab --no-such -- hvkvm doctor"):
+        with pytest.raises((ConfigError, AssertionError)):
+            check(tuple(text.split()))
+
+
+def cheap() -> list[tuple[str, ...]]:
+    """Those that need no guest, once each."""
+    asks_the_host = {command.words for command in COMMANDS if command.words[:1] == ("hvkvm",)}
+    return sorted(
+        words for words in asks_the_host if words[1] in ("doctor", "features") or words[-1] == "--help"
+    )
+
+
+@pytest.mark.kvm
+@pytest.mark.parametrize("words", cheap(), ids=" ".join)
+def test_a_cheap_one_runs(hvkvm: Hvkvm, words: tuple[str, ...]) -> None:
+    result = hvkvm(*words[1:])
+    assert (result.returncode, result.stderr) == (0, ""), result
+
+
+def known_flags() -> set[str]:
+    parsers = [run.parser(), doctor.parser(), features.parser(), trace.parser()]
+    parsers += [ctl.verb_parser(verb) for verb in ctl.VERBS]
+    found = {name for parser in parsers for action in parser._actions for name in action.option_strings}
+    for script in (ROOT / "scripts").rglob("*"):
+        if script.is_file() and script.suffix in ("", ".py"):
+            found |= set(re.findall(r"--[a-z][a-z-]*[a-z]", script.read_text()))
+    return found | {"--write"}  # of kvm_headers/probe.py
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_a_flag_that_is_named_exists(page: Path) -> None:
+    named = set(re.findall(r"(?<![\w-])--[a-z][a-z-]*[a-z]", page.read_text()))
+    assert named - known_flags() == set()
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_python_in_the_pages_is_about_what_there_is(page: Path) -> None:
+    for _first, language, lines in blocks(page):
+        if language != "python":
+            continue
+        for node in ast.walk(ast.parse("\n".join(lines))):
+            if (
+                isinstance(node, ast.Attribute)
+                and isinstance(node.value, ast.Name)
+                and node.value.id == "hvkvm"
+            ):
+                assert hasattr(package, node.attr), node.attr
+            called = node.func if isinstance(node, ast.Call) else None
+            if (
+                isinstance(node, ast.Call)
+                and isinstance(called, ast.Attribute)
+                and called.attr == "MachineConfig"
+            ):
+                assert {keyword.arg for keyword in node.keywords} <= set(MachineConfig._fields)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_a_link_leads_somewhere(page: Path) -> None:
+    for target in re.findall(r"\]\(([^)#:]+)\)", page.read_text()):
+        assert (page.parent / target).exists(), target
