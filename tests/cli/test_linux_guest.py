@@ -88,6 +88,25 @@ def test_a_panic_is_255_with_the_guests_own_words(linux: Boot) -> None:
     assert "sysrq triggered crash" in str(record["detail"])
 
 
+def test_a_panic_is_told_from_its_form_where_no_register_tells_of_it(linux: Boot) -> None:
+    script = "echo c > /proc/sysrq-trigger; sleep 100"
+    result, record = linux("--hv", "none", "--append", "quiet", command=("sh", "-c", script))
+    assert (result.returncode, record["ending"]) == (255, "guest panic"), result
+    assert record["detail"] == "Kernel panic - not syncing: sysrq triggered crash"
+
+
+@pytest.mark.parametrize(
+    ("append", "ending"),
+    [("reboot=bios", "reset"), ("reboot=triple", "triple fault"), ("reboot=kbd", "reset")],
+)
+def test_ways_to_reboot_behind_words_about_a_panic(linux: Boot, append: str, ending: str) -> None:
+    words = "dmesg | tail; echo 'Kernel panic - not syncing: in a log'; dmesg -n 1"
+    command = ("sh", "-c", f"{words}; exec reboot -f")
+    result, record = linux("--append", append, "--no-reboot", command=command)
+    assert record["ending"] == ending, result
+    assert ("reboot=triple has Linux reset so" in str(record["detail"])) == (append == "reboot=triple")
+
+
 def test_a_reboot_starts_the_guest_again() -> None:
     options = (*kernel_options(), "--append", "quiet", "--json", "--timeout", SECONDS, "--", "reboot", "-f")
     process = subprocess.Popen(
