@@ -1,9 +1,9 @@
 """Connection tables: which host code hears HvPostMessage and HvSignalEvent on a connection id.
 
 Messages run their handler at once on the posting vCPU's thread (S40). Events
-only count up an eventfd, which the I/O loop watches: the same whether KVM signals
-it without an exit (KVM_HYPERV_EVENTFD) or `signal` does after one, so both
-paths can be chosen and tested (S42).
+only count up an eventfd: the same whether KVM signals it without an exit
+(KVM_HYPERV_EVENTFD) or `signal` does after one, so both paths can be chosen and
+tested (S42). The I/O loop watches it, unless it is a caller's own.
 
 Any thread may add and remove. Removal is synchronous: when it returns, the
 handler is not running on another thread and will not run again (S39).
@@ -13,6 +13,7 @@ Results are 0 or -errno, since guests can cause every one of them.
 from __future__ import annotations
 
 import errno
+import os
 import threading
 from collections.abc import Callable
 from typing import Protocol
@@ -52,22 +53,31 @@ class _MessageConnection:
 
 
 class _EventConnection:
-    """One row of the event table: an eventfd, its reader on the I/O loop, and who signals it."""
+    """One row of the event table: an eventfd, its reader on the I/O loop if there is one, who signals it."""
 
     __slots__ = ("eventfd", "in_kernel", "reader")
 
-    def __init__(self, eventfd: EventFd, reader: ReaderHandle, in_kernel: bool) -> None:
+    def __init__(self, eventfd: EventFd, reader: ReaderHandle | None, in_kernel: bool) -> None:
         self.eventfd = eventfd
         self.reader = reader
         self.in_kernel = in_kernel
 
 
 class Connections:
-    """Both tables of one VM. `signal_path` None means that every HvSignalEvent comes through `signal`."""
+    """Both tables of one VM. `signal_path` None means that every HvSignalEvent comes through `signal`.
 
-    def __init__(self, io: ReaderLoop, signal_path: SignalPath | None = None) -> None:
+    `on_slow()` is called once in that case, when the first event connection is added.
+    """
+
+    def __init__(
+        self,
+        io: ReaderLoop,
+        signal_path: SignalPath | None = None,
+        on_slow: Callable[[], object] | None = None,
+    ) -> None:
         self._io = io
         self._signal_path = signal_path
+        self._on_slow = on_slow if signal_path is None else None
         self._messages: dict[int, _MessageConnection] = {}
         self._events: dict[int, _EventConnection] = {}
         self._idle = threading.Condition(threading.Lock())
@@ -136,6 +146,31 @@ class Connections:
         Signals coalesce: several may come as one call (S54). Raises Stopped
         when the I/O loop is gone, OSError when no eventfd can be made.
         """
+
+        def watched() -> tuple[EventFd, ReaderHandle]:
+            eventfd = EventFd()
+            try:
+                # Edge-triggered: nobody reads it, which spares every event of every channel a system call.
+                return eventfd, self._io.add_reader(eventfd.fd, callback, edge=True)
+            except BaseException:
+                eventfd.close()
+                raise
+
+        return self._add_event(conn_id, watched)
+
+    def add_eventfd(self, conn_id: int, fd: int) -> int:
+        """Count up the caller's eventfd `fd` for every signal on `conn_id`: 0 or -errno (S37, S41).
+
+        QEMU's hyperv_set_event_flag_handler takes an EventNotifier in the same way, so that
+        another thread or process is told without the I/O loop. -EBADF: not open, -EINVAL: no
+        eventfd. Make it EFD_NONBLOCK, or a vCPU may wait at a full counter. It is the caller's to
+        read and to close, at any time: what is signalled is a duplicate, which goes with
+        `remove_event`. Raises OSError when no fd can be had.
+        """
+        status = _why_no_eventfd(fd)
+        return status if status else self._add_event(conn_id, lambda: (EventFd.duplicate(fd), None))
+
+    def _add_event(self, conn_id: int, make: Callable[[], tuple[EventFd, ReaderHandle | None]]) -> int:
         if not 0 <= conn_id <= HV_CONNECTION_ID_MASK:
             return -errno.EINVAL
         with self._event_lock:
@@ -143,22 +178,18 @@ class Connections:
                 return -errno.ENODEV
             if conn_id in self._events:
                 return -errno.EEXIST
-            eventfd = EventFd()
-            try:
-                # Edge-triggered: nobody reads it, which spares every event of every channel a system call.
-                reader = self._io.add_reader(eventfd.fd, callback, edge=True)
-            except BaseException:
-                eventfd.close()
-                raise
+            on_slow, self._on_slow = self._on_slow, None
+            eventfd, reader = make()
             status = 0
             if self._signal_path is not None:
                 status = self._signal_path.assign(conn_id, eventfd.fd)
             if status == 0:
                 self._events[conn_id] = _EventConnection(eventfd, reader, self._signal_path is not None)
-                return 0
         # Outside the lock: removing waits for a callback, which may be in here already.
-        reader.remove()
-        eventfd.close()
+        if status:
+            _let_go(eventfd, reader)
+        if on_slow is not None:
+            on_slow()
         return status
 
     def remove_event(self, conn_id: int) -> int:
@@ -170,8 +201,7 @@ class Connections:
             # KVM holds its own reference to the eventfd: untie first, or signals keep landing (S43).
             if connection.in_kernel and self._signal_path is not None:
                 self._signal_path.deassign(conn_id)
-        connection.reader.remove()
-        connection.eventfd.close()
+        _let_go(connection.eventfd, connection.reader)
         return 0
 
     def signal(self, conn_id: int) -> int:
@@ -205,3 +235,17 @@ class Connections:
                     for conn_id, c in sorted(self._events.items())
                 },
             }
+
+
+def _let_go(eventfd: EventFd, reader: ReaderHandle | None) -> None:
+    if reader is not None:
+        reader.remove()
+    eventfd.close()
+
+
+def _why_no_eventfd(fd: int) -> int:
+    """0 for an eventfd, else what KVM_HYPERV_EVENTFD would answer: -EBADF or -EINVAL."""
+    try:
+        return 0 if os.readlink(f"/proc/self/fd/{fd}") == "anon_inode:[eventfd]" else -errno.EINVAL
+    except OSError:
+        return -errno.EBADF

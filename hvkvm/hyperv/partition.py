@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Literal, Protocol
 
 from hvkvm.errors import CapabilityMissing, HvkvmError
-from hvkvm.events import NULL_OBSERVER, Observer
+from hvkvm.events import NULL_OBSERVER, Observer, Warned
 from hvkvm.hyperv.connections import Connections, ReaderLoop
 from hvkvm.hyperv.cpuid import reset_msrs
 from hvkvm.hyperv.hypercalls import Hypercalls
@@ -79,7 +79,9 @@ class Partition:
         except BaseException:
             synic.close()
             raise
-        self.connections = Connections(io, path)
+        slow = self._warn_slow_signals if self._kernel is not None and signal_path == "auto" else None
+        self._observer = observer
+        self.connections = Connections(io, path, slow)
         self.hypercalls = Hypercalls(memory, self.connections, strict_alignment=strict_alignment)
         self.routes = RouteTable(synic, io, observer=observer)
         self._call = self.hypercalls.call
@@ -89,6 +91,12 @@ class Partition:
         if choice == "kernel" and path is None:
             raise CapabilityMissing(f"--signal-path kernel: {self.synic.signal_path_missing}")
         return path
+
+    def _warn_slow_signals(self) -> None:
+        """Once a partition, when its first event connection falls back to exits (S42)."""
+        why = self.synic.signal_path_missing
+        text = f"HvSignalEvent goes by exits to this process, which is slower: {why}"
+        self._observer.event(Warned("signal-path", text))
 
     def activate(self) -> None:
         """Switch the SynIC on for every VP and write the power-on MSRs.

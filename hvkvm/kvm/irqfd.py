@@ -37,6 +37,13 @@ class EventFd:
     def __init__(self) -> None:
         self.fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
 
+    @classmethod
+    def duplicate(cls, fd: int) -> EventFd:
+        """Another fd of somebody's eventfd, which counts the same. OSError."""
+        new = cls.__new__(cls)
+        new.fd = os.dup(fd)
+        return new
+
     def fileno(self) -> int:
         return self.fd
 

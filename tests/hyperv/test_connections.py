@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import os
 import threading
 from collections.abc import Callable, Iterator
 
@@ -259,6 +260,51 @@ def test_s41_what_kvm_refuses_leaves_nothing_behind(
     assert connections.add_event(5, lambda: None) == 0
     connections.close()
     assert open_fds() == fds
+
+
+@pytest.mark.parametrize("in_kernel", [True, False])
+def test_s41_an_eventfd_of_the_callers_is_signalled_by_either_path(
+    loop: IoLoop, open_fds: Callable[[], int], in_kernel: bool
+) -> None:
+    vm = FakeVm()
+    connections = Connections(loop, KernelSignalPath(vm) if in_kernel else None)  # type: ignore[arg-type]
+    with EventFd() as mine:
+        fds = open_fds()
+        assert connections.add_eventfd(5, mine.fd) == 0
+        assert connections.add_eventfd(5, mine.fd) == connections.add_event(5, ok_event) == -errno.EEXIST
+        assert connections.signal(5) == connections.signal(5) == HvStatus.SUCCESS
+        settle(loop)  # which would have read nothing
+        assert mine.drain() == 2
+        assert connections.remove_event(5) == 0
+        assert connections.signal(5) == HvStatus.INVALID_CONNECTION_ID
+        assert mine.drain() == 0
+        assert open_fds() == fds
+    assert vm.log == [("hyperv_eventfd", 5), ("hyperv_eventfd off", 5)] * in_kernel
+    connections.close()
+
+
+def ok_event() -> None:
+    """Nothing to do."""
+
+
+def test_s41_a_callers_eventfd_may_be_closed_while_it_is_signalled(connections: Connections) -> None:
+    with EventFd() as mine, EventFd() as other:
+        assert connections.add_eventfd(5, mine.fd) == 0
+        os.dup2(other.fd, mine.fd)  # whatever gets the number is not written to
+        assert connections.signal(5) == HvStatus.SUCCESS
+        assert other.drain() == 0
+
+
+def test_s41_only_an_eventfd_will_do(connections: Connections) -> None:
+    with open("/dev/null", "rb") as null:
+        assert connections.add_eventfd(5, null.fileno()) == -errno.EINVAL
+    for number in (-1, 1 << 20):
+        assert connections.add_eventfd(5, number) == -errno.EBADF
+    with EventFd() as mine:
+        assert connections.add_eventfd(1 << 24, mine.fd) == -errno.EINVAL
+        connections.close()
+        assert connections.add_eventfd(5, mine.fd) == -errno.ENODEV
+    assert connections.snapshot() == NOTHING
 
 
 def test_s42_both_paths_call_back_alike(loop: IoLoop) -> None:

@@ -126,9 +126,20 @@ def test_s42_without_the_capability_auto_falls_back_and_kernel_is_an_error(
     open_fds: Callable[[], int],
 ) -> None:
     machine = Machine(no_eventfd=True)
-    machine.build().connections.add_event(1, lambda: None)
+    connections = machine.build().connections
+    assert machine.observer.events == []  # nobody has asked for one yet
+    for number in range(1, 4):
+        assert connections.add_event(number, lambda: None) == 0
     assert machine.hypercall(0x1005D, 1) == HvStatus.SUCCESS
+    (warned,) = machine.observer.events
+    assert isinstance(warned, Warned)
+    assert warned.subject == "signal-path"
+    assert "KVM_CAP_HYPERV_EVENTFD" in warned.text
     machine.partition.close()
+    machine.options["signal_path"] = "user"  # chosen, so that nothing falls back
+    machine.build().connections.add_event(1, lambda: None)
+    machine.partition.close()
+    assert len(machine.observer.events) == 1
     machine.options["signal_path"] = "kernel"
     fds = open_fds()
     with pytest.raises(CapabilityMissing, match=r"--signal-path kernel.*KVM_CAP_HYPERV_EVENTFD.*user"):

@@ -12,6 +12,7 @@ from guest_machine import MEMORY, Guest
 
 from hvkvm.abi.hv_synic import hv_post_message_input
 from hvkvm.abi.tlfs import HvStatus
+from hvkvm.kvm.irqfd import EventFd
 
 pytestmark = pytest.mark.hyperv
 
@@ -224,6 +225,21 @@ def test_signals_take_an_exit_only_by_the_userspace_table(boot_agent: BootAgent,
     assert guest[0].hypercall(SIGNAL | FAST, CONNECTION) == HvStatus.INVALID_CONNECTION_ID
     guest.io_barrier()
     assert calls == []
+
+
+@SIGNAL_PATHS
+def test_signals_count_up_an_eventfd_of_the_callers(boot_agent: BootAgent, path: str) -> None:
+    """S41, S43: the host's program reads each signal from its own eventfd, until the connection is gone."""
+    guest = boot_agent(signal_path=path)
+    guest.enlighten()
+    connections = guest.partition.connections
+    with EventFd() as mine:
+        assert connections.add_eventfd(CONNECTION, mine.fd) == 0
+        assert guest[0].do("SIGNAL", CONNECTION, 50).results[:3] == (50, 0, 0)
+        assert mine.drain() == 50
+        assert connections.remove_event(CONNECTION) == 0
+        assert guest[0].hypercall(SIGNAL | FAST, CONNECTION) == HvStatus.INVALID_CONNECTION_ID
+        assert mine.drain() == 0
 
 
 @SIGNAL_PATHS
