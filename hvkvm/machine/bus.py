@@ -38,6 +38,7 @@ class Bus:
             platform.memory,
             config.cpus,
             io.call_soon,
+            io.call_later,
             max_version=HOST_VERSIONS[VMBUS_VERSIONS.index(config.vmbus_max_version)],
             observer=platform.observer,
         )

@@ -47,7 +47,8 @@ def bus_lines(bus: Values) -> list[str]:
     found = [head, f"{gpadls}; complaints: {complaints or 'none'}"]
     for channel in bus["channels"]:
         found += _channel_lines(channel)
-    return found
+    ended: Values = bus.get("ended") or {}
+    return found + [f"  {name}: ended by its own fault: {why}" for name, why in ended.items()]
 
 
 def _channel_lines(channel: Values) -> list[str]:

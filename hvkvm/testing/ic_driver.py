@@ -21,8 +21,16 @@ Answer = tuple[int, bytes | None]
 class IcDriver:
     """Connects to the bus and opens the device's channel; `negotiate` and the rest are the test's."""
 
-    def __init__(self, loop: Loopback, device: IntegrationComponent, version: ic.Version = (3, 0)) -> None:
+    def __init__(
+        self,
+        loop: Loopback,
+        device: IntegrationComponent,
+        version: ic.Version = (3, 0),
+        *,
+        in_pages: int = 4,
+    ) -> None:
         self.loop = loop
+        self.in_pages = in_pages
         loop.host.add(device)
         loop.connect(vmbus.VERSION_WIN10_V5_3)
         self.channel = loop.client.by_interface(device.INTERFACE)
@@ -31,8 +39,8 @@ class IcDriver:
         self.open()
 
     def open(self) -> None:
-        """Open the channel, with the rings that Linux gives it."""
-        self.loop.open(self.channel, out_pages=4, in_pages=4)
+        """Open the channel, with the rings that Linux gives it unless the test said otherwise."""
+        self.loop.open(self.channel, out_pages=4, in_pages=self.in_pages)
 
     def close(self) -> None:
         """Close the channel, whatever is unanswered."""

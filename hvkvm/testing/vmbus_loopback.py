@@ -47,6 +47,20 @@ class Notes(Observer):
         self.events.append(event)
 
 
+class LoopbackTimer:
+    """A timer, which goes off when a test lets time pass."""
+
+    def __init__(self, due: float, fn: Callable[..., object], args: tuple[Any, ...]) -> None:
+        self.due = due
+        self.fn = fn
+        self.args = args
+        self.active = True
+
+    def cancel(self) -> None:
+        """As `runtime.timers.Timer.cancel`."""
+        self.active = False
+
+
 class LoopbackRoute:
     """A route whose messages and flags wait in the synic's queues."""
 
@@ -95,6 +109,8 @@ class LoopbackSynic:
         self.flags: dict[tuple[int, int, int], None] = {}
         self.flags_set: list[tuple[int, int, int]] = []
         self.rung: list[int] = []
+        self.message_page = True
+        """Whether the guest's message page is on: else posts complete with -ENXIO (S9)."""
 
     def open_route(
         self, vp_index: int, sint: int, on_complete: Callable[[int], None] | None = None
@@ -148,8 +164,16 @@ class Loopback:
         self.synic = LoopbackSynic(vp_count)
         self.random = random
         self.deferred: deque[tuple[Callable[..., object], tuple[Any, ...]]] = deque()
+        self.now = 0.0
+        self.timers: list[LoopbackTimer] = []
         self.host = VmbusHost(
-            self.synic, self.memory, vp_count, self.call_soon, observer=self.notes, **options
+            self.synic,
+            self.memory,
+            vp_count,
+            self.call_soon,
+            self.call_later,
+            observer=self.notes,
+            **options,
         )
         self.host.attach()
         self.connection_id = 1
@@ -160,6 +184,24 @@ class Loopback:
     def call_soon(self, fn: Callable[..., object], *args: Any) -> None:
         """The I/O loop's deferral."""
         self.deferred.append((fn, args))
+
+    def call_later(self, seconds: float, fn: Callable[..., object], *args: Any) -> LoopbackTimer:
+        """The I/O loop's timers; they stand still but for `advance`."""
+        self.timers = [timer for timer in self.timers if timer.active]
+        timer = LoopbackTimer(self.now + seconds, fn, args)
+        self.timers.append(timer)
+        return timer
+
+    def advance(self, seconds: float) -> None:
+        """Let time pass: what is due runs, in order."""
+        end = self.now + seconds
+        while due := [timer for timer in self.timers if timer.active and timer.due <= end]:
+            timer = min(due, key=lambda timer: timer.due)
+            timer.active = False
+            self.timers.remove(timer)
+            self.now = max(self.now, timer.due)
+            timer.fn(*timer.args)
+        self.now = end
 
     def post(self, payload: bytes) -> int:
         """The guest's HvPostMessage on the current connection."""
@@ -178,7 +220,9 @@ class Loopback:
         status = 0
         if route.closed:
             return  # withdrawn
-        if self.random is not None and self.random.random() < 0.3:
+        if not self.synic.message_page:
+            status = -errno.ENXIO
+        elif self.random is not None and self.random.random() < 0.3:
             status = -errno.EAGAIN
         else:
             self.client.deliver(payload)

@@ -52,10 +52,13 @@ class CloseChannel(NamedTuple):
 
 
 class RetargetChannel(NamedTuple):
-    """Interrupt `target_vp` from now on."""
+    """Interrupt `target_vp` from now on, or as before; then call `Server.retargeted(self, status)`."""
 
     channel: Channel
+    relid: int
     target_vp: int
+    answers: bool
+    """Whether the guest is told; `Server.retargeted` knows."""
 
 
 class ReleaseGpadl(NamedTuple):

@@ -114,6 +114,10 @@ class ChannelIo:
                 return False
             return self.writer.put(kind, payload, trans_id=trans_id, flags=flags, header=header)
 
+    def fits(self, payload_bytes: int, header_bytes: int = 0) -> bool:
+        """Whether such a packet can ever lie in the guest's ring; for `send` that is the caller's duty."""
+        return self.writer.fits(payload_bytes, header_bytes)
+
     def complete(self, packet: Packet, payload: bytes = b"") -> bool:
         """Answer `packet` with a VM_PKT_COMP; as `send`. Nothing to do if its sender wants none."""
         if not packet.wants_completion:

@@ -266,13 +266,21 @@ class Channels:
         channel, target = self.by_relid.get(message["relid"]), message["target_vp"]
         good = channel is not None and channel.state is ChannelState.OPEN and self._valid_target(target)
         if good and channel is not None:
-            channel.target_vp = target
-            self._emit(RetargetChannel(channel, target))
-        elif channel is None or not channel.withdrawn:
+            self._emit(RetargetChannel(channel, channel.relid, target, answers))
+            return
+        if channel is None or not channel.withdrawn:
             self._reports.add("MODIFYCHANNEL refused", f"relid {message['relid']} to VP {target}")
         if answers:
-            status = vmbus.STATUS_SUCCESS if good else vmbus.STATUS_INVALID_PARAMETER
+            status = vmbus.STATUS_INVALID_PARAMETER
             self._send(wire.MODIFYCHANNEL_RESPONSE, relid=message["relid"], status=status)
+
+    def retargeted(self, request: RetargetChannel, status: int) -> None:
+        """The host interrupts the new VP, or (status not 0) the old one still."""
+        channel = request.channel
+        if not status and self.by_relid.get(request.relid) is channel:
+            channel.target_vp = request.target_vp
+        if request.answers:
+            self._send(wire.MODIFYCHANNEL_RESPONSE, relid=request.relid, status=status)
 
     def on_released(self, message: Message) -> None:
         """RELID_RELEASED: the relid may be used again, once the device has stopped."""

@@ -1,7 +1,10 @@
 """What a VMBus device is to the bus. Devices live in `devices.synth`, test devices in tests.
 
 All calls come on the I/O loop; a device keeps no reference to `ChannelIo`
-behind `closed`.
+behind `closed`. What one of them raises ends the device: its channel is
+rescinded for the rest of the run, with the reason in what the machine tells and
+in `VmbusHost.snapshot`. A device that defers work runs it by a `guard.Guard`, so
+that the same holds of it (`guard.Guarded`).
 """
 
 from __future__ import annotations

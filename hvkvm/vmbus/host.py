@@ -13,8 +13,9 @@ import os
 import threading
 from collections import deque
 from collections.abc import Callable
+from contextlib import suppress
 from functools import partial
-from typing import Any
+from typing import Any, Protocol
 
 from hvkvm.abi import vmbus
 from hvkvm.abi import vmbus_messages as wire
@@ -34,6 +35,7 @@ from hvkvm.vmbus.actions import (
 )
 from hvkvm.vmbus.device import Device, GpadlUser, StreamDevice
 from hvkvm.vmbus.gpadl import Gpadl
+from hvkvm.vmbus.guard import Guarded, fault_text
 from hvkvm.vmbus.offer import Channel
 from hvkvm.vmbus.open_channel import OPEN_FAILURES, OpenedChannel, Route, SynicUser
 from hvkvm.vmbus.pages import Ram
@@ -64,16 +66,34 @@ TURN_CLOSES = 4
 MAX_OUTBOX = 64
 """While so many wait for the guest, no more of its requests are looked at."""
 
+MAX_ENDED = 16
+"""Devices that ended by their own fault, of which the reason is kept."""
+
 MESSAGE_CONNECTIONS = (vmbus.VMBUS_MESSAGE_CONNECTION_ID, vmbus.VMBUS_MESSAGE_CONNECTION_ID_4)
+
+RETRY_SECONDS = 0.01
+MOST_RETRY_SECONDS = 0.5
+"""Between two tries to give the guest a message that cannot be given now; each wait is twice the last."""
 
 _SUCCESS = int(HvStatus.SUCCESS)
 _MALFORMED = int(HvStatus.INVALID_HYPERCALL_INPUT)
 _FULL = int(HvStatus.INSUFFICIENT_BUFFERS)
 
 
-class VmbusHost:
-    """The bus of one machine. `call_soon(fn, *args)` defers to the I/O loop; Stopped after its end.
+class TimerLike(Protocol):
+    """What `call_later` returns."""
 
+    def cancel(self) -> object: ...
+
+
+CallLater = Callable[..., TimerLike]
+"""call_later(seconds, fn, *args), as `runtime.io_loop.IoLoop` has it."""
+
+
+class VmbusHost:
+    """The bus of one machine.
+
+    `call_soon(fn, *args)` and `call_later(seconds, fn, *args)` defer to the I/O loop; Stopped after its end.
     Build and `attach` on the main thread before vCPUs run; afterwards `add`,
     `remove` and `reset` on the I/O loop.
     """
@@ -84,6 +104,7 @@ class VmbusHost:
         memory: Ram,
         vp_count: int,
         call_soon: Callable[..., object],
+        call_later: CallLater,
         *,
         max_version: int = vmbus.HOST_VERSIONS[-1],
         observer: Observer = NULL_OBSERVER,
@@ -95,8 +116,10 @@ class VmbusHost:
         self._synic = synic
         self._memory = memory
         self._call_soon = call_soon
+        self._call_later = call_later
         self._devices: dict[Channel, Device | StreamDevice] = {}
         self._open: dict[Channel, OpenedChannel] = {}
+        self._ended: dict[str, str] = {}
         self._lock = threading.Lock()  # inbox and _scheduled
         self._inbox: deque[wire.Message] = deque()
         self._scheduled = False
@@ -106,6 +129,8 @@ class VmbusHost:
         self._route_target = (0, 0)
         self._route_number = 0
         self._in_flight = False
+        self._retry: TimerLike | None = None
+        self._retry_seconds = RETRY_SECONDS
         self._performing = False
         self._on_connect: Callable[[TlConnect], object] = self.server.refuse_connect
         self._on_leave: list[Callable[[], object]] = []
@@ -119,9 +144,14 @@ class VmbusHost:
     def add(self, device: Device | StreamDevice) -> Channel:
         """Offer a device. ValueError if its GUIDs are offered already."""
         channel = self.server.offer(device.offer)
-        self._devices[channel] = device
+        self._adopt(channel, device)
         self._perform()
         return channel
+
+    def _adopt(self, channel: Channel, device: Device | StreamDevice) -> None:
+        self._devices[channel] = device
+        if isinstance(device, Guarded):
+            device.guard.attach(partial(self._device_failed, channel))
 
     def remove(self, channel: Channel) -> None:
         """Rescind a device. Idempotent. What is in its rings is not published any more: `flush` before."""
@@ -146,7 +176,7 @@ class VmbusHost:
         """Offer the device that carries it; None if its guest has gone. ValueError if offered already."""
         channel = self.server.accept_connect(request, device.offer)
         if channel is not None:
-            self._devices[channel] = device
+            self._adopt(channel, device)
             self._perform()
         return channel
 
@@ -231,10 +261,9 @@ class VmbusHost:
             case SendMessage():
                 self._outbox.append(action)
             case DropMessages():
-                self._outbox.clear()
-                self._drop_route()
+                self._drop_messages()
                 for left in self._on_leave:
-                    left()
+                    self._call_service(left)
             case OpenChannel():
                 self._open_channel(action)
             case CloseChannel(channel):
@@ -242,14 +271,53 @@ class VmbusHost:
                     self._close_soon(channel)
                 else:
                     self._close_channel(channel)
-            case RetargetChannel(channel, target_vp):
-                self._retarget(channel, target_vp)
+            case RetargetChannel():
+                self._retarget(action)
             case TlConnect():
-                self._on_connect(action)
+                if not self._call_service(self._on_connect, action):
+                    self.server.refuse_connect(action)
             case ReleaseGpadl(channel, gpadl_id):
-                device = self._devices.get(channel)
-                if isinstance(device, GpadlUser):
-                    device.release_gpadl(gpadl_id)
+                self._release_gpadl(channel, gpadl_id)
+
+    def _call_service(self, fn: Callable[..., object], *args: Any) -> bool:
+        """Call what serves more than one channel; whether it raised nothing. What it raises is told."""
+        try:
+            fn(*args)
+        except Exception as error:
+            name = getattr(fn, "__qualname__", None) or repr(fn)
+            self.server.reports.add("service failed", f"{name}: {fault_text(error)}")
+            return False
+        return True
+
+    def _release_gpadl(self, channel: Channel, gpadl_id: int) -> None:
+        device, opened = self._devices.get(channel), self._open.get(channel)
+        if not isinstance(device, GpadlUser):
+            return
+        try:
+            device.release_gpadl(gpadl_id)
+        except Exception as error:
+            # Called no more, it can hardly touch what it did not let go of.
+            if opened is not None:
+                opened.failed(error)
+            else:
+                self._device_failed(channel, error)
+
+    def _device_failed(self, channel: Channel, error: Exception) -> None:
+        """A device's code raised: its channel is rescinded for the rest of the run, and says why."""
+        reason = fault_text(error)
+        self.server.reports.add("device failed", f"{channel}: {reason}")
+        while len(self._ended) >= MAX_ENDED:
+            del self._ended[next(iter(self._ended))]
+        self._ended[channel.offer.name] = reason
+        # Deferred: it may be told from inside a ring's batch, or an action.
+        self._soon(self._end_failed, channel)
+
+    def _end_failed(self, channel: Channel) -> None:
+        device = self._devices.get(channel)
+        if device is not None and channel not in self._open:
+            with suppress(Exception):  # told already; an open one hears it when its channel is closed
+                device.closed()
+        self.remove(channel)
 
     def _open_channel(self, request: OpenChannel) -> None:
         channel = request.channel
@@ -267,6 +335,7 @@ class VmbusHost:
                 self._devices[channel],
                 broken,
                 self._soon,
+                partial(self._device_failed, channel),
             )
         except OPEN_FAILURES as error:
             self.server.reports.add("OPENCHANNEL failed", f"{channel}: {error}")
@@ -312,14 +381,16 @@ class VmbusHost:
             self._devices.pop(channel, None)
         self.server.closed(channel)
 
-    def _retarget(self, channel: Channel, target_vp: int) -> None:
-        opened = self._open.get(channel)
-        if opened is None:
-            return
+    def _retarget(self, request: RetargetChannel) -> None:
+        opened = self._open.get(request.channel)
+        status = vmbus.STATUS_SUCCESS
         try:
-            opened.retarget(target_vp)
+            if opened is not None:
+                opened.retarget(request.target_vp)
         except OPEN_FAILURES as error:
-            self.server.reports.add("MODIFYCHANNEL failed", f"{channel}: {error}")
+            self.server.reports.add("MODIFYCHANNEL failed", f"{request.channel}: {error}")
+            status = vmbus.STATUS_INSUFFICIENT_RESOURCES
+        self.server.retargeted(request, status)
 
     def _soon(self, fn: Callable[..., object], *args: Any) -> None:
         try:
@@ -330,7 +401,7 @@ class VmbusHost:
     # Our messages to the guest: one at a time, in order (they share one slot).
 
     def _pump(self) -> None:
-        while self._outbox and not self._in_flight:
+        while self._outbox and not self._in_flight and self._retry is None:
             message = self._outbox[0]
             target = (message.vp_index, message.sint)
             if self._route is None or self._route_target != target:
@@ -338,10 +409,9 @@ class VmbusHost:
                 on_complete = partial(self._completed, self._route_number)
                 try:
                     self._route = self._synic.open_route(*target, on_complete)
-                except RouteError as error:
-                    self.server.reports.add("message dropped", str(error))
-                    self._outbox.popleft()
-                    continue
+                except RouteError as error:  # the target was checked: the host is short of something
+                    self._try_again_later(str(error))
+                    break
                 self._route_target = target
             status = self._route.post(HVMSG_VMBUS, message.payload)
             if status:  # closed under us: what it was for is over
@@ -368,11 +438,38 @@ class VmbusHost:
         if number != self._route_number:
             return  # of a route that was given up meanwhile
         self._in_flight = False
+        if status == -errno.ENXIO:  # as the TLFS has it, what is posted waits for the guest's message page
+            self._try_again_later("the guest's message page is off")
+            return
+        self._retry_seconds = RETRY_SECONDS
         if status != -errno.EAGAIN:  # the slot was taken, and the guest has freed it: once more
             self._outbox.popleft()
             if status:
                 self.server.reports.add("message dropped", os.strerror(-status))
         self._pump()
+
+    def _try_again_later(self, why: str) -> None:
+        """The message at the front cannot be given now. It keeps its place, and the outbox its bound."""
+        self.server.reports.add("message waits", why)
+        seconds = self._retry_seconds
+        self._retry_seconds = min(2 * seconds, MOST_RETRY_SECONDS)
+        try:
+            self._retry = self._call_later(seconds, self._try_again)
+        except Stopped:
+            return
+
+    def _try_again(self) -> None:
+        self._retry = None
+        self._pump()
+
+    def _drop_messages(self) -> None:
+        """Forget what the guest has not taken: it was of a connection that is over."""
+        self._outbox.clear()
+        self._drop_route()
+        self._retry_seconds = RETRY_SECONDS
+        retry, self._retry = self._retry, None
+        if retry is not None:
+            retry.cancel()
 
     def _drop_route(self) -> None:
         """Give up the route and the message under way: a new kernel owes no EOM for an old message."""
@@ -393,8 +490,7 @@ class VmbusHost:
         while self._leaving:
             self._close_channel(self._leaving.popleft())
         self._perform()
-        self._outbox.clear()
-        self._drop_route()
+        self._drop_messages()
 
     def close(self) -> None:
         """Let go of everything. vCPU threads and the I/O loop have ended. Idempotent."""
@@ -403,7 +499,7 @@ class VmbusHost:
         for opened in list(self._open.values()):
             opened.close()
         self._open.clear()
-        self._drop_route()
+        self._drop_messages()
 
     def snapshot(self) -> dict[str, object]:
         """The connection, each channel, and the rings of an open one. Any thread."""
@@ -419,4 +515,4 @@ class VmbusHost:
                 }
             )
         waits = {"from_guest_waiting": len(self._inbox), "to_guest_waiting": len(self._outbox)}
-        return {**self.server.snapshot(), **waits, "channels": channels}
+        return {**self.server.snapshot(), **waits, "channels": channels, "ended": dict(self._ended)}

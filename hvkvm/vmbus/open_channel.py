@@ -53,7 +53,10 @@ class SynicUser(Protocol):
 
 
 class OpenedChannel:
-    """One open channel. `OPEN_FAILURES` when it cannot be had."""
+    """One open channel. `OPEN_FAILURES` when it cannot be had.
+
+    `on_fault(error)` hears what the device's code raises; whoever made this then closes it.
+    """
 
     def __init__(
         self,
@@ -64,12 +67,14 @@ class OpenedChannel:
         device: Device | StreamDevice,
         on_broken: Callable[[str], object],
         call_soon: Callable[..., object],
+        on_fault: Callable[[Exception], object],
     ) -> None:
         self._synic = synic
         self._sint = sint
         self._device = device
         self._serve = device.rung if isinstance(device, StreamDevice) else partial(self._drain, device)
         self._call_soon = call_soon
+        self._on_fault = on_fault
         self._flag = request.event_flag
         self._connection_id = request.connection_id
         self._route: Route | None = None
@@ -96,8 +101,18 @@ class OpenedChannel:
     def start(self) -> None:
         """Let the device begin, and look into the ring: what rang before was not heeded."""
         self._started = True
-        self._device.opened(self.io)
+        try:
+            self._device.opened(self.io)
+        except Exception as error:
+            self.failed(error)
+            return
         self._doorbell()
+
+    def failed(self, error: Exception) -> None:
+        """The device raised this: it is called no more, but for `closed`, and its rings are left alone."""
+        self._started = False
+        self.io.abandon()
+        self._on_fault(error)
 
     def retarget(self, vp_index: int) -> None:
         """Interrupt another VP. RouteError when that cannot be, and then the old one stays."""
@@ -129,8 +144,11 @@ class OpenedChannel:
         # While a turn is pending a doorbell brings nothing new, and must not be a second turn a round.
         if self._asked or self._closed or not self._started:
             return
-        with self.io:
-            self._serve()
+        try:
+            with self.io:
+                self._serve()
+        except Exception as error:
+            self.failed(error)
 
     def _drain(self, device: Device) -> None:
         self.io.drain(device.received)
@@ -157,7 +175,10 @@ class OpenedChannel:
         self._closed = True
         self.io.abandon()
         self._synic.connections.remove_event(self._connection_id)
-        self._device.closed()
+        try:
+            self._device.closed()
+        except Exception as error:
+            self._on_fault(error)
         self._drop_route()
 
 

@@ -37,6 +37,11 @@ class RingWriter(RingEnd):
         self._owed = False  # a signal for what was published ahead of `flush`
         self.packets = 0
 
+    def fits(self, payload_bytes: int, header_bytes: int = 0) -> bool:
+        """Whether a packet of this payload and header can ever be put: the peer chose the ring's size."""
+        need = DESCRIPTOR_BYTES + (-(-header_bytes // 8) + -(-payload_bytes // 8)) * 8 + TRAILER_BYTES
+        return need < self.size and need - TRAILER_BYTES <= MAX_PACKET_BYTES
+
     def _free(self) -> int | None:
         read = self._index(WORD_READ_INDEX, "read index")
         return None if read is None else self.size - (self._at - read) % self.size

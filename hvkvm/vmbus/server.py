@@ -25,7 +25,7 @@ from hvkvm.abi.hv_synic import HV_SYNIC_SINT_COUNT
 from hvkvm.abi.vmbus import version_text
 from hvkvm.abi.vmbus_messages import Kind, Message
 from hvkvm.events import NULL_OBSERVER, Observer
-from hvkvm.vmbus.actions import Action, DropMessages, SendMessage, TlConnect
+from hvkvm.vmbus.actions import Action, DropMessages, RetargetChannel, SendMessage, TlConnect
 from hvkvm.vmbus.channels import Channels
 from hvkvm.vmbus.gpadl import PageCheck
 from hvkvm.vmbus.offer import Channel, Offer
@@ -135,6 +135,10 @@ class Server:
         """Answer to `CloseChannel`: nothing of the host touches the channel's memory any more."""
         self.channels.closed(channel)
         self._finish_reset()
+
+    def retargeted(self, request: RetargetChannel, status: int = vmbus.STATUS_SUCCESS) -> None:
+        """Answer to `RetargetChannel`."""
+        self.channels.retargeted(request, status)
 
     def refuse_connect(self, request: TlConnect, status: int = vmbus.STATUS_CONNECTION_REFUSED) -> None:
         """Nobody takes this `TlConnect`."""

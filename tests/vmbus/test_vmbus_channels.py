@@ -10,6 +10,7 @@ import pytest
 from hvkvm.abi import vmbus
 from hvkvm.abi import vmbus_messages as wire
 from hvkvm.abi.ring import WORD_WRITE_INDEX
+from hvkvm.errors import RouteError
 from hvkvm.vmbus.offer import ChannelState
 
 
@@ -257,3 +258,36 @@ def test_a_channel_that_is_taken_back_while_it_opens_is_answered(loopback: Any, 
     assert channel in server.channels.all  # its device still runs
     server.closed(channel)
     assert server.channels.all == []
+
+
+def test_a_move_that_the_host_cannot_make_is_refused_and_the_old_vp_stays(
+    loopback: Any, echo: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loop = loopback()
+    loop.host.add(echo())
+    loop.connect(vmbus.VERSION_WIN10_V5_3)
+    (channel,) = loop.client.offers.values()
+    loop.open(channel)
+    real, full = loop.synic.open_route, [True]
+
+    def open_route(vp_index: int, *rest: Any) -> Any:
+        if full[0] and vp_index == 1:
+            raise RouteError("Too many open files")
+        return real(vp_index, *rest)
+
+    monkeypatch.setattr(loop.synic, "open_route", open_route)
+
+    def move() -> int:
+        loop.client.post(wire.MODIFYCHANNEL, relid=channel.relid, target_vp=1)
+        loop.run()
+        status: int = loop.client.last(wire.MODIFYCHANNEL_RESPONSE)["status"]
+        return status
+
+    assert move() == vmbus.STATUS_INSUFFICIENT_RESOURCES
+    (described,) = loop.host.snapshot()["channels"]
+    assert (described["target_vp"], described["open"]["interrupt_vp"]) == (0, 0)
+    full[0] = False
+    assert move() == 0
+    (described,) = loop.host.snapshot()["channels"]
+    assert (described["target_vp"], described["open"]["interrupt_vp"]) == (1, 1)
+    assert loop.client.count(wire.MODIFYCHANNEL_RESPONSE) == 2

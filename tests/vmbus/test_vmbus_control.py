@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Any
 
 import pytest
 
 from hvkvm.abi import vmbus
 from hvkvm.abi import vmbus_messages as wire
-from hvkvm.vmbus.host import MAX_INBOX
+from hvkvm.abi.tlfs import HvStatus
+from hvkvm.errors import RouteError
+from hvkvm.vmbus.host import MAX_INBOX, MAX_OUTBOX, MOST_RETRY_SECONDS
 from hvkvm.vmbus.offer import ChannelState, Offer
 from hvkvm.vmbus.server import BusState, Server
 
@@ -309,3 +312,69 @@ def test_a_machine_reset_forgets_the_guest(loopback: Any, echo: Any) -> None:
     assert loop.host.server.state is BusState.DISCONNECTED
     loop.connect(vmbus.VERSION_WIN10_V5_3)
     assert len(loop.client.offers) == 1
+
+
+def test_messages_wait_for_a_message_page_that_is_off_for_a_while(loopback: Any, echo: Any) -> None:
+    loop = loopback()
+    for number in range(3):
+        loop.host.add(echo(number))
+    loop.client.contact(vmbus.VERSION_WIN10)
+    loop.run()
+    loop.synic.message_page = False
+    loop.client.post(wire.REQUESTOFFERS)
+    for _ in range(20):
+        loop.run()
+        loop.advance(1.0)
+        assert sum(timer.active for timer in loop.timers) <= 1
+    assert names(loop) == ["VERSION_RESPONSE"]
+    loop.synic.message_page = True
+    loop.advance(MOST_RETRY_SECONDS)
+    loop.run()
+    assert names(loop) == ["VERSION_RESPONSE", *["OFFERCHANNEL"] * 3, "ALLOFFERS_DELIVERED"]
+    assert not any(timer.active for timer in loop.timers)
+    assert len(loop.notes.events) < 10
+
+
+def test_what_waits_for_a_message_page_is_bounded_and_ends_with_its_connection(loopback: Any) -> None:
+    loop = loopback()
+    loop.connect(vmbus.VERSION_WIN10)
+    loop.synic.message_page = False
+    statuses = []
+    for number in range(2 * MAX_INBOX):
+        statuses.append(loop.client.post(wire.GPADL_TEARDOWN, relid=1, gpadl=number))
+        loop.run()
+        loop.advance(0.1)
+    assert set(statuses) == {0, HvStatus.INSUFFICIENT_BUFFERS}
+    assert loop.host.snapshot()["to_guest_waiting"] == MAX_OUTBOX
+    loop.client.contact(vmbus.VERSION_WIN10)
+    loop.synic.message_page = True
+    loop.run()
+    assert names(loop) == ["VERSION_RESPONSE"]  # at once, and nothing of before
+    assert not any(timer.active for timer in loop.timers)
+
+
+def test_a_host_that_is_short_of_something_loses_no_message(
+    loopback: Any, echo: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loop = loopback()
+    loop.host.add(echo(1))
+    tries: list[float] = []
+
+    def open_route(*_: Any) -> Any:
+        tries.append(loop.now)
+        raise RouteError("Too many open files")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop.synic, "open_route", open_route)
+        loop.client.contact(vmbus.VERSION_WIN10)
+        loop.run()
+        for _ in range(100):
+            loop.advance(0.1)
+            loop.run()
+    waits = [later - sooner for sooner, later in pairwise(tries)]
+    assert all(later >= sooner - 1e-6 for sooner, later in pairwise(waits[:6]))
+    assert max(waits) == pytest.approx(MOST_RETRY_SECONDS)
+    assert names(loop) == []
+    loop.advance(MOST_RETRY_SECONDS)
+    loop.run()
+    assert names(loop) == ["VERSION_RESPONSE"]

@@ -381,3 +381,27 @@ def test_every_text_that_fits_survives(key: str, value: str) -> None:
         return
     pair = kvp.parse_get(body)
     assert pair == KvpPair(key, value)
+
+
+@pytest.mark.parametrize("pages", [2, 3])
+def test_what_never_fits_in_the_guests_ring_is_answered(loopback: Any, pages: int) -> None:
+    loop = loopback()
+    device = Kvp()
+    driver = IcDriver(loop, device, (4, 0), in_pages=pages)
+    driver.negotiate()
+    replies: list[KvpReply] = []
+    device.get(kvp.KVP_POOL_AUTO, "OSName", replies.append)
+    device.set(kvp.KVP_POOL_EXTERNAL, "a", "b", replies.append)
+    device.enumerate(kvp.KVP_POOL_AUTO, replies.append)
+    loop.synic.signal(driver.channel.connection_id)
+    loop.run()
+    fits = pages == 3
+    if fits:
+        assert driver.serve(lambda _body: (ic.HV_S_CONT, None)) == 3
+    assert [reply.status for reply in replies] == [
+        ic.HV_S_CONT if fits else ic.HV_E_FAIL,
+        ic.HV_S_CONT if fits else ic.HV_E_FAIL,
+        0 if fits else ic.HV_E_FAIL,
+    ]
+    assert fits or all("never fit in the guest's ring of 4096" in reply.text for reply in replies)
+    assert not driver.channel.rescinded

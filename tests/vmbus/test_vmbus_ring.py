@@ -344,3 +344,13 @@ def test_abandoning_inside_a_drain_ends_it(memory: GuestMemory) -> None:
     assert len(seen) == 1
     assert log == []
     assert host.drain(once) == 0
+
+
+@given(payload=st.integers(0, 9000), header=st.integers(0, 3).map(lambda n: 8 * n))
+def test_what_fits_is_what_an_empty_ring_takes(memory: GuestMemory, payload: int, header: int) -> None:
+    writer, _reader = ends(memory, [1, 2, 3])
+    try:
+        taken = writer.put(6, bytes(payload), header=bytes(header))
+    except ValueError:
+        taken = False
+    assert writer.fits(payload, header) == taken

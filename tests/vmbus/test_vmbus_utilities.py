@@ -167,3 +167,81 @@ def test_a_reopened_channel_negotiates_again(loopback: Any) -> None:
     driver.open()
     driver.negotiate()
     assert device.request("reboot")
+
+
+@pytest.mark.parametrize("status", [ic.HV_E_FAIL, 1, 0xFFFFFFFF])
+def test_a_heartbeat_answered_badly_is_asked_for_again(loopback: Any, status: int) -> None:
+    clock = Clock()
+    device = Heartbeat(clock.call_later)
+    driver = IcDriver(loopback(), device)
+    driver.negotiate()
+    answers = [0, status, 0, status, status, status, 0, 0]
+    seen = []
+    for answer in answers:
+        (payload,) = driver.requests()
+        driver.answer(payload, None, answer)
+        seen.append((device.beats, device.missed, device.alive))
+        clock.tick()
+        driver.loop.run()
+    assert [missed for _, missed, _ in seen] == [0, 1, 0, 1, 2, 3, 0, 0]
+    assert [alive for _, _, alive in seen] == [True, True, True, True, False, False, True, True]
+    assert device.beats == 4
+
+
+@pytest.mark.parametrize(
+    "change",
+    [lambda _: b"", lambda p: p[:24], lambda p: p[:25] + b"\0" + p[26:], lambda p: p[:12] + b"\x09" + p[13:]],
+    ids=["empty", "short", "no response", "another type"],
+)
+def test_an_answer_that_makes_no_sense_spoils_its_request_alone(
+    loopback: Any, change: Callable[[bytes], bytes]
+) -> None:
+    device = Shutdown()
+    driver = IcDriver(loopback(), device)
+    driver.negotiate()
+    replies: list[tuple[int, str]] = []
+    for _ in range(2):
+        assert device.request("reboot", lambda status, _body: replies.append((status, device.failure)))
+    driver.loop.run()
+    (payload,) = driver.requests()
+    answer = bytearray(payload)
+    answer[25] = ic.ICMSGHDRFLAG_RESPONSE
+    driver.answer_raw(change(bytes(answer)))
+    (payload,) = driver.requests()
+    driver.answer(payload)
+    (first, why), second = replies
+    assert (first, second) == (ic.HV_E_FAIL, (0, ""))
+    assert "makes no sense" in why
+
+
+@pytest.mark.parametrize("version", [(3, 0), (4, 0)])
+def test_the_time_is_that_of_sending(loopback: Any, version: tuple[int, int]) -> None:
+    clock, now = Clock(), [1000]
+    device = TimeSync(clock.call_later, lambda: now[0] + 7, lambda: now[0])
+    driver = IcDriver(loopback(), device, version)
+    driver.negotiate()
+    assert device.sync()  # behind the first, which the guest is slow to answer
+    now[0] = 9000
+    (payload,) = driver.requests()
+    assert unpack_from("<Q", payload, 28) == (1000,)
+    driver.answer(payload)
+    (payload,) = driver.requests()
+    assert unpack_from("<Q", payload, 28) == (9000,)
+    if version >= (4, 0):
+        assert unpack_from("<Q", payload, 36) == (9007,)
+
+
+def test_the_time_that_found_no_room_is_told_anew(loopback: Any) -> None:
+    clock, now = Clock(), [1000]
+    device = TimeSync(clock.call_later, lambda: 0, lambda: now[0])
+    driver = IcDriver(loopback(), device)
+    driver.negotiate()
+    driver.answer(driver.requests()[0])
+    io = device._io
+    assert io is not None
+    while io.send(b""):
+        pass
+    assert device.sync()
+    now[0] = 5000
+    driver.loop.run()  # the guest reads, and rings for the room
+    assert unpack_from("<Q", driver.requests()[-1], 28) == (5000,)

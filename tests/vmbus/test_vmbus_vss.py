@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from struct import pack, unpack_from
 from typing import Any
 
@@ -213,9 +214,9 @@ class Clock:
     def __init__(self) -> None:
         self.timers: list[Callable[[], object]] = []
 
-    def call_later(self, _seconds: float, fn: Callable[[], object]) -> Clock:
+    def call_later(self, _seconds: float, fn: Callable[..., object], *args: Any) -> Clock:
         assert not self.timers, "one timer is enough"
-        self.timers.append(fn)
+        self.timers.append(partial(fn, *args))
         return self
 
     def cancel(self) -> None:

@@ -13,7 +13,10 @@ INTERVAL = 2.0
 
 
 class Heartbeat(IntegrationComponent):
-    """`beats` counts answers, `missed` how many intervals the last question has gone unanswered."""
+    """`beats` counts good answers, `missed` the intervals since without one.
+
+    A guest that answers badly is asked again; one that does not answer has its question still.
+    """
 
     NAME = "heartbeat"
     INTERFACE = vmbus.HV_HEART_BEAT_GUID
@@ -24,6 +27,7 @@ class Heartbeat(IntegrationComponent):
         self._call_later = call_later
         self._timer: TimerLike | None = None
         self._asked = 0
+        self._unanswered = False
         self.beats = 0
         self.missed = 0
 
@@ -34,22 +38,28 @@ class Heartbeat(IntegrationComponent):
 
     def negotiated(self) -> None:
         """Begin to ask."""
-        self._asked = self.beats = 0
+        self._asked = self.beats = self.missed = 0
+        self._unanswered = False
         self._beat()
 
     def _beat(self) -> None:
-        if self._asked == self.beats:
-            self.missed = 0
-            self._asked += 1
-            self.ask(ic.ICMSGTYPE_HEARTBEAT, ic.heartbeat_msg_data.pack(self._asked), self._answered)
-        else:
+        if self._unanswered:
             self.missed += 1
-        self._timer = self._call_later(INTERVAL, self._beat)
+        else:
+            self._asked += 1
+            body = ic.heartbeat_msg_data.pack(self._asked)
+            self._unanswered = True
+            if not self.ask(ic.ICMSGTYPE_HEARTBEAT, body, self._answered):
+                self._unanswered = False
+        self._timer = self._call_later(INTERVAL, self.guard.run, self._beat)
 
     def _answered(self, status: int, _body: bytes) -> None:
+        self._unanswered = False
         if status == ic.HV_S_OK:
-            self.beats = self._asked
+            self.beats += 1
             self.missed = 0
+        else:
+            self.missed += 1
 
     def left(self) -> None:
         """Stop asking."""

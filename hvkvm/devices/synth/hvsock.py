@@ -29,6 +29,7 @@ import os
 import socket
 from collections.abc import Callable
 from contextlib import suppress
+from functools import partial
 from operator import add
 from typing import NamedTuple, Protocol
 
@@ -37,6 +38,7 @@ from hvkvm.abi.ring import DESCRIPTOR_BYTES, TRAILER_BYTES, VM_PKT_DATA_INBAND
 from hvkvm.runtime.rotation import Rotation
 from hvkvm.runtime.socket_watch import HANG_UP, READ, WRITE, SocketWatch
 from hvkvm.vmbus.channel_io import ChannelIo
+from hvkvm.vmbus.guard import Guard
 from hvkvm.vmbus.offer import Offer
 
 HEADER_BYTES = abi.pipe_header.size
@@ -137,9 +139,10 @@ class HvsockConnection:
         self._ended = False
         self._to_guest_bytes = self._to_host_bytes = self._wakes = 0
         self._final: Counters | None = None
-        self._watched = watch.add(self._fd, self._socket_ready)
+        self.guard = Guard()
+        self._watched = watch.add(self._fd, partial(self.guard.run, self._socket_ready))
         try:
-            self._timer: Timer | None = call_later(open_seconds, self.end)
+            self._timer: Timer | None = call_later(open_seconds, self.guard.run, self.end)
         except BaseException:
             self._watched.remove()
             raise
@@ -376,7 +379,7 @@ class HvsockConnection:
             self.end()
         else:
             self._drop_timer()
-            self._timer = self._call_later(self._linger_seconds, self._linger, now)
+            self._timer = self._call_later(self._linger_seconds, self.guard.run, self._linger, now)
 
     def _guest_has_all(self) -> bool:
         """Whether the guest has read all before the empty packet, and has shown by a packet that it is there.

@@ -14,14 +14,19 @@ from collections.abc import Callable
 from typing import Protocol
 
 from hvkvm.abi import ic, vmbus
-from hvkvm.abi.ring import Packet
+from hvkvm.abi.ring import VM_PKT_DATA_INBAND, Packet
 from hvkvm.vmbus.channel_io import ChannelIo
+from hvkvm.vmbus.guard import Guard
 from hvkvm.vmbus.offer import Offer, only_instance
 
 MAX_WAITING = 16
 
 Reply = Callable[[int, bytes], object]
 """reply(status, body): the guest's HRESULT and what follows its header; E_FAIL if it left without answer."""
+
+
+Body = bytes | Callable[[], bytes]
+"""A request's body; if it tells the time, what makes it: called at each try to send it."""
 
 
 class TimerLike(Protocol):
@@ -37,9 +42,9 @@ CallLater = Callable[..., TimerLike]
 class _Request:
     __slots__ = ("body", "kind", "reply")
 
-    def __init__(self, kind: int, body: bytes, reply: Reply | None) -> None:
+    def __init__(self, kind: int, body: Body, reply: Reply | None) -> None:
         self.kind = kind
-        self.body = body
+        self.body = body  # bytes, or what makes them when the request is sent
         self.reply = reply
 
 
@@ -54,6 +59,9 @@ class IntegrationComponent:
         self.frame_version: ic.Version | None = None
         self.message_version: ic.Version | None = None
         """What the guest chose; None until it has."""
+        self.failure = ""
+        """While a reply is told E_FAIL that the guest did not say: why."""
+        self.guard = Guard()
         self._io: ChannelIo | None = None
         self._sent: _Request | None = None
         self._waiting: deque[_Request] = deque()
@@ -77,8 +85,11 @@ class IntegrationComponent:
     def left(self) -> None:
         """The guest closed the channel; for subclasses."""
 
-    def ask(self, kind: int, body: bytes, reply: Reply | None = None) -> bool:
-        """Send a request, or queue it; False when no driver is there or too much waits already."""
+    def ask(self, kind: int, body: Body, reply: Reply | None = None) -> bool:
+        """Send a request, or queue it; False when no driver is there or too much waits already.
+
+        What can never fit in the ring that the guest chose is answered E_FAIL, `failure` says so meanwhile.
+        """
         if self.message_version is None or len(self._waiting) >= MAX_WAITING:
             return False
         self._waiting.append(_Request(kind, body, reply))
@@ -96,29 +107,47 @@ class IntegrationComponent:
 
     def ready(self) -> None:
         """Send what waits, if nothing is under way and there is room."""
-        if self._io is None or self._sent is not None or not self._waiting:
+        while self._io is not None and self._sent is None and self._waiting:
+            request = self._waiting[0]
+            payload = ic.build(
+                request.kind,
+                request.body if isinstance(request.body, bytes) else request.body(),
+                frame=self.frame_version or (0, 0),
+                message=self.message_version or (0, 0),
+                transaction=self._trans_id,
+            )
+            if self._io.fits(len(payload)):
+                if self._io.send(payload, trans_id=self._trans_id):
+                    self._sent = self._waiting.popleft()
+                return
+            self._waiting.popleft()
+            ring = self._io.writer.size
+            self._fail(request, f"{len(payload)} bytes never fit in the guest's ring of {ring}")
+
+    def _fail(self, request: _Request, why: str) -> None:
+        """Tell who asked that it cannot be done, with `failure` as the reason."""
+        if request.reply is None:
             return
-        request = self._waiting[0]
-        payload = ic.build(
-            request.kind,
-            request.body,
-            frame=self.frame_version or (0, 0),
-            message=self.message_version or (0, 0),
-            transaction=self._trans_id,
-        )
-        if self._io.send(payload, trans_id=self._trans_id):
-            self._sent = self._waiting.popleft()
+        self.failure = why
+        try:
+            request.reply(ic.HV_E_FAIL, b"")
+        finally:
+            self.failure = ""
 
     def received(self, packet: Packet) -> None:
-        """The guest's answer: the same message, changed. What answers nothing is ignored."""
+        """The guest's answer: the same message, changed. What answers nothing is ignored.
+
+        An answer that makes no sense has failed: the guest's driver is done with the
+        request and sends no other, so that waiting on would be for ever.
+        """
         message, sent = ic.parse(packet.payload), self._sent
-        if message is None or sent is None or packet.trans_id != self._trans_id:
-            return
-        if message.type != sent.kind or not message.flags & ic.ICMSGHDRFLAG_RESPONSE:
+        if sent is None or packet.trans_id != self._trans_id or packet.type != VM_PKT_DATA_INBAND:
             return
         self._sent = None
         self._trans_id += 1
-        if sent.kind == ic.ICMSGTYPE_NEGOTIATE:
+        if message is None or message.type != sent.kind or not message.flags & ic.ICMSGHDRFLAG_RESPONSE:
+            self._fail(sent, f"its answer of {len(packet.payload)} bytes makes no sense")
+        elif sent.kind == ic.ICMSGTYPE_NEGOTIATE:
             chosen = ic.parse_negotiated(message.body)
             if chosen is not None and chosen[1] in self.MESSAGE_VERSIONS:
                 self.frame_version, self.message_version = chosen

@@ -188,7 +188,7 @@ class Kvp(IntegrationComponent):
             if not self.ready_for_requests:
                 reply(KvpReply(ic.HV_ERROR_DEVICE_NOT_CONNECTED, "the guest left without an answer"))
             elif status != ic.HV_S_OK:
-                reply(KvpReply(status))
+                reply(KvpReply(status, self.failure))
             else:
                 reply(parse(body) or KvpReply(ic.HV_E_FAIL, f"its answer has {len(body)} bytes, too few"))
 

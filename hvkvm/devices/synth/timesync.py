@@ -6,6 +6,7 @@ Owner: the I/O loop.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from time import time_ns
 
 from hvkvm.abi import ic, vmbus
@@ -44,7 +45,7 @@ class TimeSync(IntegrationComponent):
     def negotiated(self) -> None:
         """Set the guest's clock, then send samples."""
         self.sync()
-        self._timer = self._call_later(INTERVAL, self._sample)
+        self._timer = self._call_later(INTERVAL, self.guard.run, self._sample)
 
     def sync(self, reply: Reply | None = None) -> bool:
         """Have the guest set its clock to the host's now; False when no driver is there."""
@@ -52,18 +53,20 @@ class TimeSync(IntegrationComponent):
 
     def _sample(self) -> None:
         self._tell(ic.ICTIMESYNCFLAG_SAMPLE)
-        self._timer = self._call_later(INTERVAL, self._sample)
+        self._timer = self._call_later(INTERVAL, self.guard.run, self._sample)
 
     def _tell(self, flags: int, reply: Reply | None = None) -> bool:
         if self._sent is not None and flags == ic.ICTIMESYNCFLAG_SAMPLE:
             return False  # a time that waits is wrong when it goes
-        if self.message_version is not None and self.message_version >= (4, 0):
-            body = ic.ictimesync_ref_data.pack(self._clock(), self._reference(), flags, 0, 1)
-        else:
-            body = ic.ictimesync_data.pack(self._clock(), 0, 0, flags)
-        asked = self.ask(ic.ICMSGTYPE_TIMESYNC, body, reply)
+        # Made when it is sent: before 4.0 the guest takes it for the time at which it comes.
+        asked = self.ask(ic.ICMSGTYPE_TIMESYNC, partial(self._now, flags), reply)
         self.sent["sync" if flags == ic.ICTIMESYNCFLAG_SYNC else "sample"] += asked
         return asked
+
+    def _now(self, flags: int) -> bytes:
+        if self.message_version is not None and self.message_version >= (4, 0):
+            return ic.ictimesync_ref_data.pack(self._clock(), self._reference(), flags, 0, 1)
+        return ic.ictimesync_data.pack(self._clock(), 0, 0, flags)
 
     def left(self) -> None:
         """Send no more."""

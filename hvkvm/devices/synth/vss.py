@@ -133,7 +133,7 @@ class Vss(IntegrationComponent):
 
     def _thaw_again_later(self) -> None:
         if self._owed and self._timer is None and self.call_later and self.ready_for_requests:
-            self._timer = self.call_later(RETRY_SECONDS, self._thaw_owed)
+            self._timer = self.call_later(RETRY_SECONDS, self.guard.run, self._thaw_owed)
 
     def _thaw_owed(self) -> None:
         self._timer = None
@@ -145,7 +145,7 @@ class Vss(IntegrationComponent):
 
     def _operate(self, operation: int, answered: Callable[[VssReply, bytes], object]) -> None:
         def took(status: int, body: bytes) -> None:
-            answered(VssReply(status) if self.ready_for_requests else _LEFT, body)
+            answered(VssReply(status, self.failure) if self.ready_for_requests else _LEFT, body)
 
         if not self.ask(ic.ICMSGTYPE_VSS, vss.request(operation), took):
             took(ic.HV_ERROR_BUSY, b"")
