@@ -64,21 +64,31 @@ class Channels:
             raise ValueError(f"{offer.name}: offered already")
         if len(self.all) >= vmbus.MAX_RELID:
             raise ValueError(f"{offer.name}: a bus has at most {vmbus.MAX_RELID} channels")
+        for before in [c for c in self.all if c.broken and c.offer.key == offer.key]:
+            self.withdraw(before)
         channel = Channel(offer)
         self.all.append(channel)
         if self.offering:
             self.offer_hidden()
         return channel
 
-    def withdraw(self, channel: Channel) -> None:
-        """Rescind; subchannels go before their primary. Idempotent."""
-        if channel.withdrawn or channel not in self.all:
+    def withdraw(self, channel: Channel, *, broken: bool = False) -> None:
+        """Rescind; subchannels go before their primary. Idempotent.
+
+        With `broken` it is offered again to the next connection, and else no more.
+        """
+        if channel not in self.all:
+            return
+        channel.broken = broken and (channel.broken or not channel.withdrawn)
+        if channel.withdrawn:
+            if not channel.broken and channel.state is ChannelState.HIDDEN:
+                self._forget(channel)
             return
         if not channel.offer.sub_channel_index:
             primary = channel.offer.key[:2]
             subs = [c for c in self.all if c.offer.sub_channel_index and c.offer.key[:2] == primary]
             for sub in subs:
-                self.withdraw(sub)
+                self.withdraw(sub, broken=broken)
         channel.withdrawn = True
         if channel.state is ChannelState.HIDDEN:
             self._forget(channel)
@@ -155,13 +165,18 @@ class Channels:
         return self._closing > 0
 
     def hide_all(self) -> None:
-        """After `stop_all` and the last `closed`: no guest knows any channel; withdrawn ones are gone."""
+        """After `stop_all` and the last `closed`: no guest knows any channel; withdrawn ones are gone.
+
+        What the guest of before broke is as new.
+        """
         self.by_relid.clear()
         for channel in list(self.all):
             channel.state = ChannelState.HIDDEN
             channel.relid = 0
             channel.released = False
-            if channel.withdrawn:
+            if channel.broken:
+                channel.withdrawn = channel.broken = False
+            elif channel.withdrawn:
                 self.all.remove(channel)
 
     def _release(self, channel: Channel) -> None:
@@ -175,7 +190,8 @@ class Channels:
             self._forget(channel)
 
     def _forget(self, channel: Channel) -> None:
-        self.all.remove(channel)
+        if not channel.broken:
+            self.all.remove(channel)
         if self.offering:
             self.offer_hidden()
 

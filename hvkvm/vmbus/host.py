@@ -144,6 +144,9 @@ class VmbusHost:
     def add(self, device: Device | StreamDevice) -> Channel:
         """Offer a device. ValueError if its GUIDs are offered already."""
         channel = self.server.offer(device.offer)
+        # One that a guest broke, and that would have come back, gives way to it.
+        for gone in [c for c in self._devices if c.withdrawn and not c.broken and not c.in_use]:
+            del self._devices[gone]
         self._adopt(channel, device)
         self._perform()
         return channel
@@ -377,7 +380,7 @@ class VmbusHost:
         opened = self._open.pop(channel, None)
         if opened is not None:
             opened.close()
-        if channel.withdrawn:
+        if channel.withdrawn and not channel.broken:
             self._devices.pop(channel, None)
         self.server.closed(channel)
 

@@ -52,6 +52,7 @@ class Channel:
     """One offer and its state. `relid` is 0 while it is hidden."""
 
     __slots__ = (
+        "broken",
         "connection_id",
         "event_flag",
         "held_torndown",
@@ -73,6 +74,8 @@ class Channel:
         self.state = ChannelState.HIDDEN
         self.withdrawn = False
         """The host took it back; it lives on until the guest releases the relid and the device stopped."""
+        self.broken = False
+        """Withdrawn for what this guest did: the next connection is offered it again."""
         self.released = False
         """The guest gave the relid back, and only the device is waited for."""
         self.openid = 0

@@ -122,10 +122,10 @@ class Server:
         self.channels.withdraw(channel)
 
     def broken(self, channel: Channel, reason: str) -> None:
-        """The guest broke this channel's rules: it ends alone, with one line."""
+        """The guest broke this channel's rules: it ends alone, with one line, until a guest connects anew."""
         if channel in self.channels.all and not channel.withdrawn:
             self.reports.add("channel broken", f"{channel}: {reason}")
-            self.channels.withdraw(channel)
+            self.channels.withdraw(channel, broken=True)
 
     def opened(self, channel: Channel, status: int = vmbus.STATUS_SUCCESS) -> None:
         """Answer to `OpenChannel`."""

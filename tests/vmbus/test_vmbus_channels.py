@@ -291,3 +291,56 @@ def test_a_move_that_the_host_cannot_make_is_refused_and_the_old_vp_stays(
     (described,) = loop.host.snapshot()["channels"]
     assert (described["target_vp"], described["open"]["interrupt_vp"]) == (1, 1)
     assert loop.client.count(wire.MODIFYCHANNEL_RESPONSE) == 2
+
+
+def break_ring(loop: Any, channel: Any) -> None:
+    channel.opened.writer.words[WORD_WRITE_INDEX] = 0xFFFFFFFF
+    loop.synic.signal(channel.connection_id)
+    loop.run()
+    assert channel.rescinded
+
+
+@pytest.mark.parametrize("released", [False, True])
+def test_what_one_guest_broke_the_next_is_offered_again(loopback: Any, echo: Any, released: bool) -> None:
+    loop = loopback()
+    device = echo()
+    loop.host.add(device)
+    loop.connect(vmbus.VERSION_WIN10)
+    for _ in range(3):
+        (channel,) = loop.client.offers.values()
+        loop.open(channel)
+        break_ring(loop, channel)
+        if released:
+            loop.client.release(channel)
+            loop.run()
+            loop.client.post(wire.REQUESTOFFERS)
+            loop.run()
+            assert not loop.client.offers  # not to this one, which would break it again
+        loop.connect(vmbus.VERSION_WIN10)
+    (channel,) = loop.client.offers.values()
+    loop.open(channel)
+    channel.opened.send(b"12345678")
+    loop.run()
+    assert len(device.got) == 1
+
+
+@pytest.mark.parametrize("released", [False, True])
+@pytest.mark.parametrize("anew", [False, True])
+def test_what_the_host_takes_back_stays_away_broken_or_not(
+    loopback: Any, echo: Any, released: bool, anew: bool
+) -> None:
+    loop = loopback()
+    taken = loop.host.add(echo())
+    loop.connect(vmbus.VERSION_WIN10)
+    (channel,) = loop.client.offers.values()
+    loop.open(channel)
+    break_ring(loop, channel)
+    if released:
+        loop.client.release(channel)
+        loop.run()
+    if anew:  # a twin, as by a device that is plugged in again
+        loop.host.add(echo())
+    else:
+        loop.host.remove(taken)
+    loop.connect(vmbus.VERSION_WIN10)
+    assert len(loop.client.offers) == len(loop.host.server.channels.all) == len(loop.host._devices) == anew
