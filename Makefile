@@ -3,7 +3,7 @@ PYTHON := .venv/bin/python
 CMD ?= $(PYTHON) -m hvkvm doctor
 SOURCES := hvkvm tests scripts kvm_headers
 
-.PHONY: help setup run test check bench soak abi lab clean
+.PHONY: help setup run test check bench soak soak-vmbus soak-synic abi lab clean
 help: ## this list
 	@sed -n 's/^\([a-z]*\):.*## /\1	/p' Makefile | expand -t 10
 
@@ -28,8 +28,13 @@ check: setup ## style, types, import directions, the ABI table
 bench: setup ## measure hvkvm beside QEMU (ARGS="--runs 3 --only boot --json")
 	@scripts/bench $(ARGS)
 
-soak: setup ## the long concurrency runs (ARGS: pytest's)
-	@HVKVM_SOAK=1 HVKVM_REQUIRE=hyperv scripts/lab --timeout 0 -- $(PYTHON) -m pytest -v tests/soak $(ARGS)
+soak: soak-vmbus soak-synic ## the long runs: VMBus under a fuzzer, the SynIC's concurrency (ARGS: pytest's)
+
+soak-vmbus: setup
+	@HVKVM_SOAK=1 $(PYTHON) -m pytest -v tests/soak/test_soak_vmbus.py $(ARGS)
+
+soak-synic: setup
+	@HVKVM_SOAK=1 HVKVM_REQUIRE=hyperv scripts/lab --timeout 0 -- $(PYTHON) -m pytest -v tests/soak/test_soak_synic.py $(ARGS)
 
 abi: setup ## take the layout table anew from this machine's kernel headers
 	$(PYTHON) kvm_headers/probe.py --write
