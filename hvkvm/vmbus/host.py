@@ -266,7 +266,7 @@ class VmbusHost:
             case DropMessages():
                 self._drop_messages()
                 for left in self._on_leave:
-                    self._call_service(left)
+                    self.contain(left)
             case OpenChannel():
                 self._open_channel(action)
             case CloseChannel(channel):
@@ -277,13 +277,16 @@ class VmbusHost:
             case RetargetChannel():
                 self._retarget(action)
             case TlConnect():
-                if not self._call_service(self._on_connect, action):
+                if not self.contain(self._on_connect, action):
                     self.server.refuse_connect(action)
             case ReleaseGpadl(channel, gpadl_id):
                 self._release_gpadl(channel, gpadl_id)
 
-    def _call_service(self, fn: Callable[..., object], *args: Any) -> bool:
-        """Call what serves more than one channel; whether it raised nothing. What it raises is told."""
+    def contain(self, fn: Callable[..., object], *args: Any) -> bool:
+        """Call what serves more than one channel, as deferred work of vsock; whether it raised nothing.
+
+        What it raises is told, and costs nobody else.
+        """
         try:
             fn(*args)
         except Exception as error:
@@ -293,17 +296,14 @@ class VmbusHost:
         return True
 
     def _release_gpadl(self, channel: Channel, gpadl_id: int) -> None:
-        device, opened = self._devices.get(channel), self._open.get(channel)
+        device = self._devices.get(channel)
         if not isinstance(device, GpadlUser):
             return
         try:
             device.release_gpadl(gpadl_id)
         except Exception as error:
             # Called no more, it can hardly touch what it did not let go of.
-            if opened is not None:
-                opened.failed(error)
-            else:
-                self._device_failed(channel, error)
+            self._device_failed(channel, error)
 
     def _device_failed(self, channel: Channel, error: Exception) -> None:
         """A device's code raised: its channel is rescinded for the rest of the run, and says why."""
@@ -312,6 +312,9 @@ class VmbusHost:
         while len(self._ended) >= MAX_ENDED:
             del self._ended[next(iter(self._ended))]
         self._ended[channel.offer.name] = reason
+        opened = self._open.get(channel)
+        if opened is not None:
+            opened.halt()
         # Deferred: it may be told from inside a ring's batch, or an action.
         self._soon(self._end_failed, channel)
 

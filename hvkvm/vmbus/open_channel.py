@@ -55,7 +55,7 @@ class SynicUser(Protocol):
 class OpenedChannel:
     """One open channel. `OPEN_FAILURES` when it cannot be had.
 
-    `on_fault(error)` hears what the device's code raises; whoever made this then closes it.
+    `on_fault(error)` hears what the device's code raises: whoever made this then halts and closes it.
     """
 
     def __init__(
@@ -104,15 +104,14 @@ class OpenedChannel:
         try:
             self._device.opened(self.io)
         except Exception as error:
-            self.failed(error)
+            self._on_fault(error)
             return
         self._doorbell()
 
-    def failed(self, error: Exception) -> None:
-        """The device raised this: it is called no more, but for `closed`, and its rings are left alone."""
+    def halt(self) -> None:
+        """The device failed: it is called no more, but for `closed`, and its rings are left alone."""
         self._started = False
         self.io.abandon()
-        self._on_fault(error)
 
     def retarget(self, vp_index: int) -> None:
         """Interrupt another VP. RouteError when that cannot be, and then the old one stays."""
@@ -148,7 +147,7 @@ class OpenedChannel:
             with self.io:
                 self._serve()
         except Exception as error:
-            self.failed(error)
+            self._on_fault(error)
 
     def _drain(self, device: Device) -> None:
         self.io.drain(device.received)

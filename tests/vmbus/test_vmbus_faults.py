@@ -119,14 +119,17 @@ def test_what_a_callers_reply_raises_ends_the_device_it_asked(loopback: Any) -> 
     assert not device.ready_for_requests
 
 
-def test_a_listener_that_raises_costs_its_connection_alone(make_vsock: Make) -> None:
+def test_what_a_stream_raises_ends_that_stream_alone(make_vsock: Make) -> None:
     bench = make_vsock()
     other, other_guest = from_host(bench, 1)
-    bench.vsock.listen(5, lambda _sock: [].pop())
-    bench.guest.connect(5)
+    program, guest = from_host(bench, 2)
+    (connection,) = (c for c in bench.vsock._connections if "port 2" in c.offer.name)
+    connection._to_guest = lambda: 1 // 0  # type: ignore[assignment, method-assign]
+    program.outgoing += b"to nobody"
+    bench.run(lambda: program.at_end or program.reset)
     bench.run()
-    assert [s.state for s in bench.guest.sockets if s.port == 5] == ["gone"]
-    assert "pop from empty list" in str(bench.loopback.notes.events)
+    assert guest.state == "gone"
+    assert "ZeroDivisionError" in bench.loopback.host.snapshot()["ended"]["vsock to guest port 2"]  # type: ignore[index]
     other_guest.outgoing += b"still here"
     bench.run(lambda: other.incoming == b"still here")
 

@@ -190,11 +190,14 @@ class HvsockConnection:
             return 0
         self._wakes += 1
         before = io.reader.packets + io.writer.packets
+        self.guard.run(self._move, io)
+        return io.reader.packets + io.writer.packets - before + VISIT_COST
+
+    def _move(self, io: ChannelIo) -> None:
         with io:
             self._to_host()
             self._to_guest()
             self._settle()
-        return io.reader.packets + io.writer.packets - before + VISIT_COST
 
     # The socket.
 
@@ -233,7 +236,7 @@ class HvsockConnection:
             self.end()
             return
         if self._host_gone and self._timer is None:
-            self._timer = self._call_later(GONE_SECONDS, self._gone)
+            self._timer = self._call_later(GONE_SECONDS, self.guard.run, self._gone)
         mask = WRITE if self._left else 0
         if not self._may_read and not self._host_done:
             mask |= READ
@@ -400,7 +403,7 @@ class HvsockConnection:
         if self._told_guest and self._has_read(io):
             self.end()
         else:
-            self._timer = self._call_later(GONE_SECONDS, self._gone)
+            self._timer = self._call_later(GONE_SECONDS, self.guard.run, self._gone)
 
     def _drop_timer(self) -> None:
         timer, self._timer = self._timer, None

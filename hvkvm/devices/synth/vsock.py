@@ -17,6 +17,7 @@ import os
 import socket
 from collections.abc import Callable
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -141,7 +142,7 @@ class Vsock:
         """
         ours, theirs = socket.socketpair()
         try:
-            self._io.call_soon(self._call_guest, ours, port, False)
+            self._io.call_soon(self._host.contain, self._call_guest, ours, port, False)
         except BaseException:
             ours.close()
             theirs.close()
@@ -156,7 +157,9 @@ class Vsock:
             sock.close()
             return
         try:
-            self._callers.add(Caller(sock, watch, self._io.call_later, self._called))
+            self._callers.add(
+                Caller(sock, watch, self._io.call_later, partial(self._host.contain, self._called))
+            )
         except (OSError, Stopped) as error:
             self._reports.add("vsock", f"cannot serve a program: {error}")
             sock.close()
@@ -260,7 +263,7 @@ class Vsock:
             self._connections[connection] = channel
 
     def _retry_later(self, request: TlConnect, retries: int) -> None:
-        timer = self._io.call_later(RETRY_SECONDS, self._retry, request, retries)
+        timer = self._io.call_later(RETRY_SECONDS, self._host.contain, self._retry, request, retries)
         self._retries[id(request)] = request, timer
 
     def _retry(self, request: TlConnect, retries: int) -> None:
