@@ -11,7 +11,7 @@ import pytest
 from hvkvm.abi import keyboard as wire
 from hvkvm.abi import vmbus
 from hvkvm.abi.ring import VM_PKT_COMP
-from hvkvm.devices.synth.keyboard import MAX_WAITING, Keyboard
+from hvkvm.devices.synth.keyboard import MAX_WAITING, TURN_EVENTS, Keyboard
 from hvkvm.testing.vmbus_loopback import Loopback
 
 
@@ -221,3 +221,17 @@ def test_every_key_comes_once_and_in_order_whatever_the_timing(seed: int) -> Non
         assert device.waiting == 0
     finally:
         loop.close()
+
+
+def test_a_large_ring_takes_no_more_events_a_turn_than_a_small_one(loop: Loopback) -> None:
+    device, driver = connected(loop, in_pages=200)
+    assert device.type("x" * 3000)
+    counts, before = [], 0
+    while True:
+        counts.append(device.events - before)
+        before = device.events
+        if not loop.step():
+            break
+    assert max(counts) == TURN_EVENTS
+    assert device.events == 6000
+    assert driver.bytes_for_atkbd() == b"\x2d\xad" * 3000

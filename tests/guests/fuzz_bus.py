@@ -164,7 +164,10 @@ class Bench:
 
     def do(self, step: Step) -> None:
         """Take one step."""
+        before = self._packets()
         self._steps[step[0]](*step[1:])
+        if step[0] == "ask":  # which is served in a turn of its own
+            self.most_packets = max(self.most_packets, self._packets() - before)
 
     def channel(self, index: int) -> Known | None:
         """The channel that `index` means now."""

@@ -21,11 +21,12 @@ from fuzz_steps import Steps
 
 from hvkvm.abi.vmbus import MAX_RELID
 from hvkvm.devices.synth.ic import MAX_WAITING
-from hvkvm.devices.synth.vsock import MAX_CONNECTIONS
+from hvkvm.devices.synth.keyboard import TURN_EVENTS
+from hvkvm.devices.synth.vsock import MAX_CONNECTIONS, TURN_PACKETS
 from hvkvm.observe.bus_text import bus_lines
 from hvkvm.vmbus.channel_io import BUDGET
 from hvkvm.vmbus.gpadl import MAX_GPADLS, MAX_UNFINISHED, MAX_VALUES
-from hvkvm.vmbus.host import MAX_INBOX, MAX_OUTBOX
+from hvkvm.vmbus.host import MAX_INBOX, MAX_OUTBOX, TURN_MESSAGES
 from hvkvm.vmbus.server import MAX_TL_CONNECTS
 
 LENGTH = 60
@@ -72,8 +73,8 @@ def look(bench: Bench) -> None:
         "a channel has no device"
     )
     # Fairness in turns: what one callback takes is bounded, so whoever is behind it waits for so much.
-    at_most("packets in one turn", bench.most_packets, 2 * BUDGET + 16)
-    at_most("messages in one turn", bench.most_messages, MAX_INBOX)
+    at_most("packets in one turn", bench.most_packets, BUDGET + max(BUDGET, TURN_EVENTS, TURN_PACKETS) + 1)
+    at_most("messages in one turn", bench.most_messages, TURN_MESSAGES)
     assert bus_lines(host.snapshot())
     assert vsock.describe()
 

@@ -22,6 +22,9 @@ from hvkvm.vmbus.offer import Offer, only_instance
 MAX_WAITING = 16384
 """Events that may wait for room; a shifted character is four."""
 
+TURN_EVENTS = 64
+"""Most that go at a time: a guest chooses how large its ring is, and other devices have their turn too."""
+
 Typed = Callable[[bool], object]
 """typed(whole): all of it lies in the ring; False if the guest left before."""
 
@@ -106,7 +109,7 @@ class Keyboard:
             _kind, self.leds = wire.led_indicators.unpack_from(payload)
 
     def ready(self) -> None:
-        """Send what waits while there is room, with one signal for all of it."""
+        """Send what waits while there is room, with one signal for all of a turn's share."""
         io = self._io
         if io is None:
             return
@@ -115,7 +118,9 @@ class Keyboard:
                 if not io.send(self._response):
                     return
                 self._response = b""
-            while self._waiting and self._io is io:
+            for _ in range(TURN_EVENTS):
+                if not self._waiting or self._io is not io:
+                    return
                 first = self._waiting[0]
                 if isinstance(first, bytes):
                     if not io.send(first):
@@ -125,6 +130,8 @@ class Keyboard:
                 else:
                     self._waiting.popleft()
                     first(True)
+            if self._waiting:
+                io.again()
 
     def _leave(self) -> None:
         """The driver of before is gone: its keys are dropped, and whoever waits is told."""
