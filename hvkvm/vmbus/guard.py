@@ -11,7 +11,7 @@ Owner: the I/O loop.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, Protocol, runtime_checkable
 
 MAX_TEXT = 200
@@ -45,6 +45,21 @@ class Guard:
                 raise
             self._failed = True
             self._on_fault(error)
+
+
+def call_all(calls: Iterable[Callable[[], object]]) -> None:
+    """Make every call, though some raise; then raise what the first of those raised.
+
+    For those who wait for an answer: one that raises must not keep it from the others.
+    """
+    first: Exception | None = None
+    for call in calls:
+        try:
+            call()
+        except Exception as error:
+            first = first or error
+    if first is not None:
+        raise first
 
 
 @runtime_checkable

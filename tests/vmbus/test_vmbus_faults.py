@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from vsock_pairs import Make, from_host
 
-from hvkvm.abi import hvsock, vmbus
+from hvkvm.abi import hvsock, ic, vmbus
 from hvkvm.abi import vmbus_messages as wire
 from hvkvm.devices.synth.heartbeat import INTERVAL, Heartbeat
 from hvkvm.observe.bus_text import bus_lines
@@ -117,6 +117,20 @@ def test_what_a_callers_reply_raises_ends_the_device_it_asked(loopback: Any) -> 
     driver.answer(payload)
     assert driver.channel.rescinded
     assert not device.ready_for_requests
+
+
+def test_a_reply_that_raises_keeps_no_answer_from_the_others(loopback: Any) -> None:
+    loop = loopback()
+    device = Heartbeat(loop.call_later)
+    driver = IcDriver(loop, device)
+    driver.negotiate()
+    heard: list[int] = []
+    device.ask(1, b"", lambda _status, _body: 1 // 0)
+    device.ask(1, b"", lambda status, _body: heard.append(status))
+    driver.close()
+    assert heard == [ic.HV_E_FAIL]
+    assert not any(timer.active for timer in loop.timers)
+    assert "ZeroDivisionError" in loop.host.snapshot()["ended"]["heartbeat"]
 
 
 def test_what_a_stream_raises_ends_that_stream_alone(make_vsock: Make) -> None:

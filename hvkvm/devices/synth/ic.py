@@ -11,12 +11,13 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable
+from functools import partial
 from typing import Protocol
 
 from hvkvm.abi import ic, vmbus
 from hvkvm.abi.ring import VM_PKT_DATA_INBAND, Packet
 from hvkvm.vmbus.channel_io import ChannelIo
-from hvkvm.vmbus.guard import Guard
+from hvkvm.vmbus.guard import Guard, call_all
 from hvkvm.vmbus.offer import Offer, only_instance
 
 MAX_WAITING = 16
@@ -163,7 +164,5 @@ class IntegrationComponent:
         unanswered = [self._sent, *self._waiting]
         self._sent = None
         self._waiting.clear()
-        self.left()
-        for request in unanswered:
-            if request is not None and request.reply is not None:
-                request.reply(ic.HV_E_FAIL, b"")
+        replies = [r.reply for r in unanswered if r is not None and r.reply is not None]
+        call_all([self.left, *(partial(reply, ic.HV_E_FAIL, b"") for reply in replies)])

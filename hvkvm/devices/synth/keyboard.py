@@ -12,11 +12,13 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable
+from functools import partial
 
 from hvkvm.abi import keyboard as wire
 from hvkvm.abi import vmbus
 from hvkvm.abi.ring import VM_PKT_DATA_INBAND, Packet
 from hvkvm.vmbus.channel_io import ChannelIo
+from hvkvm.vmbus.guard import call_all
 from hvkvm.vmbus.offer import Offer, only_instance
 
 MAX_WAITING = 16384
@@ -137,9 +139,7 @@ class Keyboard:
         """The driver of before is gone: its keys are dropped, and whoever waits is told."""
         waiting, self._waiting = self._waiting, deque()
         self.version = None
-        for entry in waiting:
-            if not isinstance(entry, bytes):
-                entry(False)
+        call_all(partial(entry, False) for entry in waiting if not isinstance(entry, bytes))
 
     def closed(self) -> None:
         """Nobody types into a closed channel."""

@@ -14,10 +14,12 @@ as long as its daemon has not registered. Owner: the I/O loop.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 from hvkvm.abi import ic, vmbus, vss
 from hvkvm.devices.synth.ic import MAX_WAITING, CallLater, IntegrationComponent, TimerLike
+from hvkvm.vmbus.guard import call_all
 
 RETRY_SECONDS = 2.0
 RETRIES = 30
@@ -128,8 +130,7 @@ class Vss(IntegrationComponent):
         self.state = FROZEN if self.frozen else THAWED
         self._thaw_again_later()
         replies, self._thaw_replies = self._thaw_replies, []
-        for reply in replies:
-            reply(result)
+        call_all(partial(reply, result) for reply in replies)
 
     def _thaw_again_later(self) -> None:
         if self._owed and self._timer is None and self.call_later and self.ready_for_requests:
