@@ -191,6 +191,8 @@ class Bench:
         """A message whose fields mean something, but for the mutation."""
         channel = self.channel(index)
         relid = index & 0xFFFFFFFF if channel is None else channel.relid
+        if not gpadl and channel is not None:
+            gpadl = channel.gpadl
         kind = wire.KINDS[number]
         values: dict[str, Any] = {
             "relid": relid,
@@ -213,10 +215,13 @@ class Bench:
         """Any bytes."""
         self.post(data, kind=kind, size=size)
 
-    def do_gpadl(self, index: int, gpadl: int, pages: int, skip: int, mutation: Mutation) -> None:
+    def do_gpadl(
+        self, index: int, gpadl: int, pages: int, skip: int, mutation: Mutation, step: int = 1
+    ) -> None:
         """Describe pages for rings, with a new id for 0.
 
-        `skip` leaves that message out, a mutation goes into the first.
+        `skip` leaves that message out, a mutation goes into the first. With `step` they are
+        no neighbours: each `step`th first, then those between.
         """
         channel = self.channel(index)
         if channel is None:
@@ -227,6 +232,7 @@ class Bench:
         first = FIRST_PAGE + self.next_page % PAGES
         self.next_page += pages
         pfns = [FIRST_PAGE + (first - FIRST_PAGE + n) % PAGES for n in range(pages)]
+        pfns = [pfn for begin in range(step) for pfn in pfns[begin::step]]
         for pfn in pfns:
             self.loop.memory.zero(pfn * PAGE, PAGE)
         channel.gpadl, channel.pages = gpadl, pfns
@@ -234,8 +240,15 @@ class Bench:
             if number != skip:
                 self.post(mutated(payload, mutation) if not number else payload)
 
-    def do_open(self, index: int, split: int, vp_index: int, mutation: Mutation) -> None:
-        """OPENCHANNEL on what was described last."""
+    def do_open(
+        self,
+        index: int,
+        split: int,
+        vp_index: int,
+        mutation: Mutation,
+        signals: tuple[int, int] | None = None,
+    ) -> None:
+        """OPENCHANNEL on what was described last; `signals`: connection id and event flag of the guest's."""
         channel = self.channel(index)
         if channel is None:
             return
@@ -247,6 +260,7 @@ class Bench:
             ring_gpadl=channel.gpadl,
             target_vp=vp_index,
             downstream_page_offset=split,
+            **({} if signals is None else {"connection_id": signals[0], "event_flag": signals[1]}),
         )
         self.post(mutated(payload, mutation))
 

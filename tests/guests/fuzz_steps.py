@@ -60,7 +60,9 @@ class Steps:
             self._scribble: 3,
             self._ring: 4,
             self._serve: 24,
-            self._ask: 14,
+            self._ask: 6,
+            self._converse: 10,
+            self._flood: 2,
             self._call: 4,
             self._program: 8,
             self._storm: 2,
@@ -134,6 +136,7 @@ class Steps:
         return [("message", number, self._index(), self._gpadl(), self._word_value(), self._mutation(0.5))]
 
     def _change(self) -> list[Step]:
+        gpadl = self.random.choice((0, 0, self._gpadl()))
         kinds = (
             wire.CLOSECHANNEL,
             wire.GPADL_TEARDOWN,
@@ -142,7 +145,7 @@ class Steps:
             wire.REQUESTOFFERS,
         )
         number = self.random.choice(kinds)
-        return [("message", number, self._index(), self._gpadl(), self.random.randrange(4), AS_IT_IS)]
+        return [("message", number, self._index(), gpadl, self.random.randrange(4), AS_IT_IS)]
 
     def _post(self) -> list[Step]:
         kind = self.random.choice((HVMSG_VMBUS, HVMSG_VMBUS, self._word_value() | 1))
@@ -158,7 +161,7 @@ class Steps:
             if self.random.random() < 0.7:
                 pages = self.random.choice(RING_PAGES[1:])
                 steps += [
-                    ("gpadl", index, 0, 4 + pages, -1, AS_IT_IS),
+                    ("gpadl", index, 0, 4 + pages, -1, AS_IT_IS, self.random.choice((1, 2))),
                     ("open", index, 4, self.random.randrange(2), AS_IT_IS),
                     ("turns", 50),
                     ("packet", index, 6, KEYBOARD_REQUEST, 1, 1, True),
@@ -176,7 +179,7 @@ class Steps:
         return [
             begin,
             ("turns", 30),
-            ("gpadl", -1, 0, 6 + pages, -1, AS_IT_IS),
+            ("gpadl", -1, 0, 6 + pages, -1, AS_IT_IS, self.random.choice((1, 2))),
             ("open", -1, 6, 0, AS_IT_IS),
             ("turns", 30),
             ("packet", -1, 6, self._stream_packet(), 0, 0, True),
@@ -191,9 +194,16 @@ class Steps:
         if random.random() < 0.1:
             out = random.choice((0, 1, into, 200))
         skip = random.choice((-1, -1, -1, -1, 0, 1))
+        signals = random.choice(
+            (
+                None,
+                (0x3000 + index % 8, random.randrange(2049)),
+                (self._word_value(), self._word_value() & 0xFFFF),
+            )
+        )
         steps: list[Step] = [
-            ("gpadl", index, gpadl, max(1, out + into), skip, self._mutation(0.1)),
-            ("open", index, out, random.choice((0, 0, 1, 2, vmbus.VP_INVALID)), self._mutation(0.1)),
+            ("gpadl", index, gpadl, max(1, out + into), skip, self._mutation(0.1), random.choice((1, 2, 3))),
+            ("open", index, out, random.choice((0, 0, 1, 2, vmbus.VP_INVALID)), self._mutation(0.1), signals),
             ("turns", random.choice((0, 3, 50))),
         ]
         for _ in range(random.choice((0, 1, 1, 2))):
@@ -252,6 +262,25 @@ class Steps:
 
     def _ask(self) -> list[Step]:
         return [("ask", self.random.choice(ASKED), self.random.randrange(1200))]
+
+    def _converse(self) -> list[Step]:
+        """Something is asked, and the driver answers it, well or badly."""
+        what = self.random.choice(ASKED)
+        index = {"sync": 2, "check": 4, "freeze": 4, "thaw": 4, "shutdown": 1, "type": 5}.get(what, 3)
+        steps: list[Step] = [("ask", what, self.random.randrange(1200)), ("turns", 5)]
+        for _ in range(self.random.randrange(1, 4)):
+            steps += [
+                ("serve", index, self.random.choice(STATUSES), 2, -1, self._mutation(0.3)),
+                ("turns", 9),
+            ]
+        return steps
+
+    def _flood(self) -> list[Step]:
+        """More than a program reads, or than a guest does."""
+        data = hvsock.pipe_header.pack(1, 4000) + bytes(4000)
+        one: list[Step] = [("burst", -1, 40, data), ("turns", 20)]
+        other: list[Step] = [("program", self._index(), "send", 200_000), ("turns", 20), ("ring", -1)]
+        return self.random.choice((one, other, one + other)) * self.random.choice((3, 12))
 
     def _call(self) -> list[Step]:
         random = self.random
