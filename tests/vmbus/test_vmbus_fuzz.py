@@ -18,7 +18,7 @@ from hvkvm.vmbus.channel_io import ChannelIo
 from hvkvm.vmbus.channels import Channels
 from hvkvm.vmbus.open_channel import OpenedChannel
 
-SEQUENCES = 10
+SEQUENCES = 20
 
 CONNECT: list[Step] = [
     ("contact", vmbus.VERSION_WIN10_V5_3, 2, AS_IT_IS),
