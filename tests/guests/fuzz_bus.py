@@ -482,6 +482,9 @@ class Bench:
         while self.programs:
             self.programs.pop().close()
         self.rest()
+        self.next_page = 0
+        for mapping in self.loop.memory._maps:
+            mapping._prune()  # it forgets views that are gone now and then; here, each time
         synic = self.loop.synic
         for recorded in (synic.flags_set, synic.rung, self.loop.notes.events):
             recorded.clear()

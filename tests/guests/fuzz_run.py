@@ -32,7 +32,7 @@ from hvkvm.vmbus.server import MAX_TL_CONNECTS
 LENGTH = 60
 CALLS_A_CHANNEL = 4
 """Deferred calls that a channel may have waiting: its turn, its start, its end, one more for a stream."""
-GROWTH_BYTES = 16 << 10
+GROWTH_BYTES = 8 << 10
 """Most that the second half of a grind may leave behind."""
 FAULTS = ("device failed", "service failed")
 """Reports of mistakes that are the host's own."""
