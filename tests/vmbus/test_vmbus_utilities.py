@@ -13,6 +13,7 @@ from hvkvm.devices.synth.heartbeat import Heartbeat
 from hvkvm.devices.synth.ic import MAX_WAITING
 from hvkvm.devices.synth.shutdown import Shutdown
 from hvkvm.devices.synth.timesync import TimeSync
+from hvkvm.devices.synth.vss import Vss
 from hvkvm.testing.ic_driver import IcDriver
 
 
@@ -245,3 +246,27 @@ def test_the_time_that_found_no_room_is_told_anew(loopback: Any) -> None:
     now[0] = 5000
     driver.loop.run()  # the guest reads, and rings for the room
     assert unpack_from("<Q", driver.requests()[-1], 28) == (5000,)
+
+
+def test_all_but_kvp_work_on_the_smallest_ring(loopback: Any) -> None:
+    clock = Clock()
+    told: list[int] = []
+
+    def reply(status: int, _body: bytes) -> None:
+        told.append(status)
+
+    heartbeat, shutdown = Heartbeat(clock.call_later), Shutdown()
+    timesync, vss = TimeSync(clock.call_later, lambda: 0), Vss()
+    asks: dict[Any, Callable[[], object]] = {
+        heartbeat: lambda: told.append(0),
+        shutdown: lambda: shutdown.request("reboot", reply),
+        timesync: lambda: timesync.sync(reply),
+        vss: lambda: vss.thaw(lambda result: told.append(result.status)),
+    }
+    for device, ask in asks.items():
+        driver = IcDriver(loopback(), device, device.MESSAGE_VERSIONS[-1], in_pages=2)
+        driver.negotiate()
+        ask()
+        driver.serve(lambda _body: (0, None))
+    assert told == [0, 0, 0, 0]
+    assert heartbeat.beats == 1
