@@ -17,7 +17,7 @@ from time import monotonic
 from typing import TYPE_CHECKING, Any
 
 from hvkvm.cli.arguments import Parser, split_command
-from hvkvm.cli.output import cannot_write, complain
+from hvkvm.cli.output import cannot_write
 from hvkvm.errors import ConfigError, OutputError
 from hvkvm.events import Warned
 from hvkvm.machine.config import (
@@ -33,6 +33,7 @@ from hvkvm.machine.config import (
 if TYPE_CHECKING:
     from hvkvm.cli.signals import Signals
     from hvkvm.cli.status import StatusLine
+    from hvkvm.cli.teller import Teller
     from hvkvm.machine.machine import Machine
     from hvkvm.machine.outcome import Outcome
 
@@ -212,28 +213,29 @@ def main(arguments: list[str]) -> int:
 
 def _run(arguments: list[str]) -> int:
     config, options = config_from(arguments)
-    from hvkvm.backends.console import Console
+    from hvkvm.backends.console import DRAIN_SECONDS, Console
     from hvkvm.cli.last_output import patience, send_last_output
     from hvkvm.cli.signals import Signals
     from hvkvm.cli.status import StatusLine
-    from hvkvm.cli.teller import Teller
+    from hvkvm.cli.teller import CLOSE_SECONDS, Teller
     from hvkvm.machine.machine import Machine
     from hvkvm.machine.outcome import Ending
 
     began = monotonic()
     with (
         Signals((signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)) as signals,
-        Machine(config, observer=Teller(sys.stderr, quiet=options.quiet or options.json)) as machine,
+        Teller(sys.stderr, quiet=options.quiet or options.json) as teller,
+        Machine(config, observer=teller) as machine,
     ):
         offered = machine.hyperv.offered
         if not offered.features and config.hv != "none" and not options.quiet:
             note = f"--hv {config.hv}: this kernel's KVM can back none; `hvkvm doctor` names the remedies"
-            complain(f"hvkvm: running without enlightenments: {note}")
+            teller.say(f"running without enlightenments: {note}")
         elif offered.features and config.synic == "auto" and not options.quiet and not options.json:
             choice = offered.choice
             who = "in user space" if choice.synic == "user" else "by KVM"
-            complain(f"hvkvm: SynIC {who}: {choice.why}")
-        status = StatusLine(machine, sys.stderr, enabled=not options.quiet and not options.json)
+            teller.say(f"SynIC {who}: {choice.why}")
+        status = StatusLine(machine, teller, enabled=not options.quiet and not options.json)
         console = Console(
             machine.platform.io,
             on_quit=lambda: machine.finish(Ending.QUIT, 130, "by the console's keys"),
@@ -249,7 +251,7 @@ def _run(arguments: list[str]) -> int:
         with console:
             machine.start()
             end = None if config.timeout is None else monotonic() + config.timeout
-            outcome, report = _attend(machine, signals, status, end)
+            outcome, report = _attend(machine, signals, status, teller, end)
             machine.close()  # a reader who takes his time holds no guest RAM
             status.clear()
             lost = send_last_output(console, signals, patience(outcome, end))
@@ -258,10 +260,12 @@ def _run(arguments: list[str]) -> int:
             failure = console.output.failure
             why = "standard output was not read in time"
             why = why if failure is None else cannot_write("standard output", failure)
-            complain(f"hvkvm: {lost} bytes of the guest's output are lost: {why}")
+            teller.say(f"{lost} bytes of the guest's output are lost: {why}")
         if report:
-            complain(report)
-        told = _conclude(machine, outcome, monotonic() - began, options)
+            teller.write(f"{report}\n", always=True)
+        _conclude(machine, outcome, monotonic() - began, options, teller)
+        told_to_end = outcome.ending in (Ending.QUIT, Ending.TIMEOUT)
+        told = teller.close(DRAIN_SECONDS if told_to_end else CLOSE_SECONDS)
     return OutputError.exit_status if outcome.status == 0 and (lost or not told) else outcome.status
 
 
@@ -269,7 +273,9 @@ def _goes_on(error: OSError) -> str:
     return f"{cannot_write('standard output', error)}; the guest goes on, and what it prints is lost"
 
 
-def _attend(machine: Machine, signals: Signals, status: StatusLine, end: float | None) -> tuple[Outcome, str]:
+def _attend(
+    machine: Machine, signals: Signals, status: StatusLine, teller: Teller, end: float | None
+) -> tuple[Outcome, str]:
     """Wait for the machine's end, its time limit, or signals; what a time-out has to tell beside it."""
     from hvkvm.machine.outcome import Ending
 
@@ -284,7 +290,7 @@ def _attend(machine: Machine, signals: Signals, status: StatusLine, end: float |
         number = signals.wait(machine.lifecycle.ended_fd, left)
         if number == signal.SIGQUIT:
             status.clear()
-            complain(_describe(machine))
+            teller.write(f"{_describe(machine)}\n", always=True)
         elif number is not None:
             machine.finish(Ending.QUIT, 128 + number, signal.Signals(number).name)
     return machine.outcome, report
@@ -296,8 +302,8 @@ def _describe(machine: Machine) -> str:
     return describe(machine.parts)
 
 
-def _conclude(machine: Machine, outcome: Outcome, seconds: float, options: Any) -> bool:
-    """Say how it ended: JSON when asked, one line when it was not clean. Whether it could be written."""
+def _conclude(machine: Machine, outcome: Outcome, seconds: float, options: Any, teller: Teller) -> None:
+    """Say how it ended: JSON when asked, one line when it was not clean."""
     if options.json:
         import json
 
@@ -311,5 +317,6 @@ def _conclude(machine: Machine, outcome: Outcome, seconds: float, options: Any) 
             "synic": machine.hyperv.offered.synic,
             "exits": machine.exit_counts(),
         }
-        return complain(json.dumps(record))
-    return outcome.clean or complain(f"hvkvm: {outcome}")
+        teller.write(f"{json.dumps(record)}\n", always=True)
+    elif not outcome.clean:
+        teller.say(str(outcome))

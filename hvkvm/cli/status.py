@@ -10,9 +10,10 @@ from __future__ import annotations
 import os
 import threading
 from time import monotonic
-from typing import TYPE_CHECKING, TextIO
+from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from hvkvm.cli.teller import Teller
     from hvkvm.machine.machine import Machine
     from hvkvm.runtime.timers import Timer
 
@@ -23,7 +24,7 @@ ERASE = "\r\x1b[K"
 class StatusLine:
     """Shows elapsed seconds, exits and where vCPU 0 is, until `clear()` or the first console output."""
 
-    def __init__(self, machine: Machine, stream: TextIO, *, enabled: bool) -> None:
+    def __init__(self, machine: Machine, stream: Teller, *, enabled: bool) -> None:
         self._machine = machine
         self._stream = stream
         self._live = enabled and stream.isatty() and os.environ.get("TERM") != "dumb"
@@ -46,10 +47,9 @@ class StatusLine:
             text = f"hvkvm: guest running {monotonic() - self._began:.1f} s, {exits} exits, no output yet"
             if "NO_COLOR" not in os.environ:
                 text = f"\x1b[2m{text}\x1b[0m"
-            if not self._write(ERASE + text):
-                self._live = False
-                return
-            self._drawn = True
+            if not self._stream.waiting:  # a terminal that was stopped shows no more of them
+                self._stream.write(ERASE + text)
+                self._drawn = True
             self._timer = self._machine.platform.io.call_later(REDRAW_SECONDS, self._draw)
 
     def clear(self) -> None:
@@ -61,12 +61,5 @@ class StatusLine:
                 self._timer = None
             if self._drawn:
                 self._drawn = False
-                self._write(ERASE)
-
-    def _write(self, text: str) -> bool:
-        try:
-            self._stream.write(text)
-            self._stream.flush()
-        except (OSError, ValueError):
-            return False  # the terminal has hung up, and the guest may outlive it
-        return True
+                self._stream.write(ERASE)
+                self._stream.flush()

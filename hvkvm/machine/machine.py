@@ -16,7 +16,7 @@ from contextlib import ExitStack
 from types import TracebackType
 
 from hvkvm.errors import HvkvmError
-from hvkvm.events import NULL_OBSERVER, Observer
+from hvkvm.events import NULL_OBSERVER, Observer, limited
 from hvkvm.hyperv.partition import Partition
 from hvkvm.kvm.gsi import GsiTable
 from hvkvm.kvm.system import Kvm
@@ -46,7 +46,7 @@ class Machine:
         self.name = config.name or f"hvkvm-{os.getpid()}"
         self._closed = False
         with ExitStack() as stack:
-            self.parts = self._build(observer, stack)
+            self.parts = self._build(limited(observer), stack)
             self._stack = stack.pop_all()
 
     def _build(self, observer: Observer, stack: ExitStack) -> Parts:

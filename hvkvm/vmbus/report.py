@@ -1,15 +1,11 @@
-"""What a guest does wrong on VMBus, told upward at a bounded rate.
+"""What a guest does wrong on VMBus, counted by kind and reported upward, each kind a subject of its own.
 
-Why: a guest may repeat a mistake as fast as it can post messages. The first few
-of a kind are told, then only each count that is a power of two: no clock, and a
-log that grows with the logarithm. Used by the VMBus room, on the I/O loop.
+`events.LimitedObserver` limits what is told of them. Used by VMBus, on the I/O loop.
 """
 
 from __future__ import annotations
 
 from hvkvm.events import Observer, Warned
-
-BURST = 4
 
 
 class Reports:
@@ -20,12 +16,9 @@ class Reports:
         self.counts: dict[str, int] = {}
 
     def add(self, kind: str, text: str) -> None:
-        """Count one more of `kind` and perhaps tell `text`."""
-        count = self.counts[kind] = self.counts.get(kind, 0) + 1
-        if count <= BURST:
-            self._observer.event(Warned("vmbus", f"{kind}: {text}"))
-        elif not count & (count - 1):
-            self._observer.event(Warned("vmbus", f"{kind}: {text} (the {count}th of its kind)"))
+        """Count one more of `kind` and report `text`."""
+        self.counts[kind] = self.counts.get(kind, 0) + 1
+        self._observer.event(Warned(f"vmbus {kind}", f"{kind}: {text}"))
 
     @property
     def total(self) -> int:

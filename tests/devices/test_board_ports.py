@@ -15,6 +15,7 @@ from hvkvm.devices.port.debug_exit import DebugExit, GuestExit, debug_exit_statu
 from hvkvm.devices.port.fw_cfg import FwCfg
 from hvkvm.devices.port.quiet import NmiStatusPort, quiet_ports
 from hvkvm.devices.port.reset import I8042Reset, PciConfigPorts, SystemControlA
+from hvkvm.events import BURST, limited
 
 
 @pytest.fixture
@@ -222,11 +223,11 @@ def test_0x61_lets_no_delay_loop_hang(bus):
 
 
 def test_complaints_are_few_but_counted(recorder):
-    complaints = Complaints(recorder, "subject", burst=4)
+    complaints = Complaints(limited(recorder), "subject")
     for _ in range(1000):
         complaints.add("wrong")
     assert complaints.count == 1000
-    assert len(recorder.events) == 4 + 7  # 8, 16, ..., 512
+    assert len(recorder.events) == BURST + 6  # 16, 32, ..., 512
     assert {event.subject for event in recorder.events} == {"subject"}
 
 

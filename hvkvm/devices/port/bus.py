@@ -72,7 +72,7 @@ class PortBus:
         self._claims: dict[int, tuple[PortDevice, str]] = {}  # by port: the device and its range as text
         self._quiet: set[int] = set()
         self._windows: dict[Vcpu, _Window] = {}
-        self.unclaimed = Complaints(observer, "port-unclaimed", burst=16)
+        self.unclaimed = Complaints(observer, "port-unclaimed")
 
     def add(self, port: int, length: int, device: PortDevice, *, width: int = 4) -> None:
         """Claim `length` ports from `port` for `device`. ConfigError when any is taken or out of range.
