@@ -21,7 +21,7 @@ from typing import Any
 from hvkvm.abi.hv_synic import HVMSG_VMBUS, hv_post_message_input
 from hvkvm.abi.tlfs import HvStatus
 from hvkvm.errors import RouteError
-from hvkvm.events import Event, Observer
+from hvkvm.events import Event, LimitedObserver
 from hvkvm.memory.guest import GuestMemory
 from hvkvm.testing.vmbus_client import GuestChannel, VmbusClient
 from hvkvm.vmbus.host import VmbusHost
@@ -36,13 +36,14 @@ class NoSlots:
         """Nothing to do."""
 
 
-class Notes(Observer):
-    """Keeps what the host reports."""
+class Notes(LimitedObserver):
+    """Keeps what the host reports, as little of it as a machine's observer hears."""
 
     def __init__(self) -> None:
+        super().__init__()
         self.events: list[Event] = []
 
-    def event(self, event: Event) -> None:
+    def tell(self, event: Event) -> None:
         """Keep it."""
         self.events.append(event)
 
