@@ -194,6 +194,34 @@ class kvm_debugregs(Structure):
     ]
 
 
+class kvm_vmx_nested_state_hdr__smm(Structure):
+    _fields_ = [("flags", c_uint16)]
+
+
+class kvm_vmx_nested_state_hdr(Structure):
+    _fields_ = [
+        ("vmxon_pa", c_uint64),
+        ("vmcs12_pa", c_uint64),
+        ("smm", kvm_vmx_nested_state_hdr__smm),
+        ("pad", c_uint16),
+        ("flags", c_uint32),
+        ("preemption_timer_deadline", c_uint64),
+    ]
+
+
+class kvm_nested_state__hdr(Union):
+    _fields_ = [("vmx", kvm_vmx_nested_state_hdr), ("pad", c_uint8 * 120)]
+
+
+class kvm_nested_state(Structure):
+    _fields_ = [
+        ("flags", c_uint16),
+        ("format", c_uint16),
+        ("size", c_uint32),
+        ("hdr", kvm_nested_state__hdr),
+    ]
+
+
 class kvm_xsave(Structure):
     _fields_ = [("region", c_uint32 * 1024)]
 

@@ -45,6 +45,7 @@ from hvkvm.abi.kvm_cpu_structs import kvm_mp_state as kvm_mp_state
 from hvkvm.abi.kvm_cpu_structs import kvm_msr_entry as kvm_msr_entry
 from hvkvm.abi.kvm_cpu_structs import kvm_msr_list as kvm_msr_list
 from hvkvm.abi.kvm_cpu_structs import kvm_msrs as kvm_msrs
+from hvkvm.abi.kvm_cpu_structs import kvm_nested_state as kvm_nested_state
 from hvkvm.abi.kvm_cpu_structs import kvm_regs as kvm_regs
 from hvkvm.abi.kvm_cpu_structs import kvm_run__s as kvm_run__s
 from hvkvm.abi.kvm_cpu_structs import kvm_segment as kvm_segment

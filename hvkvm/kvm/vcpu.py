@@ -12,13 +12,15 @@ from __future__ import annotations
 import errno
 import mmap
 import os
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
+from ctypes import sizeof
 from functools import partial
+from struct import Struct
 from typing import TYPE_CHECKING, NoReturn
 
 from hvkvm.abi import kvm_requests as rq
-from hvkvm.abi.kvm import KVM_CAP_HYPERV_CPUID, KVM_CAP_XSAVE2, KVM_EXIT_INTR
+from hvkvm.abi.kvm import KVM_CAP_HYPERV_CPUID, KVM_CAP_NESTED_STATE, KVM_CAP_XSAVE2, KVM_EXIT_INTR
 from hvkvm.abi.kvm_structs import (
     kvm_cpuid_entry2,
     kvm_debugregs,
@@ -29,6 +31,7 @@ from hvkvm.abi.kvm_structs import (
     kvm_lapic_state,
     kvm_mp_state,
     kvm_msrs_of,
+    kvm_nested_state,
     kvm_regs,
     kvm_run,
     kvm_sregs,
@@ -51,6 +54,9 @@ _SUPPORTED_HV_CPUID = rq.KVM_GET_SUPPORTED_HV_CPUID._replace(scope="vcpu")
 _KVM_RUN = rq.KVM_RUN.number
 _MAX_IO_MSRS = 255  # one KVM_GET_MSRS or KVM_SET_MSRS takes fewer than the kernel's MAX_IO_MSRS, 256
 _PLAIN_XSAVE = 4096
+_NESTED_HEADER = 128
+_MSR_TABLE = 8  # struct kvm_msrs before its entries
+_MSR_ENTRY = Struct("<I4xQ")  # struct kvm_msr_entry: a hundred of them by ctypes' fields take milliseconds
 
 
 class Vcpu(Handle):
@@ -178,35 +184,69 @@ class Vcpu(Handle):
             self._xsave_size = max(_PLAIN_XSAVE, self.vm.check_extension(KVM_CAP_XSAVE2))
         return self._xsave_size
 
+    def nested_state(self) -> bytes:
+        """The guest's own use of VMX or SVM: struct kvm_nested_state with its data; empty without KVM's."""
+        room = self.vm.check_extension(KVM_CAP_NESTED_STATE)
+        if not room:
+            return b""
+        area = bytearray(max(room, _NESTED_HEADER))
+        header = kvm_nested_state.from_buffer(area)
+        header.size = len(area)
+        door.ioctl(self.fd, rq.KVM_GET_NESTED_STATE, _bytes_at(area), f"vCPU {self.index}")
+        return bytes(area[: header.size])
+
+    def set_nested_state(self, area: bytes) -> None:
+        """Put back what `nested_state` gave."""
+        if area:
+            door.ioctl(self.fd, rq.KVM_SET_NESTED_STATE, _bytes_at(bytearray(area)), f"vCPU {self.index}")
+
     # MSRs.
 
     def msrs(self, indices: Iterable[int]) -> dict[int, int]:
         """Read MSRs; raises KvmIoctlError naming the first that KVM refuses (EINVAL)."""
-        values: dict[int, int] = {}
-        for batch in _batches([(index, 0) for index in indices]):
-            table = self._msr_ioctl(rq.KVM_GET_MSRS, batch)
-            values.update((entry.index, entry.data) for entry in table.entries)
-        return values
+        values, refused = self._every_msr(rq.KVM_GET_MSRS, [(index, 0) for index in indices], stop=True)
+        if refused:
+            self._msr_refused(rq.KVM_GET_MSRS, f"{refused[0]:#x}")
+        return dict(values)
 
     def set_msrs(self, values: Mapping[int, int] | Iterable[tuple[int, int]]) -> None:
         """Write MSRs in order; raises KvmIoctlError naming the first refused. Those before it are set."""
-        pairs = values.items() if isinstance(values, Mapping) else values
-        for batch in _batches(list(pairs)):
-            self._msr_ioctl(rq.KVM_SET_MSRS, batch)
+        pairs = list(values.items() if isinstance(values, Mapping) else values)
+        done, refused = self._every_msr(rq.KVM_SET_MSRS, pairs, stop=True)
+        if refused:
+            self._msr_refused(rq.KVM_SET_MSRS, f"{refused[0]:#x} = {pairs[len(done)][1]:#x}")
 
-    def _msr_ioctl(self, request: rq.Request, batch: list[tuple[int, int]]) -> ctypes.Structure:
-        table: ctypes.Structure = kvm_msrs_of(len(batch))(nmsrs=len(batch))
-        for i, (index, value) in enumerate(batch):
-            table.entries[i].index = index
-            table.entries[i].data = value
-        # KVM stops at the first MSR it refuses and returns how many it did: that is no error to ioctl(2).
-        done = door.ioctl(self.fd, request, table, f"vCPU {self.index}")
-        if done < len(batch):
-            detail = f"vCPU {self.index} refused MSR {batch[done][0]:#x}"
-            if request is rq.KVM_SET_MSRS:
-                detail += f" = {batch[done][1]:#x}"
-            raise KvmIoctlError(errno.EINVAL, request.name, request.scope, detail)
-        return table
+    def readable_msrs(self, indices: Iterable[int]) -> dict[int, int]:
+        """As `msrs`, but without those that KVM refuses: an ioctl more for each of them."""
+        return dict(self._every_msr(rq.KVM_GET_MSRS, [(index, 0) for index in indices])[0])
+
+    def set_writable_msrs(self, values: Mapping[int, int]) -> list[int]:
+        """As `set_msrs`, but those that KVM refuses are left out, and returned."""
+        return self._every_msr(rq.KVM_SET_MSRS, list(values.items()))[1]
+
+    def _every_msr(
+        self, request: rq.Request, pairs: list[tuple[int, int]], *, stop: bool = False
+    ) -> tuple[list[tuple[int, int]], list[int]]:
+        """What was read or written, and which MSRs KVM refused; with `stop` not beyond the first of these."""
+        accepted: list[tuple[int, int]] = []
+        refused: list[int] = []
+        while pairs and not (stop and refused):
+            batch = pairs[:_MAX_IO_MSRS]
+            table = kvm_msrs_of(len(batch))(nmsrs=len(batch))
+            for at, pair in zip(range(_MSR_TABLE, sizeof(table), _MSR_ENTRY.size), batch, strict=True):
+                _MSR_ENTRY.pack_into(table, at, *pair)
+            # KVM stops at the first MSR it refuses and returns how many it did: that is no error to ioctl(2).
+            done = door.ioctl(self.fd, request, table, f"vCPU {self.index}")
+            accepted += _MSR_ENTRY.iter_unpack(bytes(table)[_MSR_TABLE : _MSR_TABLE + done * _MSR_ENTRY.size])
+            if done < len(batch):
+                refused.append(batch[done][0])
+                done += 1
+            pairs = pairs[done:]
+        return accepted, refused
+
+    def _msr_refused(self, request: rq.Request, what: str) -> NoReturn:
+        detail = f"vCPU {self.index} refused MSR {what}"
+        raise KvmIoctlError(errno.EINVAL, request.name, request.scope, detail)
 
     # CPUID.
 
@@ -312,11 +352,6 @@ class Vcpu(Handle):
 
 def _enter_closed() -> NoReturn:
     raise OSError(errno.EBADF, os.strerror(errno.EBADF))
-
-
-def _batches(pairs: list[tuple[int, int]]) -> Iterator[list[tuple[int, int]]]:
-    for start in range(0, len(pairs), _MAX_IO_MSRS):
-        yield pairs[start : start + _MAX_IO_MSRS]
 
 
 def _bytes_at(area: bytearray) -> ctypes.Array[ctypes.c_char]:

@@ -23,7 +23,7 @@ class Processors:
     def __init__(self, platform: Platform, image: GuestImage) -> None:
         self._platform = platform
         self._image = image
-        self._power_on = PowerOnState(platform.kvm, platform.vm, platform.vcpus)
+        self._power_on = PowerOnState(platform.kvm, platform.vm, platform.vcpus, observer=platform.observer)
         image.load(platform.memory, platform.vcpus[0])
 
     def start(self) -> None:
