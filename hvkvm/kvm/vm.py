@@ -9,6 +9,7 @@ from any thread. Interrupt routes are changed by `GsiTable` alone.
 from __future__ import annotations
 
 import ctypes
+import os
 from collections.abc import Iterable, Sequence
 from threading import Lock
 from typing import NamedTuple
@@ -60,17 +61,23 @@ class MsrRange(NamedTuple):
 
 
 class Vm(Handle):
-    """One VM. Closing it closes its vCPUs first."""
+    """One VM, of the process that made it: KVM answers no other. Closing it closes its vCPUs first."""
 
-    __slots__ = ("coalesced_lock", "coalesced_offset", "vcpu_mmap_size", "vcpus")
+    __slots__ = ("_pid", "coalesced_lock", "coalesced_offset", "vcpu_mmap_size", "vcpus")
 
     def __init__(self, fd: int, vcpu_mmap_size: int) -> None:
         super().__init__(fd)
+        self._pid = os.getpid()
         self.vcpu_mmap_size = vcpu_mmap_size
         self.vcpus: list[Vcpu] = []
         # The coalesced ring is the VM's, seen through every vCPU's map: `drain_coalesced` uses these two.
         self.coalesced_lock = Lock()
         self.coalesced_offset = 0
+
+    @property
+    def closed(self) -> bool:
+        """Whether there is nothing more to undo in it: closed, or a forked child's copy."""
+        return self.fd < 0 or os.getpid() != self._pid
 
     def check_extension(self, cap: int) -> int:
         """KVM_CHECK_EXTENSION on this VM, which may differ from the system's answer."""

@@ -16,6 +16,7 @@ thread; `finish` from a signal handler too. All else says its own.
 
 from __future__ import annotations
 
+import os
 import select
 import threading
 from collections import deque
@@ -78,6 +79,7 @@ class Lifecycle:
         self.resets = 0
         self.phase = Phase.BUILT
         self._platform = platform
+        self._pid = os.getpid()
         self._reboot = reboot
         # An eventfd, not a threading.Event: finish() is called by signal handlers, which may find the
         # main thread inside wait(), and an Event's lock would then be waited for by its own holder.
@@ -117,6 +119,14 @@ class Lifecycle:
                 raise
 
     @property
+    def is_copy(self) -> bool:
+        """Whether this is a forked child, without the threads: it shares what it may not touch.
+
+        A lock that another thread held at the fork stays held there for ever.
+        """
+        return os.getpid() != self._pid
+
+    @property
     def ended_fd(self) -> int:
         """Becomes readable when the run has ended, for callers that wait for more than that."""
         return self._ended.fd
@@ -129,7 +139,9 @@ class Lifecycle:
         return self.outcome
 
     def finish(self, ending: Ending, status: int, detail: str = "") -> None:
-        """Name the end of the run, once; wakes `wait()`."""
+        """Name the end of the run, once; wakes `wait()`. Nothing in a forked child."""
+        if self.is_copy:
+            return
         with self._lock:
             if self.outcome is None:
                 self.outcome = Outcome(ending, status, detail)
@@ -150,7 +162,7 @@ class Lifecycle:
         """
         if self.outcome is None:
             self.finish(Ending.QUIT, 0, "stopped by the host")
-        if self.started_at is None:
+        if self.started_at is None or self.is_copy:
             return
         self._platform.group.stop_all(seconds)
         self._stop_parts_from_outside(seconds)
@@ -188,7 +200,9 @@ class Lifecycle:
         return self._console.console_panic()
 
     def request_reset(self, reason: str) -> None:
-        """Reset the machine soon, or end the run if that is what a reset does here."""
+        """Reset the machine soon, or end the run if that is what a reset does here. Nothing in a child."""
+        if self.is_copy:
+            return
         with self._lock:
             if self._reset_pending or self.outcome is not None:
                 return

@@ -7,6 +7,10 @@ loads the kernel; nothing runs until `start()`. What happens from then on is
 
 Threads: the caller's thread builds, waits and closes; `Lifecycle` says what else
 may be called from where.
+
+A machine is the process's that made it. A forked child has copies of fds, and
+memory, that it shares with it, but none of the threads: closing the machine there
+lets the copies go and changes nothing for the one that runs.
 """
 
 from __future__ import annotations
@@ -146,10 +150,19 @@ class Machine:
         if self._closed:
             return
         self._closed = True
+        if self.lifecycle.is_copy:
+            self._let_go()
+            return
         try:
             self.stop()
         finally:
             self._stack.close()
+
+    def _let_go(self) -> None:
+        """A forked child's close: only what acts on this process alone, and nothing that takes a lock."""
+        self.platform.vm.close()
+        self.platform.memory.close()
+        self.platform.kvm.close()
 
     def __enter__(self) -> Machine:
         return self

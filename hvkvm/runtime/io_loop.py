@@ -31,7 +31,8 @@ epoll hands out the last one, and its counter, once it is not 0, says readable
 for ever (it holds 2**64 - 2 writes). That saves a system call an event, and the
 loop's own wake-ups are taken in the same way.
 
-Threads: any thread may call anything here.
+Threads: any thread may call anything here. The loop belongs to the process that
+made it: a forked child shares epoll's list with it, and so leaves that alone.
 """
 
 from __future__ import annotations
@@ -106,6 +107,7 @@ class IoLoop:
         self._epoll.register(self._wake_fd, select.EPOLLIN | select.EPOLLET)
         self.rounds = 0
         """How many have begun. The loop's thread counts."""
+        self._pid = os.getpid()
         self._polling = False
         self._stopping = False
         self._closed = False
@@ -122,9 +124,11 @@ class IoLoop:
     def stop(self, timeout: float = STOP_SECONDS) -> None:
         """End the loop and wait for it; what is queued is reported cancelled, timers are dropped. Repeatable.
 
-        From the loop itself it only asks. Stuck, naming what runs, if the
-        loop has not ended in `timeout` seconds.
+        From the loop itself it only asks, in a forked child not even that. Stuck,
+        naming what runs, if the loop has not ended in `timeout` seconds.
         """
+        if os.getpid() != self._pid:
+            return
         self._stopping = True
         if self._thread.ident is None:
             self._close()
@@ -309,6 +313,8 @@ class IoLoop:
             if self._handles.get(handle.fd) is not handle:
                 return
             del self._handles[handle.fd]
+            if os.getpid() != self._pid:
+                return
             try:
                 self._epoll.unregister(handle.fd)
             except OSError:

@@ -11,6 +11,7 @@ Owner: the I/O loop, for all but construction.
 
 from __future__ import annotations
 
+import os
 import select
 from collections.abc import Callable
 from typing import Protocol
@@ -67,6 +68,7 @@ class SocketWatch:
     """The sockets of one service. Stopped when the loop takes no readers any more."""
 
     def __init__(self, io: ReaderLoop) -> None:
+        self._pid = os.getpid()
         self._epoll = select.epoll()
         self._watched: dict[int, Watched] = {}
         try:
@@ -100,6 +102,8 @@ class SocketWatch:
         if self._watched.get(watched.fd) is not watched:
             return
         del self._watched[watched.fd]
+        if os.getpid() != self._pid:
+            return  # a forked child shares the list with its parent, whose it is
         try:
             self._epoll.unregister(watched.fd)
         except (OSError, ValueError):

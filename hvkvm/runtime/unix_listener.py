@@ -94,19 +94,24 @@ def listen_fd(path: Path, backlog: int, mode: int | None = None) -> int:
     return listener.detach()
 
 
-def identity(path: Path) -> tuple[int, int] | None:
+Identity = tuple[int, int, int]
+"""The file's device and number, and the process whose it is."""
+
+
+def identity(path: Path) -> Identity | None:
     """What tells our socket's file from a successor's, while our socket is open; None when there is none.
 
-    Once it is closed, the file system may give its number to the successor.
+    Once it is closed, the file system may give its number to the successor. A
+    forked child's is another one: what its parent made is not its own to remove.
     """
     try:
         found = os.lstat(path)
     except OSError:
         return None
-    return found.st_dev, found.st_ino
+    return found.st_dev, found.st_ino, os.getpid()
 
 
-def remove(path: Path, owned: tuple[int, int] | None) -> None:
+def remove(path: Path, owned: Identity | None) -> None:
     """Unlink our socket's file before closing it, unless another lies there by now. Raises nothing."""
     try:
         with locked(path.parent):
