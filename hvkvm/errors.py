@@ -48,6 +48,12 @@ class KvmUnavailable(HvkvmError):
     exit_status = 69
 
 
+class HostExhausted(HvkvmError):
+    """The host has no more files, memory or threads for what was asked: names what, and the remedy."""
+
+    exit_status = 69
+
+
 class CapabilityMissing(HvkvmError):
     """The running kernel's KVM lacks something that was asked for."""
 

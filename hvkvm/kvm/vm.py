@@ -16,6 +16,7 @@ from typing import NamedTuple
 
 from hvkvm.abi import kvm_requests as rq
 from hvkvm.abi.kvm import (
+    KVM_CAP_NR_MEMSLOTS,
     KVM_HYPERV_EVENTFD_DEASSIGN,
     KVM_MSR_FILTER_DEFAULT_ALLOW,
     KVM_MSR_FILTER_DEFAULT_DENY,
@@ -43,6 +44,7 @@ from hvkvm.kvm import ioctl as door
 from hvkvm.kvm.handle import Handle
 from hvkvm.kvm.vcpu import Vcpu
 
+_OLD_MEMORY_SLOTS = 32  # what KVM had before it could be asked
 _ENABLE_CAP = rq.KVM_ENABLE_CAP._replace(scope="vm")
 _CHECK_EXTENSION = rq.KVM_CHECK_EXTENSION._replace(scope="vm")
 
@@ -88,6 +90,11 @@ class Vm(Handle):
         door.ioctl(self.fd, _ENABLE_CAP, kvm_enable_cap(cap=cap, args=args), f"capability {cap}")
 
     # Memory.
+
+    @property
+    def memory_slots(self) -> int:
+        """How many memory slots KVM has for a VM."""
+        return self.check_extension(KVM_CAP_NR_MEMSLOTS) or _OLD_MEMORY_SLOTS
 
     def set_user_memory_region(self, slot: int, gpa: int, size: int, hva: int, flags: int = 0) -> None:
         """Map `size` bytes of host memory at `hva` to guest physical `gpa`; size 0 deletes the slot.

@@ -7,8 +7,8 @@ each step pushes its undoing on the stack.
 
 from __future__ import annotations
 
+import errno
 from contextlib import ExitStack
-from errno import EFBIG
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -65,11 +65,13 @@ def create_memory(vm: Vm, config: MachineConfig, stack: ExitStack) -> GuestMemor
     try:
         return stack.enter_context(GuestMemory(vm, config.memory))
     except OSError as error:
-        if error.errno == EFBIG:
+        if error.errno == errno.EFBIG:
             raise ConfigError(
                 f"--memory {config.memory >> 20}M: the limit on the size of files (ulimit -f) is less, and"
                 " guest RAM is a file in memory; raise it, or ask for less"
             ) from error
+        if error.errno in (errno.EMFILE, errno.ENFILE):
+            raise
         raise ConfigError(
             f"--memory {config.memory >> 20}M: the host refuses it ({error.strerror}); ask for less"
         ) from error

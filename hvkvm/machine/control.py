@@ -15,10 +15,11 @@ import threading
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from hvkvm.errors import Stopped
+from hvkvm.errors import HostExhausted, Stopped
 from hvkvm.machine import control_guest, inspect
 from hvkvm.machine.outcome import Ending
 from hvkvm.observe.control_socket import Answer, ControlSocket
+from hvkvm.runtime.thread_start import start_thread
 
 if TYPE_CHECKING:
     from hvkvm.machine.lifecycle import Lifecycle
@@ -38,7 +39,7 @@ MOST_KEYS = 64
 
 
 class Control:
-    """Answers requests about one machine."""
+    """Answers requests about one machine. Raises OSError, Stopped; then `listener` is still the caller's."""
 
     def __init__(self, parts: Parts, listener: int) -> None:
         from socket import socket
@@ -58,7 +59,12 @@ class Control:
         self._waiting: list[tuple[Answer, int | None]] = []
         self._watching = False
         self._dumper: threading.Thread | None = None
-        self._socket = ControlSocket(socket(fileno=listener), self._io, self._handle)
+        listening = socket(fileno=listener)
+        try:
+            self._socket = ControlSocket(listening, self._io, self._handle)
+        except BaseException:
+            listening.detach()  # the fd is still the caller's
+            raise
 
     def _handle(self, request: Request, answer: Answer) -> None:
         handler = self.requests.get(request["do"])
@@ -101,7 +107,11 @@ class Control:
                 return  # the machine ends, and the connection with it
 
         self._dumper = threading.Thread(target=work, name="dump", daemon=True)
-        self._dumper.start()
+        try:
+            start_thread(self._dumper)
+        except HostExhausted as error:
+            self._dumper = None
+            answer.fail("busy", str(error))
 
     def _break(self, request: Request, answer: Answer) -> None:
         """A break on the serial console; with "keys", these behind it: Linux takes the first as SysRq."""

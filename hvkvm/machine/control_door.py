@@ -17,6 +17,7 @@ from hvkvm.errors import ConfigError, FolderUnusable, NameTaken
 from hvkvm.events import Warned
 from hvkvm.observe import control_path
 from hvkvm.runtime import unix_listener
+from hvkvm.runtime.acceptor import ACCEPT_PAUSE
 
 if TYPE_CHECKING:
     from hvkvm.machine.control import Control
@@ -32,6 +33,7 @@ class ControlDoor:
         self._parts = parts
         self._fd = fd
         self._owned = unix_listener.identity(path)
+        self._closed = False
         self._control: Control | None = None
         self._reader: Handle | None = parts.platform.io.add_reader(fd, self._open)
 
@@ -41,10 +43,23 @@ class ControlDoor:
         if self._reader is not None:
             self._reader.remove()
             self._reader = None
-        self._control = Control(self._parts, self._fd)
+        try:
+            self._control = Control(self._parts, self._fd)
+        except OSError:
+            # Out of fds or memory, say: whoever connects waits, the guest does not.
+            self._parts.platform.io.call_later(ACCEPT_PAUSE, self._watch)
+
+    def _watch(self) -> None:
+        if self._closed:
+            return
+        try:
+            self._reader = self._parts.platform.io.add_reader(self._fd, self._open)
+        except OSError:
+            self._parts.platform.io.call_later(ACCEPT_PAUSE, self._watch)
 
     def close(self) -> None:
         """Take the name away, then tell who waits how it ended. The I/O loop has ended."""
+        self._closed = True
         # In this order, so that who hears of the end can start another VM of this name.
         unix_listener.remove(self.path, self._owned)
         if self._control is not None:
@@ -79,7 +94,12 @@ def open_door(parts: Parts, stack: ExitStack) -> ControlDoor | None:
             _go_without(parts, reason)
             return None
         raise ConfigError(f"--control {path}: {reason}; name a new file in a folder of yours") from None
-    door = ControlDoor(parts, fd, path)
+    try:
+        door = ControlDoor(parts, fd, path)
+    except BaseException:
+        unix_listener.remove(path, unix_listener.identity(path))
+        os.close(fd)
+        raise
     stack.callback(door.close)
     return door
 

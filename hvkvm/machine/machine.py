@@ -27,6 +27,7 @@ from hvkvm.kvm.system import Kvm
 from hvkvm.machine import build, exits, hyperv
 from hvkvm.machine.board import Board
 from hvkvm.machine.config import MachineConfig
+from hvkvm.machine.host_limits import exhausted, make_room_for_files, named_when_exhausted
 from hvkvm.machine.lifecycle import Lifecycle
 from hvkvm.machine.outcome import EXIT_MACHINE_FAULT, Ending, Outcome
 from hvkvm.machine.part import Part
@@ -49,7 +50,8 @@ class Machine:
         self.config = config.validate()
         self.name = config.name or f"hvkvm-{os.getpid()}"
         self._closed = False
-        with ExitStack() as stack:
+        make_room_for_files(config.cpus)
+        with named_when_exhausted(), ExitStack() as stack:
             self.parts = self._build(limited(observer), stack)
             self._stack = stack.pop_all()
 
@@ -96,10 +98,18 @@ class Machine:
         return Platform(config, kvm, vm, memory, vcpus, threads, group, GsiTable(vm), io, observer)
 
     def _vcpu_fault(self, thread: VcpuThread, error: BaseException) -> None:
-        self.finish(Ending.KVM_ERROR, EXIT_MACHINE_FAULT, f"{thread.name}: {error}")
+        self._end_by(error, f"{thread.name}: {error}")
 
     def _loop_fault(self, error: BaseException) -> None:
-        self.finish(Ending.KVM_ERROR, EXIT_MACHINE_FAULT, f"I/O loop: {type(error).__name__}: {error}")
+        self._end_by(error, f"I/O loop: {type(error).__name__}: {error}")
+
+    def _end_by(self, error: BaseException, detail: str) -> None:
+        """Name the end that an error on a thread of the machine's makes: the host's want, or a fault."""
+        what = exhausted(error)
+        if what is None:
+            self.finish(Ending.KVM_ERROR, EXIT_MACHINE_FAULT, detail)
+        else:
+            self.finish(Ending.HOST_EXHAUSTED, EXIT_MACHINE_FAULT, what)
 
     # Running it.
 

@@ -16,6 +16,7 @@ class Ending(Enum):
     PANIC = "guest panic"
     TRIPLE_FAULT = "triple fault"
     KVM_ERROR = "KVM internal error"
+    HOST_EXHAUSTED = "the host has no more to give"
     TIMEOUT = "timeout"
     QUIT = "quit"
 

@@ -34,7 +34,10 @@ HUGE_PAGE_SIZE = 2 << 20
 
 
 class SlotOwner(Protocol):
-    """What memory needs of a VM: KVM_SET_USER_MEMORY_REGION, size 0 deletes."""
+    """What memory needs of a VM: KVM_SET_USER_MEMORY_REGION, size 0 deletes; and how many slots there are."""
+
+    @property
+    def memory_slots(self) -> int: ...
 
     def set_user_memory_region(self, slot: int, gpa: int, size: int, hva: int, flags: int = 0) -> None: ...
 
@@ -65,7 +68,7 @@ class GuestMemory:
             raise ValueError(f"guest RAM of {size} bytes: not a positive multiple of {PAGE_SIZE}")
         self.vm = vm
         self.size = size
-        self.slots = SlotAllocator()
+        self.slots = SlotAllocator(vm.memory_slots)
         self._low_end = self._high_end = 0
         self._maps: list[Mapping] = []
         regions = []

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Protocol
 
 from hvkvm.errors import KvmIoctlError
 from hvkvm.memory.mapping import PAGE_SIZE, Mapping
+from hvkvm.memory.slots import NoSlotLeft
 
 if TYPE_CHECKING:
     from hvkvm.memory.guest import GuestMemory
@@ -71,7 +72,7 @@ class OverlayStacks:
         """Show `page` at `gpa`, above what is there.
 
         False when KVM has no room for a page there (past the guest's physical
-        address width, or on an internal slot of its own). OSError when the host fails.
+        address width, or on an internal slot of its own), or no slot. OSError when the host fails.
         """
         with self._lock:
             return self._lay(page, gpa)
@@ -95,6 +96,8 @@ class OverlayStacks:
         else:
             try:
                 self._windows[gpa] = _Window(self._memory, gpa, page.fd)
+            except NoSlotLeft:
+                return False
             except KvmIoctlError as error:
                 if error.errno in (errno.EINVAL, errno.EEXIST):
                     return False

@@ -10,14 +10,15 @@ import threading
 
 from hvkvm.errors import HvkvmError
 
-DEFAULT_LIMIT = 509
-"""Slots that every KVM x86 has ever offered to userspace (KVM_USER_MEM_SLOTS of old kernels)."""
+
+class NoSlotLeft(HvkvmError):
+    """Every memory slot that KVM has for a VM is taken."""
 
 
 class SlotAllocator:
-    """Hands out slot numbers 0..limit-1; raises HvkvmError when none is left."""
+    """Hands out slot numbers 0..limit-1 (KVM_CAP_NR_MEMSLOTS); raises NoSlotLeft when none is left."""
 
-    def __init__(self, limit: int = DEFAULT_LIMIT) -> None:
+    def __init__(self, limit: int) -> None:
         self._lock = threading.Lock()
         self._limit = limit
         self._next = 0
@@ -29,7 +30,7 @@ class SlotAllocator:
             if self._free:
                 return heapq.heappop(self._free)
             if self._next == self._limit:
-                raise HvkvmError(f"no KVM memory slot is left of {self._limit}")
+                raise NoSlotLeft(f"no KVM memory slot is left of {self._limit}")
             self._next += 1
             return self._next - 1
 

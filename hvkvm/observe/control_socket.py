@@ -255,7 +255,10 @@ class _Client:
 
 
 class ControlSocket:
-    """Serves `listener`, which is non-blocking and closed with this. Build it before or while `loop` runs."""
+    """Serves `listener`, which is non-blocking and closed with this. Build it before or while `loop` runs.
+
+    Raises OSError, Stopped; then the listener is still the caller's.
+    """
 
     def __init__(self, listener: socket, loop: IoLoop, handle: Handler) -> None:
         self.handle = handle
@@ -263,7 +266,11 @@ class ControlSocket:
         self.clients: set[_Client] = set()
         self.watch = SocketWatch(loop)
         self._listener = listener
-        self._acceptor = Acceptor(loop, listener, self._accepted)
+        try:
+            self._acceptor = Acceptor(loop, listener, self._accepted)
+        except BaseException:
+            self.watch.close()
+            raise
 
     def _accepted(self, sock: socket) -> None:
         if len(self.clients) >= MAX_CONNECTIONS:

@@ -59,15 +59,23 @@ class Acceptor:
             self._failed(error.strerror or str(error))
             return
         sock.setblocking(False)
-        self._accepted(sock)
+        try:
+            self._accepted(sock)
+        except OSError as error:  # it needs something more that the host has not
+            sock.close()
+            self._failed(error.strerror or str(error))
 
     def _pause(self) -> None:
         self._stop_reading()
         self._io.call_later(ACCEPT_PAUSE, self._resume)
 
     def _resume(self) -> None:
-        if not self._closed:
+        if self._closed:
+            return
+        try:
             self._reader = self._io.add_reader(self._listener.fileno(), self._accept)
+        except OSError:
+            self._io.call_later(ACCEPT_PAUSE, self._resume)
 
     def _stop_reading(self) -> None:
         reader, self._reader = self._reader, None

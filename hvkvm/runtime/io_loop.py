@@ -47,6 +47,7 @@ from typing import Any
 
 from hvkvm.errors import Stopped, Stuck
 from hvkvm.runtime.kick import block_signals
+from hvkvm.runtime.thread_start import start_thread
 from hvkvm.runtime.timers import Timer, TimerHeap
 from hvkvm.runtime.workqueue import Cancelled, WorkQueue
 
@@ -104,7 +105,12 @@ class IoLoop:
         except BaseException:
             self._epoll.close()
             raise
-        self._epoll.register(self._wake_fd, select.EPOLLIN | select.EPOLLET)
+        try:
+            self._epoll.register(self._wake_fd, select.EPOLLIN | select.EPOLLET)
+        except BaseException:
+            self._epoll.close()
+            os.close(self._wake_fd)
+            raise
         self.rounds = 0
         """How many have begun. The loop's thread counts."""
         self._pid = os.getpid()
@@ -118,8 +124,8 @@ class IoLoop:
         self._thread = threading.Thread(target=self._main, name=name, daemon=True)
 
     def start(self) -> None:
-        """Start the thread. Once; RuntimeError else."""
-        self._thread.start()
+        """Start the thread. Once; RuntimeError else. HostExhausted; then the loop can only be stopped."""
+        start_thread(self._thread)
 
     def stop(self, timeout: float = STOP_SECONDS) -> None:
         """End the loop and wait for it; what is queued is reported cancelled, timers are dropped. Repeatable.

@@ -83,10 +83,14 @@ def listen_fd(path: Path, backlog: int, mode: int | None = None) -> int:
                     raise NameTaken("another program listens there", "end it") from None
                 path.unlink()
                 listener.bind(str(path))
-            if mode is not None:
-                # Nobody can connect before listen(), so nobody finds it with another mode.
-                os.chmod(path, mode)
-            listener.listen(backlog)
+            try:
+                if mode is not None:
+                    # Nobody can connect before listen(), so nobody finds it with another mode.
+                    os.chmod(path, mode)
+                listener.listen(backlog)
+            except BaseException:
+                path.unlink()
+                raise
         listener.setblocking(False)
     except BaseException:
         listener.close()

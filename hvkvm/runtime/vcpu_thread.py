@@ -39,6 +39,7 @@ from hvkvm.errors import HvkvmError, UnhandledExit
 from hvkvm.kvm.vcpu import Vcpu
 from hvkvm.runtime.call import Call
 from hvkvm.runtime.kick import Kicker
+from hvkvm.runtime.thread_start import start_thread
 from hvkvm.runtime.workqueue import Cancelled, WorkQueue
 
 # What the thread is doing; a number from 0 is the exit reason it is handling.
@@ -88,12 +89,16 @@ class VcpuThread:
         self._thread = threading.Thread(target=self._main, name=self.name, daemon=True)
 
     def start(self) -> None:
-        """Start running the guest. HvkvmError if it was started or stopped before."""
+        """Start running the guest. HvkvmError if it was started or stopped before; HostExhausted."""
         with self._changed:
             if self._phase != _NEW:
                 raise HvkvmError(f"{self.name} cannot start: it is {self.state}")
             self._phase = _DRAINING
-        self._thread.start()
+        try:
+            start_thread(self._thread)
+        except BaseException:
+            self._end()
+            raise
 
     def stop(self) -> None:
         """Ask the thread to end, soon. What is queued runs or is reported cancelled. Repeatable."""
@@ -224,14 +229,18 @@ class VcpuThread:
             self._report(error)
         finally:
             self._kicker.unbind()
-            with self._changed:
-                self._phase = _ENDED
-                self._changed.notify_all()
-            self._tell_paused()
-            try:
-                self._queue.close()
-            except Exception as error:
-                self._report(error)
+            self._end()
+
+    def _end(self) -> None:
+        """Nothing runs here any more, and nobody waits for it. The thread, or who could not start it."""
+        with self._changed:
+            self._phase = _ENDED
+            self._changed.notify_all()
+        self._tell_paused()
+        try:
+            self._queue.close()
+        except Exception as error:
+            self._report(error)
 
     def _report(self, error: BaseException) -> None:
         self.fault = error

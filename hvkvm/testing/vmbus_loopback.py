@@ -32,6 +32,8 @@ MIB = 1 << 20
 class NoSlots:
     """A VM that takes memory slots and does nothing with them."""
 
+    memory_slots = 509
+
     def set_user_memory_region(self, slot: int, gpa: int, size: int, hva: int, flags: int = 0) -> None:
         """Nothing to do."""
 

@@ -193,6 +193,8 @@ def test_the_kept_vmlinux_loads_the_same_memory(tmp_path: Path) -> None:
     from hvkvm.memory.guest import GuestMemory
 
     class NoVm:
+        memory_slots = 509
+
         def set_user_memory_region(self, *where: int) -> None: ...
 
     source = elf64((1, b"code" + bytes(5000), 6000), (1, b"data" * 3000 + bytes(30000), 50000))

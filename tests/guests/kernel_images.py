@@ -21,6 +21,8 @@ KERNEL_MAP = 0xFFFFFFFF_80000000
 class NoVm:
     """Takes memory slots as a VM would and does nothing with them."""
 
+    memory_slots = 509
+
     def set_user_memory_region(self, slot: int, gpa: int, size: int, hva: int, flags: int = 0) -> None:
         pass
 

@@ -33,6 +33,8 @@ class FakeVm:
     def check_extension(self, cap: int) -> int:
         return self.caps.get(cap, 0)
 
+    memory_slots = 509
+
     def set_user_memory_region(self, slot: int, gpa: int, size: int, hva: int, flags: int = 0) -> None:
         self._call("slot", gpa, size)
 

@@ -210,6 +210,8 @@ class SlotRecorder:
         self.calls = 0
         self.slots: dict[int, tuple[int, int]] = {}
 
+    memory_slots = 509
+
     def set_user_memory_region(self, slot: int, gpa: int, size: int, hva: int, flags: int = 0) -> None:
         self.calls += 1
         if size:

@@ -32,6 +32,8 @@ class Slots:
         self.calls: list[tuple[int, int, int, int]] = []
         self.fail_at = fail_at
 
+    memory_slots = 509
+
     def set_user_memory_region(self, slot: int, gpa: int, size: int, hva: int, flags: int = 0) -> None:
         if len(self.calls) == self.fail_at:
             raise OSError(22, "refused")

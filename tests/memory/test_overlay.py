@@ -32,6 +32,8 @@ class SlotTable:
         self.calls = 0
         self.refuse: int | None = None
 
+    memory_slots = 509
+
     def set_user_memory_region(self, slot: int, gpa: int, size: int, hva: int, flags: int = 0) -> None:
         self.calls += 1
         if self.refuse is not None:
@@ -257,3 +259,16 @@ class Stacks(RuleBasedStateMachine):
 
 TestStacks = Stacks.TestCase
 TestStacks.settings = settings(max_examples=60, stateful_step_count=30, deadline=None)
+
+
+def test_a_page_for_which_no_slot_is_left_lies_nowhere() -> None:
+    """What a guest asks for beyond what KVM has is its own loss, no error of the host's."""
+    vm = SlotTable()
+    vm.memory_slots = 2
+    with GuestMemory(vm, RAM_SIZE) as memory, OverlayPage(memory) as one, OverlayPage(memory) as other:
+        assert one.place(OUTSIDE[0])
+        assert other.place(OUTSIDE[1]) is False
+        assert other.gpa is None
+        assert other.place(INSIDE[0])
+        one.place(None)
+        assert other.place(OUTSIDE[1])

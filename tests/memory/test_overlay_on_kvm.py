@@ -230,3 +230,17 @@ def test_the_instructions_of_a_covered_page_change_too(guest: Guest) -> None:
         vcpu.complete_exit()
         vcpu.run.immediate_exit = 0
         page.place(None)
+
+
+def test_as_many_pages_lie_outside_ram_as_kvm_has_slots_for(kvm: Kvm) -> None:
+    """Two a VP of 254, and those of the interface: more than the 509 slots that old kernels had."""
+    with ExitStack() as stack:
+        vm = stack.enter_context(kvm.create_vm())
+        memory = stack.enter_context(GuestMemory(vm, RAM_SIZE))
+        wanted = min(520, vm.memory_slots - 1)
+        placed = 0
+        for number in range(wanted):
+            page = stack.enter_context(OverlayPage(memory))
+            placed += page.place(0xD000_0000 + number * 0x1000)
+        assert placed == wanted
+        assert vm.memory_slots >= 509

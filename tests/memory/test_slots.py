@@ -33,14 +33,14 @@ def test_says_when_none_is_left() -> None:
 
 @pytest.mark.parametrize("slot", [-1, 1, 5])
 def test_refuses_a_number_that_is_not_taken(slot: int) -> None:
-    slots = SlotAllocator()
+    slots = SlotAllocator(8)
     slots.take()
     with pytest.raises(ValueError, match="not taken"):
         slots.give_back(slot)
 
 
 def test_refuses_the_same_number_twice() -> None:
-    slots = SlotAllocator()
+    slots = SlotAllocator(8)
     slots.give_back(slots.take())
     with pytest.raises(ValueError, match="not taken"):
         slots.give_back(0)

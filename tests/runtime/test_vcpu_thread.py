@@ -14,7 +14,7 @@ import pytest
 
 from hvkvm.abi.kvm import KVM_EXIT_HLT, KVM_EXIT_INTR, KVM_EXIT_IO, KVM_EXIT_MMIO
 from hvkvm.abi.kvm_structs import kvm_run
-from hvkvm.errors import HvkvmError, Stopped, UnhandledExit
+from hvkvm.errors import HostExhausted, HvkvmError, Stopped, UnhandledExit
 from hvkvm.runtime.kick import KICK_SIGNAL
 from hvkvm.runtime.vcpu_thread import LAST_EXITS, VcpuThread
 from hvkvm.runtime.vcpus import VcpuGroup
@@ -384,3 +384,25 @@ def test_a_group_tells_once_when_its_last_vcpu_is_at_rest() -> None:
             assert told.get(timeout=20) == ["waiting paused"] * 2
             group.resume_all()
             assert told.empty()
+
+
+def test_a_thread_that_the_host_refuses_is_named_and_leaves_no_call_waiting(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """What was submitted before, and whoever waits for a pause, hears that nothing will run."""
+    told: list[str] = []
+    thread = VcpuThread(FakeVcpu(), {}, on_fault=lambda _thread, error: told.append(repr(error)))  # type: ignore[arg-type]
+    thread.submit(told.append, "ran", cancelled=lambda: told.append("cancelled"))
+
+    def refused(_thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(threading.Thread, "start", refused)
+    with pytest.raises(HostExhausted, match="no thread for vcpu0: can't start new thread; end"):
+        thread.start()
+    assert told == ["cancelled"]
+    with pytest.raises(Stopped):
+        thread.submit(told.append, "too late")
+    assert thread.wait_paused(0)
+    assert thread.join(0)
+    thread.stop()

@@ -100,11 +100,11 @@ class UserHyperv:
             if with_synic:
                 self.synic = UserSynic(vm, memory, io, threads, self.clock, observer=observer)
                 stack.callback(self.synic.close)
+            self._reads: list[dict[int, Read]] = []
+            self._writes: list[dict[int, Write]] = []
+            for thread in threads:
+                self._add_vp(thread.vcpu)
             self._stack = stack.pop_all()
-        self._reads: list[dict[int, Read]] = []
-        self._writes: list[dict[int, Write]] = []
-        for thread in threads:
-            self._add_vp(thread.vcpu)
 
     # The tables.
 

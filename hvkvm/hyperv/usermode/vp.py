@@ -10,6 +10,7 @@ from __future__ import annotations
 import errno
 import threading
 from collections.abc import Callable
+from contextlib import suppress
 from typing import TYPE_CHECKING, Any, Protocol
 
 from hvkvm.abi.hv_synic import (
@@ -38,6 +39,9 @@ if TYPE_CHECKING:
 
 _MSI_ADDRESS = 0xFEE00000
 _MSI_DESTINATION_SHIFT = 12
+_FOR_NOW = (errno.EAGAIN, errno.ENOMEM, errno.EMFILE, errno.ENOSPC)
+_RAISE_AGAIN = 0.001
+"""Seconds until an interrupt is raised again that the host had no means to raise."""
 _SILENT = HV_SYNIC_SINT_MASKED | HV_SYNIC_SINT_POLLING
 
 Waiter = Callable[[], None]
@@ -76,6 +80,7 @@ class UserVp(VpSynic):
         "_auto_eoi",
         "_io",
         "_msi_address",
+        "_raised_later",
         "_sints",
         "_thread",
         "_vm",
@@ -107,8 +112,9 @@ class UserVp(VpSynic):
         self._msi_address = _MSI_ADDRESS | index << _MSI_DESTINATION_SHIFT
         self._sints = [HV_SYNIC_SINT_RESET] * HV_SYNIC_SINT_COUNT
         self._auto_eoi = AutoEoi(thread.vcpu, self.submit, io)
-        # Guards the waiters; never held while one runs.
+        # Guards the next two; never held while a waiter runs.
         self._ack_lock = threading.Lock()
+        self._raised_later: set[int] = set()
         self._waiters: list[Waiter] = []
         self.stimers = [Stimer(timer, self, clock, alarms.make) for timer in range(HV_STIMER_COUNT)]
 
@@ -169,12 +175,28 @@ class UserVp(VpSynic):
         return self.raise_vector(vector)
 
     def raise_vector(self, vector: int) -> int:
-        """A fixed, edge-triggered interrupt to the VP's APIC: 0 or -errno. An APIC that is off drops it."""
+        """A fixed, edge-triggered interrupt to the VP's APIC: 0 or -errno. An APIC that is off drops it.
+
+        One that the host cannot raise for want of something is raised a little later: a guest does not look
+        for messages that it was not told of.
+        """
         try:
             self._vm.signal_msi(self._msi_address, vector)
         except KvmIoctlError as error:
-            return -(error.errno or errno.EIO)
+            if error.errno not in _FOR_NOW:
+                return -(error.errno or errno.EIO)
+            with self._ack_lock:
+                if vector in self._raised_later:
+                    return 0
+                self._raised_later.add(vector)
+            with suppress(Stopped):
+                self._io.call_later(_RAISE_AGAIN, self._raise_again, vector)
         return 0
+
+    def _raise_again(self, vector: int) -> None:
+        with self._ack_lock:
+            self._raised_later.discard(vector)
+        self.raise_vector(vector)
 
     @property
     def auto_eoi_waiting(self) -> bool:
