@@ -126,7 +126,8 @@ class Connections:
         if connection is None:
             return _INVALID_CONNECTION_ID
         # No lock on this path: the GIL orders these steps. A remover takes the row away and then looks at
-        # `running`; so either it sees us there, or we see here that the row is gone.
+        # `running`; so either it sees us there, or we see here that the row is gone. Without a GIL the list's
+        # own lock, which `append` takes and gives back, is the fence between our store and our look.
         me = threading.get_ident()
         connection.running.append(me)
         try:

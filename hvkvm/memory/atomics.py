@@ -13,14 +13,19 @@ file unchecked.
 Two backends give the same results: libatomic (`__atomic_*`, GCC's documented
 library ABI), or, where that is not installed, a page of x86-64 instructions.
 Both are called with the GIL held: an operation takes nanoseconds, handing the
-GIL over can take milliseconds.
+GIL over can take milliseconds. Nothing here needs it: the operations are atomic
+by themselves, also between threads of a Python without one (`FREE_THREADED`).
 """
 
 from __future__ import annotations
 
 import ctypes
+import sys
 from collections.abc import Callable
 from typing import Any, NamedTuple
+
+FREE_THREADED = not getattr(sys, "_is_gil_enabled", lambda: True)()
+"""Whether threads run Python code at the same time, so that a store and the load behind it need a fence."""
 
 _SEQ_CST = 5  # __ATOMIC_SEQ_CST
 

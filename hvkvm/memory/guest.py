@@ -24,7 +24,8 @@ from hvkvm.memory.mapping import PAGE_SIZE, Mapping, punch, sealed_memfd
 from hvkvm.memory.overlay_stacks import OverlayStacks
 from hvkvm.memory.slots import SlotAllocator
 
-# The GIL stays held: `close()` on another thread cannot unmap the target halfway.
+# The GIL stays held: `close()` on another thread cannot unmap the target halfway. Without a GIL the order of
+# closing alone sees to that: who may write has ended before.
 _memset = ctypes.PyDLL(None).memset
 _memset.argtypes = (ctypes.c_void_p, ctypes.c_int, ctypes.c_size_t)
 _memset.restype = None

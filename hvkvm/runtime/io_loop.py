@@ -46,6 +46,7 @@ from time import monotonic
 from typing import Any
 
 from hvkvm.errors import Stopped, Stuck
+from hvkvm.memory.atomics import FREE_THREADED, fence
 from hvkvm.runtime.kick import block_signals
 from hvkvm.runtime.thread_start import start_thread
 from hvkvm.runtime.timers import Timer, TimerHeap
@@ -217,6 +218,8 @@ class IoLoop:
     def _round(self) -> None:
         """The hot path of every event: what is empty is not even asked."""
         self._polling = True
+        if FREE_THREADED:
+            fence()
         if self._queue.items or self._stopping:
             timeout: float | None = 0.0
         else:

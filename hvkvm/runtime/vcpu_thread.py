@@ -4,7 +4,9 @@ The thread owns its vCPU's fd, its kvm_run page and whatever belongs to that VP
 (the SynIC pages above all, S25). Others `submit()`.
 
 Why no wake-up is lost, and when no kick is needed. The GIL puts all of the
-steps below into one total order.
+steps below into one total order. Without one (free-threaded Python) a full fence
+does that on each side, between the store and the load behind it: s1 has it in
+the queue's lock, v1 by `fence`.
 
     submitter                        vCPU thread
     s1 append the item               v1 phase = ENTERED
@@ -37,6 +39,7 @@ from typing import Any
 from hvkvm.abi.kvm import KVM_EXIT_INTR
 from hvkvm.errors import HvkvmError, UnhandledExit
 from hvkvm.kvm.vcpu import Vcpu
+from hvkvm.memory.atomics import FREE_THREADED, fence
 from hvkvm.runtime.call import Call
 from hvkvm.runtime.kick import Kicker
 from hvkvm.runtime.thread_start import start_thread
@@ -253,6 +256,8 @@ class VcpuThread:
         run = vcpu.run
         while True:
             self._phase = _ENTERED
+            if FREE_THREADED:
+                fence()
             if items or self._attention:
                 if not self._attend(table):
                     return

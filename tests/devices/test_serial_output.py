@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 
 import pytest
 from hypothesis import given, settings
@@ -114,6 +115,58 @@ def test_reset_forgets_registers_but_no_bytes(uart):
     assert [uart.r(i) for i in (IER, IIR, LCR, MCR, SCR)] == [0, 0x01, 0, 0, 0]
     assert uart.text() == b"before"
     assert uart.r(RBR) == ord("t")
+
+
+class OneAtATime(bytearray):
+    """Notices two threads that change it at the same time: without a GIL that costs bytes, or the process."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inside = 0
+        self.overlaps = 0
+
+    def _change(self, change, *arguments):
+        self.inside += 1
+        self.overlaps += self.inside > 1
+        time.sleep(0)  # another thread's turn
+        try:
+            return change(*arguments)
+        finally:
+            self.inside -= 1
+
+    def append(self, value):
+        self._change(super().append, value)
+
+    def clear(self):
+        self._change(super().clear)
+
+    def __iadd__(self, more):
+        return self._change(super().__iadd__, more)
+
+    def __delitem__(self, where):
+        self._change(super().__delitem__, where)
+
+
+@pytest.mark.usefixtures("tiny_switch_interval")
+def test_no_two_threads_change_the_bytes_that_wait_at_once(uart):
+    output = uart.serial.output
+    output._waiting = waiting = OneAtATime()
+
+    def produce() -> None:
+        for number in range(300):
+            output.put(ord("x"))
+            output.put_block(b"yz")
+            if number % 16 == 0:
+                output.flush()
+
+    threads = [threading.Thread(target=produce) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    output.flush()
+    assert waiting.overlaps == 0
+    assert len(uart.text()) == 4 * 300 * 3
 
 
 def test_bytes_of_several_vcpus_and_flushers_are_neither_lost_nor_doubled(new_loop):

@@ -10,9 +10,11 @@ It is bounded: a sink that is full calls `hold(True)`, then bytes wait here. Fro
 TX_LIMIT on the UART shows `full` to the guest; what a driver still sends, having
 looked just before, has room, and only what comes beyond is dropped and counted.
 
-Any thread may call anything here. Producers need no lock: they append at the end
-of the bytearray, the flusher copies and deletes from its start, and each of
-these steps is one operation under the GIL.
+Any thread may call anything here. One lock guards the bytes that wait, for a
+moment a byte: a bytearray that several threads change loses some, and crashes a
+Python without GIL. It is never held while something is called. The flags are
+each one store; who queues a flush looks at them after the bytes are in, and who
+flushes clears them before it looks at the bytes.
 """
 
 from __future__ import annotations
@@ -57,8 +59,9 @@ class OutputBatch:
         self._sink = sink
         self._io = io
         self._on_room = on_room
+        self._lock = threading.Lock()
         self._waiting = bytearray()
-        self._sink_lock = threading.Lock()
+        self._sink_lock = threading.Lock()  # taken before the other
         self._held = False
         self._soon = False  # a flush is queued on the loop
         self._later = False  # a flush is queued on a timer
@@ -78,16 +81,18 @@ class OutputBatch:
         if value == _NEWLINE or len(waiting) >= TX_BATCH - 1:
             self.put_block(bytes((value,)))
             return
-        waiting.append(value)
+        with self._lock:
+            waiting.append(value)
         if not self._later:
             self._flush_later()
 
     def put_block(self, data: bytes | bytearray) -> None:
         """Take several bytes. Any thread."""
         waiting = self._waiting
-        taken = data[: max(0, _CAPACITY - len(waiting))]
-        self.overruns += len(data) - len(taken)
-        waiting += taken
+        with self._lock:
+            taken = data[: max(0, _CAPACITY - len(waiting))]
+            self.overruns += len(data) - len(taken)
+            waiting += taken
         if len(waiting) >= TX_BATCH or (_NEWLINE in taken and self._pause >= TX_INTERVAL):
             if not self._soon:
                 self._flush_soon()
@@ -120,12 +125,12 @@ class OutputBatch:
             self._soon = False  # before looking: a byte that comes later queues a flush of its own
             if self._held and not even_if_held:
                 return
-            waiting = self._waiting
-            size = len(waiting)
+            with self._lock:
+                data = bytes(self._waiting)
+                self._waiting.clear()
+            size = len(data)
             if not size:
                 return
-            data = bytes(waiting[:size])
-            del waiting[:size]
             self.total += size
             self._left_at = monotonic()
             if size >= TX_LIMIT and self._on_room is not None:
