@@ -5,7 +5,7 @@ tests to replace (`monkeypatch.setattr("hvkvm.kvm.ioctl.ioctl", ...)`): rooms
 call it as `door.ioctl(...)`, never by a copied name. Used by `hvkvm.kvm` alone,
 from whatever thread owns the fd.
 
-ctypes, and `fcntl.ioctl` for KVM_RUN alone: fcntl keeps the GIL for buffers
+ctypes, and `fcntl.ioctl` for KVM_RUN alone where that is right: fcntl keeps the GIL for buffers
 above 1024 bytes and cannot pass an address above 2 GiB as a number.
 """
 
@@ -13,6 +13,8 @@ from __future__ import annotations
 
 import ctypes
 import fcntl
+import os
+import sys
 from typing import TYPE_CHECKING, Any
 
 from hvkvm.errors import KvmIoctlError
@@ -27,10 +29,18 @@ _ioctl = _libc.ioctl
 _ioctl.argtypes = (ctypes.c_int, ctypes.c_ulong, ctypes.c_void_p)
 _ioctl.restype = ctypes.c_int
 
+
+def _run_by_ctypes(fd: int, request: int) -> None:
+    if _ioctl(fd, request, None) < 0:
+        number = ctypes.get_errno()
+        raise OSError(number, os.strerror(number))
+
+
 # For KVM_RUN alone, called as run_ioctl(fd, KVM_RUN): raises OSError, EINTR included, and never retries.
-# Without a third argument: fcntl then has nothing to convert and costs half of a ctypes call (0.35 us to
-# 0.7 us, CPython 3.11); with a 0 there it costs twice as much as ctypes.
-run_ioctl = fcntl.ioctl
+# Before Python 3.14 by fcntl, without a third argument: it then has nothing to convert and costs half of a
+# ctypes call (0.35 us to 0.7 us, CPython 3.11); with a 0 there it costs twice as much as ctypes. From 3.14 on
+# fcntl.ioctl tries again after EINTR: a kicked vCPU would then never come back.
+run_ioctl = fcntl.ioctl if sys.version_info < (3, 14) else _run_by_ctypes
 
 _byref = ctypes.byref
 _get_errno = ctypes.get_errno
