@@ -66,6 +66,7 @@ class RawTerminal:
     def __init__(self, fd: int, *, on_continue: Callable[[], object] | None = None) -> None:
         self._fd = fd
         self._on_continue = on_continue
+        self._pid = os.getpid()
         self._saved: list[Any] | None = None
         self._handled: list[signal.Signals] = []
         self._raw = False
@@ -102,6 +103,8 @@ class RawTerminal:
             self._handled.clear()
 
     def _give_back(self) -> None:
+        if os.getpid() != self._pid:
+            return  # a forked child: what its parent made of the terminal is not its own to undo
         with self._lock:
             raw, self._raw = self._raw, False
             saved, self._saved = self._saved, None

@@ -6,6 +6,7 @@ import os
 import select
 import socket
 import sys
+import termios
 import threading
 import traceback
 from collections.abc import Callable
@@ -15,6 +16,7 @@ from pathlib import Path
 import pytest
 from guest_machine import Guest
 
+from hvkvm.backends.terminal import RawTerminal
 from hvkvm.kvm.irqfd import EventFd
 from hvkvm.runtime import unix_listener
 from hvkvm.runtime.io_loop import IoLoop
@@ -75,6 +77,20 @@ def test_a_child_takes_no_name_away(tmp_path: Path) -> None:
     unix_listener.remove(path, owned)
     assert not path.exists()
     os.close(fd)
+
+
+def test_a_child_leaves_the_terminal_as_its_parent_has_it() -> None:
+    """At its exit, too: what was registered for that in the parent is registered in the child."""
+    ours, theirs = os.openpty()
+    cooked = termios.tcgetattr(theirs)
+    with RawTerminal(theirs) as terminal:
+        raw = termios.tcgetattr(theirs)
+        assert raw != cooked
+        in_a_child(terminal.restore)
+        assert termios.tcgetattr(theirs) == raw
+    assert termios.tcgetattr(theirs) == cooked
+    os.close(ours)
+    os.close(theirs)
 
 
 @pytest.mark.kvm
