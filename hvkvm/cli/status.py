@@ -41,7 +41,7 @@ class StatusLine:
 
     def _draw(self) -> None:
         with self._lock:
-            if not self._live:
+            if not self._live or self._stream.gone:
                 return
             exits = sum(self._machine.exit_counts().values())
             text = f"hvkvm: guest running {monotonic() - self._began:.1f} s, {exits} exits, no output yet"

@@ -95,6 +95,11 @@ class Teller(LimitedObserver):
             self._changed.notify_all()
 
     @property
+    def gone(self) -> bool:
+        """Whether nobody will ever read it: the terminal has hung up, say."""
+        return self._gone
+
+    @property
     def waiting(self) -> bool:
         """Whether something is not written yet."""
         return bool(self._queue) or self._writing

@@ -17,6 +17,7 @@ from tiny_guests import DEADLINE, HANG, SPIN, out, out_string, run_arguments
 
 from hvkvm.abi import board
 from hvkvm.cli.status import StatusLine
+from hvkvm.cli.teller import Teller
 
 Hvkvm = Callable[..., "subprocess.CompletedProcess[str]"]
 Guest = Callable[[bytes], Path]
@@ -166,9 +167,12 @@ def test_the_status_line_ends_with_its_terminal_and_nothing_else(monkeypatch: py
     machine = mock.Mock()
     machine.exit_counts.return_value = {}
     machine.platform.io.call_later = lambda *timer: timers.append(timer)
-    status = StatusLine(machine, cast(TextIO, HungUp()), enabled=True)
+    teller = Teller(cast(TextIO, HungUp()), quiet=False)
+    status = StatusLine(machine, teller, enabled=True)
     status.start()
     status._draw()
+    teller.flush()
+    assert not teller.close()
     status._draw()
-    assert len(timers) == 1
+    assert len(timers) == 2
     status.clear()
