@@ -85,7 +85,9 @@ def _generic(origin: Any, arguments: tuple[Any, ...], value: Any, where: str) ->
         if type(value) is not dict:
             _refuse(where, value, "a table")
         keys, kind = arguments
-        return {_key(keys, k, where): _restored(kind, item, f"{where}.{k[:40]}") for k, item in value.items()}
+        # Shown as Python writes it: a key of a made-up file may hold anything, a newline too.
+        placed = ((key, item, f"{where}[{key[:40]!r}]") for key, item in value.items())
+        return {_key(keys, key, where): _restored(kind, item, place) for key, item, place in placed}
     raise TypeError(f"{origin} cannot be saved")
 
 

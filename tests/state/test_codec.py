@@ -98,6 +98,7 @@ def test_a_changed_value_is_the_same_type_or_refused(state: Outer, data: st.Data
         (lambda tree: tree.update(page="=x"), "it.page: '=x' is not bytes in base64"),
         (lambda tree: tree["pair"].append(1), "it.pair: [1, 'a', 1] is not 2 values"),
         (lambda tree: tree["many"].append(7), "it.many[0]: 7 is not a Inner"),
+        (lambda tree: tree["by_name"].update({"a\nb": 1}), "it.by_name['a\\nb']: 1 is not a Inner"),
         (lambda tree: tree["by_number"].update(x="AA=="), "it.by_number: 'x' is not a number for a key"),
     ],
 )
