@@ -57,7 +57,7 @@ def own_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     [
         (b"", "is empty"),
         (b"#!/bin/sh\necho hello\n", "is a text file"),
-        (gzip.compress(b"kernel"), "is gzip data"),
+        (gzip.compress(b"kernel", mtime=0), "is gzip data"),
         (lzma.compress(b"kernel"), "is xz data"),
         (b"\x28\xb5\x2f\xfd" + bytes(60), "is zstd data"),
         (b"070701" + b"0" * 104, "is a cpio archive"),
