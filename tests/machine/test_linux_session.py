@@ -9,7 +9,7 @@ from linux_guest import linux_guest
 
 from hvkvm.devices.port.serial_output import TX_LIMIT
 
-pytestmark = [pytest.mark.hyperv, pytest.mark.timeout(200)]
+pytestmark = pytest.mark.hyperv
 
 CTRL_C, CTRL_Z = b"\x03", b"\x1a"
 LINE = "0123456789abcde"
