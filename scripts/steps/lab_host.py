@@ -33,7 +33,25 @@ SAFE_SMP_VERSION = 10
 APPEND = "console=ttyS0 quiet oops=panic panic=-1 mitigations=off nokaslr tsc=reliable random.trust_cpu=on"
 
 _PR_SET_PDEATHSIG = 1
+_KVM_CHECK_EXTENSION = 0xAE03
+_KVM_CAP_HYPERV_SYNIC2 = 148
 _COMPLAINT = re.compile(r"Kernel panic|Oops|BUG:|fault")
+
+
+def has_hyperv() -> bool:
+    """Whether this machine's own KVM has the in-kernel SynIC."""
+    import fcntl
+
+    try:
+        kvm = os.open(os.environ.get("HVKVM_KVM", "/dev/kvm"), os.O_RDWR | os.O_CLOEXEC)
+    except OSError:
+        return False
+    try:
+        return fcntl.ioctl(kvm, _KVM_CHECK_EXTENSION, _KVM_CAP_HYPERV_SYNIC2) > 0
+    except OSError:
+        return False
+    finally:
+        os.close(kvm)
 
 
 def qemu_version() -> int:

@@ -20,7 +20,7 @@ MODULES = "virtio_pci virtio_console 9pnet_virtio 9p overlay irqbypass kvm kvm_a
 # kvm_amd wants it only for SEV, and some kernels link it in.
 OPTIONAL = ["ccp"]
 APPLETS = (
-    "sh cat chroot echo head hostname insmod ip kill mkdir mount pkill poweroff printf rm setsid sleep stty"
+    "sh cat chroot echo head hostname insmod ip kill mkdir mount poweroff printf rm setsid sleep stty"
     " sync umount"
 )
 FOLDERS = "bin dev lower new proc project sys tmp upper"

@@ -3,8 +3,9 @@
 # the host's own root, then runs the jobs that arrive on the control port.
 #
 # Ports of the virtio-serial device, by number:
-#   0 terminal (hvc0)   1 control: "job BYTES TOKEN tty|pipes" and a script in, "exit N" out
+#   0 terminal (hvc0)   1 control: "job BYTES TOKEN tty|pipes" and a script in, "ending", "exit N" out
 #   2 signals in        3 stdin    4 stdout    5 stderr
+# Between "ending" and "exit" each stream of the job gets a NUL and the token, which end it.
 # /shares lists read-write folders; /fresh names the folder that a kept machine must see anew for each job.
 mount -t proc proc /proc
 mount -t sysfs sysfs /sys
@@ -74,12 +75,29 @@ layer() {
 }
 [ -n "$fresh" ] || share
 
+# What a command left running, in whatever session, would hold the mounts and the next job's streams.
+sweep() {
+	tries=0
+	while [ $tries -lt 200 ]; do
+		left=
+		for process in /proc/[0-9]*; do
+			[ "$process/root" -ef /new ] || continue
+			left=yes
+			kill -KILL "${process#/proc/}"
+		done
+		[ -n "$left" ] || return 0
+		tries=$((tries + 1))
+		sleep 0.02
+	done
+} 2>/dev/null
+
 # Signals have a port and a reader of their own, because this shell is inside the job while one runs.
 while :; do
 	while read -r name rows columns; do
 		case $name in
 		"") ;; # only to wake this machine
 		WINCH) stty -F /dev/hvc0 rows "$rows" cols "$columns" ;;
+		TELL) kill -USR2 "$(cat /new/run/lab/pid)" ;; # the command alone; its children may not know it
 		*) kill -"$name" -- -"$(cat /new/run/lab/pid)" ;;
 		esac
 	done
@@ -103,15 +121,17 @@ while :; do
 		stty -F /dev/hvc0 sane 2>/dev/null
 		setsid -c chroot /new /bin/sh /run/lab/job 8>&- 9>&- </dev/hvc0 >/dev/hvc0 2>&1
 		status=$?
+		[ -z "$fresh" ] || sweep
+		echo ending >&9
 		printf '\0%s' "$token" >/dev/hvc0
 	else
 		setsid chroot /new /bin/sh /run/lab/job 8>&- 9>&- <${port}3 >${port}4 2>${port}5
 		status=$?
+		[ -z "$fresh" ] || sweep
+		echo ending >&9
 		printf '\0%s' "$token" >${port}4
 		printf '\0%s' "$token" >${port}5
 	fi
-	# What the command left running would hold the mounts, and the next job up.
-	[ -z "$fresh" ] || pkill -KILL -s "$(cat /new/run/lab/pid)"
 	rm -f /new/run/lab/pid
 	sync
 	echo "exit $status" >&9

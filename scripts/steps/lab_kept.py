@@ -22,7 +22,7 @@ import time
 from pathlib import Path
 
 from steps import lab_host
-from steps.lab_image import Plan
+from steps.lab_image import INIT, Plan
 
 
 class KeptLab:
@@ -107,4 +107,5 @@ class KeptLab:
 
 
 def _text(plan: Plan) -> str:
-    return json.dumps(plan, default=str)
+    # A machine that runs an older init speaks another protocol.
+    return json.dumps([plan, INIT.read_text()], default=str)

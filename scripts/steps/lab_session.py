@@ -22,10 +22,15 @@ from pathlib import Path
 from typing import NamedTuple
 
 from steps.distribution import say
+from steps.lab_processor import Processor
 
 BOOT_SECONDS = 120.0
-# L1 says it is alive every 5 s; it may be slow, it may not be silent.
-SILENCE_SECONDS = 90.0
+# L1 says it is alive every 5 s. Silent with an idle processor, it stands still; with a busy one it is slow
+# or loops, and only time tells which.
+SILENCE_SECONDS = 60.0
+BUSY_SILENCE_SECONDS = 900.0
+# How long a command that is asked what it waits for may take to say so, before its lab is ended.
+TELL_SECONDS = 20.0
 # Once in some hundred guest runs L1 was seen halted for ever, interrupts on and no tick coming: QEMU 7.2's
 # nested SVM seems to lose a pending one. Any other interrupt makes the local APIC look again.
 POKE_SECONDS = 1.0
@@ -37,11 +42,15 @@ _FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
 
 
 class Outcome(NamedTuple):
-    """How a job ended. `status` None: the machine died under it, for `reason`."""
+    """How a job ended. `status` None: the machine died under it, for `reason`.
+
+    `printed`, `fed`: whether the job had given output and taken standard input by then.
+    """
 
     status: int | None
     reason: str = ""
     printed: bool = False
+    fed: bool = False
 
 
 class Tail:
@@ -82,9 +91,19 @@ class Session:
     """The connections of one job to a lab machine whose sockets lie in `folder`."""
 
     def __init__(
-        self, folder: Path, pid: int, *, tty: bool, fresh: bool, detail: Callable[[str], None]
+        self,
+        folder: Path,
+        pid: int,
+        *,
+        tty: bool,
+        fresh: bool,
+        detail: Callable[[str], None],
+        stall: float | None = None,
     ) -> None:
         self.tty, self.detail = tty, detail
+        # After `stall` seconds of an idle processor the command is asked what it waits for, and given up.
+        self.stall, self.asked_at = stall, math.inf
+        self.processor = Processor(pid)
         self.ready = not fresh
         self.heard = self.poked = time.monotonic()
         self.token = os.urandom(8).hex()
@@ -92,7 +111,7 @@ class Session:
         self.sockets: dict[str, socket.socket] = {}
         self.tails: dict[str, Tail] = {}
         self.outputs = {"terminal": 1} if tty else {"stdout": 1, "stderr": 2}
-        self.printed = self.dead = False
+        self.printed = self.fed = self.dead = self.ending = False
         self.status: int | None = None
         self.reason = ""
         self.control = b""
@@ -161,14 +180,18 @@ class Session:
             now = time.monotonic()
             if deadline is not None and now >= deadline:
                 if late:
-                    return Outcome(STATUS_TIMEOUT, "the command did not end when told to", self.printed)
+                    return self._outcome(STATUS_TIMEOUT, "the command did not end when told to")
                 late, deadline = True, now + GRACE_SECONDS
                 say(f"lab: the command ran into its {timeout:g} s deadline")
                 self._forward("TERM")
             self._turn(deadline)
         if late and self.status is not None:
-            return Outcome(STATUS_TIMEOUT, "", self.printed)
-        return Outcome(self.status, self.reason, self.printed)
+            return self._outcome(STATUS_TIMEOUT, "")
+        self.detail(f"lab: its processor was idle for {self.processor.longest:.0f} s at most")
+        return self._outcome(self.status, self.reason)
+
+    def _outcome(self, status: int | None, reason: str) -> Outcome:
+        return Outcome(status, reason, self.printed, self.fed)
 
     def _over(self) -> bool:
         if self.reason:
@@ -176,10 +199,9 @@ class Session:
         return self.status is not None and all(tail.ended for tail in self.tails.values())
 
     def _turn(self, deadline: float | None) -> None:
-        """Wait for events once, at most to `deadline`; a machine that has fallen silent counts as dead."""
-        silent = self.heard + SILENCE_SECONDS if self.ready else math.inf
+        """Wait for events once, at most to `deadline`; a machine that stands still counts as dead."""
         poke = self._poke() if self.ready else math.inf
-        limit = min(silent, poke, math.inf if deadline is None else deadline)
+        limit = min(poke, math.inf if deadline is None else deadline)
         events = self.poll.select(0 if self.dead else max(0.0, limit - time.monotonic()))
         for key, _ in events:
             # An event may have taken away another's cause.
@@ -189,8 +211,26 @@ class Session:
                 return
         if self.dead and not events:
             self._conclude()
-        if time.monotonic() >= silent:
-            self.reason = f"it has said nothing for {SILENCE_SECONDS:g} s"
+        if self.ready and not self.dead:
+            self._look_for_standstill(time.monotonic())
+
+    def _look_for_standstill(self, now: float) -> None:
+        idle, silent = self.processor.idle(now), now - self.heard
+        if idle >= SILENCE_SECONDS and silent >= SILENCE_SECONDS:
+            self.reason = (
+                f"it stands still: nothing said and its processor idle for {int(min(idle, silent))} s"
+            )
+        elif silent >= BUSY_SILENCE_SECONDS:
+            self.reason = f"it has said nothing for {BUSY_SILENCE_SECONDS:g} s, though its processor works"
+        elif self.stall is None or idle < self.stall:
+            self.asked_at = math.inf
+        elif self.asked_at == math.inf:
+            # It is alive and what runs in it waits for ever: that is worth a look before it is ended.
+            self.asked_at = now
+            say(f"lab: its processor has been idle for {int(idle)} s: asking the command what it waits for")
+            self._forward("TELL")
+        elif now >= self.asked_at + TELL_SECONDS:
+            self.reason = f"it stands still: its processor has been idle for {int(idle)} s"
 
     def _poke(self) -> float:
         """Send L1 an interrupt if it is time; returns when it next is."""
@@ -219,7 +259,8 @@ class Session:
 
     def _on_control(self) -> None:
         data = self._receive("control")
-        self.heard = time.monotonic()
+        if data:
+            self.heard = time.monotonic()
         self.control += data
         *lines, self.control = self.control.split(b"\n")
         for line in lines:
@@ -229,12 +270,17 @@ class Session:
                 self.detail(f"lab: up after {rest} s of its own time")
             elif verb == "fatal":
                 self.reason = rest
+            elif verb == "ending":
+                self.ending = True
             elif verb == "exit":
                 self.status = int(rest)
 
     def _on_output(self, name: str) -> None:
         data = self._receive(name)
-        text = self.tails[name].feed(data) if data else b""
+        if not self.ending:
+            # A mark is sent after this news, so bytes that came before it are output, a NUL at their end too.
+            self._on_control()
+        text = self.tails[name].feed(data) if data and self.ending else data
         if text:
             self.printed = True
             try:
@@ -292,6 +338,7 @@ class Session:
             data = b""
         self.poll.unregister(0)
         if data:
+            self.fed = True
             self.pending = data
             self._flush_input()
         else:

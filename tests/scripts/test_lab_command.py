@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 import shlex
 import subprocess
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -75,9 +77,8 @@ def test_writable_folder_must_exist() -> None:
     assert "no such folder" in lab("--rw", "/not/there", "--", "true").stderr
 
 
-@pytest.mark.timeout(400)  # two starts of the lab on a busy machine
-def test_a_command_runs_in_the_lab_with_its_own_status(tmp_path: Path) -> None:
-    """The one test that starts it: environment, folder, streams, writes, status."""
+@pytest.fixture
+def can_start() -> None:
     if os.environ.get("HVKVM_IN_LAB"):
         pytest.skip("needs a machine that can start the lab; this is one inside it")
     try:
@@ -85,10 +86,16 @@ def test_a_command_runs_in_the_lab_with_its_own_status(tmp_path: Path) -> None:
         artifacts.path("lab-kernel", offline=True)
     except StepError as error:
         pytest.skip(f"needs the lab: {error}")
+
+
+@pytest.mark.usefixtures("can_start")
+@pytest.mark.timeout(900)  # two starts of the lab on a busy machine
+def test_a_command_runs_in_the_lab_with_its_own_status(tmp_path: Path) -> None:
+    """Environment, folder, streams, writes, status."""
     (tmp_path / "file").write_text("seen\n")
     script = f"cat {tmp_path}/file; echo $HVKVM_PROBE >&2; touch {tmp_path}/lost; test -c /dev/kvm && exit 42"
     done = subprocess.run(
-        [PROJECT / "scripts/lab", "--nested", "--timeout", "60", "--", "sh", "-c", script],
+        [PROJECT / "scripts/lab", "--nested", "--timeout", "400", "--", "sh", "-c", script],
         capture_output=True,
         text=True,
         check=False,
@@ -97,3 +104,38 @@ def test_a_command_runs_in_the_lab_with_its_own_status(tmp_path: Path) -> None:
     assert (done.returncode, done.stdout) == (42, "seen\n"), done.stderr
     assert "passed on" in done.stderr
     assert not (tmp_path / "lost").exists()
+
+
+@pytest.fixture
+def place() -> Iterator[Path]:
+    """Where a kept lab of our own lies; a socket's path is short by law."""
+    with tempfile.TemporaryDirectory(prefix="hv-") as folder:
+        yield Path(folder)
+
+
+@pytest.mark.usefixtures("can_start")
+@pytest.mark.timeout(900)
+def test_a_kept_lab_serves_on_after_a_command_that_left_processes(place: Path) -> None:
+    """Whatever session they are in and wherever they stand. hvkvm is found by its name, as README has it."""
+
+    def kept(*words: str) -> subprocess.CompletedProcess[str]:
+        return subprocess.run(
+            [PROJECT / "scripts/lab", "--nested", *words],
+            capture_output=True,
+            text=True,
+            check=False,
+            env=dict(os.environ, XDG_RUNTIME_DIR=str(place)),
+        )
+
+    left = "sleep 4321 & setsid sleep 4321 & (setsid sh -c 'while :; do echo more; done' &); exit 3"
+    try:
+        first = kept("--keep", "--timeout", "400", "--", "sh", "-c", left)
+        assert first.returncode == 3, first.stderr
+        script = "hvkvm --version && ! grep -alsE '432[1]|echo mor[e]' /proc/[0-9]*/cmdline && echo alone"
+        second = kept("--keep", "--timeout", "400", "--", "sh", "-c", script)
+        assert second.returncode == 0, second.stderr
+        assert second.stdout.startswith("hvkvm ")
+        assert second.stdout.endswith("\nalone\n")
+        assert "lab:" not in second.stderr  # the same machine, not another
+    finally:
+        assert kept("--stop").returncode == 0

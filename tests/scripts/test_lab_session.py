@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import os
 import socket
@@ -14,7 +15,7 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from steps import lab_session
+from steps import lab_processor, lab_session
 from steps.lab_host import CHANNELS
 
 
@@ -102,7 +103,8 @@ class Machine:
         self.ends[channel].sendall(data)
 
     def finish(self, token: str, status: int) -> None:
-        """End the job as the real machine does: a mark on both streams, then the status."""
+        """End the job as the real machine does: the news, a mark on both streams, then the status."""
+        self.say("control", b"ending\n")
         for channel in ("stdout", "stderr"):
             self.say(channel, b"\0" + token.encode())
         self.say("control", b"exit %d\n" % status)
@@ -124,9 +126,11 @@ def machine(tmp_path: Path) -> Iterator[Machine]:
     played.close()
 
 
-def run(machine: Machine, timeout: float | None = None, fresh: bool = True) -> lab_session.Outcome:
+def run(
+    machine: Machine, timeout: float | None = None, fresh: bool = True, stall: float | None = None
+) -> lab_session.Outcome:
     session = lab_session.Session(
-        machine.folder, machine.process.pid, tty=False, fresh=fresh, detail=lambda text: None
+        machine.folder, machine.process.pid, tty=False, fresh=fresh, detail=lambda text: None, stall=stall
     )
     try:
         return session.run(b"script\n", timeout)
@@ -157,7 +161,7 @@ def test_status_before_the_last_output_loses_nothing(
     def play(played: Machine) -> None:
         played.say("control", b"hello 3.1\n")
         token = played.job()[1]
-        played.say("control", b"exit 4\n")
+        played.say("control", b"ending\nexit 4\n")
         for _ in range(64):
             played.say("stdout", b"x" * 65536)
         played.say("stdout", b"\0" + token.encode())
@@ -204,8 +208,48 @@ def test_machine_that_cannot_start_says_why(machine: Machine) -> None:
     assert run(machine) == lab_session.Outcome(None, "no root")
 
 
-def test_silent_machine_counts_as_dead(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(lab_session, "SILENCE_SECONDS", 0.2)
+def test_a_nul_at_the_end_of_output_does_not_wait_for_more(machine: Machine) -> None:
+    """Two programs that talk through the lab in binary would wait for one another for ever."""
+    answered = threading.Event()
+    reader, writer = os.pipe()
+    saved = os.dup(1)
+    os.dup2(writer, 1)
+
+    def play(played: Machine) -> None:
+        played.say("control", b"hello 3.1\n")
+        token = played.job()[1]
+        played.say("stdout", b"question\0")
+        answered.wait(60)
+        played.finish(token, 0)
+
+    def answer() -> None:
+        got = b""
+        while got != b"question\0":
+            got += os.read(reader, 100)
+        answered.set()
+
+    threading.Thread(target=answer, daemon=True).start()
+    machine.play(play)
+    try:
+        assert run(machine).status == 0
+        assert answered.is_set()
+    finally:
+        os.dup2(saved, 1)
+        for descriptor in (saved, reader, writer):
+            os.close(descriptor)
+
+
+def quick(monkeypatch: pytest.MonkeyPatch, **seconds: float) -> None:
+    monkeypatch.setattr(lab_processor, "SAMPLE_SECONDS", 0.05)
+    monkeypatch.setattr(lab_session, "POKE_SECONDS", 0.05)
+    for name, value in seconds.items():
+        monkeypatch.setattr(lab_session, name, value)
+
+
+def test_silent_machine_with_an_idle_processor_stands_still(
+    machine: Machine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    quick(monkeypatch, SILENCE_SECONDS=0.5)
 
     def play(played: Machine) -> None:
         played.say("control", b"hello 3.1\n")
@@ -214,7 +258,90 @@ def test_silent_machine_counts_as_dead(machine: Machine, monkeypatch: pytest.Mon
     machine.play(play)
     outcome = run(machine)
     assert outcome.status is None
-    assert "said nothing" in outcome.reason
+    assert "stands still" in outcome.reason
+
+
+def test_silent_machine_whose_processor_works_is_slow_and_not_dead(
+    machine: Machine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    quick(monkeypatch, SILENCE_SECONDS=0.1)
+    monkeypatch.setattr(lab_processor.Processor, "idle", lambda self, now: 0.0)
+
+    def play(played: Machine) -> None:
+        played.say("control", b"hello 3.1\n")
+        token = played.job()[1]
+        for _ in range(20):
+            assert played.ends["signals"].recv(100)  # it is prodded meanwhile
+        played.finish(token, 6)
+
+    machine.play(play)
+    assert run(machine).status == 6
+
+
+def test_machine_that_loops_in_silence_is_given_up_at_last(
+    machine: Machine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    quick(monkeypatch, SILENCE_SECONDS=0.1, BUSY_SILENCE_SECONDS=0.5)
+    monkeypatch.setattr(lab_processor.Processor, "idle", lambda self, now: 0.0)
+
+    def play(played: Machine) -> None:
+        played.say("control", b"hello 3.1\n")
+        played.job()
+
+    machine.play(play)
+    outcome = run(machine)
+    assert outcome.status is None
+    assert "its processor works" in outcome.reason
+
+
+def beat(played: Machine, until: threading.Event) -> None:
+    """Say now and then that the machine is alive, as its init does."""
+    while not until.wait(0.05):
+        with contextlib.suppress(OSError):
+            played.say("control", b"beat\n")
+
+
+def test_idle_machine_that_is_alive_is_asked_first_and_then_given_up(
+    machine: Machine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    quick(monkeypatch, SILENCE_SECONDS=0.5, TELL_SECONDS=0.5)
+    over = threading.Event()
+    told: list[bytes] = []
+
+    def play(played: Machine) -> None:
+        played.say("control", b"hello 3.1\n")
+        played.job()
+        threading.Thread(target=beat, args=(played, over), daemon=True).start()
+        while b"TELL\n" not in b"".join(told):
+            told.append(played.ends["signals"].recv(100))
+        played.say("stderr", b"waits for a guest\n")
+
+    machine.play(play)
+    outcome = run(machine, stall=0.3)
+    over.set()
+    assert outcome.status is None
+    assert "stands still" in outcome.reason
+    assert outcome.printed
+
+
+def test_idle_machine_is_left_alone_when_nobody_minds(
+    machine: Machine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A shell in the lab waits for its user."""
+    quick(monkeypatch, SILENCE_SECONDS=0.5)
+    over = threading.Event()
+
+    def play(played: Machine) -> None:
+        played.say("control", b"hello 3.1\n")
+        token = played.job()[1]
+        threading.Thread(target=beat, args=(played, over), daemon=True).start()
+        for _ in range(30):
+            assert b"TELL" not in played.ends["signals"].recv(100)
+        over.set()
+        played.finish(token, 0)
+
+    machine.play(play)
+    assert run(machine).status == 0
 
 
 def test_deadline_terminates_the_command(machine: Machine) -> None:
@@ -269,12 +396,14 @@ def test_standard_input_arrives_whole_and_ends(machine: Machine, monkeypatch: py
     feeder.start()
     machine.play(play)
     try:
-        assert run(machine).status == 0
+        outcome = run(machine)
+        assert outcome.status == 0
     finally:
         os.dup2(saved, 0)
         os.close(saved)
         feeder.join()
     assert got == [sent]
+    assert outcome.fed  # so that the command is not started again, without what it took
 
 
 def test_interrupt_is_passed_on(machine: Machine) -> None:
