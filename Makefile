@@ -22,6 +22,7 @@ check: setup ## style, types, import directions, the ABI table
 	.venv/bin/mypy --strict
 	MYPYPATH=scripts .venv/bin/mypy --strict scripts/lab
 	MYPYPATH=scripts .venv/bin/mypy --strict scripts/artifacts
+	MYPYPATH=scripts .venv/bin/mypy --strict scripts/steps/suite.py scripts/steps/suite_plugin.py
 	.venv/bin/lint-imports
 	$(PYTHON) kvm_headers/probe.py --check
 

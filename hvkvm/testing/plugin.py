@@ -12,7 +12,7 @@ from __future__ import annotations
 import functools
 import os
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from typing import TYPE_CHECKING
 
 import pytest
@@ -81,8 +81,17 @@ class TierReport:
             pytest.fail(f"HVKVM_REQUIRE={tier}, but {reason}", pytrace=False)
         pytest.skip(f"needs {tier}: {reason}")
 
+    @pytest.hookimpl(wrapper=True)
+    def pytest_runtest_makereport(
+        self, item: pytest.Item
+    ) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+        report = yield
+        # A session that hands its tests to workers (pytest-xdist) collects none, and sees reports only.
+        report.hvkvm_tier = self.tier.get(item.nodeid, "anywhere")  # type: ignore[attr-defined]
+        return report
+
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
-        tier = self.tier.get(report.nodeid, "anywhere")
+        tier: str = getattr(report, "hvkvm_tier", "anywhere")
         if report.when == "call" and not report.skipped:
             self.ran[tier] += 1
         elif report.skipped:
@@ -94,6 +103,8 @@ class TierReport:
 
     @pytest.hookimpl(trylast=True)
     def pytest_sessionfinish(self, session: pytest.Session) -> None:
+        if hasattr(session.config, "workerinput"):
+            return  # its session counts what all its workers ran
         if (
             session.exitstatus == pytest.ExitCode.OK
             and self.empty_tiers()

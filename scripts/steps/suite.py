@@ -1,0 +1,175 @@
+"""The whole test suite: which tests run where, in how many workers at once, and what came of it.
+
+    1 anywhere, 2 any KVM       here, where /dev/kvm can be used
+    3 KVM with Hyper-V          here if this KVM has it, else in nested labs side by side
+
+Each part is one pytest session whose workers (pytest-xdist) draw from one list, as
+many as there are processors; for the third tier a worker is a Python in a lab of its
+own. Called by `scripts/test`; arguments go to pytest. One thread.
+"""
+
+from __future__ import annotations
+
+import os
+import shlex
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import NamedTuple
+
+from hvkvm.boot import cache
+from steps.lab_host import has_hyperv
+
+PROJECT = Path(__file__).resolve().parents[2]
+PYTHON = str(PROJECT / ".venv/bin/python")
+NO_TESTS = 5
+INTERRUPTED = 130
+MOST_WORKERS = 8
+# A lab has 4 GiB, of which the suite's guests were seen to touch less than half.
+LAB_BYTES = 3 << 30
+# No test waits for a guest that does nothing; the longest pause in one is some seconds.
+STALL_SECONDS = 90
+# These end what hangs past all other limits, so they are several times what a slow, busy machine takes.
+DEADLINES = {"here": 5400, "lab": 10800}
+# Emulated processors are slow, so tests get more time each there.
+TEST_SECONDS = {"here": 300, "lab": 900}
+# A person drives these, so there is one worker and the terminal is its own.
+_BY_HAND = {"--pdb", "--trace", "-s", "--capture=no"}
+
+
+class Part(NamedTuple):
+    """Some tiers: `marks` choose their tests, `tiers` may not be skipped, `place` is here or lab."""
+
+    name: str
+    marks: str
+    tiers: tuple[str, ...]
+    place: str
+
+
+def parts(usable: bool, hyperv: bool) -> list[Part]:
+    """What is run, in order. `usable`: whether /dev/kvm is; `hyperv`: whether it has Hyper-V of its own."""
+    place = "here" if hyperv else "lab"
+    if usable:
+        return [
+            Part("tiers 1 and 2 (anywhere, any KVM)", "not hyperv", ("kvm",), "here"),
+            Part("tier 3 (KVM with Hyper-V)", "hyperv", ("hyperv",), place),
+        ]
+    return [
+        Part("tier 1 (anywhere)", "not kvm and not hyperv", (), "here"),
+        Part("tiers 2 and 3 (any KVM, KVM with Hyper-V)", "kvm or hyperv", ("kvm", "hyperv"), place),
+    ]
+
+
+def workers(place: str, processors: int, memory: int) -> int:
+    """How many workers a part gets: one a processor, and no more labs than `memory` bytes hold."""
+    asked = os.environ.get("HVKVM_TEST_WORKERS", "")
+    if asked.isdigit() and int(asked) > 0:
+        return int(asked)
+    most = min(processors, MOST_WORKERS)
+    return most if place == "here" else max(1, min(most, memory // LAB_BYTES))
+
+
+def available_memory() -> int:
+    """Bytes that programs can still take."""
+    for line in Path("/proc/meminfo").read_text().splitlines():
+        if line.startswith("MemAvailable:"):
+            return int(line.split()[1]) << 10
+    return 0
+
+
+def command(part: Part, count: int, arguments: list[str]) -> list[str]:
+    """The pytest session that runs `part` in `count` workers."""
+    pytest = [PYTHON, "-m", "pytest"]
+    chosen = ["-m", part.marks, "-o", f"timeout={TEST_SECONDS[part.place]}"]
+    lab = [str(PROJECT / "scripts/lab"), "--timeout", "0"]
+    if _BY_HAND & set(arguments):
+        return [*([*lab, "--"] if part.place == "lab" else []), *pytest, *chosen, *arguments]
+    python = shlex.quote(PYTHON)
+    if part.place == "lab":
+        python = shlex.join([*lab, "--stall", str(STALL_SECONDS), "--", PYTHON])
+    durations = cache.root() / "durations" / f"{part.place}.json"
+    return [
+        *pytest,
+        *("-p", "steps.suite_plugin", "--part", part.name.partition(" (")[0]),
+        *("--part-deadline", str(deadline(part)), "--part-durations", str(durations)),
+        *(["--part-again"] if part.place == "lab" else []),
+        *("--tx", f"{count}*popen//python={python}", "--dist", "load", "--maxschedchunk", "1"),
+        *("--max-worker-restart", "6", "-o", "console_output_style=classic"),
+        *chosen,
+        *arguments,
+    ]
+
+
+def deadline(part: Part) -> int:
+    """Seconds after which a part is ended."""
+    asked = os.environ.get("HVKVM_TIER3_SECONDS", "")
+    return int(asked) if part.place == "lab" and asked.isdigit() else DEADLINES[part.place]
+
+
+def collected(marks: str, arguments: list[str]) -> tuple[int, int, str]:
+    """Ask pytest, here: its status, how many tests there are, and what it printed.
+
+    It leaves the byte code that labs then need not make: compiling costs many seconds there.
+    """
+    line = [PYTHON, "-m", "pytest", "--collect-only", "-q", "-p", "no:cacheprovider", "-m", marks, *arguments]
+    done = subprocess.run(line, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False)
+    return done.returncode, sum("::" in line for line in done.stdout.splitlines()), done.stdout
+
+
+def run(part: Part, arguments: list[str]) -> int:
+    """Run one part; pytest's status, with 5 for no test where `arguments` chose none."""
+    started = time.monotonic()
+    tiers, count = part.tiers, workers(part.place, len(os.sched_getaffinity(0)), available_memory())
+    if part.place == "lab" or arguments:
+        status, found, text = collected(part.marks, arguments)
+        if status not in (0, NO_TESTS):
+            print(text, flush=True)
+            return status
+        if status == NO_TESTS and arguments:
+            print(text.splitlines()[-1] if text else "no tests", flush=True)
+            return NO_TESTS
+        count = max(1, min(count, found))
+    if arguments:
+        # What the arguments leave out cannot be asked for.
+        tiers = tuple(tier for tier in tiers if collected(f"({part.marks}) and {tier}", arguments)[1])
+    settings = dict(os.environ, HVKVM_REQUIRE=",".join(tiers))
+    settings["PYTHONPATH"] = os.pathsep.join(
+        filter(None, [str(PROJECT / "scripts"), os.environ.get("PYTHONPATH")])
+    )
+    status = subprocess.run(command(part, count, arguments), env=settings, check=False).returncode
+    print(f"== {part.name}: {time.monotonic() - started:.0f} s with {count} at once", flush=True)
+    return status
+
+
+def main(arguments: list[str]) -> int:
+    """Run every part; 0 when all passed, that is, and something ran."""
+    usable = os.access("/dev/kvm", os.R_OK | os.W_OK)
+    if not usable:
+        print("== /dev/kvm cannot be used here: tier 2 runs in the lab", flush=True)
+    passed: list[str] = []
+    failed: list[str] = []
+    empty: list[str] = []
+    for part in parts(usable, has_hyperv()):
+        print(f"== {part.name}", flush=True)
+        status = run(part, arguments)
+        if status == NO_TESTS and arguments:
+            empty.append(part.name)
+        else:
+            (failed if status else passed).append(part.name)
+    if not passed and not failed:
+        failed, empty = empty, []
+    if empty:
+        print(f"== no test chosen: {', '.join(empty)}")
+    print(f"== passed: {', '.join(passed)}")
+    if failed:
+        print(f"== FAILED: {', '.join(failed)}")
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main(sys.argv[1:]))
+    except KeyboardInterrupt:
+        print("== FAILED: interrupted", flush=True)
+        sys.exit(INTERRUPTED)

@@ -1,0 +1,226 @@
+"""The suite's runner: what runs where, and its plugin at work on a small suite of its own."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from steps import suite
+
+PROJECT = Path(__file__).resolve().parents[2]
+GIB = 1 << 30
+
+
+# --- what runs where ------------------------------------------------------------------------------
+
+
+def test_the_third_tier_goes_to_labs_where_kvm_has_no_hyperv() -> None:
+    assert [(part.place, part.tiers) for part in suite.parts(True, False)] == [
+        ("here", ("kvm",)),
+        ("lab", ("hyperv",)),
+    ]
+
+
+def test_with_hyperv_everything_runs_here() -> None:
+    assert {part.place for part in suite.parts(True, True)} == {"here"}
+
+
+def test_without_kvm_the_second_tier_goes_to_the_lab_too() -> None:
+    first, second = suite.parts(False, False)
+    assert (first.place, first.tiers) == ("here", ())
+    assert (second.place, second.tiers) == ("lab", ("kvm", "hyperv"))
+
+
+@pytest.mark.parametrize(
+    ("place", "processors", "memory", "count"),
+    [
+        ("lab", 1, 64 * GIB, 1),
+        ("lab", 2, 64 * GIB, 2),
+        ("lab", 4, 7 * GIB, 2),
+        ("lab", 4, 1 * GIB, 1),
+        ("lab", 64, 640 * GIB, 8),
+        ("here", 2, 1 * GIB, 2),
+    ],
+)
+def test_workers_follow_processors_and_labs_memory_too(
+    place: str, processors: int, memory: int, count: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("HVKVM_TEST_WORKERS", raising=False)
+    assert suite.workers(place, processors, memory) == count
+
+
+def test_workers_can_be_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HVKVM_TEST_WORKERS", "3")
+    assert suite.workers("lab", 1, 0) == 3
+
+
+def test_a_debugger_has_the_terminal_for_itself() -> None:
+    for part in suite.parts(True, False):
+        assert "--dist" in suite.command(part, 2, [])
+        assert "--dist" not in suite.command(part, 2, ["--pdb"])
+
+
+@pytest.mark.parametrize(
+    ("statuses", "arguments", "status", "last"),
+    [
+        ((0, 0), [], 0, "== passed: one, two"),
+        ((0, 1), [], 1, "== FAILED: two"),
+        ((5, 0), ["-k", "x"], 0, "== passed: two"),
+        ((5, 5), ["-k", "x"], 1, "== FAILED: one, two"),
+        ((0, 5), [], 1, "== FAILED: two"),
+        ((124, 0), [], 1, "== FAILED: one"),
+    ],
+    ids=["all", "a failure", "none chosen in one", "none chosen at all", "an empty tier", "a deadline"],
+)
+def test_the_last_line_and_the_status_say_how_it_went(
+    statuses: tuple[int, int],
+    arguments: list[str],
+    status: int,
+    last: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    pair = [suite.Part(name, name, (), "here") for name in ("one", "two")]
+    left = list(statuses)
+    monkeypatch.setattr(suite, "parts", lambda usable, hyperv: pair)
+    monkeypatch.setattr(suite, "run", lambda part, arguments: left.pop(0))
+    assert suite.main(arguments) == status
+    assert capsys.readouterr().out.splitlines()[-1] == last
+
+
+# --- the plugin -----------------------------------------------------------------------------------
+
+Session = Callable[..., "subprocess.CompletedProcess[str]"]
+
+
+@pytest.fixture
+def session(tmp_path: Path) -> Session:
+    """`session(tests, *options, workers=2)`: a pytest session of its own over the module text `tests`."""
+
+    def run(tests: str, *options: str, workers: int = 2) -> subprocess.CompletedProcess[str]:
+        (tmp_path / "test_it.py").write_text(f"import os, pathlib, time\n{tests}")
+        environment = {
+            name: value
+            for name, value in os.environ.items()
+            if not name.startswith(("PYTEST_", "HVKVM_REQUIRE", "PY_COLORS", "FORCE_COLOR"))
+        }
+        environment["PYTHONPATH"] = str(PROJECT / "scripts")
+        line = [
+            sys.executable,
+            "-m",
+            "pytest",
+            "-c",
+            "/dev/null",
+            "--rootdir",
+            ".",
+            "-p",
+            "steps.suite_plugin",
+        ]
+        line += ["-p", "no:cacheprovider", "-p", "no:hypothesispytest", "--part", "small", *options]
+        line += [
+            "--tx",
+            f"{workers}*popen//python={sys.executable}",
+            "--dist",
+            "load",
+            "--maxschedchunk",
+            "1",
+        ]
+        return subprocess.run(
+            [*line, "test_it.py"], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
+        )
+
+    return run
+
+
+def test_failure_is_shown_whole_when_it_happens(session: Session) -> None:
+    """Before the test that is still running ends."""
+    done = session(
+        "def test_waits():\n"
+        "    while not pathlib.Path('seen').exists(): time.sleep(0.01)\n"
+        "    time.sleep(0.5)\n"
+        "    print('end of the other'); assert False\n"
+        "def test_fails():\n"
+        "    pathlib.Path('seen').touch(); print('captured words'); assert 1 == 2\n"
+    )
+    assert done.returncode == 1
+    text = done.stdout
+    assert text.index("FAILED test_it.py::test_fails (call") < text.index(
+        "FAILED test_it.py::test_waits (call"
+    )
+    assert "assert 1 == 2" in text
+    assert text.count("captured words") == 2  # once in the source of the test, once as its output
+    assert "2 failed in" in text.splitlines()[-1]
+
+
+def test_long_tests_come_first_and_short_ones_in_their_order(session: Session, tmp_path: Path) -> None:
+    tests = "".join(
+        f"def test_{n}():\n    with open('order', 'a') as out: print({n}, file=out)\n" for n in range(5)
+    )
+    kept = tmp_path / "cache/kept.json"
+    kept.parent.mkdir()
+    kept.write_text(
+        json.dumps({"test_it.py::test_3": 9.0, "test_it.py::test_1": 4.0, "test_it.py::test_0": 0.5})
+    )
+    # The two that are not known count as long as the mean of their file's others: 4.5.
+    done = session(tests, "--part-durations", str(kept), workers=1)
+    assert done.returncode == 0, done.stdout
+    assert (tmp_path / "order").read_text().split() == ["3", "2", "4", "1", "0"]
+    assert set(json.loads(kept.read_text())) == {f"test_it.py::test_{n}" for n in range(5)}
+
+
+DIES_ONCE = (
+    "def test_dies():\n"
+    "    mark = pathlib.Path('mark')\n"
+    "    if not mark.exists():\n"
+    "        mark.touch(); os._exit(9)\n"
+)
+OTHERS = "".join(f"def test_other_{n}():\n    pass\n" for n in range(6))
+
+
+def test_only_the_test_in_which_a_lab_ended_is_run_again_and_it_is_said(session: Session) -> None:
+    done = session(DIES_ONCE + OTHERS, "--part-again")
+    assert done.returncode == 0, done.stdout
+    assert "the lab ended in test_it.py::test_dies" in done.stdout
+    assert "run again, once" in done.stdout
+    assert "7 passed, 1 run again in" in done.stdout
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_the_last_test_of_all_is_run_again_too(session: Session, workers: int) -> None:
+    done = session(DIES_ONCE, "--part-again", workers=workers)
+    assert done.returncode == 0, done.stdout
+    assert "1 passed, 1 run again in" in done.stdout
+
+
+def test_the_second_time_it_is_the_test_that_fails(session: Session) -> None:
+    done = session("def test_dies():\n    os._exit(9)\n" + OTHERS, "--part-again")
+    assert done.returncode == 1
+    assert "FAILED test_it.py::test_dies" in done.stdout
+    assert "1 failed, 6 passed, 1 run again in" in done.stdout
+
+
+def test_outside_of_labs_a_worker_that_dies_is_a_failure_at_once(session: Session) -> None:
+    done = session(DIES_ONCE + OTHERS)
+    assert done.returncode == 1
+    assert "1 failed, 6 passed in" in done.stdout
+
+
+def test_a_deadline_names_what_runs_and_what_failed_before(session: Session) -> None:
+    done = session(
+        "def test_fails():\n    assert 0\ndef test_stands():\n    time.sleep(1000)\n", "--part-deadline", "15"
+    )
+    assert done.returncode == 124, done.stdout
+    assert "small: the deadline of 15 s has passed" in done.stdout
+    assert "running: test_it.py::test_stands (" in done.stdout
+    assert "failed before: test_it.py::test_fails" in done.stdout
+
+
+def test_tiers_are_counted_over_all_workers(session: Session, monkeypatch: pytest.MonkeyPatch) -> None:
+    done = session("import pytest\n@pytest.mark.kvm\ndef test_any():\n    pass\n" + OTHERS)
+    ran = "kvm 1 ran 0 skipped" if os.access("/dev/kvm", os.R_OK | os.W_OK) else "kvm 0 ran 1 skipped"
+    assert f"hvkvm tiers: anywhere 6 ran 0 skipped, {ran}" in done.stdout
