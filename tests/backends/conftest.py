@@ -23,10 +23,10 @@ def io() -> Iterator[IoLoop]:
 
 @pytest.fixture(scope="session")
 def until() -> Callable[[Callable[[], object]], None]:
-    """`until(condition)`: wait for it; fails when it does not come in half a minute."""
+    """`until(condition)`: wait for it; fails when it never comes."""
 
     def wait(condition: Callable[[], object]) -> None:
-        deadline = time.monotonic() + 30
+        deadline = time.monotonic() + 100
         while not condition():
             assert time.monotonic() < deadline, "the awaited did not come"
             time.sleep(0.002)

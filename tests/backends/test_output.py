@@ -51,7 +51,7 @@ def test_a_slow_pipe_gets_every_byte_and_its_flags_stay(io, until, pipe, nonbloc
         io.call_soon(output.write, DATA[start : start + 4096])
     done = threading.Event()
     io.call_soon(done.set)
-    assert done.wait(30), "the loop was blocked by a pipe nobody reads"
+    assert done.wait(100), "the loop was blocked by a pipe nobody reads"
     assert flags(writer) == before
     got = bytearray()
     while len(got) < len(DATA):
@@ -218,7 +218,7 @@ def test_a_socket_is_asked_before_each_piece(io, until):
         done = threading.Event()
         io.call_soon(output.write, DATA)
         io.call_soon(done.set)
-        assert done.wait(30), "the loop was blocked by a socket nobody reads"
+        assert done.wait(100), "the loop was blocked by a socket nobody reads"
         got = bytearray()
         while len(got) < len(DATA):
             got += right.recv(1 << 16)

@@ -20,7 +20,7 @@ from hvkvm.cli import ctl_client
 from hvkvm.cli.ctl import VERBS
 from hvkvm.observe import control_path
 
-SECONDS = 60.0
+SECONDS = 100.0
 
 
 class PlayedVm:

@@ -76,7 +76,7 @@ def test_a_reader_who_takes_his_time_gets_everything(guest: Guest) -> None:
 
 
 @pytest.mark.parametrize(
-    ("options", "number"), [((), signal.SIGINT), (("--timeout", "4"), None)], ids=["ctrl-c", "--timeout"]
+    ("options", "number"), [((), signal.SIGINT), (("--timeout", "10"), None)], ids=["ctrl-c", "--timeout"]
 )
 def test_what_is_not_read_in_time_is_told(
     guest: Guest, options: tuple[str, ...], number: signal.Signals | None

@@ -9,7 +9,7 @@ from hvkvm.abi import board
 HANG = b"\xfa\xf4\xeb\xfd"  # cli; hlt; again
 SPIN = b"\xeb\xfe"
 TRIPLE_FAULT = b"\x0f\x01\x1d\x00\x00\x00\x00\x0f\x0b"  # lidt [0], where a limit of 0 lies; ud2
-DEADLINE = 60.0
+DEADLINE = 100.0
 
 
 def out_string(text: bytes) -> bytes:

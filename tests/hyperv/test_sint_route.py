@@ -147,13 +147,13 @@ def test_s12_a_new_line_waits_until_the_old_one_is_gone(world: World) -> None:
 
     def slow_close() -> None:
         closing.set()
-        assert let_go.wait(20)
+        assert let_go.wait(100)
         close()
 
     world.line().close = slow_close  # type: ignore[method-assign]
     closer = threading.Thread(target=old.close)
     closer.start()
-    assert closing.wait(20)
+    assert closing.wait(100)
     opener = threading.Thread(target=world.open)  # the stand-in refuses a second line
     opener.start()
     elsewhere = world.open(sint=3)

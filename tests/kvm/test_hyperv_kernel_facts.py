@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import errno
 import os
+import time
 
 import pytest
 
@@ -91,10 +92,18 @@ def activate(kvm, guest) -> None:
 
 def requested(vcpu, vector: int) -> bool:
     """Is `vector` in the LAPIC's IRR? Waits a little: an irqfd may inject from a kernel worker."""
-    for _ in range(2000):
-        if bytes(vcpu.lapic().regs)[0x200 + vector // 32 * 16 + vector % 32 // 8] & 1 << vector % 8:
-            return True
-    return False
+    return any(in_irr(vcpu, vector) for _ in range(2000))
+
+
+def in_irr(vcpu, vector: int) -> bool:
+    return bool(bytes(vcpu.lapic().regs)[0x200 + vector // 32 * 16 + vector % 32 // 8] & 1 << vector % 8)
+
+
+def await_request(vcpu, vector: int) -> None:
+    """Until `vector` is in the LAPIC's IRR."""
+    deadline = time.monotonic() + 100
+    while not in_irr(vcpu, vector):
+        assert time.monotonic() < deadline
 
 
 @pytest.mark.hyperv
@@ -113,7 +122,7 @@ def test_a_signal_on_a_sint_route_raises_the_vector_s15(enlightened):
     with Irqfd(guest.vm, table.add_hv_sint(0, SINT), resample=True) as line:
         assert not requested(guest.vcpu, VECTOR)
         line.signal()
-        assert requested(guest.vcpu, VECTOR)
+        await_request(guest.vcpu, VECTOR)
 
 
 @pytest.mark.hyperv

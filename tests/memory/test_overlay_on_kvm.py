@@ -97,7 +97,7 @@ class Guest:
             for vcpu in vcpus
         ]
         for thread in threads:
-            self.stack.callback(thread.join, 10)
+            self.stack.callback(thread.join, 100)
             self.stack.callback(thread.stop)
             thread.start()
         return threads
@@ -147,7 +147,7 @@ def test_s5_running_vcpus_never_see_a_hole_nor_lose_a_write(guest: Guest, vcpu_c
         overlay.place(None)
     for thread in threads:
         thread.stop()
-        assert thread.join(10)
+        assert thread.join(100)
     assert not guest.bad
     for at in offsets:
         in_ram, in_overlays = seen(at)

@@ -19,7 +19,7 @@ from hvkvm.observe import control_socket
 from hvkvm.observe.control_socket import MAX_CONNECTIONS, MAX_LINE, Answer, ControlSocket
 from hvkvm.runtime.io_loop import IoLoop
 
-SECONDS = 30.0
+SECONDS = 100.0
 
 
 class World:

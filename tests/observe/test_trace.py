@@ -38,7 +38,7 @@ LINES = (
 
 
 def trace(*arguments: str, **how) -> subprocess.CompletedProcess[str]:
-    how.setdefault("timeout", 60)
+    how.setdefault("timeout", 100)
     return subprocess.run(
         [*TRACE, *arguments], stdin=subprocess.DEVNULL, capture_output=True, text=True, check=False, **how
     )
@@ -62,7 +62,7 @@ def running_vmm(pause: str = "0.005") -> Iterator[subprocess.Popen[str]]:
     finally:
         vmm.stdin.close()
         try:
-            vmm.wait(20)
+            vmm.wait(100)
         except subprocess.TimeoutExpired:
             vmm.kill()
             vmm.wait()
@@ -154,7 +154,7 @@ def test_attach_shows_the_exits_of_a_running_vcpu_and_a_signal_lets_it_go(number
             assert any("KVM_EXIT_IO, is_write=1, port=0x80" in line for line in lines), lines
             assert tracer_of(vmm.pid) == tracer.pid
             tracer.send_signal(number)
-            tracer.communicate(timeout=30)
+            tracer.communicate(timeout=100)
             assert tracer.returncode == 128 + number
             assert tracer_of(vmm.pid) == 0
             seen = exits_of(vmm)
@@ -170,7 +170,7 @@ def test_attach_ends_with_the_process():
             [*TRACE, "--json", "--runs", "--pid", str(vmm.pid)], stderr=subprocess.PIPE, text=True
         )
         tracer.stderr.readline()
-    tracer.communicate(timeout=30)
+    tracer.communicate(timeout=100)
     assert (tracer.returncode, vmm.returncode) == (0, 0)
 
 
@@ -182,7 +182,7 @@ def test_a_broken_pipe_lets_the_process_go():
         )
         tracer.stderr.readline()
         tracer.stderr.close()
-        assert tracer.wait(30) != 0
+        assert tracer.wait(100) != 0
         assert tracer_of(vmm.pid) == 0
         exits_of(vmm)
     assert vmm.returncode == 0
@@ -199,7 +199,7 @@ def test_a_process_that_is_traced_already_is_named():
         assert again.returncode == 2
         assert f"process {tracer.pid} traces it already" in again.stderr
         tracer.send_signal(signal.SIGINT)
-        tracer.communicate(timeout=30)
+        tracer.communicate(timeout=100)
 
 
 def test_the_status_of_the_command_is_passed_on():
@@ -227,7 +227,7 @@ def test_a_signal_to_the_tracer_goes_to_its_command():
     )
     assert tracer.stdout.readline() == "up\n"
     tracer.send_signal(signal.SIGTERM)
-    tracer.communicate(timeout=30)
+    tracer.communicate(timeout=100)
     assert tracer.returncode == 11
 
 
@@ -332,7 +332,7 @@ def test_a_sleeping_thread_does_not_hold_up_a_detach():
         if tracer_of(sleeper.pid) == tracer.pid:
             attached.set()
     tracer.send_signal(signal.SIGINT)
-    tracer.communicate(timeout=30)
+    tracer.communicate(timeout=100)
     assert tracer_of(sleeper.pid) == 0
-    sleeper.communicate(timeout=30)
+    sleeper.communicate(timeout=100)
     assert sleeper.returncode == 0

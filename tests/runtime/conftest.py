@@ -126,6 +126,6 @@ def settle() -> Callable[[IoLoop], None]:
         for _ in range(2):
             done = threading.Event()
             loop.call_soon(done.set)
-            assert done.wait(20), loop.state
+            assert done.wait(100), loop.state
 
     return wait

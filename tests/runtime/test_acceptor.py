@@ -14,7 +14,7 @@ from hvkvm.runtime import acceptor
 from hvkvm.runtime.acceptor import Acceptor
 from hvkvm.runtime.io_loop import IoLoop
 
-SECONDS = 20
+SECONDS = 100
 
 
 class Listener(socket.socket):

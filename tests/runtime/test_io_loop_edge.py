@@ -70,7 +70,7 @@ def test_no_write_is_lost_among_many(loop: IoLoop, in_threads: Callable[..., Non
     def writer(which: int) -> None:
         for _ in range(1000):
             fds[which].signal()
-            assert gates[which].acquire(timeout=20), loop.state
+            assert gates[which].acquire(timeout=100), loop.state
 
     in_threads(*(lambda which=which: writer(which) for which in range(len(fds))))
     for handle, fd in zip(handles, fds, strict=True):
@@ -97,5 +97,5 @@ def test_the_last_of_a_burst_is_always_seen(
         before = sum(counts)
         in_threads(*(lambda which=which: writer(which) for which in (0, 1)))
         while latest[-1] != before + 100:
-            assert seen.acquire(timeout=20), (latest[-1], before)
+            assert seen.acquire(timeout=100), (latest[-1], before)
     handle.remove()

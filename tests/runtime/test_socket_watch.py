@@ -123,7 +123,7 @@ def test_on_a_real_loop() -> None:
     loop = IoLoop()
     ours, theirs = socket.socketpair()
     ours.setblocking(False)
-    theirs.settimeout(30)
+    theirs.settimeout(100)
     loop.start()
     watch = SocketWatch(loop)
 

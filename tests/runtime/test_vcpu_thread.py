@@ -73,7 +73,7 @@ def running(vcpu: FakeVcpu, handlers: Handlers | None = None, start: bool = True
         thread.start()
     yield thread
     thread.stop()
-    assert thread.join(20), thread.state
+    assert thread.join(100), thread.state
 
 
 def faults_of(thread: VcpuThread) -> list[BaseException]:
@@ -125,7 +125,7 @@ def test_only_the_last_exits_are_remembered() -> None:
 
 def test_an_exit_without_a_handler_is_a_typed_fault() -> None:
     with running(FakeVcpu(KVM_EXIT_MMIO, index=3)) as thread:
-        assert thread.join(20)
+        assert thread.join(100)
         (fault,) = faults_of(thread)
         assert isinstance(fault, UnhandledExit)
         assert (fault.reason, fault.vcpu_index) == (KVM_EXIT_MMIO, 3)
@@ -143,11 +143,11 @@ def test_s31_a_fault_ends_the_thread_and_cancels_what_waits() -> None:
         raise KeyError("handler")
 
     with running(FakeVcpu(KVM_EXIT_IO), {KVM_EXIT_IO: broken}) as thread:
-        assert in_handler.wait(20)
+        assert in_handler.wait(100)
         assert thread.state == "handling KVM_EXIT_IO"
         thread.submit(seen.append, "ran", cancelled=lambda: seen.append("cancelled"))
         let_go.set()
-        assert thread.join(20)
+        assert thread.join(100)
         assert isinstance(thread.fault, KeyError)
         assert seen == ["cancelled"]
         with pytest.raises(Stopped):
@@ -160,7 +160,7 @@ def test_submitted_work_that_raises_is_a_fault_and_a_call_that_raises_is_not() -
             thread.call(lambda: 1 // 0)
         assert thread.call(lambda: 42) == 42
         thread.submit(lambda: 1 // 0)
-        assert thread.join(20)
+        assert thread.join(100)
         assert [type(fault) for fault in faults_of(thread)] == [ZeroDivisionError]
 
 
@@ -168,7 +168,7 @@ def test_an_error_of_the_vcpu_itself_is_a_fault() -> None:
     vcpu = FakeVcpu()
     vcpu.enter = lambda: 1 // 0  # type: ignore[method-assign]
     with running(vcpu) as thread:
-        assert thread.join(20)
+        assert thread.join(100)
         assert isinstance(thread.fault, ZeroDivisionError)
 
 
@@ -182,7 +182,7 @@ def test_an_error_in_a_cancellation_is_reported() -> None:
     in_call, let_go = threading.Event(), threading.Event()
     with running(FakeVcpu()) as thread:
         thread.submit(lambda: (in_call.set(), let_go.wait()))
-        assert in_call.wait(20)
+        assert in_call.wait(100)
         thread.submit(print, cancelled=lambda: 1 // 0)
         thread.stop()
         let_go.set()
@@ -225,7 +225,7 @@ def test_a_call_on_the_thread_itself_runs_at_once() -> None:
 def test_a_call_to_a_stopped_thread_is_stopped() -> None:
     with running(FakeVcpu()) as thread:
         thread.stop()
-        thread.join(20)
+        thread.join(100)
         with pytest.raises(Stopped):
             thread.call(int)
 
@@ -235,7 +235,7 @@ def test_a_call_that_waits_too_long_is_withdrawn() -> None:
     runs: list[int] = []
     with running(FakeVcpu()) as thread:
         thread.submit(lambda: (in_call.set(), let_go.wait()))
-        assert in_call.wait(20)
+        assert in_call.wait(100)
         with pytest.raises(TimeoutError, match="withdrawn"):
             thread.call(runs.append, 1, timeout=0.01)
         let_go.set()
@@ -260,7 +260,7 @@ def test_s25_kicks_only_a_thread_that_is_in_the_guest(monkeypatch: pytest.Monkey
         monkeypatch.setattr("hvkvm.runtime.kick.Kicker.kick", kick)
         thread.submit(lambda: (in_call.set(), let_go.wait()))
         thread.start()
-        assert in_call.wait(20)
+        assert in_call.wait(100)
         for _ in range(100):
             thread.submit(int)
         let_go.set()
@@ -294,7 +294,7 @@ def test_the_state_names_what_is_drained() -> None:
 
     with running(FakeVcpu()) as thread:
         thread.submit(deliver_message)
-        assert in_call.wait(20)
+        assert in_call.wait(100)
         assert "draining" in thread.state
         assert "deliver_message" in thread.state
         let_go.set()
@@ -321,7 +321,7 @@ def test_one_group_stop_names_the_thread_that_is_stuck() -> None:
         running(FakeVcpu(index=1)) as fine,
     ):
         group = VcpuGroup([stuck, fine])
-        assert in_handler.wait(20)
+        assert in_handler.wait(100)
         with pytest.raises(TimeoutError, match="vcpu0 is handling KVM_EXIT_IO") as caught:
             group.stop_all(0.05)
         assert "vcpu1" not in str(caught.value)

@@ -13,7 +13,7 @@ from hvkvm.vmbus.channel_io import ChannelIo
 from hvkvm.vmbus.ring_reader import RingReader
 from hvkvm.vmbus.ring_writer import RingWriter
 
-STUCK_SECONDS = 30
+STUCK_SECONDS = 100
 PACKETS = 2000
 
 
