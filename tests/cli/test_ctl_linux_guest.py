@@ -11,7 +11,7 @@ import pytest
 from guest_artifacts import artifact
 from running_vm import RunningVm, running_vm
 
-pytestmark = [pytest.mark.hyperv, pytest.mark.timeout(900)]
+pytestmark = [pytest.mark.hyperv, pytest.mark.timeout(1800)]
 
 MODULES = ("hv_vmbus", "hv_utils", "hyperv_keyboard")
 SYNIC = os.environ.get("HVKVM_SYNIC") or "kernel"
@@ -46,7 +46,7 @@ def options() -> tuple[object, ...]:
         found += ["--module", module]
     for guest, host in files.items():
         found += ["--file", f"{guest}={host}"]
-    return (*found, "--append", "quiet", "--name", "linux", "--timeout", "800", "--", "sh", "-c", SCRIPT)
+    return (*found, "--append", "quiet", "--name", "linux", "--timeout", "1700", "--", "sh", "-c", SCRIPT)
 
 
 def eventually(vm: RunningVm, look: Callable[[], bool], what: str) -> None:

@@ -23,8 +23,8 @@ from hvkvm.machine.config import MachineConfig
 from hvkvm.machine.machine import Machine
 from hvkvm.machine.outcome import Outcome
 
-SECONDS = 300.0
-"""How long a test waits for anything: an emulated host is slow."""
+SECONDS = 600.0
+"""How long a test waits for anything: an emulated host is slow, and may be busy."""
 
 KERNELS = {
     "stable": ("HVKVM_GUEST_KERNEL", "HVKVM_GUEST_MODULES"),
@@ -146,7 +146,7 @@ def linux_guest(
         "append": "quiet",
         "synic": synic or os.environ.get("HVKVM_SYNIC") or "kernel",
         "vmbus": "on",
-        "timeout": SECONDS,
+        "timeout": 3 * SECONDS,  # the whole life of a guest that one test does much with
         "command": ("sh", "-c", script),
         "files": tuple((files or {}).items()),
     }

@@ -14,7 +14,7 @@ from pathlib import Path
 from time import monotonic, sleep
 from typing import Any
 
-SECONDS = 240.0
+SECONDS = 600.0
 
 
 def command_line(*arguments: object) -> list[str]:

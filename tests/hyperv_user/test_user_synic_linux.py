@@ -19,7 +19,7 @@ from hvkvm.abi.kvm import KVM_EXIT_HYPERV
 from hvkvm.machine.hyperv import UserModeHyperv
 from hvkvm.machine.machine import Machine
 
-pytestmark = [pytest.mark.hyperv, pytest.mark.user_synic, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.hyperv, pytest.mark.user_synic, pytest.mark.timeout(1800)]
 
 BootAgent = Callable[..., Guest]
 SINT = 2
@@ -158,11 +158,11 @@ def test_the_command_runs_a_program_on_it() -> None:
     """`hvkvm run --synic user`, where auto would take KVM's own."""
     options = (
         "--synic", "user", "--kernel", artifact("HVKVM_GUEST_KERNEL"),
-        "--busybox", artifact("HVKVM_GUEST_BUSYBOX"), "--append", "quiet", "--json", "--timeout", "240",
+        "--busybox", artifact("HVKVM_GUEST_BUSYBOX"), "--append", "quiet", "--json", "--timeout", "600",
     )  # fmt: skip
     result = subprocess.run(
         command_line("run", *options, "--", "sh", "-c", "uname -s; exit 9"),
-        stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=500, check=False,
+        stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=700, check=False,
     )  # fmt: skip
     assert result.returncode == 9, result
     assert "Linux" in result.stdout

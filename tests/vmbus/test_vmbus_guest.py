@@ -11,7 +11,7 @@ from hvkvm.abi import ic, vmbus
 from hvkvm.machine.outcome import Ending
 from hvkvm.vmbus.offer import ChannelState
 
-pytestmark = [pytest.mark.hyperv, pytest.mark.timeout(600), pytest.mark.usefixtures("each_synic")]
+pytestmark = [pytest.mark.hyperv, pytest.mark.timeout(1800), pytest.mark.usefixtures("each_synic")]
 
 
 def request(guest: LinuxGuest, what: str) -> int:

@@ -20,7 +20,7 @@ from linux_vmbus import (
 
 from hvkvm.vmbus.offer import ChannelState
 
-pytestmark = [pytest.mark.hyperv, pytest.mark.timeout(600), pytest.mark.usefixtures("each_synic")]
+pytestmark = [pytest.mark.hyperv, pytest.mark.timeout(1800), pytest.mark.usefixtures("each_synic")]
 ROUNDS = 100
 CAPS = {"stable": "5.2", "newer": "6.0"}
 """Up to 5.2 MODIFYCHANNEL has no answer and Linux only hopes, from 5.3 on it waits for one."""

@@ -33,7 +33,7 @@ from linux_vmbus import (
 from hvkvm.abi import kvp
 from hvkvm.machine.inspect import inspect
 
-pytestmark = [pytest.mark.hyperv, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.hyperv, pytest.mark.timeout(1800)]
 
 ROUNDS = 100
 DEVICES = ("keyboard", "kvp", "vss")
@@ -61,7 +61,7 @@ LISTEN = (
     " until grep -q listening /listening; do sleep 0.1; done"
 )
 PIECE = 1 << 16
-SECONDS = 200.0
+SECONDS = 600.0
 
 
 class Asked:

@@ -17,7 +17,7 @@ from hvkvm.boot import initramfs
 from hvkvm.machine.outcome import Ending
 from hvkvm.vmbus.server import BusState
 
-pytestmark = [pytest.mark.hyperv, pytest.mark.timeout(600), pytest.mark.usefixtures("each_synic")]
+pytestmark = [pytest.mark.hyperv, pytest.mark.timeout(1800), pytest.mark.usefixtures("each_synic")]
 MODULES = ("hv_vmbus", "hv_utils")
 CRASH_MEMORY = "192M"
 HV = "host-model,-crash"

@@ -28,7 +28,7 @@ from hvkvm.abi import vmbus_messages as wire
 from hvkvm.abi.vmbus import version_text
 from hvkvm.vmbus.server import BusState
 
-pytestmark = [pytest.mark.hyperv, pytest.mark.timeout(600), pytest.mark.usefixtures("each_synic")]
+pytestmark = [pytest.mark.hyperv, pytest.mark.timeout(1800), pytest.mark.usefixtures("each_synic")]
 NEWEST_OF_LINUX = vmbus.VERSION_WIN10_V5_3
 CAPS = (
     *vmbus.HOST_VERSIONS,

@@ -18,7 +18,7 @@ from linux_guest import KERNELS, LinuxGuest, linux_guest
 from linux_programs import program
 from linux_shell import SHELL, Shell
 
-pytestmark = [pytest.mark.hyperv, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.hyperv, pytest.mark.timeout(1800)]
 MB = 1_000_000
 STREAM = 100 * MB
 DONE = re.compile(
@@ -26,7 +26,7 @@ DONE = re.compile(
 )
 BLOCK = Random(1).randbytes(1_000_003)  # no multiple of any packet, so that a piece out of place shows
 CURT = [BLOCK[:size] for size in (0, 1, 15_000, 100_000)]
-SECONDS = 200
+SECONDS = 600
 LISTENING = "waits() { until grep -q listening $1; do sleep 0.1; done; }; waits"
 
 

@@ -13,7 +13,7 @@ from linux_shell import SHELL, Shell
 from hvkvm.abi import ic, kvp
 from hvkvm.abi.kvp import IpInfo
 
-pytestmark = [pytest.mark.hyperv, pytest.mark.timeout(600), pytest.mark.usefixtures("each_synic")]
+pytestmark = [pytest.mark.hyperv, pytest.mark.timeout(1800), pytest.mark.usefixtures("each_synic")]
 
 ADDRESS = "10.20.30.40"
 PREPARE = (
