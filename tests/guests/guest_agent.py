@@ -279,7 +279,7 @@ class Agent:
         cpus: int,
         wake: Callable[[int], None],
         *,
-        seconds: float = 30.0,
+        seconds: float = 100.0,
         ended: Callable[[], object | None] = lambda: None,
         describe: Callable[[], str] = lambda: "",
     ) -> None:
