@@ -143,8 +143,23 @@ def run(part: Part, arguments: list[str]) -> int:
     settings["PYTHONPATH"] = os.pathsep.join(
         filter(None, [str(PROJECT / "scripts"), os.environ.get("PYTHONPATH")])
     )
-    status = subprocess.run(command(part, count, chosen), env=settings, check=False).returncode
+    status = attend(command(part, count, chosen), settings)
     print(f"== {part.name}: {time.monotonic() - started:.0f} s with {count} at once", flush=True)
+    return status
+
+
+def attend(line: list[str], environment: dict[str, str]) -> int:
+    """Run a session to its end, its own tidying up after Ctrl-C included."""
+    interrupted = False
+    with subprocess.Popen(line, env=environment) as process:
+        while True:
+            try:
+                status = process.wait()
+                break
+            except KeyboardInterrupt:
+                interrupted = True  # the session heard of it too
+    if interrupted:
+        raise KeyboardInterrupt
     return status
 
 

@@ -88,10 +88,10 @@ def _tell_when_asked() -> None:
 
     def describe_machines(*_: object) -> None:
         from hvkvm.machine.dump import describe
-        from hvkvm.machine.machine import Machine
+        from hvkvm.machine.parts import Parts
 
         for thing in gc.get_objects():
-            if isinstance(thing, Machine):
+            if isinstance(thing, Parts):
                 os.write(_STDERR, f"{describe(thing)}\n".encode())
 
     signal.signal(signal.SIGUSR2, describe_machines)
@@ -119,6 +119,10 @@ class Controller:
         self.again: list[str] = []
         self.done = self.total = 0
         self.started = monotonic()
+        from xdist.workermanage import NodeManager  # type: ignore[import-untyped]
+
+        # A worker in a lab takes longer to leave, and one that is killed leaves its lab's folder behind.
+        NodeManager.EXIT_TIMEOUT = 60
 
     @property
     def terminal(self) -> pytest.TerminalReporter:

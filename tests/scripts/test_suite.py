@@ -224,3 +224,10 @@ def test_tiers_are_counted_over_all_workers(session: Session, monkeypatch: pytes
     done = session("import pytest\n@pytest.mark.kvm\ndef test_any():\n    pass\n" + OTHERS)
     ran = "kvm 1 ran 0 skipped" if os.access("/dev/kvm", os.R_OK | os.W_OK) else "kvm 0 ran 1 skipped"
     assert f"hvkvm tiers: anywhere 6 ran 0 skipped, {ran}" in done.stdout
+
+
+def test_a_worker_that_is_asked_tells_what_it_waits_for_and_goes_on(session: Session) -> None:
+    """As `scripts/lab` asks in a lab that stands still."""
+    done = session("def test_waits():\n    import signal\n    os.kill(os.getpid(), signal.SIGUSR2)\n")
+    assert done.returncode == 0, done.stdout
+    assert 'test_it.py", line 4 in test_waits' in done.stderr
