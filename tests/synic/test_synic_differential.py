@@ -78,7 +78,7 @@ def test_the_guest_sees_the_same_on_both(pairs: Pairs, name: str) -> None:
 
 @pytest.mark.hyperv
 @pytest.mark.kernel_synic
-@pytest.mark.timeout(400)  # shortening one that fails takes a while
+@pytest.mark.timeout(1200)  # shortening one that fails takes a while
 @pytest.mark.parametrize("cpus", [1, 2])
 def test_made_up_programs_see_the_same_on_both(pairs: Pairs, cpus: int) -> None:
     pair = pairs(cpus)
