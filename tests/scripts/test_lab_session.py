@@ -419,3 +419,43 @@ def test_interrupt_is_passed_on(machine: Machine) -> None:
     machine.play(play)
     assert run(machine).status == 130
     assert told == [b"INT\n"]
+
+
+BRIDGE = """
+import sys
+from pathlib import Path
+sys.path[:0] = {path!r}
+from steps import lab_session
+folder, pid, *command = sys.argv[1:]
+session = lab_session.Session(Path(folder), int(pid), tty=False, fresh=True, detail=lambda text: None)
+sys.exit(session.run(lab_session.job_script(command, Path("/"), {{}}), None).status)
+"""
+"""What `scripts/lab` does with a machine that runs."""
+
+
+def test_a_python_behind_the_lab_s_streams_is_a_worker_like_any(machine: Machine, tmp_path: Path) -> None:
+    """The suite's workers are such: calls go in and results come out, in binary, for as long as they like."""
+    import execnet
+
+    bridge, script = tmp_path / "bridge.py", tmp_path / "job"
+    bridge.write_text(BRIDGE.format(path=sys.path))
+
+    def play(played: Machine) -> None:
+        played.say("control", b"hello 3.1\n")
+        text, token = played.job()
+        script.write_bytes(text.replace(b"echo $$ >/run/lab/pid", b""))
+        ends = {name: played.ends[name] for name in ("stdin", "stdout", "stderr")}
+        played.finish(token, subprocess.run(["sh", script], check=False, **ends).returncode)  # type: ignore[call-overload]
+
+    machine.play(play)
+    group = execnet.Group(execmodel="main_thread_only")
+    python = f"{sys.executable} {bridge} {machine.folder} {machine.process.pid} {sys.executable}"
+    try:
+        gateway = group.makegateway(f"popen//python={python}")
+        channel = gateway.remote_exec("for size in channel: channel.send(bytes(size))")
+        for size in (0, 1, 255, 256, 65536, 1 << 20):
+            channel.send(size)
+            assert channel.receive(60) == bytes(size)
+        channel.close()
+    finally:
+        group.terminate(20)
