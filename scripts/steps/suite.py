@@ -14,6 +14,7 @@ import os
 import shlex
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 from typing import NamedTuple
@@ -112,9 +113,19 @@ def collected(marks: str, arguments: list[str]) -> tuple[int, list[str], str]:
 
     It leaves the byte code that labs then need not make: compiling costs many seconds there.
     """
-    line = [PYTHON, "-m", "pytest", "--collect-only", "-q", "-p", "no:cacheprovider", "-m", marks, *arguments]
-    done = subprocess.run(line, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False)
-    return done.returncode, [line for line in done.stdout.splitlines() if "::" in line], done.stdout
+    with tempfile.NamedTemporaryFile("r", prefix="hvkvm-tests-") as names:
+        line = [PYTHON, "-m", "pytest", "-p", "steps.suite_plugin", "--part-list", names.name]
+        line += ["--collect-only", "-q", "-p", "no:cacheprovider", "-m", marks, *arguments]
+        done = subprocess.run(
+            line, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False
+        )
+        return done.returncode, names.read().splitlines(), done.stdout
+
+
+def environment() -> dict[str, str]:
+    """This process's, and where pytest finds the suite's plugin."""
+    path = os.pathsep.join(filter(None, [str(PROJECT / "scripts"), os.environ.get("PYTHONPATH")]))
+    return dict(os.environ, PYTHONPATH=path)
 
 
 def run(part: Part, arguments: list[str]) -> int:
@@ -139,19 +150,15 @@ def run(part: Part, arguments: list[str]) -> int:
     if arguments:
         # What the arguments leave out cannot be asked for.
         tiers = tuple(tier for tier in tiers if collected(f"({part.marks}) and {tier}", arguments)[1])
-    settings = dict(os.environ, HVKVM_REQUIRE=",".join(tiers))
-    settings["PYTHONPATH"] = os.pathsep.join(
-        filter(None, [str(PROJECT / "scripts"), os.environ.get("PYTHONPATH")])
-    )
-    status = attend(command(part, count, chosen), settings)
+    status = attend(command(part, count, chosen), environment() | {"HVKVM_REQUIRE": ",".join(tiers)})
     print(f"== {part.name}: {time.monotonic() - started:.0f} s with {count} at once", flush=True)
     return status
 
 
-def attend(line: list[str], environment: dict[str, str]) -> int:
+def attend(line: list[str], settings: dict[str, str]) -> int:
     """Run a session to its end, its own tidying up after Ctrl-C included."""
     interrupted = False
-    with subprocess.Popen(line, env=environment) as process:
+    with subprocess.Popen(line, env=settings) as process:
         while True:
             try:
                 status = process.wait()

@@ -34,7 +34,14 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption("--part", default="tests", metavar="NAME", help="what progress lines call it")
     group.addoption("--part-deadline", type=float, default=0.0, metavar="S", help="0: none")
     group.addoption("--part-durations", metavar="FILE", help="where each test's seconds are kept")
+    group.addoption("--part-list", metavar="FILE", help="write the collected tests there, by name")
     group.addoption("--part-again", action="store_true", help="run a test again whose worker died, once")
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    file = session.config.getoption("--part-list")
+    if file:
+        Path(file).write_text("".join(f"{item.nodeid}\n" for item in session.items))
 
 
 def pytest_configure(config: pytest.Config) -> None:

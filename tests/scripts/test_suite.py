@@ -59,6 +59,14 @@ def test_workers_can_be_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
     assert suite.workers("lab", 1, 0) == 3
 
 
+@pytest.mark.parametrize("options", [[], ["-v"], ["-q", "-vv"]])
+def test_tests_are_counted_however_much_is_printed(options: list[str]) -> None:
+    status, names, _ = suite.collected("not kvm", [*options, "tests/scripts/test_lab_processor.py"])
+    assert status == 0
+    assert "tests/scripts/test_lab_processor.py::test_every_thread_counts" in names
+    assert suite.collected("hyperv", ["tests/scripts/test_lab_processor.py"])[:2] == (suite.NO_TESTS, [])
+
+
 def test_a_debugger_has_the_terminal_for_itself() -> None:
     for part in suite.parts(True, False):
         assert "--dist" in suite.command(part, 2, [])
