@@ -142,7 +142,6 @@ def run(part: Part, arguments: list[str]) -> int:
             print(text, flush=True)
             return status
         if status == NO_TESTS and arguments:
-            print(text.splitlines()[-1] if text else "no tests", flush=True)
             return NO_TESTS
         count = max(1, min(count, len(found)))
         # A lab takes a while to collect, so it need not look at files that have nothing for it.
