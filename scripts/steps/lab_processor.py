@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 SAMPLE_SECONDS = 5.0
-# A lab in which a test waits for a halted guest polls, beats and answers our interrupts: measured 2 to 6 %
-# of a processor. One in which a guest runs takes all it can get.
+# Measured on a busy machine: a lab that only beats and answers our interrupts takes 1 % of a processor, one
+# in which a test looks fifty times a second for what does not come 6 to 10 %, and queues for 14 to 25 %.
+# One in which a guest runs takes all it can get.
 IDLE_SHARE = 0.15
 # A lab that runs little because others have the processors is not idle: its threads queue for them.
 QUEUED_SHARE = 0.5
