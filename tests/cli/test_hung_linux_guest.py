@@ -9,7 +9,7 @@ import pytest
 from guest_artifacts import artifact
 from running_vm import running_vm
 
-pytestmark = [pytest.mark.hyperv, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.hyperv, pytest.mark.timeout(1800)]
 
 SYNIC = os.environ.get("HVKVM_SYNIC") or "kernel"
 SCRIPT = """

@@ -15,7 +15,7 @@ from linux_vmbus import bound, load, open_channels, see_no_complaints, unload, v
 from hvkvm.abi import vmbus
 from hvkvm.abi.vmbus import version_text
 
-pytestmark = [pytest.mark.hyperv, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.hyperv, pytest.mark.timeout(1800)]
 MODULES = ("hv_vmbus", "hv_utils", "hyperv_keyboard")
 BOUND = [*["hv_utils"] * 5, "hyperv_keyboard"]
 """Heartbeat, shutdown, time, key-value exchange and file system freeze; the keyboard."""
