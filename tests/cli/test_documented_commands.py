@@ -63,12 +63,11 @@ def commands_of(name: str, first: int, lines: list[str]) -> Iterator[Command]:
         text = line.strip().removeprefix("$ ")
         if prompts != line.startswith("$ ") or not text.startswith(PROGRAMS):
             continue
+        if text.startswith("make "):
+            text = re.split(r"\s{2,}", text)[0]  # a list of targets has each one's purpose behind two spaces
         words = shlex.split(re.sub(r"\s\.\.\.( |$)", r"\1", text), comments=True)
         if text.startswith("hvkvm: ") or not words:
             continue
-        if text.startswith("make "):
-            # The list of targets has each one's purpose behind two spaces.
-            words = shlex.split(re.split(r"\s{2,}", text)[0], comments=True)
         yield Command(f"{name}:{number}", tuple(word for word in words if word != "&"))
 
 
