@@ -47,9 +47,10 @@ class PowerOnState:
 
     def restore(self) -> None:
         """Put everything back. Every vCPU must be paused. Raises KvmIoctlError."""
+        # The timer before the chips: one that runs still may raise its line until it has stopped.
+        self._vm.set_pit2(self._pit)
         for chip in self._chips:
             self._vm.set_irqchip(chip)
-        self._vm.set_pit2(self._pit)
         for vcpu, state in self._vcpus:
             for index in restore(vcpu, state):
                 text = f"vcpu{vcpu.index}: KVM does not put MSR {index:#x} back at a reset"
