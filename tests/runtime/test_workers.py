@@ -1,0 +1,166 @@
+"""Worker threads: every job is answered once, whoever stops first; few threads, and none that idles on."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from time import monotonic, sleep
+
+import pytest
+
+from hvkvm.errors import Stopped, Stuck
+from hvkvm.runtime.io_loop import IoLoop
+from hvkvm.runtime.workers import Workers
+
+SECONDS = 30
+
+
+class Answers:
+    """Collects what `done` was called with, and on which thread."""
+
+    def __init__(self, expected: int) -> None:
+        self.came: list[tuple[object, object]] = []
+        self.threads: set[str] = set()
+        self._expected = expected
+        self.all_in = threading.Event()
+
+    def done(self, item: object, outcome: object) -> None:
+        self.came.append((item, outcome))
+        self.threads.add(threading.current_thread().name)
+        if len(self.came) == self._expected:
+            self.all_in.set()
+
+
+def wait_until(true: Callable[[], bool]) -> None:
+    end = monotonic() + SECONDS
+    while not true():
+        assert monotonic() < end
+        sleep(0.005)
+
+
+def test_every_job_is_answered_once_on_the_loop(loop: IoLoop, tiny_switch_interval: None) -> None:
+    workers = Workers(loop, limit=5)
+    queues = [workers.queue(2, f"queue {number}") for number in range(4)]
+    answers = Answers(4000)
+
+    def submit(queue_number: int) -> None:
+        for number in range(1000):
+            queues[queue_number].submit(lambda item: item, (queue_number, number), answers.done)
+
+    submitters = [threading.Thread(target=submit, args=(number,)) for number in range(4)]
+    for thread in submitters:
+        thread.start()
+    for thread in submitters:
+        thread.join()
+    assert answers.all_in.wait(SECONDS)
+    assert answers.threads == {loop.name}
+    assert len({item for item, _ in answers.came}) == 4000
+    assert all(item == outcome for item, outcome in answers.came)
+    assert workers.threads <= 5
+    workers.close()
+
+
+def test_what_a_job_raises_comes_as_its_outcome(loop: IoLoop) -> None:
+    workers = Workers(loop)
+    answers = Answers(1)
+    workers.queue(1, "one").submit(lambda _item: 1 // 0, None, answers.done)
+    assert answers.all_in.wait(SECONDS)
+    assert isinstance(answers.came[0][1], ZeroDivisionError)
+    workers.close()
+
+
+def test_one_queue_that_hangs_leaves_workers_to_the_others(loop: IoLoop) -> None:
+    workers = Workers(loop, limit=3)
+    release = threading.Event()
+    stuck, free = Answers(5), Answers(50)
+    hanging, other = workers.queue(2, "hanging"), workers.queue(2, "other")
+    for number in range(5):
+        hanging.submit(lambda _item: release.wait(SECONDS), number, stuck.done)
+    for number in range(50):
+        other.submit(lambda item: item, number, free.done)
+    assert free.all_in.wait(SECONDS)
+    assert not stuck.came
+    assert [one.queue for one in workers.running()] == ["hanging", "hanging"]
+    release.set()
+    assert stuck.all_in.wait(SECONDS)
+    workers.close()
+
+
+def test_idle_threads_end_and_come_back(loop: IoLoop) -> None:
+    workers = Workers(loop, limit=4, idle_seconds=0.01)
+    queue = workers.queue(4, "one")
+    for _ in range(3):
+        answers = Answers(20)
+        for number in range(20):
+            queue.submit(lambda item: item, number, answers.done)
+        assert answers.all_in.wait(SECONDS)
+        wait_until(lambda: workers.threads == 0)
+    workers.close()
+
+
+def test_closing_gives_back_what_has_not_begun_and_waits_for_the_rest(loop: IoLoop) -> None:
+    workers = Workers(loop)
+    queue = workers.queue(1, "one")
+    begun, release = threading.Event(), threading.Event()
+    answers = Answers(3)
+
+    def work(item: object) -> object:
+        begun.set()
+        release.wait(SECONDS)
+        return item
+
+    for number in range(3):
+        queue.submit(work, number, answers.done)
+    assert begun.wait(SECONDS)
+    threading.Timer(0.05, release.set).start()
+    workers.close()
+    assert answers.all_in.wait(SECONDS)
+    outcomes = dict(answers.came)
+    assert outcomes[0] == 0
+    assert isinstance(outcomes[1], Stopped)
+    assert isinstance(outcomes[2], Stopped)
+    with pytest.raises(Stopped):
+        queue.submit(work, 4, answers.done)
+
+
+def test_a_job_that_hangs_is_named_when_closing(loop: IoLoop) -> None:
+    workers = Workers(loop)
+    release = threading.Event()
+    answers = Answers(1)
+    workers.queue(1, "nfs disk").submit(lambda _item: release.wait(SECONDS), None, answers.done)
+    wait_until(lambda: bool(workers.running()))
+    with pytest.raises(Stuck, match=r"1 jobs have not ended within 0.01 s: nfs disk \("):
+        workers.close(0.01)
+    release.set()
+    assert answers.all_in.wait(SECONDS)
+    workers.close()
+
+
+def test_an_answer_after_the_loop_has_ended_is_given_by_close(no_leaks: None) -> None:
+    loop = IoLoop()
+    loop.start()
+    workers = Workers(loop)
+    release = threading.Event()
+    answers = Answers(1)
+    workers.queue(1, "one").submit(lambda item: (release.wait(SECONDS), item)[1], 7, answers.done)
+    wait_until(lambda: bool(workers.running()))
+    loop.stop()
+    release.set()
+    workers.close()
+    assert answers.came == [(7, 7)]
+
+
+def test_a_done_that_raises_keeps_nobody_from_his_answer(loop: IoLoop, faults: list[BaseException]) -> None:
+    workers = Workers(loop)
+    queue = workers.queue(1, "one")
+    answers = Answers(20)
+
+    def done(item: object, outcome: object) -> None:
+        answers.done(item, outcome)
+        raise ValueError(item)
+
+    for number in range(20):
+        queue.submit(lambda item: item, number, done)
+    assert answers.all_in.wait(SECONDS)
+    workers.close()
+    wait_until(lambda: len(faults) == 20)
