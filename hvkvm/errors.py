@@ -124,3 +124,17 @@ class VmGone(HvkvmError):
 
 class Stuck(HvkvmError, TimeoutError):
     """Threads that did not pause or end in time; the text names each and what it is doing."""
+
+
+class ImageError(ConfigError):
+    """A disk image, or the server of one, cannot be used as asked: names it, the reason and the remedy."""
+
+
+class ImageDamaged(ImageError):
+    """An image file contradicts its format: `structure` at byte `offset` of `path`, and what is wrong."""
+
+    def __init__(self, path: object, structure: str, offset: int, what: str) -> None:
+        super().__init__(f"{path}: {structure} at byte {offset:#x}: {what}")
+        self.structure = structure
+        self.offset = offset
+        self.what = what

@@ -1,0 +1,1 @@
+"""Disks below devices: requests, and the images that hold their data."""

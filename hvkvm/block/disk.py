@@ -1,0 +1,320 @@
+"""A disk: takes requests, has workers carry them out on its image, and answers each one once.
+
+Order: requests run at once with one another and end in any order, as on a real disk. A FLUSH covers every
+write whose `done` was called before the flush was submitted; who needs more waits for the `done`.
+
+A read that the host's page cache can answer is answered on the loop, in one system call and with no other
+thread; everything else goes to a worker.
+
+What hangs: while a worker is in the kernel with a guest's pages, nobody can take them back. So a request
+that hangs is not answered, but named: `inspect()` has it, and the observer hears of it once.
+
+Owner: the I/O loop. `inspect` may be called from any thread.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable
+from time import monotonic
+from typing import Any, Protocol
+
+from hvkvm.block.image import Image
+from hvkvm.block.request import Op, Request, Result, Status, failure
+from hvkvm.errors import Stopped
+from hvkvm.events import NULL_OBSERVER, Observer, Warned
+from hvkvm.runtime.workers import Deferrer, Workers
+
+WIDTH = 4
+"""Workers that one disk may have at once, if it is not told otherwise."""
+
+HANG_SECONDS = 10.0
+"""A request that takes longer is told of."""
+
+NOW_BYTES = 128 << 10
+"""Larger reads go to a worker: copying them would keep the loop from its other work."""
+
+MAX_SKIP = 64
+"""After misses of the page cache so many reads at most go to a worker without being tried on the loop."""
+
+
+class Loop(Deferrer, Protocol):
+    """What a disk needs of the I/O loop."""
+
+    def call_later(self, seconds: float, fn: Callable[..., object], *args: Any) -> object: ...
+
+
+class Counter:
+    """What a disk did of one kind: requests, bytes, failures, seconds from submit to done."""
+
+    __slots__ = ("bytes", "failed", "requests", "seconds")
+
+    def __init__(self) -> None:
+        self.requests = self.bytes = self.failed = 0
+        self.seconds = 0.0
+
+
+class Disk:
+    """`image` behind a queue of `width` workers. It starts running; `close()` gives the image back closed."""
+
+    def __init__(
+        self,
+        image: Image,
+        workers: Workers,
+        io: Loop,
+        *,
+        name: str = "disk",
+        width: int = WIDTH,
+        observer: Observer = NULL_OBSERVER,
+        hang_seconds: float = HANG_SECONDS,
+    ) -> None:
+        self.image = image
+        self.name = name
+        self.on_resize: Callable[[], object] | None = None
+        """Called on the loop after the size has changed."""
+        self._io = io
+        self._queue = workers.queue(width, name)
+        self._observer = observer
+        self._hang_seconds = hang_seconds
+        self._in_flight: set[Request] = set()
+        self._ready: deque[tuple[Request, Result]] = deque()
+        self._stopped: bool = False
+        self._stop_done: Callable[[], object] | None = None
+        self._watching = False
+        self._told: set[Request] = set()
+        self._skip = self._skips = 0
+        self._read_now = True
+        self._read_now_count = 0
+        self.counters: dict[Op, Counter] = {op: Counter() for op in Op}
+        self._perform: dict[Op, Callable[[Request], Result]] = {
+            Op.READ: self._read,
+            Op.WRITE: self._write,
+            Op.FLUSH: self._flush,
+            Op.DISCARD: self._discard,
+            Op.WRITE_ZEROES: self._write_zeroes,
+        }
+
+    @property
+    def size(self) -> int:
+        """Bytes. Any thread."""
+        return self.image.size
+
+    @property
+    def in_flight(self) -> int:
+        """Requests that are not answered yet."""
+        return len(self._in_flight)
+
+    def submit(self, request: Request) -> None:
+        """Begin it; its `done` is called later, never in here. Until then its buffers belong to the disk."""
+        refusal = self._refusal(request)
+        request.began = monotonic()
+        self._in_flight.add(request)
+        if not self._watching:
+            self._watch()
+        if refusal is not None:
+            self._answer(request, refusal)
+            return
+        if (
+            request.op is Op.READ
+            and self._read_now
+            and request.length <= NOW_BYTES
+            and self._try_now(request)
+        ):
+            return
+        try:
+            self._queue.submit(self._perform[request.op], request, self._finished)
+        except Stopped as error:
+            self._answer(request, failure(error))
+
+    def stop(self, done: Callable[[], object]) -> None:
+        """Take no more requests; `done()` on the loop once all are answered: guest memory is left alone then.
+
+        If the host hangs it does not come; `inspect()` says what it waits for.
+        """
+        self._stopped = True
+        self._stop_done = done
+        self._check_stopped()
+
+    def start(self) -> None:
+        """Take requests again after `stop`."""
+        self._stopped = False
+        self._stop_done = None
+
+    def close(self, done: Callable[[Result], object]) -> None:
+        """Give back what has not begun as CANCELLED, end the rest, make all stable, close the image.
+
+        `done(result)` on the loop; the result is the last flush's, the image is closed in any case.
+        """
+        self._queue.take_back()
+        self.stop(
+            lambda: self._queue.submit(self._shut, None, lambda _item, outcome: done(_as_result(outcome)))
+        )
+
+    def resize(self, size: int, done: Callable[[Result], object]) -> None:
+        """Make it `size` bytes, or look again how large it is; `done(result)` on the loop."""
+
+        def finished(_item: object, outcome: object) -> None:
+            result = _as_result(outcome)
+            if result.status is Status.OK and self.on_resize is not None:
+                self.on_resize()
+            done(result)
+
+        def work(_item: object) -> Result:
+            self.image.resize(size)
+            return Result(Status.OK)
+
+        self._queue.submit(work, None, finished)
+
+    def inspect(self) -> dict[str, object]:
+        """Its image, what it did, and what it is at."""
+        now = monotonic()
+        flying = list(self._in_flight)
+        flying.sort(key=lambda one: one.began)
+        return {
+            "name": self.name,
+            "image": self.image.inspect(),
+            "read_only": self.image.read_only,
+            "in_flight": len(flying),
+            "waiting": len(self._queue),
+            "oldest": f"{flying[0]} for {now - flying[0].began:.1f} s" if flying else None,
+            "hung": [str(one) for one in flying if now - one.began > self._hang_seconds],
+            "answered_on_loop": self._read_now_count,
+            "operations": {
+                op.value: {
+                    "requests": one.requests,
+                    "bytes": one.bytes,
+                    "failed": one.failed,
+                    "seconds": round(one.seconds, 6),
+                }
+                for op, one in self.counters.items()
+            },
+        }
+
+    # On the loop.
+
+    def _refusal(self, request: Request) -> Result | None:
+        if self._stopped:
+            return Result(Status.CANCELLED, 0, f"{self.name} is stopped")
+        if request.op is Op.FLUSH:
+            return None
+        image = self.image
+        offset, length = request.offset, request.length
+        if offset < 0 or offset + length > image.size:
+            return Result(Status.OUT_OF_RANGE, 0, f"{request} of {image.size}")
+        if (offset | length) & image.sector_size - 1:
+            return Result(Status.MISALIGNED, 0, f"{request}, sectors of {image.sector_size}")
+        if image.read_only and request.op is not Op.READ:
+            return Result(Status.READ_ONLY)
+        if not length:
+            return Result(Status.OK)
+        return None
+
+    def _try_now(self, request: Request) -> bool:
+        if request.length > NOW_BYTES:
+            return False
+        if self._skip:
+            self._skip -= 1
+            return False
+        try:
+            n = self.image.readv_now(request.offset, request.buffers)
+        except Exception:
+            n = 0  # the worker meets the same, and names it
+        if n == request.length:
+            self._skips = 0
+            self._read_now_count += 1
+            self._answer(request, Result(Status.OK, n))
+            return True
+        if n < 0:
+            self._read_now = False
+        self._skip = self._skips = min(MAX_SKIP, 2 * self._skips + 1)
+        return False
+
+    def _answer(self, request: Request, result: Result) -> None:
+        ready = self._ready
+        ready.append((request, result))
+        if len(ready) == 1:
+            self._io.call_soon(self._deliver, cancelled=self._deliver)
+
+    def _deliver(self) -> None:
+        ready, self._ready = self._ready, deque()
+        try:
+            while ready:
+                self._finished(*ready.popleft())
+        finally:
+            if ready:  # a `done` raised: the others get their answers all the same
+                ready.extend(self._ready)
+                self._ready = ready
+                self._io.call_soon(self._deliver, cancelled=self._deliver)
+
+    def _finished(self, request: Request, outcome: object) -> None:
+        result = _as_result(outcome)
+        self._in_flight.discard(request)
+        counter = self.counters[request.op]
+        counter.requests += 1
+        counter.bytes += result.transferred
+        counter.seconds += monotonic() - request.began
+        if result.status is not Status.OK:
+            counter.failed += 1
+        try:
+            request.done(result)
+        finally:
+            if self._stopped:
+                self._check_stopped()
+
+    def _check_stopped(self) -> None:
+        if self._stop_done is not None and not self._in_flight:
+            done, self._stop_done = self._stop_done, None
+            self._io.call_soon(done, cancelled=done)
+
+    def _watch(self) -> None:
+        """Look every so often whether a request hangs; only while there are any."""
+        now = monotonic()
+        self._told &= self._in_flight
+        for request in self._in_flight - self._told:
+            if now - request.began > self._hang_seconds:
+                self._told.add(request)
+                text = f"{self.name}: the host has not answered a {request} for {now - request.began:.0f} s"
+                self._observer.event(Warned("disk hangs", text))
+        self._watching = bool(self._in_flight)
+        if self._watching:
+            self._io.call_later(self._hang_seconds / 2, self._watch)
+
+    # On a worker.
+
+    def _read(self, request: Request) -> Result:
+        n = self.image.readv(request.offset, request.buffers)
+        if n < request.length:
+            return Result(Status.SHORT, n, f"{request} gave {n} bytes")
+        return Result(Status.OK, n)
+
+    def _write(self, request: Request) -> Result:
+        return Result(Status.OK, self.image.writev(request.offset, request.buffers, fua=request.fua))
+
+    def _flush(self, _request: Request) -> Result:
+        self.image.flush()
+        return Result(Status.OK)
+
+    def _discard(self, request: Request) -> Result:
+        self.image.discard(request.offset, request.length)
+        return Result(Status.OK)
+
+    def _write_zeroes(self, request: Request) -> Result:
+        self.image.write_zeroes(request.offset, request.length, may_unmap=request.may_unmap)
+        if request.fua:
+            self.image.flush()
+        return Result(Status.OK)
+
+    def _shut(self, _item: object) -> Result:
+        try:
+            self.image.flush()
+        finally:
+            self.image.close()
+        return Result(Status.OK)
+
+
+def _as_result(outcome: object) -> Result:
+    if isinstance(outcome, Result):
+        return outcome
+    if isinstance(outcome, BaseException):
+        return failure(outcome)
+    return Result(Status.OK)

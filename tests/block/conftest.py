@@ -1,0 +1,36 @@
+"""Fixtures for disks: an I/O loop with workers, and a way to ask a disk and wait."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+
+import pytest
+from disk_asker import Asker
+
+from hvkvm.runtime.io_loop import IoLoop
+from hvkvm.runtime.workers import Workers
+
+
+@pytest.fixture
+def faults() -> list[BaseException]:
+    return []
+
+
+@pytest.fixture
+def asker(faults: list[BaseException]) -> Iterator[Asker]:
+    """A loop and workers; afterwards no thread is left, and nothing went wrong on the loop."""
+    threads = set(threading.enumerate())
+    loop = IoLoop(on_fault=faults.append)
+    loop.start()
+    workers = Workers(loop, limit=6)
+    asker = Asker(loop, workers)
+    try:
+        yield asker
+    finally:
+        workers.close()
+        loop.stop()
+        for disk in asker.disks:
+            disk.image.close()
+    assert not faults
+    assert set(threading.enumerate()) == threads

@@ -1,0 +1,264 @@
+"""Disks: one named result for each request, whatever becomes of the host's file, the worker or the VMM."""
+
+from __future__ import annotations
+
+import errno
+import os
+import resource
+import threading
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from random import Random
+
+import pytest
+from disk_asker import SECONDS, Asker, page_buffer
+
+from hvkvm.block.buffers import Buffers
+from hvkvm.block.disk import Disk
+from hvkvm.block.image import ImageOptions
+from hvkvm.block.raw import RawImage
+from hvkvm.block.request import Op, Request, Result, Status, failure
+from hvkvm.events import Event, Observer
+
+MIB = 1 << 20
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    path = tmp_path / "disk.raw"
+    path.write_bytes(Random(1).randbytes(MIB))
+    return path
+
+
+def test_data_goes_to_scattered_pages_and_back(asker: Asker, file: Path) -> None:
+    disk = asker.disk(RawImage(file))
+    data = file.read_bytes()
+    pages = [page_buffer(4096) for _ in range(4)]
+    results: list[Result] = []
+    done = threading.Event()
+    request = Request(Op.READ, 512, pages, lambda result: (results.append(result), done.set()))
+    asker.submit(disk, [request])
+    assert done.wait(SECONDS)
+    assert results == [Result(Status.OK, 16384)]
+    assert b"".join(pages) == data[512 : 512 + 16384]
+    assert asker.ask(disk, Op.WRITE, MIB - 4096, page_buffer(4096, b"tail"), fua=True).status is Status.OK
+    assert asker.ask(disk, Op.FLUSH).status is Status.OK
+    assert file.read_bytes() == data[:-4096] + b"tail" * 1024
+
+
+def test_many_in_flight_are_each_answered_once(asker: Asker, file: Path) -> None:
+    disk = asker.disk(RawImage(file))
+    data = file.read_bytes()
+    random = Random(2)
+    model = bytearray(data)
+    for _ in range(5):
+        # Distinct places, since requests in flight have no order; every answer is awaited.
+        places = random.sample(range(0, MIB, 4096), 64)
+        asked = []
+        for place in places:
+            if random.random() < 0.5:
+                asked.append((Op.READ, place, page_buffer(4096), {}))
+            elif random.random() < 0.7:
+                asked.append((Op.WRITE, place, page_buffer(4096, random.randbytes(16)), {}))
+            else:
+                asked.append((Op.WRITE_ZEROES, place, None, {"length": 4096}))
+        asked.append((Op.FLUSH, 0, None, {}))
+        results = asker.ask_all(disk, asked)
+        assert all(result.status is Status.OK for result in results)
+        for op, place, buffer, _more in asked:
+            if op is Op.READ:
+                assert bytes(buffer) == model[place : place + 4096]
+            elif op is Op.WRITE:
+                model[place : place + 4096] = buffer
+            elif op is Op.WRITE_ZEROES:
+                model[place : place + 4096] = bytes(4096)
+    assert file.read_bytes() == model
+    report = disk.inspect()
+    assert report["in_flight"] == 0
+    assert sum(one["requests"] for one in report["operations"].values()) == 5 * 65
+
+
+def test_what_cannot_be_is_refused_by_name(asker: Asker, file: Path) -> None:
+    disk = asker.disk(RawImage(file))
+    page = page_buffer(4096)
+    assert asker.ask(disk, Op.READ, MIB, page).status is Status.OUT_OF_RANGE
+    assert asker.ask(disk, Op.READ, -512, page).status is Status.OUT_OF_RANGE
+    assert asker.ask(disk, Op.WRITE_ZEROES, 512, length=1 << 63).status is Status.OUT_OF_RANGE
+    assert asker.ask(disk, Op.READ, 100, page).status is Status.MISALIGNED
+    assert asker.ask(disk, Op.READ, 0, page_buffer(100)).status is Status.MISALIGNED
+    assert asker.ask(disk, Op.READ, 0, page_buffer(0)) == Result(Status.OK)
+    asker.wait(disk.close)
+    reader = asker.disk(RawImage(file, ImageOptions(read_only=True)))
+    for op, more in (
+        (Op.WRITE, {"data": page}),
+        (Op.DISCARD, {"length": 512}),
+        (Op.WRITE_ZEROES, {"length": 512}),
+    ):
+        assert asker.ask(reader, op, 0, **more).status is Status.READ_ONLY
+    assert asker.ask(reader, Op.FLUSH).status is Status.OK
+
+
+def test_a_file_that_shrinks_gives_a_short_result(asker: Asker, file: Path) -> None:
+    disk = asker.disk(RawImage(file))
+    os.truncate(file, 8192 + 100)
+    result = asker.ask(disk, Op.READ, 8192, page_buffer(4096))
+    assert (result.status, result.transferred) == (Status.SHORT, 100)
+    assert asker.ask(disk, Op.READ, MIB // 2, page_buffer(4096)).status is Status.SHORT
+    assert asker.ask(disk, Op.WRITE, MIB // 2, page_buffer(4096)).status is Status.OK
+
+
+@pytest.fixture
+def file_limit() -> Iterator[Callable[[int], None]]:
+    """`file_limit(n)`: no file can be written beyond byte n, as on a host disk that is full."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    yield lambda n: resource.setrlimit(resource.RLIMIT_FSIZE, (n, before[1]))
+    resource.setrlimit(resource.RLIMIT_FSIZE, before)
+
+
+def test_a_full_host_has_a_name_of_its_own(
+    asker: Asker, file: Path, file_limit: Callable[[int], None]
+) -> None:
+    disk = asker.disk(RawImage(file))
+    asker.wait(lambda done: disk.resize(2 * MIB, done))
+    file_limit(MIB)
+    assert asker.ask(disk, Op.WRITE, MIB, page_buffer(4096)).status is Status.NO_SPACE
+    assert asker.ask(disk, Op.WRITE, 0, page_buffer(4096, b"y")).status is Status.OK
+    assert asker.ask(disk, Op.FLUSH).status is Status.OK
+    assert failure(OSError(errno.ENOSPC, "x")).status is Status.NO_SPACE
+    assert failure(OSError(errno.EIO, "x")).status is Status.ERROR
+    assert failure(RuntimeError("x")) == Result(Status.ERROR, 0, "x")
+
+
+class Gate(RawImage):
+    """An image whose reads wait until the test says."""
+
+    def __init__(self, path: Path) -> None:
+        super().__init__(path)
+        self.open = threading.Event()
+        self.began = threading.Semaphore(0)
+
+    def readv_now(self, offset: int, buffers: Buffers) -> int:
+        return -1
+
+    def readv(self, offset: int, buffers: Buffers) -> int:
+        self.began.release()
+        assert self.open.wait(SECONDS)
+        return super().readv(offset, buffers)
+
+
+class Told(Observer):
+    def __init__(self) -> None:
+        self.events: list[Event] = []
+        self.came = threading.Event()
+
+    def event(self, event: Event) -> None:
+        self.events.append(event)
+        self.came.set()
+
+
+def test_stopping_waits_for_what_is_in_flight_and_refuses_the_rest(asker: Asker, file: Path) -> None:
+    image = Gate(file)
+    disk = asker.disk(image)
+    pages = [page_buffer(4096) for _ in range(10)]
+    results: list[Result] = []
+    asker.submit(disk, [Request(Op.READ, 0, [page], results.append) for page in pages])
+    assert image.began.acquire(timeout=SECONDS)
+    stopped = threading.Event()
+    asker.loop.call_soon(disk.stop, stopped.set)
+    assert asker.ask(disk, Op.READ, 0, page_buffer(4096)).status is Status.CANCELLED
+    assert not stopped.wait(0.05)
+    image.open.set()
+    assert stopped.wait(SECONDS)
+    assert [result.status for result in results] == [Status.OK] * 10
+    assert disk.in_flight == 0
+    asker.loop.call_soon(disk.start)
+    assert asker.ask(disk, Op.READ, 0, page_buffer(4096)).status is Status.OK
+
+
+def test_closing_gives_back_what_has_not_begun(asker: Asker, file: Path) -> None:
+    image = Gate(file)
+    disk = asker.disk(image, width=2)
+    pages = [page_buffer(4096) for _ in range(6)]
+    results: dict[int, Result] = {}
+    asker.submit(
+        disk,
+        [Request(Op.READ, 0, [page], lambda r, n=n: results.update({n: r})) for n, page in enumerate(pages)],
+    )
+    for _ in range(2):
+        assert image.began.acquire(timeout=SECONDS)
+    closed = threading.Event()
+    asker.loop.call_soon(disk.close, lambda _result: closed.set())
+    assert not closed.wait(0.05)
+    image.open.set()
+    assert closed.wait(SECONDS)
+    statuses = [results[number].status for number in range(6)]
+    assert statuses == [Status.OK] * 2 + [Status.CANCELLED] * 4
+    assert not any(b"".join(pages[2:]))
+    assert image.file.fd == -1
+
+
+def test_a_request_that_hangs_is_named_not_answered(asker: Asker, file: Path) -> None:
+    image, told = Gate(file), Told()
+    disk = asker.disk(image, observer=told, hang_seconds=0.05, name="sda")
+    results: list[Result] = []
+    answered = threading.Event()
+    request = Request(Op.READ, 4096, [page_buffer(512)], lambda r: (results.append(r), answered.set()))
+    asker.submit(disk, [request])
+    assert told.came.wait(SECONDS)
+    assert "sda: the host has not answered a read of 512 bytes at 0x1000" in told.events[0].text
+    assert disk.inspect()["hung"] == ["read of 512 bytes at 0x1000"]
+    assert not results
+    image.open.set()
+    assert answered.wait(SECONDS)
+    assert results == [Result(Status.OK, 512)]
+    assert len(told.events) == 1
+
+
+def test_resizing_is_told_and_seen(asker: Asker, file: Path) -> None:
+    disk = asker.disk(RawImage(file))
+    seen: list[int] = []
+    disk.on_resize = lambda: seen.append(disk.size)
+    (result,) = asker.wait(lambda done: disk.resize(2 * MIB, done))
+    assert result == Result(Status.OK)
+    assert seen == [2 * MIB]
+    assert asker.ask(disk, Op.WRITE, 2 * MIB - 512, page_buffer(512, b"x")).status is Status.OK
+    (result,) = asker.wait(lambda done: disk.resize(2 * MIB + 1, done))
+    assert result.status is Status.ERROR
+    assert "not a multiple of 512" in result.detail
+    assert disk.size == 2 * MIB
+
+
+def test_a_done_that_raises_is_the_loops_fault_and_nobody_elses(
+    asker: Asker, faults: list[BaseException], file: Path
+) -> None:
+    disk = asker.disk(RawImage(file))
+    good: list[Result] = []
+    done = threading.Event()
+    pages = [page_buffer(512) for _ in range(4)]
+    asker.submit(
+        disk,
+        [
+            Request(Op.READ, 0, [pages[0]], lambda _result: 1 // 0),
+            Request(Op.READ, MIB, [pages[1]], lambda _result: 1 // 0),
+            Request(Op.READ, 0, [pages[2]], good.append),
+            Request(Op.READ, MIB, [pages[3]], lambda result: (good.append(result), done.set())),
+        ],
+    )
+    assert done.wait(SECONDS)
+    asker.wait(disk.stop)
+    assert [result.status for result in good] == [Status.OK, Status.OUT_OF_RANGE]
+    assert [type(error) for error in faults] == [ZeroDivisionError] * 2
+    faults.clear()
+
+
+def test_what_the_page_cache_has_is_read_on_the_loop(asker: Asker, file: Path) -> None:
+    image = RawImage(file)
+    probe = page_buffer(4096)
+    file.read_bytes()
+    if image.readv_now(0, [probe]) != 4096:
+        pytest.skip("this file system has no RWF_NOWAIT")
+    disk: Disk = asker.disk(image)
+    for number in range(8):
+        assert asker.ask(disk, Op.READ, number * 4096, page_buffer(4096)).status is Status.OK
+    assert disk.inspect()["answered_on_loop"] == 8
+    assert asker.workers.threads == 0
