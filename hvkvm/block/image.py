@@ -12,7 +12,7 @@ from typing import NamedTuple, Protocol
 from hvkvm.block.buffers import Buffers
 from hvkvm.errors import ImageError
 
-FORMATS = ("raw",)
+FORMATS = ("raw", "vhdx")
 CACHES = ("writeback", "none")
 SECTOR_SIZES = (512, 4096)
 
@@ -102,6 +102,10 @@ def open_image(name: str, options: ImageOptions = DEFAULTS) -> Image:
         from hvkvm.block.raw import RawImage
 
         return RawImage(path, options)
+    if kind == "vhdx":
+        from hvkvm.block.vhdx.image import VhdxImage
+
+        return VhdxImage(path, options)
     known = " or ".join(FORMATS)
     raise ImageError(f"{path}: format {kind} is not known; choose {known}, or serve it with qemu-nbd")
 

@@ -1,0 +1,1 @@
+"""VHDX, Hyper-V's disk format, after Microsoft's specification [MS-VHDX]."""

@@ -1,0 +1,392 @@
+"""A VHDX file as a disk: opened and checked, read, written, flushed.
+
+What is flushed is never lost. A write puts data in its place and changes metadata in memory; only a flush
+makes both stable: first the data, then the log with what changed of the metadata, then the metadata in its
+place. So a crash at any moment leaves the metadata of one flush or of the next, and data that is stable
+where that metadata says. Fresh blocks lie at the end of the file, where they read as zeros.
+"""
+
+from __future__ import annotations
+
+import threading
+from pathlib import Path
+from secrets import token_bytes
+
+from hvkvm.block.buffers import Buffers, Cutter, clear, size_of
+from hvkvm.block.host_file import HostFile
+from hvkvm.block.image import DEFAULTS, Extent, ImageOptions
+from hvkvm.block.vhdx import layout
+from hvkvm.block.vhdx.bat import Bat
+from hvkvm.block.vhdx.bitmap import SectorBitmaps
+from hvkvm.block.vhdx.header import Header, read_header
+from hvkvm.block.vhdx.layout import (
+    FULLY_PRESENT,
+    MIB,
+    NOT_PRESENT,
+    OFFSET_MASK,
+    PARTIALLY_PRESENT,
+    STATE_MASK,
+    ZERO,
+    Geometry,
+)
+from hvkvm.block.vhdx.locator import find_parent
+from hvkvm.block.vhdx.log import read_log
+from hvkvm.block.vhdx.log_writer import BATCH, LogWriter
+from hvkvm.block.vhdx.patched import PatchedFile
+from hvkvm.block.vhdx.regions import Metadata, Region, read_metadata, read_regions
+from hvkvm.block.vhdx.replay import apply_replay
+from hvkvm.errors import ImageError
+
+MAX_PARENTS = 64
+
+
+class VhdxImage:
+    """`path` as a disk. ImageError, ImageDamaged. Nothing is written to a damaged file, nor to a parent."""
+
+    format = "vhdx"
+
+    def __init__(
+        self, path: Path, options: ImageOptions = DEFAULTS, *, parent: Path | None = None, children: int = 0
+    ) -> None:
+        self.path = path
+        self.read_only = options.read_only
+        self._discard = options.discard
+        self.file = HostFile(path, read_only=options.read_only, direct=options.cache == "none")
+        self.parent: VhdxImage | None = None
+        try:
+            self._open(options, parent, children)
+        except OSError as error:
+            self.close_files()
+            raise ImageError(f"{path}: {error.strerror or error}") from None
+        except BaseException:
+            self.close_files()
+            raise
+
+    def _open(self, options: ImageOptions, parent: Path | None, children: int) -> None:
+        path, file = self.path, self.file
+        self.header: Header = read_header(path, file)
+        replay = read_log(path, file, self.header)
+        self.source: HostFile | PatchedFile = file
+        if replay is not None:
+            self.source = PatchedFile(file, replay.sectors, replay.zeroed, replay.size)
+        self.replayed = replay.entries if replay is not None else 0
+        bat_region, metadata_region = read_regions(path, self.source, self.header)
+        self.metadata: Metadata = read_metadata(path, self.source, metadata_region)
+        geometry = self.metadata.geometry
+        if options.sector_size not in (0, geometry.sector_size):
+            has = f"its sectors have {geometry.sector_size} bytes"
+            raise ImageError(f"{path}: {has}; leave out sector={options.sector_size}")
+        if file.alignment > geometry.sector_size:
+            needs = f"O_DIRECT needs sectors of {file.alignment} bytes here"
+            raise ImageError(f"{path}: {needs}, it has {geometry.sector_size}; leave out cache=none")
+        taken = [
+            Region(0, layout.HEADER_SECTION_BYTES),
+            Region(self.header.log_offset, self.header.log_length),
+            bat_region,
+            metadata_region,
+        ]
+        self.bat = Bat(path, self.source, bat_region, geometry, taken)
+        self.pages = self.bat.pages
+        self.bitmaps = SectorBitmaps(self.bat)
+        if self.metadata.parent is not None:
+            self.parent = self._open_parent(options, parent, children)
+        if replay is not None and not self.read_only:
+            self.header = apply_replay(file, self.header, replay)
+            self.source = self.pages.source = file
+        self.geometry = geometry
+        self.size = geometry.disk_size
+        self.sector_size = geometry.sector_size
+        self.physical_sector_size = self.metadata.physical_sector_size
+        self._end = -(-self.source.size() // MIB) * MIB
+        self._log = LogWriter(file, self.header)
+        self._writing = False
+        self._flush_lock = threading.Lock()
+        self._begun = self._covered = 0
+
+    def _open_parent(self, options: ImageOptions, given: Path | None, children: int) -> VhdxImage:
+        locator = self.metadata.parent
+        assert locator is not None
+        if children >= MAX_PARENTS:
+            raise ImageError(f"{self.path}: more than {MAX_PARENTS} parents, or a circle of them")
+        path = given or find_parent(self.path, locator)
+        if path is None:
+            raise ImageError(
+                f"{self.path}: its parent {locator.paths[0]} is not there; put it back beside it"
+            )
+        above = VhdxImage(path, options._replace(read_only=True, sector_size=0), children=children + 1)
+        if above.header.data_write_guid not in locator.linkages:
+            above.close()
+            raise ImageError(f"{self.path}: its parent {path} was written to since, or is another disk")
+        if above.sector_size != self.metadata.geometry.sector_size:
+            above.close()
+            raise ImageError(f"{self.path}: its parent {path} has sectors of another size")
+        return above
+
+    # Reading.
+
+    def readv(self, offset: int, buffers: Buffers) -> int:
+        n = size_of(buffers)
+        cutter = Cutter(buffers)
+        done = 0
+        while done < n:
+            block, within = divmod(offset + done, self.geometry.block_size)
+            length = min(n - done, self.geometry.block_size - within)
+            # A request inside of one block, as most are, keeps its list as it is.
+            got = self._read_block(block, within, buffers if length == n else cutter.take(length), length)
+            done += got
+            if got < length:
+                break
+        return done
+
+    def readv_now(self, offset: int, buffers: Buffers) -> int:
+        block, within = divmod(offset, self.geometry.block_size)
+        n = size_of(buffers)
+        if within + n > self.geometry.block_size or self.source is not self.file:
+            return 0
+        entry = self.bat.get(self.geometry.payload_index(block))
+        if entry & STATE_MASK == FULLY_PRESENT:
+            return self.file.readv_now((entry & OFFSET_MASK) + within, buffers)
+        if entry & STATE_MASK == PARTIALLY_PRESENT or self.parent is not None:
+            return 0
+        clear(buffers)
+        return n
+
+    def _read_block(self, block: int, within: int, parts: Buffers, length: int) -> int:
+        entry = self.bat.get(self.geometry.payload_index(block))
+        state = entry & STATE_MASK
+        if state == FULLY_PRESENT:
+            return self._read_file((entry & OFFSET_MASK) + within, parts, length)
+        if state != PARTIALLY_PRESENT:
+            if state == NOT_PRESENT and self.parent is not None:
+                self._read_parent(block * self.geometry.block_size + within, parts, length)
+            else:
+                clear(parts)
+            return length
+        cutter = Cutter(parts)
+        done = 0
+        for run, ours in self.bitmaps.runs(block, within, length):
+            some = cutter.take(run)
+            if ours:
+                got = self._read_file((entry & OFFSET_MASK) + within + done, some, run)
+                if got < run:
+                    return done + got
+            else:
+                self._read_parent(block * self.geometry.block_size + within + done, some, run)
+            done += run
+        return done
+
+    def _read_file(self, position: int, parts: Buffers, length: int) -> int:
+        source = self.source
+        if isinstance(source, PatchedFile) and source.patches(position, length):
+            data = source.pread(position, length)
+            at = 0
+            for part in parts:
+                part[:] = data[at : at + len(part)]
+                at += len(part)
+            return length
+        return self.file.readv(position, parts)
+
+    def _read_parent(self, offset: int, parts: Buffers, length: int) -> None:
+        assert self.parent is not None
+        inside = max(0, min(length, self.parent.size - offset))
+        cutter = Cutter(parts)
+        if inside and self.parent.readv(offset, cutter.take(inside)) < inside:
+            raise ImageError(f"{self.parent.path}: has ended early")
+        clear(cutter.take(length - inside))
+
+    # Writing.
+
+    def writev(self, offset: int, buffers: Buffers, *, fua: bool = False) -> int:
+        self._begin_writing()
+        n = size_of(buffers)
+        cutter = Cutter(buffers)
+        done = 0
+        settled = True
+        while done < n:
+            block, within = divmod(offset + done, self.geometry.block_size)
+            length = min(n - done, self.geometry.block_size - within)
+            parts = buffers if length == n else cutter.take(length)
+            entry = self._allocated(block)
+            # Stable by itself only if all metadata is, which leads to it.
+            stable = fua and self.pages.clean and entry & STATE_MASK == FULLY_PRESENT
+            self.file.writev((entry & OFFSET_MASK) + within, parts, stable=stable)
+            if entry & STATE_MASK == PARTIALLY_PRESENT:
+                self.bitmaps.mark(block, within, length)
+            done += length
+            settled = settled and stable
+        if fua and not settled:
+            self.flush()
+        return done
+
+    def flush(self) -> None:
+        """Make stable what was written before: data, log, metadata, in this order. OSError."""
+        if not self._writing:
+            return
+        wanted = self._begun + 1
+        with self._flush_lock:
+            if self._covered >= wanted:
+                return  # one that began since this was called has done it
+            self._begun += 1
+            taken = self.pages.take_dirty()
+            end = self._end
+            try:
+                self.file.sync()  # the data, and the place of what the flush before this one logged
+                for at in range(0, len(taken), BATCH):
+                    if at:
+                        self.file.sync()
+                    self._log.commit(taken[at : at + BATCH], end)
+            except BaseException:
+                self.pages.settled(taken, failed=True)
+                raise
+            self.pages.settled(taken)
+            self._covered = self._begun
+
+    def discard(self, offset: int, length: int) -> None:
+        """Give the space of blocks in the file back; the blocks stay."""
+        if not self._discard or self.metadata.fixed:
+            return
+        self._begin_writing()
+        for block, within, n in self._pieces(offset, length):
+            entry = self.bat.get(self.geometry.payload_index(block))
+            if entry & STATE_MASK >= FULLY_PRESENT:
+                self.file.punch((entry & OFFSET_MASK) + within, n)
+
+    def write_zeroes(self, offset: int, length: int, *, may_unmap: bool = True) -> None:
+        self._begin_writing()
+        may_unmap = may_unmap and self._discard and not self.metadata.fixed
+        for block, within, n in self._pieces(offset, length):
+            if self._zero_unallocated(block, whole=n == self.geometry.block_size):
+                continue
+            entry = self._allocated(block)
+            self.file.zero((entry & OFFSET_MASK) + within, n, may_unmap=may_unmap)
+            if entry & STATE_MASK == PARTIALLY_PRESENT:
+                self.bitmaps.mark(block, within, n)
+
+    def _zero_unallocated(self, block: int, *, whole: bool) -> bool:
+        """Whether a block that is not in the file reads as zeros now."""
+        index = self.geometry.payload_index(block)
+        with self.pages.lock:
+            state = self.bat.get(index) & STATE_MASK
+            if state == ZERO or (state == NOT_PRESENT and self.parent is None):
+                return True
+            if state >= FULLY_PRESENT or (not whole and self.parent is not None):
+                return False
+            self.bat.set(index, ZERO)
+            return True
+
+    def _allocated(self, block: int) -> int:
+        """The BAT entry of a block, which is in the file afterwards."""
+        index = self.geometry.payload_index(block)
+        entry = self.bat.get(index)
+        if entry & STATE_MASK >= FULLY_PRESENT:
+            return entry
+        with self.pages.lock:
+            entry = self.bat.get(index)
+            state = entry & STATE_MASK
+            if state >= FULLY_PRESENT:
+                return entry
+            # What was zero stays so around the write; what the parent has must stay visible.
+            partial = self.parent is not None and state == NOT_PRESENT
+            if partial:
+                self.bitmaps.prepare(block, self._take_space)
+            entry = self._take_space(self.geometry.block_size)
+            entry |= PARTIALLY_PRESENT if partial else FULLY_PRESENT
+            self.bat.set(index, entry)
+            return entry
+
+    def _take_space(self, length: int) -> int:
+        """`length` bytes of zeros at the end of the file; where. With `pages.lock` held. OSError."""
+        at = self._end
+        self.file.truncate(at + length)
+        self._end = at + length
+        self.bat.grown(self._end)
+        return at
+
+    def _begin_writing(self) -> None:
+        """Before the first write since it was opened: new GUIDs say that the file, and its data, change."""
+        if self._writing:
+            return
+        with self._flush_lock:
+            if not self._writing:
+                if self.file.size() < self._end:  # a log entry promises whole MiB
+                    self.file.truncate(self._end)
+                self._log.write_header(file_write_guid=token_bytes(16), data_write_guid=token_bytes(16))
+                self._writing = True
+
+    def _pieces(self, offset: int, length: int) -> list[tuple[int, int, int]]:
+        """A range cut at blocks: block, offset within it, length."""
+        pieces = []
+        size = self.geometry.block_size
+        end = offset + length
+        while offset < end:
+            block, within = divmod(offset, size)
+            n = min(end - offset, size - within)
+            pieces.append((block, within, n))
+            offset += n
+        return pieces
+
+    def resize(self, size: int) -> None:
+        """Grow it, as far as its BAT has room."""
+        from hvkvm.block.vhdx.resize import grow
+
+        self._begin_writing()
+        grow(self, size)
+        self.flush()
+
+    def allocate(self, first: int, end: int) -> None:
+        """Give payload blocks `first` to `end` their place in the file."""
+        for block in range(first, end):
+            entry = self._allocated(block)
+            self.file.allocate(entry & OFFSET_MASK, self.geometry.block_size)
+
+    def set_geometry(self, geometry: Geometry) -> None:
+        """For `resize`."""
+        self.geometry = self.bat.geometry = geometry
+        self.size = geometry.disk_size
+
+    # Looking.
+
+    def extents(self, offset: int, length: int) -> list[Extent]:
+        found: list[Extent] = []
+        for block, within, n in self._pieces(offset, length):
+            state = self.bat.get(self.geometry.payload_index(block)) & STATE_MASK
+            start = block * self.geometry.block_size + within
+            if state >= FULLY_PRESENT:
+                found.append(Extent(start, n, True))
+            elif state == NOT_PRESENT and self.parent is not None:
+                inside = max(0, min(n, self.parent.size - start))
+                found += self.parent.extents(start, inside) if inside else []
+                found += [Extent(start + inside, n - inside, False)] if inside < n else []
+            else:
+                found.append(Extent(start, n, False))
+        return found
+
+    def inspect(self) -> dict[str, object]:
+        kind = "differencing" if self.parent is not None else "fixed" if self.metadata.fixed else "dynamic"
+        return {
+            "format": self.format,
+            "path": str(self.path),
+            "type": kind,
+            "size": self.size,
+            "block_size": self.geometry.block_size,
+            "file_size": self._end,
+            "parent": str(self.parent.path) if self.parent is not None else None,
+        }
+
+    def close(self) -> None:
+        """Flush, say that the log is empty, close. Idempotent. OSError if what was written is not stable."""
+        if self.file.fd < 0:
+            return
+        try:
+            if self._writing:
+                self.flush()
+                self.file.sync()
+                self._log.close()
+        finally:
+            self.close_files()
+
+    def close_files(self) -> None:
+        """Close as a crash would: nothing more is written."""
+        self.file.close()
+        if self.parent is not None:
+            self.parent.close()

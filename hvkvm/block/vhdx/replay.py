@@ -1,0 +1,30 @@
+"""What a log says, done: after it and everything behind it was found sound."""
+
+from __future__ import annotations
+
+from secrets import token_bytes
+
+from hvkvm.block.host_file import HostFile
+from hvkvm.block.vhdx.header import Header
+from hvkvm.block.vhdx.layout import NO_GUID
+from hvkvm.block.vhdx.log import Replay
+
+
+def apply_replay(file: HostFile, head: Header, replay: Replay) -> Header:
+    """Put what the log holds in its place, stable, then say that it is empty; the new header. OSError.
+
+    A crash in here leaves the log as it was, and the next one replays it again.
+    """
+    size = file.size()
+    for offset, length in replay.zeroed:
+        if offset < size:  # beyond its end are zeros already
+            file.zero(offset, min(length, size - offset), may_unmap=True)
+    if size < replay.size:
+        file.truncate(replay.size)
+    for offset, data in replay.sectors.items():
+        file.pwrite(offset, data)
+    file.sync()
+    after = head.next(log_guid=NO_GUID, file_write_guid=token_bytes(16))
+    file.pwrite(after.offset, after.pack())
+    file.sync()
+    return after
