@@ -84,7 +84,7 @@ DEFAULTS = ImageOptions()
 
 
 def open_image(name: str, options: ImageOptions = DEFAULTS) -> Image:
-    """The image `name`: a path.
+    """The image `name`: a path, or "nbd:unix:PATH" or "nbd:HOST:PORT", each with ":exportname=NAME" or not.
 
     ImageError with the reason and remedy; ImageDamaged for a file that lies.
     """
@@ -96,6 +96,11 @@ def open_image(name: str, options: ImageOptions = DEFAULTS) -> Image:
         from hvkvm.block.overlay import OverlayImage
 
         return OverlayImage(open_image(name, options._replace(read_only=True, snapshot=False)))
+    if name.startswith("nbd:"):
+        from hvkvm.block.nbd.handshake import parse_address
+        from hvkvm.block.nbd.image import NbdImage
+
+        return NbdImage(parse_address(name), options)
     path = Path(name)
     kind = options.format or guess_format(path)
     if kind == "raw":

@@ -1,0 +1,198 @@
+"""An export of an NBD server as a disk: qemu-nbd and nbdkit bring formats and places that are none of ours.
+
+When the connection ends, the image connects again, for `RECONNECT_SECONDS` at most. Every request of NBD
+may be carried out twice without harm, so those that were in flight are sent again. What was written before
+and not flushed may be lost with the server: the next flush fails and says so, as one after a failed write
+does, and does not claim what nobody knows. A server that does not come back makes requests fail as GONE.
+"""
+
+from __future__ import annotations
+
+import errno
+import threading
+from time import monotonic
+
+from hvkvm.block.buffers import Buffers, Cutter, size_of, zeros
+from hvkvm.block.image import Extent, ImageOptions
+from hvkvm.block.nbd import wire
+from hvkvm.block.nbd.connection import Connection, Lost
+from hvkvm.block.nbd.handshake import Address, Export, connect
+from hvkvm.block.request import PeerGone
+from hvkvm.errors import ImageError
+
+RECONNECT_SECONDS = 30.0
+FIRST_PAUSE = 0.05
+LONGEST_PAUSE = 2.0
+MAX_LENGTH = 1 << 30
+"""Bytes that one request trims or zeroes at most; the protocol has 32 bits for them."""
+
+
+class NbdImage:
+    """The export at `address`. ImageError, PeerGone."""
+
+    format = "nbd"
+
+    def __init__(
+        self, address: Address, options: ImageOptions, *, reconnect_seconds: float = RECONNECT_SECONDS
+    ) -> None:
+        self.address = address
+        self._reconnect_seconds = reconnect_seconds
+        sock, export = connect(address)
+        try:
+            self.sector_size = _sector_size(address, export, options)
+            if export.flags & wire.READ_ONLY and not options.read_only:
+                raise ImageError(f"{address}: its server lets nobody write; say readonly=on")
+        except BaseException:
+            sock.close()
+            raise
+        self.export = export
+        self.size = export.size
+        self.physical_sector_size = max(4096, self.sector_size)
+        self.read_only = options.read_only
+        self._discard = options.discard
+        self._lock = threading.Lock()
+        self._connecting = threading.Lock()
+        self._closing = threading.Event()
+        self._connection = Connection(sock, export, f"{address}")
+        self.reconnects = 0
+        self._written = self._flushed = 0
+        self._unsure = False
+
+    def readv(self, offset: int, buffers: Buffers) -> int:
+        cutter = Cutter(buffers)
+        n = size_of(buffers)
+        for at in range(0, n, self.export.maximum):
+            parts = cutter.take(min(self.export.maximum, n - at))
+            self._call(wire.CMD_READ, offset + at, size_of(parts), fill=parts)
+        return n
+
+    def readv_now(self, offset: int, buffers: Buffers) -> int:
+        return -1
+
+    def writev(self, offset: int, buffers: Buffers, *, fua: bool = False) -> int:
+        cutter = Cutter(buffers)
+        n = size_of(buffers)
+        flags, flush = self._stable(fua)
+        for at in range(0, n, self.export.maximum):
+            parts = cutter.take(min(self.export.maximum, n - at))
+            self._call(wire.CMD_WRITE, offset + at, size_of(parts), flags=flags, send=parts)
+        self._wrote(flush)
+        return n
+
+    def flush(self) -> None:
+        if self.read_only or not self.export.flags & wire.SEND_FLUSH:
+            return
+        with self._lock:
+            written = self._written
+        self._call(wire.CMD_FLUSH, 0, 0)
+        with self._lock:
+            unsure, self._unsure = self._unsure, False
+            self._flushed = max(self._flushed, written)
+        if unsure:
+            raise OSError(errno.EIO, "the server was away, and what was written before may be lost")
+
+    def discard(self, offset: int, length: int) -> None:
+        if self._discard and self.export.flags & wire.SEND_TRIM:
+            self._in_pieces(wire.CMD_TRIM, offset, length, 0)
+
+    def write_zeroes(self, offset: int, length: int, *, may_unmap: bool = True) -> None:
+        if self.export.flags & wire.SEND_WRITE_ZEROES:
+            flags = 0 if may_unmap and self._discard else wire.CMD_FLAG_NO_HOLE
+            self._in_pieces(wire.CMD_WRITE_ZEROES, offset, length, flags)
+            self._wrote(False)
+            return
+        for at in range(0, length, self.export.maximum):
+            self.writev(offset + at, zeros(min(self.export.maximum, length - at)))
+
+    def resize(self, size: int) -> None:
+        """A server's export has the size that the server gives it: it is looked at again."""
+        self._connection.close()
+        self._again(allow_growth=True)
+        if self.size != size:
+            raise ImageError(f"{self.address}: has {self.size} bytes, not {size}; resize it at its server")
+
+    def extents(self, offset: int, length: int) -> list[Extent]:
+        return [Extent(offset, length, True)]
+
+    def inspect(self) -> dict[str, object]:
+        return {
+            "format": self.format,
+            "path": str(self.address),
+            "size": self.size,
+            "structured_replies": self.export.structured,
+            "reconnects": self.reconnects,
+        }
+
+    def close(self) -> None:
+        self._closing.set()
+        self._connection.close()
+
+    def _stable(self, fua: bool) -> tuple[int, bool]:
+        """The flags for a write that is to be stable when it is done, and whether a flush must follow."""
+        if fua and self.export.flags & wire.SEND_FUA:
+            return wire.CMD_FLAG_FUA, False
+        return 0, fua
+
+    def _wrote(self, flush: bool) -> None:
+        with self._lock:
+            self._written += 1
+        if flush:
+            self.flush()
+
+    def _in_pieces(self, kind: int, offset: int, length: int, flags: int) -> None:
+        for at in range(0, length, MAX_LENGTH):
+            self._call(kind, offset + at, min(MAX_LENGTH, length - at), flags=flags)
+
+    def _call(
+        self, kind: int, offset: int, length: int, *, flags: int = 0, send: Buffers = (), fill: Buffers = ()
+    ) -> None:
+        """One request, sent again on another connection if one is lost with it. OSError, PeerGone."""
+        until = monotonic() + self._reconnect_seconds
+        while True:
+            connection = self._connection
+            try:
+                connection.call(kind, offset, length, flags=flags, send=send, fill=fill)
+                return
+            except Lost as error:
+                # Not for ever, either, with a server that comes back each time to fail at this request.
+                if self._closing.is_set() or monotonic() > until:
+                    raise PeerGone(f"{self.address}: {error}") from None
+                self._reconnect(connection, str(error), until)
+
+    def _reconnect(self, lost: Connection, why: str, until: float) -> None:
+        with self._connecting:
+            if self._connection is not lost:
+                return  # another caller has done it
+            with self._lock:
+                self._unsure = self._unsure or self._written > self._flushed
+            pause = FIRST_PAUSE
+            while True:
+                try:
+                    self._again(allow_growth=False)
+                    return
+                except PeerGone as error:
+                    if monotonic() + pause > until:
+                        raise PeerGone(f"{self.address}: {why}, and then: {error}") from None
+                if self._closing.wait(pause):
+                    raise PeerGone(f"{self.address}: closed")
+                pause = min(2 * pause, LONGEST_PAUSE)
+
+    def _again(self, *, allow_growth: bool) -> None:
+        sock, export = connect(self.address)
+        same = self.export._replace(size=export.size) if allow_growth else self.export
+        if export != same:
+            sock.close()
+            raise ImageError(f"{self.address}: its server came back with another export")
+        self.export = export
+        self.size = export.size
+        self._connection = Connection(sock, export, f"{self.address}")
+        self.reconnects += 1
+
+
+def _sector_size(address: Address, export: Export, options: ImageOptions) -> int:
+    for size in (options.sector_size,) if options.sector_size else (512, 4096):
+        if export.minimum <= size and export.size % size == 0:
+            return size
+    wish = f"sector={options.sector_size} does" if options.sector_size else "sectors of 512 or 4096 bytes do"
+    what = f"has {export.size} bytes, and takes no less than {export.minimum} at once"
+    raise ImageError(f"{address}: its server {what}: {wish} not fit")

@@ -1,0 +1,339 @@
+"""NBD: with qemu-nbd and nbdkit as servers, with one that dies, and with one that lies."""
+
+from __future__ import annotations
+
+import shutil
+import socket
+import struct
+import subprocess
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from random import Random
+from time import monotonic, sleep
+
+import pytest
+from disk_asker import SECONDS, Asker, page_buffer, read
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from hvkvm.block.image import ImageOptions, open_image
+from hvkvm.block.nbd import wire
+from hvkvm.block.nbd.handshake import Address, parse_address
+from hvkvm.block.nbd.image import NbdImage
+from hvkvm.block.request import Op, PeerGone, Status
+from hvkvm.errors import ImageError
+
+MIB = 1 << 20
+
+
+def answers(path: Path) -> bool:
+    """Whether somebody listens at a socket; or a file of another kind is there."""
+    if not path.is_socket():
+        return path.exists()
+    with socket.socket(socket.AF_UNIX) as probe:
+        return probe.connect_ex(str(path)) == 0
+
+
+@contextmanager
+def serving(command: list[str], path: Path) -> Iterator[subprocess.Popen[bytes]]:
+    """A server on the Unix socket `path`, there when this begins."""
+    if shutil.which(command[0]) is None:
+        pytest.skip(f"{command[0]} is not installed")
+    path.unlink(missing_ok=True)
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL) as child:
+        try:
+            end = monotonic() + SECONDS
+            while not answers(path):
+                assert child.poll() is None, "the server ended"
+                assert monotonic() < end
+                sleep(0.01)
+            yield child
+        finally:
+            child.kill()
+
+
+def qemu_nbd(file: Path, path: Path, *more: str, form: str = "raw") -> list[str]:
+    return ["qemu-nbd", "-t", "-e", "4", "-f", form, "-k", str(path), "--discard=unmap", *more, str(file)]
+
+
+def scribble(image: NbdImage, model: bytearray, random: Random, steps: int) -> None:
+    for _ in range(steps):
+        offset = random.randrange(len(model) // 512) * 512
+        n = min(random.choice((512, 4096, 65536, MIB)), len(model) - offset)
+        kind = random.random()
+        if kind < 0.5:
+            data = random.randbytes(n)
+            image.writev(offset, [memoryview(data[:100]), memoryview(data[100:])], fua=random.random() < 0.2)
+            model[offset : offset + n] = data
+        elif kind < 0.65:
+            image.write_zeroes(offset, n, may_unmap=random.random() < 0.5)
+            model[offset : offset + n] = bytes(n)
+        elif kind < 0.75:
+            image.flush()
+        else:
+            assert read(image, offset, n) == model[offset : offset + n]
+
+
+def test_qemu_nbd_brings_qcow2(tmp_path: Path) -> None:
+    file, path = tmp_path / "disk.qcow2", tmp_path / "socket"
+    if shutil.which("qemu-img") is None:
+        pytest.skip("qemu-img is not installed")
+    subprocess.run(["qemu-img", "create", "-q", "-f", "qcow2", str(file), "8M"], check=True, timeout=SECONDS)
+    model = bytearray(8 * MIB)
+    with serving(qemu_nbd(file, path, "-x", "disk one", form="qcow2"), path):
+        image = open_image(f"nbd:unix:{path}:exportname=disk one")
+        assert isinstance(image, NbdImage)
+        assert image.export.structured
+        scribble(image, model, Random(1), 150)
+        image.discard(0, MIB)
+        image.flush()
+        view = page_buffer(MIB)
+        image.readv(0, [view])
+        assert bytes(view) in (bytes(MIB), bytes(model[:MIB]))
+        assert read(image, MIB, 7 * MIB) == model[MIB:]
+        image.close()
+        with pytest.raises(ImageError, match="it has no export of that name"):
+            open_image(f"nbd:unix:{path}:exportname=disk two")
+
+
+def test_nbdkit_with_simple_replies_over_tcp(tmp_path: Path) -> None:
+    if shutil.which("nbdkit") is None:
+        pytest.skip("nbdkit is not installed")
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    pid = tmp_path / "pid"
+    command = ["nbdkit", "-f", "--no-sr", "-i", "127.0.0.1", "-p", str(port), "-P", str(pid), "memory", "4M"]
+    with serving(command, pid):
+        image = NbdImage(parse_address(f"nbd:127.0.0.1:{port}"), ImageOptions())
+        assert not image.export.structured
+        model = bytearray(4 * MIB)
+        scribble(image, model, Random(2), 100)
+        assert read(image, 0, 4 * MIB) == model
+        image.close()
+
+
+def test_a_read_only_export_is_not_written(tmp_path: Path) -> None:
+    file, path = tmp_path / "disk.raw", tmp_path / "socket"
+    file.write_bytes(bytes(MIB))
+    with serving(qemu_nbd(file, path, "-r"), path):
+        with pytest.raises(ImageError, match="say readonly=on"):
+            open_image(f"nbd:unix:{path}")
+        open_image(f"nbd:unix:{path}", ImageOptions(read_only=True)).close()
+        snapshot = open_image(f"nbd:unix:{path}", ImageOptions(snapshot=True))
+        snapshot.writev(4096, [page_buffer(512, b"x")])
+        assert read(snapshot, 4096, 512) == b"x" * 512
+        snapshot.close()
+
+
+def test_requests_in_flight_survive_a_server_that_dies(tmp_path: Path, asker: Asker) -> None:
+    file, path = tmp_path / "disk.raw", tmp_path / "socket"
+    data = Random(4).randbytes(MIB)
+    file.write_bytes(data)
+    with serving(qemu_nbd(file, path), path) as first:
+        image = NbdImage(Address(path=str(path)), ImageOptions())
+        disk = asker.disk(image, width=6)
+        reads = [(Op.READ, number * 4096, page_buffer(4096), {}) for number in range(200)]
+        assert asker.ask(disk, Op.WRITE, 0, page_buffer(4096, data[:4096])).status is Status.OK
+        threading.Timer(0.01, first.kill).start()
+        results: list[object] = []
+        thread = threading.Thread(target=lambda: results.extend(asker.ask_all(disk, reads * 20)))
+        thread.start()
+        first.wait()
+        with serving(qemu_nbd(file, path), path):
+            thread.join(SECONDS)
+            assert len(results) == 4000
+            assert all(result.status is Status.OK for result in results)  # type: ignore[attr-defined]
+            assert all(bytes(view) == data[at : at + 4096] for _op, at, view, _more in reads)
+            assert image.reconnects == 1
+            # The write before was not flushed, and its server is gone: that is said once.
+            result = asker.ask(disk, Op.FLUSH)
+            assert result.status is Status.ERROR
+            assert "may be lost" in result.detail
+            assert asker.ask(disk, Op.FLUSH).status is Status.OK
+
+
+def test_a_server_that_does_not_come_back_is_gone(tmp_path: Path, asker: Asker) -> None:
+    file, path = tmp_path / "disk.raw", tmp_path / "socket"
+    file.write_bytes(bytes(MIB))
+    with serving(qemu_nbd(file, path), path) as server:
+        image = NbdImage(Address(path=str(path)), ImageOptions(), reconnect_seconds=0.2)
+        disk = asker.disk(image)
+        server.kill()
+        server.wait()
+        for op, data in ((Op.READ, page_buffer(512)), (Op.WRITE, page_buffer(512)), (Op.FLUSH, None)):
+            result = asker.ask(disk, op, 0, data)
+            assert result.status is Status.GONE, result
+
+
+def test_closing_ends_a_wait_for_the_server(tmp_path: Path) -> None:
+    file, path = tmp_path / "disk.raw", tmp_path / "socket"
+    file.write_bytes(bytes(MIB))
+    with serving(qemu_nbd(file, path), path) as server:
+        image = NbdImage(Address(path=str(path)), ImageOptions(), reconnect_seconds=SECONDS)
+        server.kill()
+        server.wait()
+        threading.Timer(0.1, image.close).start()
+        with pytest.raises(PeerGone):
+            image.readv(0, [page_buffer(512)])
+
+
+@pytest.mark.parametrize(
+    "text", ["nbd:", "nbd:unix:", "nbd:host", "nbd:host:0", "nbd:host:x", "nbd::1", "nbd:h:70000"]
+)
+def test_bad_addresses(text: str) -> None:
+    with pytest.raises(ImageError, match="say nbd:unix:PATH or nbd:HOST:PORT"):
+        parse_address(text)
+
+
+def test_good_addresses() -> None:
+    assert parse_address("nbd:unix:/a/b:exportname=c") == Address(path="/a/b", export="c")
+    assert parse_address("nbd:[::1]:10809") == Address(host="::1", port=10809)
+    assert str(parse_address("nbd:host:1:exportname=x")) == "nbd:host:1:exportname=x"
+    with pytest.raises(PeerGone, match="is the server running"):
+        open_image("nbd:unix:/nowhere/at/all")
+
+
+class Liar:
+    """A server whose every byte the test chooses. `talk(connection)` is called once for each client."""
+
+    def __init__(self, path: Path, talk: Callable[[socket.socket], None]) -> None:
+        self.listener = socket.socket(socket.AF_UNIX)
+        path.unlink(missing_ok=True)
+        self.listener.bind(str(path))
+        self.listener.listen()
+        self._talk = talk
+        self._thread = threading.Thread(target=self._main)
+        self._thread.start()
+
+    def _main(self) -> None:
+        with suppress(OSError):
+            while True:
+                connection, _ = self.listener.accept()
+                with connection, suppress(OSError, struct.error):
+                    connection.settimeout(SECONDS)
+                    self._talk(connection)
+
+    def close(self) -> None:
+        self.listener.shutdown(socket.SHUT_RDWR)
+        self.listener.close()
+        self._thread.join()
+
+
+def take(connection: socket.socket, n: int) -> bytes:
+    data = b""
+    while len(data) < n:
+        got = connection.recv(n - len(data))
+        if not got:
+            raise OSError("gone")
+        data += got
+    return data
+
+
+def reply(option: int, kind: int, data: bytes = b"") -> bytes:
+    return wire.option_reply.pack(wire.REPLY_MAGIC, option, kind, len(data)) + data
+
+
+def shake_hands(connection: socket.socket, *, size: int = MIB, structured: bool = True) -> None:
+    """The handshake, as it should be."""
+    connection.sendall(wire.greeting.pack(wire.NBDMAGIC, wire.IHAVEOPT, 3))
+    take(connection, 4)
+    take(connection, wire.option.size)
+    connection.sendall(reply(wire.OPT_STRUCTURED_REPLY, wire.REP_ACK if structured else wire.REP_ERROR + 1))
+    _magic, _option, length = wire.option.unpack(take(connection, wire.option.size))
+    take(connection, length)
+    connection.sendall(reply(wire.OPT_GO, wire.REP_INFO, wire.info_export.pack(0, size, 0x6D)))
+    connection.sendall(reply(wire.OPT_GO, wire.REP_ACK))
+
+
+@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.data())
+def test_a_server_that_lies_in_the_handshake_is_one_error(tmp_path: Path, data: st.DataObject) -> None:
+    path = tmp_path / "liar"
+    good = [
+        wire.greeting.pack(wire.NBDMAGIC, wire.IHAVEOPT, 3),
+        reply(wire.OPT_STRUCTURED_REPLY, wire.REP_ACK),
+        reply(wire.OPT_GO, wire.REP_INFO, wire.info_export.pack(0, MIB, 0x6D)),
+        reply(wire.OPT_GO, wire.REP_ACK),
+    ]
+    stream = bytearray(b"".join(good))
+    for _ in range(data.draw(st.integers(1, 4))):
+        stream[data.draw(st.integers(0, len(stream) - 1))] = data.draw(st.integers(0, 255))
+    cut = data.draw(st.integers(0, len(stream)))
+    stream = stream[: cut if data.draw(st.booleans()) else len(stream)]
+
+    def talk(connection: socket.socket) -> None:
+        connection.sendall(stream)
+        connection.shutdown(socket.SHUT_WR)
+        while connection.recv(4096):
+            pass
+
+    liar = Liar(path, talk)
+    try:
+        with suppress(ImageError):
+            NbdImage(Address(path=str(path)), ImageOptions(), reconnect_seconds=0.0).close()
+    finally:
+        liar.close()
+
+
+@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(st.data())
+def test_a_server_that_lies_in_its_replies_never_harms_other_memory(
+    tmp_path: Path, data: st.DataObject
+) -> None:
+    """The buffers of a request are filled with its data or not at all; what lies around them stays."""
+    path = tmp_path / "liar"
+    chunk = st.one_of(
+        st.builds(
+            lambda kind, flags, body, by, n: (
+                wire.structured_head.pack(wire.STRUCTURED_MAGIC, flags, kind, 1 + by)
+                + struct.pack(">I", n if n is not None else len(body))
+                + body
+            ),
+            st.sampled_from((0, 1, 2, 3, 0x8001, 0x8002)),
+            st.sampled_from((0, 1)),
+            st.one_of(
+                st.binary(max_size=40),
+                st.builds(
+                    lambda at, n: struct.pack(">Q", at) + bytes([7]) * n,
+                    st.integers(0, 2048),
+                    st.integers(0, 1024),
+                ),
+                st.builds(
+                    lambda at, n: struct.pack(">QI", at, n), st.integers(0, 2048), st.integers(0, 2048)
+                ),
+            ),
+            st.sampled_from((0, 0, 0, 1)),
+            st.one_of(st.none(), st.none(), st.integers(0, 1 << 32 - 1).map(lambda n: n & 0xFFFFFFFF)),
+        ),
+        st.builds(
+            lambda error, body, by: wire.simple_reply.pack(wire.SIMPLE_MAGIC, error, 1 + by) + body,
+            st.sampled_from((0, 5, 28, 1 << 31)),
+            st.binary(max_size=1500),
+            st.sampled_from((0, 0, 1)),
+        ),
+        st.binary(min_size=1, max_size=60),
+    )
+    stream = b"".join(data.draw(st.lists(chunk, min_size=1, max_size=4)))
+
+    def talk(connection: socket.socket) -> None:
+        shake_hands(connection)
+        take(connection, wire.request.size)
+        connection.sendall(stream)
+        connection.shutdown(socket.SHUT_WR)
+        while connection.recv(4096):
+            pass
+
+    liar = Liar(path, talk)
+    memory = page_buffer(4096, b"\xaa")
+    try:
+        image = NbdImage(Address(path=str(path)), ImageOptions(), reconnect_seconds=0.0)
+        with suppress(OSError, ImageError):
+            image.readv(1024, [memory[1024:1536], memory[2048:2560]])
+        image.close()
+    finally:
+        liar.close()
+    around = bytes(memory[:1024]) + bytes(memory[1536:2048]) + bytes(memory[2560:])
+    assert around == b"\xaa" * len(around)
