@@ -1,0 +1,1 @@
+"""SCSI logical units: CDBs and data in, data and sense out. Nothing of what carries them."""

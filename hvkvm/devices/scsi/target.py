@@ -1,0 +1,70 @@
+"""The units behind one controller, by target and LUN: who answers where nobody is."""
+
+from __future__ import annotations
+
+from hvkvm.abi import scsi
+from hvkvm.devices.scsi.command import Command, Rejected
+from hvkvm.devices.scsi.inquiry import Identity
+from hvkvm.devices.scsi.mode import ModePages
+from hvkvm.devices.scsi.unit import Unit
+
+
+class Bus:
+    """Owner: the I/O loop."""
+
+    def __init__(self) -> None:
+        self._units: dict[tuple[int, int], Unit] = {}
+
+    def add(self, target: int, lun: int, unit: Unit) -> None:
+        """Put `unit` there; the target's others tell their guest. ValueError if something is there."""
+        if (target, lun) in self._units:
+            raise ValueError(f"target {target} has a LUN {lun}")
+        self._tell(target)
+        self._units[target, lun] = unit
+        unit.luns = lambda: self.luns(target)
+
+    def remove(self, target: int, lun: int) -> Unit:
+        """Take the unit away; KeyError if none is there."""
+        unit = self._units.pop((target, lun))
+        unit.luns = lambda: [0]
+        self._tell(target)
+        return unit
+
+    def get(self, target: int, lun: int) -> Unit | None:
+        """The unit there."""
+        return self._units.get((target, lun))
+
+    def luns(self, target: int) -> list[int]:
+        """The LUNs of a target that has any."""
+        return sorted(lun for at, lun in self._units if at == target)
+
+    def execute_absent(self, target: int, lun: int, command: Command) -> None:
+        """What is answered for a LUN that is not there (SPC-4 6.4.2): that it is not, and which ones are.
+
+        INQUIRY must succeed, or Linux's hv_storvsc takes a buffer of zeros for a disk; REPORT LUNS is
+        answered by LUN 0 of a target that has others.
+        """
+        _Absent(self.luns(target) if lun == 0 else []).execute(command)
+
+    def _tell(self, target: int) -> None:
+        for (at, _lun), unit in self._units.items():
+            if at == target:
+                unit.attention(scsi.LUNS_CHANGED)
+
+
+class _Absent(Unit):
+    def __init__(self, luns: list[int]) -> None:
+        super().__init__(scsi.NO_UNIT, Identity("", ""), ModePages({}, lambda: 0), removable=False)
+        self._attentions.clear()
+        self.luns = lambda: luns
+        kept = [scsi.INQUIRY, scsi.REQUEST_SENSE] + ([scsi.REPORT_LUNS] if luns else [])
+        self.handlers = {operation: self.handlers[operation] for operation in kept}
+
+    def execute(self, command: Command) -> None:
+        if command.cdb and command.cdb[0] not in self.handlers:
+            command.fail(scsi.INVALID_LUN)
+        else:
+            super().execute(command)
+
+    def check_ready(self) -> None:
+        raise Rejected(scsi.INVALID_LUN)
