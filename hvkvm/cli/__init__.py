@@ -16,6 +16,7 @@ from importlib import import_module
 VERBS = {
     "run": "boot a guest",
     "ctl": "operate a running guest",
+    "disk": "look at disk images, make, copy, check and compact them",
     "doctor": "check what this machine's KVM can do, with the remedy for what is missing",
     "features": "list the Hyper-V enlightenments and what this host supports of them",
     "trace": "show the KVM ioctls of another program, decoded",

@@ -17,7 +17,7 @@ from typing import NamedTuple
 import pytest
 
 import hvkvm as package
-from hvkvm.cli import VERBS, ctl, doctor, features, run, trace
+from hvkvm.cli import VERBS, ctl, disk, doctor, features, run, trace
 from hvkvm.cli.arguments import split_command
 from hvkvm.errors import ConfigError
 from hvkvm.hyperv.features import parse_features
@@ -118,6 +118,8 @@ def check_hvkvm(words: tuple[str, ...]) -> None:
         parse_features(config.hv)
     elif verb == "ctl":
         ctl.parse(rest)
+    elif verb == "disk":
+        disk.verb_parser(rest[0]).parse_args(rest[1:])
     elif verb == "features":
         options = features.parser().parse_args(rest)
         parse_features(options.list)
@@ -204,6 +206,7 @@ def test_a_cheap_one_runs(hvkvm: Hvkvm, words: tuple[str, ...]) -> None:
 def known_flags() -> set[str]:
     parsers = [run.parser(), doctor.parser(), features.parser(), trace.parser()]
     parsers += [ctl.verb_parser(verb) for verb in ctl.VERBS]
+    parsers += [disk.verb_parser(verb) for verb in disk.SUMMARY]
     found = {name for parser in parsers for action in parser._actions for name in action.option_strings}
     for script in (ROOT / "scripts").rglob("*"):
         if script.is_file() and script.suffix in ("", ".py"):

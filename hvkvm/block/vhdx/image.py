@@ -99,6 +99,8 @@ class VhdxImage:
         self.physical_sector_size = self.metadata.physical_sector_size
         self._end = -(-self.source.size() // MIB) * MIB
         self._log = LogWriter(file, self.header)
+        self.keep_data_guid = False
+        """The data will be what it is, as for `compact`: children of this disk stay its children."""
         self._writing = False
         self._flush_lock = threading.Lock()
         self._begun = self._covered = 0
@@ -310,7 +312,8 @@ class VhdxImage:
             if not self._writing:
                 if self.file.size() < self._end:  # a log entry promises whole MiB
                     self.file.truncate(self._end)
-                self._log.write_header(file_write_guid=token_bytes(16), data_write_guid=token_bytes(16))
+                guid = self.header.data_write_guid if self.keep_data_guid else token_bytes(16)
+                self._log.write_header(file_write_guid=token_bytes(16), data_write_guid=guid)
                 self._writing = True
 
     def _pieces(self, offset: int, length: int) -> list[tuple[int, int, int]]:

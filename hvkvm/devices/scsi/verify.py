@@ -67,7 +67,7 @@ class _Verifying:
         assert self._expected is not None
         at = 0
         for part in self._expected.take(n):
-            if self._piece[at : at + len(part)] != part:
+            if self._piece[at : at + len(part)].tobytes() != part.tobytes():  # memcmp, not item by item
                 return False
             at += len(part)
         return True

@@ -1,0 +1,85 @@
+"""A VHDX without the blocks that it does not need: written anew beside the old one, then put in its place."""
+
+from __future__ import annotations
+
+import os
+from mmap import mmap
+
+from hvkvm.block.copy import PIECE, Progress, copy_range
+from hvkvm.block.vhdx.create import VhdxOptions, create_vhdx
+from hvkvm.block.vhdx.image import VhdxImage
+from hvkvm.block.vhdx.layout import FULLY_PRESENT, NOT_PRESENT, PARTIALLY_PRESENT, STATE_MASK
+from hvkvm.errors import ImageError
+
+
+def compact_vhdx(image: VhdxImage, progress: Progress) -> None:
+    """Replace the file of `image`, which is open for writing and is closed then. ImageError, OSError.
+
+    A crash leaves the old file or the new one, whole. Children stay its children.
+    """
+    metadata, geometry = image.metadata, image.geometry
+    if metadata.fixed:
+        raise ImageError(f"{image.path}: a fixed disk keeps its space; convert it to a dynamic one")
+    path = image.path.resolve()
+    fresh = path.with_name(f".{path.name}.compact-{os.getpid()}")
+    options = VhdxOptions(
+        geometry.disk_size,
+        block_size=geometry.block_size,
+        sector_size=geometry.sector_size,
+        physical_sector_size=metadata.physical_sector_size,
+        parent=image.parent.path if image.parent is not None else None,
+        disk_id=metadata.disk_id,
+        data_write_guid=image.header.data_write_guid,
+    )
+    create_vhdx(fresh, options)
+    try:
+        target = VhdxImage(fresh)
+        try:
+            target.keep_data_guid = True
+            _copy_blocks(image, target, progress)
+        finally:
+            target.close()
+        os.chmod(fresh, os.stat(path).st_mode & 0o7777)
+        os.rename(fresh, path)
+    except BaseException:
+        fresh.unlink(missing_ok=True)
+        raise
+    image.close()
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
+
+
+def _copy_blocks(image: VhdxImage, target: VhdxImage, progress: Progress) -> None:
+    geometry = image.geometry
+    with mmap(-1, PIECE) as store, memoryview(store) as view:
+        for block in range(geometry.blocks):
+            state = image.bat.get(geometry.payload_index(block)) & STATE_MASK
+            start = block * geometry.block_size
+            length = min(geometry.block_size, geometry.disk_size - start)
+            if state == NOT_PRESENT:
+                pass
+            elif state == PARTIALLY_PRESENT:
+                at = start
+                for n, ours in image.bitmaps.runs(block, 0, length):
+                    if ours:
+                        _copy_all(image, target, at, n, view)
+                    at += n
+            elif state == FULLY_PRESENT and image.parent is not None:
+                _copy_all(image, target, start, length, view)
+            elif state == FULLY_PRESENT:
+                copy_range(image, target, start, length, view, lambda _done, _all: None, geometry.disk_size)
+            else:
+                target.write_zeroes(start, length)
+            progress(start + length, geometry.disk_size)
+    target.flush()
+
+
+def _copy_all(image: VhdxImage, target: VhdxImage, offset: int, length: int, view: memoryview) -> None:
+    """Zeros, too: they are its own, whatever the parent has there."""
+    for at in range(0, length, PIECE):
+        n = min(PIECE, length - at)
+        image.readv(offset + at, [view[:n]])
+        target.writev(offset + at, [view[:n]])

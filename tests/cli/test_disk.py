@@ -1,0 +1,182 @@
+"""`hvkvm disk`: images made, copied, checked and compacted; every complaint is one line with a remedy."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from random import Random
+
+import pytest
+
+from hvkvm.block.image import open_image
+from hvkvm.cli import disk, main, progress
+
+MIB = 1 << 20
+
+
+def facts(path: Path, capsys: pytest.CaptureFixture[str]) -> dict[str, object]:
+    capsys.readouterr()
+    assert main(["disk", "info", "--json", str(path)]) == 0
+    found: dict[str, object] = json.loads(capsys.readouterr().out)
+    return found
+
+
+@pytest.fixture
+def raw(tmp_path: Path) -> Path:
+    path = tmp_path / "source.raw"
+    random = Random(1)
+    with path.open("wb") as file:
+        for place in (0, 5 * MIB, 17 * MIB + 4096):
+            file.seek(place)
+            file.write(random.randbytes(300_000))
+        file.truncate(40 * MIB)
+    return path
+
+
+def test_create_and_info(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "disk.vhdx"
+    assert main(["disk", "create", str(path), "64G", "--block-size", "1M", "--sector-size", "4096"]) == 0
+    found = facts(path, capsys)
+    assert (found["type"], found["size"], found["block_size"], found["sector_size"]) == (
+        "dynamic", 64 << 30, MIB, 4096,
+    )  # fmt: skip
+    child = tmp_path / "child.vhdx"
+    assert main(["disk", "create", str(child), "--parent", str(path)]) == 0
+    assert facts(child, capsys)["parent"] == str(path)
+    assert main(["disk", "info", str(child)]) == 0
+    assert "size: 64 GiB (68719476736 bytes)" in capsys.readouterr().out
+    fixed = tmp_path / "fixed.vhdx"
+    assert main(["disk", "create", str(fixed), "4M", "--type", "fixed", "--block-size", "1M"]) == 0
+    assert facts(fixed, capsys)["type"] == "fixed"
+    plain = tmp_path / "disk.img"
+    assert main(["disk", "create", str(plain), "3M"]) == 0
+    assert plain.stat().st_size == 3 * MIB
+
+
+def test_convert_there_and_back(tmp_path: Path, raw: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    vhdx, back, fixed = tmp_path / "a.vhdx", tmp_path / "b.raw", tmp_path / "c.vhdx"
+    assert main(["disk", "convert", str(raw), str(vhdx), "--block-size", "1M"]) == 0
+    assert main(["disk", "check", str(vhdx)]) == 0
+    assert capsys.readouterr().out.endswith("sound\n")
+    assert os.stat(vhdx).st_blocks * 512 < 16 * MIB
+    assert main(["disk", "convert", str(vhdx), str(fixed), "--type", "fixed"]) == 0
+    assert main(["disk", "convert", str(fixed), str(back)]) == 0
+    assert back.read_bytes() == raw.read_bytes()
+    assert main(["disk", "convert", str(raw), str(tmp_path / "large.vhdx"), "--size", "1G"]) == 0
+    assert facts(tmp_path / "large.vhdx", capsys)["size"] == 1 << 30
+
+
+def test_compact(tmp_path: Path, raw: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    vhdx = tmp_path / "a.vhdx"
+    assert main(["disk", "convert", str(raw), str(vhdx), "--block-size", "1M"]) == 0
+    assert main(["disk", "create", str(tmp_path / "child.vhdx"), "--parent", str(vhdx)]) == 0
+    image = open_image(str(tmp_path / "child.vhdx"))
+    image.writev(0, [memoryview(bytes(MIB))])
+    image.close()
+    # What the file has without need: a block of zeros, and the space of one that was never recorded.
+    zeroed = open_image(str(tmp_path / "a.vhdx"))
+    guid = zeroed.header.data_write_guid  # type: ignore[attr-defined]
+    zeroed.keep_data_guid = True  # type: ignore[attr-defined]
+    zeroed.writev(30 * MIB, [memoryview(bytes(MIB))])
+    zeroed.close()
+    with vhdx.open("r+b") as file:
+        file.truncate(vhdx.stat().st_size + 8 * MIB)
+    capsys.readouterr()
+    assert main(["disk", "check", str(vhdx)]) == 0
+    assert "MiB of the file belong to no block" in capsys.readouterr().out
+    before = vhdx.stat().st_size
+    assert main(["disk", "compact", str(vhdx)]) == 0
+    assert vhdx.stat().st_size <= before - 9 * MIB
+    again = open_image(str(vhdx))
+    assert again.header.data_write_guid == guid  # type: ignore[attr-defined]
+    again.close()
+    # Its child is its child, and keeps its own zeros.
+    assert main(["disk", "compact", str(tmp_path / "child.vhdx")]) == 0
+    assert main(["disk", "convert", str(tmp_path / "child.vhdx"), str(tmp_path / "child.raw")]) == 0
+    assert (tmp_path / "child.raw").read_bytes() == bytes(MIB) + raw.read_bytes()[MIB:]
+    plain = tmp_path / "plain.raw"
+    plain.write_bytes(raw.read_bytes())
+    assert main(["disk", "compact", str(plain)]) == 0
+    assert plain.read_bytes() == raw.read_bytes()
+    assert os.stat(plain).st_blocks * 512 < 8 * MIB
+    assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
+
+
+def test_check_names_damage(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "disk.vhdx"
+    assert main(["disk", "create", str(path), "64M"]) == 0
+    with path.open("r+b") as file:
+        file.seek((3 << 20) + 8)
+        file.write(b"\x05")
+    assert main(["disk", "check", str(path)]) == 1
+    assert "BAT entry 1 at byte 0x300008: state 5" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "complaint"),
+    [
+        (["create", "new.raw"], "SIZE is missing"),
+        (["create", "new.raw", "12x"], "a number of bytes, or one with K, M, G or T"),
+        (["create", "new.raw", "1000"], "a multiple of 512"),
+        (["create", "new.raw", "1M", "--parent", "there.raw"], "only a VHDX has one"),
+        (["create", "new.vhdx", "--parent", "there.raw"], "this is no VHDX"),
+        (["create", "there.raw", "1M"], "File exists"),
+        (["create", "nowhere/new.vhdx", "1M"], "No such file or directory"),
+        (["convert", "there.raw", "there.raw"], "File exists"),
+        (["convert", "gone.raw", "new.raw"], "gone.raw: No such file"),
+        (["convert", "there.raw", "new.raw", "--size", "1K"], "say no less"),
+        (["info", "gone.raw"], "No such file"),
+        (["info"], "FILE"),
+        (["explode"], "choose info, create, convert, check, compact"),
+        (["convert", "nbd:nobody", "new.raw"], "say nbd:unix:PATH or nbd:HOST:PORT"),
+    ],
+)
+def test_bad_wishes(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    arguments: list[str],
+    complaint: str,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("there.raw").write_bytes(bytes(MIB))
+    assert main(["disk", *arguments]) == 2
+    error = capsys.readouterr().err
+    assert complaint in error
+    assert error.count("\n") == 1
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["there.raw"]
+
+
+def test_a_copy_that_fails_leaves_nothing(
+    tmp_path: Path, raw: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupted(*_arguments: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("hvkvm.block.copy.copy", interrupted)
+    assert main(["disk", "convert", str(raw), str(tmp_path / "new.vhdx")]) == 130
+    assert not (tmp_path / "new.vhdx").exists()
+
+
+def test_progress_is_told_after_two_seconds(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    now = [100.0]
+    monkeypatch.setattr(progress, "monotonic", lambda: now[0])
+    with progress.Progress("copying") as told:
+        told(1, 100)
+        now[0] += 1.9
+        told(10, 100)
+        assert capsys.readouterr().err == ""
+        now[0] += 0.2
+        told(50, 100)
+        told(51, 100)
+    assert capsys.readouterr().err == "hvkvm: copying: 50 %, 2 s left\n"
+
+
+def test_sizes() -> None:
+    assert [disk.size_of(text, "SIZE") for text in ("7", "1k", "2M", "3G", "4T")] == [
+        7, 1 << 10, 2 << 20, 3 << 30, 4 << 40,
+    ]  # fmt: skip
+    assert [disk.human(n) for n in (5, 1536, 3 << 40)] == ["5 bytes", "1.5 KiB", "3 TiB"]
