@@ -3,7 +3,7 @@ PYTHON := .venv/bin/python
 CMD ?= $(PYTHON) -m hvkvm doctor
 SOURCES := hvkvm tests scripts kvm_headers
 
-.PHONY: help setup run test check bench soak soak-vmbus soak-synic abi lab clean
+.PHONY: help setup run test check bench soak soak-disks soak-vmbus soak-synic abi lab clean
 help: ## this list
 	@sed -n 's/^\([a-z]*\):.*## /\1	/p' Makefile | expand -t 10
 
@@ -29,7 +29,10 @@ check: setup ## style, types, import directions, the ABI table
 bench: setup ## measure hvkvm beside QEMU (ARGS="--runs 3 --only boot --json")
 	@scripts/bench $(ARGS)
 
-soak: soak-vmbus soak-synic ## the long runs: VMBus under a fuzzer, the SynIC's concurrency (ARGS: pytest's)
+soak: soak-disks soak-vmbus soak-synic ## the long runs: disks, VMBus under a fuzzer, the SynIC (ARGS: pytest's)
+
+soak-disks: setup
+	@HVKVM_SOAK=1 $(PYTHON) -m pytest -v tests/soak/test_soak_disks.py $(ARGS)
 
 soak-vmbus: setup
 	@HVKVM_SOAK=1 $(PYTHON) -m pytest -v tests/soak/test_soak_vmbus.py $(ARGS)

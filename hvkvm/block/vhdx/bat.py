@@ -43,6 +43,12 @@ class Bat:
         view = self.pages.get(self.region.offset + page * SECTOR)
         return int.from_bytes(view[at * 8 : at * 8 + 8], "little")
 
+    def peek(self, index: int) -> int | None:
+        """The entry, if its page is in memory; None if the file would have to be read for it."""
+        page, at = divmod(index, ENTRIES_A_PAGE)
+        view = self.pages.peek(self.region.offset + page * SECTOR)
+        return None if view is None else int.from_bytes(view[at * 8 : at * 8 + 8], "little")
+
     def set(self, index: int, entry: int) -> None:
         """Change an entry. With `pages.lock` held."""
         page, at = divmod(index, ENTRIES_A_PAGE)

@@ -145,7 +145,9 @@ class VhdxImage:
         n = size_of(buffers)
         if within + n > self.geometry.block_size or self.source is not self.file:
             return 0
-        entry = self.bat.get(self.geometry.payload_index(block))
+        entry = self.bat.peek(self.geometry.payload_index(block))
+        if entry is None:
+            return 0
         if entry & STATE_MASK == FULLY_PRESENT:
             return self.file.readv_now((entry & OFFSET_MASK) + within, buffers)
         if entry & STATE_MASK == PARTIALLY_PRESENT or self.parent is not None:

@@ -33,6 +33,10 @@ class Pages:
         page = self._pages.get(offset)
         return page if page is not None else self._load(offset)
 
+    def peek(self, offset: int) -> memoryview | None:
+        """The page, if it is in memory."""
+        return self._pages.get(offset)
+
     def touch(self, offset: int) -> None:
         """The page was changed. With `lock` held since it was got."""
         self._dirty.add(offset)

@@ -1,0 +1,91 @@
+"""A program that is killed in the midst of writing: what it was told is flushed is there. And a full host."""
+
+from __future__ import annotations
+
+import errno
+import os
+import resource
+import subprocess
+import sys
+import threading
+from pathlib import Path
+from random import Random
+
+import disk_writer
+import pytest
+from disk_asker import SECONDS, page_buffer, read
+
+from hvkvm.block.image import ImageOptions, open_image
+from hvkvm.block.vhdx.create import VhdxOptions, create_vhdx
+from hvkvm.block.vhdx.image import VhdxImage
+
+KILLS = int(os.environ.get("HVKVM_DISK_KILLS", "3"))
+MIB = 1 << 20
+
+
+def new_disk(folder: Path, kind: str) -> Path:
+    if kind == "raw":
+        path = folder / "disk.raw"
+        with path.open("wb") as file:
+            file.truncate(disk_writer.SIZE)
+        return path
+    parent = None
+    if kind == "differencing":
+        parent = folder / "parent.vhdx"
+        create_vhdx(parent, VhdxOptions(disk_writer.SIZE, block_size=MIB))
+    path = folder / "disk.vhdx"
+    create_vhdx(path, VhdxOptions(disk_writer.SIZE, block_size=MIB, parent=parent))
+    return path
+
+
+@pytest.mark.parametrize("kind", ["raw", "dynamic", "differencing"])
+def test_what_was_flushed_survives_a_kill(tmp_path: Path, kind: str) -> None:
+    random = Random(kind)
+    for number in range(KILLS):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        path = new_disk(folder, kind)
+        rounds = random.randrange(1, 40)
+        program = [sys.executable, disk_writer.__file__, str(path), str(number)]
+        with subprocess.Popen(program, stdout=subprocess.PIPE, text=True) as child:
+            assert child.stdout is not None
+            watchdog = threading.Timer(SECONDS, child.kill)
+            watchdog.start()
+            lines = [child.stdout.readline() for _ in range(rounds)]
+            child.kill()  # wherever it is: no two runs are killed at the same place
+            lines += child.stdout.read().splitlines()
+            watchdog.cancel()
+        told = [int(line) for line in lines if line.strip().isdecimal()]
+        assert len(told) >= rounds, "the writer has failed"
+        for options in (ImageOptions(read_only=True), ImageOptions()):
+            image = open_image(str(path), options)
+            wrong = disk_writer.check(image, number, told[-1], told[-1] + 4 * disk_writer.BATCH)
+            image.close()
+            assert not wrong
+
+
+def test_a_full_host_keeps_what_was_flushed(tmp_path: Path) -> None:
+    path = new_disk(tmp_path, "dynamic")
+    image = VhdxImage(path)
+    image.writev(0, [page_buffer(4096, b"first")])
+    image.flush()
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (path.stat().st_size, before[1]))
+    try:
+        with pytest.raises(OSError, match="too large") as caught:
+            image.writev(5 * MIB, [page_buffer(4096, b"no room")])
+        assert caught.value.errno == errno.EFBIG
+        image.writev(4096, [page_buffer(4096, b"second")])
+        image.flush()
+        assert read(image, 5 * MIB, 4096) == bytes(4096)
+        image.close_files()  # and then it is killed
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    image = VhdxImage(path)
+    assert read(image, 0, 8192).startswith(b"first")
+    assert read(image, 4096, 4096).startswith(b"second")
+    image.writev(5 * MIB, [page_buffer(4096, b"room now")])
+    image.close()
+    image = VhdxImage(path)
+    assert read(image, 5 * MIB, 4096).startswith(b"room now")
+    image.close()
