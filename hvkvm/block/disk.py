@@ -20,6 +20,7 @@ from time import monotonic
 from typing import Any, Protocol
 
 from hvkvm.block.image import Image
+from hvkvm.block.perform import perform
 from hvkvm.block.request import Op, Request, Result, Status, failure
 from hvkvm.errors import Stopped
 from hvkvm.events import NULL_OBSERVER, Observer, Warned
@@ -86,13 +87,6 @@ class Disk:
         self._read_now = True
         self._read_now_count = 0
         self.counters: dict[Op, Counter] = {op: Counter() for op in Op}
-        self._perform: dict[Op, Callable[[Request], Result]] = {
-            Op.READ: self._read,
-            Op.WRITE: self._write,
-            Op.FLUSH: self._flush,
-            Op.DISCARD: self._discard,
-            Op.WRITE_ZEROES: self._write_zeroes,
-        }
 
     @property
     def size(self) -> int:
@@ -122,7 +116,7 @@ class Disk:
         ):
             return
         try:
-            self._queue.submit(self._perform[request.op], request, self._finished)
+            self._queue.submit(self._perform, request, self._finished)
         except Stopped as error:
             self._answer(request, failure(error))
 
@@ -281,28 +275,8 @@ class Disk:
 
     # On a worker.
 
-    def _read(self, request: Request) -> Result:
-        n = self.image.readv(request.offset, request.buffers)
-        if n < request.length:
-            return Result(Status.SHORT, n, f"{request} gave {n} bytes")
-        return Result(Status.OK, n)
-
-    def _write(self, request: Request) -> Result:
-        return Result(Status.OK, self.image.writev(request.offset, request.buffers, fua=request.fua))
-
-    def _flush(self, _request: Request) -> Result:
-        self.image.flush()
-        return Result(Status.OK)
-
-    def _discard(self, request: Request) -> Result:
-        self.image.discard(request.offset, request.length)
-        return Result(Status.OK)
-
-    def _write_zeroes(self, request: Request) -> Result:
-        self.image.write_zeroes(request.offset, request.length, may_unmap=request.may_unmap)
-        if request.fua:
-            self.image.flush()
-        return Result(Status.OK)
+    def _perform(self, request: Request) -> Result:
+        return perform(self.image, request)
 
     def _shut(self, _item: object) -> Result:
         try:

@@ -96,7 +96,7 @@ def test_a_crash_at_any_write_loses_nothing_flushed(
         image.writev(0, [memoryview(first)])
         image.close()
     if kind == "tiny log entries":
-        monkeypatch.setattr("hvkvm.block.vhdx.image.BATCH", 1)
+        monkeypatch.setattr("hvkvm.block.vhdx.flusher.BATCH", 1)
     create_vhdx(path, VhdxOptions(SIZE, block_size=MIB, parent=parent))
     before = contents_of(path)
     image = VhdxImage(path)

@@ -77,7 +77,7 @@ def test_compact(tmp_path: Path, raw: Path, capsys: pytest.CaptureFixture[str]) 
     # What the file has without need: a block of zeros, and the space of one that was never recorded.
     zeroed = open_image(str(tmp_path / "a.vhdx"))
     guid = zeroed.header.data_write_guid  # type: ignore[attr-defined]
-    zeroed.keep_data_guid = True  # type: ignore[attr-defined]
+    zeroed.flusher.keep_data_guid = True  # type: ignore[attr-defined]
     zeroed.writev(30 * MIB, [memoryview(bytes(MIB))])
     zeroed.close()
     with vhdx.open("r+b") as file:

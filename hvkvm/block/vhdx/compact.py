@@ -35,7 +35,7 @@ def compact_vhdx(image: VhdxImage, progress: Progress) -> None:
     try:
         target = VhdxImage(fresh)
         try:
-            target.keep_data_guid = True
+            target.flusher.keep_data_guid = True
             _copy_blocks(image, target, progress)
         finally:
             target.close()

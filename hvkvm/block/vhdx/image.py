@@ -1,24 +1,18 @@
-"""A VHDX file as a disk: opened and checked, read, written, flushed.
+"""A VHDX file as a disk: read, written, flushed.
 
-What is flushed is never lost. A write puts data in its place and changes metadata in memory; only a flush
-makes both stable: first the data, then the log with what changed of the metadata, then the metadata in its
-place. So a crash at any moment leaves the metadata of one flush or of the next, and data that is stable
-where that metadata says. Fresh blocks lie at the end of the file, where they read as zeros.
+A write puts data in its place and changes metadata in memory; only a flush makes both stable (`flusher`).
+Fresh blocks lie at the end of the file, where they read as zeros.
 """
 
 from __future__ import annotations
 
-import threading
 from pathlib import Path
-from secrets import token_bytes
 
 from hvkvm.block.buffers import Buffers, Cutter, clear, size_of
 from hvkvm.block.host_file import HostFile
 from hvkvm.block.image import DEFAULTS, Extent, ImageOptions
-from hvkvm.block.vhdx import layout
-from hvkvm.block.vhdx.bat import Bat
 from hvkvm.block.vhdx.bitmap import SectorBitmaps
-from hvkvm.block.vhdx.header import Header, read_header
+from hvkvm.block.vhdx.flusher import Flusher
 from hvkvm.block.vhdx.layout import (
     FULLY_PRESENT,
     MIB,
@@ -30,11 +24,9 @@ from hvkvm.block.vhdx.layout import (
     Geometry,
 )
 from hvkvm.block.vhdx.locator import find_parent
-from hvkvm.block.vhdx.log import read_log
-from hvkvm.block.vhdx.log_writer import BATCH, LogWriter
 from hvkvm.block.vhdx.patched import PatchedFile
-from hvkvm.block.vhdx.regions import Metadata, Region, read_metadata, read_regions
 from hvkvm.block.vhdx.replay import apply_replay
+from hvkvm.block.vhdx.structures import read_structures
 from hvkvm.errors import ImageError
 
 MAX_PARENTS = 64
@@ -63,47 +55,23 @@ class VhdxImage:
             raise
 
     def _open(self, options: ImageOptions, parent: Path | None, children: int) -> None:
-        path, file = self.path, self.file
-        self.header: Header = read_header(path, file)
-        replay = read_log(path, file, self.header)
-        self.source: HostFile | PatchedFile = file
-        if replay is not None:
-            self.source = PatchedFile(file, replay.sectors, replay.zeroed, replay.size)
-        self.replayed = replay.entries if replay is not None else 0
-        bat_region, metadata_region = read_regions(path, self.source, self.header)
-        self.metadata: Metadata = read_metadata(path, self.source, metadata_region)
-        geometry = self.metadata.geometry
-        if options.sector_size not in (0, geometry.sector_size):
-            has = f"its sectors have {geometry.sector_size} bytes"
-            raise ImageError(f"{path}: {has}; leave out sector={options.sector_size}")
-        if file.alignment > geometry.sector_size:
-            needs = f"O_DIRECT needs sectors of {file.alignment} bytes here"
-            raise ImageError(f"{path}: {needs}, it has {geometry.sector_size}; leave out cache=none")
-        taken = [
-            Region(0, layout.HEADER_SECTION_BYTES),
-            Region(self.header.log_offset, self.header.log_length),
-            bat_region,
-            metadata_region,
-        ]
-        self.bat = Bat(path, self.source, bat_region, geometry, taken)
+        self.header, replay, self.source, self.metadata, self.bat = read_structures(
+            self.path, self.file, options
+        )
+        self.geometry = self.metadata.geometry
+        self.size = self.geometry.disk_size
+        self.sector_size = self.geometry.sector_size
+        self.physical_sector_size = self.metadata.physical_sector_size
         self.pages = self.bat.pages
         self.bitmaps = SectorBitmaps(self.bat)
         if self.metadata.parent is not None:
             self.parent = self._open_parent(options, parent, children)
+        self.replayed = replay.entries if replay is not None else 0
         if replay is not None and not self.read_only:
-            self.header = apply_replay(file, self.header, replay)
-            self.source = self.pages.source = file
-        self.geometry = geometry
-        self.size = geometry.disk_size
-        self.sector_size = geometry.sector_size
-        self.physical_sector_size = self.metadata.physical_sector_size
+            self.header = apply_replay(self.file, self.header, replay)
+            self.source = self.pages.source = self.file
         self._end = -(-self.source.size() // MIB) * MIB
-        self._log = LogWriter(file, self.header)
-        self.keep_data_guid = False
-        """The data will be what it is, as for `compact`: children of this disk stay its children."""
-        self._writing = False
-        self._flush_lock = threading.Lock()
-        self._begun = self._covered = 0
+        self.flusher = Flusher(self.file, self.header, self.pages, lambda: self._end)
 
     def _open_parent(self, options: ImageOptions, given: Path | None, children: int) -> VhdxImage:
         locator = self.metadata.parent
@@ -201,7 +169,7 @@ class VhdxImage:
     # Writing.
 
     def writev(self, offset: int, buffers: Buffers, *, fua: bool = False) -> int:
-        self._begin_writing()
+        self.flusher.begin()
         n = size_of(buffers)
         cutter = Cutter(buffers)
         done = 0
@@ -223,42 +191,22 @@ class VhdxImage:
         return done
 
     def flush(self) -> None:
-        """Make stable what was written before: data, log, metadata, in this order. OSError."""
-        if not self._writing:
-            return
-        wanted = self._begun + 1
-        with self._flush_lock:
-            if self._covered >= wanted:
-                return  # one that began since this was called has done it
-            self._begun += 1
-            taken = self.pages.take_dirty()
-            end = self._end
-            try:
-                self.file.sync()  # the data, and the place of what the flush before this one logged
-                for at in range(0, len(taken), BATCH):
-                    if at:
-                        self.file.sync()
-                    self._log.commit(taken[at : at + BATCH], end)
-            except BaseException:
-                self.pages.settled(taken, failed=True)
-                raise
-            self.pages.settled(taken)
-            self._covered = self._begun
+        self.flusher.flush()
 
     def discard(self, offset: int, length: int) -> None:
         """Give the space of blocks in the file back; the blocks stay."""
         if not self._discard or self.metadata.fixed:
             return
-        self._begin_writing()
-        for block, within, n in self._pieces(offset, length):
+        self.flusher.begin()
+        for block, within, n in self.geometry.pieces(offset, length):
             entry = self.bat.get(self.geometry.payload_index(block))
             if entry & STATE_MASK >= FULLY_PRESENT:
                 self.file.punch((entry & OFFSET_MASK) + within, n)
 
     def write_zeroes(self, offset: int, length: int, *, may_unmap: bool = True) -> None:
-        self._begin_writing()
+        self.flusher.begin()
         may_unmap = may_unmap and self._discard and not self.metadata.fixed
-        for block, within, n in self._pieces(offset, length):
+        for block, within, n in self.geometry.pieces(offset, length):
             if self._zero_unallocated(block, whole=n == self.geometry.block_size):
                 continue
             entry = self._allocated(block)
@@ -306,35 +254,11 @@ class VhdxImage:
         self.bat.grown(self._end)
         return at
 
-    def _begin_writing(self) -> None:
-        """Before the first write since it was opened: new GUIDs say that the file, and its data, change."""
-        if self._writing:
-            return
-        with self._flush_lock:
-            if not self._writing:
-                if self.file.size() < self._end:  # a log entry promises whole MiB
-                    self.file.truncate(self._end)
-                guid = self.header.data_write_guid if self.keep_data_guid else token_bytes(16)
-                self._log.write_header(file_write_guid=token_bytes(16), data_write_guid=guid)
-                self._writing = True
-
-    def _pieces(self, offset: int, length: int) -> list[tuple[int, int, int]]:
-        """A range cut at blocks: block, offset within it, length."""
-        pieces = []
-        size = self.geometry.block_size
-        end = offset + length
-        while offset < end:
-            block, within = divmod(offset, size)
-            n = min(end - offset, size - within)
-            pieces.append((block, within, n))
-            offset += n
-        return pieces
-
     def resize(self, size: int) -> None:
         """Grow it, as far as its BAT has room."""
         from hvkvm.block.vhdx.resize import grow
 
-        self._begin_writing()
+        self.flusher.begin()
         grow(self, size)
         self.flush()
 
@@ -353,7 +277,7 @@ class VhdxImage:
 
     def extents(self, offset: int, length: int) -> list[Extent]:
         found: list[Extent] = []
-        for block, within, n in self._pieces(offset, length):
+        for block, within, n in self.geometry.pieces(offset, length):
             state = self.bat.get(self.geometry.payload_index(block)) & STATE_MASK
             start = block * self.geometry.block_size + within
             if state >= FULLY_PRESENT:
@@ -383,10 +307,7 @@ class VhdxImage:
         if self.file.fd < 0:
             return
         try:
-            if self._writing:
-                self.flush()
-                self.file.sync()
-                self._log.close()
+            self.flusher.close()
         finally:
             self.close_files()
 

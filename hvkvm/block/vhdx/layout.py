@@ -5,6 +5,7 @@ Layout only. Integers are little-endian; `Struct` names are those of the specifi
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from struct import Struct
 from typing import NamedTuple
 from uuid import UUID
@@ -139,6 +140,15 @@ class Geometry(NamedTuple):
     def bitmap_index(self, block: int) -> int:
         """The BAT index of the bitmap block for payload block `block`."""
         return block // self.chunk_ratio * (self.chunk_ratio + 1) + self.chunk_ratio
+
+    def pieces(self, offset: int, length: int) -> Iterator[tuple[int, int, int]]:
+        """A range of the disk cut at blocks: block, offset within it, length."""
+        end = offset + length
+        while offset < end:
+            block, within = divmod(offset, self.block_size)
+            n = min(end - offset, self.block_size - within)
+            yield block, within, n
+            offset += n
 
     def is_bitmap(self, index: int) -> bool:
         """Whether BAT entry `index` is one for a bitmap block."""
