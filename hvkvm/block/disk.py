@@ -80,7 +80,7 @@ class Disk:
         self._in_flight: set[Request] = set()
         self._ready: deque[tuple[Request, Result]] = deque()
         self._stopped: bool = False
-        self._stop_done: Callable[[], object] | None = None
+        self._waiting_for_rest: list[Callable[[], object]] = []
         self._watching = False
         self._told: set[Request] = set()
         self._skip = self._skips = 0
@@ -126,13 +126,16 @@ class Disk:
         If the host hangs it does not come; `inspect()` says what it waits for.
         """
         self._stopped = True
-        self._stop_done = done
-        self._check_stopped()
+        self.drain(done)
 
     def start(self) -> None:
         """Take requests again after `stop`."""
         self._stopped = False
-        self._stop_done = None
+
+    def drain(self, done: Callable[[], object]) -> None:
+        """`done()` on the loop once no request is in flight; whoever submits more makes it wait for them."""
+        self._waiting_for_rest.append(done)
+        self._check_rest()
 
     def close(self, done: Callable[[Result], object]) -> None:
         """Give back what has not begun as CANCELLED, end the rest, make all stable, close the image.
@@ -252,13 +255,14 @@ class Disk:
         try:
             request.done(result)
         finally:
-            if self._stopped:
-                self._check_stopped()
+            if self._waiting_for_rest:
+                self._check_rest()
 
-    def _check_stopped(self) -> None:
-        if self._stop_done is not None and not self._in_flight:
-            done, self._stop_done = self._stop_done, None
-            self._io.call_soon(done, cancelled=done)
+    def _check_rest(self) -> None:
+        if not self._in_flight:
+            waiting, self._waiting_for_rest = self._waiting_for_rest, []
+            for done in waiting:
+                self._io.call_soon(done, cancelled=done)
 
     def _watch(self) -> None:
         """Look every so often whether a request hangs; only while there are any."""

@@ -175,6 +175,19 @@ def test_stopping_waits_for_what_is_in_flight_and_refuses_the_rest(asker: Asker,
     assert asker.ask(disk, Op.READ, 0, page_buffer(4096)).status is Status.OK
 
 
+def test_everybody_who_waits_for_rest_hears_of_it(asker: Asker, file: Path) -> None:
+    image = Gate(file)
+    disk = asker.disk(image)
+    asker.submit(disk, [Request(Op.READ, 0, [page_buffer(512)], lambda _result: None)])
+    assert image.began.acquire(timeout=SECONDS)
+    heard = [threading.Event() for _ in range(3)]
+    asker.loop.call_soon(disk.drain, heard[0].set)
+    asker.loop.call_soon(disk.stop, heard[1].set)
+    asker.loop.call_soon(disk.stop, heard[2].set)
+    image.open.set()
+    assert all(event.wait(SECONDS) for event in heard)
+
+
 def test_closing_gives_back_what_has_not_begun(asker: Asker, file: Path) -> None:
     image = Gate(file)
     disk = asker.disk(image, width=2)

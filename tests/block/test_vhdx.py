@@ -139,6 +139,23 @@ def test_more_metadata_than_one_log_entry_takes(tmp_path: Path) -> None:
     image.close()
 
 
+@pytest.mark.parametrize("sector_size", [512, 4096])
+def test_without_the_page_cache(tmp_path: Path, sector_size: int) -> None:
+    size = 6 * MIB
+    path = tmp_path / "disk.vhdx"
+    create_vhdx(path, VhdxOptions(size, block_size=MIB, sector_size=sector_size))
+    try:
+        image = VhdxImage(path, ImageOptions(cache="none"))
+    except ImageError as error:
+        pytest.skip(str(error))
+    model = bytearray(size)
+    scribble(image, model, Random(sector_size), 60)
+    image.close()
+    image = VhdxImage(path, ImageOptions(cache="none", read_only=True))
+    assert read(image, 0, size) == model
+    image.close()
+
+
 def test_growing(tmp_path: Path) -> None:
     path = tmp_path / "disk.vhdx"
     for fixed in (False, True):

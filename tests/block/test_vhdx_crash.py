@@ -17,7 +17,7 @@ from hvkvm.block.vhdx.image import VhdxImage
 MIB = 1 << 20
 SIZE = 5 * MIB
 SECTOR = 512
-STEPS = int(os.environ.get("HVKVM_CRASH_STEPS", "18"))
+STEPS = int(os.environ.get("HVKVM_CRASH_STEPS", "14"))
 SEEDS = int(os.environ.get("HVKVM_CRASH_SEEDS", "1"))
 VARIANTS = int(os.environ.get("HVKVM_CRASH_VARIANTS", "1"))
 
@@ -126,3 +126,31 @@ def test_a_crash_at_any_write_loses_nothing_flushed(
             )
         checked += 1
     assert checked > len(log)
+
+
+def test_a_flush_that_fails_says_so_and_keeps_what_was_stable(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "disk.vhdx"
+    create_vhdx(path, VhdxOptions(SIZE, block_size=MIB))
+    image = VhdxImage(path)
+    image.writev(0, [memoryview(b"stable".ljust(SECTOR, b"."))])
+    image.flush()
+    image.writev(2 * MIB, [memoryview(bytes(SECTOR))])
+
+    def failing(_fd: int) -> None:
+        raise OSError(5, "Input/output error")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(host_file.os, "fdatasync", failing)
+        with pytest.raises(OSError, match="Input/output error"):
+            image.flush()
+    for _ in range(2):
+        with pytest.raises(OSError, match="may be lost"):
+            image.flush()
+    with pytest.raises(OSError, match="may be lost"):
+        image.close()
+    assert image.file.fd == -1
+    image = VhdxImage(path)
+    assert read(image, 0, SECTOR).startswith(b"stable")
+    image.close()

@@ -28,7 +28,7 @@ SIZE = 8 * MIB
 LOG = MIB
 METADATA = 2 * MIB
 BAT = BAT_OFFSET
-MUTATIONS = int(os.environ.get("HVKVM_VHDX_MUTATIONS", "150"))
+MUTATIONS = int(os.environ.get("HVKVM_VHDX_MUTATIONS", "80"))
 
 
 def sample(path: Path, kind: str) -> None:

@@ -10,8 +10,10 @@ from scsi_asker import Scsi, sense_in
 
 from hvkvm.abi import scsi
 from hvkvm.devices.scsi.command import Command, Reply
-from hvkvm.devices.scsi.disk import ScsiDisk
+from hvkvm.devices.scsi.disk import ScsiDisk, ScsiDiskState
 from hvkvm.devices.scsi.target import Bus
+from hvkvm.errors import StateError
+from hvkvm.state.codec import plain, restored
 
 MIB = 1 << 20
 READY = bytes(6)
@@ -284,11 +286,28 @@ def test_unit_attentions_after_resize_and_reset(ask: Scsi, unit: ScsiDisk, file:
     unit.execute(Command(cdb(scsi.SYNCHRONIZE_CACHE), (), replies.append))
     done: list[int] = []
     unit.reset(lambda: done.append(len(replies)))
+    early: list[Reply] = []
+    unit.execute(Command(READY, (), early.append))
+    assert early == [Reply(scsi.BUSY)]
     ask.loop.run()
     assert done == [1]
     sense = ask.good(unit, bytes((0x03, 1, 0, 0, 18, 0)), 18)
     assert (sense[0], *sense[1:4]) == (0x72, *scsi.DEVICE_RESET)
     ask.good(unit, READY)
+
+
+def test_its_state_is_saved_and_loaded(ask: Scsi, unit: ScsiDisk, file: Path, tmp_path: Path) -> None:
+    ask.good(unit, bytes((0x1B, 0, 0, 0, 0, 0)))
+    unit.attention(scsi.CAPACITY_CHANGED)
+    state = restored(ScsiDiskState, plain(unit.save()), "disk")
+    other = ScsiDisk(unit.disk, "other")
+    other.load(state)
+    assert other.save() == state == unit.save()
+    assert ask.sense(other, READY) == scsi.CAPACITY_CHANGED
+    assert ask.sense(other, READY) == scsi.NOT_READY_STOPPED
+    for attentions in ((scsi.POWER_ON,) * 9, (scsi.INVALID_LUN,), (scsi.POWER_ON._replace(asc=256),)):
+        with pytest.raises(StateError):
+            other.load(state._replace(attentions=attentions))
 
 
 def test_who_answers_where_nobody_is(ask: Scsi, file: Path, unit: ScsiDisk) -> None:

@@ -11,7 +11,9 @@ from scsi_asker import Scsi
 from hvkvm.abi import scsi
 from hvkvm.block.disk import Disk
 from hvkvm.devices.scsi import mmc
-from hvkvm.devices.scsi.dvd import DvdDrive
+from hvkvm.devices.scsi.dvd import DvdDrive, DvdState
+from hvkvm.errors import StateError
+from hvkvm.state.codec import plain, restored
 
 READY = bytes(6)
 EVENT = bytes((0x4A, 1, 0, 0, 0x10, 0, 0, 0, 8, 0))
@@ -130,6 +132,19 @@ def test_a_medium_that_changes(ask: Scsi, drive: DvdDrive, file: Path, tmp_path:
     assert ask.good(drive, bytes((0x25,)) + bytes(9), 8)[:4] == bytes((0, 0, 0, 6))
     ask.good(drive, bytes((0x1E, 0, 0, 0, 1, 0)))
     assert drive.eject(force=True) is not None
+
+
+def test_its_state_is_saved_and_loaded(ask: Scsi, drive: DvdDrive) -> None:
+    ask.good(drive, bytes((0x1E, 0, 0, 0, 1, 0)))
+    with pytest.raises(PermissionError):
+        drive.eject()
+    state = restored(DvdState, plain(drive.save()), "dvd")
+    other = DvdDrive(drive.disk, "other")
+    other.load(state)
+    assert other.save() == state == drive.save()
+    assert ask.good(other, EVENT, 8)[4] == mmc.EVENT_EJECT_REQUEST
+    with pytest.raises(StateError):
+        other.load(state._replace(events=(1,) * 5))
 
 
 def test_a_reset_gives_the_medium_free(ask: Scsi, drive: DvdDrive) -> None:

@@ -18,7 +18,7 @@ from hvkvm.devices.scsi.disk import ScsiDisk
 from hvkvm.devices.scsi.dvd import DvdDrive
 from hvkvm.devices.scsi.unit import Unit
 
-COMMANDS = int(os.environ.get("HVKVM_SCSI_COMMANDS", "6000"))
+COMMANDS = int(os.environ.get("HVKVM_SCSI_COMMANDS", "3000"))
 SIZE = 1 << 20
 WRITES = frozenset((0x0A, 0x2A, 0xAA, 0x8A, 0x2E, 0xAE, 0x8E, 0x41, 0x93, 0x42))
 
@@ -54,7 +54,7 @@ def shoot(ask: Scsi, unit: Unit, cdb: bytes, n: int, cuts: list[int]) -> Reply:
     return reply
 
 
-@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(data=st.data())
 def test_any_bytes_get_one_reply(tmp_path: Path, data: st.DataObject) -> None:
     ask = Scsi()

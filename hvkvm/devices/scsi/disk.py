@@ -6,8 +6,10 @@ Owner: the I/O loop.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 from hvkvm.abi import scsi
+from hvkvm.abi.scsi import Sense
 from hvkvm.block.disk import Disk
 from hvkvm.block.request import Op, Request, Result
 from hvkvm.devices.scsi.command import Command, Rejected
@@ -40,6 +42,13 @@ _WRITES_STABLE = (scsi.WRITE_VERIFY, scsi.WRITE_VERIFY_12, scsi.WRITE_VERIFY_16)
 _VERIFIES = (scsi.VERIFY, scsi.VERIFY_12, scsi.VERIFY_16)
 
 
+class ScsiDiskState(NamedTuple):
+    """What a guest sees of a disk beyond its data."""
+
+    attentions: tuple[Sense, ...]
+    started: bool
+
+
 class ScsiDisk(Unit):
     """`disk` as a logical unit; takes its `on_resize`."""
 
@@ -68,16 +77,21 @@ class ScsiDisk(Unit):
             self.handlers[operation] = self._when_started(handler)
         self.handlers[scsi.START_STOP] = self._start_stop
 
-    def reset(self, done: Callable[[], object]) -> None:
-        """Complete what is in flight, then be as after power-on, with a unit attention; `done()` then."""
+    def drain(self, done: Callable[[], object]) -> None:
+        self.disk.drain(done)
 
-        def drained() -> None:
-            self.disk.start()
-            self._started = True
-            self.attention(scsi.DEVICE_RESET)
-            done()
+    def power_on(self) -> None:
+        super().power_on()
+        self._started = True
 
-        self.disk.stop(drained)
+    def save(self) -> ScsiDiskState:
+        """Its state; only while nothing is in flight."""
+        return ScsiDiskState(self.saved_attentions(), self._started)
+
+    def load(self, state: ScsiDiskState) -> None:
+        """Take a saved state; only while nothing is in flight. StateError."""
+        self.load_attentions(state.attentions)
+        self._started = state.started
 
     def check_ready(self) -> None:
         if not self._started:

@@ -6,8 +6,10 @@ Owner: the I/O loop.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import NamedTuple
 
 from hvkvm.abi import scsi
+from hvkvm.abi.scsi import Sense
 from hvkvm.block.disk import Disk
 from hvkvm.block.request import Op
 from hvkvm.devices.scsi import mmc
@@ -18,9 +20,22 @@ from hvkvm.devices.scsi.mmc import SECTOR
 from hvkvm.devices.scsi.mode import ModePages
 from hvkvm.devices.scsi.unit import Handler, Unit
 from hvkvm.devices.scsi.verify import verify
+from hvkvm.errors import StateError
 
 _STANDARDS = (0x00A0, 0x0460, 0x0580)
 """SAM-5, SPC-4, MMC-6, no version claimed."""
+
+
+MAX_EVENTS = 4
+
+
+class DvdState(NamedTuple):
+    """What a guest sees of a drive beyond its medium."""
+
+    attentions: tuple[Sense, ...]
+    tray_open: bool
+    locked: bool
+    events: tuple[int, ...]
 
 
 class DvdDrive(Unit):
@@ -85,21 +100,31 @@ class DvdDrive(Unit):
             self._event(mmc.EVENT_MEDIA_REMOVAL)
         return disk
 
-    def reset(self, done: Callable[[], object]) -> None:
-        """Complete what is in flight, then be as after power-on; `done()` then."""
-        disk = self.disk
+    # Its state.
 
-        def drained() -> None:
-            if disk is not None:
-                disk.start()
-            self.locked = False
-            self.attention(scsi.DEVICE_RESET)
+    def drain(self, done: Callable[[], object]) -> None:
+        if self.disk is None:
             done()
-
-        if disk is None:
-            drained()
         else:
-            disk.stop(drained)
+            self.disk.drain(done)
+
+    def power_on(self) -> None:
+        super().power_on()
+        self.locked = False
+        self._events.clear()
+
+    def save(self) -> DvdState:
+        """Its state, but for the medium; only while nothing is in flight."""
+        return DvdState(self.saved_attentions(), self.tray_open, self.locked, tuple(self._events))
+
+    def load(self, state: DvdState) -> None:
+        """Take a saved state, the medium being in already; only while nothing is in flight. StateError."""
+        if len(state.events) > MAX_EVENTS or not all(0 <= event < 16 for event in state.events):
+            raise StateError(f"{self.identity.serial}: {state.events} are no events of a drive")
+        self.load_attentions(state.attentions)
+        self.tray_open = state.tray_open and self.disk is None
+        self.locked = state.locked
+        self._events[:] = state.events
 
     # What the drive is.
 
@@ -126,7 +151,7 @@ class DvdDrive(Unit):
 
     def _event(self, event: int) -> None:
         """Only the last few count: a guest that never asks must not make the list grow."""
-        self._events = [*self._events, event][-4:]
+        self._events[:] = [*self._events, event][-MAX_EVENTS:]
 
     # The commands.
 

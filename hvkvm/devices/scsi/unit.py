@@ -9,9 +9,10 @@ from collections.abc import Callable
 
 from hvkvm.abi import scsi
 from hvkvm.abi.scsi import Sense
-from hvkvm.devices.scsi.command import Command, Rejected
+from hvkvm.devices.scsi.command import Command, Rejected, Reply
 from hvkvm.devices.scsi.inquiry import Identity, standard_inquiry, vpd_page
 from hvkvm.devices.scsi.mode import ModePages
+from hvkvm.errors import StateError
 
 MAX_ATTENTIONS = 8
 
@@ -30,6 +31,7 @@ class Unit:
         self.modes = modes
         self._removable = removable
         self._attentions: list[Sense] = [scsi.POWER_ON]
+        self._resetting = False
         self.luns: Callable[[], list[int]] = lambda: [0]
         """The LUNs of the target that this unit is at; whoever puts it on a bus sets it."""
         self.handlers: dict[int, Handler] = {
@@ -48,6 +50,9 @@ class Unit:
         """Do it, or say why not. `command.done` is called once, here or later; nothing is raised."""
         cdb = command.cdb
         handler = self.handlers.get(cdb[0]) if cdb else None
+        if self._resetting:
+            command.done(Reply(scsi.BUSY))
+            return
         try:
             if self._attentions and (not cdb or cdb[0] not in _ALWAYS):
                 raise Rejected(self._attentions.pop(0))
@@ -67,7 +72,43 @@ class Unit:
         if sense not in self._attentions and len(self._attentions) < MAX_ATTENTIONS:
             self._attentions.append(sense)
 
+    def reset(self, done: Callable[[], object]) -> None:
+        """Complete what is in flight, then be as after power-on, with a unit attention; `done()` then.
+
+        Commands that come before that are answered BUSY.
+        """
+
+        def drained() -> None:
+            self._resetting = False
+            self.power_on()
+            self._attentions[:] = [scsi.DEVICE_RESET]
+            done()
+
+        self._resetting = True
+        self.drain(drained)
+
+    def power_on(self) -> None:
+        """Take the power-on state, its medium as it is."""
+        self._attentions[:] = [scsi.POWER_ON]
+
+    def saved_attentions(self) -> tuple[Sense, ...]:
+        """For the state of a subclass."""
+        return tuple(self._attentions)
+
+    def load_attentions(self, attentions: tuple[Sense, ...]) -> None:
+        """From the state of a subclass. StateError for what no unit has."""
+        for sense in attentions:
+            if sense.key != scsi.UNIT_ATTENTION or not 0 <= sense.asc < 256 or not 0 <= sense.ascq < 256:
+                raise StateError(f"{self.identity.serial}: {sense} is no unit attention")
+        if len(attentions) > MAX_ATTENTIONS:
+            raise StateError(f"{self.identity.serial}: {len(attentions)} unit attentions are too many")
+        self._attentions[:] = attentions
+
     # What a subclass says of itself.
+
+    def drain(self, done: Callable[[], object]) -> None:
+        """`done()` once nothing is in flight."""
+        done()
 
     def check_ready(self) -> None:
         """Rejected if commands on the medium cannot be done now."""
