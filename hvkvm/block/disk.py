@@ -140,12 +140,30 @@ class Disk:
     def close(self, done: Callable[[Result], object]) -> None:
         """Give back what has not begun as CANCELLED, end the rest, make all stable, close the image.
 
-        `done(result)` on the loop; the result is the last flush's, the image is closed in any case.
+        `done(result)` on the loop; the result is the last flush's, the image is closed in any case. A server
+        that has not answered what is in flight in `hang_seconds` is waited for no more.
         """
+        closed = False
+
+        def finished(_item: object, outcome: object) -> None:
+            nonlocal closed
+            closed = True
+            done(_as_result(outcome))
+
+        def shut() -> None:
+            try:
+                self._queue.submit(self._shut, None, finished)
+            except Stopped as error:  # no worker to flush it: that is told, and the file is let go
+                self.image.interrupt()
+                finished(None, error)
+
+        def give_up() -> None:
+            if not closed:
+                self.image.interrupt()
+
         self._queue.take_back()
-        self.stop(
-            lambda: self._queue.submit(self._shut, None, lambda _item, outcome: done(_as_result(outcome)))
-        )
+        self.stop(shut)
+        self._io.call_later(self._hang_seconds, give_up)
 
     def resize(self, size: int, done: Callable[[Result], object]) -> None:
         """Make it `size` bytes, or look again how large it is; `done(result)` on the loop."""

@@ -102,6 +102,9 @@ class OverlayImage:
         taken = os.fstat(self._fd).st_blocks * 512
         return {**self.base.inspect(), "snapshot": True, "snapshot_bytes": taken}
 
+    def interrupt(self) -> None:
+        self.base.interrupt()
+
     def close(self) -> None:
         self._file.close()
         self.base.close()

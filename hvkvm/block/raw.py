@@ -96,5 +96,8 @@ class RawImage:
     def inspect(self) -> dict[str, object]:
         return {"format": self.format, "path": str(self.file.path), "size": self.size}
 
+    def interrupt(self) -> None:
+        pass
+
     def close(self) -> None:
         self.file.close()

@@ -22,7 +22,7 @@ from hvkvm.block.image import ImageOptions, open_image
 from hvkvm.block.nbd import wire
 from hvkvm.block.nbd.handshake import Address, parse_address
 from hvkvm.block.nbd.image import NbdImage
-from hvkvm.block.request import Op, PeerGone, Status
+from hvkvm.block.request import Op, PeerGone, Request, Result, Status
 from hvkvm.errors import ImageError
 
 MIB = 1 << 20
@@ -216,6 +216,30 @@ def shake_hands(connection: socket.socket, *, size: int = MIB, structured: bool 
     take(connection, length)
     connection.sendall(reply(wire.OPT_GO, wire.REP_INFO, wire.info_export.pack(0, size, 0x6D)))
     connection.sendall(reply(wire.OPT_GO, wire.REP_ACK))
+
+
+def test_a_server_that_never_answers_does_not_keep_a_disk_from_closing(tmp_path: Path, asker: Asker) -> None:
+    asked = threading.Event()
+
+    def talk(connection: socket.socket) -> None:
+        shake_hands(connection)
+        take(connection, wire.request.size)
+        asked.set()
+        while connection.recv(4096):
+            pass
+
+    liar = Liar(tmp_path / "liar", talk)
+    try:
+        image = NbdImage(Address(path=str(tmp_path / "liar")), ImageOptions())
+        disk = asker.disk(image, hang_seconds=0.1)
+        results: list[Result] = []
+        asker.submit(disk, [Request(Op.READ, 0, [page_buffer(512)], results.append)])
+        assert asked.wait(SECONDS)
+        (closed,) = asker.wait(disk.close)
+        assert [result.status for result in results] == [Status.GONE]
+        assert closed.status is Status.GONE
+    finally:
+        liar.close()
 
 
 @settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])

@@ -73,7 +73,7 @@ class Connection:
             with self._sending:
                 _send(self._sock, [memoryview(head), *send])
         except OSError as error:
-            self._end(f"sending failed: {error.strerror or error}")
+            self.end(f"sending failed: {error.strerror or error}")
         pending.done.wait()
         if pending.lost:
             raise Lost(pending.lost)
@@ -83,15 +83,18 @@ class Connection:
 
     def close(self) -> None:
         """Say goodbye and end; what is in flight is lost. Idempotent."""
-        if not self._lost:
-            with contextlib.suppress(OSError), self._sending:
-                self._sock.sendall(wire.request.pack(wire.REQUEST_MAGIC, 0, wire.CMD_DISC, 0, 0, 0))
-        self._end("closed")
+        # Without waiting, for a sender that the server keeps waiting, or for room to send.
+        if not self._lost and self._sending.acquire(blocking=False):
+            with contextlib.suppress(OSError):
+                goodbye = wire.request.pack(wire.REQUEST_MAGIC, 0, wire.CMD_DISC, 0, 0, 0)
+                self._sock.send(goodbye, socket.MSG_DONTWAIT)
+            self._sending.release()
+        self.end("closed")
         if threading.current_thread() is not self._thread:
             self._thread.join()
 
-    def _end(self, why: str) -> None:
-        """Nothing is sent any more, and the receiving thread comes to its end."""
+    def end(self, why: str) -> None:
+        """Nothing is sent any more, and the receiving thread comes to its end: what is in flight is lost."""
         with self._lock:
             self._lost = self._lost or why
         with contextlib.suppress(OSError):

@@ -123,6 +123,11 @@ class NbdImage:
             "reconnects": self.reconnects,
         }
 
+    def interrupt(self) -> None:
+        """Wait for the server no more: what is in flight ends as GONE. Any thread."""
+        self._closing.set()
+        self._connection.end("the disk is closed")
+
     def close(self) -> None:
         self._closing.set()
         self._connection.close()

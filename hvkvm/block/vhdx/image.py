@@ -302,6 +302,9 @@ class VhdxImage:
             "parent": str(self.parent.path) if self.parent is not None else None,
         }
 
+    def interrupt(self) -> None:
+        pass
+
     def close(self) -> None:
         """Flush, say that the log is empty, close. Idempotent. OSError if what was written is not stable."""
         if self.file.fd < 0:
