@@ -135,6 +135,7 @@ DAMAGES: list[tuple[str, Callable[[Path], None], str, int, str]] = [
     ("no signature", lambda path: poke(path, 0, b"x"), "file type identifier", 0, "no VHDX"),
     ("both headers torn", torn(layout.HEADER_OFFSETS), "header", 65536, "checksum"),
     ("version 2", both_headers(66, b"\2\0"), "header", 0, "version 2"),
+    ("no next header", both_headers(8, b"\xff" * 8), "header", 0, "leaves none for the next"),
     ("log version", both_headers(48, bytes(15) + b"\1" + b"\7\0"), "header", 0, "log version 7"),
     ("log in the headers", both_headers(72, u64(0)), "header", 0, "behind the headers"),
     ("log that is odd", both_headers(72, u64(MIB + 512)), "header", 0, "whole MiB"),

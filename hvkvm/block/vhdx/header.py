@@ -25,6 +25,7 @@ from hvkvm.errors import ImageDamaged
 
 VERSION = 1
 LOG_VERSION = 0
+MAX_SEQUENCE = 1 << 63
 
 
 class Header(NamedTuple):
@@ -90,6 +91,10 @@ def read_header(path: Path, source: Source) -> Header:
     log_version, version, log_length, log_offset = fields[6:]
     if version != VERSION:
         raise ImageDamaged(path, "header", offset, f"version {version}, of which nothing is known")
+    if sequence > MAX_SEQUENCE:
+        raise ImageDamaged(
+            path, "header", offset, f"sequence number {sequence}, which leaves none for the next"
+        )
     if log_version != LOG_VERSION and any(fields[5]):
         raise ImageDamaged(path, "header", offset, f"log version {log_version}, of which nothing is known")
     if log_length % MIB or log_offset % MIB or log_offset < HEADER_SECTION_BYTES or not log_length:

@@ -16,11 +16,11 @@ def apply_replay(file: HostFile, head: Header, replay: Replay) -> Header:
     A crash in here leaves the log as it was, and the next one replays it again.
     """
     size = file.size()
+    if size < replay.size:
+        file.truncate(replay.size)  # first, as it may be more than this host takes
     for offset, length in replay.zeroed:
         if offset < size:  # beyond its end are zeros already
             file.zero(offset, min(length, size - offset), may_unmap=True)
-    if size < replay.size:
-        file.truncate(replay.size)
     for offset, data in replay.sectors.items():
         file.pwrite(offset, data)
     file.sync()
