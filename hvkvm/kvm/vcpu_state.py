@@ -90,13 +90,14 @@ def capture(vcpu: Vcpu, msrs: Sequence[int]) -> VcpuState:
     )
 
 
-def restore(vcpu: Vcpu, state: VcpuState) -> list[int]:
-    """Put `state` back; the MSRs that KVM refused, which keep what they have. Raises KvmIoctlError.
+def restore(vcpu: Vcpu, state: VcpuState, *, tsc: int = 0) -> list[int]:
+    """Put `state` back, and `tsc` on the TSC; the MSRs that KVM refused, which keep what they have.
 
-    The order: a guest's own guest ends before the control registers that carried
-    it go, and begins after they came. The APIC follows its base (sregs), and the
-    TSC deadline (an MSR) the APIC's mode. XCR0 comes before the areas it names,
-    pending events behind what would drop them, and whether the vCPU runs at last.
+    Raises KvmIoctlError. The order: a guest's own guest ends before the control
+    registers that carried it go, and begins after they came. The APIC follows its
+    base (sregs); the TSC and the APIC's mode come before the TSC deadline (an MSR).
+    XCR0 comes before the areas it names, pending events behind what would drop
+    them, and whether the vCPU runs at last.
     """
     run = vcpu.run
     run.kvm_dirty_regs = 0  # or the next KVM_RUN would take registers from there
@@ -110,6 +111,9 @@ def restore(vcpu: Vcpu, state: VcpuState) -> list[int]:
     vcpu.set_xcrs(state.xcrs)
     vcpu.set_xsave(state.xsave)
     vcpu.set_lapic(state.lapic)
+    # 0 is KVM's word for a vCPU that begins: its TSC counts as the VM's first one does, in step with the
+    # others, whatever the guest had written. So do TSCs that are set to about the same within a second.
+    vcpu.set_msrs(((MSR_IA32_TSC, tsc),))
     refused = _restore_msrs(vcpu, state.msrs)
     vcpu.set_debugregs(state.debugregs)
     vcpu.set_vcpu_events(state.events)
@@ -120,13 +124,9 @@ def restore(vcpu: Vcpu, state: VcpuState) -> list[int]:
 def _restore_msrs(vcpu: Vcpu, wanted: dict[int, int]) -> list[int]:
     """Only those that differ: KVM refuses some that it lists, were it with the value that they have."""
     now = vcpu.readable_msrs(wanted)
-    refused = vcpu.set_writable_msrs(
+    return vcpu.set_writable_msrs(
         {index: value for index, value in wanted.items() if now.get(index) != value}
     )
-    # 0 is KVM's word for a vCPU that begins: its TSC counts as the VM's first one does, in step with the
-    # others, whatever the guest had written.
-    vcpu.set_msrs(((MSR_IA32_TSC, 0),))
-    return refused
 
 
 def _nested_runs(nested: bytes) -> bool:

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+from collections.abc import Iterator
 from types import TracebackType
 from typing import NamedTuple, Protocol
 
@@ -22,6 +23,7 @@ from hvkvm.abi.board import RAM_HIGH_BASE, RAM_LOW_LIMIT
 from hvkvm.errors import GuestMemoryError
 from hvkvm.memory.mapping import PAGE_SIZE, Mapping, punch, sealed_memfd
 from hvkvm.memory.overlay_stacks import OverlayStacks
+from hvkvm.memory.private import PrivateMapping
 from hvkvm.memory.slots import SlotAllocator
 
 # The GIL stays held: `close()` on another thread cannot unmap the target halfway. Without a GIL the order of
@@ -29,6 +31,8 @@ from hvkvm.memory.slots import SlotAllocator
 _memset = ctypes.PyDLL(None).memset
 _memset.argtypes = (ctypes.c_void_p, ctypes.c_int, ctypes.c_size_t)
 _memset.restype = None
+
+_PIECE = 1 << 20
 
 HUGE_PAGE_SIZE = 2 << 20
 """Alignment of RAM's host addresses: gpa and hva agree modulo this, so huge pages can back both."""
@@ -57,14 +61,21 @@ class RamRegion(NamedTuple):
         return self.gpa + self.size
 
 
+class RamSource(NamedTuple):
+    """A file that has RAM's first contents, from `offset` (a multiple of 4096) on. Left open while mapped."""
+
+    fd: int
+    offset: int
+
+
 class GuestMemory:
-    """`size` bytes of RAM, zeroed, registered with `vm`.
+    """`size` bytes of RAM, zeroed or as in `source`, registered with `vm`.
 
     `size` is a positive multiple of 4096 (ValueError). Raises OSError when the
     kernel has no memory to map, KvmIoctlError when KVM refuses a slot.
     """
 
-    def __init__(self, vm: SlotOwner, size: int) -> None:
+    def __init__(self, vm: SlotOwner, size: int, source: RamSource | None = None) -> None:
         if size <= 0 or size % PAGE_SIZE:
             raise ValueError(f"guest RAM of {size} bytes: not a positive multiple of {PAGE_SIZE}")
         self.vm = vm
@@ -73,14 +84,17 @@ class GuestMemory:
         self._low_end = self._high_end = 0
         self._maps: list[Mapping] = []
         regions = []
-        self.fd = sealed_memfd("hvkvm-ram", size)
-        """The memfd: file offset 0 is gpa 0, offset RAM_LOW_LIMIT is gpa RAM_HIGH_BASE."""
+        self.fd = sealed_memfd("hvkvm-ram", size) if source is None else -1
+        """The memfd: file offset 0 is gpa 0, offset RAM_LOW_LIMIT is gpa RAM_HIGH_BASE. -1 with a source."""
         try:
             low = min(size, RAM_LOW_LIMIT)
             for gpa, offset, length in ((0, 0, low), (RAM_HIGH_BASE, low, size - low)):
                 if not length:
                     continue
-                mapping = Mapping(self.fd, offset, length, align=HUGE_PAGE_SIZE)
+                if source is None:
+                    mapping = Mapping(self.fd, offset, length, align=HUGE_PAGE_SIZE)
+                else:
+                    mapping = PrivateMapping(source.fd, source.offset + offset, length, align=HUGE_PAGE_SIZE)
                 self._maps.append(mapping)
                 slot = self.slots.take()
                 vm.set_user_memory_region(slot, gpa, length, mapping.hva)
@@ -142,6 +156,8 @@ class GuestMemory:
         GuestMemoryError; OSError where the file system cannot do that.
         """
         mapping, at = self._locate(gpa, n)
+        if self.fd < 0:
+            return os.preadv(fd, [mapping.root[at : at + n]], offset)
         os.lseek(self.fd, mapping.offset + at, os.SEEK_SET)
         return os.sendfile(self.fd, fd, offset, n)
 
@@ -152,7 +168,7 @@ class GuestMemory:
         """
         mapping, at = self._locate(gpa, n)
         first, last = -(-at // PAGE_SIZE) * PAGE_SIZE, (at + n) // PAGE_SIZE * PAGE_SIZE
-        if first < last and punch(self.fd, mapping.offset + first, last - first):
+        if first < last and self.fd >= 0 and punch(self.fd, mapping.offset + first, last - first):
             _memset(mapping.hva + at, 0, first - at)
             _memset(mapping.hva + last, 0, at + n - last)
         else:
@@ -192,6 +208,19 @@ class GuestMemory:
             mapping.root[at : at + 8] = value.to_bytes(8, "little")
         else:
             mapping.words8[at >> 3] = value
+
+    def pieces(self) -> Iterator[tuple[int, bytes]]:
+        """RAM under any overlay, for saving: what may not be zero, as (offset, bytes), in order.
+
+        Offsets count RAM's bytes without the hole below 4 GiB; pieces are whole pages,
+        of at most 1 MiB. While no vCPU runs. OSError.
+        """
+        base = 0
+        for mapping in self._maps:
+            for start, end in mapping.stretches():
+                for at in range(start, end, _PIECE):
+                    yield base + at, mapping.under(at, min(_PIECE, end - at))
+            base += mapping.size
 
     def show_page(self, gpa: int, fd: int) -> None:
         """Present the first page of `fd` at the RAM page `gpa`; for overlays. GuestMemoryError, OSError."""

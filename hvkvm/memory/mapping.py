@@ -12,10 +12,12 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import errno
 import fcntl
 import os
 import weakref
 from collections import deque
+from collections.abc import Iterator
 from mmap import MAP_ANONYMOUS, MAP_PRIVATE, MAP_SHARED, PAGESIZE, PROT_READ, PROT_WRITE
 
 PAGE_SIZE = 4096
@@ -93,6 +95,25 @@ def sealed_memfd(name: str, size: int) -> int:
     return fd
 
 
+def data_stretches(fd: int, offset: int, size: int) -> Iterator[tuple[int, int]]:
+    """The parts of `size` bytes of a file from `offset` that are no holes: (from, up to), in order. OSError.
+
+    Asked of the file, since looking at a hole through a shared map fills it.
+    """
+    at, limit = offset, offset + size
+    while at < limit:
+        try:
+            at = os.lseek(fd, at, os.SEEK_DATA)
+        except OSError as error:
+            if error.errno == errno.ENXIO:
+                return  # a hole up to the end
+            raise
+        if at < limit:
+            end = min(os.lseek(fd, at, os.SEEK_HOLE), limit)
+            yield at, end
+            at = end
+
+
 class Mapping:
     """`size` bytes of `fd` from `offset`, mapped shared and writable at `hva` (a multiple of `align`).
 
@@ -106,7 +127,7 @@ class Mapping:
         self.size = size
         self.hva = hva = _reserve(size, align)
         try:
-            self.show(0, size, fd, offset)
+            self.restore(0, size)
         except BaseException:
             _munmap(hva, size)
             raise
@@ -131,13 +152,24 @@ class Mapping:
         any vCPU that comes in between waits for that lock: it meets the old page
         or the new one, never a hole. Raises OSError.
         """
-        _mmap(
-            self.hva + at, size, PROT_READ | PROT_WRITE, MAP_SHARED | _MAP_FIXED | _MAP_NORESERVE, fd, offset
-        )
+        self._present(at, size, fd, offset, MAP_SHARED)
 
     def restore(self, at: int, size: int) -> None:
         """Undo `show()`: present the mapping's own file again. Raises OSError."""
-        self.show(at, size, self.fd, self.offset + at)
+        self._present(at, size, self.fd, self.offset + at, MAP_SHARED)
+
+    def _present(self, at: int, size: int, fd: int, offset: int, sharing: int) -> None:
+        flags = sharing | _MAP_FIXED | _MAP_NORESERVE
+        _mmap(self.hva + at, size, PROT_READ | PROT_WRITE, flags, fd, offset)
+
+    def stretches(self) -> Iterator[tuple[int, int]]:
+        """The parts that may hold something else than zeros: (from, up to), in order. OSError."""
+        for start, end in data_stretches(self.fd, self.offset, self.size):
+            yield start - self.offset, end - self.offset
+
+    def under(self, at: int, size: int) -> bytes:
+        """The mapping's own bytes, whatever is shown over them."""
+        return os.pread(self.fd, size, self.offset + at)
 
     def view(self, at: int, size: int) -> memoryview:
         """A zero-copy view that `close()` revokes. The caller has checked the bounds."""
