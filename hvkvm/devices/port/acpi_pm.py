@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from hvkvm.abi.board import (
     PM1_CNT_SCI_EN,
@@ -30,6 +30,13 @@ if TYPE_CHECKING:
 PM1_STS_PWRBTN = 1 << 8
 PM1_EN_PWRBTN = 1 << 8
 _PM1_EN_MASK = 0x0721  # TMR, GBL, PWRBTN, SLPBTN, RTC: what ACPI 4.8.4.1 defines and lets be written
+
+
+class AcpiEventState(NamedTuple):
+    """PM1_STS and PM1_EN."""
+
+    status: int
+    enable: int
 
 
 class AcpiEventBlock:
@@ -65,15 +72,25 @@ class AcpiEventBlock:
             self._status = self._enable = 0
             self._update()
 
+    def save(self) -> AcpiEventState:
+        """Both registers."""
+        return AcpiEventState(self._status, self._enable)
+
+    def load(self, state: AcpiEventState) -> None:
+        """Put them back, and the SCI to the level that follows: the IOAPIC does not know who drives it."""
+        with self._lock:
+            self._status, self._enable = state.status & PM1_STS_PWRBTN, state.enable & _PM1_EN_MASK
+            self._update(even_if_the_same=True)
+
     def press_power_button(self) -> None:
         """Ask the guest to shut down; without effect on a guest that listens to no power button."""
         with self._lock:
             self._status |= PM1_STS_PWRBTN
             self._update()
 
-    def _update(self) -> None:
+    def _update(self, *, even_if_the_same: bool = False) -> None:
         level = bool(self._status & self._enable & PM1_EN_PWRBTN)
-        if level != self._level and self._set_sci is not None:
+        if (even_if_the_same or level != self._level) and self._set_sci is not None:
             self._set_sci(level)
         self._level = level
 
@@ -92,6 +109,14 @@ class AcpiControlBlock:
     def reset(self) -> None:
         """Power-on state."""
         self._value = 0
+
+    def save(self) -> int:
+        """The register."""
+        return self._value
+
+    def load(self, value: int) -> None:
+        """Put it back; powers nothing off."""
+        self._value = value & ~PM1_CNT_SLP_EN & 0xFFFF
 
     def read(self, offset: int, size: int) -> int:
         """The sleep type last written, SCI_EN set, SLP_EN clear."""

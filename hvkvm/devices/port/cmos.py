@@ -12,7 +12,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from hvkvm.abi.board import CMOS_PORT, CMOS_SIZE
 
@@ -36,6 +36,8 @@ _TIME_REGISTERS = frozenset(
     (RTC_SECONDS, RTC_MINUTES, RTC_HOURS, RTC_DAY_OF_WEEK, RTC_DAY_OF_MONTH, RTC_MONTH, RTC_YEAR, RTC_CENTURY)
 )
 _PM = 0x80
+_MOST_OFFSET = 20_000 * 366 * 86400.0
+"""Seconds: more than the registers can name, and few enough for every calendar function."""
 
 
 def _days_from_civil(year: int, month: int, day: int) -> int:
@@ -46,6 +48,15 @@ def _days_from_civil(year: int, month: int, day: int) -> int:
     y = year - before_march
     day_of_year = (153 * (month + (9 if before_march else -3)) + 2) // 5 + day - 1
     return 365 * y + y // 4 - y // 100 + y // 400 + day_of_year - 719468
+
+
+class CmosState(NamedTuple):
+    """The memory with its registers, which of them is chosen, and how the guest has set the clock."""
+
+    chosen: int
+    ram: bytes
+    offset: float
+    """Seconds that the guest's clock is ahead of the host's."""
 
 
 class Cmos:
@@ -64,6 +75,20 @@ class Cmos:
     def attach(self, bus: PortBus, port: int = CMOS_PORT) -> None:
         """Claim index and data port; ConfigError when one is taken."""
         bus.add(port, CMOS_SIZE, self, width=1)
+
+    def save(self) -> CmosState:
+        """What a battery keeps, and the index. The clock goes on with the host's meanwhile."""
+        with self._lock:
+            return CmosState(self._index, bytes(self._ram), self._offset)
+
+    def load(self, state: CmosState) -> None:
+        """Put it back. ValueError for what no CMOS of ours can hold."""
+        if len(state.ram) != len(self._ram) or not abs(state.offset) <= _MOST_OFFSET:
+            raise ValueError("its memory or its clock cannot be")
+        with self._lock:
+            self._index = state.chosen & 0x7F
+            self._ram[:] = state.ram
+            self._offset = state.offset
 
     def read(self, offset: int, size: int) -> int:
         """A register's value from the data port; the index port reads all ones, as on a PC."""

@@ -9,7 +9,7 @@ vCPU threads; nothing changes after construction but the cursor.
 from __future__ import annotations
 
 import struct
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from hvkvm.abi.board import FW_CFG_PORT, FW_CFG_SIZE
 
@@ -25,6 +25,17 @@ FW_CFG_MAX_RAM = 0x11  # kvm-unit-tests' own: 0 means no limit
 FW_CFG_FILE_DIR = 0x19
 
 
+_NOTHING = 0xFFFF
+"""A key that no item has."""
+
+
+class FwCfgState(NamedTuple):
+    """Which item the guest reads, and how far it is."""
+
+    key: int
+    cursor: int
+
+
 class FwCfg:
     """The two ports. `cpus` vCPUs, `memory_size` bytes of RAM."""
 
@@ -38,12 +49,25 @@ class FwCfg:
             FW_CFG_MAX_RAM: struct.pack("<Q", 0),
             FW_CFG_FILE_DIR: struct.pack(">I", 0),
         }
-        self._item = b""
-        self._cursor = 0
+        self.reset()
 
     def attach(self, bus: PortBus, port: int = FW_CFG_PORT) -> None:
         """Claim selector and data port; ConfigError when one is taken."""
         bus.add(port, FW_CFG_SIZE, self, width=2)
+
+    def reset(self) -> None:
+        """Nothing selected."""
+        self.load(FwCfgState(_NOTHING, 0))
+
+    def save(self) -> FwCfgState:
+        """The selection."""
+        return FwCfgState(self._key, self._cursor)
+
+    def load(self, state: FwCfgState) -> None:
+        """Put it back. An unknown key has an item without bytes, as ever."""
+        self._key = state.key
+        self._item = self._items.get(state.key, b"")
+        self._cursor = max(0, state.cursor)
 
     def read(self, offset: int, size: int) -> int:
         """The item's next byte, from the data port; 0 elsewhere."""
@@ -59,5 +83,4 @@ class FwCfg:
     def write(self, offset: int, size: int, value: int) -> None:
         """Select an item, by a 16-bit write to the selector; data writes are ignored."""
         if offset == 0 and size == 2:
-            self._item = self._items.get(value, b"")
-            self._cursor = 0
+            self.load(FwCfgState(value, 0))

@@ -22,6 +22,7 @@ from hvkvm.abi.board import HYPERV_TESTDEV_PORT, HYPERV_TESTDEV_SIZE
 from hvkvm.abi.hv_synic import HV_MESSAGE_PAYLOAD_BYTE_COUNT, hv_post_message_input
 from hvkvm.abi.tlfs import HvStatus
 from hvkvm.devices.port.complaints import Complaints
+from hvkvm.devices.port.testdev_state import Connection, Echo, Target, TestdevState
 from hvkvm.errors import HvkvmError, Stopped
 from hvkvm.events import NULL_OBSERVER, Observer
 
@@ -39,6 +40,7 @@ HV_TEST_DEV_MSG_CONN_DESTROY = 5
 HV_TEST_DEV_EVT_CONN_CREATE = 6
 HV_TEST_DEV_EVT_CONN_DESTROY = 7
 
+_LAST_CONN_ID = 0xFF
 MAX_ROUTES = 1024
 """Plain routes a guest may hold. Connections need no bound: their ids have 8 bits."""
 
@@ -94,6 +96,15 @@ class _MessageEcho:
         with self._lock:
             if self._sending is not None:
                 self._post(self._sending)
+
+    def save(self) -> Echo | None:
+        """What the guest has not got yet. At rest: what was written to its slot has completed by then."""
+        return None if self._sending is None else Echo(self._conn_id, *self._sending)
+
+    def load(self, echo: Echo) -> None:
+        """Go on with it."""
+        with self._lock:
+            self._post((echo.message_type, echo.payload))
 
     def close(self) -> None:
         self._closed = True
@@ -209,6 +220,38 @@ class HypervTestdev:
         route.close()
         return True
 
+    def save(self) -> TestdevState:
+        """The guest's routes and connections. Only while the machine is at rest."""
+        messages, events = sorted(self._messages.items()), sorted(self._events.items())
+        echoes = [echo.save() for _, echo in messages]
+        return TestdevState(
+            tuple(_target(route) for route in self._routes),
+            tuple(Connection(conn_id, _target(echo.route)) for conn_id, echo in messages if echo.route),
+            tuple(Connection(conn_id, _target(route)) for conn_id, route in events),
+            tuple(echo for echo in echoes if echo is not None),
+        )
+
+    def load(self, state: TestdevState) -> None:
+        """Make them again. ValueError for what no guest can have made. Only while the machine is at rest."""
+        requests = [(HV_TEST_DEV_SINT_ROUTE_CREATE, target, 0) for target in state.routes]
+        requests += [(HV_TEST_DEV_MSG_CONN_CREATE, made.target, made.conn_id) for made in state.messages]
+        requests += [(HV_TEST_DEV_EVT_CONN_CREATE, made.target, made.conn_id) for made in state.events]
+        for command, target, conn_id in requests:
+            try:
+                if not 0 <= conn_id <= _LAST_CONN_ID:
+                    raise ValueError(f"connection {conn_id:#x} is none of its own")
+                problem = self._do(command, target.vp_index, target.sint, conn_id)
+            except HvkvmError as error:
+                raise ValueError(str(error)) from None
+            if problem is not None:
+                raise ValueError(problem)
+        for echo in state.waiting:
+            made = self._messages.get(echo.conn_id)
+            right = 0 < echo.message_type <= 0xFFFFFFFF and len(echo.payload) <= HV_MESSAGE_PAYLOAD_BYTE_COUNT
+            if made is None or not right:
+                raise ValueError(f"no message can wait on connection {echo.conn_id:#x}")
+            made.load(echo)
+
     def reset(self) -> None:
         """Give up every route and connection: before the SynIC resets (S7). Any thread."""
         with self._lock:
@@ -221,6 +264,10 @@ class HypervTestdev:
             self._routes.clear()
 
     close = reset
+
+
+def _target(route: SintRoute) -> Target:
+    return Target(route.vp_index, route.sint)
 
 
 def _failure(status: int) -> str | None:

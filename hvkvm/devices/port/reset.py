@@ -39,6 +39,14 @@ class PciConfigPorts:
         """Claim the eight ports; ConfigError when one is taken."""
         bus.add(PCI_CONFIG_PORT, PCI_CONFIG_SIZE, self)
 
+    def save(self) -> int:
+        """The reset control register."""
+        return self._control
+
+    def load(self, value: int) -> None:
+        """Put it back; resets nothing. Power-on is 0."""
+        self._control = value & 0xFF & ~_CF9_RESET_CPU
+
     def read(self, offset: int, size: int) -> int:
         """The reset control register, or all ones.
 

@@ -24,7 +24,7 @@ import time
 from collections import deque
 from collections.abc import Callable
 from contextlib import suppress
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from hvkvm.abi.board import COM1_PORT, COM1_SIZE
 from hvkvm.devices.port.serial_output import OutputBatch
@@ -56,6 +56,7 @@ from hvkvm.devices.port.serial_registers import (
     MCR_OUT2,
     MCR_RTS,
     MSR_CONNECTED,
+    MSR_DELTAS,
     loopback_msr,
     msr_deltas,
 )
@@ -70,6 +71,33 @@ RX_LIMIT = 4096
 """Bytes of input that wait for the guest; a feeder with more must wait for `on_rx_room`."""
 _READY = LSR_THRE | LSR_TEMT
 _CONGESTED_POLL = 0.001
+
+
+class SerialState(NamedTuple):
+    """Every register of a UART, and the input that its guest has not read yet."""
+
+    ier: int = 0
+    lcr: int = 0
+    mcr: int = 0
+    scr: int = 0
+    divisor: int = 1
+    msr_delta: int = 0
+    lsr_errors: int = 0
+    fifo_on: bool = False
+    trigger: int = 1
+    mcr_used: bool = False
+    read_since_dip: int = 0
+    thre_pending: bool = False
+    line: bool = False
+    """Whether it asserts its interrupt: edges are made of changes of this."""
+    looped: bytes = b""
+    wire: bytes = b""
+    breaks: tuple[int, ...] = ()
+    """Which bytes of `wire` are breaks."""
+    break_told: bool = False
+
+
+POWER_ON = SerialState()
 
 
 class Serial16550:
@@ -108,17 +136,57 @@ class Serial16550:
     def reset(self) -> None:
         """Power-on registers. Output and input that wait stay. Any thread."""
         with self._lock:
-            self._ier = self._lcr = self._scr = self._mcr = self._msr_delta = self._lsr_errors = 0
-            self._dll, self._dlm = 1, 0
-            self._note_mode()
-            self._fifo_on = False
-            self._trigger = 1
-            self._mcr_used = False
-            self._read_since_dip = 0
-            self._thre_pending = False
-            self._line = False
-            self._break_told = False
-            self._looped.clear()
+            self._load(POWER_ON)
+
+    def save(self) -> SerialState:
+        """All but the output, which is the sink's already. Any thread."""
+        with self._lock:
+            return SerialState(
+                self._ier,
+                self._lcr,
+                self._mcr,
+                self._scr,
+                self._dll | self._dlm << 8,
+                self._msr_delta,
+                self._lsr_errors,
+                self._fifo_on,
+                self._trigger,
+                self._mcr_used,
+                self._read_since_dip,
+                self._thre_pending,
+                self._line,
+                bytes(self._looped),
+                bytes(self._wire),
+                tuple(place - self._taken for place in self._breaks),
+                self._break_told,
+            )
+
+    def load(self, state: SerialState) -> None:
+        """Take the registers of `state`, and its input before what waits here. Pulses nothing. Any thread."""
+        with self._lock:
+            self._load(state)
+            wire = state.wire[:RX_LIMIT]
+            behind = [place + len(wire) for place in self._breaks]
+            before = [self._taken + place for place in sorted(state.breaks) if 0 <= place < len(wire)]
+            self._wire[:0] = wire
+            self._breaks = deque([*before, *behind])
+            self._break_told = state.break_told
+
+    def _load(self, state: SerialState) -> None:
+        """All but the input."""
+        self._ier, self._lcr = state.ier & IER_MASK, state.lcr & 0xFF
+        self._mcr, self._scr = state.mcr & MCR_MASK, state.scr & 0xFF
+        self._dll, self._dlm = state.divisor & 0xFF, state.divisor >> 8 & 0xFF
+        self._msr_delta, self._lsr_errors = state.msr_delta & MSR_DELTAS, state.lsr_errors & (LSR_OE | LSR_BI)
+        self._note_mode()
+        self._fifo_on = state.fifo_on
+        self._trigger = state.trigger if state.trigger in FIFO_TRIGGER else 1
+        self._mcr_used = state.mcr_used
+        self._read_since_dip = state.read_since_dip & 0xFF
+        self._thre_pending = state.thre_pending
+        self._line = state.line
+        self._break_told = False
+        self._looped[:] = state.looped[:FIFO_SIZE]
 
     def attach(self, bus: PortBus, port: int = COM1_PORT) -> None:
         """Claim the UART's eight ports; ConfigError when any is taken."""

@@ -50,6 +50,7 @@ MSR_DSR = 0x20
 MSR_RI = 0x40
 MSR_DCD = 0x80
 MSR_CONNECTED = MSR_CTS | MSR_DSR | MSR_DCD
+MSR_DELTAS = MSR_DCTS | MSR_DDSR | MSR_TERI | MSR_DDCD
 
 
 def loopback_msr(mcr: int) -> int:
