@@ -6,7 +6,7 @@ reset.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from ctypes import addressof, c_uint16
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
@@ -122,6 +122,19 @@ def reset_msrs(features: FeatureSet | None, vp_index: int) -> list[tuple[int, in
     a VM of which only SynIC and timers are known.
     """
     return list(_reset_msrs(features, vp_index))
+
+
+def restore_order(values: Mapping[int, int]) -> list[tuple[int, int]]:
+    """Saved MSRs of one VP, by index, in the order in which KVM takes them over.
+
+    The guest OS id goes before what is void without it. A timer's config comes
+    before its count, which starts it, and both come after the SINT that it uses.
+    """
+    last = range(tlfs.HV_X64_MSR_STIMER0_CONFIG, tlfs.HV_X64_MSR_STIMER0_CONFIG + 2 * tlfs.HV_STIMER_COUNT)
+    first = (tlfs.HV_X64_MSR_GUEST_OS_ID, tlfs.HV_X64_MSR_HYPERCALL)
+    middle = sorted(index for index in values if index not in first and index not in last)
+    order = (*first, *middle, *last)
+    return [(index, values[index]) for index in order if index in values]
 
 
 def _reset_msrs(features: FeatureSet | None, vp_index: int) -> Iterator[tuple[int, int]]:

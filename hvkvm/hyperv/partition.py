@@ -68,9 +68,10 @@ class Partition:
         def msrs(vp_index: int) -> Iterable[tuple[int, int]]:
             return reset_msrs(features, vp_index)
 
-        self._kernel: KernelSynic | None = None
+        self.kernel_synic: KernelSynic | None = None
+        """KVM's SynIC, where that is the one below."""
         if synic is None:
-            synic = self._kernel = KernelSynic(
+            synic = self.kernel_synic = KernelSynic(
                 vm, gsi, memory, io, threads, reset_msrs=msrs, observer=observer
             )
         self.synic: Synic = synic
@@ -79,7 +80,7 @@ class Partition:
         except BaseException:
             synic.close()
             raise
-        slow = self._warn_slow_signals if self._kernel is not None and signal_path == "auto" else None
+        slow = self._warn_slow_signals if self.kernel_synic is not None and signal_path == "auto" else None
         self._observer = observer
         self.connections = Connections(io, path, slow)
         self.hypercalls = Hypercalls(memory, self.connections, strict_alignment=strict_alignment)
@@ -109,9 +110,9 @@ class Partition:
 
     def handle_hyperv_exit(self, vcpu: Vcpu) -> None:
         """Handler of KVM_EXIT_HYPERV, on the vCPU's thread. HvkvmError for a kind nobody knows (S56)."""
-        if self._kernel is None:
+        if self.kernel_synic is None:
             raise HvkvmError("KVM_EXIT_HYPERV on a machine whose SynIC is not KVM's")
-        self._kernel.handle_exit(vcpu, self._call)
+        self.kernel_synic.handle_exit(vcpu, self._call)
 
     def open_route(
         self, vp_index: int, sint: int, on_complete: Callable[[int], None] | None = None

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterable, Sequence
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from hvkvm.abi.kvm import (
     KVM_CAP_HYPERV_EVENTFD,
@@ -30,8 +30,9 @@ from hvkvm.abi.tlfs import (
 from hvkvm.errors import CapabilityMissing, HvkvmError
 from hvkvm.events import NULL_OBSERVER, Observer
 from hvkvm.hyperv.connections import ReaderLoop
+from hvkvm.hyperv.cpuid import restore_order
 from hvkvm.hyperv.synic.kernel_line import KernelLine, KernelSignalPath
-from hvkvm.hyperv.synic.vp import VpSynic
+from hvkvm.hyperv.synic.vp import VpState, VpSynic
 from hvkvm.memory.overlay import OverlayPage
 
 if TYPE_CHECKING:
@@ -80,6 +81,13 @@ class KernelVp(VpSynic):
     def submit(self, fn: Callable[[], None], cancelled: Callable[[], None]) -> None:
         """See `seam.SynicVp.submit`."""
         self._thread.submit(fn, cancelled=cancelled)
+
+
+class KernelVpState(NamedTuple):
+    """What we keep of a VP, and what KVM does: its Hyper-V MSRs by index."""
+
+    ours: VpState
+    msrs: dict[int, int]
 
 
 class KernelSynic:
@@ -205,6 +213,28 @@ class KernelSynic:
         for vp in self._vps:
             vp.reset()
         self._write_msrs()
+
+    def save(self) -> tuple[KernelVpState, ...]:
+        """Every VP, in VP order. All are outside KVM_RUN. Raises KvmIoctlError."""
+        saved = []
+        for vp in self._vps:
+            msrs = {index for index, _value in self._reset_msrs(vp.vp_index)}
+            saved.append(KernelVpState(vp.save(), vp.vcpu.msrs(sorted(msrs))))
+        return tuple(saved)
+
+    def load(self, states: tuple[KernelVpState, ...]) -> None:
+        """Put it back behind a reset. ValueError: not made by this. KvmIoctlError for what KVM refuses.
+
+        KVM's registers come after our pages, so that a timer that is due finds its slot.
+        """
+        if len(states) != len(self._vps):
+            raise ValueError(f"{len(states)} VPs were saved, and there are {len(self._vps)}")
+        for vp, state in zip(self._vps, states, strict=True):
+            vp.load(state.ours)
+            known = {index for index, _value in self._reset_msrs(vp.vp_index)}
+            if unknown := set(state.msrs) - known:
+                raise ValueError(f"MSR {min(unknown):#x} of VP {vp.vp_index} is none of these enlightenments")
+            vp.vcpu.set_msrs(restore_order(state.msrs))
 
     def close(self) -> None:
         """See `seam.Synic.close`."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import errno
 import threading
+from typing import NamedTuple
 
 from hvkvm.abi.hv_synic import (
     HV_SYNIC_CONTROL_ENABLE,
@@ -20,6 +21,16 @@ from hvkvm.abi.hv_synic import (
 from hvkvm.errors import HvkvmError
 from hvkvm.events import NULL_OBSERVER, Observer, SynicPageMoved, Warned
 from hvkvm.hyperv.synic.pages import EventFlagsPage, MessagePage, Overlay, SynicPage
+
+
+class VpState(NamedTuple):
+    """A VP's registers, and what is in its pages, wherever they lie."""
+
+    scontrol: int
+    siefp: int
+    simp: int
+    message_page: bytes
+    event_page: bytes
 
 
 class VpSynic:
@@ -109,6 +120,26 @@ class VpSynic:
             if not self._events_on:
                 return -errno.ENXIO
             return self.event_page.set(sint, number)
+
+    def save(self) -> VpState:
+        """Registers and pages. The VP is outside KVM_RUN, and nobody sets event flags."""
+        message, event = self.message_page.overlay.view, self.event_page.overlay.view
+        return VpState(self.scontrol, self.siefp, self.simp, bytes(message), bytes(event))
+
+    def load(self, state: VpState) -> None:
+        """Put them back on a VP that was reset. ValueError for pages of another size; OSError as `update`."""
+        pages = (
+            (self.message_page.overlay.view, state.message_page),
+            (
+                self.event_page.overlay.view,
+                state.event_page,
+            ),
+        )
+        if any(len(view) != len(data) for view, data in pages):
+            raise ValueError(f"a SynIC page of VP {self.vp_index} has another size")
+        for view, data in pages:
+            view[:] = data
+        self.update(state.scontrol, state.siefp, state.simp)
 
     def reset(self) -> None:
         """Enables off, both pages unplaced and zeroed (S4, S7). The vCPU is outside KVM_RUN."""

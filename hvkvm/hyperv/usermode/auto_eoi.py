@@ -139,6 +139,26 @@ class AutoEoi:
             vcpu.set_mp_state(KVM_MP_STATE_RUNNABLE)
         return True
 
+    def go_on(self) -> None:
+        """Try to deliver what waits. The VP is outside KVM_RUN."""
+        with self._lock:
+            if not self._waiting or self._scheduled:
+                return
+            self._scheduled = True
+            self._retry = _FIRST_RETRY
+        self._attempt_soon()
+
+    def save(self) -> tuple[int, ...]:
+        """The vectors that wait. The VP is outside KVM_RUN."""
+        return tuple(vector for vector in range(256) if self._waiting >> vector & 1)
+
+    def load(self, vectors: tuple[int, ...]) -> None:
+        """Have these wait, and no others, until `go_on`. ValueError for what is no vector."""
+        if not all(0 <= vector < 256 for vector in vectors):
+            raise ValueError("an AutoEOI interrupt has no vector")
+        with self._lock:
+            self._waiting = sum({1 << vector for vector in vectors})
+
     def reset(self) -> None:
         """Nothing waits any more. The VP is outside KVM_RUN."""
         with self._lock:

@@ -45,6 +45,10 @@ class ReferenceClock:
     def __init__(self) -> None:
         self._start = clock_gettime_ns(CLOCK_MONOTONIC_RAW)
 
+    def set(self, now: int) -> None:
+        """Go on from `now`, 100 ns units."""
+        self._start = clock_gettime_ns(CLOCK_MONOTONIC_RAW) - 100 * now
+
     def now(self) -> int:
         return (clock_gettime_ns(CLOCK_MONOTONIC_RAW) - self._start) // 100
 
@@ -104,6 +108,14 @@ class TscPage:
             readings.append((after - before, (before + after) // 2, tsc))
         _, now, tsc = min(readings)
         return scale, now - (tsc * scale >> 64)
+
+    def load(self, value: int, vcpu: TscReader) -> None:
+        """Put the page where `value` has it, filled anew: this host's clocks are not those it was made by.
+
+        ValueError where it cannot lie there. The vCPU is paused, its TSC put back.
+        """
+        if not 0 <= value < 1 << 64 or not self.write(value, vcpu):
+            raise ValueError(f"no reference TSC page can be where {value:#x} has it")
 
     def reset(self) -> None:
         """Off, and nothing left of its contents."""

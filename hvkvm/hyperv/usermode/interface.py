@@ -17,7 +17,7 @@ from collections.abc import Callable, Sequence
 from contextlib import ExitStack, suppress
 from functools import partial
 from time import thread_time_ns
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from hvkvm.abi import tlfs
 from hvkvm.abi.hv_synic import HV_SYNIC_SINT_COUNT, HV_SYNIC_VERSION_1
@@ -33,7 +33,7 @@ from hvkvm.hyperv.crash import CRASH_PARAMETERS, panic_text
 from hvkvm.hyperv.usermode.clock import ReferenceClock, TscPage, host_counts_by_tsc
 from hvkvm.hyperv.usermode.hypercall_page import HypercallPage
 from hvkvm.hyperv.usermode.synic import UserSynic
-from hvkvm.hyperv.usermode.vp import Loop, UserVp, VpThread
+from hvkvm.hyperv.usermode.vp import Loop, UserVp, UserVpState, VpThread
 from hvkvm.kvm.vm import MsrRange
 from hvkvm.memory.overlay import OverlayPage
 
@@ -57,6 +57,20 @@ _STORED = (
 Read = Callable[[], int]
 Write = Callable[[int], bool]
 """False is #GP."""
+
+
+class UserHypervState(NamedTuple):
+    """Every synthetic register of a VM, and its reference time in 100 ns units."""
+
+    reference_time: int
+    os_id: int
+    hypercall: int
+    stored: dict[int, int]
+    tsc_invariant: int
+    reference_tsc: int
+    assist: tuple[int, ...]
+    vps: tuple[UserVpState, ...]
+    """Empty without SynIC."""
 
 
 class UserHyperv:
@@ -234,6 +248,58 @@ class UserHyperv:
             self._stored.update(dict.fromkeys(_STORED, 0))
             self._assist[:] = [0] * len(self._assist)
         self._tsc_page.reset()
+
+    def hold(self) -> None:
+        """Let no timer go off. Every vCPU is paused."""
+        if self.synic is not None:
+            self.synic.hold()
+
+    def go_on(self) -> None:
+        """Undo `hold`."""
+        if self.synic is not None:
+            self.synic.go_on()
+
+    def save(self) -> UserHypervState:
+        """Everything. Held."""
+        return UserHypervState(
+            self.clock.now(),
+            self._os_id,
+            self._hypercall,
+            dict(self._stored),
+            self._tsc_invariant,
+            self._tsc_page.value,
+            tuple(self._assist),
+            () if self.synic is None else self.synic.save(),
+        )
+
+    def load(self, state: UserHypervState) -> None:
+        """Put it back. Held, behind a reset and behind the vCPUs' own state.
+
+        ValueError for what no guest can have brought about; OSError when the host
+        cannot place a page.
+        """
+        registers = (state.os_id, state.hypercall, *state.stored.values(), *state.assist)
+        if not all(0 <= value < 1 << 64 for value in registers) or set(state.stored) != set(_STORED):
+            raise ValueError("its registers are not those of this interface")
+        if len(state.assist) != len(self._assist) or state.tsc_invariant & ~tlfs.HV_EXPOSE_INVARIANT_TSC:
+            raise ValueError("its registers are not those of this machine")
+        if not 0 <= state.reference_time < 1 << 62:
+            raise ValueError("its reference time is more than a machine can have run")
+        self.clock.set(state.reference_time)
+        with self._lock:
+            self._os_id, self._hypercall = state.os_id, state.hypercall
+            self._stored.update(state.stored)
+            self._assist[:] = state.assist
+            self._tsc_invariant = state.tsc_invariant
+            if not self.hypercall_page.place(_hypercall_gpa(state.hypercall)):
+                raise ValueError("its hypercall page cannot lie where it was")
+        if state.tsc_invariant:
+            _tell_kvm_tsc_invariant(self._boot_vcpu, state.tsc_invariant)
+        self._tsc_page.load(state.reference_tsc, self._boot_vcpu)
+        if self.synic is not None:
+            self.synic.load(state.vps)
+        elif state.vps:
+            raise ValueError("it has a SynIC, and this machine has none")
 
     def close(self) -> None:
         """Free every page and timer. Idempotent; vCPU threads have ended."""

@@ -17,7 +17,7 @@ import errno
 import threading
 from collections.abc import Callable
 from struct import Struct
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from hvkvm.abi.hv_synic import HV_MESSAGE_PAYLOAD_BYTE_COUNT, HV_SYNIC_FIRST_VALID_VECTOR, HVMSG_TIMER_EXPIRED
 from hvkvm.abi.tlfs import (
@@ -73,6 +73,15 @@ class Alarm(Protocol):
     def close(self) -> None: ...
 
 
+class StimerState(NamedTuple):
+    """A timer's registers, and what is to come of it. Times are reference time, 100 ns units."""
+
+    msr_config: int
+    msr_count: int
+    expires: int | None
+    pending: int | None
+
+
 class Stimer:
     """Timer `index` of `vp`. `make_alarm(callback)` gives the host timer, when one is first needed."""
 
@@ -80,6 +89,7 @@ class Stimer:
         "_alarm",
         "_clock",
         "_expires",
+        "_held",
         "_lock",
         "_make_alarm",
         "_pending",
@@ -104,6 +114,7 @@ class Stimer:
         self._lock = threading.Lock()
         self._expires: int | None = None  # reference time of the next expiration, while it runs
         self._pending: int | None = None  # reference time of the expiration whose message is not in yet
+        self._held = False
         self._queued = False  # `_deliver` is on its way to the VP's thread
 
     @property
@@ -171,7 +182,7 @@ class Stimer:
         """The host timer went off (I/O loop), or the guest set a moment that has passed (VP's thread)."""
         with self._lock:
             expired = self._expires
-            if expired is None:
+            if expired is None or self._held:
                 return  # the guest stopped it meanwhile
             now = self._clock.now()
             if now < expired:
@@ -190,14 +201,18 @@ class Stimer:
             else:
                 if self._pending is None:
                     self._pending = expired
-                if self._queued:
-                    return
-                self._queued = True
         if direct:
             vector = config >> _VECTOR_SHIFT & _VECTOR_MASK
             if vector >= HV_SYNIC_FIRST_VALID_VECTOR:
                 self._vp.raise_vector(vector)
             return
+        self._deliver_soon()
+
+    def _deliver_soon(self) -> None:
+        with self._lock:
+            if self._queued:
+                return
+            self._queued = True
         try:
             self._vp.submit(self._deliver, self._cancelled)
         except Stopped:
@@ -231,6 +246,38 @@ class Stimer:
             if not config & HV_STIMER_PERIODIC:
                 self.config = config & ~HV_STIMER_ENABLE
         self._vp.raise_sint(sint)
+
+    def hold(self) -> None:
+        """Do not go off until `go_on`. The VP is outside KVM_RUN."""
+        with self._lock:
+            self._held = True  # an alarm that went off before this may still come
+            if self._alarm is not None:
+                self._alarm.disarm()
+
+    def go_on(self) -> None:
+        """Go off as ever; what became due meanwhile does so now. The VP is outside KVM_RUN."""
+        with self._lock:
+            self._held = False
+            if self._expires is not None:
+                self._arm(self._expires, self._clock.now())
+        if self._pending is not None:
+            self._deliver_soon()
+
+    def save(self) -> StimerState:
+        """What it is. Held."""
+        with self._lock:
+            return StimerState(self.config, self.count, self._expires, self._pending)
+
+    def load(self, state: StimerState) -> None:
+        """Be that, once it goes on. Held, and reset before. ValueError for a timer that cannot be."""
+        times = [time for time in (state.expires, state.pending) if time is not None]
+        if any(not 0 <= number < 1 << 64 for number in (*state[:2], *times)):
+            raise ValueError(f"timer {self.index} has a register that is no 64-bit number")
+        with self._lock:
+            self.config, self.count = state.msr_config, state.msr_count
+            if not _has_target(self.config):
+                self.config &= ~HV_STIMER_ENABLE
+            self._expires, self._pending = state.expires, state.pending
 
     def reset(self) -> None:
         """Power-on state. The VP is outside KVM_RUN."""

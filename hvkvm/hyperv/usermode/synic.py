@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from hvkvm.events import NULL_OBSERVER, Observer
 from hvkvm.hyperv.usermode.alarm import Alarms
 from hvkvm.hyperv.usermode.stimer import Clock
-from hvkvm.hyperv.usermode.vp import Loop, UserVp, VpThread
+from hvkvm.hyperv.usermode.vp import Loop, UserVp, UserVpState, VpThread
 
 if TYPE_CHECKING:
     from hvkvm.kvm.vm import Vm
@@ -96,6 +96,27 @@ class UserSynic:
         """See `seam.Synic.reset`."""
         for vp in self.vps:
             vp.reset()
+
+    def hold(self) -> None:
+        """Let no timer go off. vCPUs are paused."""
+        for vp in self.vps:
+            vp.hold()
+
+    def go_on(self) -> None:
+        """Undo `hold`."""
+        for vp in self.vps:
+            vp.go_on()
+
+    def save(self) -> tuple[UserVpState, ...]:
+        """Every VP, in VP order. Held."""
+        return tuple(vp.save_all() for vp in self.vps)
+
+    def load(self, states: tuple[UserVpState, ...]) -> None:
+        """Put it back. Held, behind a reset. ValueError for what this SynIC cannot have been."""
+        if len(states) != len(self.vps):
+            raise ValueError(f"{len(states)} VPs were saved, and there are {len(self.vps)}")
+        for vp, state in zip(self.vps, states, strict=True):
+            vp.load_all(state)
 
     def close(self) -> None:
         """See `seam.Synic.close`."""

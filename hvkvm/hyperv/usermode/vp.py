@@ -11,7 +11,7 @@ import errno
 import threading
 from collections.abc import Callable
 from contextlib import suppress
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from hvkvm.abi.hv_synic import (
     HV_SYNIC_FIRST_VALID_VECTOR,
@@ -26,10 +26,10 @@ from hvkvm.abi.tlfs import HV_STIMER_COUNT
 from hvkvm.errors import KvmIoctlError, Stopped
 from hvkvm.events import Observer
 from hvkvm.hyperv.connections import ReaderHandle
-from hvkvm.hyperv.synic.vp import VpSynic
+from hvkvm.hyperv.synic.vp import VpState, VpSynic
 from hvkvm.hyperv.usermode.alarm import Alarms
 from hvkvm.hyperv.usermode.auto_eoi import AutoEoi
-from hvkvm.hyperv.usermode.stimer import Clock, Stimer
+from hvkvm.hyperv.usermode.stimer import Clock, Stimer, StimerState
 from hvkvm.memory.overlay import OverlayPage
 
 if TYPE_CHECKING:
@@ -70,6 +70,16 @@ class Loop(Protocol):
     ) -> object: ...
 
     def call_later(self, seconds: float, fn: Callable[..., object], *args: Any) -> object: ...
+
+
+class UserVpState(NamedTuple):
+    """A VP whose SynIC is all ours."""
+
+    synic: VpState
+    sints: tuple[int, ...]
+    stimers: tuple[StimerState, ...]
+    auto_eoi: tuple[int, ...]
+    """The vectors of AutoEOI interrupts that the CPU has not taken."""
 
 
 class UserVp(VpSynic):
@@ -215,6 +225,35 @@ class UserVp(VpSynic):
         with self._ack_lock:
             if waiter in self._waiters:
                 self._waiters.remove(waiter)
+
+    def hold(self) -> None:
+        """Let no timer go off until `go_on`. The vCPU is paused."""
+        for stimer in self.stimers:
+            stimer.hold()
+
+    def go_on(self) -> None:
+        """Let timers go off, and AutoEOI interrupts in. The vCPU is paused."""
+        for stimer in self.stimers:
+            stimer.go_on()
+        self._auto_eoi.go_on()
+
+    def save_all(self) -> UserVpState:
+        """Registers, pages and timers. Held."""
+        timers = tuple(stimer.save() for stimer in self.stimers)
+        return UserVpState(self.save(), tuple(self._sints), timers, self._auto_eoi.save())
+
+    def load_all(self, state: UserVpState) -> None:
+        """Put them back. Held, behind a reset. ValueError for a VP that cannot be; OSError as `update`."""
+        if len(state.sints) != HV_SYNIC_SINT_COUNT or len(state.stimers) != HV_STIMER_COUNT:
+            raise ValueError(f"VP {self.vp_index} has another number of SINTs or timers")
+        if not all(0 <= sint < 1 << 64 for sint in state.sints):
+            raise ValueError(f"VP {self.vp_index} has a SINT that is no 64-bit number")
+        if not all(self.set_sint(number, value) for number, value in enumerate(state.sints)):
+            raise ValueError(f"VP {self.vp_index} has a SINT with a vector that no guest can set")
+        for stimer, timer in zip(self.stimers, state.stimers, strict=True):
+            stimer.load(timer)
+        self._auto_eoi.load(state.auto_eoi)
+        self.load(state.synic)
 
     def reset(self) -> None:
         """See `VpSynic.reset`; SINTs masked, timers stopped, nothing waits."""
