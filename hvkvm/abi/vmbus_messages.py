@@ -57,12 +57,14 @@ class Kind(NamedTuple):
 class Message:
     """One message: its row, its fields by name, and the bytes of a variable tail."""
 
-    __slots__ = ("kind", "tail", "values")
+    __slots__ = ("kind", "payload", "tail", "values")
 
-    def __init__(self, kind: Kind, values: dict[str, Any], tail: bytes = b"") -> None:
+    def __init__(self, kind: Kind, values: dict[str, Any], tail: bytes = b"", payload: bytes = b"") -> None:
         self.kind = kind
         self.values = values
         self.tail = tail
+        self.payload = payload
+        """What it was parsed from."""
 
     def __getitem__(self, name: str) -> Any:
         """A field's value: int, or bytes for GUIDs and user data. 0 for one that a short message lacks."""
@@ -221,7 +223,7 @@ def parse(payload: bytes) -> Message | None:
             break
         values.update(zip(extension.names, extension.layout.unpack_from(payload, at), strict=True))
         at = end
-    return Message(kind, values, payload[kind.size :] if kind.tail else b"")
+    return Message(kind, values, payload[kind.size :] if kind.tail else b"", payload)
 
 
 def build(type_or_name: int | str, tail: bytes = b"", **values: Any) -> bytes:

@@ -30,7 +30,17 @@ class ChannelIo:
     `drain` soon, because the budget was used up.
     """
 
-    __slots__ = ("_again", "_batch", "_on_broken", "_signal", "_wanted", "reader", "signals", "writer")
+    __slots__ = (
+        "_again",
+        "_batch",
+        "_held",
+        "_on_broken",
+        "_signal",
+        "_wanted",
+        "reader",
+        "signals",
+        "writer",
+    )
 
     def __init__(
         self,
@@ -47,13 +57,31 @@ class ChannelIo:
         self._again = again
         self._batch = 0
         self._wanted = False
+        self._held = False
         self.signals = 0
         """How often the guest was interrupted."""
 
     @property
     def broken(self) -> str:
         """Why the channel is used no more; empty while all is well."""
-        return self.reader.broken or self.writer.broken
+        return "" if self._held else self.reader.broken or self.writer.broken
+
+    @property
+    def held(self) -> bool:
+        """Whether the machine is at rest."""
+        return self._held
+
+    def hold(self) -> None:
+        """Touch guest memory no more until `release`: nothing can be read, and nothing has room."""
+        if not self._held and not self.broken:
+            self._held = True
+            self.reader.broken = self.writer.broken = "the machine is at rest"
+
+    def release(self) -> None:
+        """Undo `hold`."""
+        if self._held:
+            self._held = False
+            self.reader.broken = self.writer.broken = ""
 
     def drain(self, handle: Callable[[Packet], object], budget: int = BUDGET) -> int:
         """Give every packet to `handle`; how many there were. Run it at open and at each doorbell.
@@ -62,7 +90,7 @@ class ChannelIo:
         may stop the channel by `abandon`.
         """
         reader, count, size = self.reader, 0, 0
-        if self._on_broken is None:
+        if self._on_broken is None or self._held:
             return 0
         reader.mask()
         with self:
@@ -88,6 +116,8 @@ class ChannelIo:
 
         For devices that read by themselves (`device.StreamDevice`), inside a batch.
         """
+        if self._held:
+            return True
         # The room goes back before the last look: a guest that waits for it may then write.
         self._wanted |= self.reader.publish()
         if not self.reader.unmask():
@@ -136,7 +166,7 @@ class ChannelIo:
 
     def flush(self) -> None:
         """Publish both ways now, with the signal that may be due: the end of a batch does it by itself."""
-        if self._on_broken is None:
+        if self._on_broken is None or self._held:
             return
         wanted = self._wanted
         self._wanted = False

@@ -10,6 +10,7 @@ Owner: `server.Server`, and so the I/O loop. Nothing here raises for guest bytes
 
 from __future__ import annotations
 
+from array import array
 from collections.abc import Callable
 from typing import Any
 
@@ -50,7 +51,7 @@ class Channels:
         self._send: Callable[..., None] = send
         self._emit = emit
         self._reports = reports
-        self._last_relid = 0
+        self.last_relid = 0
         self._closing = 0  # channels in that state: a connection may end with hundreds of them
 
     # The host's wishes.
@@ -118,9 +119,9 @@ class Channels:
     def _free_relid(self) -> int | None:
         """The next free relid, round robin: an old one comes back as late as possible."""
         for step in range(1, vmbus.MAX_RELID + 1):
-            relid = (self._last_relid + step - 1) % vmbus.MAX_RELID + 1
+            relid = (self.last_relid + step - 1) % vmbus.MAX_RELID + 1
             if relid not in self.by_relid:
-                self._last_relid = relid
+                self.last_relid = relid
                 return relid
         return None
 
@@ -211,30 +212,40 @@ class Channels:
             status = vmbus.STATUS_INVALID_PARAMETER
             self._send(wire.OPENCHANNEL_RESULT, relid=relid, openid=openid, status=status)
             return
-        gpadl = self.gpadls.get(relid, message["ring_gpadl"])
-        pages = gpadl.ring_pages() if gpadl is not None else None
-        if pages is None:  # _why_not_open saw to that
-            return
         channel.openid = openid
+        channel.state = ChannelState.OPENING
+        self._emit(self._request(channel, message))
+
+    def reopen(self, message: Message) -> OpenChannel | str:
+        """What to open again after a restore, by the rules of `on_open`; or why it cannot have been open."""
+        channel = self.by_relid.get(message["relid"])
+        why = self._why_not_open(channel, message)
+        if channel is None or why:
+            return why
+        channel.openid = message["openid"]
+        channel.state = ChannelState.OPEN
+        return self._request(channel, message)
+
+    def _request(self, channel: Channel, message: Message) -> OpenChannel:
+        """Note how `channel` is opened, which `_why_not_open` has found right."""
+        gpadl = self.gpadls.get(channel.relid, message["ring_gpadl"])
+        pages = gpadl.ring_pages() if gpadl is not None else None
         channel.ring_gpadl = message["ring_gpadl"]
+        channel.split = message["downstream_page_offset"]
         channel.target_vp = message["target_vp"]
-        channel.event_flag = relid
-        channel.connection_id = vmbus.CHANNEL_CONNECTION_ID_BASE | relid
+        channel.event_flag = channel.relid
+        channel.connection_id = vmbus.CHANNEL_CONNECTION_ID_BASE | channel.relid
         if self.guest_signals and "connection_id" in message.values:
             channel.connection_id = message["connection_id"] or channel.connection_id
             channel.event_flag = message["event_flag"]
-        channel.state = ChannelState.OPENING
-        split = message["downstream_page_offset"]
-        self._emit(
-            OpenChannel(
-                channel,
-                pages,
-                split,
-                channel.target_vp,
-                channel.connection_id,
-                channel.event_flag,
-                message["userdata"],
-            )
+        return OpenChannel(
+            channel,
+            pages or array("Q"),
+            channel.split,
+            channel.target_vp,
+            channel.connection_id,
+            channel.event_flag,
+            message["userdata"],
         )
 
     def _why_not_open(self, channel: Channel | None, message: Message) -> str:
@@ -248,7 +259,7 @@ class Channels:
             return f"GPADL {message['ring_gpadl']:#x} is no whole pages of this channel"
         if not MIN_RING_PAGES <= message["downstream_page_offset"] <= len(pages) - MIN_RING_PAGES:
             return f"ring split at page {message['downstream_page_offset']} of {len(pages)}"
-        if not self._valid_target(message["target_vp"]):
+        if not self.valid_target(message["target_vp"]):
             return f"no VP {message['target_vp']}"
         if self.guest_signals and "connection_id" in message.values:
             return self._why_not_signals(channel, message["connection_id"], message["event_flag"])
@@ -264,7 +275,8 @@ class Channels:
             return f"connection id {connection_id:#x} is not the guest's to choose"
         return ""
 
-    def _valid_target(self, vp_index: int) -> bool:
+    def valid_target(self, vp_index: int) -> bool:
+        """Whether a channel may interrupt this VP, or asks for no interrupts."""
         return vp_index < self._vp_count or vp_index == vmbus.VP_INVALID
 
     def on_close(self, message: Message) -> None:
@@ -280,7 +292,7 @@ class Channels:
     def on_modify(self, message: Message, answers: bool) -> None:
         """MODIFYCHANNEL: another VP. `answers`: whether this version has a response."""
         channel, target = self.by_relid.get(message["relid"]), message["target_vp"]
-        good = channel is not None and channel.state is ChannelState.OPEN and self._valid_target(target)
+        good = channel is not None and channel.state is ChannelState.OPEN and self.valid_target(target)
         if good and channel is not None:
             self._emit(RetargetChannel(channel, channel.relid, target, answers))
             return

@@ -9,7 +9,7 @@ that the same holds of it (`guard.Guarded`).
 
 from __future__ import annotations
 
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 from hvkvm.abi.ring import Packet
 from hvkvm.vmbus.channel_io import ChannelIo
@@ -53,6 +53,25 @@ class StreamDevice(AnyDevice, Protocol):
         """The guest rang, or the device asked by `ChannelIo.again`: inside a batch.
 
         Such a device may also take from the ring, one last time, inside `closed`.
+        """
+        ...
+
+
+@runtime_checkable
+class SavedDevice(Protocol):
+    """A device that goes on in a machine that was restored. One that does not is rescinded there."""
+
+    State: type[Any]
+    """A NamedTuple that `state.codec` can write."""
+
+    def save(self) -> Any:
+        """What the guest could tell apart. The machine is at rest."""
+        ...
+
+    def load(self, io: ChannelIo | None, state: Any) -> None:
+        """Be what `save` gave, with `io` where the channel was open: in place of `opened`.
+
+        ValueError for what it cannot have been. Nothing can be sent before the machine goes on.
         """
         ...
 

@@ -196,6 +196,14 @@ class GpadlTable:
             self.abandon(relid, gpadl_id)
         return unfinished
 
+    def described(self) -> Iterator[tuple[int, int, int, int, bytes]]:
+        """Each as a guest describes it: relid, id, bytes in all, ranges, and the bytes that have come."""
+        for gpadl in self._complete.values():
+            data = b"".join(_range.pack(*one[:2]) + one.pfns.tobytes() for one in gpadl.ranges)
+            yield gpadl.relid, gpadl.gpadl_id, len(data), len(gpadl.ranges), data
+        for part in self._unfinished.values():
+            yield part.relid, part.gpadl_id, part.need, part.rangecount, bytes(part.data)
+
     def clear(self) -> None:
         """Forget everything."""
         self._complete.clear()

@@ -12,14 +12,19 @@ import errno
 import os
 import threading
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from functools import partial
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from hvkvm.abi import vmbus
 from hvkvm.abi import vmbus_messages as wire
-from hvkvm.abi.hv_synic import HVMSG_VMBUS, hv_post_message_input
+from hvkvm.abi.hv_synic import (
+    HV_MESSAGE_PAYLOAD_BYTE_COUNT,
+    HV_SYNIC_SINT_COUNT,
+    HVMSG_VMBUS,
+    hv_post_message_input,
+)
 from hvkvm.abi.tlfs import HvStatus
 from hvkvm.errors import RouteError, Stopped
 from hvkvm.events import NULL_OBSERVER, Observer
@@ -33,12 +38,13 @@ from hvkvm.vmbus.actions import (
     SendMessage,
     TlConnect,
 )
-from hvkvm.vmbus.device import Device, GpadlUser, StreamDevice
+from hvkvm.vmbus.device import Device, GpadlUser, SavedDevice, StreamDevice
 from hvkvm.vmbus.gpadl import Gpadl
 from hvkvm.vmbus.guard import Guarded, fault_text
 from hvkvm.vmbus.offer import Channel
 from hvkvm.vmbus.open_channel import OPEN_FAILURES, OpenedChannel, Route, SynicUser
 from hvkvm.vmbus.pages import Ram
+from hvkvm.vmbus.saved import ServerState, load_server, save_server
 from hvkvm.vmbus.server import BusState, Server
 
 MAX_INBOX = 256
@@ -90,6 +96,24 @@ CallLater = Callable[..., TimerLike]
 """call_later(seconds, fn, *args), as `runtime.io_loop.IoLoop` has it."""
 
 
+class SavedMessage(NamedTuple):
+    """A message that the guest has not taken."""
+
+    vp_index: int
+    sint: int
+    payload: bytes
+
+
+class HostState(NamedTuple):
+    """The connection, the messages that wait both ways, and whose devices know of their open channels."""
+
+    server: ServerState
+    inbox: tuple[bytes, ...]
+    outbox: tuple[SavedMessage, ...]
+    started: tuple[int, ...]
+    """Relids."""
+
+
 class VmbusHost:
     """The bus of one machine.
 
@@ -132,6 +156,9 @@ class VmbusHost:
         self._retry: TimerLike | None = None
         self._retry_seconds = RETRY_SECONDS
         self._performing = False
+        self._held = False
+        self._strangers: list[Channel] = []
+        """Channels of a restored guest that have no device here."""
         self._on_connect: Callable[[TlConnect], object] = self.server.refuse_connect
         self._on_leave: list[Callable[[], object]] = []
 
@@ -231,9 +258,10 @@ class VmbusHost:
         """Take a turn's share of what is queued, while the guest takes our answers. I/O loop."""
         for _ in range(TURN_MESSAGES):
             with self._lock:
-                blocked = len(self._outbox) >= MAX_OUTBOX and (
+                full = len(self._outbox) >= MAX_OUTBOX and (
                     not self._inbox or self._inbox[0].kind.type != wire.INITIATE_CONTACT
                 )
+                blocked = full or self._held
                 if blocked or not self._inbox:
                     self._scheduled = False
                     return
@@ -248,7 +276,7 @@ class VmbusHost:
 
     def _perform(self) -> None:
         """Do what the server asks, in order; answers to it may bring more, which go behind."""
-        if self._performing:
+        if self._performing or self._held:
             return  # called by a device from inside an action: the loop below takes it up
         self._performing = True
         try:
@@ -327,22 +355,8 @@ class VmbusHost:
 
     def _open_channel(self, request: OpenChannel) -> None:
         channel = request.channel
-
-        def broken(reason: str) -> None:
-            # Deferred: it is told from inside the ring's own batch.
-            self._soon(self._break, channel, opened, reason)
-
         try:
-            opened = OpenedChannel(
-                self._synic,
-                self._memory,
-                request,
-                self.server.sint,
-                self._devices[channel],
-                broken,
-                self._soon,
-                partial(self._device_failed, channel),
-            )
+            opened = self._opened(request)
         except OPEN_FAILURES as error:
             self.server.reports.add("OPENCHANNEL failed", f"{channel}: {error}")
             self.server.opened(channel, vmbus.STATUS_INSUFFICIENT_RESOURCES)
@@ -351,6 +365,25 @@ class VmbusHost:
         self.server.opened(channel)
         # Behind the result's message: a guest's driver expects no interrupt before that.
         self._soon(self._start, channel, opened)
+
+    def _opened(self, request: OpenChannel) -> OpenedChannel:
+        channel = request.channel
+
+        def broken(reason: str) -> None:
+            # Deferred: it is told from inside the ring's own batch.
+            self._soon(self._break, channel, opened, reason)
+
+        opened = OpenedChannel(
+            self._synic,
+            self._memory,
+            request,
+            self.server.sint,
+            self._devices[channel],
+            broken,
+            self._soon,
+            partial(self._device_failed, channel),
+        )
+        return opened
 
     def _start(self, channel: Channel, opened: OpenedChannel) -> None:
         if self._open.get(channel) is opened:
@@ -407,6 +440,8 @@ class VmbusHost:
     # Our messages to the guest: one at a time, in order (they share one slot).
 
     def _pump(self) -> None:
+        if self._held:
+            return
         while self._outbox and not self._in_flight and self._retry is None:
             message = self._outbox[0]
             target = (message.vp_index, message.sint)
@@ -484,6 +519,74 @@ class VmbusHost:
         self._in_flight = False
         if route is not None:
             route.close()
+
+    # At rest.
+
+    def hold(self) -> None:
+        """Touch no guest memory and send nothing until `go_on`. The vCPUs are paused. I/O loop."""
+        while self._leaving:
+            self._close_channel(self._leaving.popleft())
+        self._perform()
+        self._held = True
+        for opened in self._open.values():
+            opened.io.hold()
+
+    def go_on(self) -> None:
+        """Undo `hold`; idempotent."""
+        if not self._held:
+            return
+        self._held = False
+        for channel in self._strangers:
+            self.remove(channel)
+        self._strangers = []
+        self._perform()
+        for opened in list(self._open.values()):
+            opened.resume()
+        self._resume()
+
+    def save(self) -> HostState:
+        """Everything but the rings, which are RAM, and the devices, which know best. Held."""
+        with self._lock:
+            inbox = tuple(message.payload for message in self._inbox)
+        started = tuple(channel.relid for channel, opened in self._open.items() if opened.started)
+        return HostState(
+            save_server(self.server), inbox, tuple(SavedMessage(*m) for m in self._outbox), started
+        )
+
+    def load(self, state: HostState, devices: Mapping[int, Any]) -> None:
+        """Put it back: held, until `go_on`. `devices` has the states of the devices here, by their id().
+
+        Before the guest runs, behind the SynIC and the vCPUs. ValueError, or one of
+        OPEN_FAILURES.
+        """
+        self._held = True
+        opens, self._strangers = load_server(self.server, state.server)
+        strangers = set(self._strangers)
+        for request in opens:
+            if request.channel not in strangers:
+                self._reopen(request, request.channel.relid in state.started, devices)
+        for channel, device in self._devices.items():
+            if channel not in self._open and isinstance(device, SavedDevice):
+                device.load(None, devices[id(device)])
+        for payload in state.inbox[:MAX_INBOX]:
+            message = wire.parse(payload)
+            if message is None:
+                raise ValueError("a message of the guest that waits is none")
+            self._inbox.append(message)
+        for vp_index, sint, payload in state.outbox:
+            if not self.server.valid_vp(vp_index) or not 0 <= sint < HV_SYNIC_SINT_COUNT:
+                raise ValueError(f"a message waits for SINT {sint} of VP {vp_index}")
+            self._outbox.append(SendMessage(vp_index, sint, payload[:HV_MESSAGE_PAYLOAD_BYTE_COUNT]))
+
+    def _reopen(self, request: OpenChannel, started: bool, devices: Mapping[int, Any]) -> None:
+        device = self._devices[request.channel]
+        opened = self._open[request.channel] = self._opened(request)
+        opened.io.hold()
+        if started and isinstance(device, SavedDevice):
+            opened.restart(lambda io: device.load(io, devices[id(device)]))
+        else:
+            # Behind `go_on`, which is queued already or runs next.
+            self._soon(self._start, request.channel, opened)
 
     # Ends.
 

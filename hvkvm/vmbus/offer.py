@@ -61,6 +61,7 @@ class Channel:
         "released",
         "relid",
         "ring_gpadl",
+        "split",
         "state",
         "target_vp",
         "withdrawn",
@@ -80,6 +81,8 @@ class Channel:
         """The guest gave the relid back, and only the device is waited for."""
         self.openid = 0
         self.ring_gpadl = 0
+        self.split = 0
+        """Where the host's ring begins in it, in pages."""
         self.target_vp = vmbus.VP_INVALID
         self.held_torndown: list[int] = []
         """GPADL ids whose teardown is answered when the device has stopped."""

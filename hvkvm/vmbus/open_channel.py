@@ -108,6 +108,22 @@ class OpenedChannel:
             return
         self._doorbell()
 
+    @property
+    def started(self) -> bool:
+        """Whether the device has been told of the open channel."""
+        return self._started
+
+    def resume(self) -> None:
+        """The machine goes on, here or from a file: look into the ring, whatever rang meanwhile."""
+        self.io.release()
+        self._doorbell()
+
+    def restart(self, load: Callable[[ChannelIo], object]) -> None:
+        """Begin where a saved device was: `load(io)` gives it its state. Held until `resume`."""
+        self.io.hold()
+        self._started = True
+        load(self.io)
+
     def halt(self) -> None:
         """The device failed: it is called no more, but for `closed`, and its rings are left alone."""
         self._started = False
@@ -141,7 +157,7 @@ class OpenedChannel:
     def _doorbell(self) -> None:
         # A guest rings as soon as it has the result, which may be before `start` has its turn on the loop.
         # While a turn is pending a doorbell brings nothing new, and must not be a second turn a round.
-        if self._asked or self._closed or not self._started:
+        if self._asked or self._closed or not self._started or self.io.held:
             return
         try:
             with self.io:

@@ -68,9 +68,9 @@ class Server:
         self._vp_count = vp_count
         self.limit_version(max_version)
         self.trace = trace
-        self._target = (0, vmbus.VMBUS_MESSAGE_SINT)
+        self.target = (0, vmbus.VMBUS_MESSAGE_SINT)
         self._pending: Message | None = None  # what is answered when the reset is done
-        self._tl_connects: list[TlConnect] = []
+        self.tl_connects: list[TlConnect] = []
         self._out: deque[Action] = deque()
         self.channels = Channels(contains, vp_count, self._send, self._out.append, self.reports)
         on = self.channels
@@ -93,7 +93,7 @@ class Server:
     @property
     def sint(self) -> int:
         """The SINT that this guest's interrupts come by."""
-        return self._target[1]
+        return self.target[1]
 
     def take(self) -> list[Action]:
         """What is to be done, in this order. Take it after every call that changes something."""
@@ -105,13 +105,13 @@ class Server:
         payload = type_or_bytes if isinstance(type_or_bytes, bytes) else wire.build(type_or_bytes, **values)
         if self.trace is not None and (message := wire.parse(payload)) is not None:
             self.trace(False, message)
-        self._out.append(SendMessage(*self._target, payload))
+        self._out.append(SendMessage(*self.target, payload))
 
     # In, from the host.
 
     def limit_version(self, newest: int) -> None:
         """Speak no version above `newest`, beginning with the next INITIATE_CONTACT."""
-        self._versions = frozenset(v for v in vmbus.HOST_VERSIONS if v <= newest)
+        self.versions = frozenset(v for v in vmbus.HOST_VERSIONS if v <= newest)
 
     def offer(self, offer: Offer) -> Channel:
         """Offer a channel: with the others when the guest asks, or at once (hot add). ValueError: twice."""
@@ -155,16 +155,16 @@ class Server:
 
         ValueError if it cannot be offered, and then it still waits for an answer.
         """
-        if not any(waiting is request for waiting in self._tl_connects):
+        if not any(waiting is request for waiting in self.tl_connects):
             return None
         channel = self.channels.add(offer)
         self._settle(request)
         return channel
 
     def _settle(self, request: TlConnect) -> bool:
-        for index, waiting in enumerate(self._tl_connects):
+        for index, waiting in enumerate(self.tl_connects):
             if waiting is request:
-                del self._tl_connects[index]
+                del self.tl_connects[index]
                 return True
         return False
 
@@ -213,7 +213,7 @@ class Server:
     def _disconnect(self) -> None:
         self._out.append(DropMessages())
         self.state = BusState.RESETTING
-        self._tl_connects.clear()
+        self.tl_connects.clear()
         self.channels.stop_all()
 
     def _finish_reset(self) -> None:
@@ -224,7 +224,7 @@ class Server:
         self.version = self.features = 0
         message, self._pending = self._pending, None
         if message is None:
-            self._target = (0, vmbus.VMBUS_MESSAGE_SINT)
+            self.target = (0, vmbus.VMBUS_MESSAGE_SINT)
         elif message.kind.type == wire.UNLOAD:
             self._send(wire.UNLOAD_RESPONSE)
         else:
@@ -247,23 +247,40 @@ class Server:
             why = f"no VTL {vtl}"
         elif bool(message["monitor_page1"]) != bool(message["monitor_page2"]):
             why = "one monitor page of two"
-        self._target = (vp_index, sint)
+        self.target = (vp_index, sint)
         if why:
             self.reports.add("INITIATE_CONTACT refused", why)
-        if why or version not in self._versions:
+        if why or version not in self.versions:
             state = vmbus.VMBUS_CONNECTION_FAILURE if why else vmbus.VMBUS_CONNECTION_OK
             self._send(wire.VERSION_RESPONSE, version_supported=0, connection_state=state)
             return
-        self.state = BusState.CONNECTED
-        self.version = version
         answer = {"version_supported": 1, "msg_conn_id": version}
         if version >= vmbus.VERSION_WIN10_V5:
             answer["msg_conn_id"] = vmbus.VMBUS_MESSAGE_CONNECTION_ID_4
+        features = offered & vmbus.HOST_FEATURES if version >= vmbus.VERSION_COPPER else 0
         if version >= vmbus.VERSION_COPPER:
-            answer["supported_features"] = self.features = offered & vmbus.HOST_FEATURES
-        self.client_id = message["client_id"] or b"" if self.features & vmbus.FEATURE_CLIENT_ID else b""
-        self.channels.guest_signals = bool(self.features & vmbus.FEATURE_GUEST_SPECIFIED_SIGNAL_PARAMETERS)
+            answer["supported_features"] = features
+        client_id = message["client_id"] or b"" if features & vmbus.FEATURE_CLIENT_ID else b""
+        self.connect(version, features, client_id, self.target)
         self._send(wire.VERSION_RESPONSE, **answer)
+
+    def connect(self, version: int, features: int, client_id: bytes, target: tuple[int, int]) -> None:
+        """Be connected, by a contact or a restore. All of it has been checked."""
+        self.state = BusState.CONNECTED
+        self.version, self.features, self.client_id, self.target = version, features, client_id, target
+        self.channels.guest_signals = bool(features & vmbus.FEATURE_GUEST_SPECIFIED_SIGNAL_PARAMETERS)
+
+    def valid_vp(self, vp_index: int) -> bool:
+        """Whether the guest has this VP."""
+        return 0 <= vp_index < self._vp_count
+
+    def restore_connect(self, endpoint_id: bytes, service_id: bytes, silo_id: bytes) -> None:
+        """A TL_CONNECT_REQUEST that was not answered when the guest was saved: refuse it. ValueError."""
+        if any(len(guid) != vmbus.GUID_BYTES for guid in (endpoint_id, service_id, silo_id)):
+            raise ValueError("a connect that waits has no GUIDs")
+        request = TlConnect(endpoint_id, service_id, silo_id)
+        self.tl_connects.append(request)
+        self.refuse_connect(request)
 
     # The rest.
 
@@ -291,8 +308,8 @@ class Server:
         if self.version >= vmbus.VERSION_WIN10_V5_2 and "silo_id" in message.values:
             silo = message["silo_id"]
         request = TlConnect(message["endpoint_id"], message["service_id"], silo)
-        self._tl_connects.append(request)
-        if not self.accepts_sockets or len(self._tl_connects) > MAX_TL_CONNECTS:
+        self.tl_connects.append(request)
+        if not self.accepts_sockets or len(self.tl_connects) > MAX_TL_CONNECTS:
             self.refuse_connect(request)
         else:
             self._out.append(request)
@@ -304,11 +321,11 @@ class Server:
             "state": self.state.value,
             "version": version_text(self.version) if self.version else None,
             "features": self.features,
-            "message_vp": self._target[0],
-            "message_sint": self._target[1],
+            "message_vp": self.target[0],
+            "message_sint": self.target[1],
             "gpadls": len(gpadls),
             "gpadls_unfinished": gpadls.unfinished,
             "gpadl_values": gpadls.values,
-            "connects_waiting": len(self._tl_connects),
+            "connects_waiting": len(self.tl_connects),
             "complaints": dict(self.reports.counts),
         }

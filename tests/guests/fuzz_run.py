@@ -58,7 +58,7 @@ def look(bench: Bench) -> None:
     at_most("GPADLs", len(server.channels.gpadls), MAX_GPADLS)
     at_most("unfinished GPADLs", server.channels.gpadls.unfinished, MAX_UNFINISHED)
     at_most("page numbers", server.channels.gpadls.values, MAX_VALUES)
-    at_most("connects", len(server._tl_connects), MAX_TL_CONNECTS)
+    at_most("connects", len(server.tl_connects), MAX_TL_CONNECTS)
     at_most("connections", len(vsock._connections), MAX_CONNECTIONS)
     at_most("sockets for programs", len(vsock._handed), len(vsock._connections))
     at_most("kinds of complaints", len(server.reports.counts), 32)

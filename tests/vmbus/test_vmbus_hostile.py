@@ -191,7 +191,7 @@ class HostileGuest(RuleBasedStateMachine):
         assert gpadls.unfinished <= MAX_UNFINISHED
         assert gpadls.values <= MAX_VALUES
         assert gpadls.values >= sum(gpadl.values for gpadl in gpadls)
-        assert len(host.server._tl_connects) <= MAX_TL_CONNECTS
+        assert len(host.server.tl_connects) <= MAX_TL_CONNECTS
         assert len(host.server.channels.all) <= 5 + 2047
         assert len(host.server.reports.counts) < 32
         assert len(self.loop.notes.events) < 400

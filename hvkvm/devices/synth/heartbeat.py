@@ -5,11 +5,25 @@ Owner: the I/O loop.
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 from hvkvm.abi import ic, vmbus
-from hvkvm.devices.synth.ic import CallLater, IntegrationComponent, TimerLike
+from hvkvm.devices.synth.ic import CallLater, IcState, IntegrationComponent, TimerLike
+from hvkvm.vmbus.channel_io import ChannelIo
 
 INTERVAL = 2.0
 """Seconds between two heartbeats."""
+
+_MOST = (1 << 63) - 1
+
+
+class HeartbeatState(NamedTuple):
+    """The counts."""
+
+    frame: IcState
+    asked: int
+    beats: int
+    missed: int
 
 
 class Heartbeat(IntegrationComponent):
@@ -21,6 +35,7 @@ class Heartbeat(IntegrationComponent):
     NAME = "heartbeat"
     INTERFACE = vmbus.HV_HEART_BEAT_GUID
     MESSAGE_VERSIONS = ((1, 0), (3, 0))
+    State = HeartbeatState
 
     def __init__(self, call_later: CallLater) -> None:
         super().__init__()
@@ -41,6 +56,18 @@ class Heartbeat(IntegrationComponent):
         self._asked = self.beats = self.missed = 0
         self._unanswered = False
         self._beat()
+
+    def save(self) -> HeartbeatState:
+        """See `vmbus.device.SavedDevice`."""
+        return HeartbeatState(self.save_frame(), self._asked, self.beats, self.missed)
+
+    def load(self, io: ChannelIo | None, state: HeartbeatState) -> None:
+        """See `vmbus.device.SavedDevice`: the next beat comes when the guest goes on."""
+        self.load_frame(io, state.frame)
+        if not self.ready_for_requests:
+            return
+        self._asked, self.beats, self.missed = state.asked & _MOST, max(0, state.beats), max(0, state.missed)
+        self._timer = self._call_later(INTERVAL, self.guard.run, self._beat)
 
     def _beat(self) -> None:
         if self._unanswered:

@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable
 from functools import partial
-from typing import Protocol
+from typing import Any, NamedTuple, Protocol
 
 from hvkvm.abi import ic, vmbus
 from hvkvm.abi.ring import VM_PKT_DATA_INBAND, Packet
@@ -49,12 +49,25 @@ class _Request:
         self.reply = reply
 
 
+class IcState(NamedTuple):
+    """What was agreed, and what the guest still owes an answer to."""
+
+    frame_version: tuple[int, int] | None
+    message_version: tuple[int, int] | None
+    transaction: int
+    under_way: int | None
+    """The kind of the request that the guest has; None for none. Who asked is not there after a restore."""
+    negotiates: bool
+    """Whether the first request of all waits for room."""
+
+
 class IntegrationComponent:
     """Base of a device: subclasses give `NAME`, `INTERFACE`, `MESSAGE_VERSIONS` and act in `negotiated`."""
 
     NAME = ""
     INTERFACE = bytes(16)
     MESSAGE_VERSIONS: tuple[ic.Version, ...] = ()
+    State: type[Any] = IcState
 
     def __init__(self) -> None:
         self.frame_version: ic.Version | None = None
@@ -97,14 +110,49 @@ class IntegrationComponent:
         self.ready()
         return True
 
+    # vmbus.device.SavedDevice
+
+    def save(self) -> Any:
+        """See `vmbus.device.SavedDevice`; subclasses with more to keep have a state around this one."""
+        return self.save_frame()
+
+    def save_frame(self) -> IcState:
+        """What this class keeps. Requests that wait here are lost with those who asked."""
+        sent, waiting = self._sent, self._waiting
+        negotiates = bool(waiting) and waiting[0].kind == ic.ICMSGTYPE_NEGOTIATE
+        under_way = None if sent is None else sent.kind
+        return IcState(self.frame_version, self.message_version, self._trans_id, under_way, negotiates)
+
+    def load(self, io: ChannelIo | None, state: Any) -> None:
+        """See `vmbus.device.SavedDevice`."""
+        self.load_frame(io, state)
+
+    def load_frame(self, io: ChannelIo | None, state: IcState) -> None:
+        """Take back what `save_frame` gave."""
+        if io is None:
+            return  # a closed channel has agreed on nothing
+        known = state.message_version is None or state.message_version in self.MESSAGE_VERSIONS
+        if not known or not 0 <= state.transaction < 1 << 64:
+            raise ValueError(f"the {self.NAME} speaks a version that this host does not")
+        self._io = io
+        self.frame_version, self.message_version = state.frame_version, state.message_version
+        self._trans_id = state.transaction
+        if state.under_way is not None:
+            self._sent = _Request(state.under_way, b"", None)
+        if state.negotiates:
+            self._negotiate()
+
     # vmbus.device.Device
 
     def opened(self, io: ChannelIo) -> None:
         """The host speaks first: which versions it can."""
         self._io = io
+        self._negotiate()
+        self.ready()
+
+    def _negotiate(self) -> None:
         body = ic.negotiate_body(ic.FRAME_VERSIONS, self.MESSAGE_VERSIONS)
         self._waiting.append(_Request(ic.ICMSGTYPE_NEGOTIATE, body, None))
-        self.ready()
 
     def ready(self) -> None:
         """Send what waits, if nothing is under way and there is room."""

@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable
 from functools import partial
+from typing import NamedTuple
 
 from hvkvm.abi import keyboard as wire
 from hvkvm.abi import vmbus
@@ -31,11 +32,22 @@ Typed = Callable[[bool], object]
 """typed(whole): all of it lies in the ring; False if the guest left before."""
 
 
+class KeyboardState(NamedTuple):
+    """What was agreed, and the keys that wait for room: those who pressed them are not told any more."""
+
+    version: int | None
+    response: bytes
+    waiting: tuple[bytes, ...]
+    events: int
+    leds: int
+
+
 class Keyboard:
     """`events` counts what the ring took, `leds` is what the guest last said of its LEDs."""
 
     NAME = "keyboard"
     INTERFACE = vmbus.HV_KBD_GUID
+    State = KeyboardState
 
     def __init__(self) -> None:
         self.events = 0
@@ -83,6 +95,26 @@ class Keyboard:
             self._waiting.append(typed)
         self.ready()
         return True
+
+    # vmbus.device.SavedDevice
+
+    def save(self) -> KeyboardState:
+        """See `vmbus.device.SavedDevice`."""
+        waiting = tuple(entry for entry in self._waiting if isinstance(entry, bytes))
+        return KeyboardState(self.version, self._response, waiting, self.events, self.leds)
+
+    def load(self, io: ChannelIo | None, state: KeyboardState) -> None:
+        """See `vmbus.device.SavedDevice`."""
+        if state.version not in (None, wire.SYNTH_KBD_VERSION) or len(state.waiting) > MAX_WAITING:
+            raise ValueError("the keyboard speaks a version that this host does not")
+        if any(len(entry) != wire.event.size for entry in state.waiting):
+            raise ValueError("a key that waits is none")
+        if io is None:
+            return
+        self._io, self.version = io, state.version
+        self._response = state.response[: wire.protocol_response.size]
+        self._waiting.extend(state.waiting)
+        self.events, self.leds = max(0, state.events), state.leds
 
     # vmbus.device.Device
 

@@ -10,7 +10,8 @@ from functools import partial
 from time import time_ns
 
 from hvkvm.abi import ic, vmbus
-from hvkvm.devices.synth.ic import CallLater, IntegrationComponent, Reply, TimerLike
+from hvkvm.devices.synth.ic import CallLater, IcState, IntegrationComponent, Reply, TimerLike
+from hvkvm.vmbus.channel_io import ChannelIo
 
 INTERVAL = 5.0
 """Seconds between two samples; Linux's PTP clock takes one older than 600 s for stale."""
@@ -46,6 +47,12 @@ class TimeSync(IntegrationComponent):
         """Set the guest's clock, then send samples."""
         self.sync()
         self._timer = self._call_later(INTERVAL, self.guard.run, self._sample)
+
+    def load(self, io: ChannelIo | None, state: IcState) -> None:
+        """See `vmbus.device.SavedDevice`: the guest has slept, so its clock is set as it goes on."""
+        self.load_frame(io, state)
+        if self.ready_for_requests:
+            self.negotiated()
 
     def sync(self, reply: Reply | None = None) -> bool:
         """Have the guest set its clock to the host's now; False when no driver is there."""

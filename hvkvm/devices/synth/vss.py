@@ -18,7 +18,8 @@ from functools import partial
 from typing import NamedTuple
 
 from hvkvm.abi import ic, vmbus, vss
-from hvkvm.devices.synth.ic import MAX_WAITING, CallLater, IntegrationComponent, TimerLike
+from hvkvm.devices.synth.ic import MAX_WAITING, CallLater, IcState, IntegrationComponent, TimerLike
+from hvkvm.vmbus.channel_io import ChannelIo
 from hvkvm.vmbus.guard import call_all
 
 RETRY_SECONDS = 2.0
@@ -48,6 +49,13 @@ class VssReply(NamedTuple):
 OnReply = Callable[[VssReply], object]
 
 
+class VssState(NamedTuple):
+    """Whether the guest is frozen, or may be."""
+
+    frame: IcState
+    frozen: bool
+
+
 class Vss(IntegrationComponent):
     """`state` is "thawed", "freezing", "frozen" or "thawing", as far as the host knows.
 
@@ -57,6 +65,7 @@ class Vss(IntegrationComponent):
     NAME = "vss"
     INTERFACE = vmbus.HV_VSS_GUID
     MESSAGE_VERSIONS = ((5, 0),)
+    State = VssState
 
     def __init__(self, call_later: CallLater | None = None) -> None:
         super().__init__()
@@ -68,6 +77,17 @@ class Vss(IntegrationComponent):
         self._thaw_replies: list[OnReply] = []
         self._owed = 0
         """How many more times to ask a guest that left frozen to thaw."""
+
+    def save(self) -> VssState:
+        """See `vmbus.device.SavedDevice`."""
+        return VssState(self.save_frame(), self.state != THAWED or self._owed > 0)
+
+    def load(self, io: ChannelIo | None, state: VssState) -> None:
+        """See `vmbus.device.SavedDevice`: whoever had the guest frozen is not there, so it is thawed."""
+        self.load_frame(io, state.frame)
+        if state.frozen:
+            self._owed = RETRIES
+            self._thaw_again_later()
 
     def check(self, reply: OnReply) -> None:
         """Whether the guest can be backed up while it runs.
