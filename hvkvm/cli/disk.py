@@ -7,12 +7,13 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hvkvm.cli.arguments import Parser
+from hvkvm.cli.arguments import Parser, split_words
 from hvkvm.cli.progress import Progress
 from hvkvm.errors import ConfigError, ImageDamaged, ImageError
 
 if TYPE_CHECKING:
     import argparse
+    from collections.abc import Sequence
 
     from hvkvm.block.image import Image
 
@@ -54,9 +55,8 @@ def main(arguments: list[str]) -> int:
     if not arguments or arguments[0] in ("-h", "--help"):
         Parser("hvkvm disk VERB", DESCRIPTION, EPILOG).print_help(sys.stdout if arguments else sys.stderr)
         return 0 if arguments else 2
-    if arguments[0] not in verbs:
-        raise ConfigError(f"disk {arguments[0]}: no such verb; choose {', '.join(verbs)}")
-    return verbs[arguments[0]](verb_parser(arguments[0]).parse_args(arguments[1:]))
+    options = parse(arguments)
+    return verbs[options.verb](options)
 
 
 SUMMARY = {
@@ -66,6 +66,20 @@ SUMMARY = {
     "check": "Look at every structure of an image; exit status 1 for damage.",
     "compact": "Give back space that holds zeros or belongs to nothing.",
 }
+
+
+def parse(arguments: Sequence[str]) -> argparse.Namespace:
+    """The options, with `verb`: they may stand before it too. ConfigError for what makes no sense."""
+    with_value = set().union(*(verb_parser(verb).value_options() for verb in SUMMARY))
+    given, words = split_words(arguments, with_value)
+    if not words:
+        raise ConfigError(f"disk: no verb; choose {', '.join(SUMMARY)}")
+    verb = words.pop(0)
+    if verb not in SUMMARY:
+        raise ConfigError(f"disk {verb}: no such verb; choose {', '.join(SUMMARY)}")
+    options: argparse.Namespace = verb_parser(verb).parse_args([*given, "--", *words])
+    options.verb = verb
+    return options
 
 
 def verb_parser(verb: str) -> Parser:

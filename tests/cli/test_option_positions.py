@@ -7,15 +7,30 @@ from typing import Any
 
 import pytest
 
-from hvkvm.cli import VERBS, ctl, doctor, features, run, trace
+from hvkvm.cli import VERBS, ctl, disk, doctor, features, run, trace
 from hvkvm.cli.arguments import Parser, split_words
 from hvkvm.errors import ConfigError
 
 Parse = Callable[[list[str]], Any]
 
-VALUES = {"--cpu": "1", "--timeout": "7", "--pool": "guest", "--synic": "user"}
+VALUES = {
+    "--cpu": "1",
+    "--timeout": "7",
+    "--pool": "guest",
+    "--synic": "user",
+    "--format": "vhdx",
+    "--source-format": "raw",
+    "--type": "fixed",
+    "--sector-size": "4096",
+}
 WORDS: dict[str, list[list[str]]] = {
     "ctl break": [[], ["h"], ["-"]],
+    "ctl save": [["FILE"], ["-"]],
+    "disk info": [["FILE"]],
+    "disk create": [["FILE"], ["FILE", "1G"]],
+    "disk convert": [["FROM", "TO"]],
+    "disk check": [["FILE"]],
+    "disk compact": [["FILE"]],
     "features": [[], ["host-model"]],
     "doctor": [[]],
     "run": [[]],
@@ -30,6 +45,7 @@ PARSERS: dict[str, Parser] = {
     "features": features.parser(),
     "trace": trace.parser(),
     **{f"ctl {verb}": ctl.verb_parser(verb) for verb in ctl.VERBS},
+    **{f"disk {verb}": disk.verb_parser(verb) for verb in disk.SUMMARY},
 }
 
 
@@ -38,8 +54,8 @@ def test_no_verb_is_forgotten() -> None:
 
 
 def parse_of(name: str) -> Parse:
-    if name.startswith("ctl "):
-        return ctl.parse
+    if name.startswith(("ctl ", "disk ")):
+        return ctl.parse if name.startswith("ctl ") else disk.parse
     return PARSERS[name].parse_args
 
 
