@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -23,6 +24,7 @@ EPILOG = """verbs:
   keys TEXT                 type; --press ctrl-alt-delete, --scancode 1d,38,e053
   break [KEYS]              break on the serial console; Linux takes the next key as SysRq
   nmi                       interrupt that cannot be masked, for --cpu N or for each
+  save FILE                 the whole VM, for hvkvm run --restore FILE; it runs on
   kvp get|set|delete|list   key-value exchange with the guest's daemon
   freeze, thaw              the guest's file systems, for a snapshot
   quit                      end the run now
@@ -41,6 +43,7 @@ Options = Any
 POOLS = ("external", "guest", "auto")
 WAIT_SECONDS = 300.0
 FREEZE_SECONDS = 60.0
+SAVE_SECONDS = 600.0
 LIST_SECONDS = 2.0
 MOST_SECONDS = 24 * 3600.0
 
@@ -75,6 +78,8 @@ def verb_parser(verb: str) -> Parser:
         parser.add_argument(
             "keys", nargs="?", metavar="KEYS", help="what to type behind it; h lists SysRq keys"
         )
+    elif verb == "save":
+        parser.add_argument("file", metavar="FILE", help="where to; one that is there is replaced")
     elif verb == "nmi":
         parser.add_argument("--cpu", metavar="N", help="for this vCPU only")
     elif verb == "kvp":
@@ -240,6 +245,12 @@ def _nmi(options: Options) -> int:
     return _tell(options, result, ctl_text.nmi)
 
 
+def _save(options: Options) -> int:
+    file = os.path.abspath(options.file)
+    result = _ask(options, "save", SAVE_SECONDS, file=file)
+    return _tell(options, result, lambda result: f"saved to {ctl_text.harmless(result['file'])}")
+
+
 def _kvp(options: Options) -> int:
     what, key, value = options.what, options.key, options.value
     wanted = {"list": 0, "set": 2}.get(what, 1)
@@ -287,6 +298,7 @@ VERBS: dict[str, Callable[[Options], int]] = {
     "keys": _keys,
     "break": _break,
     "nmi": _nmi,
+    "save": _save,
     "kvp": _kvp,
     "freeze": _freeze,
     "thaw": _thaw,

@@ -19,6 +19,7 @@ SUMMARY = {
     "keys": "Type on the synthetic keyboard, or press keys together.",
     "break": "Send a break on the serial console, which Linux takes for the SysRq key.",
     "nmi": "Send a non-maskable interrupt, as a server's NMI button does.",
+    "save": "Write the whole VM to FILE; `hvkvm run --restore FILE` goes on from there.",
     "kvp": "Read and write the pools of key-value exchange.",
     "freeze": "Freeze the guest's file systems, for a snapshot of its disks.",
     "thaw": "Thaw the guest's file systems.",

@@ -62,6 +62,7 @@ def parser() -> Parser:
     p.add_argument(
         "--config", type=Path, metavar="TOML", help="read a machine from this file; flags override it"
     )
+    p.add_argument("--restore", type=Path, metavar="FILE", help="go on from a saved VM; see `hvkvm ctl save`")
     p.add_argument("--kernel", type=Path, metavar="FILE", help="bzImage, vmlinux, PVH ELF or multiboot image")
     p.add_argument(
         "--initrd", type=Path, metavar="FILE", help="initial RAM disk; `-- command` is added to it"
@@ -137,6 +138,22 @@ def parser() -> Parser:
     return p
 
 
+_DECIDED_BY_FILE = {
+    "--kernel": "kernel",
+    "--append": "append",
+    "--cpus": "cpus",
+    "--cpu": "cpu",
+    "--memory": "memory",
+    "--hv": "hv",
+    "--synic": "synic",
+    "--device": "devices",
+    "--vmbus": "vmbus",
+    "--vmbus-max-version": "vmbus_max_version",
+    "--no-acpi": "acpi",
+}
+"""Options of a machine that goes on from a file, which has them already."""
+
+
 def config_from(arguments: list[str]) -> tuple[MachineConfig, Any]:
     """Parse `arguments`; returns the checked configuration and the raw options."""
     own, command = split_command(arguments)
@@ -182,6 +199,10 @@ def config_from(arguments: list[str]) -> tuple[MachineConfig, Any]:
         raise ConfigError("--: no command behind it; name the guest command, or leave `--` out for a console")
     if options.config is not None:
         return MachineConfig.from_toml(options.config, control="auto")._replace(**values).validate(), options
+    if options.restore is not None:
+        if decided := [flag for flag, key in _DECIDED_BY_FILE.items() if key in values]:
+            raise ConfigError(f"--restore {options.restore}: the file decides {decided[0]}; leave it out")
+        values |= {"restore": options.restore, "kernel": options.restore}
     if "kernel" not in values:
         raise ConfigError("--kernel: missing; name the guest kernel's file, or a --config that does")
     return MachineConfig(**{"control": "auto", **values}).validate(), options

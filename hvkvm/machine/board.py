@@ -9,21 +9,22 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import ExitStack
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from hvkvm.abi import board
 from hvkvm.backends.console_tail import ConsoleTail
-from hvkvm.devices.port.acpi_pm import AcpiControlBlock, AcpiEventBlock
+from hvkvm.devices.port.acpi_pm import AcpiControlBlock, AcpiEventBlock, AcpiEventState
 from hvkvm.devices.port.bus import MmioHole, PortBus
-from hvkvm.devices.port.cmos import Cmos
+from hvkvm.devices.port.cmos import Cmos, CmosState
 from hvkvm.devices.port.debug_exit import DebugExit, GuestExit, debug_exit_status
-from hvkvm.devices.port.fw_cfg import FwCfg
+from hvkvm.devices.port.fw_cfg import FwCfg, FwCfgState
 from hvkvm.devices.port.irq_line import IrqfdLine
 from hvkvm.devices.port.quiet import absorb_writes, quiet_ports
 from hvkvm.devices.port.reset import I8042Reset, PciConfigPorts, SystemControlA
-from hvkvm.devices.port.serial import Serial16550
+from hvkvm.devices.port.serial import Serial16550, SerialState
 from hvkvm.devices.port.serial_coalesced import CoalescedSerial
-from hvkvm.errors import CapabilityMissing
+from hvkvm.devices.port.testdev_state import TestdevState
+from hvkvm.errors import CapabilityMissing, StateError
 from hvkvm.kvm.irqfd import Irqfd
 from hvkvm.machine.outcome import Ending
 
@@ -35,10 +36,23 @@ if TYPE_CHECKING:
     from hvkvm.machine.platform import Platform
 
 
+class BoardState(NamedTuple):
+    """Each port device that remembers something."""
+
+    serial: SerialState
+    event_block: AcpiEventState
+    control_block: int
+    reset_control: int
+    fw_cfg: FwCfgState
+    cmos: CmosState
+    testdev: TestdevState | None
+
+
 class Board:
     """The devices. `stack` closes what they hold, in reverse order."""
 
     name = "board"
+    State = BoardState
 
     def __init__(self, platform: Platform, lifecycle: Lifecycle, stack: ExitStack) -> None:
         self._platform = platform
@@ -78,13 +92,16 @@ class Board:
         def guest_exit(status: int) -> None:
             lifecycle.finish(Ending.COMMAND_EXITED, status)
 
-        PciConfigPorts(reset).attach(self.ports)
+        self.pci_ports = PciConfigPorts(reset)
+        self.pci_ports.attach(self.ports)
         I8042Reset(reset).attach(self.ports)
         SystemControlA(reset).attach(self.ports)
         DebugExit(debug_exit).attach(self.ports)
         GuestExit(guest_exit).attach(self.ports)
-        FwCfg(platform.config.cpus, platform.config.memory).attach(self.ports)
-        Cmos().attach(self.ports)
+        self.fw_cfg = FwCfg(platform.config.cpus, platform.config.memory)
+        self.fw_cfg.attach(self.ports)
+        self.cmos = Cmos()
+        self.cmos.attach(self.ports)
         self.sleep = AcpiControlBlock(lambda: lifecycle.finish(Ending.POWERED_OFF, 0))
         self.sleep.attach(self.ports)
         self.power = AcpiEventBlock(lambda level: platform.vm.irq_line(board.SCI_IRQ, int(level)))
@@ -153,12 +170,42 @@ class Board:
         self.flush()
         done()
 
+    def save(self) -> BoardState:
+        """See `Part.save`."""
+        return BoardState(
+            self.serial.save(),
+            self.power.save(),
+            self.sleep.save(),
+            self.pci_ports.save(),
+            self.fw_cfg.save(),
+            self.cmos.save(),
+            None if self.testdev is None else self.testdev.save(),
+        )
+
+    def load(self, state: BoardState) -> None:
+        """See `Part.load`."""
+        if (self.testdev is None) != (state.testdev is None):
+            raise StateError(f"{self.name}: --device hyperv-testdev must be given as it was when saved")
+        try:
+            self.cmos.load(state.cmos)
+            if self.testdev is not None and state.testdev is not None:
+                self.testdev.load(state.testdev)
+        except ValueError as error:
+            raise StateError(f"{self.name}: {error}") from None
+        self.serial.load(state.serial)
+        self.power.load(state.event_block)
+        self.sleep.load(state.control_block)
+        self.pci_ports.load(state.reset_control)
+        self.fw_cfg.load(state.fw_cfg)
+
     def reset(self) -> None:
         """Power-on state of every device; the SynIC's users give their routes up (S7). vCPUs paused."""
         if self.testdev is not None:
             self.testdev.reset()
         self.power.reset()
         self.sleep.reset()
+        self.pci_ports.load(0)
+        self.fw_cfg.reset()
         if self._coalesced is not None:
             self._coalesced.reset()
         else:

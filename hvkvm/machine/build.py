@@ -29,7 +29,8 @@ from hvkvm.kvm.vm import Vm
 from hvkvm.machine.config import MachineConfig
 from hvkvm.machine.cpu import guest_cpuid, vcpu_cpuid
 from hvkvm.machine.cpu_features import must_hide, parse_cpu, shown
-from hvkvm.memory.guest import GuestMemory
+from hvkvm.memory.guest import GuestMemory, RamSource
+from hvkvm.state.file import RAM_OFFSET, Saved
 
 if TYPE_CHECKING:
     from hvkvm.machine.bus import Bus
@@ -60,10 +61,11 @@ def create_vm(kvm: Kvm, config: MachineConfig, stack: ExitStack) -> Vm:
     return vm
 
 
-def create_memory(vm: Vm, config: MachineConfig, stack: ExitStack) -> GuestMemory:
-    """Guest RAM. ConfigError when the host has no room for it."""
+def create_memory(vm: Vm, config: MachineConfig, saved: Saved | None, stack: ExitStack) -> GuestMemory:
+    """Guest RAM, zero or as it was saved. ConfigError when the host has no room for it."""
+    source = None if saved is None else RamSource(saved.fd, RAM_OFFSET)
     try:
-        return stack.enter_context(GuestMemory(vm, config.memory))
+        return stack.enter_context(GuestMemory(vm, config.memory, source))
     except OSError as error:
         if error.errno == errno.EFBIG:
             raise ConfigError(
@@ -126,7 +128,9 @@ class GuestImage:
 
     def __init__(self, config: MachineConfig) -> None:
         self._config = config
-        self._initrd = initial_ramdisk(config)
+        # One that goes on from a file needs it at its first reset, if at all.
+        self._made = config.restore is None
+        self._initrd = initial_ramdisk(config) if self._made else None
 
     def load(self, memory: GuestMemory, vcpu: Vcpu) -> str:
         """Write it and set the boot vCPU's registers; returns what was loaded. BootError.
@@ -136,6 +140,8 @@ class GuestImage:
         from hvkvm.boot.image import load
         from hvkvm.boot.linux import default_cmdline
 
+        if not self._made:
+            self._initrd, self._made = initial_ramdisk(self._config), True
         entry = load(
             memory,
             self._config.kernel,

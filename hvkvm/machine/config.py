@@ -58,7 +58,8 @@ class MachineConfig(NamedTuple):
     host programs reach the guest's AF_VSOCK ports. `control` is "off", "auto" or the
     path of the control socket, `name` what `hvkvm ctl --vm` calls the machine ("":
     hvkvm-PID). `signal_path` chooses who answers HvSignalEvent: KVM_HYPERV_EVENTFD or
-    the userspace table.
+    the userspace table. `restore` is the file of a saved machine to go on from, which then
+    decides what the guest sees: kernel, cpus, memory, enlightenments and devices.
     """
 
     kernel: Path
@@ -85,6 +86,7 @@ class MachineConfig(NamedTuple):
     modules: tuple[str, ...] = ()
     busybox: Path | None = None
     files: tuple[tuple[str, Path], ...] = ()
+    restore: Path | None = None
 
     def validate(self) -> MachineConfig:
         """Return self, or raise ConfigError for the first value that cannot work."""
@@ -124,7 +126,7 @@ class MachineConfig(NamedTuple):
             raise ConfigError(
                 f"--vmbus-max-version {self.vmbus_max_version}: unknown; choose {', '.join(VMBUS_VERSIONS)}"
             )
-        if self.vsock is not None and self.vmbus == "off":
+        if self.vsock is not None and self.vmbus == "off" and self.restore is None:
             raise ConfigError(f"--vsock {self.vsock}: needs the VMBus host that carries it; add --vmbus on")
         for device in self.devices:
             if device not in KNOWN_DEVICES:
@@ -148,8 +150,13 @@ class MachineConfig(NamedTuple):
             )
 
     def _validate_files(self) -> None:
+        if self.restore is not None and (self.command or self.initrd or self.modules or self.files):
+            raise ConfigError(
+                f"--restore {self.restore}: goes on where it was saved; leave out what only a boot can use"
+            )
         for flag, path in (
-            ("--kernel", self.kernel),
+            ("--restore", self.restore),
+            ("--kernel", self.kernel if self.restore is None else None),
             ("--initrd", self.initrd),
             ("--busybox", self.busybox),
             *((f"--file {name}", path) for name, path in self.files),
@@ -212,7 +219,7 @@ def _check_readable(flag: str, path: Path) -> None:
         raise ConfigError(f"{flag} {path}: {error.strerror}; make it readable for this user") from None
 
 
-_PATH_KEYS = frozenset({"kernel", "initrd", "modules_dir", "busybox", "vsock"})
+_PATH_KEYS = frozenset({"kernel", "initrd", "modules_dir", "busybox", "vsock", "restore"})
 _TUPLE_KEYS = frozenset({"devices", "command", "modules"})
 _INT_KEYS = frozenset({"cpus"})
 _BOOL_KEYS = frozenset({"acpi", "reboot"})

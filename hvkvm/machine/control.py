@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hvkvm.errors import HostExhausted, Stopped
@@ -52,6 +53,7 @@ class Control:
             "dump": self._dump,
             "break": self._break,
             "nmi": self._nmi,
+            "save": self._save,
             "wait": self._wait,
             "quit": self._quit,
             **control_guest.requests(parts, self.wait),
@@ -137,6 +139,21 @@ class Control:
         for thread in vcpus:
             thread.submit(thread.vcpu.nmi)
         answer.ok({"cpus": [thread.vcpu.index for thread in vcpus]})
+
+    def _save(self, request: Request, answer: Answer) -> None:
+        """Write the machine to "file", an absolute path; answered when it is whole. The guest goes on."""
+        path = Path(control_guest.text(request, "file"))
+        if not path.is_absolute() or "\0" in str(path):
+            raise ValueError('"file" is an absolute path')
+
+        def saved(size: int, why: str) -> None:
+            if why:
+                answer.fail("guest", f"not saved: {why}")
+            else:
+                answer.ok({"file": str(path), "bytes": size})
+
+        if not self._parts.saver.save(path, saved):
+            answer.fail("busy", "another save is being made; try again")
 
     def _quit(self, _request: Request, answer: Answer) -> None:
         """Answered as "wait" is."""

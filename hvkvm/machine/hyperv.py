@@ -1,8 +1,9 @@
 """The Hyper-V interface of a machine: KVM's own, the one in user space, or none.
 
-One part with three implementations, so that nobody else asks which it is. `choose`
-says before there is a VM what a machine will have; `create` makes it once there
-are vCPUs, and switches it on.
+One part with three implementations, so that nobody else asks which it is: here what
+they share, which is also the one without enlightenments; `hyperv_kernel` and
+`hyperv_user` are imported where they are used. `choose` says before there is a VM what a
+machine will have; `create` makes it once there are vCPUs, and switches it on.
 
 Threads: made and closed on the main thread; `partition` may be used from any
 thread; the rest belongs to the I/O loop while the machine is at rest.
@@ -12,12 +13,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import ExitStack
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from hvkvm.abi import board
-from hvkvm.abi.kvm import KVM_EXIT_HYPERV, KVM_EXIT_X86_RDMSR, KVM_EXIT_X86_WRMSR
-from hvkvm.errors import ConfigError
-from hvkvm.hyperv import cpuid as hv_cpuid
+from hvkvm.errors import ConfigError, HvkvmError, StateError
 from hvkvm.hyperv.features import FeatureSet, parse_features, resolve
 from hvkvm.hyperv.partition import Partition
 from hvkvm.hyperv.usermode.features import Choice, for_user_synic
@@ -56,10 +54,17 @@ def choose(kvm: Kvm, config: MachineConfig) -> Enlightenments:
     return Enlightenments(for_user_synic(features) if choice.synic == "user" else features, choice)
 
 
+class NoHypervState(NamedTuple):
+    """Nothing to keep, but that there was nothing."""
+
+    features: str
+
+
 class Hyperv:
     """No interface at all, and what all three have in common. A `part.Part`."""
 
     name = "Hyper-V interface"
+    State: type[Any] = NoHypervState
 
     def __init__(self, platform: Platform, offered: Enlightenments) -> None:
         self.offered = offered
@@ -92,6 +97,26 @@ class Hyperv:
     def reset(self) -> None:
         """See `Part.reset`. The devices have given their routes up (S7)."""
 
+    def save(self) -> Any:
+        """See `Part.save`."""
+        return NoHypervState(str(self.offered.features))
+
+    def load(self, state: Any) -> None:
+        """See `Part.load`: behind the vCPUs' own state, whose TSC it counts by."""
+        features = str(self.offered.features)
+        if state.features != features:
+            raise StateError(
+                f"{self.name}: saved with --hv {state.features or 'none'}, and this machine has"
+                f" {features or 'none'}"
+            )
+        try:
+            self._load(state)
+        except (ValueError, HvkvmError, OSError) as error:
+            raise StateError(f"{self.name}: {error}") from None
+
+    def _load(self, state: Any) -> None:
+        """Take what there is beside the enlightenments' names."""
+
     def _make_partition(self, stack: ExitStack, synic: Synic | None) -> None:
         platform = self._platform
         if "synic" not in self.offered.features.names:
@@ -111,76 +136,6 @@ class Hyperv:
         self.partition.activate()
 
 
-class KernelHyperv(Hyperv):
-    """KVM's own. Its reference time is the VM's clock."""
-
-    def __init__(self, platform: Platform, offered: Enlightenments, stack: ExitStack) -> None:
-        super().__init__(platform, offered)
-        self._make_partition(stack, None)
-
-    def handlers(self) -> Handlers:
-        """See `Hyperv.handlers`."""
-        return {} if self.partition is None else {KVM_EXIT_HYPERV: self.partition.handle_hyperv_exit}
-
-    def reset(self) -> None:
-        """See `Part.reset`: KVM resets none of these registers by itself."""
-        if self.partition is not None:
-            self.partition.reset()
-            return
-        for vcpu in self._platform.vcpus:
-            vcpu.set_msrs(hv_cpuid.reset_msrs(self.offered.features, vcpu.index))
-
-
-class UserModeHyperv(Hyperv):
-    """The one in user space: MSR exits, and a hypercall page behind a port."""
-
-    def __init__(
-        self,
-        platform: Platform,
-        offered: Enlightenments,
-        lifecycle: Lifecycle,
-        ports: PortBus,
-        stack: ExitStack,
-    ) -> None:
-        from hvkvm.hyperv.usermode.interface import UserHyperv
-
-        super().__init__(platform, offered)
-        self.registers = UserHyperv(
-            platform.vm,
-            platform.memory,
-            platform.io,
-            platform.threads,
-            with_synic="synic" in offered.features.names,
-            on_crash=lifecycle.panicked,
-            on_reset=lifecycle.request_reset,
-            observer=platform.observer,
-        )
-        stack.callback(self.registers.close)
-        self.registers.activate()
-        page = self.registers.hypercall_page
-        ports.add(board.HYPERCALL_PORT, board.HYPERCALL_PORT_SIZE, page)
-        self._make_partition(stack, self.registers.synic)
-        if self.partition is not None:
-            page.call = self.partition.hypercalls.call
-
-    def handlers(self) -> Handlers:
-        """See `Hyperv.handlers`."""
-        return {
-            KVM_EXIT_X86_RDMSR: self.registers.handle_rdmsr,
-            KVM_EXIT_X86_WRMSR: self.registers.handle_wrmsr,
-        }
-
-    def reference_time(self) -> int:
-        """See `Hyperv.reference_time`."""
-        return self.registers.clock.now()
-
-    def reset(self) -> None:
-        """See `Part.reset`."""
-        if self.partition is not None:
-            self.partition.reset()
-        self.registers.reset()
-
-
 def create(
     platform: Platform,
     offered: Enlightenments,
@@ -192,7 +147,11 @@ def create(
     if not offered.features:
         return Hyperv(platform, offered)
     if offered.choice.synic == "user":
+        from hvkvm.machine.hyperv_user import UserModeHyperv
+
         return UserModeHyperv(platform, offered, lifecycle, ports, stack)
+    from hvkvm.machine.hyperv_kernel import KernelHyperv
+
     made = KernelHyperv(platform, offered, stack)
     if made.partition is None:
         made.reset()  # an active partition has written them

@@ -89,7 +89,7 @@ class Lifecycle:
         self._parts: tuple[Part, ...] = ()
         self._console: GuestConsole | None = None
         # The rest is the loop's own.
-        self._waiting: deque[Callable[[], object]] = deque()
+        self._waiting: deque[Callable[[Callable[[], object]], object]] = deque()
         self._deadline: Timer | None = None
         self._stopping: Part | None = None
 
@@ -218,16 +218,20 @@ class Lifecycle:
         else:
             self.at_rest(self._reset_parts)
 
-    def _reset_parts(self) -> None:
+    def _reset_parts(self, go_on: Callable[[], object]) -> None:
         for part in self._parts:
             part.reset()
         self.resets += 1
         self._reset_pending = False
+        go_on()
 
     # The path to rest and back. I/O loop.
 
-    def at_rest(self, work: Callable[[], object]) -> None:
-        """Run `work()` soon, while vCPUs and parts are at rest, then go on; not if the run ends first."""
+    def at_rest(self, work: Callable[[Callable[[], object]], object]) -> None:
+        """Run `work(go_on)` soon, while vCPUs and parts are at rest; not if the run ends first.
+
+        The machine stays at rest until the work calls `go_on()`, on any thread, once.
+        """
         self._waiting.append(work)
         if self.phase is Phase.RUNNING:
             self._pause()
@@ -260,9 +264,13 @@ class Lifecycle:
         if self.outcome is not None:
             return  # its vCPUs' threads end; `stop` does the rest
         self.phase = Phase.AT_REST
-        while self._waiting:
-            self._waiting.popleft()()
+        self._work()
+
+    def _work(self) -> None:
         if self.outcome is not None:
+            return
+        if self._waiting:
+            self._waiting.popleft()(partial(self._soon, self._work))
             return
         for part in reversed(self._parts):
             part.start()

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import os
 from contextlib import ExitStack
+from pathlib import Path
 from types import TracebackType
 
 from hvkvm.errors import HvkvmError
@@ -24,7 +25,7 @@ from hvkvm.events import NULL_OBSERVER, Observer, limited
 from hvkvm.hyperv.partition import Partition
 from hvkvm.kvm.gsi import GsiTable
 from hvkvm.kvm.system import Kvm
-from hvkvm.machine import build, exits, hyperv
+from hvkvm.machine import build, exits, hyperv, saving
 from hvkvm.machine.board import Board
 from hvkvm.machine.config import MachineConfig
 from hvkvm.machine.host_limits import exhausted, make_room_for_files, named_when_exhausted
@@ -38,6 +39,7 @@ from hvkvm.memory.guest import GuestMemory
 from hvkvm.runtime.io_loop import IoLoop
 from hvkvm.runtime.vcpu_thread import VcpuThread
 from hvkvm.runtime.vcpus import VcpuGroup
+from hvkvm.state.file import Saved
 
 STOP_SECONDS = 10.0
 """How long shutdown waits for a thread before it says which one is stuck."""
@@ -50,18 +52,21 @@ class Machine:
         self.config = config.validate()
         self.name = config.name or f"hvkvm-{os.getpid()}"
         self._closed = False
-        make_room_for_files(config.cpus)
         with named_when_exhausted(), ExitStack() as stack:
-            self.parts = self._build(limited(observer), stack)
+            saved = None if config.restore is None else stack.enter_context(Saved(config.restore))
+            if saved is not None:
+                self.config = saving.restored_config(saved, config)
+            make_room_for_files(self.config.cpus)
+            self.parts = self._build(saved, limited(observer), stack)
             self._stack = stack.pop_all()
 
-    def _build(self, observer: Observer, stack: ExitStack) -> Parts:
+    def _build(self, saved: Saved | None, observer: Observer, stack: ExitStack) -> Parts:
         config = self.config
         image = build.GuestImage(config)
         kvm = stack.enter_context(Kvm(config.kvm_path))
         offered = hyperv.choose(kvm, config)
         handlers: exits.Handlers = {}
-        self.platform = platform = self._platform(kvm, offered, handlers, observer, stack)
+        self.platform = platform = self._platform(kvm, offered, handlers, saved, observer, stack)
         self.lifecycle = lifecycle = Lifecycle(platform, reboot=config.reboot)
         stack.callback(lifecycle.close)
         self.board = board = Board(platform, lifecycle, stack)
@@ -69,11 +74,18 @@ class Machine:
         handlers |= exits.handlers(board, lifecycle, platform.memory, config.append) | interface.handlers()
         board.add_optional_devices(config.devices, interface)
         self.bus = build.create_bus(platform, interface, stack)
-        order: list[Part] = [board, interface, Processors(platform, image)]
+        processors = Processors(platform, image)
+        order: list[Part] = [board, interface, processors]
         if self.bus is not None:
             order.insert(1, self.bus)
         lifecycle.govern(order, board)
-        parts = Parts(self.name, platform, lifecycle, interface, board, self.bus)
+        if saved is None:
+            processors.boot()
+        else:
+            saving.load(saved, order)
+        saver = saving.Saver(self.name, platform, lifecycle, interface, order)
+        stack.callback(saver.close)
+        parts = Parts(self.name, platform, lifecycle, interface, board, self.bus, saver)
         self.control = build.create_control(parts, stack)
         return parts
 
@@ -82,12 +94,13 @@ class Machine:
         kvm: Kvm,
         offered: hyperv.Enlightenments,
         handlers: exits.Handlers,
+        saved: Saved | None,
         observer: Observer,
         stack: ExitStack,
     ) -> Platform:
         config = self.config
         vm = build.create_vm(kvm, config, stack)
-        memory = build.create_memory(vm, config, stack)
+        memory = build.create_memory(vm, config, saved, stack)
         vcpus = build.create_vcpus(kvm, vm, config, offered.features)
         io = IoLoop(on_fault=self._loop_fault)
         stack.callback(io.stop)
@@ -142,6 +155,14 @@ class Machine:
     def request_reset(self, reason: str) -> None:
         """Reset the machine soon, or end the run if the configuration says so. Any thread."""
         self.lifecycle.request_reset(reason)
+
+    def save(self, path: Path) -> int:
+        """Write the machine to `path`, from where `MachineConfig.restore` goes on; the file's size in bytes.
+
+        The guest stands still meanwhile, and goes on then. Any thread but a
+        vCPU's and the I/O loop's. HvkvmError when it cannot be, or the run ends first.
+        """
+        return self.parts.saver.save_and_wait(path)
 
     def pause(self) -> None:
         """Take every vCPU out of KVM_RUN with its pending exit completed. Any thread but a vCPU's."""

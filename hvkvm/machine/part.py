@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Protocol
+from typing import Any, Protocol
 
 
 class Part(Protocol):
@@ -14,7 +14,9 @@ class Part(Protocol):
     """
 
     name: str
-    """One word, for messages about it."""
+    """For messages about it, and its place in a saved machine."""
+    State: type[Any]
+    """A NamedTuple that `state.codec` can write; it stands beside the part's class."""
 
     def start(self) -> None:
         """Go on from the state that it has."""
@@ -28,3 +30,14 @@ class Part(Protocol):
 
     def reset(self) -> None:
         """Take the power-on state. Only while stopped."""
+
+    def save(self) -> Any:
+        """The state, a `State`: all that the guest could tell apart. Only while stopped."""
+
+    def load(self, state: Any) -> None:
+        """Take `state`, a `State`. Only while stopped, on a part that has just been reset or made.
+
+        Raises StateError for what this part, as it was made, cannot take over: its
+        values may come from a damaged or foreign file, and nothing of them is
+        believed.
+        """

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from hvkvm.machine.hyperv import Hyperv
     from hvkvm.machine.lifecycle import Lifecycle
     from hvkvm.machine.platform import Platform
+    from hvkvm.machine.saving import Saver
 
 
 class Parts(NamedTuple):
@@ -26,3 +27,4 @@ class Parts(NamedTuple):
     hyperv: Hyperv
     board: Board
     bus: Bus | None
+    saver: Saver

@@ -52,6 +52,21 @@ class Extent(NamedTuple):
     checksum: bytes
 
 
+class SavedConfig(NamedTuple):
+    """What a machine must have to go on from a file; all else is the new run's own."""
+
+    kernel: str
+    append: str
+    cpus: int
+    memory: int
+    hv: str
+    synic: str
+    devices: tuple[str, ...]
+    vmbus: str
+    vmbus_max_version: str
+    acpi: bool
+
+
 class Manifest(NamedTuple):
     """All of a saved machine but its RAM."""
 
@@ -60,8 +75,7 @@ class Manifest(NamedTuple):
     saved_at: float
     """Seconds since the epoch."""
     name: str
-    config: dict[str, str]
-    """What the guest sees of the configuration, for the reader to compare."""
+    config: SavedConfig
     extents: tuple[Extent, ...]
 
 
@@ -235,11 +249,12 @@ def _write_all(fd: int, data: memoryview, offset: int) -> None:
 
 
 _ZEROS = bytes(PAGE_SIZE)
+_CHUNK_OF_ZEROS = bytes(_CHUNK)
 
 
 def _runs(data: bytes) -> Iterator[tuple[int, int]]:
     """The runs of pages of `data` that are not all zero: (offset, size)."""
-    if not data.strip(b"\0"):
+    if data == _CHUNK_OF_ZEROS[: len(data)]:
         return
     start: int | None = None
     for at in range(0, len(data), PAGE_SIZE):

@@ -117,9 +117,11 @@ def check_hvkvm(words: tuple[str, ...]) -> None:
         assert isinstance(config, MachineConfig)
         parse_features(config.hv)
     elif verb == "ctl":
-        ctl.parse(rest)
+        assert len(rest) > 1 or rest[0] in ctl.VERBS
+        if len(rest) > 1 or rest[0] not in ("save", "kvp"):  # those by their names alone
+            ctl.parse(rest)
     elif verb == "disk":
-        disk.verb_parser(rest[0]).parse_args(rest[1:])
+        disk.parse(rest)
     elif verb == "features":
         options = features.parser().parse_args(rest)
         parse_features(options.list)
@@ -169,7 +171,7 @@ def check(words: tuple[str, ...]) -> None:
 @pytest.fixture(autouse=True)
 def named_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What the commands name is there, where they are run."""
-    for name in ("vmlinuz", "x.flat", "initrd.img"):
+    for name in ("vmlinuz", "x.flat", "initrd.img", "FILE", "guest.state"):
         (tmp_path / name).write_bytes(b"\0")
     for name in ("DIR", "modules"):
         (tmp_path / name).mkdir()

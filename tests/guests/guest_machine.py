@@ -86,7 +86,7 @@ class Guest:
     @property
     def in_user_space(self) -> UserHyperv | None:
         """The Hyper-V interface in user space; None where it is KVM's, or none."""
-        from hvkvm.machine.hyperv import UserModeHyperv
+        from hvkvm.machine.hyperv_user import UserModeHyperv
 
         interface = self.machine.hyperv
         return interface.registers if isinstance(interface, UserModeHyperv) else None

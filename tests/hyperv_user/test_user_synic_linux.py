@@ -16,7 +16,7 @@ from running_vm import command_line
 
 from hvkvm.abi import tlfs
 from hvkvm.abi.kvm import KVM_EXIT_HYPERV
-from hvkvm.machine.hyperv import UserModeHyperv
+from hvkvm.machine.hyperv_user import UserModeHyperv
 from hvkvm.machine.machine import Machine
 
 pytestmark = [pytest.mark.hyperv, pytest.mark.user_synic, pytest.mark.timeout(1800)]

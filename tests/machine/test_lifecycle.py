@@ -182,13 +182,25 @@ def test_resets_asked_for_at_once_are_one_and_a_later_one_is_another(world: Worl
 
 def test_work_asked_for_on_the_way_is_done_in_the_same_rest(world: World) -> None:
     world.user.slow = True
-    world.on_loop(lambda: world.lifecycle.at_rest(lambda: world.log.append("first")))
+    world.on_loop(lambda: world.lifecycle.at_rest(lambda go_on: (world.log.append("first"), go_on())))
     assert world.user.asked.wait(SECONDS)
-    world.on_loop(lambda: world.lifecycle.at_rest(lambda: world.log.append("second")))
+    world.on_loop(lambda: world.lifecycle.at_rest(lambda go_on: (world.log.append("second"), go_on())))
     world.user.slow = False
     world.on_loop(world.user.waiting.pop())
     world.until(lambda: world.lifecycle.phase is Phase.RUNNING)
     assert world.log == [*STARTED, *RESTED, "first", "second", *STARTED]
+
+
+def test_the_machine_stays_at_rest_until_its_work_lets_it_go_on(world: World) -> None:
+    kept: list[Callable[[], object]] = []
+    world.on_loop(lambda: world.lifecycle.at_rest(kept.append))
+    world.until(lambda: bool(kept))
+    world.on_loop()
+    assert world.lifecycle.phase is Phase.AT_REST
+    assert world.log == [*STARTED, *RESTED]
+    threading.Thread(target=kept.pop()).start()
+    world.until(lambda: world.lifecycle.phase is Phase.RUNNING)
+    assert world.log == [*STARTED, *RESTED, *STARTED]
 
 
 def test_an_end_on_the_way_to_rest_wins(world: World) -> None:

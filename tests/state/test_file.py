@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from hvkvm.errors import StateError
 from hvkvm.state import file as state_file
-from hvkvm.state.file import FORMAT, RAM_OFFSET, Manifest, Saved, Writer
+from hvkvm.state.file import FORMAT, RAM_OFFSET, Manifest, Saved, SavedConfig, Writer
 
 PAGE = 4096
 RAM = 64 * PAGE
@@ -26,7 +26,8 @@ class Part(NamedTuple):
     page: bytes
 
 
-MANIFEST = Manifest("0.1.0", 1000.5, "demo", {"cpus": "1"}, ())
+CONFIG = SavedConfig("/vmlinuz", "", 1, 64 * PAGE, "none", "auto", (), "off", "6.0", True)
+MANIFEST = Manifest("0.1.0", 1000.5, "demo", CONFIG, ())
 PARTS = {"vCPUs": Part(7, b"x" * 100)}
 
 

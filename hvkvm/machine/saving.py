@@ -1,0 +1,150 @@
+"""Saving a running machine to a file, and making one that goes on from it.
+
+A save takes the machine to rest, takes each part's state on the I/O loop, writes
+RAM on a thread of its own while the loop serves who asks, and lets the machine go
+on. `restored_config` says which machine a file needs; `load` puts the parts'
+states into one that was just made so.
+
+Owner: the I/O loop, but for the writing thread.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from pathlib import Path
+from queue import Empty, SimpleQueue
+from time import time
+from typing import TYPE_CHECKING, Any
+
+from hvkvm.errors import HvkvmError, StateError
+from hvkvm.state.file import Manifest, Saved, SavedConfig, Writer
+
+if TYPE_CHECKING:
+    from hvkvm.machine.config import MachineConfig
+    from hvkvm.machine.hyperv import Hyperv
+    from hvkvm.machine.lifecycle import Lifecycle
+    from hvkvm.machine.part import Part
+    from hvkvm.machine.platform import Platform
+
+JOIN_SECONDS = 30.0
+WATCH_SECONDS = 0.1
+
+Done = Callable[[int, str], object]
+"""done(size, why): the file's size in bytes, or why there is none. I/O loop."""
+
+
+class Saver:
+    """Saves one machine, one save at a time. `order` has its parts as `Lifecycle` has them."""
+
+    def __init__(
+        self, name: str, platform: Platform, lifecycle: Lifecycle, hyperv: Hyperv, order: Sequence[Part]
+    ) -> None:
+        self._name = name
+        self._platform = platform
+        self._lifecycle = lifecycle
+        self._offered = hyperv.offered
+        self._order = order
+        self._busy = False
+        self._ending = False
+        self._writer: threading.Thread | None = None
+
+    def save(self, path: Path, done: Done) -> bool:
+        """Write the machine to `path` soon; `done` hears how it went. False while another save is made."""
+        if self._busy:
+            return False
+        self._busy = True
+        self._lifecycle.at_rest(lambda go_on: self._at_rest(path, done, go_on))
+        return True
+
+    def save_and_wait(self, path: Path) -> int:
+        """See `Machine.save`. Not on the I/O loop."""
+        heard: SimpleQueue[tuple[int, str]] = SimpleQueue()
+
+        def start() -> None:
+            if not self.save(path, lambda size, why: heard.put((size, why))):
+                heard.put((0, "another save is being made"))
+
+        self._platform.io.call_soon(start, cancelled=lambda: None)
+        while self._lifecycle.outcome is None:
+            with suppress(Empty):
+                size, why = heard.get(timeout=WATCH_SECONDS)
+                if why:
+                    raise StateError(f"not saved: {why}")
+                return size
+        raise StateError(f"not saved: the run has ended: {self._lifecycle.outcome}")
+
+    def _at_rest(self, path: Path, done: Done, go_on: Callable[[], object]) -> None:
+        def finish(size: int, why: str) -> None:
+            self._busy = False
+            go_on()
+            done(size, why)
+
+        def write() -> None:
+            try:
+                size, why = self._write(path, states), ""
+            except (OSError, ValueError) as error:
+                size, why = 0, f"{path}: {getattr(error, 'strerror', None) or error}"
+            if not self._ending:
+                self._platform.io.call_soon(finish, size, why)
+
+        try:
+            states = {part.name: part.save() for part in self._order}
+            self._writer = threading.Thread(target=write, name="save", daemon=True)
+            self._writer.start()
+        except (HvkvmError, RuntimeError) as error:  # a KVM that refuses; "can't start new thread"
+            finish(0, str(error))
+
+    def _write(self, path: Path, states: dict[str, Any]) -> int:
+        from hvkvm import __version__
+
+        platform, offered = self._platform, self._offered
+        config = platform.config
+        saved = SavedConfig(
+            str(config.kernel.absolute()),
+            config.append,
+            config.cpus,
+            config.memory,
+            str(offered.features) or "none",
+            offered.synic or "auto",
+            config.devices,
+            config.vmbus,
+            config.vmbus_max_version,
+            config.acpi,
+        )
+        with Writer(path, config.memory) as writer:
+            for offset, data in platform.memory.pieces():
+                if self._ending:
+                    raise ValueError("the run ended before it was saved")
+                writer.write_ram(offset, data)
+            return writer.commit(Manifest(__version__, time(), self._name, saved, ()), states)
+
+    def close(self) -> None:
+        """Give up a save that is being written, before RAM goes. The I/O loop has ended."""
+        self._ending = True
+        if self._writer is not None and self._writer.ident is not None:
+            self._writer.join(JOIN_SECONDS)
+
+
+def restored_config(saved: Saved, config: MachineConfig) -> MachineConfig:
+    """`config` with all that the file decides. StateError."""
+    needs = saved.manifest.config
+    where = f"{saved.path}: configuration"
+    if needs.memory != saved.ram_size:
+        raise StateError(f"{where}: {needs.memory} bytes of RAM, and the file has {saved.ram_size}")
+    try:
+        # What was booted (initrd, command) is not known here, so there is nothing that a reset could start.
+        values = {**needs._asdict(), "kernel": Path(needs.kernel), "reboot": False}
+        return config._replace(**values).validate()
+    except (HvkvmError, ValueError) as error:
+        raise StateError(f"{where}: {error}") from None
+
+
+def load(saved: Saved, order: Sequence[Part]) -> None:
+    """Put each part's state into a machine just made as `restored_config` says. StateError.
+
+    In the order in which parts start: what is used by another comes first.
+    """
+    for part in reversed(order):
+        part.load(saved.state(part.State, part.name))

@@ -1,0 +1,175 @@
+"""`hvkvm ctl save` and `hvkvm run --restore` as a user has them, and files that were tampered with."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import re
+import stat
+from pathlib import Path
+from typing import Any
+
+import guest_images
+import pytest
+from running_vm import command_line, environment, running_vm
+
+from hvkvm.errors import StateError
+from hvkvm.machine.config import MachineConfig
+from hvkvm.machine.machine import Machine
+from hvkvm.state import file as state_file
+from hvkvm.state.file import RAM_OFFSET
+
+pytestmark = pytest.mark.kvm
+
+SOAK = bool(os.environ.get("HVKVM_SOAK"))
+AGENT = ("--kernel", guest_images.image("agent"), "--memory", "64M", "--synic", "user", "--quiet")
+
+
+def test_a_vm_is_saved_and_goes_on_in_another_process(tmp_path: Path) -> None:
+    file = tmp_path / "vm.state"
+    with running_vm(tmp_path, *AGENT, "--vmbus", "on", "--name", "first") as vm:
+        vm.wait_until_listening()
+        assert vm.ctl("save", file) == f"saved to {file}\n"
+        assert stat.S_IMODE(file.stat().st_mode) == 0o600
+        assert file.stat().st_blocks * 512 < 8 << 20, "RAM that is zero takes no room"
+        with running_vm(tmp_path, "--restore", file, "--quiet", "--name", "second") as other:
+            while len(other.json("list")) < 2:
+                assert other.process.poll() is None, other.report()
+            info = other.json("--vm", "second", "info")
+            assert info["outcome"] is None
+            assert (info["config"]["memory"], info["config"]["vmbus"]) == (64 << 20, "on")
+            again = tmp_path / "again.state"
+            answer = other.json("--vm", "second", "save", again)
+            assert answer == {"file": str(again), "bytes": again.stat().st_size}
+            other.ctl("--vm", "second", "quit")
+            assert other.finish() == 130
+        assert vm.process.poll() is None, "the one that was saved runs on"
+        assert "No such file" in vm.ctl("save", tmp_path / "no" / "folder", status=1)
+        assert os.listdir(tmp_path / "hvkvm") == ["first.sock"]
+        vm.ctl("quit")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("--restore", "MISSING"), "no such file"),
+        (("--restore", "/dev/null"), "not a saved VM"),
+        (("--restore", "FILE", "--cpus", "2"), "the file decides --cpus; leave it out"),
+        (("--restore", "FILE", "--kernel", "x"), "the file decides --kernel"),
+        (("--restore", "FILE", "--", "true"), "goes on where it was saved"),
+    ],
+)
+def test_a_wrong_restore_gets_one_line(tmp_path: Path, arguments: tuple[str, ...], words: str) -> None:
+    import subprocess
+
+    file = tmp_path / "some"
+    file.write_bytes(b"no state")
+    names = {"FILE": str(file), "MISSING": str(tmp_path / "missing")}
+    line = command_line("run", *(names.get(word, word) for word in arguments))
+    result = subprocess.run(
+        line, capture_output=True, text=True, env=environment(tmp_path), check=False, timeout=100
+    )
+    assert result.returncode == 2, result
+    assert result.stderr.count("\n") == 1
+    assert words in result.stderr
+    assert result.stdout == ""
+
+
+def saved_agent(tmp_path: Path) -> Path:
+    file = tmp_path / "vm"
+    config = MachineConfig(
+        kernel=guest_images.image("agent"), memory=64 << 20, synic="user", vmbus="on", hv="host-model", cpus=2
+    )
+    with Machine(config) as machine:
+        machine.start()
+        machine.save(file)
+    return file
+
+
+def test_a_host_that_lacks_what_the_cpu_had_names_it(tmp_path: Path) -> None:
+    file = saved_agent(tmp_path)
+
+    def more(tree: Any) -> None:
+        import base64
+
+        for vcpu in tree["parts"]["vCPUs"]["vcpus"]:
+            raw = bytearray(base64.b64decode(vcpu["cpuid"]))
+            for at in range(0, len(raw), 40):
+                if int.from_bytes(raw[at : at + 4], "little") == 0x80000001:
+                    raw[at + 20 + 0 : at + 24] = b"\xff\xff\xff\xff"  # ECX: all that AMD ever named there
+            vcpu["cpuid"] = base64.b64encode(raw).decode()
+
+    rewrite(file, more)
+    with pytest.raises(StateError, match=r"this host cannot show the guest what its CPU had: .*svm"):
+        Machine(MachineConfig(kernel=file, restore=file)).close()
+
+
+def rewrite(file: Path, change: Any) -> None:
+    """Change the manifest, with every checksum right again."""
+    raw = bytearray(file.read_bytes())
+    fields = list(state_file._header.unpack_from(raw))
+    tree = json.loads(raw[fields[4] : fields[4] + fields[5]])
+    change(tree)
+    text = json.dumps(tree).encode()
+    fields[5:8] = len(text), fields[4] + len(text), state_file.checksum(text)
+    head = state_file._header.pack(*fields)
+    with open(file, "r+b") as out:
+        out.write(head + state_file.checksum(head))
+        out.seek(fields[4])
+        out.write(text)
+        out.truncate()
+
+
+def places(tree: Any) -> list[tuple[Any, Any]]:
+    keys = list(tree) if isinstance(tree, dict) else range(len(tree)) if isinstance(tree, list) else ()
+    return [(tree, key) for key in keys] + [place for key in keys for place in places(tree[key])]
+
+
+def test_a_made_up_file_is_refused_in_one_line_or_runs(tmp_path: Path) -> None:
+    """Values replaced anywhere in the manifest: no traceback, no machine half made, nothing left open."""
+    random_ = random.Random(3)
+    values: list[Any] = [
+        0,
+        1,
+        -1,
+        255,
+        4096,
+        1 << 31,
+        (1 << 64) - 1,
+        1 << 70,
+        None,
+        True,
+        "",
+        "AAAA",
+        "x" * 300,
+        [],
+        {},
+    ]
+    file = saved_agent(tmp_path)
+    whole = file.read_bytes()
+    refused = 0
+    fds = len(os.listdir("/proc/self/fd"))
+    for _ in range(3000 if SOAK else 60):
+        file.write_bytes(b"")  # a new file for each: the last may still be mapped
+        file.unlink()
+        with open(file, "wb") as out:
+            out.write(whole[:4096])
+            out.seek(RAM_OFFSET)
+            out.write(whole[RAM_OFFSET:])
+
+        def change(tree: Any) -> None:
+            for _ in range(random_.randint(1, 2)):
+                container, key = random_.choice(places(tree["parts"]))
+                container[key] = random_.choice(values)
+
+        rewrite(file, change)
+        try:
+            with Machine(MachineConfig(kernel=file, restore=file, timeout=0.2)) as machine:
+                machine.run()
+        except StateError as error:
+            refused += 1
+            assert "\n" not in str(error)
+            assert re.match(rf"{re.escape(str(file))}|vCPUs|board|VMBus|Hyper-V interface", str(error)), error
+    assert refused > 20
+    assert len(os.listdir("/proc/self/fd")) == fds

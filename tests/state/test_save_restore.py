@@ -1,0 +1,145 @@
+"""A machine saved and gone on with elsewhere: the guest cannot tell, and loses nothing."""
+
+from __future__ import annotations
+
+import os
+import queue
+import random
+import threading
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pytest
+from guest_agent import CHECK, DRAIN, EOM_PENDING, SCRATCH
+from guest_machine import Guest, Sender
+
+from hvkvm.abi import tlfs
+
+SOAK = bool(os.environ.get("HVKVM_SOAK"))
+SINT = 4
+
+
+class Chain:
+    """One guest through many machines: each is saved and closed, and the next goes on from its file."""
+
+    def __init__(self, folder: Path, **config: Any) -> None:
+        self._file = folder / "vm"
+        self._config = config
+        self.guest = Guest(**self._config).start()
+
+    def restore(self) -> Guest:
+        """The machine that goes on, not started."""
+        return Guest(**self._config, restore=self._file)
+
+    def save(self, look: Callable[[], object] = lambda: None) -> Path:
+        """Save it, and `look()` in the same rest: the machine goes on before this returns."""
+        machine = self.guest.machine
+        done: queue.SimpleQueue[str] = queue.SimpleQueue()
+
+        def rest(go_on: Callable[[], object]) -> None:
+            look()
+            go_on()
+
+        def start() -> None:
+            machine.lifecycle.at_rest(rest)
+            assert machine.parts.saver.save(self._file, lambda _size, why: done.put(why))
+
+        machine.platform.io.call_soon(start)
+        assert done.get(timeout=120) == ""
+        return self._file
+
+    def swap(self) -> Guest:
+        """Save, close, and go on in another machine."""
+        self.save()
+        self.guest.close()
+        self.guest = self.restore()
+        self.guest.machine.start()
+        return self.guest
+
+
+@pytest.fixture(
+    params=[
+        pytest.param("user", marks=pytest.mark.kvm),
+        pytest.param("kernel", marks=pytest.mark.hyperv),
+    ]
+)
+def chain(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Any]:
+    made: list[Chain] = []
+
+    def make(**config: Any) -> Chain:
+        made.append(Chain(tmp_path, **{"synic": request.param, **config}))
+        return made[-1]
+
+    yield make
+    for one in made:
+        one.guest.close()
+
+
+@pytest.mark.parametrize("cpus", [1, 4])
+def test_registers_pages_and_time_go_on(chain: Any, cpus: int) -> None:
+    chain = chain(cpus=cpus)
+    guest = chain.guest
+    guest.enlighten()
+    for index in range(cpus):
+        page = SCRATCH + 0x2000 * index
+        guest[index].synic_on(simp=page, siefp=page + 0x1000, sints={SINT: DRAIN})
+        guest[index].wrmsr(tlfs.HV_X64_MSR_CRASH_P0, 0x77)
+    registers = (
+        tlfs.HV_X64_MSR_GUEST_OS_ID,
+        tlfs.HV_X64_MSR_HYPERCALL,
+        tlfs.HV_X64_MSR_SIMP,
+        tlfs.HV_X64_MSR_SIEFP,
+        tlfs.HV_X64_MSR_SCONTROL,
+        tlfs.HV_X64_MSR_SINT0 + SINT,
+        tlfs.HV_X64_MSR_CRASH_P0,
+        tlfs.HV_X64_MSR_VP_INDEX,
+    )
+    before = [[guest[index].rdmsr(msr) for msr in registers] for index in range(cpus)]
+    guest[0].wrmsr(tlfs.HV_X64_MSR_REFERENCE_TSC, SCRATCH + 0x20000 | 1)
+    time = guest[0].rdmsr(tlfs.HV_X64_MSR_TIME_REF_COUNT)
+    for _ in range(3):
+        guest = chain.swap()
+        assert [[guest[index].rdmsr(msr) for msr in registers] for index in range(cpus)] == before
+        now = guest[0].rdmsr(tlfs.HV_X64_MSR_TIME_REF_COUNT)
+        assert now > time, "reference time never goes back"
+        time = now
+    guest[0].do("POST", 0x10, 1, 0, 16)  # the hypercall page works, wherever its code is now
+    for index in range(cpus):
+        guest[index].expect_clean()
+
+
+@pytest.mark.parametrize("cpus", [1, 4])
+def test_messages_through_many_machines_come_once_and_in_order(chain: Any, cpus: int) -> None:
+    """Saved at whatever moment: queued to the vCPU, waiting for the guest's EOM, or just taken."""
+    rounds = 1000 // cpus if SOAK else 20
+    chain = chain(cpus=cpus)
+    guest = chain.guest
+    for index in range(cpus):
+        guest[index].synic_on(simp=SCRATCH + 0x1000 * index, sints={SINT: DRAIN | EOM_PENDING | CHECK})
+        guest[index].idle(("HLT", "SPIN")[index % 2])
+    sent = [0] * cpus
+    gate = threading.Event()
+    random_ = random.Random(5)
+    for _ in range(rounds):
+        senders = []
+        for index in range(cpus):
+            sender = Sender(guest, index, SINT)
+            sender.sent = sent[index]
+            senders.append(sender)
+            sender.send(10_000)
+        gate.wait(random_.random() * 0.02)
+        # What had not completed when it was written is not in the file: the next sender begins with that.
+        chain.save(lambda: sent.__setitem__(slice(None), [sender.sent for sender in senders]))  # noqa: B023
+        assert not any(sender.failed for sender in senders)
+        guest.close()
+        guest = chain.guest = chain.restore()
+        guest.machine.start()
+    for index, count in enumerate(sent):
+        taken = partial(guest[index].counter, "MESSAGES", SINT)
+        guest.until(lambda taken=taken, count=count: taken() >= count, "every message comes")  # type: ignore[misc]
+        guest.settle()
+        assert taken() == count
+        guest[index].expect_clean()
+    assert sum(sent) >= rounds
