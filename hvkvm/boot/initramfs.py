@@ -106,10 +106,15 @@ def build(
             raise BootError(f"modules {', '.join(wanted)} need the kernel's lib/modules/VERSION folder")
         pieces.append(_modules(wanted, kernel_modules_dir))
     line = f"exec {shlex.join(command)}" if command else "echo 'hvkvm: a shell; exit ends the guest'\nexec sh"
-    entries = [cpio.regular("command", f"{line}\n".encode(errors="surrogateescape"), 0o755)]
-    entries += [_file(name, source) for name, source in (files or {}).items()]
-    pieces.append(cpio.pack(cpio.with_parents(entries)))
+    pieces.append(pack_files(files or {}, {"command": f"{line}\n".encode(errors="surrogateescape")}))
     return b"".join(pieces)
+
+
+def pack_files(files: Mapping[str, bytes | Path], programs: Mapping[str, bytes] | None = None) -> bytes:
+    """An archive of `files` as `build` takes them and of executable `programs`. BootError."""
+    entries = [cpio.regular(name, data, 0o755) for name, data in (programs or {}).items()]
+    entries += [_file(name, source) for name, source in files.items()]
+    return cpio.pack(cpio.with_parents(entries))
 
 
 def _base(busybox: Path) -> bytes:

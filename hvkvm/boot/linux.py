@@ -16,6 +16,7 @@ Source: Linux Documentation/arch/x86/boot.rst, protocol 2.12 and later.
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 from hvkvm.abi import board
@@ -28,6 +29,7 @@ from hvkvm.errors import BootError
 
 _ENTRY_64 = 0x200  # of the protected-mode part
 _SEED_SIZE = 32
+_SPACE = " \t\n\v\f\r\xa0"  # what isspace() of Linux takes
 
 DEFAULT_ARGUMENTS: tuple[tuple[str, str], ...] = (
     ("console=ttyS0", "COM1 is the only console"),
@@ -55,12 +57,49 @@ def resets_by_triple_fault(cmdline: str) -> str:
     A letter behind "reboot=" or a comma chooses how (reboot_setup() in kernel/reboot.c); the last one counts.
     """
     chosen = ""
-    for word in cmdline.split():
+    for word in _words(cmdline):
         if word.startswith("reboot="):
             for part in word.removeprefix("reboot=").split(","):
                 if part[:1] and part[0] in "baktep":
                     chosen = word if part[0] == "t" else ""
     return chosen
+
+
+def parameter(cmdline: str, wanted: str) -> str | None:
+    """The value of `wanted=` as Linux reads its command line (lib/cmdline.c, next_arg()), or None.
+
+    Words end at white space outside double quotes. A quote in front of a word or of its
+    value is no part of it, nor then one at its end. Of several the last one
+    counts; what stands behind `--` is init's.
+    """
+    found = None
+    # Linux knows bytes, and takes one of UTF-8's for white space.
+    for word in _words(cmdline.encode(errors="surrogateescape").decode("latin-1")):
+        quoted = word.startswith('"')
+        name, equals, value = word[quoted:].partition("=")
+        if name == "--" and not equals:
+            break
+        if value.startswith('"'):
+            value, quoted = value[1:], True
+        if quoted and value.endswith('"'):
+            value = value[:-1]
+        if name == wanted and equals:
+            found = value
+    return found
+
+
+def _words(cmdline: str) -> Iterator[str]:
+    word, quoted = "", False
+    for character in cmdline:
+        if character in _SPACE and not quoted:
+            if word:
+                yield word
+            word = ""
+            continue
+        quoted ^= character == '"'
+        word += character
+    if word:
+        yield word
 
 
 def load_bzimage(

@@ -158,14 +158,17 @@ class GuestImage:
 def initial_ramdisk(config: MachineConfig) -> bytes | Path | None:
     """The user's initrd with an archive behind it that runs the command; a shell where there is neither.
 
-    Nothing is added for a kernel that takes no initramfs, or that was told its root file system.
+    Without a command the init of an initrd, or of the root file system that the kernel was told, keeps
+    its place: files are added to an initrd, and nothing would load modules. ConfigError.
     """
     from hvkvm.boot.image import is_linux
+    from hvkvm.boot.linux import parameter
 
-    wanted = (
-        config.command or config.modules or config.files or not (config.initrd or "root=" in config.append)
-    )
-    if not wanted or not is_linux(config.kernel):
+    told_root = bool(parameter(config.append, "root"))
+    added = bool(config.command or config.modules or config.files)
+    if not added and (config.initrd is not None or told_root):
+        return config.initrd
+    if not is_linux(config.kernel):
         if config.command or config.files:
             raise ConfigError(
                 f"--kernel {config.kernel}: takes no initramfs for a command or files; leave them out"
@@ -173,18 +176,33 @@ def initial_ramdisk(config: MachineConfig) -> bytes | Path | None:
         return config.initrd
     from hvkvm.boot import initramfs
 
-    archive = initramfs.build(
-        config.command or None,
-        busybox=config.busybox or find_busybox(),
-        modules=config.modules,
-        kernel_modules_dir=config.modules_dir,
-        files=dict(config.files),
-    )
+    if not config.command and (config.initrd is not None or told_root):
+        _check_needs_no_command(config)
+        archive = initramfs.pack_files(dict(config.files))
+    else:
+        archive = initramfs.build(
+            config.command or None,
+            busybox=config.busybox or find_busybox(),
+            modules=config.modules,
+            kernel_modules_dir=config.modules_dir,
+            files=dict(config.files),
+        )
     if config.initrd is None:
         return archive
     # The kernel unpacks archives one behind the other; later files win. cpio pads to 512.
     first = config.initrd.read_bytes()
     return first + bytes(-len(first) % 512) + archive
+
+
+def _check_needs_no_command(config: MachineConfig) -> None:
+    """ConfigError for what only a command's init would make use of."""
+    if config.initrd is None:
+        flag, why = ("--module" if config.modules else "--file"), "the file system of root= has its own init"
+    elif config.modules:
+        flag, why = "--module", f"the init of --initrd {config.initrd} loads none of ours"
+    else:
+        return
+    raise ConfigError(f"{flag}: {why}; add a command, such as `-- sh`: our init then takes its place")
 
 
 def find_busybox() -> Path:

@@ -231,3 +231,29 @@ def test_initrd_that_no_memory_could_hold_is_its_own_fault(memory: GuestMemory, 
 def test_recommended_arguments_have_reasons() -> None:
     assert linux.default_cmdline().startswith("console=ttyS0 ")
     assert all(reason for _argument, reason in linux.DEFAULT_ARGUMENTS)
+
+
+@pytest.mark.parametrize(
+    ("cmdline", "root"),
+    [
+        ("", None),
+        ("root=/dev/vda1", "/dev/vda1"),
+        ("quiet root=/dev/vda1 ro", "/dev/vda1"),
+        ("overlayroot=tmpfs", None),
+        ("rd.root=x nfsroot=1.2.3.4:/ xroot=y", None),
+        ("root=/dev/vda1 root=UUID=a=b", "UUID=a=b"),
+        ("root=/dev/vda1 root=", ""),
+        ("root=/dev/vda1 root", "/dev/vda1"),
+        ('root="PARTLABEL=my disk" ro', "PARTLABEL=my disk"),
+        ('"root=PARTLABEL=my disk" ro', "PARTLABEL=my disk"),
+        ('dyndbg="file x root=y" ro', None),
+        ('a" root="b', None),
+        ("root=\tro", ""),
+        ("-- root=/dev/vda1", None),
+        ("root=/dev/vda1 -- root=x", "/dev/vda1"),
+        ("--=x root=y", "y"),
+    ],
+)
+def test_parameters_are_read_as_linux_reads_them(cmdline: str, root: str | None) -> None:
+    """next_arg() of lib/cmdline.c."""
+    assert linux.parameter(cmdline, "root") == root
