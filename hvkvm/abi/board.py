@@ -13,6 +13,8 @@ from __future__ import annotations
 COM1_PORT = 0x3F8
 COM1_SIZE = 8
 COM1_IRQ = 4
+COM_PORTS = ((COM1_PORT, COM1_IRQ), (0x2F8, 3), (0x3E8, 4), (0x2E8, 3))
+"""COM1 to COM4 with their IRQs. A PC's: Linux without ACPI knows them by that, and copes with shared ones."""
 
 CMOS_PORT = 0x70  # index, data
 CMOS_SIZE = 2

@@ -76,10 +76,11 @@ class AcpiTables(NamedTuple):
         return self.address
 
 
-def build(cpus: int, memory_size: int, *, vmbus: bool = True) -> AcpiTables:
+def build(cpus: int, memory_size: int, *, vmbus: bool = True, serial_ports: int = 1) -> AcpiTables:
     """All tables for `cpus` vCPUs (APIC id = index) and `memory_size` bytes of RAM.
 
-    `vmbus` False leaves the VMBus and its MMIO windows out. Raises BootError
+    `vmbus` False leaves the VMBus and its MMIO windows out; there are COM1 and
+    its like, `serial_ports` of them. Raises BootError
     when more CPUs are asked for than the ACPI area can name.
     """
     image = bytearray(_ALIGN)  # room for the RSDP, which is written last
@@ -91,7 +92,7 @@ def build(cpus: int, memory_size: int, *, vmbus: bool = True) -> AcpiTables:
         return address
 
     facs = place(_facs())
-    dsdt = place(_dsdt(memory_size, vmbus=vmbus))
+    dsdt = place(_dsdt(memory_size, vmbus=vmbus, serial_ports=serial_ports))
     fadt = place(_fadt(facs, dsdt))
     madt = place(_madt(cpus))
     xsdt = place(_table(b"XSDT", 1, struct.pack("<QQ", fadt, madt)))
@@ -196,8 +197,8 @@ def _madt(cpus: int) -> bytes:
     return _table(b"APIC", 5, bytes(body))
 
 
-def _dsdt(memory_size: int, *, vmbus: bool) -> bytes:
-    devices = [_com1()]
+def _dsdt(memory_size: int, *, vmbus: bool, serial_ports: int) -> bytes:
+    devices = [_serial(index) for index in range(serial_ports)]
     if vmbus:
         devices.append(_vmbus_module(memory_size))
     sleep_type = aml.integer(board.S5_SLP_TYP)
@@ -208,14 +209,13 @@ def _dsdt(memory_size: int, *, vmbus: bool) -> bytes:
     return _table(b"DSDT", 2, b"".join(terms))
 
 
-def _com1() -> bytes:
-    resources = aml.resource_template(
-        aml.io_ports(board.COM1_PORT, board.COM1_SIZE), aml.irq_no_flags(board.COM1_IRQ)
-    )
+def _serial(index: int) -> bytes:
+    port, irq = board.COM_PORTS[index]
+    resources = aml.resource_template(aml.io_ports(port, board.COM1_SIZE), aml.irq_no_flags(irq))
     return aml.device(
-        "COM1",
+        f"COM{index + 1}",
         aml.name("_HID", aml.eisa_id("PNP0501")),
-        aml.name("_UID", aml.ONE),
+        aml.name("_UID", aml.integer(index + 1)),
         aml.name("_CRS", resources),
     )
 

@@ -15,10 +15,7 @@ from __future__ import annotations
 import struct
 
 from hvkvm.abi.board import GUEST_EXIT_PORT
-
-_LOAD_ADDRESS = 0x400000
-_EHDR_SIZE = 64
-_PHDR_SIZE = 56
+from hvkvm.boot import tiny_elf
 
 SOURCE = """
     mov rdi, [rsp + 16]         # argv[1]
@@ -67,14 +64,5 @@ def code(port: int = GUEST_EXIT_PORT) -> bytes:
 
 
 def program(port: int = GUEST_EXIT_PORT) -> bytes:
-    """The static x86-64 ELF executable: one segment, the headers in it."""
-    text = code(port)
-    size = _EHDR_SIZE + _PHDR_SIZE + len(text)
-    entry = _LOAD_ADDRESS + _EHDR_SIZE + _PHDR_SIZE
-    # Elf64_Ehdr: ET_EXEC, EM_X86_64, entry, program headers behind it, no sections.
-    magic = b"\x7fELF\x02\x01\x01"
-    sizes = (_EHDR_SIZE, _PHDR_SIZE, 1, 0, 0, 0)
-    header = struct.pack("<16sHHIQQQIHHHHHH", magic, 2, 62, 1, entry, _EHDR_SIZE, 0, 0, *sizes)
-    # Elf64_Phdr: PT_LOAD, readable and executable.
-    segment = struct.pack("<IIQQQQQQ", 1, 5, 0, _LOAD_ADDRESS, _LOAD_ADDRESS, size, size, 0x1000)
-    return header + segment + text
+    """The static x86-64 ELF executable."""
+    return tiny_elf.executable(code(port))

@@ -51,6 +51,7 @@ def load(
     cpus: int = 1,
     acpi: bool = True,
     vmbus: bool = True,
+    serial_ports: int = 1,
     kaslr: bool = False,
 ) -> Entry:
     """Load `kernel` into guest RAM and say how vCPU 0 starts it.
@@ -59,7 +60,7 @@ def load(
     multiboot-1 ELF32. `defaults` is put before `cmdline` for every kernel but a
     multiboot one, whose command line is its own program's arguments. `cpus` is
     the number of vCPUs for the ACPI tables, which `acpi` False leaves out, and
-    `vmbus` False leaves the VMBus out of them.
+    `vmbus` False leaves the VMBus out of them, and `serial_ports` are in them.
     `kaslr` has a bzImage decompress itself, which is slower but places the
     kernel at random. Raises BootError.
     """
@@ -74,12 +75,12 @@ def load(
         _write_reset_vector(memory)
         if head.startswith(_ELF_MAGIC):
             image = elf.parse(file)
-            rsdp = _write_acpi(memory, cpus, vmbus=vmbus) if acpi else 0
+            rsdp = _write_acpi(memory, cpus, vmbus=vmbus, serial_ports=serial_ports) if acpi else 0
             return _load_elf(memory, image, head, payload, line, own, rsdp)
         header = bootparams.parse_header(head)
         if header is None:
             raise _not_a_kernel(file, head)
-        rsdp = _write_acpi(memory, cpus, vmbus=vmbus) if acpi else 0
+        rsdp = _write_acpi(memory, cpus, vmbus=vmbus, serial_ports=serial_ports) if acpi else 0
         return linux.load_bzimage(memory, file, header, initrd=payload, cmdline=line, rsdp=rsdp, kaslr=kaslr)
 
 
@@ -98,11 +99,11 @@ def _write_reset_vector(memory: GuestRam) -> None:
         memory.write(board.RESET_VECTOR_ADDRESS, _RESET_VECTOR)
 
 
-def _write_acpi(memory: GuestRam, cpus: int, *, vmbus: bool) -> int:
+def _write_acpi(memory: GuestRam, cpus: int, *, vmbus: bool, serial_ports: int) -> int:
     """Put the tables into RAM; the RSDP's address."""
     if memory.size < board.ACPI_AREA_ADDRESS + board.ACPI_AREA_SIZE:
         return 0  # the loaders refuse so small a machine, in their own words
-    tables = acpi_tables.build(cpus, memory.size, vmbus=vmbus)
+    tables = acpi_tables.build(cpus, memory.size, vmbus=vmbus, serial_ports=serial_ports)
     memory.write(tables.address, tables.image)
     return tables.rsdp
 

@@ -5,9 +5,8 @@ else prepared. Called by the machine and by tests. Pure but for reading files
 and the module cache; any thread.
 
 The guest's init prints `hvkvm: init SECONDS` (its uptime) as its first line,
-loads the modules in order and runs the command in a session whose leader waits
-until the terminal has sent everything, hands the status to the machine (see
-`boot.guest_exit`) and powers off.
+loads the modules in order, runs the command as `boot.guest_scripts` says, hands
+its status to the machine (see `boot.guest_exit`) and powers off.
 """
 
 from __future__ import annotations
@@ -19,54 +18,20 @@ import stat
 import struct
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Literal
 
-from hvkvm.boot import cache, cpio, guest_exit
+from hvkvm.boot import cache, cpio, guest_exit, guest_scripts, guest_vsock
 from hvkvm.boot.kmod import ModuleTree
 from hvkvm.errors import BootError
 
 HYPERV_MODULES = ("hv_vmbus", "hv_utils", "hv_storvsc", "hv_netvsc", "sd_mod")
 """What a stock kernel needs to use the synthetic devices."""
 
-_END = """sync
-guest-exit $status
-poweroff -f
-"""
-INIT = (
-    r"""#!/bin/busybox sh
-/bin/busybox mount -t proc proc /proc
-read -r up idle </proc/uptime
-echo "hvkvm: init $up"
-mount -t sysfs sysfs /sys
-mount -t devtmpfs dev /dev
-mkdir -p /dev/pts /dev/shm
-mount -t devpts devpts /dev/pts
-mount -t tmpfs shm /dev/shm
-for module in /modules/*.ko; do
-	[ -e "$module" ] && { insmod "$module" || echo "hvkvm: ${module##*/} does not load"; }
-done
-ip link set lo up
-export PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin HOME=/root TERM="${TERM:-linux}"
-cd /root
-# A session of its own with the console as its terminal: Ctrl-C then works in there.
-setsid cttyhack /bin/sh /session
-# Come here only if the session was killed: it ends the guest itself.
-status=$?
-"""
-    + _END
-)
+VSOCK_MODULE = "hv_sock"
+"""Linux's AF_VSOCK over VMBus."""
 
-# The leader of the session outlives the command: when a leader dies Linux hangs its terminal up, and drops
-# what the terminal has not sent yet.
-SESSION = (
-    r"""# These signals are the command's: trapped, not ignored, so that it gets them as ever.
-trap : HUP INT QUIT TERM
-/bin/sh /command
-status=$?
-# A shell that was killed leaves another process group in the foreground: wait for the output all the same.
-trap '' TTOU
-"""
-    + _END
-)
+CommandIo = Literal["console", "streams", "terminal"]
+"""Where a command's input and output lead: the console, streams of its own, a terminal of its own."""
 
 _FOLDERS = "bin dev etc mnt modules proc root run sys tmp usr/bin usr/sbin var"
 # busybox's own shell finds its applets by itself; these are for programs and scripts that look on PATH.
@@ -90,22 +55,33 @@ def build(
     modules: Iterable[str] = (),
     kernel_modules_dir: Path | None = None,
     files: Mapping[str, bytes | Path] | None = None,
+    command_io: CommandIo = "console",
+    vsock: bool = False,
+    terminal_type: str | None = None,
 ) -> bytes:
     """The initramfs that runs `command`, or an interactive shell when it is None or empty.
 
     `modules` are loaded in order with all they depend on, out of
     `kernel_modules_dir` (lib/modules/<version>, or an unpacked kernel package).
     `files` puts more files in, by absolute guest path; a Path keeps its mode, so
-    programs stay executable. Raises BootError for a busybox that is not static, a
+    programs stay executable. `command_io` says where a command's streams lead (see
+    `boot.guest_scripts`); `vsock` that the host listens for them on vsock too: then
+    VSOCK_MODULE is loaded, if the kernel has it. `terminal_type` is TERM of a command
+    with a terminal of its own. Raises BootError for a busybox that is not static, a
     module that is not there, modules without a folder, a file that cannot be read.
     """
+    if not command:
+        command_io = "console"
     wanted = tuple(modules)
-    pieces = [_base(busybox)]
-    if wanted:
+    optional = (VSOCK_MODULE,) if vsock and command_io == "streams" and kernel_modules_dir is not None else ()
+    pieces = [_base(busybox, _scripts(command_io, vsock=vsock))]
+    if wanted or optional:
         if kernel_modules_dir is None:
             raise BootError(f"modules {', '.join(wanted)} need the kernel's lib/modules/VERSION folder")
-        pieces.append(_modules(wanted, kernel_modules_dir))
+        pieces.append(_modules(wanted, optional, kernel_modules_dir))
     line = f"exec {shlex.join(command)}" if command else "echo 'hvkvm: a shell; exit ends the guest'\nexec sh"
+    if command_io == "terminal" and terminal_type:
+        line = f"export TERM={shlex.quote(terminal_type)}\n{line}"
     pieces.append(pack_files(files or {}, {"command": f"{line}\n".encode(errors="surrogateescape")}))
     return b"".join(pieces)
 
@@ -117,7 +93,24 @@ def pack_files(files: Mapping[str, bytes | Path], programs: Mapping[str, bytes] 
     return cpio.pack(cpio.with_parents(entries))
 
 
-def _base(busybox: Path) -> bytes:
+def _scripts(command_io: CommandIo, *, vsock: bool) -> dict[str, str]:
+    """The init and what it runs, by their guest paths."""
+    if command_io == "console":
+        return {"init": guest_scripts.CONSOLE_INIT, "session": guest_scripts.CONSOLE_SESSION}
+    if command_io == "terminal":
+        return {
+            "init": guest_scripts.SERIAL_INIT,
+            "session": guest_scripts.TERMINAL_SESSION,
+            "terminal": guest_scripts.TERMINAL,
+        }
+    return {
+        "init": guest_scripts.VSOCK_INIT if vsock else guest_scripts.SERIAL_INIT,
+        "session": guest_scripts.STREAM_SESSION,
+        "launch": guest_scripts.LAUNCH,
+    }
+
+
+def _base(busybox: Path, scripts: Mapping[str, str]) -> bytes:
     program = _read(busybox)
     if not is_static_elf(program):
         raise BootError(f"{busybox}: not a static 64-bit program; the busybox-static package has one")
@@ -126,9 +119,9 @@ def _base(busybox: Path) -> bytes:
     entries.append(cpio.char_device("dev/console", 5, 1))
     entries.append(cpio.regular("bin/busybox", program, 0o755))
     entries.append(cpio.regular("bin/guest-exit", guest_exit.program(), 0o755))
+    entries.append(cpio.regular("bin/guest-vsock", guest_vsock.program(), 0o755))
     entries += [cpio.symlink(f"bin/{name}", "busybox") for name in _APPLETS.split()]
-    entries.append(cpio.regular("init", INIT.encode(), 0o755))
-    entries.append(cpio.regular("session", SESSION.encode(), 0o755))
+    entries += [cpio.regular(name, text.encode(), 0o755) for name, text in scripts.items()]
     return cpio.pack(cpio.with_parents(entries))
 
 
@@ -158,18 +151,18 @@ def is_static_elf(program: bytes) -> bool:
     return _PT_INTERP not in kinds
 
 
-def _modules(wanted: tuple[str, ...], folder: Path) -> bytes:
+def _modules(wanted: tuple[str, ...], optional: tuple[str, ...], folder: Path) -> bytes:
     """The archive of the modules in load order, from the cache while none of their files has changed."""
     import hashlib
     import json
 
-    recipe = "\0".join((os.path.realpath(folder), *wanted))
+    recipe = "\0".join((os.path.realpath(folder), *wanted, *(f"{name}?" for name in optional)))
     key = hashlib.sha256(recipe.encode(errors="surrogateescape")).hexdigest()[:32]
     kept = cache.root() / "modules" / key
     piece = _cached_modules(kept)
     if piece is not None:
         return piece
-    loaded = ModuleTree(folder).closure(wanted)
+    loaded = ModuleTree(folder).closure(wanted, optional=optional)
     piece = cpio.pack(cpio.regular(f"modules/{n:03}-{m.name}.ko", m.data) for n, m in enumerate(loaded))
     marks = [_mark(module.path) for module in loaded]
     # A cache that cannot be written costs time at the next boot, no more.

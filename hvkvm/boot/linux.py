@@ -46,9 +46,12 @@ RTC switches (the FADT already says that those are not there).
 """
 
 
-def default_cmdline() -> str:
-    """DEFAULT_ARGUMENTS as one string."""
-    return " ".join(argument for argument, _reason in DEFAULT_ARGUMENTS)
+def default_cmdline(serial_ports: int = 1) -> str:
+    """DEFAULT_ARGUMENTS as one string, for so many serial ports."""
+    words = [argument for argument, _reason in DEFAULT_ARGUMENTS]
+    if serial_ports > 1:
+        words.append(f"8250.nr_uarts={serial_ports}")  # the last one wins
+    return " ".join(words)
 
 
 def resets_by_triple_fault(cmdline: str) -> str:

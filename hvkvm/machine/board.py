@@ -60,6 +60,8 @@ class Board:
         self.tail = ConsoleTail()
         """The guest's last console lines."""
         self.on_first_output: Callable[[], None] | None = None
+        self.on_reset: Callable[[], object] | None = None
+        """Called when the devices are reset. vCPUs paused."""
         self._sink: Callable[[bytes], object] | None = None
         self.testdev: HypervTestdev | None = None
         self.ports = PortBus(platform.observer)
@@ -68,12 +70,16 @@ class Board:
         for vcpu in platform.vcpus:
             stack.callback(self.ports.forget, vcpu)
         self._add_serial(platform, stack)
+        self.command_ports: list[Serial16550] = []
+        """COM2 to COM4, where a command's streams may need them (see `abi.guest_command`)."""
+        self._add_command_ports(platform, stack)
         self._add_chipset(platform, lifecycle, stack)
 
     def _add_serial(self, platform: Platform, stack: ExitStack) -> None:
         irqfd = Irqfd(platform.vm, board.COM1_IRQ)
         stack.callback(irqfd.close)
-        self.serial = Serial16550(IrqfdLine(irqfd), self._output, platform.io)
+        self._com1_line = IrqfdLine(irqfd)
+        self.serial = Serial16550(self._com1_line, self._output, platform.io)
         self._coalesced: CoalescedSerial | None = None
         try:
             self._coalesced = CoalescedSerial(self.serial, platform.vcpus[0], platform.io)
@@ -81,6 +87,18 @@ class Board:
             stack.callback(self._coalesced.close)
         except CapabilityMissing:
             self.serial.attach(self.ports)
+
+    def _add_command_ports(self, platform: Platform, stack: ExitStack) -> None:
+        """No coalescing: KVM has one ring for all of them, and COM1 is its only reader."""
+        lines = {board.COM1_IRQ: self._com1_line}
+        for port, irq in board.COM_PORTS[1 : platform.config.serial_ports]:
+            if irq not in lines:
+                irqfd = Irqfd(platform.vm, irq)
+                stack.callback(irqfd.close)
+                lines[irq] = IrqfdLine(irqfd)
+            serial = Serial16550(lines[irq], lambda _data: None, platform.io)
+            serial.attach(self.ports, port)
+            self.command_ports.append(serial)
 
     def _add_chipset(self, platform: Platform, lifecycle: Lifecycle, stack: ExitStack) -> None:
         def reset() -> None:
@@ -125,18 +143,33 @@ class Board:
         console.connect(self.serial)
         self._sink = console.output.write
 
+    def attach_terminal(self, console: Console) -> None:
+        """Give `console` the serial port that is a command's terminal. Before `Machine.start`."""
+        serial = self.command_ports[0]
+        console.connect(serial)
+
+        def show(data: bytes) -> None:
+            self.note_output()
+            console.write(data)
+
+        serial.output.sink = show
+
     def attach_sink(self, sink: Callable[[bytes], object]) -> None:
         """Give the UART's output to `sink(data)`, on the I/O loop. Before `Machine.start`."""
         self._sink = sink
 
     def _output(self, data: bytes) -> None:
         """The UART's sink: the I/O loop, or the stopping thread at the end."""
-        if self.on_first_output is not None:
-            self.on_first_output()
-            self.on_first_output = None
         self.tail.add(data)
         if self._sink is not None:
+            self.note_output()
             self._sink(data)
+
+    def note_output(self) -> None:
+        """The guest's first word that anybody is shown has come. The I/O loop."""
+        first, self.on_first_output = self.on_first_output, None
+        if first is not None:
+            first()
 
     @property
     def guest_listens(self) -> bool:
@@ -160,7 +193,8 @@ class Board:
         """Take what the guest printed last out of KVM's ring and the UART. The I/O loop, or after its end."""
         if self._coalesced is not None:
             self._coalesced.drain()
-        self.serial.output.flush(even_if_held=True)
+        for serial in (self.serial, *self.command_ports):
+            serial.output.flush(even_if_held=True)
 
     def start(self) -> None:
         """See `Part.start`."""
@@ -210,3 +244,8 @@ class Board:
             self._coalesced.reset()
         else:
             self.serial.reset()
+        for serial in self.command_ports:
+            serial.reset()
+            serial.drop_input()  # an answer to a question of the life before
+        if self.on_reset is not None:
+            self.on_reset()

@@ -8,6 +8,7 @@ each step pushes its undoing on the stack.
 from __future__ import annotations
 
 import errno
+import os
 from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -147,9 +148,10 @@ class GuestImage:
             self._config.kernel,
             initrd=self._initrd,
             cmdline=self._config.append,
-            defaults=default_cmdline(),
+            defaults=default_cmdline(self._config.serial_ports),
             cpus=self._config.cpus,
             acpi=self._config.acpi,
+            serial_ports=self._config.serial_ports,
         )
         entry.apply(vcpu)
         return entry.what
@@ -186,6 +188,9 @@ def initial_ramdisk(config: MachineConfig) -> bytes | Path | None:
             modules=config.modules,
             kernel_modules_dir=config.modules_dir,
             files=dict(config.files),
+            command_io=config.command_io,
+            vsock=config.vmbus == "on",
+            terminal_type=os.environ.get("TERM"),
         )
     if config.initrd is None:
         return archive

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
+from hvkvm.abi.guest_command import SERIAL_PORTS
 from hvkvm.abi.vmbus import HOST_VERSIONS, version_text
 from hvkvm.errors import ConfigError
 
@@ -24,6 +25,7 @@ KNOWN_DEVICES = ("hyperv-testdev",)
 SYNIC_CHOICES = ("auto", "kernel", "user")
 SIGNAL_CHOICES = ("auto", "kernel", "user")
 VMBUS_CHOICES = ("on", "off")
+COMMAND_IO_CHOICES = ("console", "streams", "terminal")
 MAX_NAME = 48
 """Characters of a VM's name: its socket's path must stay short."""
 VMBUS_VERSIONS = tuple(map(version_text, HOST_VERSIONS))
@@ -54,7 +56,9 @@ class MachineConfig(NamedTuple):
     ("host-model", "passthrough", "none" or a list), `cpu` the features to hide from the guest
     ("host" or "host,-cx16,..."). `command` is run inside
     the guest by an initramfs built for it, with `files` in it: pairs of a guest
-    path and a file of this host. `vsock` is the Unix socket through which
+    path and a file of this host. `command_io` says where its input and output lead: to
+    the console, to streams of their own (`machine.command`) or to a terminal of its own;
+    `hvkvm run` chooses that by itself. `vsock` is the Unix socket through which
     host programs reach the guest's AF_VSOCK ports. `control` is "off", "auto" or the
     path of the control socket, `name` what `hvkvm ctl --vm` calls the machine ("":
     hvkvm-PID). `signal_path` chooses who answers HvSignalEvent: KVM_HYPERV_EVENTFD or
@@ -82,6 +86,7 @@ class MachineConfig(NamedTuple):
     timeout: float | None = None
     kvm_path: str = "/dev/kvm"
     command: tuple[str, ...] = ()
+    command_io: Literal["console", "streams", "terminal"] = "console"
     modules_dir: Path | None = None
     modules: tuple[str, ...] = ()
     busybox: Path | None = None
@@ -122,6 +127,10 @@ class MachineConfig(NamedTuple):
             )
         if self.vmbus not in VMBUS_CHOICES:
             raise ConfigError(f"--vmbus {self.vmbus}: unknown; choose {', '.join(VMBUS_CHOICES)}")
+        if self.command_io not in COMMAND_IO_CHOICES:
+            raise ConfigError(
+                f"config key command_io: {self.command_io} unknown; choose {', '.join(COMMAND_IO_CHOICES)}"
+            )
         if self.vmbus_max_version not in VMBUS_VERSIONS:
             raise ConfigError(
                 f"--vmbus-max-version {self.vmbus_max_version}: unknown; choose {', '.join(VMBUS_VERSIONS)}"
@@ -179,6 +188,11 @@ class MachineConfig(NamedTuple):
             )
         if self.modules and self.modules_dir is None:
             raise ConfigError("--module: needs --modules-dir, the kernel's lib/modules/VERSION folder")
+
+    @property
+    def serial_ports(self) -> int:
+        """How many serial ports the machine has: COM1, and those that a command's streams may need."""
+        return 1 + (SERIAL_PORTS if self.command and self.command_io != "console" else 0)
 
     @classmethod
     def from_mapping(cls, values: Mapping[str, Any]) -> MachineConfig:

@@ -22,8 +22,10 @@ MIB = 1 << 20
 class Tables:
     """Follows the pointers as a guest does."""
 
-    def __init__(self, cpus: int = 2, memory: int = 512 * MIB, *, vmbus: bool = True) -> None:
-        self.built = acpi.build(cpus, memory, vmbus=vmbus)
+    def __init__(
+        self, cpus: int = 2, memory: int = 512 * MIB, *, vmbus: bool = True, serial_ports: int = 1
+    ) -> None:
+        self.built = acpi.build(cpus, memory, vmbus=vmbus, serial_ports=serial_ports)
         self.rsdp = self.bytes_at(self.built.rsdp, 36)
         self.xsdt = self.table(struct.unpack_from("<Q", self.rsdp, 24)[0])
         pointers = struct.unpack(f"<{(len(self.xsdt) - 36) // 8}Q", self.xsdt[36:])
@@ -132,6 +134,17 @@ def test_dsdt_without_vmbus_has_no_bus_and_no_windows() -> None:
     assert b"VMBS" not in dsdt
     assert b"VMOD" not in dsdt
     assert b"COM1" in dsdt
+    assert b"COM2" not in dsdt
+
+
+def test_more_serial_ports_are_in_the_dsdt_where_a_pc_has_them(tmp_path: Path) -> None:
+    (tmp_path / "DSDT.dat").write_bytes(Tables(serial_ports=4).by_name["DSDT"])
+    iasl(tmp_path, "-d", "DSDT.dat")
+    text = (tmp_path / "DSDT.dsl").read_text()
+    ports = [text[text.index(f"Device (COM{number})") :] for number in (1, 2, 3, 4)]
+    for found, (port, irq) in zip(ports, board.COM_PORTS, strict=True):
+        assert f"0x{port:04X}," in found.split("Device (", 2)[1]
+        assert f"{{{irq}}}" in found.split("Device (", 2)[1]
 
 
 def iasl(folder: Path, *arguments: str) -> str:

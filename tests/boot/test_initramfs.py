@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import subprocess
 from collections.abc import Callable
@@ -11,8 +12,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from hvkvm.abi import guest_command
 from hvkvm.abi.board import GUEST_EXIT_PORT
-from hvkvm.boot import guest_exit, initramfs
+from hvkvm.boot import guest_exit, guest_scripts, guest_vsock, initramfs
 from hvkvm.boot.kmod import ModuleTree
 from hvkvm.errors import BootError
 
@@ -143,10 +145,54 @@ def test_elf_check_survives_anything(data: bytes) -> None:
     assert initramfs.is_static_elf(b"\x7fELF\x02\x01" + data) in (True, False)
 
 
-def test_init_is_a_valid_script_and_says_the_marker_first() -> None:
-    subprocess.run(["sh", "-n"], input=initramfs.INIT, text=True, check=True)
-    said = [line for line in initramfs.INIT.splitlines() if "echo" in line]
+SCRIPTS = {name: text for name, text in vars(guest_scripts).items() if name.isupper() and name[0] != "_"}
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_every_script_is_one(name: str) -> None:
+    subprocess.run(["sh", "-n"], input=SCRIPTS[name], text=True, check=True)
+
+
+@pytest.mark.parametrize("name", [name for name in SCRIPTS if name.endswith("INIT")])
+def test_every_init_says_the_marker_first(name: str) -> None:
+    said = [line for line in SCRIPTS[name].splitlines() if "echo" in line]
     assert said[0] == 'echo "hvkvm: init $up"'
+
+
+@needs_cpio
+@pytest.mark.parametrize("command_io", ["streams", "terminal"])
+def test_a_command_with_streams_brings_the_scripts_for_them(
+    tmp_path: Path, busybox: Path, command_io: initramfs.CommandIo
+) -> None:
+    image = initramfs.build(["true"], busybox=busybox, command_io=command_io, terminal_type="screen")
+    root = unpack(image, tmp_path / "root")
+    named = {"streams": ("init", "session", "launch"), "terminal": ("init", "session", "terminal")}[
+        command_io
+    ]
+    assert all(os.access(root / name, os.X_OK) for name in (*named, "bin/guest-vsock"))
+    assert ("export TERM=screen" in (root / "command").read_text()) is (command_io == "terminal")
+    assert "vsock" not in (root / "init").read_text().replace("neither vsock", "")
+
+
+@needs_cpio
+@pytest.mark.parametrize(("modules", "taken"), [({"a": []}, []), ({"hv_sock": []}, ["000-hv_sock.ko"])])
+def test_vsock_is_tried_where_the_host_listens_and_its_module_taken_along_if_there_is_one(
+    tmp_path: Path,
+    busybox: Path,
+    make_tree: Callable[..., ModuleTree],
+    modules: dict[str, list[str]],
+    taken: list[str],
+) -> None:
+    image = initramfs.build(
+        ["true"],
+        busybox=busybox,
+        kernel_modules_dir=make_tree(modules).root,
+        command_io="streams",
+        vsock=True,
+    )
+    root = unpack(image, tmp_path / "root")
+    assert f"guest-vsock {guest_command.VSOCK_CONTROL} 3" in (root / "init").read_text()
+    assert [path.name for path in root.glob("modules/*")] == taken
 
 
 @pytest.mark.skipif(shutil.which("as") is None, reason="the GNU assembler is not installed")
@@ -157,3 +203,22 @@ def test_guest_exit_is_what_its_source_says(tmp_path: Path) -> None:
         ["objcopy", "-O", "binary", "-j", ".text", tmp_path / "x.o", tmp_path / "x.bin"], check=True
     )
     assert (tmp_path / "x.bin").read_bytes() == guest_exit.code()
+
+
+@pytest.mark.skipif(shutil.which("as") is None, reason="the GNU assembler is not installed")
+def test_guest_vsock_is_what_its_source_says(tmp_path: Path) -> None:
+    text = ".intel_syntax noprefix\n.code64\n" + guest_vsock.SOURCE
+    subprocess.run(["as", "-o", tmp_path / "x.o", "-"], input=text, text=True, check=True)
+    subprocess.run(
+        ["objcopy", "-O", "binary", "-j", ".text", tmp_path / "x.o", tmp_path / "x.bin"], check=True
+    )
+    assert (tmp_path / "x.bin").read_bytes() == guest_vsock.code()
+
+
+def test_guest_vsock_says_when_it_cannot_connect(tmp_path: Path) -> None:
+    """A host has nobody at this port of its own hypervisor, if it has one."""
+    program = tmp_path / "guest-vsock"
+    program.write_bytes(guest_vsock.program())
+    program.chmod(0o755)
+    done = subprocess.run([program, "1752591103", "1", "/bin/true"], timeout=60, check=False)
+    assert done.returncode == guest_vsock.CANNOT_CONNECT

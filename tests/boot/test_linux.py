@@ -257,3 +257,8 @@ def test_recommended_arguments_have_reasons() -> None:
 def test_parameters_are_read_as_linux_reads_them(cmdline: str, root: str | None) -> None:
     """next_arg() of lib/cmdline.c."""
     assert linux.parameter(cmdline, "root") == root
+
+
+def test_more_serial_ports_are_told_last() -> None:
+    assert linux.parameter(linux.default_cmdline(), "8250.nr_uarts") == "1"
+    assert linux.parameter(linux.default_cmdline(4), "8250.nr_uarts") == "4"

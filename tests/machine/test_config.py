@@ -55,6 +55,7 @@ def test_a_size_is_a_number_or_one_clear_line(text: str) -> None:
         ({"kernel": Path("/")}, ("--kernel /", "directory")),
         ({"modules": ("hv_vmbus",)}, ("--module", "--modules-dir")),
         ({"vmbus_max_version": "7.1"}, ("--vmbus-max-version 7.1", "2.4", "6.0")),
+        ({"command_io": "socket"}, ("command_io", "console, streams, terminal")),
         ({"vsock": Path("/tmp/guest.vsock")}, ("--vsock /tmp/guest.vsock", "--vmbus on")),
         ({"files": (("root/x", Path("/dev/null")),)}, ("--file root/x", "absolute")),
         ({"files": (("/a/../x", Path("/dev/null")),)}, ("--file /a/../x", "absolute")),

@@ -446,6 +446,13 @@ class Serial16550:
             self._breaks.pop()
             return False
 
+    def drop_input(self) -> None:
+        """Forget input that the guest has not read. Any thread."""
+        with self._lock:
+            self._wire.clear()
+            self._breaks.clear()
+            self._tell_feeder()
+
     def feed(self, data: bytes) -> int:
         """Offer input; the number of bytes taken. After a short answer wait for `on_rx_room`. Any thread."""
         with self._lock:

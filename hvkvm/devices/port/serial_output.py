@@ -56,7 +56,8 @@ class OutputBatch:
     def __init__(
         self, sink: Callable[[bytes], object], io: IoLoop, *, on_room: Callable[[], None] | None = None
     ) -> None:
-        self._sink = sink
+        self.sink = sink
+        """May be changed before the guest runs."""
         self._io = io
         self._on_room = on_room
         self._lock = threading.Lock()
@@ -135,7 +136,7 @@ class OutputBatch:
             self._left_at = monotonic()
             if size >= TX_LIMIT and self._on_room is not None:
                 self._on_room()
-            self._sink(data)
+            self.sink(data)
 
     def hold(self, held: bool) -> None:
         """Stop (True) or resume (False) giving output to the sink. Any thread, the sink itself too."""

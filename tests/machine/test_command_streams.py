@@ -1,0 +1,429 @@
+"""The host's end of a command's streams, against a guest that is a program of this process."""
+
+from __future__ import annotations
+
+import os
+import queue
+import socket
+import threading
+import zlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from time import monotonic, sleep
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from hvkvm.abi import guest_command as abi
+from hvkvm.backends.host_input import HostInput
+from hvkvm.backends.output import HIGH_WATER, Output
+from hvkvm.devices.port.irq_line import UnconnectedLine
+from hvkvm.devices.port.serial import Serial16550
+from hvkvm.machine import command
+from hvkvm.machine.command import Command
+from hvkvm.machine.command_serial import CommandSerial
+from hvkvm.machine.command_vsock import CommandVsock
+from hvkvm.machine.command_way import Lines
+from hvkvm.runtime.io_loop import IoLoop
+
+SECONDS = 30.0
+MIB = 1 << 20
+
+
+@given(st.lists(st.binary(max_size=100).map(lambda data: data.replace(b"\n", b"")), max_size=8), st.data())
+def test_lines_come_whole_however_they_are_cut_and_long_ones_never(lines: list[bytes], data) -> None:
+    stream = b"".join(line + b"\n" for line in lines)
+    got: list[bytes] = []
+    taker = Lines(got.append)
+    while stream:
+        size = data.draw(st.integers(1, len(stream)))
+        taker.add(stream[:size])
+        stream = stream[size:]
+    assert got == [line for line in lines if len(line) < abi.MAX_LINE_BYTES]
+
+
+def test_a_line_without_an_end_is_not_kept() -> None:
+    got: list[bytes] = []
+    taker = Lines(got.append)
+    for _ in range(1000):
+        taker.add(bytes(1000))
+    assert len(taker._open) <= abi.MAX_LINE_BYTES + 1
+    taker.add(b"\nready\n")
+    assert got == [b"ready"]
+
+
+@pytest.fixture
+def io() -> Iterator[IoLoop]:
+    faults: list[BaseException] = []
+    loop = IoLoop(on_fault=faults.append)
+    loop.start()
+    yield loop
+    loop.stop()
+    assert not faults
+
+
+def wait_until(happened: Callable[[], object]) -> None:
+    end = monotonic() + SECONDS
+    while not happened():
+        assert monotonic() < end
+        sleep(0.005)
+
+
+class FakeVsock:
+    """Where the guest's programs connect."""
+
+    def __init__(self, io: IoLoop) -> None:
+        self._io = io
+        self.listeners: dict[int, Callable[[socket.socket], object]] = {}
+
+    def listen(self, port: int, callback: Callable[[socket.socket], object]) -> None:
+        self.listeners[port] = callback
+
+    def unlisten(self, port: int) -> None:
+        self.listeners.pop(port, None)
+
+    def connect(self, port: int) -> socket.socket:
+        ours, theirs = socket.socketpair()
+        self._io.call_soon(self.listeners[port], theirs)
+        return ours
+
+
+class Streams:
+    """A CommandVsock between pipes of ours and connections of a guest's."""
+
+    def __init__(self, io: IoLoop, source: int | None = None) -> None:
+        self.io = io
+        self.vsock = FakeVsock(io)
+        self.lines: queue.Queue[bytes] = queue.Queue()
+        self.taken = {"out": bytearray(), "err": bytearray()}
+        self.source = HostInput(source, io)
+        self.way = CommandVsock(io, self.vsock, self.source, self.took, self.lines.put)
+
+    def took(self, name: str, data: bytes) -> None:
+        self.taken[name] += data
+
+    def close(self) -> None:
+        self.io.stop()
+        self.way.close()
+        self.source.close()
+        assert not self.vsock.listeners
+
+
+@pytest.fixture
+def streams(io: IoLoop) -> Iterator[Callable[..., Streams]]:
+    made: list[Streams] = []
+
+    def make(source: int | None = None) -> Streams:
+        made.append(Streams(io, source))
+        return made[-1]
+
+    yield make
+    for each in made:
+        each.close()
+
+
+def test_input_and_both_outputs_are_byte_exact(streams, tmp_path: Path) -> None:
+    data = os.urandom(MIB) * 8
+    (tmp_path / "in").write_bytes(data)
+    with (tmp_path / "in").open("rb") as file:
+        host = streams(file.fileno())
+        guest = {port: host.vsock.connect(port) for port in host.vsock.listeners}
+
+        def echo() -> None:
+            while piece := guest[abi.VSOCK_INPUT].recv(100_000):
+                guest[abi.VSOCK_OUTPUT].sendall(piece)
+                guest[abi.VSOCK_ERROR].sendall(piece[:100])
+            guest[abi.VSOCK_OUTPUT].close()
+            guest[abi.VSOCK_ERROR].close()
+
+        thread = threading.Thread(target=echo)
+        thread.start()
+        done = threading.Event()
+        thread.join(SECONDS)
+        host.io.call_soon(lambda: host.way.take_rest(done.set, until_end=True))
+        assert done.wait(SECONDS)
+        assert zlib.crc32(host.taken["out"]) == zlib.crc32(data)
+        assert host.taken["err"]
+
+
+def test_a_guest_that_does_not_read_holds_the_input_up(streams) -> None:
+    reading, writing = os.pipe()
+    os.set_blocking(writing, False)
+    host = streams(reading)
+    guest = host.vsock.connect(abi.VSOCK_INPUT)
+    sent, quiet = 0, 0
+    while quiet < 20:  # the pipe stays full for as long as nobody reads
+        try:
+            sent += os.write(writing, bytes(65536))
+            quiet = 0
+        except BlockingIOError:
+            quiet += 1
+            sleep(0.01)
+    assert sent < 2 * MIB
+    os.close(writing)
+    got = 0
+    while piece := guest.recv(MIB):
+        got += len(piece)
+    assert got == sent
+    os.close(reading)
+
+
+def test_a_command_that_closes_its_input_is_not_waited_for(streams) -> None:
+    host = streams(os.open("/dev/zero", os.O_RDONLY))
+    guest = host.vsock.connect(abi.VSOCK_INPUT)
+    assert guest.recv(10) == bytes(10)
+    guest.close()
+    wait_until(lambda: host.way._streams[abi.VSOCK_INPUT].sock is None)
+    os.close(0 if host.source._fd is None else host.source._fd)
+
+
+def test_held_output_waits_with_the_guest(streams) -> None:
+    host = streams()
+    guest = host.vsock.connect(abi.VSOCK_OUTPUT)
+    other = host.vsock.connect(abi.VSOCK_ERROR)
+    host.way.hold("out", True)
+    guest.setblocking(False)
+    sent, quiet = 0, 0
+    while quiet < 20:
+        try:
+            sent += guest.send(bytes(65536))
+            quiet = 0
+        except BlockingIOError:
+            quiet += 1
+            sleep(0.01)
+    assert sent < 2 * MIB
+    assert not host.taken["out"]
+    other.sendall(b"not held")
+    wait_until(lambda: host.taken["err"] == b"not held")
+    host.way.hold("out", False)
+    wait_until(lambda: len(host.taken["out"]) == sent)
+
+
+def test_the_rest_is_taken_although_it_is_held(streams) -> None:
+    host = streams()
+    guest = host.vsock.connect(abi.VSOCK_OUTPUT)
+    host.way.hold("out", True)
+    guest.sendall(b"last words")
+    guest.close()
+    done = threading.Event()
+    host.io.call_soon(lambda: host.way.take_rest(done.set, until_end=True))
+    assert done.wait(SECONDS)
+    assert host.taken["out"] == b"last words"
+
+
+def test_the_rest_of_a_guest_that_died_is_what_has_come(streams) -> None:
+    host = streams()
+    guest = host.vsock.connect(abi.VSOCK_OUTPUT)
+    host.way.hold("out", True)
+    guest.sendall(b"last words")
+    done = threading.Event()
+    host.io.call_soon(lambda: host.way.take_rest(done.set, until_end=False))
+    assert done.wait(SECONDS), "it waits for an end that will not come"
+    assert host.taken["out"] == b"last words"
+
+
+def test_control_goes_both_ways_and_a_guest_that_starts_anew_is_served(streams) -> None:
+    reading, writing = os.pipe()
+    host = streams(reading)
+    first = host.vsock.connect(abi.VSOCK_CONTROL)
+    first.sendall(b"read")
+    first.sendall(b"y\nsignaled\nrea")
+    assert [host.lines.get(timeout=SECONDS) for _ in range(2)] == [b"ready", b"signaled"]
+    host.io.call_soon(host.way.send_control, b"signal INT\n")
+    assert first.recv(100) == b"signal INT\n"
+    host.io.call_soon(host.way.reset)
+    assert first.recv(100) == b""
+    second = host.vsock.connect(abi.VSOCK_CONTROL)
+    second.sendall(b"ready\n")
+    assert host.lines.get(timeout=SECONDS) == b"ready"
+    guest = host.vsock.connect(abi.VSOCK_INPUT)
+    os.write(writing, b"for the second")
+    assert guest.recv(100) == b"for the second"
+    os.close(writing)
+    assert guest.recv(100) == b""
+    os.close(reading)
+
+
+def test_a_reader_who_is_slow_gets_everything(io: IoLoop) -> None:
+    """Output holds the guest up, and lets it go on."""
+    reading, writing = os.pipe()
+    output = Output(writing, io)
+    taken = bytearray()
+    data = os.urandom(MIB) * 3
+    vsock, source = FakeVsock(io), HostInput(None, io)
+    way = CommandVsock(io, vsock, source, lambda _name, piece: output.write(piece), lambda _line: None)
+    output.on_congestion = lambda held: way.hold("out", held)
+    guest = vsock.connect(abi.VSOCK_OUTPUT)
+    thread = threading.Thread(target=lambda: (guest.sendall(data), guest.close()))
+    thread.start()
+    wait_until(lambda: output.waiting > HIGH_WATER)
+    sleep(0.2)
+    assert output.waiting < 2 * HIGH_WATER
+    while len(taken) < len(data):
+        taken += os.read(reading, 65536)
+    assert bytes(taken) == data
+    thread.join(SECONDS)
+    assert output.lost == 0
+    io.stop()
+    way.close()
+    output.close()
+    for fd in (reading, writing):
+        os.close(fd)
+
+
+class SerialGuest:
+    """A guest that reads and writes three UARTs as a polling driver would."""
+
+    def __init__(self, io: IoLoop, source: int | None) -> None:
+        self.io = io
+        self.ports = [Serial16550(UnconnectedLine(), lambda _data: None, io) for _ in range(3)]
+        for port in self.ports:
+            port.write(2, 1, 0x01)
+        self.taken = {"out": bytearray(), "err": bytearray()}
+        self.lines: queue.Queue[bytes] = queue.Queue()
+        self.source = HostInput(source, io)
+        self.way = CommandSerial(self.ports, self.source, self.took, self.lines.put)
+
+    def took(self, name: str, data: bytes) -> None:
+        self.taken[name] += data
+
+    def read(self, port: int, size: int) -> bytes:
+        got = b""
+        end = monotonic() + SECONDS
+        while len(got) < size:
+            if self.ports[port].read(5, 1) & 1:
+                got += bytes([self.ports[port].read(0, 1)])
+            else:
+                assert monotonic() < end, got
+        return got
+
+    def read_line(self, port: int) -> bytes:
+        line = b""
+        while not line.endswith(b"\n"):
+            line += self.read(port, 1)
+        return line
+
+    def write(self, port: int, data: bytes) -> None:
+        for value in data:
+            while not self.ports[port].read(5, 1) & 0x20:
+                pass
+            self.ports[port].write(0, 1, value)
+
+    def ask(self) -> bytes:
+        self.write(2, b"input\n")
+        return self.read(0, int(self.read_line(0)))
+
+
+@pytest.fixture
+def serial_guest(io: IoLoop) -> Iterator[Callable[..., SerialGuest]]:
+    made: list[SerialGuest] = []
+
+    def make(source: int | None = None) -> SerialGuest:
+        made.append(SerialGuest(io, source))
+        return made[-1]
+
+    yield make
+    io.stop()
+    for each in made:
+        each.way.close()
+        each.source.close()
+
+
+def test_serial_input_comes_when_it_is_asked_for_and_every_byte_of_it(serial_guest, tmp_path: Path) -> None:
+    data = bytes(range(256)) * 20 + b"\n0\n0\n"
+    (tmp_path / "in").write_bytes(data)
+    with (tmp_path / "in").open("rb") as file:
+        guest = serial_guest(file.fileno())
+        sleep(0.05)
+        assert not guest.ports[0].read(5, 1) & 1, "something came that nobody asked for"
+        pieces = []
+        while piece := guest.ask():
+            pieces.append(piece)
+        assert b"".join(pieces) == data
+        assert guest.ask() == b""
+
+
+def test_serial_output_is_byte_exact_and_apart(serial_guest) -> None:
+    guest = serial_guest()
+    data = bytes(range(256)) * 8
+    guest.write(0, data)
+    guest.write(1, data[::-1])
+    wait_until(lambda: guest.taken == {"out": data, "err": data[::-1]})
+
+
+def test_serial_control(serial_guest) -> None:
+    guest = serial_guest()
+    guest.io.call_soon(guest.way.send_control, b"signal INT\n")  # nobody is connected yet
+    guest.write(2, b"ready\n")
+    assert guest.lines.get(timeout=SECONDS) == b"ready"
+    guest.io.call_soon(guest.way.send_control, b"signal TERM\n")
+    assert guest.read_line(2) == b"signal TERM\n"
+
+
+def test_a_guest_that_asks_and_never_reads_costs_nothing(serial_guest) -> None:
+    guest = serial_guest(os.open("/dev/zero", os.O_RDONLY))
+    for _ in range(50):
+        guest.write(2, b"input\n")
+    wait_until(lambda: guest.ports[0].rx_room() < abi.SERIAL_PIECE)
+    for _ in range(1000):
+        guest.io.call_soon(guest.way.send_control, b"size 24 80\n")
+    guest.write(2, b"ready\n")
+    assert guest.lines.get(timeout=SECONDS) == b"ready"
+    assert guest.ports[0].rx_room() > 0
+    assert guest.ports[2].rx_room() >= 0
+
+
+class Board:
+    """What `Command` needs of a machine's."""
+
+    def __init__(self, io: IoLoop) -> None:
+        self.command_ports = [Serial16550(UnconnectedLine(), lambda _data: None, io) for _ in range(3)]
+        self.on_reset: Callable[[], object] | None = None
+
+    def note_output(self) -> None:
+        pass
+
+    def say(self, line: bytes) -> None:
+        for value in line:
+            self.command_ports[2].write(0, 1, value)
+
+
+@pytest.fixture
+def signalled(io: IoLoop, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[Board, Command, list[str]]]:
+    """A command that has started, and what it is told of guests that do not answer."""
+    monkeypatch.setattr(command, "SIGNAL_SECONDS", 0.3)
+    board = Board(io)
+    made = Command(io, board, None)  # type: ignore[arg-type]
+    silences: list[str] = []
+    assert not made.signal("INT", lambda: silences.append("too early")), "nobody is there yet"
+    board.say(b"ready\n")
+    wait_until(lambda: made.started)
+    yield board, made, silences
+    io.stop()
+    made.close()
+
+
+def test_a_signal_that_is_answered_is_forgotten(signalled: tuple[Board, Command, list[str]]) -> None:
+    board, made, silences = signalled
+    assert made.signal("INT", lambda: silences.append("INT"))
+    wait_until(lambda: board.command_ports[2].read(5, 1) & 1)
+    board.say(b"signaled\n")
+    sleep(1)
+    assert silences == []
+
+
+def test_a_signal_that_is_not_answered_is_told(signalled: tuple[Board, Command, list[str]]) -> None:
+    _board, made, silences = signalled
+    assert made.signal("INT", lambda: silences.append("INT"))
+    wait_until(lambda: silences == ["INT"])
+
+
+def test_a_guest_that_starts_anew_has_no_command_yet(signalled: tuple[Board, Command, list[str]]) -> None:
+    board, made, silences = signalled
+    made.signal("INT", lambda: silences.append("INT"))
+    assert board.on_reset is not None
+    made._io.call_soon(board.on_reset)
+    wait_until(lambda: not made.started)
+    sleep(0.6)
+    assert silences == []
