@@ -1,14 +1,13 @@
 """`hvkvm run`: boot a guest on the terminal and return its exit status.
 
-The main thread parses, builds the machine, owns the signals and waits. Ctrl-C
-reaches the guest once something there listens to the console; before that it
-ends the run. SIGQUIT prints who waits for what and the run goes on.
+The main thread parses, builds the machine, owns the signals and waits. `front` has
+what is shown and read. Ctrl-C reaches the guest once something there listens to it;
+before that it ends the run. SIGQUIT prints who waits for what and the run goes on.
 """
 
 from __future__ import annotations
 
 import gc
-import os
 import signal
 import sys
 from collections.abc import Callable
@@ -17,9 +16,7 @@ from time import monotonic
 from typing import TYPE_CHECKING, Any
 
 from hvkvm.cli.arguments import Parser, split_command
-from hvkvm.cli.output import cannot_write
 from hvkvm.errors import ConfigError, OutputError
-from hvkvm.events import Warned
 from hvkvm.machine.config import (
     KNOWN_DEVICES,
     SIGNAL_CHOICES,
@@ -31,6 +28,7 @@ from hvkvm.machine.config import (
 )
 
 if TYPE_CHECKING:
+    from hvkvm.cli.front import Front
     from hvkvm.cli.signals import Signals
     from hvkvm.cli.status import StatusLine
     from hvkvm.cli.teller import Teller
@@ -46,8 +44,12 @@ EPILOG = """exit status:
 a standard output that takes nothing (a full disk, ulimit -f) does not end the guest:
 it is said at once, tried again with what the guest prints next, and counted at the end
 
-keys on the console: Ctrl-a x quits, Ctrl-a d (or SIGQUIT) says who waits for what,
-Ctrl-a b sends a break (SysRq), Ctrl-a h helps, Ctrl-a Ctrl-a sends Ctrl-a
+a guest command's standard input, output and error are ours, and SIGINT, SIGTERM,
+SIGHUP, SIGUSR1 and SIGUSR2 are the command's (the second SIGINT or SIGTERM ends the
+run); on a terminal it has one of its own, as with -t
+
+keys on the console or terminal: Ctrl-a x quits, Ctrl-a d (or SIGQUIT) says who waits
+for what, Ctrl-a b sends a break (SysRq), Ctrl-a h helps, Ctrl-a Ctrl-a sends Ctrl-a
 
 examples:
   hvkvm run --kernel vmlinuz -- uname -r
@@ -128,6 +130,19 @@ def parser() -> Parser:
     )
     p.add_argument(
         "--busybox", type=Path, metavar="FILE", help="a static busybox for the guest (found in PATH)"
+    )
+    p.add_argument(
+        "-t", action="store_true", dest="terminal", default=None, help="give the command a terminal"
+    )
+    p.add_argument(
+        "-T",
+        action="store_false",
+        dest="terminal",
+        default=None,
+        help="give it none (it has one if standard input and output are)",
+    )
+    p.add_argument(
+        "--console", action="store_true", help="show the console of a guest that runs a command, on stderr"
     )
     p.add_argument("--timeout", metavar="SECONDS", help="end the run after this long, with status 124")
     p.add_argument("--no-reboot", action="store_true", help="a guest reset ends the run with status 0")
@@ -234,17 +249,19 @@ def main(arguments: list[str]) -> int:
 
 def _run(arguments: list[str]) -> int:
     config, options = config_from(arguments)
-    from hvkvm.backends.console import DRAIN_SECONDS, Console
-    from hvkvm.cli.last_output import patience, send_last_output
+    from hvkvm.backends.console import DRAIN_SECONDS
+    from hvkvm.cli.front import front_for, signals_for, tell_last_lines, with_command_io
+    from hvkvm.cli.last_output import patience
     from hvkvm.cli.signals import Signals
     from hvkvm.cli.status import StatusLine
     from hvkvm.cli.teller import CLOSE_SECONDS, Teller
     from hvkvm.machine.machine import Machine
     from hvkvm.machine.outcome import Ending
 
+    config = with_command_io(config, options)
     began = monotonic()
     with (
-        Signals((signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)) as signals,
+        Signals(signals_for(config)) as signals,
         Teller(sys.stderr, quiet=options.quiet or options.json) as teller,
         Machine(config, observer=teller) as machine,
     ):
@@ -257,45 +274,34 @@ def _run(arguments: list[str]) -> int:
             who = "in user space" if choice.synic == "user" else "by KVM"
             teller.say(f"SynIC {who}: {choice.why}")
         status = StatusLine(machine, teller, enabled=not options.quiet and not options.json)
-        console = Console(
-            machine.platform.io,
-            on_quit=lambda: machine.finish(Ending.QUIT, 130, "by the console's keys"),
-            on_dump=lambda: os.kill(os.getpid(), signal.SIGQUIT),
-            on_output_broken=lambda: machine.finish(Ending.QUIT, 141, "nobody reads the console any more"),
-            on_output_failed=lambda error: machine.platform.observer.event(Warned("output", _goes_on(error))),
-            tail=machine.board.tail,
-        )
-        machine.board.attach_console(console)
+        front = front_for(machine, options)
         status.start()
         gc.freeze()
         gc.enable()
-        with console:
+        with front:
             machine.start()
             end = None if config.timeout is None else monotonic() + config.timeout
-            outcome, report = _attend(machine, signals, status, teller, end)
+            outcome, report = _attend(machine, signals, status, teller, end, front)
+            front.take_rest(outcome)
             machine.close()  # a reader who takes his time holds no guest RAM
             status.clear()
-            lost = send_last_output(console, signals, patience(outcome, end))
-        lost += machine.board.serial.output.overruns
+            lost = front.send_last_output(signals, patience(outcome, end))
+        if lost or options.json or not outcome.clean:
+            front.begin_line(teller)
         if lost:
-            failure = console.output.failure
-            why = "standard output was not read in time"
-            why = why if failure is None else cannot_write("standard output", failure)
-            teller.say(f"{lost} bytes of the guest's output are lost: {why}")
+            teller.say(f"{lost} bytes of the guest's output are lost: {front.why_lost()}")
         if report:
             teller.write(f"{report}\n", always=True)
+        if not options.json:
+            tell_last_lines(front, outcome, teller)
         _conclude(machine, outcome, monotonic() - began, options, teller)
         told_to_end = outcome.ending in (Ending.QUIT, Ending.TIMEOUT)
         told = teller.close(DRAIN_SECONDS if told_to_end else CLOSE_SECONDS)
     return OutputError.exit_status if outcome.status == 0 and (lost or not told) else outcome.status
 
 
-def _goes_on(error: OSError) -> str:
-    return f"{cannot_write('standard output', error)}; the guest goes on, and what it prints is lost"
-
-
 def _attend(
-    machine: Machine, signals: Signals, status: StatusLine, teller: Teller, end: float | None
+    machine: Machine, signals: Signals, status: StatusLine, teller: Teller, end: float | None, front: Front
 ) -> tuple[Outcome, str]:
     """Wait for the machine's end, its time limit, or signals; what a time-out has to tell beside it."""
     from hvkvm.machine.outcome import Ending
@@ -312,7 +318,7 @@ def _attend(
         if number == signal.SIGQUIT:
             status.clear()
             teller.write(f"{_describe(machine)}\n", always=True)
-        elif number is not None:
+        elif number is not None and not front.signal(number):
             machine.finish(Ending.QUIT, 128 + number, signal.Signals(number).name)
     return machine.outcome, report
 

@@ -62,6 +62,8 @@ class Command:
         self._outputs = outputs or {}
         self._window = window
         self._started = False
+        self.in_line = False
+        """Whether what came last of standard error has no newline at its end."""
         self._unanswered: Timer | None = None
         self._ways: list[Way] = [CommandSerial(board.command_ports, source, self._took, self._heard)]
         if bus is not None and source is not None:
@@ -93,6 +95,8 @@ class Command:
     def _took(self, name: str, data: bytes) -> None:
         """Output has come. The main thread too, when the machine has stopped."""
         self._board.note_output()
+        if name == "err":
+            self.in_line = not data.endswith(b"\n")
         self._outputs[name].write(data)
 
     def _heard(self, line: bytes) -> None:

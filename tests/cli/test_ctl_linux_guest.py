@@ -85,7 +85,7 @@ def see_the_guest(vm: RunningVm) -> None:
     assert any(route["sint"] == 2 for route in tree["synic"]["routes"])
     assert "vcpu0: " in vm.ctl("dump")
     assert "synthetic timer 0: config " in vm.ctl("dump")
-    assert "guest-ready" in vm.ctl("dump")
+    assert "hvkvm: init" in vm.ctl("dump")
 
 
 def use_the_daemons(vm: RunningVm) -> None:

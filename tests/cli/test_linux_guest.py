@@ -111,14 +111,14 @@ def test_ways_to_reboot_behind_words_about_a_panic(linux: Boot, append: str, end
 
 
 def test_a_reboot_starts_the_guest_again() -> None:
-    options = (*kernel_options(), "--append", "quiet", "--json", "--timeout", SECONDS, "--", "reboot", "-f")
+    options = (*kernel_options(), "--append", "quiet", "--json", "--timeout", SECONDS, "--console")
     process = subprocess.Popen(
-        command_line("run", *options),
-        stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        command_line("run", *options, "--", "reboot", "-f"),
+        stdin=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
-    assert process.stdout is not None
+    assert process.stderr is not None
     starts = 0
-    for line in process.stdout:
+    for line in process.stderr:
         starts += line.startswith("hvkvm: init")
         if starts == 3:
             process.terminate()
