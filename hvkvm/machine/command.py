@@ -94,6 +94,7 @@ class Command:
 
     def _took(self, name: str, data: bytes) -> None:
         """Output has come. The main thread too, when the machine has stopped."""
+        self._started = True  # whoever has seen it may send a signal, though "ready" is still on its way
         self._board.note_output()
         if name == "err":
             self.in_line = not data.endswith(b"\n")

@@ -10,6 +10,7 @@ Owner: the I/O loop.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import TYPE_CHECKING
 
 from hvkvm.abi.guest_command import SERIAL_PIECE
@@ -42,9 +43,13 @@ class CommandSerial:
         self._outputs = {}
         self._control.output.sink = self._lines.add
         if source is not None:
-            streams.output.sink = lambda data: took("out", data)
-            errors.output.sink = lambda data: took("err", data)
+            streams.output.sink = partial(self._take, took, "out")
+            errors.output.sink = partial(self._take, took, "err")
             self._outputs = {"out": streams.output, "err": errors.output}
+
+    def _take(self, took: Callable[[str, bytes], object], name: str, data: bytes) -> None:
+        self._connected = True  # each port has batches of its own: control may still wait for its turn
+        took(name, data)
 
     def _line(self, line: bytes) -> None:
         self._connected = True

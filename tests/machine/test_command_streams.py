@@ -427,3 +427,19 @@ def test_a_guest_that_starts_anew_has_no_command_yet(signalled: tuple[Board, Com
     wait_until(lambda: not made.started)
     sleep(0.6)
     assert silences == []
+
+
+def test_output_says_as_well_that_the_command_has_started(io: IoLoop) -> None:
+    """Its word for that takes another port, and may come later."""
+    reading, writing = os.pipe()
+    board, output, source = Board(io), Output(writing, io), HostInput(None, io)
+    made = Command(io, board, None, source, {"out": output, "err": output})  # type: ignore[arg-type]
+    board.command_ports[0].write(0, 1, 0x0A)
+    assert os.read(reading, 10) == b"\n"
+    assert made.signal("INT", lambda: None)
+    wait_until(lambda: board.command_ports[2].read(5, 1) & 1)
+    io.stop()
+    made.close()
+    output.close()
+    os.close(reading)
+    os.close(writing)
