@@ -103,8 +103,10 @@ class CommandVsock:
     # --- control ---------------------------------------------------------------------------------
 
     def _control_ready(self, _mask: int) -> None:
-        data = self._receive(self._streams[abi.VSOCK_CONTROL])
-        if data:
+        stream = self._streams[abi.VSOCK_CONTROL]
+        data = self._receive(stream)
+        if data and stream.watched is not None:
+            stream.watched.arm(READ)
             self._lines.add(data)
 
     def send_control(self, line: bytes) -> None:
