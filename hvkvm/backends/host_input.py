@@ -87,7 +87,8 @@ class HostInput:
             self._watch()
 
     def _watch(self) -> None:
-        assert self._fd is not None
+        if self._fd is None:
+            return
         try:
             self._reader = self._io.add_reader(self._fd, self._readable)
         except Stopped:
@@ -103,7 +104,9 @@ class HostInput:
             self._read()
 
     def _read(self) -> None:
-        assert self._fd is not None
+        if self._fd is None:
+            self._give(b"")
+            return
         try:
             data = os.read(self._fd, self._size)
         except (BlockingIOError, InterruptedError):

@@ -216,8 +216,7 @@ def _check(options: argparse.Namespace) -> int:
                 from hvkvm.block.vhdx.check import check_vhdx
                 from hvkvm.block.vhdx.image import VhdxImage
 
-                assert isinstance(image, VhdxImage)
-                notes = check_vhdx(image)
+                notes = check_vhdx(image) if isinstance(image, VhdxImage) else []
         finally:
             image.close()
     except ImageDamaged as error:
@@ -239,8 +238,8 @@ def _compact(options: argparse.Namespace) -> int:
                 from hvkvm.block.vhdx.compact import compact_vhdx
                 from hvkvm.block.vhdx.image import VhdxImage
 
-                assert isinstance(image, VhdxImage)
-                compact_vhdx(image, progress)
+                if isinstance(image, VhdxImage):
+                    compact_vhdx(image, progress)
             else:
                 from hvkvm.block.copy import compact_raw
                 from hvkvm.block.raw import RawImage

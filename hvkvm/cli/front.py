@@ -245,10 +245,10 @@ class StreamsFront(CommandFront):
 
     def _hold_console_too(self) -> None:
         hold_command, console = self.errors.on_congestion, self.machine.board.serial.output
-        assert hold_command is not None
 
         def hold(held: bool) -> None:
-            hold_command(held)
+            if hold_command is not None:
+                hold_command(held)
             console.hold(held)
 
         self.errors.on_congestion = hold

@@ -75,7 +75,8 @@ class VhdxImage:
 
     def _open_parent(self, options: ImageOptions, given: Path | None, children: int) -> VhdxImage:
         locator = self.metadata.parent
-        assert locator is not None
+        if locator is None:
+            raise ImageError(f"{self.path}: a child that names no parent")
         if children >= MAX_PARENTS:
             raise ImageError(f"{self.path}: more than {MAX_PARENTS} parents, or a circle of them")
         path = given or find_parent(self.path, locator)
@@ -159,11 +160,13 @@ class VhdxImage:
         return self.file.readv(position, parts)
 
     def _read_parent(self, offset: int, parts: Buffers, length: int) -> None:
-        assert self.parent is not None
-        inside = max(0, min(length, self.parent.size - offset))
+        parent = self.parent
+        if parent is None:
+            raise ImageError(f"{self.path}: a block is its parent's, and it has none")
+        inside = max(0, min(length, parent.size - offset))
         cutter = Cutter(parts)
-        if inside and self.parent.readv(offset, cutter.take(inside)) < inside:
-            raise ImageError(f"{self.parent.path}: has ended early")
+        if inside and parent.readv(offset, cutter.take(inside)) < inside:
+            raise ImageError(f"{parent.path}: has ended early")
         clear(cutter.take(length - inside))
 
     # Writing.

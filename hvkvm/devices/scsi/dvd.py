@@ -129,8 +129,7 @@ class DvdDrive(Unit):
     # What the drive is.
 
     def check_ready(self) -> None:
-        if self.disk is None:
-            raise Rejected(scsi.NO_MEDIUM_TRAY_OPEN if self.tray_open else scsi.NO_MEDIUM)
+        self._medium()
 
     @property
     def blocks(self) -> int:
@@ -138,8 +137,8 @@ class DvdDrive(Unit):
         return min(self.disk.size // SECTOR, 0xFFFFFFFF) if self.disk is not None else 0
 
     def _medium(self) -> Disk:
-        self.check_ready()
-        assert self.disk is not None
+        if self.disk is None:
+            raise Rejected(scsi.NO_MEDIUM_TRAY_OPEN if self.tray_open else scsi.NO_MEDIUM)
         return self.disk
 
     def _with_medium(self, handler: Handler) -> Handler:

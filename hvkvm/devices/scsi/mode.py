@@ -56,7 +56,7 @@ class ModePages:
             for number, data in sorted(self._pages.items())
             if page in (ALL_PAGES, number)
         )
-        blocks = self._descriptor(long_lba) if descriptor and self._geometry is not None else b""
+        blocks = self._descriptor(long_lba) if descriptor else b""
         specific = self._specific()
         if ten:
             flag = 1 if long_lba and blocks else 0
@@ -83,7 +83,8 @@ class ModePages:
         return None
 
     def _descriptor(self, long_lba: bool) -> bytes:
-        assert self._geometry is not None
+        if self._geometry is None:
+            return b""
         blocks, size = self._geometry()
         if long_lba:
             return blocks.to_bytes(8, "big") + bytes(4) + size.to_bytes(4, "big")
