@@ -121,8 +121,11 @@ def test_a_later_request_takes_the_place_of_an_open_one(read_from) -> None:
     reading, writing = os.pipe()
     reader = read_from(reading)
     wrong: queue.Queue[bytes] = queue.Queue()
+    asked: queue.Queue[None] = queue.Queue()
     reader.io.call_soon(reader.input.request, 10, wrong.put)
     reader.ask()
+    reader.io.call_soon(asked.put, None)
+    asked.get(timeout=SECONDS)  # else what is readable may come before what is queued
     os.write(writing, b"x")
     assert reader.got.get(timeout=SECONDS) == b"x"
     assert wrong.empty()
