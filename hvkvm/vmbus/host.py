@@ -8,14 +8,12 @@ INITIATE_CONTACT always gets through, since it makes all older messages moot.
 
 from __future__ import annotations
 
-import errno
-import os
 import threading
 from collections import deque
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from functools import partial
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 from hvkvm.abi import vmbus
 from hvkvm.abi import vmbus_messages as wire
@@ -26,7 +24,7 @@ from hvkvm.abi.hv_synic import (
     hv_post_message_input,
 )
 from hvkvm.abi.tlfs import HvStatus
-from hvkvm.errors import RouteError, Stopped
+from hvkvm.errors import Stopped
 from hvkvm.events import NULL_OBSERVER, Observer
 from hvkvm.vmbus.actions import (
     Action,
@@ -42,7 +40,8 @@ from hvkvm.vmbus.device import Device, GpadlUser, SavedDevice, StreamDevice
 from hvkvm.vmbus.gpadl import Gpadl
 from hvkvm.vmbus.guard import Guarded, fault_text
 from hvkvm.vmbus.offer import Channel
-from hvkvm.vmbus.open_channel import OPEN_FAILURES, OpenedChannel, Route, SynicUser
+from hvkvm.vmbus.open_channel import OPEN_FAILURES, OpenedChannel, SynicUser
+from hvkvm.vmbus.outbox import CallLater, Outbox
 from hvkvm.vmbus.pages import Ram
 from hvkvm.vmbus.saved import ServerState, load_server, save_server
 from hvkvm.vmbus.server import BusState, Server
@@ -69,31 +68,14 @@ COSTLY_MESSAGES = frozenset(
 TURN_CLOSES = 4
 """Channels closed a turn when a connection ends with many: KVM may take milliseconds to let go of each."""
 
-MAX_OUTBOX = 64
-"""While so many wait for the guest, no more of its requests are looked at."""
-
 MAX_ENDED = 16
 """Devices that ended by their own fault, of which the reason is kept."""
 
 MESSAGE_CONNECTIONS = (vmbus.VMBUS_MESSAGE_CONNECTION_ID, vmbus.VMBUS_MESSAGE_CONNECTION_ID_4)
 
-RETRY_SECONDS = 0.01
-MOST_RETRY_SECONDS = 0.5
-"""Between two tries to give the guest a message that cannot be given now; each wait is twice the last."""
-
 _SUCCESS = int(HvStatus.SUCCESS)
 _MALFORMED = int(HvStatus.INVALID_HYPERCALL_INPUT)
 _FULL = int(HvStatus.INSUFFICIENT_BUFFERS)
-
-
-class TimerLike(Protocol):
-    """What `call_later` returns."""
-
-    def cancel(self) -> object: ...
-
-
-CallLater = Callable[..., TimerLike]
-"""call_later(seconds, fn, *args), as `runtime.io_loop.IoLoop` has it."""
 
 
 class SavedMessage(NamedTuple):
@@ -147,14 +129,8 @@ class VmbusHost:
         self._lock = threading.Lock()  # inbox and _scheduled
         self._inbox: deque[wire.Message] = deque()
         self._scheduled = False
-        self._outbox: deque[SendMessage] = deque()
+        self._outbox = Outbox(synic, self._soon, call_later, self.server.reports, self._resume)
         self._leaving: deque[Channel] = deque()
-        self._route: Route | None = None
-        self._route_target = (0, 0)
-        self._route_number = 0
-        self._in_flight = False
-        self._retry: TimerLike | None = None
-        self._retry_seconds = RETRY_SECONDS
         self._performing = False
         self._held = False
         self._strangers: list[Channel] = []
@@ -258,7 +234,7 @@ class VmbusHost:
         """Take a turn's share of what is queued, while the guest takes our answers. I/O loop."""
         for _ in range(TURN_MESSAGES):
             with self._lock:
-                full = len(self._outbox) >= MAX_OUTBOX and (
+                full = self._outbox.full and (
                     not self._inbox or self._inbox[0].kind.type != wire.INITIATE_CONTACT
                 )
                 blocked = full or self._held
@@ -285,14 +261,14 @@ class VmbusHost:
                     self._do(action)
         finally:
             self._performing = False
-        self._pump()
+        self._outbox.pump()
 
     def _do(self, action: Action) -> None:
         match action:
             case SendMessage():
                 self._outbox.append(action)
             case DropMessages():
-                self._drop_messages()
+                self._outbox.clear()
                 for left in self._on_leave:
                     self.contain(left)
             case OpenChannel():
@@ -437,88 +413,15 @@ class VmbusHost:
         except Stopped:
             return
 
-    # Our messages to the guest: one at a time, in order (they share one slot).
-
-    def _pump(self) -> None:
-        if self._held:
-            return
-        while self._outbox and not self._in_flight and self._retry is None:
-            message = self._outbox[0]
-            target = (message.vp_index, message.sint)
-            if self._route is None or self._route_target != target:
-                self._drop_route()
-                on_complete = partial(self._completed, self._route_number)
-                try:
-                    self._route = self._synic.open_route(*target, on_complete)
-                except RouteError as error:  # the target was checked: the host is short of something
-                    self._try_again_later(str(error))
-                    break
-                self._route_target = target
-            status = self._route.post(HVMSG_VMBUS, message.payload)
-            if status:  # closed under us: what it was for is over
-                self.server.reports.add("message dropped", os.strerror(-status))
-                self._drop_route()
-                self._outbox.popleft()
-                continue
-            self._in_flight = True
-        if len(self._outbox) < MAX_OUTBOX:
-            self._resume()
+    # Our messages to the guest.
 
     def _resume(self) -> None:
+        """There may be room for answers: look at what the guest has sent."""
         with self._lock:
             if self._scheduled or not self._inbox:
                 return
             self._scheduled = True
         self._schedule()
-
-    def _completed(self, number: int, status: int) -> None:
-        """A message went its way. The staging area is free only behind this call, so we go on later (S24)."""
-        self._soon(self._next, number, status)
-
-    def _next(self, number: int, status: int) -> None:
-        if number != self._route_number:
-            return  # of a route that was given up meanwhile
-        self._in_flight = False
-        if status == -errno.ENXIO:  # as the TLFS has it, what is posted waits for the guest's message page
-            self._try_again_later("the guest's message page is off")
-            return
-        self._retry_seconds = RETRY_SECONDS
-        if status != -errno.EAGAIN:  # the slot was taken, and the guest has freed it: once more
-            self._outbox.popleft()
-            if status:
-                self.server.reports.add("message dropped", os.strerror(-status))
-        self._pump()
-
-    def _try_again_later(self, why: str) -> None:
-        """The message at the front cannot be given now. It keeps its place, and the outbox its bound."""
-        self.server.reports.add("message waits", why)
-        seconds = self._retry_seconds
-        self._retry_seconds = min(2 * seconds, MOST_RETRY_SECONDS)
-        try:
-            self._retry = self._call_later(seconds, self._try_again)
-        except Stopped:
-            return
-
-    def _try_again(self) -> None:
-        self._retry = None
-        self._pump()
-
-    def _drop_messages(self) -> None:
-        """Forget what the guest has not taken: it was of a connection that is over."""
-        self._outbox.clear()
-        self._drop_route()
-        self._retry_seconds = RETRY_SECONDS
-        retry, self._retry = self._retry, None
-        if retry is not None:
-            retry.cancel()
-
-    def _drop_route(self) -> None:
-        """Give up the route and the message under way: a new kernel owes no EOM for an old message."""
-        route, self._route = self._route, None
-        self._route_number += 1
-        self._in_flight = False
-        if route is not None:
-            route.close()
 
     # At rest.
 
@@ -527,7 +430,7 @@ class VmbusHost:
         while self._leaving:
             self._close_channel(self._leaving.popleft())
         self._perform()
-        self._held = True
+        self._held = self._outbox.held = True
         for opened in self._open.values():
             opened.io.hold()
 
@@ -535,7 +438,7 @@ class VmbusHost:
         """Undo `hold`; idempotent."""
         if not self._held:
             return
-        self._held = False
+        self._held = self._outbox.held = False
         for channel in self._strangers:
             self.remove(channel)
         self._strangers = []
@@ -559,7 +462,7 @@ class VmbusHost:
         Before the guest runs, behind the SynIC and the vCPUs. ValueError, or one of
         OPEN_FAILURES.
         """
-        self._held = True
+        self._held = self._outbox.held = True
         opens, self._strangers = load_server(self.server, state.server)
         strangers = set(self._strangers)
         for request in opens:
@@ -599,7 +502,7 @@ class VmbusHost:
         while self._leaving:
             self._close_channel(self._leaving.popleft())
         self._perform()
-        self._drop_messages()
+        self._outbox.clear()
 
     def close(self) -> None:
         """Let go of everything. vCPU threads and the I/O loop have ended. Idempotent."""
@@ -608,7 +511,7 @@ class VmbusHost:
         for opened in list(self._open.values()):
             opened.close()
         self._open.clear()
-        self._drop_messages()
+        self._outbox.clear()
 
     def snapshot(self) -> dict[str, object]:
         """The connection, each channel, and the rings of an open one. Any thread."""

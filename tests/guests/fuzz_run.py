@@ -26,7 +26,8 @@ from hvkvm.devices.synth.vsock import MAX_CONNECTIONS, TURN_PACKETS
 from hvkvm.observe.bus_text import bus_lines
 from hvkvm.vmbus.channel_io import BUDGET
 from hvkvm.vmbus.gpadl import MAX_GPADLS, MAX_UNFINISHED, MAX_VALUES
-from hvkvm.vmbus.host import MAX_INBOX, MAX_OUTBOX, TURN_MESSAGES
+from hvkvm.vmbus.host import MAX_INBOX, TURN_MESSAGES
+from hvkvm.vmbus.outbox import MAX_OUTBOX
 from hvkvm.vmbus.server import MAX_TL_CONNECTS
 
 LENGTH = 60

@@ -11,8 +11,9 @@ from hvkvm.abi import vmbus
 from hvkvm.abi import vmbus_messages as wire
 from hvkvm.abi.tlfs import HvStatus
 from hvkvm.errors import RouteError
-from hvkvm.vmbus.host import MAX_INBOX, MAX_OUTBOX, MOST_RETRY_SECONDS
+from hvkvm.vmbus.host import MAX_INBOX
 from hvkvm.vmbus.offer import ChannelState, Offer
+from hvkvm.vmbus.outbox import MAX_OUTBOX, MOST_RETRY_SECONDS
 from hvkvm.vmbus.server import BusState, Server
 
 

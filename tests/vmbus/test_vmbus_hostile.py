@@ -23,8 +23,9 @@ from hvkvm.observe.bus_text import bus_lines
 from hvkvm.testing.vmbus_client import gpadl_messages
 from hvkvm.testing.vmbus_loopback import Loopback
 from hvkvm.vmbus.gpadl import MAX_UNFINISHED, MAX_VALUES
-from hvkvm.vmbus.host import MAX_INBOX, MAX_OUTBOX
+from hvkvm.vmbus.host import MAX_INBOX
 from hvkvm.vmbus.offer import ChannelState
+from hvkvm.vmbus.outbox import MAX_OUTBOX
 from hvkvm.vmbus.server import MAX_TL_CONNECTS, BusState
 
 # conftest.py cannot be imported by name here: its directory is no package.

@@ -1,0 +1,157 @@
+"""The host's messages on their way to the guest: one at a time, in order, for they share one slot.
+
+A message leaves the outbox when the guest has it. Until then it is plain bytes, so
+that a machine may be saved, or its guest gone, at any moment. What cannot be given
+now (the message page is off, the host has no more files) keeps its place.
+
+Owner: `host.VmbusHost`, on the I/O loop.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections import deque
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Protocol
+
+from hvkvm.abi.hv_synic import HVMSG_VMBUS
+from hvkvm.errors import RouteError, Stopped
+from hvkvm.vmbus.actions import SendMessage
+from hvkvm.vmbus.open_channel import Route, SynicUser
+from hvkvm.vmbus.report import Reports
+
+MAX_OUTBOX = 64
+"""While so many wait for the guest, no more of its requests are looked at."""
+
+RETRY_SECONDS = 0.01
+MOST_RETRY_SECONDS = 0.5
+"""Between two tries to give the guest a message that cannot be given now; each wait is twice the last."""
+
+
+class TimerLike(Protocol):
+    """What `call_later` returns."""
+
+    def cancel(self) -> object: ...
+
+
+CallLater = Callable[..., TimerLike]
+"""call_later(seconds, fn, *args), as `runtime.io_loop.IoLoop` has it."""
+
+
+class Outbox:
+    """`soon(fn, *args)` defers to the I/O loop, if there is one still; `on_room()` hears of room."""
+
+    def __init__(
+        self,
+        synic: SynicUser,
+        soon: Callable[..., object],
+        call_later: CallLater,
+        reports: Reports,
+        on_room: Callable[[], object],
+    ) -> None:
+        self._synic = synic
+        self._soon = soon
+        self._call_later = call_later
+        self._reports = reports
+        self._on_room = on_room
+        self._messages: deque[SendMessage] = deque()
+        self._route: Route | None = None
+        self._route_target = (0, 0)
+        self._route_number = 0
+        self._in_flight = False
+        self._retry: TimerLike | None = None
+        self._retry_seconds = RETRY_SECONDS
+        self.held = False
+        """The machine is at rest: nothing is sent."""
+
+    def __len__(self) -> int:
+        return len(self._messages)
+
+    def __iter__(self) -> Iterator[SendMessage]:
+        return iter(self._messages)
+
+    @property
+    def full(self) -> bool:
+        """Whether the guest should take some of it first."""
+        return len(self._messages) >= MAX_OUTBOX
+
+    def append(self, message: SendMessage) -> None:
+        """Behind the others; `pump` sends it."""
+        self._messages.append(message)
+
+    def pump(self) -> None:
+        """Send what can be sent."""
+        if self.held:
+            return
+        while self._messages and not self._in_flight and self._retry is None:
+            message = self._messages[0]
+            target = (message.vp_index, message.sint)
+            if self._route is None or self._route_target != target:
+                self._drop_route()
+                on_complete = partial(self._completed, self._route_number)
+                try:
+                    self._route = self._synic.open_route(*target, on_complete)
+                except RouteError as error:  # the target was checked: the host is short of something
+                    self._try_again_later(str(error))
+                    break
+                self._route_target = target
+            status = self._route.post(HVMSG_VMBUS, message.payload)
+            if status:  # closed under us: what it was for is over
+                self._reports.add("message dropped", os.strerror(-status))
+                self._drop_route()
+                self._messages.popleft()
+                continue
+            self._in_flight = True
+        if not self.full:
+            self._on_room()
+
+    def _completed(self, number: int, status: int) -> None:
+        """A message went its way. The staging area is free only behind this call, so we go on later (S24)."""
+        self._soon(self._next, number, status)
+
+    def _next(self, number: int, status: int) -> None:
+        if number != self._route_number:
+            return  # of a route that was given up meanwhile
+        self._in_flight = False
+        if status == -errno.ENXIO:  # as the TLFS has it, what is posted waits for the guest's message page
+            self._try_again_later("the guest's message page is off")
+            return
+        self._retry_seconds = RETRY_SECONDS
+        if status != -errno.EAGAIN:  # the slot was taken, and the guest has freed it: once more
+            self._messages.popleft()
+            if status:
+                self._reports.add("message dropped", os.strerror(-status))
+        self.pump()
+
+    def _try_again_later(self, why: str) -> None:
+        """The message at the front cannot be given now. It keeps its place, and the outbox its bound."""
+        self._reports.add("message waits", why)
+        seconds = self._retry_seconds
+        self._retry_seconds = min(2 * seconds, MOST_RETRY_SECONDS)
+        try:
+            self._retry = self._call_later(seconds, self._try_again)
+        except Stopped:
+            return
+
+    def _try_again(self) -> None:
+        self._retry = None
+        self.pump()
+
+    def clear(self) -> None:
+        """Forget what the guest has not taken: it was of a connection that is over."""
+        self._messages.clear()
+        self._drop_route()
+        self._retry_seconds = RETRY_SECONDS
+        retry, self._retry = self._retry, None
+        if retry is not None:
+            retry.cancel()
+
+    def _drop_route(self) -> None:
+        """Give up the route and the message under way: a new kernel owes no EOM for an old message."""
+        route, self._route = self._route, None
+        self._route_number += 1
+        self._in_flight = False
+        if route is not None:
+            route.close()
