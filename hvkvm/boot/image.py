@@ -35,7 +35,7 @@ _LOOKALIKES: tuple[tuple[int, bytes, str, str], ...] = (
     (0, b"070702", "a cpio archive", "give it as --initrd and a kernel here"),
     (0, b"!<arch>\n", "a package or static library", "unpack it and give the boot/vmlinuz in it"),
     (0, b"\xed\xab\xee\xdb", "an RPM package", "unpack it and give the vmlinuz in it"),
-    (0, b"QFI\xfb", "a qcow2 disk image", "give it as --disk and a kernel here"),
+    (0, b"QFI\xfb", "a qcow2 disk image", "give the kernel in it"),
     (0x8001, b"CD001", "a CD image", "give the kernel in it"),
     (0, b"MZ", "an EFI or DOS program without a Linux setup header", "give a bzImage or vmlinux"),
 )

@@ -53,7 +53,7 @@ for what, Ctrl-a b sends a break (SysRq), Ctrl-a h helps, Ctrl-a Ctrl-a sends Ct
 
 examples:
   hvkvm run --kernel vmlinuz -- uname -r
-  hvkvm run --kernel vmlinuz --initrd initrd.img --append 'root=/dev/vda1' --cpus 4
+  hvkvm run --kernel vmlinuz --initrd initrd.img --append 'loglevel=4' --cpus 4
   hvkvm run --kernel vmlinuz --hv relaxed,vpindex,synic,time,stimer -- cat /proc/interrupts
 """
 
