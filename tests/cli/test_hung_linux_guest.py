@@ -31,13 +31,13 @@ def test_sysrq_by_break_and_by_key_and_an_nmi(tmp_path: Path) -> None:
     ]
     options += ["--module", "hv_vmbus", "--module", "hyperv_keyboard", "--append", "quiet", "--cpus", "2"]
     # Without hv-crash only the console tells of the panic.
-    options += ["--hv", "host-model,-crash", "--timeout", "500", "--json", "--", "sh", "-c", SCRIPT]
+    options += ["--hv", "host-model,-crash", "--timeout", "1500", "--console", "--", "sh", "-c", SCRIPT]
     with running_vm(tmp_path, *options) as vm:
         vm.wait_for("guest-ready")
         assert vm.ctl("break", "h") == "break sent\n"
-        vm.wait_for("sysrq: HELP")
+        vm.wait_for("sysrq: HELP", errors=True)
         assert vm.ctl("keys", "--press", "alt-sysrq-h") == "6 key events sent\n"
-        vm.wait_for("sysrq: HELP", count=2)
+        vm.wait_for("sysrq: HELP", count=2, errors=True)
         assert vm.ctl("nmi") == "NMI sent to 2 vCPUs\n"
         assert vm.finish() == 255, vm.report()
-        assert "Kernel panic - not syncing: NMI" in vm.errors.decode()
+        assert "Kernel panic - not syncing: NMI" in vm.error_text

@@ -103,7 +103,7 @@ def test_a_panic_is_told_from_its_form_where_no_register_tells_of_it(linux: Boot
     [("reboot=bios", "reset"), ("reboot=triple", "triple fault"), ("reboot=kbd", "reset")],
 )
 def test_ways_to_reboot_behind_words_about_a_panic(linux: Boot, append: str, ending: str) -> None:
-    words = "dmesg | tail; echo 'Kernel panic - not syncing: in a log'; dmesg -n 1"
+    words = "(dmesg | tail; echo 'Kernel panic - not syncing: in a log') >/dev/console; dmesg -n 1"
     command = ("sh", "-c", f"{words}; exec reboot -f")
     result, record = linux("--append", append, "--no-reboot", command=command)
     assert record["ending"] == ending, result

@@ -58,10 +58,15 @@ class RunningVm:
     def report(self) -> str:
         return f"{self.text[-4000:]}\n{bytes(self.errors).decode(errors='replace')[-4000:]}"
 
-    def wait_for(self, marker: str, *, count: int = 1) -> str:
-        """The output's whole lines, once `marker` stands in them `count` times."""
+    @property
+    def error_text(self) -> str:
+        """Standard error: where the console of a guest that runs a command is shown, if it is."""
+        return bytes(self.errors).decode(errors="replace").replace("\r\n", "\n")
+
+    def wait_for(self, marker: str, *, count: int = 1, errors: bool = False) -> str:
+        """The output's whole lines, once `marker` stands in them `count` times; those of `errors` if so."""
         end = monotonic() + SECONDS
-        while (lines := whole_lines(self.text)).count(marker) < count:
+        while (lines := whole_lines(self.error_text if errors else self.text)).count(marker) < count:
             assert self.process.poll() is None, f"ended before {marker!r}\n{self.report()}"
             assert monotonic() < end, f"no {marker!r}\n{self.report()}"
             sleep(0.05)
