@@ -163,12 +163,12 @@ class _Session:
         if message.kind.type == wire.INITIATE_CONTACT:
             self._contact = time.monotonic()
         elif message.kind.type == wire.ALLOFFERS_DELIVERED and not self._offers:
-            self._machine.io.call_soon(self._all_taken)
+            self._machine.platform.io.call_soon(self._all_taken)
 
     def _all_taken(self) -> None:
         """Look every millisecond whether the guest has taken the last offer."""
         if self._bus.host.snapshot()["to_guest_waiting"]:
-            self._machine.io.call_later(0.001, self._all_taken)
+            self._machine.platform.io.call_later(0.001, self._all_taken)
         else:
             self._offers = time.monotonic()
 
@@ -187,13 +187,13 @@ class _Session:
                 if len(took) == BEATS:
                     done.set()
                 else:
-                    self._machine.io.call_soon(ask)
+                    self._machine.platform.io.call_soon(ask)
 
             body = ic.heartbeat_msg_data.pack(len(took))
             if not self._bus.heartbeat.ask(ic.ICMSGTYPE_HEARTBEAT, body, answered):
                 raise StepError("the guest's heartbeat driver is not there")
 
-        self._machine.io.call_soon(ask)
+        self._machine.platform.io.call_soon(ask)
         self._wait(done.is_set, "heartbeats")
         return took
 
@@ -211,7 +211,7 @@ class _Session:
 
     def _step(self, number: int, port: int) -> None:
         """Let the guest go on with the next program, until it is over and so is the host's end on `port`."""
-        self._machine.io.call_soon(self._machine.board.serial.feed, b"go\n")
+        self._machine.platform.io.call_soon(self._machine.board.serial.feed, b"go\n")
         self._wait(lambda: self._said.count(b"bench-over") > number, f"vsock program {number + 1}")
         self._wait(lambda: port in self._results or port == _CONNECT, f"the end of the stream on port {port}")
 
