@@ -14,6 +14,7 @@ from collections.abc import Iterator
 
 from hvkvm.block.buffers import Buffers, Cutter, clear, read_fully, size_of, write_fully, zeros
 from hvkvm.block.image import Extent, Image
+from hvkvm.block.ranges import cut, runs
 from hvkvm.errors import ImageError
 from hvkvm.memory.mapping import PAGE_SIZE, punch
 
@@ -63,10 +64,10 @@ class OverlayImage:
         return done
 
     def readv_now(self, offset: int, buffers: Buffers) -> int:
-        runs = list(self._runs(offset, size_of(buffers)))
-        if len(runs) == 1 and not runs[0][2]:
-            return self.base.readv_now(offset, buffers)
-        return 0
+        for bits, _n in self._words(offset, size_of(buffers)):
+            if bits:
+                return 0
+        return self.base.readv_now(offset, buffers)
 
     def writev(self, offset: int, buffers: Buffers, *, fua: bool = False) -> int:
         done = write_fully(self._fd, buffers, offset)
@@ -113,29 +114,19 @@ class OverlayImage:
         """After the data is written, so that who sees the mark finds the data."""
         first, end = offset // self.sector_size, (offset + length) // self.sector_size
         with self._lock:
-            while first < end:
-                chunk, bit = divmod(first, CHUNK_SECTORS)
-                n = min(end - first, CHUNK_SECTORS - bit)
+            for chunk, bit, n in cut(first, end, CHUNK_SECTORS):
                 self._written[chunk] = self._written.get(chunk, 0) | ((1 << n) - 1) << bit
-                first += n
 
     def _runs(self, offset: int, length: int) -> Iterator[tuple[int, int, bool]]:
         """The range cut where it changes between the file and the base: offset, length, whether the file."""
         size = self.sector_size
-        sector, end = offset // size, (offset + length) // size
-        start, ours = sector, None
-        while sector < end:
-            chunk, bit = divmod(sector, CHUNK_SECTORS)
-            n = min(end - sector, CHUNK_SECTORS - bit)
-            bits = self._written.get(chunk, 0) >> bit & (1 << n) - 1
-            here = bool(bits & 1)
-            # The length of the run of equal bits at the low end.
-            flipped = ~bits if here else bits
-            run = min(n, (flipped & -flipped).bit_length() - 1) if flipped else n
-            if ours is not None and here is not ours:
-                yield start * size, (sector - start) * size, ours
-                start = sector
-            ours = here
-            sector += run
-        if ours is not None:
-            yield start * size, (end - start) * size, ours
+        at = offset // size * size
+        for run, ours in runs(self._words(offset, length)):
+            yield at, run * size, ours
+            at += run * size
+
+    def _words(self, offset: int, length: int) -> Iterator[tuple[int, int]]:
+        """A bit for each sector of the range, set if it is in the file: bits, how many; in order."""
+        first, end = offset // self.sector_size, (offset + length) // self.sector_size
+        for chunk, bit, n in cut(first, end, CHUNK_SECTORS):
+            yield self._written.get(chunk, 0) >> bit & (1 << n) - 1, n

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 
+from hvkvm.block.ranges import cut, runs
 from hvkvm.block.vhdx.bat import Bat
 from hvkvm.block.vhdx.layout import FULLY_PRESENT, MIB, OFFSET_MASK, SECTOR, STATE_MASK
 from hvkvm.errors import ImageDamaged
@@ -24,22 +25,11 @@ class SectorBitmaps:
     def runs(self, block: int, within: int, length: int) -> Iterator[tuple[int, bool]]:
         """A range of a partially present block, cut where it changes: bytes, and whether they are its own."""
         size = self._bat.geometry.sector_size
-        run, ours = 0, False
-        for page, bit, count in self._parts(block, within, length):
-            bits = _bits(self._pages.get(page), bit, count)
-            left = count
-            while left:
-                here = bool(bits & 1)
-                flipped = ~bits if here else bits
-                same = min(left, (flipped & -flipped).bit_length() - 1) if flipped else left
-                if run and here is not ours:
-                    yield run * size, ours
-                    run = 0
-                ours = here
-                run += same
-                bits >>= same
-                left -= same
-        if run:
+        words = (
+            (_bits(self._pages.get(page), bit, count), count)
+            for page, bit, count in self._parts(block, within, length)
+        )
+        for run, ours in runs(words):
             yield run * size, ours
 
     def mark(self, block: int, within: int, length: int) -> None:
@@ -78,11 +68,8 @@ class SectorBitmaps:
             )
         first = block % geometry.chunk_ratio * geometry.block_size + within
         sector, end = first // geometry.sector_size, (first + length) // geometry.sector_size
-        while sector < end:
-            page, bit = divmod(sector, SECTORS_A_PAGE)
-            n = min(end - sector, SECTORS_A_PAGE - bit)
+        for page, bit, n in cut(sector, end, SECTORS_A_PAGE):
             yield (entry & OFFSET_MASK) + page * SECTOR, bit, n
-            sector += n
 
 
 def _bits(page: memoryview, bit: int, n: int) -> int:

@@ -99,9 +99,7 @@ class VhdxImage:
         n = size_of(buffers)
         cutter = Cutter(buffers)
         done = 0
-        while done < n:
-            block, within = divmod(offset + done, self.geometry.block_size)
-            length = min(n - done, self.geometry.block_size - within)
+        for block, within, length in self.geometry.pieces(offset, n):
             # A request inside of one block, as most are, keeps its list as it is.
             got = self._read_block(block, within, buffers if length == n else cutter.take(length), length)
             done += got
@@ -175,11 +173,8 @@ class VhdxImage:
         self.flusher.begin()
         n = size_of(buffers)
         cutter = Cutter(buffers)
-        done = 0
         settled = True
-        while done < n:
-            block, within = divmod(offset + done, self.geometry.block_size)
-            length = min(n - done, self.geometry.block_size - within)
+        for block, within, length in self.geometry.pieces(offset, n):
             parts = buffers if length == n else cutter.take(length)
             entry = self._allocated(block)
             # Stable by itself only if all metadata is, which leads to it.
@@ -187,11 +182,10 @@ class VhdxImage:
             self.file.writev((entry & OFFSET_MASK) + within, parts, stable=stable)
             if entry & STATE_MASK == PARTIALLY_PRESENT:
                 self.bitmaps.mark(block, within, length)
-            done += length
             settled = settled and stable
         if fua and not settled:
             self.flush()
-        return done
+        return n
 
     def flush(self) -> None:
         self.flusher.flush()

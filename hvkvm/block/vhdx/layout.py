@@ -10,6 +10,7 @@ from struct import Struct
 from typing import NamedTuple
 from uuid import UUID
 
+from hvkvm.block.ranges import cut
 from hvkvm.block.vhdx.crc32c import crc32c
 
 KIB = 1 << 10
@@ -143,12 +144,7 @@ class Geometry(NamedTuple):
 
     def pieces(self, offset: int, length: int) -> Iterator[tuple[int, int, int]]:
         """A range of the disk cut at blocks: block, offset within it, length."""
-        end = offset + length
-        while offset < end:
-            block, within = divmod(offset, self.block_size)
-            n = min(end - offset, self.block_size - within)
-            yield block, within, n
-            offset += n
+        return cut(offset, offset + length, self.block_size)
 
     def is_bitmap(self, index: int) -> bool:
         """Whether BAT entry `index` is one for a bitmap block."""
