@@ -63,6 +63,9 @@ class LoopbackTimer:
         """As `runtime.timers.Timer.cancel`."""
         self.active = False
 
+    def __lt__(self, other: LoopbackTimer) -> bool:
+        return self.due < other.due
+
 
 class LoopbackRoute:
     """A route whose messages and flags wait in the synic's queues."""

@@ -21,7 +21,7 @@ from typing import Any
 from hvkvm.abi import vmbus
 from hvkvm.devices.synth.vsock import Vsock
 from hvkvm.observe.bus_text import bus_lines
-from hvkvm.testing.vmbus_loopback import Loopback
+from hvkvm.testing.vmbus_loopback import Loopback, LoopbackTimer
 from hvkvm.testing.vsock_guest import RING_PAGES, VsockGuest
 
 
@@ -34,20 +34,6 @@ class _Handle:
         self._io.readers.pop(self._fd, None)
 
 
-class _Timer:
-    def __init__(self, due: float, fn: Callable[..., object], args: tuple[Any, ...]) -> None:
-        self.due = due
-        self.fn = fn
-        self.args = args
-        self.active = True
-
-    def cancel(self) -> None:
-        self.active = False
-
-    def __lt__(self, other: _Timer) -> bool:
-        return self.due < other.due
-
-
 class LoopbackIo:
     """Stands for the I/O loop: `poll` runs what is readable, `advance` what is due."""
 
@@ -56,7 +42,7 @@ class LoopbackIo:
         self.readers: dict[int, Callable[[], object]] = {}
         self.now = 0.0
         self.rounds = 0
-        self._timers: list[_Timer] = []
+        self._timers: list[LoopbackTimer] = []
 
     def add_reader(self, fd: int, callback: Callable[[], object]) -> _Handle:
         """As `IoLoop.add_reader`."""
@@ -64,9 +50,9 @@ class LoopbackIo:
         self.readers[fd] = callback
         return _Handle(self, fd)
 
-    def call_later(self, seconds: float, fn: Callable[..., object], *args: Any) -> _Timer:
+    def call_later(self, seconds: float, fn: Callable[..., object], *args: Any) -> LoopbackTimer:
         """As `IoLoop.call_later`."""
-        timer = _Timer(self.now + seconds, fn, args)
+        timer = LoopbackTimer(self.now + seconds, fn, args)
         heapq.heappush(self._timers, timer)
         return timer
 
