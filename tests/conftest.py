@@ -1,4 +1,4 @@
-"""Fixtures that several folders of tests share: the agent guest on a machine of ours."""
+"""Fixtures that several folders of tests share: the agent guest on a machine of ours, a running I/O loop."""
 
 from __future__ import annotations
 
@@ -17,6 +17,8 @@ sys.path.insert(0, str(Path(__file__).parent / "guests"))
 
 if TYPE_CHECKING:
     from guest_machine import Guest
+
+    from hvkvm.runtime.io_loop import IoLoop
 
 
 def _measure_no_time() -> None:
@@ -79,6 +81,19 @@ def _open_fds() -> dict[str, str]:
         except OSError:
             continue  # the directory's own
     return fds
+
+
+@pytest.fixture
+def io() -> Iterator[IoLoop]:
+    """A running I/O loop; the test fails if one of its callbacks raised."""
+    from hvkvm.runtime.io_loop import IoLoop
+
+    faults: list[BaseException] = []
+    loop = IoLoop(on_fault=faults.append)
+    loop.start()
+    yield loop
+    loop.stop()
+    assert faults == []
 
 
 @pytest.fixture

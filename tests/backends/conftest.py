@@ -1,24 +1,11 @@
-"""Fixtures: a running I/O loop, and waiting for what it does."""
+"""A fixture: waiting for what another thread does."""
 
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import pytest
-
-from hvkvm.runtime.io_loop import IoLoop
-
-
-@pytest.fixture
-def io() -> Iterator[IoLoop]:
-    """A running loop; the test fails if one of its callbacks raised."""
-    faults: list[BaseException] = []
-    loop = IoLoop(on_fault=faults.append)
-    loop.start()
-    yield loop
-    loop.stop()
-    assert faults == []
 
 
 @pytest.fixture(scope="session")

@@ -4,12 +4,22 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
+from pathlib import Path
+from random import Random
 
 import pytest
 from disk_asker import Asker
 
 from hvkvm.runtime.io_loop import IoLoop
 from hvkvm.runtime.workers import Workers
+
+
+@pytest.fixture
+def file(tmp_path: Path) -> Path:
+    """A raw image of 1 MiB of noise."""
+    path = tmp_path / "disk.raw"
+    path.write_bytes(Random(1).randbytes(1 << 20))
+    return path
 
 
 @pytest.fixture

@@ -23,13 +23,6 @@ from hvkvm.events import Event, Observer
 MIB = 1 << 20
 
 
-@pytest.fixture
-def file(tmp_path: Path) -> Path:
-    path = tmp_path / "disk.raw"
-    path.write_bytes(Random(1).randbytes(MIB))
-    return path
-
-
 def test_data_goes_to_scattered_pages_and_back(asker: Asker, file: Path) -> None:
     disk = asker.disk(RawImage(file))
     data = file.read_bytes()

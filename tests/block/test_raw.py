@@ -21,13 +21,6 @@ from hvkvm.errors import ImageError
 MIB = 1 << 20
 
 
-@pytest.fixture
-def file(tmp_path: Path) -> Path:
-    path = tmp_path / "disk.raw"
-    path.write_bytes(Random(1).randbytes(MIB))
-    return path
-
-
 def direct(file: Path) -> RawImage:
     try:
         return RawImage(file, ImageOptions(cache="none", sector_size=4096))

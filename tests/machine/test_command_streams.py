@@ -53,16 +53,6 @@ def test_a_line_without_an_end_is_not_kept() -> None:
     assert got == [b"ready"]
 
 
-@pytest.fixture
-def io() -> Iterator[IoLoop]:
-    faults: list[BaseException] = []
-    loop = IoLoop(on_fault=faults.append)
-    loop.start()
-    yield loop
-    loop.stop()
-    assert not faults
-
-
 def wait_until(happened: Callable[[], object]) -> None:
     end = monotonic() + SECONDS
     while not happened():
