@@ -11,7 +11,7 @@ from hvkvm.hyperv.features import FeatureSet, HostFeatures, parse_features, reso
 from hvkvm.hyperv.usermode.features import Choice, choose, for_user_synic, lacks_for_user, user_host
 from hvkvm.kvm.system import Kvm
 from hvkvm.machine.build import guest_features
-from hvkvm.machine.config import SYNIC_CHOICES
+from hvkvm.machine.config import WHO
 
 
 def rows(kernel: HostFeatures, user: HostFeatures, lacking: str) -> list[dict[str, Any]]:
@@ -42,9 +42,7 @@ def parser() -> Parser:
         " with LIST, show what --hv LIST gives a guest here.",
     )
     p.add_argument("list", nargs="?", metavar="LIST", help="as for hvkvm run --hv")
-    p.add_argument(
-        "--synic", choices=SYNIC_CHOICES, default="auto", help="as for hvkvm run, with LIST (auto)"
-    )
+    p.add_argument("--synic", choices=WHO, default="auto", help="as for hvkvm run, with LIST (auto)")
     p.add_argument("--kvm", default="/dev/kvm", metavar="PATH", help="the KVM device (/dev/kvm)")
     p.add_argument("--json", action="store_true", help="print JSON")
     return p

@@ -10,22 +10,14 @@ from __future__ import annotations
 import gc
 import signal
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from time import monotonic
 from typing import TYPE_CHECKING, Any
 
 from hvkvm.cli.arguments import Parser, split_command
 from hvkvm.errors import ConfigError, OutputError
-from hvkvm.machine.config import (
-    KNOWN_DEVICES,
-    SIGNAL_CHOICES,
-    SYNIC_CHOICES,
-    VMBUS_CHOICES,
-    VMBUS_VERSIONS,
-    MachineConfig,
-    parse_size,
-)
+from hvkvm.machine.config import MachineConfig
+from hvkvm.machine.config_fields import Field, fields_of
 
 if TYPE_CHECKING:
     from hvkvm.cli.front import Front
@@ -58,79 +50,27 @@ examples:
 """
 
 
+class _RunParser(Parser):
+    """With the keys of structured options in the help: only that imports their types."""
+
+    def format_help(self) -> str:
+        fields = fields_of(MachineConfig)
+        for action in self._actions:
+            if action.dest in fields:
+                field = fields[action.dest]
+                action.help = field.help + field.kind.more_help()
+        return super().format_help()
+
+
 def parser() -> Parser:
     """The options of `hvkvm run`; a default of None means "as MachineConfig says"."""
-    p = Parser("hvkvm run", "Boot a guest; what follows `--` is run inside it.", EPILOG)
+    p = _RunParser("hvkvm run", "Boot a guest; what follows `--` is run inside it.", EPILOG)
     p.add_argument(
         "--config", type=Path, metavar="TOML", help="read a machine from this file; flags override it"
     )
-    p.add_argument("--restore", type=Path, metavar="FILE", help="go on from a saved VM; see `hvkvm ctl save`")
-    p.add_argument("--kernel", type=Path, metavar="FILE", help="bzImage, vmlinux, PVH ELF or multiboot image")
-    p.add_argument(
-        "--initrd", type=Path, metavar="FILE", help="initial RAM disk; `-- command` is added to it"
-    )
-    p.add_argument("--append", metavar="TEXT", help="kernel command line, behind hvkvm's own defaults")
-    p.add_argument("--cpus", metavar="N", help="vCPUs (1)")
-    p.add_argument(
-        "--cpu", metavar="host,-NAME", help="hide CPU features, by /proc/cpuinfo's names: host,-cx16 (host)"
-    )
-    p.add_argument("--memory", metavar="SIZE", help="guest RAM: 512M, 2G, 0.5G; a bare number is MiB (512M)")
-    p.add_argument(
-        "--hv", metavar="LIST", help="host-model, passthrough, none, or QEMU's hv-* names (host-model)"
-    )
-    p.add_argument(
-        "--synic",
-        metavar="|".join(SYNIC_CHOICES),
-        help="who emulates Hyper-V: KVM, or hvkvm in user space on any KVM (auto: KVM where it can)",
-    )
-    p.add_argument(
-        "--signal-path",
-        metavar="|".join(SIGNAL_CHOICES),
-        help="who answers HvSignalEvent: KVM_HYPERV_EVENTFD or the userspace table (auto)",
-    )
-    p.add_argument(
-        "--device",
-        action="append",
-        metavar="NAME",
-        dest="devices",
-        help=f"add a device: {', '.join(KNOWN_DEVICES)}",
-    )
-    p.add_argument(
-        "--vmbus",
-        metavar="|".join(VMBUS_CHOICES),
-        help="a VMBus host with heartbeat, shutdown and time (off)",
-    )
-    p.add_argument(
-        "--vmbus-max-version",
-        metavar="X.Y",
-        help=f"the newest VMBus version the host speaks ({VMBUS_VERSIONS[-1]})",
-    )
-    p.add_argument(
-        "--vsock",
-        type=Path,
-        metavar="PATH",
-        help="Unix socket that leads to the guest's AF_VSOCK ports; PATH_PORT takes what the guest connects",
-    )
-    p.add_argument(
-        "--control", metavar="PATH|auto|off", help="the socket by which `hvkvm ctl` reaches this VM (auto)"
-    )
-    p.add_argument("--name", metavar="NAME", help="what `hvkvm ctl --vm` calls this VM (hvkvm-PID)")
-    p.add_argument(
-        "--file",
-        action="append",
-        metavar="GUEST=HOST",
-        dest="files",
-        help="put a file of this host into the guest",
-    )
-    p.add_argument(
-        "--modules-dir", type=Path, metavar="DIR", help="the guest kernel's lib/modules/VERSION folder"
-    )
-    p.add_argument(
-        "--module", action="append", metavar="NAME", dest="modules", help="load this module at start"
-    )
-    p.add_argument(
-        "--busybox", type=Path, metavar="FILE", help="a static busybox for the guest (found in PATH)"
-    )
+    for key, field in fields_of(MachineConfig).items():
+        if field.flag:
+            _add(p, key, field)
     p.add_argument(
         "-t", action="store_true", dest="terminal", default=None, help="give the command a terminal"
     )
@@ -144,97 +84,56 @@ def parser() -> Parser:
     p.add_argument(
         "--console", action="store_true", help="show the console of a guest that runs a command, on stderr"
     )
-    p.add_argument("--timeout", metavar="SECONDS", help="end the run after this long, with status 124")
-    p.add_argument("--no-reboot", action="store_true", help="a guest reset ends the run with status 0")
-    p.add_argument("--no-acpi", action="store_true", help="give the guest no ACPI tables")
-    p.add_argument("--kvm", metavar="PATH", dest="kvm_path", help="the KVM device (/dev/kvm)")
     p.add_argument("--json", action="store_true", help="print the outcome as one JSON line on standard error")
     p.add_argument("--quiet", action="store_true", help="say nothing on standard error unless the run fails")
     return p
 
 
-_DECIDED_BY_FILE = {
-    "--kernel": "kernel",
-    "--append": "append",
-    "--cpus": "cpus",
-    "--cpu": "cpu",
-    "--memory": "memory",
-    "--hv": "hv",
-    "--synic": "synic",
-    "--device": "devices",
-    "--vmbus": "vmbus",
-    "--vmbus-max-version": "vmbus_max_version",
-    "--no-acpi": "acpi",
-}
-"""Options of a machine that goes on from a file, which has them already."""
+def _add(p: Parser, key: str, field: Field) -> None:
+    """One row of the table as an option; its text is read when all are known."""
+    if field.kind.flag_value is not None:
+        p.add_argument(field.flag, action="store_const", const=True, dest=key, help=field.help)
+    else:
+        action = "append" if field.kind.repeated else "store"
+        p.add_argument(field.flag, action=action, metavar=field.metavar, dest=key, help=field.help)
 
 
 def config_from(arguments: list[str]) -> tuple[MachineConfig, Any]:
     """Parse `arguments`; returns the checked configuration and the raw options."""
     own, command = split_command(arguments)
     options = parser().parse_args(own)
-    values: dict[str, Any] = {}
-    for key in (
-        "kernel",
-        "initrd",
-        "append",
-        "cpu",
-        "hv",
-        "synic",
-        "signal_path",
-        "vmbus",
-        "vmbus_max_version",
-        "vsock",
-        "control",
-        "name",
-        "modules_dir",
-        "busybox",
-        "kvm_path",
-    ):
-        if (value := getattr(options, key)) is not None:
-            values[key] = value
-    for key in ("devices", "modules"):
-        if (value := getattr(options, key)) is not None:
-            values[key] = tuple(value)
-    if options.files is not None:
-        values["files"] = tuple(map(_file, options.files))
-    if options.cpus is not None:
-        values["cpus"] = _number("--cpus", options.cpus, int, "2")
-    if options.memory is not None:
-        values["memory"] = parse_size(options.memory)
-    if options.timeout is not None:
-        values["timeout"] = _number("--timeout", options.timeout, float, "30")
-    if options.no_reboot:
-        values["reboot"] = False
-    if options.no_acpi:
-        values["acpi"] = False
+    values = _values(options)
     if command:
         values["command"] = command
     elif "--" in arguments:
         raise ConfigError("--: no command behind it; name the guest command, or leave `--` out for a console")
     if options.config is not None:
         return MachineConfig.from_toml(options.config, control="auto")._replace(**values).validate(), options
-    if options.restore is not None:
-        if decided := [flag for flag, key in _DECIDED_BY_FILE.items() if key in values]:
-            raise ConfigError(f"--restore {options.restore}: the file decides {decided[0]}; leave it out")
-        values |= {"restore": options.restore, "kernel": options.restore}
+    if (restore := values.get("restore")) is not None:
+        for key, field in fields_of(MachineConfig).items():
+            if field.in_saved and key in values:
+                raise ConfigError(f"--restore {restore}: the file decides {field.flag}; leave it out")
+        values["kernel"] = restore
     if "kernel" not in values:
         raise ConfigError("--kernel: missing; name the guest kernel's file, or a --config that does")
     return MachineConfig(**{"control": "auto", **values}).validate(), options
 
 
-def _file(text: str) -> tuple[str, Path]:
-    guest, equals, host = text.partition("=")
-    if not (guest and equals and host):
-        raise ConfigError(f"--file {text}: not two paths; write GUEST=HOST, such as /root/test=./test")
-    return guest, Path(host)
-
-
-def _number(flag: str, text: str, kind: Callable[[str], Any], example: str) -> Any:
-    try:
-        return kind(text)
-    except ValueError:
-        raise ConfigError(f"{flag} {text}: not a number; write one, such as {flag} {example}") from None
+def _values(options: Any) -> dict[str, Any]:
+    """Every field that the command line gives, read as its kind says. ConfigError."""
+    values: dict[str, Any] = {}
+    for key, field in fields_of(MachineConfig).items():
+        given = getattr(options, key, None)
+        if given is None:
+            continue
+        kind = field.kind
+        if kind.flag_value is not None:
+            values[key] = kind.flag_value
+        elif kind.repeated:
+            values[key] = tuple(kind.from_text(field.flag, text) for text in given)
+        else:
+            values[key] = kind.from_text(field.flag, given)
+    return values
 
 
 def main(arguments: list[str]) -> int:

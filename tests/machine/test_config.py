@@ -9,7 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hvkvm.errors import ConfigError
-from hvkvm.machine.config import MIB, MachineConfig, parse_size
+from hvkvm.machine.config import MachineConfig
+from hvkvm.machine.config_kinds import MIB, parse_size
 
 
 @pytest.mark.parametrize(

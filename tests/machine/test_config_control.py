@@ -8,7 +8,8 @@ import pytest
 
 from hvkvm.cli.run import config_from
 from hvkvm.errors import ConfigError
-from hvkvm.machine.config import MAX_NAME, MachineConfig
+from hvkvm.machine.config import MachineConfig
+from hvkvm.machine.config_checks import MAX_NAME
 
 
 @pytest.mark.parametrize(

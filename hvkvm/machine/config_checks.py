@@ -1,0 +1,101 @@
+"""What a `MachineConfig` cannot be: values that no machine could have, and values that do not go together.
+
+Each check raises ConfigError: the flag, the reason, the remedy. None needs a kernel call beyond
+looking at a file.
+"""
+
+from __future__ import annotations
+
+from os.path import isdir
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from hvkvm.errors import ConfigError
+from hvkvm.machine.config_fields import fields_of
+from hvkvm.machine.config_kinds import GIB, MIB, check_file
+
+if TYPE_CHECKING:
+    from hvkvm.machine.config import MachineConfig
+
+MIN_MEMORY = 8 * MIB
+MAX_MEMORY = 512 * GIB
+MAX_CPUS = 254
+"""Above 254 an APIC id needs 32-bit destinations (KVM_CAP_X2APIC_API) everywhere."""
+MAX_NAME = 48
+"""Characters of a VM's name: its socket's path must stay short."""
+KNOWN_DEVICES = ("hyperv-testdev",)
+
+
+def cpus(flag: str, value: int) -> None:
+    if not 1 <= value <= MAX_CPUS:
+        raise ConfigError(f"{flag} {value}: a machine has 1 to {MAX_CPUS} vCPUs; choose one in that range")
+
+
+def cpu(flag: str, value: str) -> None:
+    if value != "host":
+        from hvkvm.machine.cpu_features import parse_cpu
+
+        parse_cpu(value)
+
+
+def memory(flag: str, value: int) -> None:
+    if value < MIN_MEMORY:
+        raise ConfigError(
+            f"{flag} {value >> 20}M: too little for any guest; give at least {MIN_MEMORY >> 20}M"
+        )
+    if value > MAX_MEMORY:
+        raise ConfigError(f"{flag} {value >> 30}G: more than {MAX_MEMORY >> 30}G is not supported")
+    if value & 0xFFF:
+        raise ConfigError(f"{flag} {value}B: not a whole number of 4 KiB pages; round it, such as 512M")
+
+
+def timeout(flag: str, value: float | None) -> None:
+    if value is not None and not value > 0:
+        raise ConfigError(f"{flag} {value:g}: must be more than 0 seconds; leave it out for no limit")
+
+
+def devices(flag: str, value: tuple[str, ...]) -> None:
+    for device in value:
+        if device not in KNOWN_DEVICES:
+            raise ConfigError(f"{flag} {device}: unknown; the devices are {', '.join(KNOWN_DEVICES)}")
+
+
+def append(flag: str, value: str) -> None:
+    if "\0" in value or "\n" in value:
+        raise ConfigError(f"{flag}: a kernel command line cannot hold NUL or newline; remove it")
+
+
+def control(flag: str, value: str) -> None:
+    if not value:
+        raise ConfigError(f"{flag}: empty; give auto, off or the path of a socket to make")
+    if "\0" in value:
+        raise ConfigError(f"{flag}: a path cannot hold NUL; remove it")
+
+
+def name(flag: str, value: str) -> None:
+    good = value.isascii() and value.replace("-", "").replace("_", "").replace(".", "").isalnum()
+    if value and (not good or not value[0].isalnum() or len(value) > MAX_NAME):
+        shown = value if value.isprintable() else repr(value)
+        raise ConfigError(f"{flag} {shown}: not a name; use up to {MAX_NAME} letters, digits, dots, - and _")
+
+
+def modules_dir(flag: str, value: Path | None) -> None:
+    if value is not None and not isdir(value):
+        raise ConfigError(f"{flag} {value}: not a directory; name the kernel's lib/modules/VERSION")
+
+
+def together(config: MachineConfig) -> None:
+    """Raise ConfigError for values that cannot work beside one another."""
+    if config.restore is not None:
+        for key, field in fields_of(type(config)).items():
+            if field.boot_only and getattr(config, key) != config._field_defaults[key]:
+                raise ConfigError(
+                    f"--restore {config.restore}: goes on where it was saved; leave out what only a boot"
+                    f" can use: {field.flag or '-- command'}"
+                )
+    else:
+        check_file("--kernel", config.kernel)
+    if config.restore is None and config.vsock is not None and config.vmbus == "off":
+        raise ConfigError(f"--vsock {config.vsock}: needs the VMBus host that carries it; add --vmbus on")
+    if config.modules and config.modules_dir is None:
+        raise ConfigError("--module: needs --modules-dir, the kernel's lib/modules/VERSION folder")

@@ -1,0 +1,234 @@
+"""What a configuration value may be: how it is read from the command line and from TOML, and what is refused.
+
+A `Kind` is one sort of value: a path, a size, a word out of a few. `name` is always how
+the user knows the value, for the error: "--memory" on the command line, "config key memory" in a
+file, "--disk size=" for a key of a structured option (`config_words`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from errno import EACCES, EPERM
+from os.path import isdir
+from pathlib import Path
+from typing import Any
+
+from hvkvm.errors import ConfigError
+
+MIB = 1 << 20
+GIB = 1 << 30
+
+_UNITS = {"": MIB, "b": 1, "k": 1 << 10, "m": MIB, "g": GIB, "t": 1 << 40}
+
+Check = Callable[[str, Any], None]
+"""(name, value): raises ConfigError for a value of the right type that cannot work."""
+
+
+def said(name: str, value: object) -> str:
+    """A value as its user gave it: "--cpus 0", "--disk size=0", "config key cpus: 0"."""
+    if name.endswith("="):
+        return f"{name}{value}"
+    return f"{name}: {value}" if name.startswith("config key ") else f"{name} {value}"
+
+
+def parse_size(text: str, name: str = "--memory") -> int:
+    """Bytes in `text`: "512M", "1.5G", "300MiB"; a bare number is MiB. Raises ConfigError naming `name`."""
+    body = text.strip().lower().removesuffix("ib")
+    if len(body) > 1 and body[-1] == "b" and not body[-2].isdigit():
+        body = body[:-1]
+    number, unit = (body[:-1], body[-1]) if body and body[-1] in _UNITS else (body, "")
+    try:
+        value = float(number) if "." in number else int(number, 10)
+        size = value * _UNITS[unit]
+        if not 0 <= size < 1 << 63:
+            raise ValueError
+    except (ValueError, OverflowError):
+        raise ConfigError(
+            f"{said(name, text)}: not a size; write a number with K, M or G, such as 512M"
+        ) from None
+    return int(size)
+
+
+class Kind:
+    """Text, and the base of every other kind. Immutable."""
+
+    repeated = False
+    """Whether the flag may be given again and again, and the value is a tuple."""
+    flag_value: object = None
+    """What a flag without a value stands for; None for a flag that takes one."""
+
+    def from_text(self, name: str, text: str, folder: Path | None = None) -> Any:
+        """The value in one word of the command line; a relative path starts at `folder`. ConfigError."""
+        return text
+
+    def from_plain(self, name: str, value: object, folder: Path | None) -> Any:
+        """The value in what TOML or JSON has; a relative path starts at `folder`. ConfigError."""
+        if isinstance(value, str):
+            return self.from_text(name, value, folder)
+        raise wrong_type(name, value)
+
+    def check(self, name: str, value: Any) -> None:
+        """Raise ConfigError for a value that no machine could have."""
+
+    def more_help(self) -> str:
+        """What is put behind the flag's help."""
+        return ""
+
+
+class Choice(Kind):
+    """One word of a few."""
+
+    def __init__(self, words: tuple[str, ...]) -> None:
+        self.words = words
+
+    def check(self, name: str, value: str) -> None:
+        if value not in self.words:
+            raise ConfigError(f"{said(name, value)}: unknown; choose {', '.join(self.words)}")
+
+
+class OnOff(Kind):
+    """A bool. `flag_value` is for a flag of its own; text is on or off, yes or no, true or false."""
+
+    _WORDS = {"on": True, "yes": True, "true": True, "off": False, "no": False, "false": False}
+
+    def __init__(self, flag_value: bool | None = None) -> None:
+        self.flag_value = flag_value
+
+    def from_text(self, name: str, text: str, folder: Path | None = None) -> bool:
+        if text not in self._WORDS:
+            raise ConfigError(f"{said(name, text)}: neither on nor off; choose one")
+        return self._WORDS[text]
+
+    def from_plain(self, name: str, value: object, folder: Path | None) -> bool:
+        if isinstance(value, bool):
+            return value
+        raise wrong_type(name, value)
+
+
+class Number(Kind):
+    """An int; `example` is what the error shows."""
+
+    def __init__(self, example: int) -> None:
+        self.example = example
+
+    def from_text(self, name: str, text: str, folder: Path | None = None) -> int:
+        try:
+            return int(text, 0 if text[:2].lower() == "0x" else 10)
+        except ValueError:
+            raise not_a_number(name, text, self.example) from None
+
+    def from_plain(self, name: str, value: object, folder: Path | None) -> int:
+        if isinstance(value, int) and not isinstance(value, bool):
+            return value
+        raise wrong_type(name, value)
+
+
+class Seconds(Kind):
+    """A float, of seconds; None stands for no limit."""
+
+    def __init__(self, example: float) -> None:
+        self.example = example
+
+    def from_text(self, name: str, text: str, folder: Path | None = None) -> float:
+        try:
+            return float(text)
+        except ValueError:
+            raise not_a_number(name, text, self.example) from None
+
+    def from_plain(self, name: str, value: object, folder: Path | None) -> float:
+        if isinstance(value, int | float) and not isinstance(value, bool):
+            return float(value)
+        raise wrong_type(name, value)
+
+
+class Size(Kind):
+    """An int, of bytes: see `parse_size`."""
+
+    def from_text(self, name: str, text: str, folder: Path | None = None) -> int:
+        return parse_size(text, name)
+
+    def from_plain(self, name: str, value: object, folder: Path | None) -> int:
+        return parse_size(str(value), name)
+
+
+class PathName(Kind):
+    """A Path of this host, there or not."""
+
+    def from_text(self, name: str, text: str, folder: Path | None = None) -> Path:
+        return self.from_plain(name, text, folder)
+
+    def from_plain(self, name: str, value: object, folder: Path | None) -> Path:
+        if isinstance(value, str | Path):
+            return Path(value) if folder is None else folder / value
+        raise wrong_type(name, value)
+
+
+class File(PathName):
+    """A Path of a file that must be there and readable; None stands for none."""
+
+    def check(self, name: str, value: Path | None) -> None:
+        if value is not None:
+            check_file(name, value)
+
+
+class Words(Kind):
+    """A tuple of text: a list in TOML, on the command line a flag for each."""
+
+    repeated = True
+
+    def from_plain(self, name: str, value: object, folder: Path | None) -> tuple[str, ...]:
+        if isinstance(value, list | tuple) and all(isinstance(item, str) for item in value):
+            return tuple(value)
+        raise wrong_type(name, value)
+
+
+class GuestFiles(Kind):
+    """Pairs of a guest path and a Path of this host: GUEST=HOST, in TOML a table."""
+
+    repeated = True
+
+    def from_text(self, name: str, text: str, folder: Path | None = None) -> tuple[str, Path]:
+        guest, equals, host = text.partition("=")
+        if not (guest and equals and host):
+            raise ConfigError(
+                f"{said(name, text)}: not two paths; write GUEST=HOST, such as /root/test=./test"
+            )
+        return guest, (folder or Path()) / host
+
+    def from_plain(self, name: str, value: object, folder: Path | None) -> tuple[tuple[str, Path], ...]:
+        if isinstance(value, Mapping) and all(isinstance(item, str | Path) for item in value.values()):
+            return tuple((str(guest), (folder or Path()) / host) for guest, host in value.items())
+        raise wrong_type(name, value)
+
+    def check(self, name: str, value: tuple[tuple[str, Path], ...]) -> None:
+        for guest, host in value:
+            check_file(f"{name} {guest}", host)
+        for guest, _host in value:
+            if not guest.startswith("/") or guest.endswith("/") or ".." in guest.split("/"):
+                raise ConfigError(
+                    f"{name} {guest}=...: not a guest path; write an absolute one, such as /root/x"
+                )
+
+
+def wrong_type(name: str, value: object) -> ConfigError:
+    """The error for a value that is not of the kind's type."""
+    return ConfigError(f"{name}: {value!r} has the wrong type; see MachineConfig for what it takes")
+
+
+def not_a_number(name: str, text: str, example: float) -> ConfigError:
+    """The error for text that is no number."""
+    return ConfigError(f"{said(name, text)}: not a number; write one, such as {said(name, example)}")
+
+
+def check_file(name: str, path: Path) -> None:
+    """Raise ConfigError unless `path` is a file that this user can read."""
+    if isdir(path):  # Path.is_dir raises for a name that is too long
+        raise ConfigError(f"{said(name, path)}: is a directory; name the file in it")
+    try:
+        with path.open("rb"):
+            pass
+    except (FileNotFoundError, NotADirectoryError):
+        raise ConfigError(f"{said(name, path)}: no such file; check the path") from None
+    except OSError as error:
+        remedy = "make it readable for this user" if error.errno in (EACCES, EPERM) else "check the path"
+        raise ConfigError(f"{said(name, path)}: {error.strerror}; {remedy}") from None
