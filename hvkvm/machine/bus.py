@@ -1,44 +1,53 @@
-"""The machine's VMBus: the host on its partition, and the utility devices.
+"""The machine's VMBus: the host on its partition, and the devices on it, each by its name.
 
 A `part.Part`. Made by `Machine` when the configuration asks for it, before
-vCPUs run; afterwards everything happens on the I/O loop.
+vCPUs run; afterwards everything happens on the I/O loop. Devices may be added and
+removed at any time. A saved machine has the state of each under its name.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import ExitStack
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 from hvkvm.abi.vmbus import HOST_VERSIONS
-from hvkvm.devices.synth.heartbeat import Heartbeat, HeartbeatState
-from hvkvm.devices.synth.ic import IcState
-from hvkvm.devices.synth.keyboard import Keyboard, KeyboardState
+from hvkvm.devices.synth.heartbeat import Heartbeat
+from hvkvm.devices.synth.keyboard import Keyboard
 from hvkvm.devices.synth.kvp import Kvp
 from hvkvm.devices.synth.shutdown import Shutdown
 from hvkvm.devices.synth.timesync import TimeSync
 from hvkvm.devices.synth.vsock import Vsock
-from hvkvm.devices.synth.vss import Vss, VssState
+from hvkvm.devices.synth.vss import Vss
 from hvkvm.errors import StateError
 from hvkvm.machine.config import VMBUS_VERSIONS
-from hvkvm.vmbus.host import HostState, VmbusHost
+from hvkvm.state.codec import restored
+from hvkvm.vmbus.device import Device, SavedDevice, StreamDevice
+from hvkvm.vmbus.host import VmbusHost
+from hvkvm.vmbus.offer import Channel
 from hvkvm.vmbus.open_channel import OPEN_FAILURES
+from hvkvm.vmbus.saved_host import HostState
 
 if TYPE_CHECKING:
     from hvkvm.machine.hyperv import Hyperv
     from hvkvm.machine.platform import Platform
+
+D = TypeVar("D", bound=Device | StreamDevice)
 
 
 class BusState(NamedTuple):
     """The host, and each device. Streams of hvsock are not kept: they are reset when the guest goes on."""
 
     host: HostState
-    heartbeat: HeartbeatState
-    shutdown: IcState
-    timesync: IcState
-    kvp: IcState
-    vss: VssState
-    keyboard: KeyboardState
+    devices: dict[str, Any]
+    """By name, in the order in which they were added: the device's own `State`."""
+
+
+class BusDevice(NamedTuple):
+    """A device on the bus, and its primary channel."""
+
+    device: Any
+    channel: Channel
 
 
 class Bus:
@@ -58,19 +67,36 @@ class Bus:
             max_version=HOST_VERSIONS[VMBUS_VERSIONS.index(config.vmbus_max_version)],
             observer=platform.observer,
         )
-        self.heartbeat = Heartbeat(io.call_later)
-        self.shutdown = Shutdown()
-        self.timesync = TimeSync(io.call_later, hyperv.reference_time)
-        self.kvp = Kvp()
-        self.vss = Vss(io.call_later)
-        self.keyboard = Keyboard()
-        for device in (self.heartbeat, self.shutdown, self.timesync, self.kvp, self.vss, self.keyboard):
-            self.host.add(device)
+        self.devices: dict[str, BusDevice] = {}
+        """By name, in the order in which they were added."""
+        self.heartbeat = self.add("heartbeat", Heartbeat(io.call_later))
+        self.shutdown = self.add("shutdown", Shutdown())
+        self.timesync = self.add("timesync", TimeSync(io.call_later, hyperv.reference_time))
+        self.kvp = self.add("kvp", Kvp())
+        self.vss = self.add("vss", Vss(io.call_later))
+        self.keyboard = self.add("keyboard", Keyboard())
         stack.callback(self.host.close)
         self.vsock = Vsock(self.host, io, config.vsock, observer=platform.observer)
         stack.callback(self.vsock.close)
         self.vsock.start()
         self.host.attach()
+
+    def add(self, name: str, device: D) -> D:
+        """Offer `device`, to a guest that runs too; it is returned. ValueError: the name or GUIDs are taken.
+
+        What is added before a saved machine is loaded is expected there by this name.
+        """
+        if name in self.devices:
+            raise ValueError(f"the bus has a device {name}")
+        self.devices[name] = BusDevice(device, self.host.add(device))
+        return device
+
+    def remove(self, name: str, done: Callable[[], object] = lambda: None) -> None:
+        """Take a device away from the guest. KeyError if there is none of that name.
+
+        `done()`, at once or later, when it touches no guest memory any more. The name is free at once.
+        """
+        self.host.remove(self.devices.pop(name).channel, done)
 
     def start(self) -> None:
         """See `Part.start`."""
@@ -78,8 +104,7 @@ class Bus:
 
     def stop(self, done: Callable[[], object]) -> None:
         """See `Part.stop`. Streams and devices find no room in their rings until the machine goes on."""
-        self.host.hold()
-        done()
+        self.host.stop(done)
 
     def reset(self) -> None:
         """See `Part.reset`: every channel closed, every device offered anew."""
@@ -87,25 +112,27 @@ class Bus:
 
     def save(self) -> BusState:
         """See `Part.save`."""
-        return BusState(
-            self.host.save(),
-            self.heartbeat.save(),
-            self.shutdown.save(),
-            self.timesync.save(),
-            self.kvp.save(),
-            self.vss.save(),
-            self.keyboard.save(),
-        )
+        states = {
+            name: entry.device.save()
+            for name, entry in self.devices.items()
+            if isinstance(entry.device, SavedDevice)
+        }
+        return BusState(self.host.save(), states)
 
     def load(self, state: BusState) -> None:
-        """See `Part.load`."""
+        """See `Part.load`. The machine has to have the devices that were saved, and no others."""
+        here = {
+            name: entry.device
+            for name, entry in self.devices.items()
+            if isinstance(entry.device, SavedDevice)
+        }
+        for missing in sorted(set(state.devices) - set(here)):
+            raise StateError(f"{self.name}: it has a device {missing[:40]!r}, and this machine has not")
+        for extra in sorted(set(here) - set(state.devices)):
+            raise StateError(f"{self.name}: this machine has a device {extra!r}, and it has not")
         states = {
-            id(self.heartbeat): state.heartbeat,
-            id(self.shutdown): state.shutdown,
-            id(self.timesync): state.timesync,
-            id(self.kvp): state.kvp,
-            id(self.vss): state.vss,
-            id(self.keyboard): state.keyboard,
+            id(device): restored(device.State, state.devices[name], f"{self.name}.devices[{name!r}]")
+            for name, device in here.items()
         }
         try:
             self.host.load(state.host, states)

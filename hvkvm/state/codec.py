@@ -1,7 +1,9 @@
 """A part's state as JSON and back: NamedTuples in, plain values out, and every value checked on the way in.
 
 A state is a NamedTuple whose fields are int, bool, float, str, bytes, None,
-tuples, dicts by str or int, and other states. What comes back was perhaps
+tuples, dicts by str or int, and other states. A field that is `Any` comes back
+as the plain value that it was made, for whoever knows its kind to give to
+`restored`. What comes back was perhaps
 damaged or made up, so nothing of it is believed: a missing or unknown field, a
 wrong type, a number that no register holds is a StateError that names the field.
 What a value means is for the part that loads it to check.
@@ -53,6 +55,8 @@ def _is_state(kind: Any) -> bool:
 def _restored(kind: Any, value: Any, where: str) -> Any:
     if kind is None or kind is type(None):
         return value if value is None else _refuse(where, value, "nothing")
+    if kind is Any:
+        return value
     if kind is bytes:
         return _bytes(value, where)
     if kind is int:

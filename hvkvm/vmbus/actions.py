@@ -62,10 +62,16 @@ class RetargetChannel(NamedTuple):
 
 
 class ReleaseGpadl(NamedTuple):
-    """Stop using this GPADL of an open channel now; the guest is told right behind."""
+    """Stop using this GPADL of an open channel, then call `Server.gpadl_released(channel, gpadl_id)`."""
 
     channel: Channel
     gpadl_id: int
+
+
+class ForgetChannel(NamedTuple):
+    """This channel is gone for good, with the device behind it."""
+
+    channel: Channel
 
 
 class TlConnect(NamedTuple):
@@ -76,4 +82,13 @@ class TlConnect(NamedTuple):
     silo_id: bytes
 
 
-Action = SendMessage | DropMessages | OpenChannel | CloseChannel | RetargetChannel | ReleaseGpadl | TlConnect
+Action = (
+    SendMessage
+    | DropMessages
+    | OpenChannel
+    | CloseChannel
+    | RetargetChannel
+    | ReleaseGpadl
+    | ForgetChannel
+    | TlConnect
+)

@@ -17,7 +17,14 @@ from typing import Any
 from hvkvm.abi import vmbus
 from hvkvm.abi import vmbus_messages as wire
 from hvkvm.abi.vmbus_messages import Message
-from hvkvm.vmbus.actions import Action, CloseChannel, OpenChannel, ReleaseGpadl, RetargetChannel
+from hvkvm.vmbus.actions import (
+    Action,
+    CloseChannel,
+    ForgetChannel,
+    OpenChannel,
+    ReleaseGpadl,
+    RetargetChannel,
+)
 from hvkvm.vmbus.gpadl import Finished, GpadlTable, PageCheck
 from hvkvm.vmbus.offer import Channel, ChannelState, Offer
 from hvkvm.vmbus.report import Reports
@@ -74,9 +81,9 @@ class Channels:
         return channel
 
     def withdraw(self, channel: Channel, *, broken: bool = False) -> None:
-        """Rescind; subchannels go before their primary. Idempotent.
+        """Rescind; sub-channels go before their primary. Idempotent.
 
-        With `broken` it is offered again to the next connection, and else no more.
+        With `broken` a primary is offered again to the next connection, and else no more.
         """
         if channel not in self.all:
             return
@@ -85,11 +92,8 @@ class Channels:
             if not channel.broken and channel.state is ChannelState.HIDDEN:
                 self._forget(channel)
             return
-        if not channel.offer.sub_channel_index:
-            primary = channel.offer.key[:2]
-            subs = [c for c in self.all if c.offer.sub_channel_index and c.offer.key[:2] == primary]
-            for sub in subs:
-                self.withdraw(sub, broken=broken)
+        for sub in self.subs(channel):
+            self.withdraw(sub)
         channel.withdrawn = True
         if channel.state is ChannelState.HIDDEN:
             self._forget(channel)
@@ -99,6 +103,18 @@ class Channels:
         self.stop(channel)
         if self.offering:  # else the guest that knew it is leaving, and the next must not be told
             self._send(wire.RESCIND_CHANNELOFFER, relid=channel.relid)
+
+    def subs(self, channel: Channel) -> list[Channel]:
+        """The sub-channels of a primary channel, those included that are going."""
+        if channel.offer.sub_channel_index:
+            return []
+        key = channel.offer.key[:2]
+        return [c for c in self.all if c.offer.sub_channel_index and c.offer.key[:2] == key]
+
+    def primary(self, channel: Channel) -> Channel:
+        """The primary of a sub-channel; `channel` if it is one, or has none any more."""
+        key = (*channel.offer.key[:2], 0)
+        return next((c for c in self.all if c.offer.key == key and not c.withdrawn), channel)
 
     def offer_hidden(self) -> None:
         """Tell the guest every channel that it may know and does not."""
@@ -145,9 +161,22 @@ class Channels:
         if channel.released:
             self._release(channel)
 
+    def gpadl_released(self, channel: Channel, gpadl_id: int) -> None:
+        """The device of an open channel has let go of this one: answer its teardown.
+
+        If the channel is being closed by now, that answers it.
+        """
+        if gpadl_id in channel.held_torndown and channel.state is not ChannelState.CLOSING:
+            channel.held_torndown.remove(gpadl_id)
+            self.gpadls.drop(channel.relid, gpadl_id)
+            self._send(wire.GPADL_TORNDOWN, gpadl=gpadl_id)
+
     def stop(self, channel: Channel) -> None:
-        """Ask the device to stop if it runs."""
+        """Ask the device to stop if it runs. Its sub-channels are rescinded ahead of it."""
         if channel.state in (ChannelState.OPENING, ChannelState.OPEN):
+            if self.offering:
+                for sub in self.subs(channel):
+                    self.withdraw(sub)
             channel.state = ChannelState.CLOSING
             self._closing += 1
             self._emit(CloseChannel(channel))
@@ -157,6 +186,7 @@ class Channels:
         self.offering = False
         for channel in self.all:
             channel.held_torndown.clear()
+            channel.withdrawn = channel.withdrawn or channel.offer.sub_channel_index > 0
             self.stop(channel)
         self.gpadls.clear()
 
@@ -179,6 +209,7 @@ class Channels:
                 channel.withdrawn = channel.broken = False
             elif channel.withdrawn:
                 self.all.remove(channel)
+                self._emit(ForgetChannel(channel))
 
     def _release(self, channel: Channel) -> None:
         """The relid is free again; Linux tears no GPADL down for a rescinded channel, so they go here."""
@@ -193,6 +224,7 @@ class Channels:
     def _forget(self, channel: Channel) -> None:
         if not channel.broken:
             self.all.remove(channel)
+            self._emit(ForgetChannel(channel))
         if self.offering:
             self.offer_hidden()
 
@@ -366,9 +398,9 @@ class Channels:
                 if channel.state is ChannelState.OPENING:
                     self._answer_open(channel, vmbus.STATUS_UNSUCCESSFUL)
                 self.stop(channel)
-            if channel.state is ChannelState.CLOSING:
-                channel.held_torndown.append(gpadl_id)
-                return
-            self._emit(ReleaseGpadl(channel, gpadl_id))
+            channel.held_torndown.append(gpadl_id)
+            if channel.state is not ChannelState.CLOSING:
+                self._emit(ReleaseGpadl(channel, gpadl_id))
+            return
         self.gpadls.drop(relid, gpadl_id)
         self._send(wire.GPADL_TORNDOWN, gpadl=gpadl_id)

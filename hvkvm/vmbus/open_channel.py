@@ -13,7 +13,7 @@ from hvkvm.abi.vmbus import VP_INVALID
 from hvkvm.errors import GuestMemoryError, RouteError, Stopped
 from hvkvm.vmbus.actions import OpenChannel
 from hvkvm.vmbus.channel_io import ChannelIo
-from hvkvm.vmbus.device import Device, StreamDevice
+from hvkvm.vmbus.device import Device, Done, StreamDevice
 from hvkvm.vmbus.pages import Ram
 from hvkvm.vmbus.ring_reader import RingReader
 from hvkvm.vmbus.ring_writer import RingWriter
@@ -125,7 +125,7 @@ class OpenedChannel:
         load(self.io)
 
     def halt(self) -> None:
-        """The device failed: it is called no more, but for `closed`, and its rings are left alone."""
+        """The device failed: it is called no more, but for `close`, and its rings are left alone."""
         self._started = False
         self.io.abandon()
 
@@ -183,18 +183,21 @@ class OpenedChannel:
             "to_guest": {"packets": io.writer.packets, **io.writer.snapshot()},
         }
 
-    def close(self) -> None:
-        """Stop; when this returns nothing touches the rings. Idempotent."""
-        if self._closed:
-            return
+    def close(self, done: Done) -> None:
+        """Stop; when this returns nothing touches the rings. Once.
+
+        `done()` once, here or later, when the device touches no other memory of the guest.
+        """
         self._closed = True
         self.io.abandon()
         self._synic.connections.remove_event(self._connection_id)
         try:
-            self._device.closed()
+            self._device.close(done)
         except Exception as error:
             self._on_fault(error)
-        self._drop_route()
+            done()  # called no more, it can hardly touch what it did not let go of
+        finally:
+            self._drop_route()
 
 
 OPEN_FAILURES = (RouteError, GuestMemoryError, OSError, Stopped)

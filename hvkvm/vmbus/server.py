@@ -122,10 +122,10 @@ class Server:
         self.channels.withdraw(channel)
 
     def broken(self, channel: Channel, reason: str) -> None:
-        """The guest broke this channel's rules: it ends alone, with one line, until a guest connects anew."""
+        """The guest broke this channel's rules: its device ends, with a line, until a guest connects anew."""
         if channel in self.channels.all and not channel.withdrawn:
             self.reports.add("channel broken", f"{channel}: {reason}")
-            self.channels.withdraw(channel, broken=True)
+            self.channels.withdraw(self.channels.primary(channel), broken=True)
 
     def opened(self, channel: Channel, status: int = vmbus.STATUS_SUCCESS) -> None:
         """Answer to `OpenChannel`."""
@@ -135,6 +135,10 @@ class Server:
         """Answer to `CloseChannel`: nothing of the host touches the channel's memory any more."""
         self.channels.closed(channel)
         self._finish_reset()
+
+    def gpadl_released(self, channel: Channel, gpadl_id: int) -> None:
+        """Answer to `ReleaseGpadl`: nothing of the host touches its pages any more."""
+        self.channels.gpadl_released(channel, gpadl_id)
 
     def retargeted(self, request: RetargetChannel, status: int = vmbus.STATUS_SUCCESS) -> None:
         """Answer to `RetargetChannel`."""

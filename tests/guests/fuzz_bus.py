@@ -459,7 +459,8 @@ class Bench:
 
     def _packets(self) -> int:
         return sum(
-            opened.io.reader.packets + opened.io.writer.packets for opened in self.loop.host._open.values()
+            opened.io.reader.packets + opened.io.writer.packets
+            for opened in self.loop.host.devices._open.values()
         )
 
     def rest(self, limit: int = 20_000) -> None:

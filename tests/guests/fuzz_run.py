@@ -26,7 +26,8 @@ from hvkvm.devices.synth.vsock import MAX_CONNECTIONS, TURN_PACKETS
 from hvkvm.observe.bus_text import bus_lines
 from hvkvm.vmbus.channel_io import BUDGET
 from hvkvm.vmbus.gpadl import MAX_GPADLS, MAX_UNFINISHED, MAX_VALUES
-from hvkvm.vmbus.host import MAX_INBOX, TURN_MESSAGES
+from hvkvm.vmbus.host import TURN_MESSAGES
+from hvkvm.vmbus.inbox import MAX_INBOX
 from hvkvm.vmbus.outbox import MAX_OUTBOX
 from hvkvm.vmbus.server import MAX_TL_CONNECTS
 
@@ -51,8 +52,8 @@ def look(bench: Bench) -> None:
     for kind in FAULTS:
         assert kind not in server.reports.counts, f"{kind}: {host.snapshot()['ended']}"
     at_most("channels", channels, MAX_RELID)  # one that is rescinded goes when the guest releases it
-    at_most("messages of the guest", len(host._inbox), MAX_INBOX)
-    at_most("messages for the guest", len(host._outbox), MAX_OUTBOX + channels + MAX_UNFINISHED)
+    at_most("messages of the guest", len(host.inbox), MAX_INBOX)
+    at_most("messages for the guest", len(host.outbox), MAX_OUTBOX + channels + MAX_UNFINISHED)
     at_most("deferred calls", len(bench.loop.deferred), 16 + CALLS_A_CHANNEL * (6 + len(vsock._connections)))
     live = len(vsock._connections) + len(vsock._callers) + MAX_TL_CONNECTS
     at_most("timers", bench.io.timers + sum(t.active for t in bench.loop.timers), 8 + 2 * live)
@@ -67,10 +68,12 @@ def look(bench: Bench) -> None:
     at_most("readers", len(bench.io.readers), 2)
     for device in bench.components:
         at_most(f"requests of {device.NAME}", len(device._waiting), MAX_WAITING + 1)
-    assert len(bench.loop.synic.events) == len(host._open), "doorbells and open channels differ"
-    assert set(host._open) <= set(server.channels.all), "a channel that is gone is open"
-    assert set(host._devices) <= set(server.channels.all), "a device of a channel that is gone is kept"
-    assert {c for c in server.channels.all if not c.withdrawn} <= set(host._devices), (
+    assert len(bench.loop.synic.events) == len(host.devices._open), "doorbells and open channels differ"
+    assert set(host.devices._open) <= set(server.channels.all), "a channel that is gone is open"
+    assert set(host.devices._devices) <= set(server.channels.all), (
+        "a device of a channel that is gone is kept"
+    )
+    assert {c for c in server.channels.all if not c.withdrawn} <= set(host.devices._devices), (
         "a channel has no device"
     )
     # Fairness in turns: what one callback takes is bounded, so whoever is behind it waits for so much.

@@ -53,10 +53,11 @@ class Echo:
                 return
             self.backlog.pop(0)
 
-    def closed(self) -> None:
+    def close(self, done: Callable[[], object]) -> None:
         self.log.append("closed")
         self.io = None
         self.backlog.clear()
+        done()
 
 
 @pytest.fixture(scope="module")

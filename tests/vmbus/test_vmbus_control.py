@@ -11,7 +11,7 @@ from hvkvm.abi import vmbus
 from hvkvm.abi import vmbus_messages as wire
 from hvkvm.abi.tlfs import HvStatus
 from hvkvm.errors import RouteError
-from hvkvm.vmbus.host import MAX_INBOX
+from hvkvm.vmbus.inbox import MAX_INBOX
 from hvkvm.vmbus.offer import ChannelState, Offer
 from hvkvm.vmbus.outbox import MAX_OUTBOX, MOST_RETRY_SECONDS
 from hvkvm.vmbus.server import BusState, Server
@@ -151,8 +151,9 @@ def test_the_same_device_comes_back_only_after_its_relid_is_released(loopback: A
 def test_a_rescinded_primary_takes_its_subchannels_first(loopback: Any, echo: Any) -> None:
     loop = loopback()
     primary = loop.host.add(echo(1))
-    loop.host.add(echo(1, index=1))
     loop.connect(vmbus.VERSION_WIN10_V5_3)
+    loop.host.add(echo(1, index=1))
+    loop.run()
     loop.host.remove(primary)
     loop.run()
     gone = [m["relid"] for m in loop.client.messages if m.kind.type == wire.RESCIND_CHANNELOFFER]
@@ -283,7 +284,7 @@ def test_s50_a_guest_that_takes_no_answers_fills_no_queue(loopback: Any) -> None
         while loop.deferred:  # the host works, the guest never takes a message
             loop._run_deferred()
     assert refused > 1000
-    assert len(loop.host._outbox) <= 65
+    assert len(loop.host.outbox) <= 65
     assert loop.client.contact(vmbus.VERSION_WIN10) == 0
     loop.run()
     assert loop.client.last(wire.VERSION_RESPONSE)["version_supported"] == 1

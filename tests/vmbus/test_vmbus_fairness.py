@@ -11,8 +11,10 @@ from hvkvm.abi import vmbus_messages as wire
 from hvkvm.errors import GuestMemoryError
 from hvkvm.memory.guest import GuestMemory
 from hvkvm.testing.vmbus_client import gpadl_messages
+from hvkvm.vmbus.channel_devices import TURN_CLOSES
 from hvkvm.vmbus.channel_io import BUDGET, BUDGET_BYTES
-from hvkvm.vmbus.host import MAX_INBOX, TURN_CLOSES, TURN_MESSAGES
+from hvkvm.vmbus.host import TURN_MESSAGES
+from hvkvm.vmbus.inbox import MAX_INBOX
 from hvkvm.vmbus.pages import RUN_PAGES, GuestPages
 
 
@@ -120,12 +122,12 @@ def flood(loop: Any) -> list[int]:
     """Run the deferred calls one by one; how many messages of the guest each of them took."""
     taken = []
     while loop.deferred:
-        before = len(loop.host._inbox)
+        before = len(loop.host.inbox)
         loop._run_deferred()
-        taken.append(before - len(loop.host._inbox))
+        taken.append(before - len(loop.host.inbox))
         while loop.synic.messages:
             loop._deliver_message()
-    assert not loop.host._inbox
+    assert not loop.host.inbox
     return taken
 
 

@@ -14,8 +14,8 @@ from hvkvm.devices.synth.heartbeat import INTERVAL, Heartbeat
 from hvkvm.observe.bus_text import bus_lines
 from hvkvm.testing.ic_driver import IcDriver
 from hvkvm.testing.vmbus_loopback import Loopback
+from hvkvm.vmbus.channel_devices import MAX_ENDED
 from hvkvm.vmbus.guard import MAX_TEXT, fault_text
-from hvkvm.vmbus.host import MAX_ENDED
 from hvkvm.vmbus.server import BusState
 
 MAKER = "the device's own mistake"
@@ -43,7 +43,7 @@ def told(loop: Loopback) -> list[str]:
     return [event.text for event in loop.notes.events if "failed" in event.text]  # type: ignore[union-attr]
 
 
-@pytest.mark.parametrize("where", ["opened", "received", "ready", "closed", "release_gpadl"])
+@pytest.mark.parametrize("where", ["opened", "received", "ready", "close", "release_gpadl"])
 def test_what_a_callback_raises_ends_that_device(loopback: Any, echo: Any, where: str) -> None:
     loop = loopback()
     device, other = failing(echo, where), echo(1)
@@ -51,7 +51,7 @@ def test_what_a_callback_raises_ends_that_device(loopback: Any, echo: Any, where
     loop.open(channel)
     if where == "received":
         channel.opened.send(b"12345678")
-    elif where == "closed":
+    elif where == "close":
         loop.client.close(channel)
     elif where == "release_gpadl":
         extra = loop.client.post_gpadl(channel.relid, [60, 61])
@@ -66,7 +66,7 @@ def test_what_a_callback_raises_ends_that_device(loopback: Any, echo: Any, where
     # The guest leaves as Linux does, and the device beside it never noticed.
     loop.client.release(channel)
     loop.run()
-    assert where == "closed" or "closed" in device.log
+    assert where == "close" or "closed" in device.log
     living.opened.send(b"abcdefgh")
     loop.run()
     assert [packet.payload for packet in living.received] == [b"abcdefgh"]
@@ -184,7 +184,7 @@ def test_the_reasons_that_are_kept_have_a_bound(loopback: Any, echo: Any) -> Non
         device = failing(echo, "opened")
         device.offer = device.offer._replace(name=f"echo{number}", instance=number.to_bytes(16, "little"))
         channel = loop.host.add(device)
-        loop.host._device_failed(channel, KeyError("x" * 1000))
+        loop.host.devices.fail(channel, KeyError("x" * 1000))
         loop.run()
     ended = loop.host.snapshot()["ended"]
     assert list(ended) == [f"echo{number}" for number in range(2 * MAX_ENDED, 3 * MAX_ENDED)]

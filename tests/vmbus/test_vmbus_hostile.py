@@ -23,7 +23,7 @@ from hvkvm.observe.bus_text import bus_lines
 from hvkvm.testing.vmbus_client import gpadl_messages
 from hvkvm.testing.vmbus_loopback import Loopback
 from hvkvm.vmbus.gpadl import MAX_UNFINISHED, MAX_VALUES
-from hvkvm.vmbus.host import MAX_INBOX
+from hvkvm.vmbus.inbox import MAX_INBOX
 from hvkvm.vmbus.offer import ChannelState
 from hvkvm.vmbus.outbox import MAX_OUTBOX
 from hvkvm.vmbus.server import MAX_TL_CONNECTS, BusState
@@ -187,8 +187,8 @@ class HostileGuest(RuleBasedStateMachine):
     def nothing_grows(self) -> None:
         host = self.loop.host
         gpadls = host.server.channels.gpadls
-        assert len(host._inbox) <= MAX_INBOX
-        assert len(host._outbox) <= MAX_OUTBOX + len(host.server.channels.all) + MAX_UNFINISHED
+        assert len(host.inbox) <= MAX_INBOX
+        assert len(host.outbox) <= MAX_OUTBOX + len(host.server.channels.all) + MAX_UNFINISHED
         assert gpadls.unfinished <= MAX_UNFINISHED
         assert gpadls.values <= MAX_VALUES
         assert gpadls.values >= sum(gpadl.values for gpadl in gpadls)
@@ -207,7 +207,7 @@ class HostileGuest(RuleBasedStateMachine):
             assert not known or channels.by_relid[channel.relid] is channel
         assert len(channels.by_relid) == sum(bool(c.relid) for c in channels.all)
         opened = {c for c in channels.all if c.state is ChannelState.OPEN}
-        assert set(host._open) == opened
+        assert set(host.devices._open) == opened
         assert len(self.loop.synic.events) == len(opened)
         assert host.server.state is not BusState.RESETTING
         if host.server.state is BusState.DISCONNECTED:

@@ -84,7 +84,7 @@ def test_a_port_without_listener_is_refused_after_a_while(make_vsock: Make) -> N
     bench.run(lambda: program.at_end)
     bench.run()
     assert bench.loopback.client.offers == {}
-    assert bench.loopback.host._devices == {}
+    assert bench.loopback.host.devices._devices == {}
     assert program.incoming == b""
 
 

@@ -148,8 +148,8 @@ def test_no_order_of_messages_leaves_anything_behind(
         for sock in came:
             sock.close()
         assert "0 connections" in bench.vsock.describe()[0]
-        assert bench.loopback.host._devices == {}
-        assert bench.loopback.host._open == {}
+        assert bench.loopback.host.devices._devices == {}
+        assert bench.loopback.host.devices._open == {}
         bench.close()
 
 
@@ -215,4 +215,4 @@ def test_a_guest_that_leaves_ends_what_it_had_not_accepted(make_vsock: Make, lea
     bench.loopback.connect(vmbus.VERSION_WIN10_V5_3)
     assert bench.loopback.client.offers == {}
     assert bench.loopback.client.count(wire.RESCIND_CHANNELOFFER) == 0
-    assert bench.loopback.host._devices == {}
+    assert bench.loopback.host.devices._devices == {}

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from random import Random
 from struct import pack, unpack
 from typing import Any, NamedTuple
 
 import pytest
+from saved_bus import swap
 
 from hvkvm.abi import ic, vmbus
 from hvkvm.abi import vmbus_messages as wire
@@ -19,11 +19,9 @@ from hvkvm.devices.synth.shutdown import Shutdown
 from hvkvm.devices.synth.timesync import TimeSync
 from hvkvm.devices.synth.vss import Vss
 from hvkvm.errors import StateError
-from hvkvm.state.codec import plain, restored
 from hvkvm.testing.ic_driver import IcDriver
 from hvkvm.testing.vmbus_loopback import Loopback
 from hvkvm.vmbus.channel_io import ChannelIo
-from hvkvm.vmbus.host import HostState, VmbusHost
 
 
 class SavedPacket(NamedTuple):
@@ -49,37 +47,6 @@ def saving(echo: type[Any]) -> type[Any]:
             self.backlog = [Packet(p.type, p.flags, p.trans_id, b"", p.payload) for p in state.backlog]
 
     return SavingEcho
-
-
-def through_json(state: Any) -> Any:
-    return restored(type(state), json.loads(json.dumps(plain(state))), "it")
-
-
-def swap(loop: Loopback, devices: list[Any], change: Callable[[Any], Any] = lambda tree: tree) -> None:
-    """Save the host and its devices; another host with `devices` goes on. What was on its way is lost."""
-    old = loop.host
-    for _ in range(3):  # what vCPUs had left on the loop runs before the parts stop
-        for _ in range(len(loop.deferred)):
-            loop._run_deferred()
-    old.hold()
-    tree = change(json.loads(json.dumps(plain(old.save()))))
-    states = {
-        device.offer.key: through_json(device.save())
-        for device in old._devices.values()
-        if hasattr(device, "save")
-    }
-    synic = loop.synic
-    for left in (synic.handlers, synic.events, synic.messages, synic.doorbells, loop.deferred, loop.timers):
-        left.clear()
-    host = loop.host = VmbusHost(
-        synic, loop.memory, synic.vp_count, loop.call_soon, loop.call_later, observer=loop.notes
-    )
-    host.attach()
-    for device in devices:
-        host.add(device)
-    state = restored(HostState, tree, "VMBus")
-    host.load(state, {id(device): states[device.offer.key] for device in devices if hasattr(device, "load")})
-    host.go_on()
 
 
 @pytest.mark.parametrize("seed", range(12))

@@ -38,6 +38,7 @@ from hvkvm.abi.ring import DESCRIPTOR_BYTES, TRAILER_BYTES, VM_PKT_DATA_INBAND
 from hvkvm.runtime.rotation import Rotation
 from hvkvm.runtime.socket_watch import HANG_UP, READ, WRITE, SocketWatch
 from hvkvm.vmbus.channel_io import ChannelIo
+from hvkvm.vmbus.device import Done
 from hvkvm.vmbus.guard import Guard
 from hvkvm.vmbus.offer import Offer
 
@@ -164,7 +165,7 @@ class HvsockConnection:
         """The guest has written, or made room."""
         self._turns.ask(self)
 
-    def closed(self) -> None:
+    def close(self, done: Done) -> None:
         """The guest closed it, left, or broke the ring: what it wrote before is taken now or never."""
         io = self._io
         if io is not None and not self._host_gone:
@@ -180,6 +181,7 @@ class HvsockConnection:
                 self._to_host_bytes += total
                 self._left = b"".join(pieces)
         self.end()
+        done()
 
     # runtime.rotation.Member
 

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple, Protocol
 from hvkvm.abi import ic, vmbus
 from hvkvm.abi.ring import VM_PKT_DATA_INBAND, Packet
 from hvkvm.vmbus.channel_io import ChannelIo
+from hvkvm.vmbus.device import Done
 from hvkvm.vmbus.guard import Guard, call_all
 from hvkvm.vmbus.offer import Offer, only_instance
 
@@ -205,7 +206,7 @@ class IntegrationComponent:
             sent.reply(message.status, message.body)
         self.ready()
 
-    def closed(self) -> None:
+    def close(self, done: Done) -> None:
         """Whoever waits is told that no answer comes."""
         self._io = None
         self.frame_version = self.message_version = None
@@ -214,3 +215,4 @@ class IntegrationComponent:
         self._waiting.clear()
         replies = [r.reply for r in unanswered if r is not None and r.reply is not None]
         call_all([self.left, *(partial(reply, ic.HV_E_FAIL, b"") for reply in replies)])
+        done()

@@ -19,6 +19,7 @@ from hvkvm.abi import keyboard as wire
 from hvkvm.abi import vmbus
 from hvkvm.abi.ring import VM_PKT_DATA_INBAND, Packet
 from hvkvm.vmbus.channel_io import ChannelIo
+from hvkvm.vmbus.device import Done
 from hvkvm.vmbus.guard import call_all
 from hvkvm.vmbus.offer import Offer, only_instance
 
@@ -173,8 +174,9 @@ class Keyboard:
         self.version = None
         call_all(partial(entry, False) for entry in waiting if not isinstance(entry, bytes))
 
-    def closed(self) -> None:
+    def close(self, done: Done) -> None:
         """Nobody types into a closed channel."""
         self._io = None
         self._response = b""
         self._leave()
+        done()
