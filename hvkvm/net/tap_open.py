@@ -1,0 +1,158 @@
+"""Tap interfaces: one of the host's opened by name, one taken as an fd, one made for a run.
+
+One that is made is not persistent: it goes with its fd, and its address and its place in a bridge with it,
+however the process ends. Blocking calls, so before the machine runs or on a thread of their own. pyroute2 is
+imported only where an interface is made.
+"""
+
+from __future__ import annotations
+
+import _socket  # of `socket`, which takes milliseconds to import
+import errno
+import os
+import stat
+from fcntl import F_GETFL, F_SETFL, fcntl, ioctl
+from typing import NamedTuple
+
+from hvkvm.abi import if_tun
+from hvkvm.abi.virtio_net_hdr import VIRTIO_NET_HDR_BYTES
+from hvkvm.errors import ConfigError
+from hvkvm.net.port import MAX_MTU
+
+TUN_PATH = "/dev/net/tun"
+DEFAULT_MTU = 1500
+
+
+class Tap(NamedTuple):
+    """An open tap interface: `fd` is non-blocking, and the caller's to close."""
+
+    fd: int
+    name: str
+    mtu: int
+    vnet_header: bool
+
+
+def open_tap(name: str, mtu: int | None = None) -> Tap:
+    """The interface `name`, which is there. `mtu` overrides the one it has. ConfigError."""
+    what = f"--net tap={name}"
+    check_name(what, name)
+    try:
+        _socket.if_nametoindex(name)
+    except OSError:
+        raise ConfigError(
+            f"{what}: no such interface; an administrator makes it by: ip tuntap add dev {name} mode tap"
+            f" user {_user()} && ip link set {name} up"
+        ) from None
+    fd = open_tun(what)
+    try:
+        flags = if_tun.IFF_TAP | if_tun.IFF_NO_PI | if_tun.IFF_VNET_HDR
+        try:
+            set_interface(fd, name, flags)
+        except OSError as error:
+            if error.errno != errno.EINVAL:
+                raise
+            set_interface(
+                fd, name, flags | if_tun.IFF_MULTI_QUEUE
+            )  # one made for several queues takes no less
+        return prepared(fd, name, mtu or _mtu_of(name), vnet_header=True)
+    except OSError as error:
+        os.close(fd)
+        raise ConfigError(f"{what}: {reason_of(error, name)}") from None
+    except BaseException:
+        os.close(fd)
+        raise
+
+
+def take_fd(fd: int, mtu: int | None = None) -> Tap:
+    """The tap interface open as `fd`, inherited say; the fd is the port's now. ConfigError."""
+    what = f"--net fd={fd}"
+    try:
+        if not stat.S_ISCHR(os.fstat(fd).st_mode):
+            raise ConfigError(f"{what}: is no tap interface; open one before hvkvm starts")
+        request = bytearray(if_tun.ifreq_flags.size)
+        ioctl(fd, if_tun.TUNGETIFF, request)
+    except OSError as error:
+        reason = "is not open" if error.errno == errno.EBADF else "is no tap interface"
+        raise ConfigError(
+            f"{what}: {reason}; open a tap before hvkvm starts, and let it inherit the fd"
+        ) from None
+    raw, flags = if_tun.ifreq_flags.unpack(request)
+    name = raw.rstrip(b"\0").decode(errors="replace")
+    if not flags & if_tun.IFF_TAP or not flags & if_tun.IFF_NO_PI:
+        raise ConfigError(
+            f"{what}: {name} is no tap without packet information; open it with IFF_TAP | IFF_NO_PI"
+        )
+    os.set_inheritable(fd, False)
+    return prepared(fd, name, mtu or _mtu_of(name), vnet_header=bool(flags & if_tun.IFF_VNET_HDR))
+
+
+def set_interface(fd: int, name: str, flags: int) -> str:
+    """TUNSETIFF: make `fd` that of interface `name`, which may hold %d; the name it has got. OSError."""
+    request = bytearray(if_tun.ifreq_flags.pack(name.encode(), flags - 0x10000 if flags & 0x8000 else flags))
+    ioctl(fd, if_tun.TUNSETIFF, request)
+    raw, _flags = if_tun.ifreq_flags.unpack(request)
+    return str(raw.rstrip(b"\0").decode())
+
+
+def open_tun(what: str) -> int:
+    try:
+        return os.open(TUN_PATH, os.O_RDWR | os.O_NONBLOCK | os.O_CLOEXEC)
+    except OSError as error:
+        remedy = {
+            errno.ENOENT: f"load the module by: modprobe tun; in a container also pass {TUN_PATH} in",
+            errno.ENODEV: "load the module by: modprobe tun",
+        }.get(error.errno or 0, f"an administrator permits it by: chmod 0666 {TUN_PATH}")
+        raise ConfigError(f"{what}: {TUN_PATH}: {error.strerror}; {remedy}, or use --net user") from None
+
+
+def prepared(fd: int, name: str, mtu: int, *, vnet_header: bool) -> Tap:
+    fcntl(fd, F_SETFL, fcntl(fd, F_GETFL) | os.O_NONBLOCK)
+    if vnet_header:
+        ioctl(fd, if_tun.TUNSETVNETHDRSZ, VIRTIO_NET_HDR_BYTES.to_bytes(4, "little"))
+        ioctl(fd, if_tun.TUNSETVNETLE, (1).to_bytes(4, "little"))
+        # A former user's choice stays with a persistent interface.
+        ioctl(fd, if_tun.TUNSETOFFLOAD, 0)
+    return Tap(fd, name, min(mtu, MAX_MTU), vnet_header)
+
+
+def _mtu_of(name: str) -> int:
+    """The MTU of an interface of this network namespace; 1500 for one elsewhere."""
+    probe = _socket.socket(_socket.AF_INET, _socket.SOCK_DGRAM)
+    request = bytearray(if_tun.ifreq_int.pack(name.encode(), 0))
+    try:
+        ioctl(probe.fileno(), if_tun.SIOCGIFMTU, request)
+    except OSError:
+        return DEFAULT_MTU
+    finally:
+        probe.close()
+    return int(if_tun.ifreq_int.unpack(request)[1])
+
+
+def check_name(what: str, name: str) -> None:
+    """ConfigError unless `name` can be an interface's."""
+    bad = not 0 < len(name.encode()) < if_tun.IFNAMSIZ or name in (".", "..")
+    if bad or "%" in name or any(c in "/:" or c.isspace() or not c.isprintable() for c in name):
+        raise ConfigError(f"{what}: not an interface's name; it has 1 to 15 characters, no / : % or blank")
+
+
+def reason_of(error: OSError, name: str) -> str:
+    """Why an interface could not be had, and the remedy."""
+    if error.errno == errno.EBUSY:
+        return "another program has it; end that, or name another interface"
+    if error.errno in (errno.EPERM, errno.EACCES):
+        return (
+            f"{error.strerror}; an administrator makes one for you by: ip tuntap add dev {name} mode tap"
+            f" user {_user()} && ip link set {name} up; or use --net user, which needs no permission"
+        )
+    if error.errno == errno.EINVAL:
+        return "is no tap interface; name another"
+    return f"{error.strerror}; name another interface"
+
+
+def _user() -> str:
+    import pwd
+
+    try:
+        return pwd.getpwuid(os.getuid()).pw_name
+    except KeyError:
+        return str(os.getuid())

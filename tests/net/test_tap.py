@@ -1,0 +1,278 @@
+"""Real tap interfaces, in network namespaces of the tests' own."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+
+import pytest
+
+from hvkvm.abi.virtio_net_hdr import VIRTIO_NET_HDR_F_NEEDS_CSUM, VnetHeader, parse
+from hvkvm.errors import ConfigError
+from hvkvm.net.port import ALL_OFFLOADS, NO_OFFLOADS
+from hvkvm.net.segment import finish
+from hvkvm.net.tap import TapPort
+from hvkvm.net.tap_make import NewTap, make_tap
+from hvkvm.net.tap_open import open_tap, take_fd
+from tests.net import packets as p
+from tests.net.conftest import connect, needs_taps, views
+from tests.net.test_segment import V4, V6, tcp_frame
+
+pytestmark = needs_taps
+
+HOST, GUEST = "198.51.100.1", "198.51.100.2"
+
+
+@pytest.fixture
+def tap(loop, netns):
+    port = TapPort(loop, make_tap(NewTap(netns=netns.name, addresses=(f"{HOST}/24", "2001:db8::1/64"))))
+    yield port
+    port.close()
+
+
+def learn(loop, port, nic):
+    """Have Linux know the guest's MAC, and return Linux's own."""
+    loop.do(port.send, views(p.arp_request(p.OURS, GUEST, HOST)))
+    return nic.frame(p.is_arp_reply)[6:12]
+
+
+def udp_socket(netns, port=0):
+    made = netns.do(socket.socket, socket.AF_INET, socket.SOCK_DGRAM)
+    made.settimeout(30)
+    made.bind((HOST, port))
+    return made
+
+
+def test_linux_answers_what_the_guest_asks(loop, tap):
+    nic = connect(loop, tap)
+    assert nic.links == [True]
+    mac = learn(loop, tap, nic)
+    reply = nic.frame(p.is_arp_reply)
+    assert reply[28:32] == socket.inet_aton(HOST)
+    echo = b"\x08\x00\xf7\xff" + bytes(4)
+    loop.do(tap.send, views(p.ethernet(mac, p.OURS, 0x800, p.ipv4(GUEST, HOST, 1, echo))))
+    nic.frame(lambda f: f[23:24] == b"\x01" and f[34:35] == b"\x00")
+    shown = loop.do(tap.inspect)
+    assert shown["sent_frames"] == 2
+    assert shown["received_frames"] >= 2
+    assert shown["kind"] == "tap"
+
+
+def test_linux_sums_what_the_guest_left_to_it_and_leaves_to_the_guest_what_it_takes(loop, tap, netns):
+    nic = connect(loop, tap)
+    mac = learn(loop, tap, nic)
+    with udp_socket(netns, 7) as sock:
+        packet = p.ethernet(
+            mac, p.OURS, 0x800, p.ipv4(GUEST, HOST, 17, p.udp(GUEST, HOST, 9, 7, b"hello", partial=True))
+        )
+        header = VnetHeader(VIRTIO_NET_HDR_F_NEEDS_CSUM, 0, 0, 0, 34, 6).pack()
+        assert loop.do(tap.send, views(packet, header=header)) == 1
+        assert sock.recvfrom(100) == (b"hello", (GUEST, 9))
+
+        def answer(text):
+            sock.sendto(text, (GUEST, 9))
+            frame = nic.frame(lambda f: f.endswith(text))
+            return nic.headers[nic.got.index(frame)], frame
+
+        header, frame = answer(b"before")
+        assert parse(header).flags & VIRTIO_NET_HDR_F_NEEDS_CSUM == 0
+        assert frame[34:] == p.udp(HOST, GUEST, 7, 9, b"before")
+        loop.do(tap.set_offloads, ALL_OFFLOADS)
+        header, frame = answer(b"with")
+        assert parse(header)._replace(hdr_len=0) == VnetHeader(VIRTIO_NET_HDR_F_NEEDS_CSUM, 0, 0, 0, 34, 6)
+        assert finish(parse(header), frame) == [frame[:34] + p.udp(HOST, GUEST, 7, 9, b"with")]
+        loop.do(tap.set_offloads, NO_OFFLOADS)
+        assert parse(answer(b"after")[0]).flags == 0
+
+
+def test_a_lying_header_is_dropped_and_counted(loop, tap):
+    nic = connect(loop, tap)
+    lies = [
+        VnetHeader(1, 0, 0, 0, 60000, 6),
+        VnetHeader(1, 1, 54, 0, 34, 16),
+        VnetHeader(1, 77, 54, 100, 34, 16),
+    ]
+    for lie in lies:
+        assert loop.do(tap.send, views(bytes(60), header=lie.pack())) == 1
+    assert tap.statistics.sent_dropped == 3
+    assert loop.do(tap.send, views(b"short")) == 1
+    assert tap.statistics.sent_dropped == 4
+    learn(loop, tap, nic)
+
+
+@pytest.mark.parametrize("ends", [V4, V6])
+@pytest.mark.parametrize("size", [1001, 5500, 20001])
+def test_linux_cuts_a_packet_as_we_do(loop, netns, ends, size):
+    """Two taps on a bridge: one that takes packets uncut and one that wants them cut."""
+    netns.run("ip", "link", "add", "br0", "type", "bridge", "mcast_snooping", "0")
+    netns.run("ip", "link", "set", "br0", "up")
+    one, two = (TapPort(loop, make_tap(NewTap(netns=netns.name, bridge="br0"))) for _ in range(2))
+    try:
+        assert netns.interfaces() >= {"hvkvm0", "hvkvm1"}
+        nic = connect(loop, two)
+        connect(loop, one)
+        frame, header, _data = tcp_frame(ends, size, options=b"\1\1\1\0")
+        wanted = finish(header, frame)
+        assert loop.do(one.send, views(frame, header=header.pack())) == 1
+        nic.wait(lambda n: sum(f[:12] == frame[:12] for f in n.got) >= len(wanted))
+        assert [f for f in nic.got if f[:12] == frame[:12]][: len(wanted)] == wanted
+    finally:
+        one.close()
+        two.close()
+    assert netns.interfaces() == {"lo", "br0"}
+
+
+def test_a_nic_without_room_gets_the_rest_later_in_order(loop, tap, netns):
+    nic = connect(loop, tap)
+    learn(loop, tap, nic)
+    nic.wait(lambda n: n.got)
+    with nic.changed:
+        nic.room = 3
+        nic.got.clear()
+    texts = [b"number %03d" % n for n in range(200)]
+    with udp_socket(netns) as sock:
+        for text in texts:
+            sock.sendto(text, (GUEST, 9))
+    nic.wait(lambda n: len(n.got) == 3)
+    while True:
+        with nic.changed:
+            nic.room = 7
+        loop.do(tap.resume)
+        loop.do(tap.resume)
+        nic.wait(lambda n: n.room == 0 or n.got[-1].endswith(texts[-1]))
+        if nic.got[-1].endswith(texts[-1]):
+            break
+    assert [f[42:] for f in nic.got if f[23:24] == b"\x11"] == texts
+    assert tap.statistics.receive_waits > 10
+
+
+def test_a_stopped_port_gives_nothing_and_goes_on_where_it_was(loop, tap, netns):
+    nic = connect(loop, tap)
+    learn(loop, tap, nic)
+    done = []
+    loop.do(tap.stop, lambda: done.append(True))
+    assert done == [True]
+    before = len(nic.got)
+    with udp_socket(netns) as sock:
+        sock.sendto(b"while stopped", (GUEST, 9))
+    loop.do(lambda: None)
+    assert len(nic.got) == before
+    loop.do(tap.start)
+    nic.frame(lambda f: f.endswith(b"while stopped"))
+
+
+def test_a_pulled_cable_carries_nothing(loop, tap, netns):
+    nic = connect(loop, tap)
+    mac = learn(loop, tap, nic)
+    with udp_socket(netns) as sock:
+        loop.do(tap.plug, False)
+        nic.wait(lambda n: n.links == [True, False])
+        sock.sendto(b"lost", (GUEST, 9))
+        assert loop.do(tap.send, views(bytes(60))) == 1
+        assert tap.statistics.sent_dropped == 1
+        loop.do(tap.plug, True)
+        nic.wait(lambda n: n.links == [True, False, True])
+        sock.sendto(b"found", (GUEST, 9))
+        nic.frame(lambda f: f.endswith(b"found"))
+        assert mac
+
+
+def test_an_interface_that_is_taken_away_is_a_link_that_is_down(loop, tap, netns):
+    nic = connect(loop, tap)
+    netns.run("ip", "link", "del", "hvkvm0")
+    nic.wait(lambda n: n.links == [True, False])
+    assert loop.do(tap.inspect)["failure"] == "interface hvkvm0 is gone"
+    assert loop.do(tap.send, views(bytes(60))) == 1
+
+
+def test_what_was_made_goes_with_a_killed_process(netns):
+    code = (
+        "from hvkvm.net.tap_make import NewTap, make_tap\n"
+        f"wanted = NewTap(name='mine', netns={netns.name!r}, addresses=({HOST + '/24'!r},), mtu=9000)\n"
+        "print(make_tap(wanted).mtu)\n"
+        "import sys; sys.stdout.flush(); sys.stdin.read()"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    assert process.stdout.readline() == "9000\n"
+    assert netns.interfaces() == {"lo", "mine"}
+    assert f"inet {HOST}/24" in netns.run("ip", "addr", "show", "mine")
+    assert "mtu 9000" in netns.run("ip", "link", "show", "mine")
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    assert netns.interfaces() == {"lo"}  # its last fd was closed before it could be waited for
+
+
+def test_a_persistent_interface_is_used_and_left(loop, netns):
+    netns.run("ip", "tuntap", "add", "dev", "kept", "mode", "tap", "multi_queue")
+    netns.run("ip", "link", "set", "kept", "mtu", "1400", "up")
+    port = TapPort(loop, netns.do(open_tap, "kept"))
+    assert port.mtu == 1400
+    nic = connect(loop, port)
+    nic.wait(lambda n: n.got)  # Linux's own first words on a link that comes up
+    port.close()
+    assert netns.interfaces() == {"lo", "kept"}
+
+
+def test_an_fd_without_vnet_header_carries_whole_frames(loop, netns):
+    from hvkvm.abi import if_tun
+    from hvkvm.net.tap_open import set_interface
+
+    def opened():
+        fd = os.open("/dev/net/tun", os.O_RDWR)
+        set_interface(fd, "plain", if_tun.IFF_TAP | if_tun.IFF_NO_PI)
+        return fd
+
+    fd = netns.do(opened)
+    netns.run("ip", "addr", "add", f"{HOST}/24", "dev", "plain")
+    netns.run("ip", "link", "set", "plain", "up")
+    port = TapPort(loop, take_fd(fd))
+    try:
+        assert port.offloads == NO_OFFLOADS
+        nic = connect(loop, port)
+        learn(loop, port, nic)
+    finally:
+        port.close()
+
+
+def refused(fn, *args):
+    with pytest.raises(ConfigError) as caught:
+        fn(*args)
+    return str(caught.value)
+
+
+def test_what_cannot_be_is_told_with_the_remedy(netns):
+    assert "ip tuntap add dev nothere mode tap user root && ip link set nothere up" in refused(
+        open_tap, "nothere"
+    )
+    assert "is no tap interface" in refused(open_tap, "lo")
+    assert "not an interface's name" in refused(open_tap, "a/b")
+    assert "ip netns add nowhere" in refused(make_tap, NewTap(netns="nowhere"))
+    assert "ip link add br9 type bridge" in refused(make_tap, NewTap(netns=netns.name, bridge="br9"))
+    assert "mtu" in refused(make_tap, NewTap(netns=netns.name, mtu=20))
+    assert netns.interfaces() == {"lo"}
+    held = make_tap(NewTap(netns=netns.name, name="held"))
+    assert "tap=NAME" in refused(make_tap, NewTap(netns=netns.name, name="held"))
+    os.close(held.fd)
+    with open(os.devnull) as file:
+        assert "is no tap interface" in refused(take_fd, file.fileno())
+    assert "is not open" in refused(take_fd, 987)
+
+
+def test_who_may_not_make_one_is_told_what_an_administrator_runs():
+    code = (
+        "import os; os.setgroups([]); os.setgid(65534); os.setuid(65534)\n"
+        "from hvkvm.net.tap_make import NewTap, make_tap\n"
+        "from hvkvm.errors import ConfigError\n"
+        "try: make_tap(NewTap())\n"
+        "except ConfigError as error: print(error)"
+    )
+    shown = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert "\n" not in shown.strip()
+    assert "/dev/net/tun" in shown or "CAP_NET_ADMIN" in shown
+    assert "ip tuntap add" in shown or "chmod 0666 /dev/net/tun" in shown
+    assert "--net user" in shown
