@@ -1,12 +1,13 @@
 """SynIC pages and messages as the guest sees them (TLFS "Virtual Interrupt Controller").
 
 Layout only; anyone may import this. The structures are meant for `from_buffer`
-on shared pages as well as for private copies; store `message_type` last (S27).
+on shared pages as well as for private copies; a slot's `message_type` is stored last (S27).
 """
 
 from __future__ import annotations
 
 from ctypes import Structure, c_uint8, c_uint16, c_uint32, c_uint64
+from struct import Struct
 
 HV_SYNIC_SINT_COUNT = 16
 HV_EVENT_FLAGS_COUNT = 2048
@@ -53,35 +54,17 @@ HV_SIGNAL_EVENT_FLAG_NUMBER_SHIFT = 32
 HV_SIGNAL_EVENT_FLAG_NUMBER_MASK = 0xFFFF
 
 
-class hv_message(Structure):
-    """One slot of the message page. `sender` is the port id of a host message, 0 in ours (S28)."""
-
-    _fields_ = [
-        ("message_type", c_uint32),
-        ("payload_size", c_uint8),
-        ("flags", c_uint8),
-        ("reserved", c_uint16),
-        ("sender", c_uint64),
-        ("payload", c_uint8 * HV_MESSAGE_PAYLOAD_BYTE_COUNT),
-    ]
+_hv_message = Struct(f"<IBBHQ{HV_MESSAGE_PAYLOAD_BYTE_COUNT}s")
+"""message_type, payload_size, flags, reserved, sender, payload."""
 
 
-class hv_message_page(Structure):
-    """SIMP: one slot a SINT."""
+def hv_message(message_type: int, payload: bytes) -> bytes:
+    """The 256 bytes of a slot of the message page; its sender is 0, not a port id (S28).
 
-    _fields_ = [("sint_message", hv_message * HV_SYNIC_SINT_COUNT)]
-
-
-class hv_synic_event_flags(Structure):
-    """2048 flags; flag f is bit f % 64 of word f // 64."""
-
-    _fields_ = [("flags", c_uint64 * (HV_EVENT_FLAGS_COUNT // 64))]
-
-
-class hv_synic_event_flags_page(Structure):
-    """SIEFP: one set of flags a SINT."""
-
-    _fields_ = [("sintevent_flags", hv_synic_event_flags * HV_SYNIC_SINT_COUNT)]
+    Slot s of SIMP is that of SINT s. In SIEFP, SINT s has the 256 bytes at 256 * s, and flag f is
+    bit f % 8 of byte f // 8 of them.
+    """
+    return _hv_message.pack(message_type, len(payload), 0, 0, 0, payload)
 
 
 class hv_post_message_input(Structure):
@@ -102,15 +85,8 @@ class hv_signal_event_input(Structure):
     _fields_ = [("connection_id", c_uint32), ("flag_number", c_uint16), ("reserved", c_uint16)]
 
 
-class hv_timer_message_payload(Structure):
-    """Payload of HVMSG_TIMER_EXPIRED; times in 100 ns units of reference time."""
-
-    _fields_ = [
-        ("timer_index", c_uint32),
-        ("reserved", c_uint32),
-        ("expiration_time", c_uint64),
-        ("delivery_time", c_uint64),
-    ]
+hv_timer_message_payload = Struct("<IIQQ")
+"""Of HVMSG_TIMER_EXPIRED: timer_index, reserved, expiration_time, delivery_time (reference time, 100 ns)."""
 
 
 class ms_hyperv_tsc_page(Structure):

@@ -11,19 +11,30 @@ from __future__ import annotations
 import struct
 from typing import NamedTuple
 
+from hvkvm.abi.elf import (
+    EI_NIDENT,
+    ELF32_EHDR,
+    ELF32_PHDR,
+    ELF64_EHDR,
+    ELF64_PHDR,
+    ELF_NHDR,
+    ELFCLASS32,
+    ELFCLASS64,
+    ELFDATA2LSB,
+    EM_386,
+    EM_X86_64,
+    ET_DYN,
+    ET_EXEC,
+    PT_INTERP,
+    PT_LOAD,
+    PT_NOTE,
+    Ehdr,
+    Phdr,
+    phdr32,
+)
 from hvkvm.boot.kernel_file import KernelFile
 from hvkvm.boot.layout import GuestRam, Layout
 
-ELFCLASS32 = 1
-ELFCLASS64 = 2
-ELFDATA2LSB = 1
-ET_EXEC = 2
-ET_DYN = 3
-EM_386 = 3
-EM_X86_64 = 62
-PT_LOAD = 1
-PT_INTERP = 3
-PT_NOTE = 4
 XEN_ELFNOTE_PHYS32_ENTRY = 18
 
 _MAX_HEADERS = 128  # a kernel has about five
@@ -107,63 +118,59 @@ class ElfImage(NamedTuple):
 
 def parse(file: KernelFile) -> ElfImage:
     """Parse the ELF headers of `file`; BootError when it is not an x86 executable that can be loaded."""
-    ident = file.read(0, 16, "the ELF header")
+    ident = file.read(0, EI_NIDENT, "the ELF header")
     elf_class, data = ident[4], ident[5]
     if elf_class not in (ELFCLASS32, ELFCLASS64) or data not in (1, 2):
         raise file.error("starts like an ELF file but its header is broken", "build it again")
     order = "<" if data == ELFDATA2LSB else ">"
-    kind, machine = struct.unpack(order + "HH", file.read(16, 4, "the ELF header"))
+    kind, machine = struct.unpack(order + "HH", file.read(EI_NIDENT, 4, "the ELF header"))
     if machine not in (EM_386, EM_X86_64) or data != ELFDATA2LSB:
         name = _MACHINES.get(machine, f"machine number {machine}")
         raise file.error(f"is an ELF file for {name}, not for x86", "give an x86-64 kernel")
     if kind not in (ET_EXEC, ET_DYN):
         name = _TYPES.get(kind, f"of ELF type {kind}")
         raise file.error(f"is {name}, not an executable", "link it, or give the kernel it belongs to")
-    if elf_class == ELFCLASS64:
-        entry, table, size, count = _header(file, "<QQ8x4xHHH", 24)
-    else:
-        entry, table, size, count = _header(file, "<II4x4xHHH", 24)
-    segments = _program_headers(file, elf_class, table, size, count)
+    layout = ELF64_EHDR if elf_class == ELFCLASS64 else ELF32_EHDR
+    header = Ehdr(*layout.unpack(file.read(0, layout.size, "the ELF header")))
+    segments = _program_headers(file, elf_class, header)
     if any(segment.type == PT_INTERP for segment in segments):
         raise file.error("is a program that runs under an operating system", "give a kernel")
-    image = ElfImage(file, 64 if elf_class == ELFCLASS64 else 32, entry, segments)
+    image = ElfImage(file, 64 if elf_class == ELFCLASS64 else 32, header.e_entry, segments)
     if not image.load_segments():
         raise file.error("is an ELF file with nothing to load", "give the linked kernel, not its symbols")
     return image
 
 
-def _header(file: KernelFile, code: str, offset: int) -> tuple[int, int, int, int]:
-    raw = file.read(offset, struct.calcsize(code), "the ELF header")
-    entry, table, _header_size, size, count = struct.unpack(code, raw)
-    return entry, table, size, count
-
-
-def _program_headers(
-    file: KernelFile, elf_class: int, table: int, size: int, count: int
-) -> tuple[Segment, ...]:
-    code = "<IIQQQQQQ" if elf_class == ELFCLASS64 else "<IIIIIIII"
-    least = struct.calcsize(code)
+def _program_headers(file: KernelFile, elf_class: int, header: Ehdr) -> tuple[Segment, ...]:
+    least = (ELF64_PHDR if elf_class == ELFCLASS64 else ELF32_PHDR).size
+    size, count = header.e_phentsize, header.e_phnum
     if count > _MAX_HEADERS or (count and size < least):
         raise file.error(f"has {count} ELF program headers of {size} bytes: broken", "build it again")
-    raw = file.read(table, size * count, "the ELF program header table")
+    raw = file.read(header.e_phoff, size * count, "the ELF program header table")
     segments = []
-    for start in range(0, size * count, size or 1):
-        fields = struct.unpack_from(code, raw, start)
-        if elf_class == ELFCLASS64:
-            kind, _flags, offset, vaddr, paddr, file_size, mem_size, align = fields
-        else:
-            kind, offset, vaddr, paddr, file_size, mem_size, _flags, align = fields
-        if kind == PT_LOAD and file_size > mem_size:
+    for at in range(0, size * count, size or 1):
+        found = Phdr(*ELF64_PHDR.unpack_from(raw, at)) if elf_class == ELFCLASS64 else phdr32(raw, at)
+        if found.p_type == PT_LOAD and found.p_filesz > found.p_memsz:
             raise file.error("has an ELF segment larger in the file than in memory: broken", "build it again")
-        segments.append(Segment(kind, offset, paddr, vaddr, file_size, mem_size, align))
+        segments.append(
+            Segment(
+                found.p_type,
+                found.p_offset,
+                found.p_paddr,
+                found.p_vaddr,
+                found.p_filesz,
+                found.p_memsz,
+                found.p_align,
+            )
+        )
     return tuple(segments)
 
 
 def _find_pvh_note(notes: bytes, align: int) -> int | None:
     at = 0
-    while at + 12 <= len(notes):
-        name_size, desc_size, kind = struct.unpack_from("<III", notes, at)
-        name_at = at + 12
+    while at + ELF_NHDR.size <= len(notes):
+        name_size, desc_size, kind = ELF_NHDR.unpack_from(notes, at)
+        name_at = at + ELF_NHDR.size
         desc_at = name_at + -(-name_size // align) * align
         name = notes[name_at : name_at + name_size]
         desc = notes[desc_at : desc_at + desc_size]

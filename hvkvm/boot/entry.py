@@ -15,6 +15,15 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, NamedTuple
 
 from hvkvm.abi import board
+from hvkvm.abi.x86 import (
+    EFER_LMA,
+    EFER_LME,
+    X86_CR0_ET,
+    X86_CR0_PE,
+    X86_CR0_PG,
+    X86_CR4_PAE,
+    X86_EFLAGS_FIXED,
+)
 from hvkvm.boot.layout import GuestRam
 
 if TYPE_CHECKING:
@@ -29,13 +38,6 @@ _CODE = 0b1011  # execute, read, accessed
 _DATA = 0b0011  # read, write, accessed
 _BUSY_TSS = 0b1011
 
-X86_CR0_PE = 1 << 0
-X86_CR0_ET = 1 << 4
-X86_CR0_PG = 1 << 31
-X86_CR4_PAE = 1 << 5
-EFER_LME = 1 << 8
-EFER_LMA = 1 << 10
-_RFLAGS_ALWAYS_ONE = 1 << 1  # and interrupts off
 
 _IDENTITY_GIB = 4
 _PAGE = 0x1000
@@ -82,7 +84,7 @@ class Entry(NamedTuple):
         sregs.cr4 = X86_CR4_PAE if long else 0
         sregs.efer = EFER_LME | EFER_LMA if long else 0
         vcpu.set_sregs(sregs)
-        regs = kvm_regs(rip=self.rip, rflags=_RFLAGS_ALWAYS_ONE, rsp=board.BOOT_STACK_ADDRESS)
+        regs = kvm_regs(rip=self.rip, rflags=X86_EFLAGS_FIXED, rsp=board.BOOT_STACK_ADDRESS)
         for register, value in self.registers.items():
             setattr(regs, register, value)
         vcpu.set_regs(regs)

@@ -15,11 +15,11 @@ import contextlib
 import os
 import shlex
 import stat
-import struct
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Literal
 
+from hvkvm.abi.elf import ELF64_EHDR, ELF64_IDENT, ELF64_PHDR, EM_X86_64, PT_INTERP, Ehdr, Phdr
 from hvkvm.boot import cache, cpio, guest_exit, guest_scripts, guest_vsock
 from hvkvm.boot.kmod import ModuleTree
 from hvkvm.errors import BootError
@@ -45,7 +45,6 @@ _APPLETS = (
     "uniq unzip uptime usleep vi watch wc wget which xargs xz yes zcat"
 )
 _CACHE_MAGIC = b"hvkvm modules 1\n"
-_PT_INTERP = 3
 
 
 def build(
@@ -141,14 +140,14 @@ def _read(path: Path) -> bytes:
 
 def is_static_elf(program: bytes) -> bool:
     """Whether `program` is a 64-bit x86 ELF that asks for no interpreter: it runs where nothing else is."""
-    if len(program) < 64 or program[:6] != b"\x7fELF\x02\x01" or program[18:20] != b"\x3e\0":
+    if len(program) < ELF64_EHDR.size or not program.startswith(ELF64_IDENT):
         return False
-    (offset,) = struct.unpack_from("<Q", program, 0x20)
-    size, count = struct.unpack_from("<HH", program, 0x36)
-    if size < 4 or offset + size * count > len(program):
+    header = Ehdr(*ELF64_EHDR.unpack_from(program))
+    table, size, count = header.e_phoff, header.e_phentsize, header.e_phnum
+    if header.e_machine != EM_X86_64 or size < ELF64_PHDR.size or table + size * count > len(program):
         return False
-    kinds = (struct.unpack_from("<I", program, offset + size * index)[0] for index in range(count))
-    return _PT_INTERP not in kinds
+    found = (Phdr(*ELF64_PHDR.unpack_from(program, table + size * index)) for index in range(count))
+    return all(one.p_type != PT_INTERP for one in found)
 
 
 def _modules(wanted: tuple[str, ...], optional: tuple[str, ...], folder: Path) -> bytes:

@@ -9,15 +9,14 @@ Source: the `.modinfo` ELF section (`depends=`, `softdep=`) as kmod reads it.
 from __future__ import annotations
 
 import os
-import struct
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+from hvkvm.abi.elf import ELF64_EHDR, ELF64_IDENT, ELF64_SHDR, Ehdr, Shdr
 from hvkvm.errors import BootError
 
 _SUFFIXES = (".ko", ".ko.xz", ".ko.zst", ".ko.gz")
-_SHDR = struct.Struct("<IIQQQQIIQQ")
 # A module is a few MB at most; more than this in one file is not a module.
 _MODULE_MAX = 256 << 20
 
@@ -57,26 +56,26 @@ def modinfo(elf: bytes) -> dict[str, list[str]]:
 
 
 def _section(elf: bytes, wanted: bytes) -> bytes:
-    if elf[:6] != b"\x7fELF\x02\x01" or len(elf) < 64:
+    if not elf.startswith(ELF64_IDENT) or len(elf) < ELF64_EHDR.size:
         raise BootError("not a 64-bit ELF kernel module")
-    (offset,) = struct.unpack_from("<Q", elf, 0x28)
-    entry_size, count, names_index = struct.unpack_from("<HHH", elf, 0x3A)
-    if entry_size != _SHDR.size or names_index >= count or offset + count * entry_size > len(elf):
+    file = Ehdr(*ELF64_EHDR.unpack_from(elf))
+    size, count = file.e_shentsize, file.e_shnum
+    if size != ELF64_SHDR.size or file.e_shstrndx >= count or file.e_shoff + count * size > len(elf):
         raise BootError("a kernel module with a broken section table")
-    headers = [_SHDR.unpack_from(elf, offset + index * entry_size) for index in range(count)]
-    names = _bytes_of(elf, headers[names_index])
-    for header in headers:
-        start = header[0]
+    sections = [Shdr(*ELF64_SHDR.unpack_from(elf, file.e_shoff + index * size)) for index in range(count)]
+    names = _bytes_of(elf, sections[file.e_shstrndx])
+    for header in sections:
+        start = header.sh_name
         if start < len(names) and names[start : names.find(b"\0", start)] == wanted:
             return _bytes_of(elf, header)
     raise BootError(f"a kernel module without a {wanted.decode()} section")
 
 
-def _bytes_of(elf: bytes, header: tuple[int, ...]) -> bytes:
-    offset, size = header[4], header[5]
-    if offset + size > len(elf):
+def _bytes_of(elf: bytes, header: Shdr) -> bytes:
+    end = header.sh_offset + header.sh_size
+    if end > len(elf):
         raise BootError("a kernel module with a section outside the file")
-    return elf[offset : offset + size]
+    return elf[header.sh_offset : end]
 
 
 def dependencies(elf: bytes) -> tuple[list[str], list[str]]:

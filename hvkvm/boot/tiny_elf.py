@@ -7,21 +7,44 @@ who runs a guest shall need a compiler. Called by `boot.guest_exit` and
 
 from __future__ import annotations
 
-import struct
+from hvkvm.abi.elf import (
+    EI_NIDENT,
+    ELF64_EHDR,
+    ELF64_IDENT,
+    ELF64_PHDR,
+    EM_X86_64,
+    ET_EXEC,
+    EV_CURRENT,
+    PF_R,
+    PF_X,
+    PT_LOAD,
+    Ehdr,
+    Phdr,
+)
 
 _LOAD_ADDRESS = 0x400000
-_EHDR_SIZE = 64
-_PHDR_SIZE = 56
+_PAGE = 0x1000
 
 
 def executable(text: bytes) -> bytes:
     """The program that starts at the first byte of `text`: one segment, the headers in it."""
-    size = _EHDR_SIZE + _PHDR_SIZE + len(text)
-    entry = _LOAD_ADDRESS + _EHDR_SIZE + _PHDR_SIZE
-    # Elf64_Ehdr: ET_EXEC, EM_X86_64, entry, program headers behind it, no sections.
-    magic = b"\x7fELF\x02\x01\x01"
-    sizes = (_EHDR_SIZE, _PHDR_SIZE, 1, 0, 0, 0)
-    header = struct.pack("<16sHHIQQQIHHHHHH", magic, 2, 62, 1, entry, _EHDR_SIZE, 0, 0, *sizes)
-    # Elf64_Phdr: PT_LOAD, readable and executable.
-    segment = struct.pack("<IIQQQQQQ", 1, 5, 0, _LOAD_ADDRESS, _LOAD_ADDRESS, size, size, 0x1000)
-    return header + segment + text
+    headers = ELF64_EHDR.size + ELF64_PHDR.size
+    size = headers + len(text)
+    header = Ehdr(
+        e_ident=(ELF64_IDENT + bytes((EV_CURRENT,))).ljust(EI_NIDENT, b"\0"),
+        e_type=ET_EXEC,
+        e_machine=EM_X86_64,
+        e_version=EV_CURRENT,
+        e_entry=_LOAD_ADDRESS + headers,
+        e_phoff=ELF64_EHDR.size,
+        e_shoff=0,
+        e_flags=0,
+        e_ehsize=ELF64_EHDR.size,
+        e_phentsize=ELF64_PHDR.size,
+        e_phnum=1,
+        e_shentsize=0,
+        e_shnum=0,
+        e_shstrndx=0,
+    )
+    segment = Phdr(PT_LOAD, PF_R | PF_X, 0, _LOAD_ADDRESS, _LOAD_ADDRESS, size, size, _PAGE)
+    return ELF64_EHDR.pack(*header) + ELF64_PHDR.pack(*segment) + text

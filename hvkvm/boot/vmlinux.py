@@ -2,7 +2,7 @@
 
 Why: a guest that starts at the ELF's PVH entry does not decompress itself,
 which under nested virtualisation saves the larger part of a second at every
-boot. Called by `boot.image`, the lab and the artifact script. Any thread.
+boot. Called by `boot.linux`, the lab and the artifact script. Any thread.
 Source: Documentation/arch/x86/boot.rst (payload_offset, payload_length,
 protocol 2.08).
 """
@@ -14,13 +14,9 @@ import struct
 from pathlib import Path
 from typing import Any
 
+from hvkvm.abi.elf import ELF64_EHDR, ELF64_IDENT, ELF64_PHDR, ELFMAG, PT_LOAD, Ehdr, Phdr
 from hvkvm.boot import cache
 
-_ELF = b"\x7fELF"
-_ELF64_LITTLE = b"\x7fELF\x02\x01"
-_HEADER_BYTES = 64
-_PROGRAM_HEADER = struct.Struct("<IIQQQQQQ")
-_PT_LOAD = 1
 # No kernel's ELF comes near; what unpacks to more is not one.
 _VMLINUX_MAX = 512 << 20
 # Room for the dot, process id and like that a partial file's name gets.
@@ -48,7 +44,7 @@ def decompress(packed: bytes) -> bytes | None:
         unpacked = _decompress(packed)
     except Exception:  # each decompressor has an exception type of its own, and none matters: no ELF, no gain
         return None
-    return unpacked if unpacked[:4] == _ELF else None
+    return unpacked if unpacked[:4] == ELFMAG else None
 
 
 def _decompress(packed: bytes) -> bytes:
@@ -95,19 +91,20 @@ def without_tails(elf: bytes) -> bytes:
     Linux's last segment ends in more than ten megabytes of them (.bss and .brk),
     which need not be copied. What has no such header is given back as it is.
     """
-    if elf[:6] != _ELF64_LITTLE or len(elf) < _HEADER_BYTES:
+    if not elf.startswith(ELF64_IDENT) or len(elf) < ELF64_EHDR.size:
         return elf
-    (table,) = struct.unpack_from("<Q", elf, 32)
-    size, count = struct.unpack_from("<HH", elf, 54)
-    if size < _PROGRAM_HEADER.size or table + size * count > len(elf):
+    header = Ehdr(*ELF64_EHDR.unpack_from(elf))
+    table, size, count = header.e_phoff, header.e_phentsize, header.e_phnum
+    if size < ELF64_PHDR.size or table + size * count > len(elf):
         return elf
     patched = bytearray(elf)
     for at in range(table, table + size * count, size):
-        kind, flags, offset, vaddr, paddr, file_size, mem_size, align = _PROGRAM_HEADER.unpack_from(elf, at)
-        if kind != _PT_LOAD or file_size > mem_size or offset + file_size > len(elf):
+        found = Phdr(*ELF64_PHDR.unpack_from(elf, at))
+        end = found.p_offset + found.p_filesz
+        if found.p_type != PT_LOAD or found.p_filesz > found.p_memsz or end > len(elf):
             continue
-        file_size = len(elf[offset : offset + file_size].rstrip(b"\0"))
-        _PROGRAM_HEADER.pack_into(patched, at, kind, flags, offset, vaddr, paddr, file_size, mem_size, align)
+        kept = len(elf[found.p_offset : end].rstrip(b"\0"))
+        ELF64_PHDR.pack_into(patched, at, *found._replace(p_filesz=kept))
     return bytes(patched)
 
 
@@ -125,7 +122,7 @@ def extract(bzimage: Path, cache_dir: Path | None = None) -> Path | None:
     if known.exists():
         return known.resolve()
     data = bzimage.read_bytes()
-    if data[:4] == _ELF:
+    if data[:4] == ELFMAG:
         return bzimage
     import hashlib
 

@@ -12,12 +12,12 @@ from __future__ import annotations
 import errno
 import threading
 from collections.abc import Callable
-from struct import Struct
 
 from hvkvm.abi.hv_synic import (
     HV_EVENT_FLAGS_COUNT,
     HV_MESSAGE_PAYLOAD_BYTE_COUNT,
     HV_SYNIC_SINT_COUNT,
+    hv_message,
 )
 from hvkvm.errors import HvkvmError, RouteError
 from hvkvm.events import NULL_OBSERVER, Observer, Warned
@@ -25,7 +25,6 @@ from hvkvm.hyperv.staging import Deferrer, Staging
 from hvkvm.hyperv.synic.seam import SintLine, Synic, SynicVp
 
 # message_type, payload_size, message_flags, reserved, sender (S28), then the payload padded with zeros.
-_pack_message = Struct(f"<IBBHQ{HV_MESSAGE_PAYLOAD_BYTE_COUNT}s").pack
 
 
 class _SharedLine:
@@ -77,7 +76,7 @@ class SintRoute:
             raise ValueError(
                 f"no message can have type {message_type:#x} and {len(payload)} bytes of payload"
             )
-        return self.staging.post(_pack_message(message_type, len(payload), 0, 0, 0, payload))
+        return self.staging.post(hv_message(message_type, payload))
 
     def set_event_flag(self, number: int) -> int:
         """Set an event flag, and raise the SINT if it was clear (S35): 0 or -errno.

@@ -65,16 +65,15 @@ class MsrRange(NamedTuple):
 class Vm(Handle):
     """One VM, of the process that made it: KVM answers no other. Closing it closes its vCPUs first."""
 
-    __slots__ = ("_pid", "coalesced_lock", "coalesced_offset", "vcpu_mmap_size", "vcpus")
+    __slots__ = ("_pid", "coalesced_lock", "vcpu_mmap_size", "vcpus")
 
     def __init__(self, fd: int, vcpu_mmap_size: int) -> None:
         super().__init__(fd)
         self._pid = os.getpid()
         self.vcpu_mmap_size = vcpu_mmap_size
         self.vcpus: list[Vcpu] = []
-        # The coalesced ring is the VM's, seen through every vCPU's map: `drain_coalesced` uses these two.
+        # The coalesced ring is the VM's, seen through every vCPU's map: see `kvm.coalesced`.
         self.coalesced_lock = Lock()
-        self.coalesced_offset = 0
 
     @property
     def closed(self) -> bool:

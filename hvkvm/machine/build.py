@@ -151,6 +151,7 @@ class GuestImage:
             defaults=default_cmdline(self._config.serial_ports),
             cpus=self._config.cpus,
             acpi=self._config.acpi,
+            vmbus=self._config.vmbus == "on",
             serial_ports=self._config.serial_ports,
         )
         entry.apply(vcpu)

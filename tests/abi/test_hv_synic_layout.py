@@ -13,27 +13,11 @@ def offsets(kind):
 
 
 def test_message_slot_is_256_bytes_with_the_type_first():
-    assert ctypes.sizeof(s.hv_message) == s.HV_MESSAGE_SIZE == 256
-    assert offsets(s.hv_message) == {
-        "message_type": 0,
-        "payload_size": 4,
-        "flags": 5,
-        "reserved": 6,
-        "sender": 8,
-        "payload": 16,
-    }
-
-
-def test_pages_hold_one_part_for_each_sint():
-    assert ctypes.sizeof(s.hv_message_page) == ctypes.sizeof(s.hv_synic_event_flags_page) == 4096
-    page = s.hv_message_page()
-    page.sint_message[2].message_type = s.HVMSG_VMBUS
-    assert bytes(page)[2 * 256] == 1
-    flags = s.hv_synic_event_flags_page()
-    number = 70  # flag f of SINT s is bit f%8 of byte 256*s + f//8
-    flags.sintevent_flags[2].flags[number // 64] = 1 << number % 64
-    assert bytes(flags)[256 * 2 + number // 8] == 1 << number % 8
-    assert s.HV_EVENT_FLAGS_COUNT // 8 == s.HV_EVENT_FLAGS_BYTE_COUNT
+    slot = s.hv_message(s.HVMSG_TIMER_EXPIRED, b"\1\2\3")
+    assert len(slot) == s.HV_MESSAGE_SIZE == 256
+    assert slot[:4] == s.HVMSG_TIMER_EXPIRED.to_bytes(4, "little")
+    assert (slot[4], slot[5:16]) == (3, bytes(11)), "payload_size, then flags, reserved and sender"
+    assert slot[16:] == b"\1\2\3".ljust(s.HV_MESSAGE_PAYLOAD_BYTE_COUNT, b"\0")
 
 
 def test_post_message_input():
@@ -50,7 +34,7 @@ def test_post_message_input():
 def test_small_structs():
     assert ctypes.sizeof(s.hv_signal_event_input) == 8
     assert offsets(s.hv_signal_event_input) == {"connection_id": 0, "flag_number": 4, "reserved": 6}
-    assert ctypes.sizeof(s.hv_timer_message_payload) == 24
+    assert s.hv_timer_message_payload.size == 24
     assert offsets(s.ms_hyperv_tsc_page) == {
         "tsc_sequence": 0,
         "reserved1": 4,

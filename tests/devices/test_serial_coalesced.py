@@ -14,6 +14,7 @@ from hvkvm.devices.port.irq_line import UnconnectedLine
 from hvkvm.devices.port.serial import Serial16550
 from hvkvm.devices.port.serial_coalesced import PATIENCE, POLL_MAX, POLL_MIN, CoalescedSerial
 from hvkvm.errors import CapabilityMissing, HvkvmError
+from hvkvm.kvm.coalesced import CoalescedWrite
 
 THR, IER, IIR, LCR, MCR, LSR = 0x3F8, 0x3F9, 0x3FA, 0x3FB, 0x3FC, 0x3FD
 FCR = IIR
@@ -25,7 +26,7 @@ class Kernel:
     def __init__(self, bus: PortBus, slots: int = 170) -> None:
         self.bus = bus
         self.slots = slots
-        self.ring: list[SimpleNamespace] = []
+        self.ring: list[CoalescedWrite] = []
         self.zones: list[Zone] = []
         self.exits = 0
         self.queued = 0
@@ -35,7 +36,7 @@ class Kernel:
             z.port <= port and port + size <= z.port + z.size for z in self.zones
         ):
             self.queued += 1
-            self.ring.append(SimpleNamespace(address=port, pio=True, data=value.to_bytes(size, "little")))
+            self.ring.append(CoalescedWrite(port, True, value.to_bytes(size, "little")))
             return
         self.exits += 1
         self.bus.write(port, size, value)
@@ -56,10 +57,6 @@ class Zone:
             raise HvkvmError("no memory")
         self.port, self.size = port, size
         self.kernel.zones.append(self)
-
-    def drain(self, vcpu: object):
-        taken, self.kernel.ring = self.kernel.ring, []
-        return iter(taken)
 
     def close(self) -> None:
         if self in self.kernel.zones:
@@ -87,6 +84,10 @@ class Ring:
             return None
         taken, self.kernel.ring = self.kernel.ring, []
         return b"".join(queued.data for queued in taken)
+
+    def take_writes(self) -> list[CoalescedWrite]:
+        taken, self.kernel.ring = self.kernel.ring, []
+        return taken
 
 
 class Rig:

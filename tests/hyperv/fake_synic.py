@@ -9,13 +9,26 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Callable
 
-from hvkvm.abi.hv_synic import hv_message
+from hvkvm.abi.hv_synic import HV_MESSAGE_PAYLOAD_BYTE_COUNT
 from hvkvm.errors import Stopped
 from hvkvm.events import Event, Observer
 from hvkvm.hyperv.sint_route import RouteTable, SintRoute
 from hvkvm.hyperv.synic.vp import VpSynic
 
 MESSAGE_GPA, EVENT_GPA = 0x10000, 0x20000
+
+
+class hv_message(ctypes.Structure):
+    """A slot of the message page as a guest's own header has it."""
+
+    _fields_ = [
+        ("message_type", ctypes.c_uint32),
+        ("payload_size", ctypes.c_uint8),
+        ("message_flags", ctypes.c_uint8),
+        ("reserved", ctypes.c_uint16),
+        ("sender", ctypes.c_uint64),
+        ("payload", ctypes.c_uint8 * HV_MESSAGE_PAYLOAD_BYTE_COUNT),
+    ]
 
 
 class FakeOverlay:
@@ -234,7 +247,7 @@ class World:
         """The guest takes the message and, if asked to, writes EOM, which all lines of the VP hear (S29)."""
         slot = self.vp(vp).slot(sint)
         slot.message_type = 0
-        if not slot.flags & 1:
+        if not slot.message_flags & 1:
             return False
         for (index, _sint), lines in self.synic.lines.items():
             if index == vp:

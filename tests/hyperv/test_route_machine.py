@@ -116,7 +116,7 @@ class RouteMachine(RuleBasedStateMachine):
     def kernel_timer_fills_slot(self, vp: int, sint: int) -> None:
         slot = self.world.vp(vp).slot(sint)
         if slot.message_type == 0:
-            slot.message_type, slot.flags = TIMER, 0
+            slot.message_type, slot.message_flags = TIMER, 0
 
     @rule(vp=VP)
     def guest_writes_eom_for_nothing(self, vp: int) -> None:
@@ -150,7 +150,7 @@ class RouteMachine(RuleBasedStateMachine):
                 assert sender.state is State.PENDING
                 # Not forgotten: the guest that frees this slot will be asked for an EOM.
                 assert slot.message_type != 0
-                assert slot.flags & 1
+                assert slot.message_flags & 1
 
     @invariant()
     def never_told_more_than_accepted(self) -> None:

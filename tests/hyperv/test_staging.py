@@ -176,10 +176,10 @@ def test_s27_free_slot_is_filled_body_first_and_type_last(
 def test_s28_header_is_type_and_size_and_the_rest_is_zero(world: World) -> None:
     route, _ = world.sender()
     slot = world.vp().slot(2)
-    slot.flags, slot.reserved, slot.sender = 0xFF, 0xFFFF, 1 << 63
+    slot.message_flags, slot.reserved, slot.sender = 0xFF, 0xFFFF, 1 << 63
     route.post(0x80000001, b"xyz")
     world.settle()
-    assert (slot.message_type, slot.payload_size, slot.flags, slot.reserved, slot.sender) == (
+    assert (slot.message_type, slot.payload_size, slot.message_flags, slot.reserved, slot.sender) == (
         0x80000001,
         3,
         0,
@@ -255,7 +255,7 @@ def test_s30_slot_freed_between_test_and_flag_is_filled(
     route.post(1, b"new")
     world.settle()
     assert statuses == ([0] if freed else [])
-    assert (slot.message_type, slot.flags) == ((1, 0) if freed else (7, 1))
+    assert (slot.message_type, slot.message_flags) == ((1, 0) if freed else (7, 1))
     assert world.line().pulses == int(freed)
 
 

@@ -30,9 +30,8 @@ from typing import TYPE_CHECKING
 
 from hvkvm.abi.board import COM1_PORT, COM1_SIZE
 from hvkvm.abi.kvm import KVM_CAP_COALESCED_PIO
-from hvkvm.devices.port.coalesced_ring import CoalescedRing
 from hvkvm.errors import CapabilityMissing, HvkvmError, Stopped
-from hvkvm.kvm.doorbell import CoalescedPio
+from hvkvm.kvm.coalesced import CoalescedPio, CoalescedRing
 
 if TYPE_CHECKING:
     from hvkvm.devices.port.bus import PortBus
@@ -149,15 +148,15 @@ class CoalescedSerial:
 
     def _drain(self) -> int:
         """Hand over what the ring holds; how many writes that was."""
-        zone, ring = self._zone, self._ring
-        if zone is None or ring is None or ring.empty:
+        ring = self._ring
+        if self._zone is None or ring is None or ring.empty:
             return 0
         thr = ring.take_bytes(self._port)
         if thr is not None:
             self.bytes_coalesced += len(thr)
             self.serial.transmit_block(thr)
             return len(thr)
-        mixed = list(zone.drain(self._vcpu))
+        mixed = ring.take_writes()
         for queued in mixed:
             if queued.pio and queued.address == self._port:
                 self.bytes_coalesced += 1

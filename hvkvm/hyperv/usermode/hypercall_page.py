@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING
 from hvkvm.abi.board import HYPERCALL_PORT
 from hvkvm.abi.kvm import KVM_CAP_SYNC_REGS, KVM_SYNC_X86_REGS, KVM_SYNC_X86_SREGS
 from hvkvm.abi.tlfs import HvStatus
+from hvkvm.abi.x86 import EFER_LMA, X86_CR0_PE, X86_EFLAGS_VM
 from hvkvm.hyperv.synic.pages import Overlay
 from hvkvm.hyperv.usermode.vp import VpThread
 
@@ -37,9 +38,6 @@ _RIPS = (_OUT, _OUT + _OUT_LENGTH)
 """Where RIP may be in the page at the exit: at the OUT (VMX, SVM) or behind it (KVM's emulator)."""
 
 _PAGE = 0xFFF
-_EFER_LMA = 1 << 10
-_CR0_PE = 1 << 0
-_RFLAGS_VM = 1 << 17
 _LOW = 0xFFFFFFFF
 _UD = 6
 
@@ -89,10 +87,10 @@ class HypercallPage:
         if not self._is_from_page(vcpu, regs, sregs):
             return
         # In virtual-8086 mode, which is CPL 3, a selector says nothing of that.
-        if not sregs.cr0 & _CR0_PE or sregs.cs.selector & 3 or regs.rflags & _RFLAGS_VM:
+        if not sregs.cr0 & X86_CR0_PE or sregs.cs.selector & 3 or regs.rflags & X86_EFLAGS_VM:
             _raise_ud(vcpu)
             return
-        if sregs.efer & _EFER_LMA and sregs.cs.l:
+        if sregs.efer & EFER_LMA and sregs.cs.l:
             regs.rax = self.call(regs.rcx, regs.rdx)
         else:
             control = (regs.rdx & _LOW) << 32 | regs.rax & _LOW
@@ -108,7 +106,7 @@ class HypercallPage:
 
     def _is_from_page(self, vcpu: Vcpu, regs: kvm_regs, sregs: kvm_sregs) -> bool:
         rip: int = regs.rip
-        if not (sregs.efer & _EFER_LMA and sregs.cs.l):
+        if not (sregs.efer & EFER_LMA and sregs.cs.l):
             rip = rip + sregs.cs.base & _LOW
         if rip & _PAGE not in _RIPS:
             return False

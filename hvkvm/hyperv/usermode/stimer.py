@@ -16,10 +16,14 @@ from __future__ import annotations
 import errno
 import threading
 from collections.abc import Callable
-from struct import Struct
 from typing import NamedTuple, Protocol
 
-from hvkvm.abi.hv_synic import HV_MESSAGE_PAYLOAD_BYTE_COUNT, HV_SYNIC_FIRST_VALID_VECTOR, HVMSG_TIMER_EXPIRED
+from hvkvm.abi.hv_synic import (
+    HV_SYNIC_FIRST_VALID_VECTOR,
+    HVMSG_TIMER_EXPIRED,
+    hv_message,
+    hv_timer_message_payload,
+)
 from hvkvm.abi.tlfs import (
     HV_STIMER_AUTOENABLE,
     HV_STIMER_DIRECT_MODE,
@@ -38,8 +42,6 @@ _FAR = 1 << 55
 _SINT_SHIFT, _SINT_MASK = 16, 0xF
 _VECTOR_SHIFT, _VECTOR_MASK = 4, 0xFF
 _LAZY_PERIODIC = HV_STIMER_PERIODIC | HV_STIMER_LAZY
-_PAYLOAD = Struct("<IIQQ")
-_message = Struct(f"<IBBHQ{HV_MESSAGE_PAYLOAD_BYTE_COUNT}s").pack
 
 
 def _has_target(config: int) -> bool:
@@ -234,10 +236,8 @@ class Stimer:
                 return
             config = self.config
             sint = config >> _SINT_SHIFT & _SINT_MASK
-            payload = _PAYLOAD.pack(self.index, 0, self._pending, self._clock.now())
-            status = self._vp.post_message(
-                sint, _message(HVMSG_TIMER_EXPIRED, len(payload), 0, 0, 0, payload)
-            )
+            payload = hv_timer_message_payload.pack(self.index, 0, self._pending, self._clock.now())
+            status = self._vp.post_message(sint, hv_message(HVMSG_TIMER_EXPIRED, payload))
             if status:
                 if status == -errno.EAGAIN and config & _LAZY_PERIODIC == _LAZY_PERIODIC:
                     self._pending = None

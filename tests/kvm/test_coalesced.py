@@ -9,8 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hvkvm.abi.kvm_structs import kvm_coalesced_mmio_ring_of
-from hvkvm.devices.port.coalesced_ring import _SLOTS, CoalescedRing
-from hvkvm.kvm.doorbell import drain_coalesced
+from hvkvm.kvm.coalesced import _SLOTS, CoalescedRing
 
 OFFSET = 2 * 4096
 PORT = 0x3F8
@@ -21,9 +20,7 @@ class Queue:
 
     def __init__(self, start: int) -> None:
         self.memory = bytearray(3 * 4096)
-        vm = SimpleNamespace(
-            coalesced_lock=threading.Lock(), coalesced_offset=OFFSET, check_extension=lambda number: 2
-        )
+        vm = SimpleNamespace(coalesced_lock=threading.Lock(), check_extension=lambda number: 2)
         self.vcpu = SimpleNamespace(vm=vm, data=memoryview(self.memory))
         self.ring = kvm_coalesced_mmio_ring_of(_SLOTS).from_buffer(self.memory, OFFSET)
         self.ring.first = self.ring.last = start
@@ -68,6 +65,7 @@ def test_anything_else_stays_for_the_reader_of_single_writes(start, writes):
     for write in writes:
         queue.put(*write)
     plain = all(write == (PORT, 1, b"x") for write in writes)
-    assert CoalescedRing(queue.vcpu).take_bytes(PORT) == (b"x" * len(writes) if plain else None)
-    left = [(queued.address, int(queued.pio), queued.data) for queued in drain_coalesced(queue.vcpu)]
+    ring = CoalescedRing(queue.vcpu)
+    assert ring.take_bytes(PORT) == (b"x" * len(writes) if plain else None)
+    left = [(queued.address, int(queued.pio), queued.data) for queued in ring.take_writes()]
     assert left == ([] if plain else writes)
