@@ -17,6 +17,7 @@ from typing import Any
 from hvkvm.abi import vmbus
 from hvkvm.vmbus.actions import OpenChannel, RetargetChannel
 from hvkvm.vmbus.device import BusyDevice, Device, GpadlUser, MultiChannel, SavedDevice, StreamDevice
+from hvkvm.vmbus.gpadl import Gpadl
 from hvkvm.vmbus.guard import Guarded, fault_text
 from hvkvm.vmbus.offer import Channel, ChannelState
 from hvkvm.vmbus.open_channel import OPEN_FAILURES, OpenedChannel, SynicUser
@@ -274,8 +275,6 @@ class ChannelDevices:
         if started and isinstance(device, SavedDevice):
             opened.restart(lambda io: device.load(io, state))
         else:
-            if isinstance(device, SavedDevice) and state is not None:
-                device.load(None, state)
             # Behind the machine's going on, which is queued already or runs next.
             self.start_soon(channel, opened)
 
@@ -324,3 +323,7 @@ class BoundSubChannels:
         for channel in self._server.channels.subs(self._primary):
             if channel.offer.sub_channel_index == index and not channel.withdrawn:
                 self._devices.rescind(channel)
+
+    def gpadl(self, gpadl_id: int) -> Gpadl | None:
+        """See `device.SubChannels.gpadl`."""
+        return self._server.channels.gpadls.get(self._primary.relid, gpadl_id)

@@ -20,6 +20,7 @@ from typing import Any, Protocol, runtime_checkable
 
 from hvkvm.abi.ring import Packet
 from hvkvm.vmbus.channel_io import ChannelIo
+from hvkvm.vmbus.gpadl import Gpadl
 from hvkvm.vmbus.offer import Offer
 
 Done = Callable[[], object]
@@ -103,15 +104,6 @@ class BusyDevice(Protocol):
 
 
 @runtime_checkable
-class ResetDevice(Protocol):
-    """A device that keeps something over the close of its channel."""
-
-    def reset(self) -> None:
-        """The machine is reset: take the power-on state. Its channels are closed, nothing is in flight."""
-        ...
-
-
-@runtime_checkable
 class GpadlUser(Protocol):
     """A device that uses GPADLs besides its rings."""
 
@@ -133,6 +125,10 @@ class SubChannels(Protocol):
 
     def remove(self, index: int) -> None:
         """Rescind it. Linux's drivers do not like that of a device that stays."""
+        ...
+
+    def gpadl(self, gpadl_id: int) -> Gpadl | None:
+        """A GPADL that the guest made of the primary channel; None if there is none of this id."""
         ...
 
 

@@ -1,0 +1,481 @@
+"""A NIC for a guest's netvsc driver: hv_netvsc of Linux, iPXE's and Windows's own.
+
+The guest and its host agree in three layers. NVSP, here: version, buffers, sub-channels. RNDIS, in
+`netvsp_rndis`: what the NIC is, what it shall let through and leave undone. Frames: `netvsp_send` out of the
+guest, `netvsp_receive` into it, `netvsp_channel` for each ring. The other end is a `net.port.Port`.
+
+A guest that breaks the protocol loses its channel, and gets it again with its next connection. Owner: the I/O
+loop, for every method.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+from hvkvm.abi import nvsp, rndis
+from hvkvm.abi.ring import VM_PKT_DATA_INBAND, Packet
+from hvkvm.abi.vmbus import GUID_BYTES, VMBUS_CHANNEL_ENUMERATE_DEVICE_INTERFACE
+from hvkvm.devices.synth.netvsp_buffer import GuestBuffer
+from hvkvm.devices.synth.netvsp_channel import ChannelState, NvspChannel
+from hvkvm.devices.synth.netvsp_offload import ETHERNET_BYTES
+from hvkvm.devices.synth.netvsp_receive import MAX_CONTROL_WAITING, Laid, Receive
+from hvkvm.devices.synth.netvsp_rndis import Control, ControlState, NicFacts
+from hvkvm.devices.synth.netvsp_rss import Toeplitz, hash_input
+from hvkvm.devices.synth.netvsp_send import SECTION_BYTES, Send
+from hvkvm.net.port import MAX_MTU, MIN_MTU, VLAN_BYTES, Frame, Offloads, Port
+from hvkvm.vmbus.channel_io import ChannelIo
+from hvkvm.vmbus.device import SubChannels
+from hvkvm.vmbus.guard import Guard
+from hvkvm.vmbus.offer import Offer
+from hvkvm.vmbus.pages import Ram
+
+SPEED = 100_000_000
+"""10 Gbit/s, in units of 100 bit/s: what RNDIS asks for."""
+
+MAX_MDL_CHAIN = 34
+"""What Hyper-V answers; no guest looks at it."""
+
+MAX_QUEUES = 8
+
+
+class NetvspState(NamedTuple):
+    """What is agreed, lent and owed."""
+
+    version: int
+    mtu: int
+    vlan_marks: bool
+    receive_gpadl: int | None
+    receive_set: int
+    pieces: tuple[tuple[int, int, int], ...]
+    send_gpadl: int | None
+    control: ControlState
+    waiting: tuple[bytes, ...]
+    """RNDIS messages for the guest."""
+    told_link: bool | None
+    channels: dict[int, ChannelState]
+    """By index."""
+    subchannels: int
+
+
+class Netvsp:
+    """One NIC. `name` tells it from others of this VM, and is the same at each boot.
+
+    A `vmbus.device.StreamDevice` to its guest, a `net.port.Receiver` to its port.
+    """
+
+    State = NetvspState
+
+    def __init__(
+        self, memory: Ram, port: Port, *, name: str, address: bytes, queues: int = 1, speed: int = SPEED
+    ) -> None:
+        """`address`: MAC, 6 bytes, unicast (ValueError). `queues`: most channels, where RSS pays."""
+        if len(address) != 6 or address[0] & 1:
+            raise ValueError(f"{address.hex(':')}: no MAC address of a NIC")
+        self.name = name
+        self.port = port
+        self.address = address
+        self.guard = Guard()
+        self._memory = memory
+        self._speed = speed
+        self._queues = max(1, min(queues, MAX_QUEUES))
+        self._sub_channels: SubChannels | None = None
+        self._wire_up = False
+        self._cable = True
+        self._taken = 0
+        self._starved = False  # the port waits for room
+        self._version = 0
+        self._toeplitz: Toeplitz | None = None
+        self.control_state = Control(self._facts, self._counters)
+        self.receive = Receive(self.control_state, self.fail)
+        self.send = Send(memory)
+        self._channels: dict[int, NvspChannel] = {0: NvspChannel(self, self._offer(0))}
+        self._saved: dict[int, ChannelState] = {}
+        self._wanted: Offloads | None = None
+        self._clear()
+
+    def _clear(self) -> None:
+        """As a NIC that no driver has taken."""
+        self._version = 0
+        self._mtu = min(self.port.mtu, 1500)
+        self._told_link: bool | None = None
+        self._subchannels = 0
+        self._unoffered = False  # of those, none is offered yet
+        self._starved = False
+        self.control_state.clear()
+        self.receive.drop()
+        self.receive.vlan_marks = False
+        self.send.buffer = None
+        self._set_mtu(self._mtu)
+
+    def _offer(self, index: int) -> Offer:
+        instance = hashlib.sha256(f"hvkvm netvsp {self.name}".encode()).digest()[:GUID_BYTES]
+        flags = VMBUS_CHANNEL_ENUMERATE_DEVICE_INTERFACE
+        return Offer(nvsp.HV_NIC_GUID, instance, self.name, flags=flags, sub_channel_index=index)
+
+    # vmbus.device.StreamDevice, GpadlUser, MultiChannel
+
+    @property
+    def offer(self) -> Offer:
+        """The primary channel."""
+        return self._channels[0].offer
+
+    def opened(self, io: ChannelIo) -> None:
+        """The guest speaks first."""
+        self._clear()
+        self._channels[0].opened(io)
+
+    def rung(self) -> None:
+        """See `vmbus.device.StreamDevice`."""
+        self._channels[0].rung()
+
+    def close(self, done: Callable[[], object]) -> None:
+        """The driver has left. Sub-channels go by themselves."""
+        self._channels[0].clear()
+        self._clear()
+        self._settle_offloads()
+        done()
+
+    def release_gpadl(self, gpadl_id: int, done: Callable[[], object]) -> None:
+        """A buffer is torn down, revoked or not: what was lent in it is the guest's own again."""
+        if self.receive.buffer is not None and self.receive.buffer.gpadl_id == gpadl_id:
+            self.receive.drop()
+        if self.send.buffer is not None and self.send.buffer.gpadl_id == gpadl_id:
+            self.send.buffer = None
+        done()
+
+    def bind(self, sub_channels: SubChannels) -> None:
+        """See `vmbus.device.MultiChannel`."""
+        self._sub_channels = sub_channels
+
+    def sub_channel(self, index: int) -> NvspChannel:
+        """See `vmbus.device.MultiChannel`."""
+        if not 0 < index < self._queues:
+            raise ValueError(f"the NIC {self.name} has no channel {index}")
+        channel = self._channels[index] = NvspChannel(self, self._offer(index))
+        channel.saved = self._saved.pop(index, None)
+        return channel
+
+    # vmbus.device.SavedDevice
+
+    def save(self) -> NetvspState:
+        """See `vmbus.device.SavedDevice`."""
+        receive, send = self.receive.buffer, self.send.buffer
+        return NetvspState(
+            self._version,
+            self._mtu,
+            self.receive.vlan_marks,
+            None if receive is None else receive.gpadl_id,
+            self.receive.set_id,
+            self.receive.pieces.save(),
+            None if send is None else send.gpadl_id,
+            self.control_state.save(),
+            tuple(self.receive.waiting),
+            self._told_link,
+            {index: one.save() for index, one in self._channels.items() if one.io is not None},
+            self._subchannels,
+        )
+
+    def load(self, io: ChannelIo | None, state: NetvspState) -> None:
+        """See `vmbus.device.SavedDevice`."""
+        self.control_state.load(state.control)
+        if io is None:
+            self.control_state.clear()
+            return
+        known = state.version in (0, *nvsp.NVSP_VERSIONS) and MIN_MTU <= state.mtu <= MAX_MTU
+        if not known or len(state.waiting) > MAX_CONTROL_WAITING or not 0 <= state.receive_set <= 0xFFFF:
+            raise ValueError(f"the NIC {self.name} has agreed on what it cannot")
+        self._version, self._told_link = state.version, state.told_link
+        self._set_mtu(state.mtu)
+        self.receive.vlan_marks = state.vlan_marks
+        if state.receive_gpadl is not None:
+            buffer = self._buffer(state.receive_gpadl)
+            if buffer is None or not self.receive.lend(buffer, state.receive_set, state.mtu):
+                raise ValueError(f"the NIC {self.name} has a receive buffer that is none")
+            self.receive.pieces.load(state.pieces)
+        if state.send_gpadl is not None:
+            self.send.buffer = self._buffer(state.send_gpadl)
+        self.receive.waiting.extend(state.waiting)
+        self._subchannels = max(0, min(state.subchannels, self._queues - 1))
+        self._saved = dict(state.channels)
+        self._channels[0].load(io, self._saved.pop(0, ChannelState(())))
+        self._scaling_changed()
+        self._wanted = None  # the port is new, and is told when the guest goes on
+
+    # NVSP
+
+    def request(self, packet: Packet) -> bytes | None:
+        """A message of the guest that is no RNDIS; what completes it."""
+        payload = packet.payload
+        handler = _REQUESTS.get(int.from_bytes(payload[:4], "little"))
+        if handler is None:
+            return None
+        shape, act = handler
+        if len(payload) < shape.size:
+            self.fail(f"an NVSP message of {len(payload)} bytes")
+            return None
+        answer: bytes | None = act(self, *shape.unpack_from(payload)[1:])
+        return answer
+
+    def _init(self, least: int, most: int) -> bytes:
+        best = max((one for one in nvsp.NVSP_VERSIONS if least <= one <= most), default=0)
+        status = nvsp.NVSP_STAT_SUCCESS if best else nvsp.NVSP_STAT_PROTOCOL_UNSUPPORTED
+        if self._version:
+            best, status = 0, nvsp.NVSP_STAT_FAIL
+        self._version = self._version or best
+        return nvsp.init_complete.pack(nvsp.NVSP_MSG_TYPE_INIT_COMPLETE, best, MAX_MDL_CHAIN, status)
+
+    def _ndis_version(self, _major: int, _minor: int) -> None:
+        """Nothing hangs on it."""
+
+    def _config(self, mtu: int, _reserved: int, capabilities: int) -> None:
+        self._set_mtu(min(max(mtu - ETHERNET_BYTES, MIN_MTU), MAX_MTU))
+        self.receive.vlan_marks = bool(capabilities & nvsp.NDIS_CONFIG_IEEE8021Q)
+
+    def _set_mtu(self, mtu: int) -> None:
+        self._mtu = mtu
+        self.receive.max_frame = mtu + ETHERNET_BYTES + VLAN_BYTES
+        self.send.max_frame = self.port.mtu + ETHERNET_BYTES + VLAN_BYTES
+
+    def _buffer(self, gpadl_id: int) -> GuestBuffer | None:
+        gpadl = None if self._sub_channels is None else self._sub_channels.gpadl(gpadl_id)
+        try:
+            return None if gpadl is None else GuestBuffer(self._memory, gpadl)
+        except ValueError:
+            return None
+
+    def _lend_receive(self, gpadl_id: int, set_id: int) -> bytes:
+        buffer = self._buffer(gpadl_id) if self._version and self.receive.buffer is None else None
+        kind = nvsp.NVSP_MSG1_TYPE_SEND_RECV_BUF_COMPLETE
+        if buffer is None or not self.receive.lend(buffer, set_id, self._mtu):
+            return nvsp.recv_buf_complete.pack(kind, nvsp.NVSP_STAT_FAIL, 0, 0, 0, 0, 0)
+        section, sections = self.receive.section, self.receive.sections
+        return nvsp.recv_buf_complete.pack(
+            kind, nvsp.NVSP_STAT_SUCCESS, 1, 0, section, sections, section * sections
+        )
+
+    def _lend_send(self, gpadl_id: int, _id: int) -> bytes:
+        kind = nvsp.NVSP_MSG1_TYPE_SEND_SEND_BUF_COMPLETE
+        buffer = self._buffer(gpadl_id) if self._version and self.send.buffer is None else None
+        if buffer is None or buffer.size < SECTION_BYTES:
+            return nvsp.send_buf_complete.pack(kind, nvsp.NVSP_STAT_FAIL, 0)
+        self.send.buffer = buffer
+        return nvsp.send_buf_complete.pack(kind, nvsp.NVSP_STAT_SUCCESS, SECTION_BYTES)
+
+    def _revoke_receive(self, _id: int) -> None:
+        self.receive.drop()
+
+    def _revoke_send(self, _id: int) -> None:
+        self.send.buffer = None
+
+    def _allocate(self, operation: int, count: int) -> bytes:
+        """Sub-channels: as many as are asked for and can be."""
+        known = operation == nvsp.NVSP_SUBCHANNEL_ALLOCATE and self._version >= nvsp.NVSP_PROTOCOL_VERSION_5
+        kind = nvsp.NVSP_MSG5_TYPE_SUBCHANNEL
+        if not known or self._subchannels or self._sub_channels is None:
+            return nvsp.subchannel_complete.pack(kind, nvsp.NVSP_STAT_FAIL, 0)
+        self._subchannels = min(count, self._queues - 1)
+        self._unoffered = True
+        return nvsp.subchannel_complete.pack(kind, nvsp.NVSP_STAT_SUCCESS, self._subchannels)
+
+    def _offer_sub_channels(self, io: ChannelIo) -> None:
+        """Behind the answer that says how many: a table of where to send, and the offers."""
+        if not self._unoffered or self._sub_channels is None:
+            return
+        self._unoffered = False
+        queues = self._subchannels + 1
+        table = [index % queues for index in range(nvsp.INDIRECTION_ENTRIES)]
+        message = nvsp.indirection_table.pack(
+            nvsp.NVSP_MSG5_TYPE_SEND_INDIRECTION_TABLE,
+            nvsp.INDIRECTION_ENTRIES,
+            nvsp.INDIRECTION_OFFSET,
+            *table,
+        )
+        io.send(message, kind=VM_PKT_DATA_INBAND)  # without it the guest sends on the primary channel
+        for index in range(1, queues):
+            self._sub_channels.add(index)
+
+    # netvsp_channel.Nic
+
+    def fail(self, reason: str) -> None:
+        """The guest broke a rule: its channel ends."""
+        primary = self._channels[0]
+        primary.fail(reason)
+        if primary.io is not None:
+            primary.io.again()
+
+    def control(self, _io: ChannelIo, message: bytes) -> None:
+        """An RNDIS control message."""
+        before = self.control_state.packet_filter
+        answer = self.control_state.handle(message)
+        if answer is not None:
+            self.receive.tell(answer)
+        self._scaling_changed()
+        if not before and self.control_state.packet_filter:
+            self._tell_link()
+
+    def completed(self, trans_id: int) -> None:
+        """A piece of the receive buffer is free again. Who completes what is not out is not heeded."""
+        self.receive.pieces.back(trans_id)
+
+    def transmit(self, frames: list[Frame]) -> int:
+        """Frames to the wire; how many were taken."""
+        if not self._cable:
+            self.send.counters.dropped += len(frames)
+            return len(frames)
+        return self.port.send(frames)
+
+    def after(self, io: ChannelIo) -> None:
+        """A channel's turn is at its end: what others wait for."""
+        primary = self._channels[0].io
+        if primary is not None and not primary.broken:
+            with primary:
+                self.receive.pump(primary)
+                if io is primary:
+                    self._offer_sub_channels(io)
+        self._settle_offloads()
+        if self._starved:
+            self._starved = False
+            self.port.resume()
+
+    def _settle_offloads(self) -> None:
+        control = self.control_state
+        wanted = Offloads(control.rsc4 or control.rsc6, control.rsc4, control.rsc6).within(self.port.offloads)
+        if wanted != self._wanted:
+            self._wanted = wanted
+            self.port.set_offloads(wanted)
+
+    def _scaling_changed(self) -> None:
+        control = self.control_state
+        if not control.scaling:
+            self._toeplitz = None
+        elif self._toeplitz is None or self._toeplitz.key != control.key:
+            self._toeplitz = Toeplitz(control.key)
+
+    def _channel_for(self, laid: Laid) -> ChannelIo | None:
+        channels = self._channels
+        if self._toeplitz is not None and len(channels) > 1:
+            data = hash_input(bytes(laid.views[0][:64]))
+            if data:
+                table = self.control_state.table
+                chosen = channels.get(table[self._toeplitz.hash(data) % len(table)])
+                if chosen is not None and chosen.io is not None:
+                    return chosen.io
+        return channels[0].io
+
+    # net.port.Receiver
+
+    def frames(self, frames: Sequence[Frame]) -> int:
+        """See `net.port.Receiver`."""
+        self._taken = len(frames)
+        self.guard.run(self._frames, frames)
+        return self._taken
+
+    def _frames(self, frames: Sequence[Frame]) -> None:
+        io = self._channels[0].io
+        if io is None or not self._cable or (io.broken and not io.held):
+            self.receive.counters.unready += len(frames)
+            return
+        if io.held:
+            taken = 0
+        else:
+            with io:
+                taken = self.receive.deliver(frames, self._channel_for)
+        if taken < len(frames):
+            self._starved = True
+            self._taken = taken
+
+    def writable(self) -> None:
+        """See `net.port.Receiver`."""
+        for channel in self._channels.values():
+            self.guard.run(channel.writable)
+
+    def link(self, up: bool) -> None:
+        """See `net.port.Receiver`."""
+        self._wire_up = up
+        self.guard.run(self._tell_link)
+
+    @property
+    def link_up(self) -> bool:
+        """Whether the guest sees a carrier."""
+        return self._wire_up and self._cable
+
+    def plug(self, plugged: bool) -> None:
+        """Put the cable in, or pull it: what `hvkvm ctl net link` does, whatever the wire says."""
+        self._cable = plugged
+        self._tell_link()
+
+    def _tell_link(self) -> None:
+        """Indicate what has changed since the guest last heard."""
+        io, up = self._channels[0].io, self.link_up
+        if io is None or not self.control_state.initialized or up == self._told_link:
+            return
+        self._told_link = up
+        status = rndis.RNDIS_STATUS_MEDIA_CONNECT if up else rndis.RNDIS_STATUS_MEDIA_DISCONNECT
+        self.receive.tell(rndis.indicate.pack(rndis.RNDIS_MSG_INDICATE, rndis.indicate.size, status, 0, 0))
+        io.again()  # sent in a turn of our own
+
+    # Telling.
+
+    def _facts(self) -> NicFacts:
+        offloads = self.port.offloads
+        large = self._version >= nvsp.NVSP_PROTOCOL_VERSION_61
+        return NicFacts(
+            self.address,
+            self.port.mtu,
+            self.link_up,
+            self._speed,
+            offloads.csum,
+            offloads.csum and offloads.tso4,
+            offloads.csum and offloads.tso6,
+            large and offloads.csum and offloads.tso4 and offloads.tso6,
+            self._queues if self._version >= nvsp.NVSP_PROTOCOL_VERSION_5 else 1,
+        )
+
+    def _counters(self) -> dict[int, int]:
+        sent, received = self.send.counters, self.receive.counters
+        return {
+            rndis.RNDIS_OID_GEN_XMIT_OK: sent.frames,
+            rndis.RNDIS_OID_GEN_RCV_OK: received.frames,
+            rndis.RNDIS_OID_GEN_XMIT_ERROR: sent.dropped,
+            rndis.RNDIS_OID_GEN_RCV_ERROR: received.malformed,
+            rndis.RNDIS_OID_GEN_RCV_NO_BUFFER: 0,
+        }
+
+    def inspect(self) -> Mapping[str, object]:
+        """For dumps and `hvkvm ctl`. Any thread."""
+        sent, received, control = self.send.counters, self.receive.counters, self.control_state
+        return {
+            "name": self.name,
+            "address": control.address.hex(":"),
+            "link": "up" if self.link_up else "down",
+            "nvsp": f"{self._version:#x}",
+            "mtu": self._mtu,
+            "filter": control.packet_filter,
+            "rsc": [control.rsc4, control.rsc6],
+            "channels": sum(one.io is not None for one in self._channels.values()),
+            "receive_buffer": 0 if self.receive.buffer is None else self.receive.buffer.size,
+            "receive_sections": self.receive.sections,
+            "pieces_out": self.receive.pieces.lent,
+            "sent": {name: getattr(sent, name) for name in sent.__slots__},
+            "received": {name: getattr(received, name) for name in received.__slots__},
+            "waiting": sum(one.waiting for one in self._channels.values()),
+        }
+
+
+_REQUESTS: dict[int, tuple[Any, Callable[..., bytes | None]]] = {
+    nvsp.NVSP_MSG_TYPE_INIT: (nvsp.init, Netvsp._init),
+    nvsp.NVSP_MSG1_TYPE_SEND_NDIS_VER: (nvsp.ndis_version, Netvsp._ndis_version),
+    nvsp.NVSP_MSG1_TYPE_SEND_RECV_BUF: (nvsp.send_buf, Netvsp._lend_receive),
+    nvsp.NVSP_MSG1_TYPE_REVOKE_RECV_BUF: (nvsp.revoke_buf, Netvsp._revoke_receive),
+    nvsp.NVSP_MSG1_TYPE_SEND_SEND_BUF: (nvsp.send_buf, Netvsp._lend_send),
+    nvsp.NVSP_MSG1_TYPE_REVOKE_SEND_BUF: (nvsp.revoke_buf, Netvsp._revoke_send),
+    nvsp.NVSP_MSG2_TYPE_SEND_NDIS_CONFIG: (nvsp.ndis_config, Netvsp._config),
+    nvsp.NVSP_MSG5_TYPE_SUBCHANNEL: (nvsp.subchannel, Netvsp._allocate),
+}
+
+
+def address_of(vm_name: str, index: int) -> bytes:
+    """A MAC address that a VM's NIC has at each boot: locally administered, from the VM's name."""
+    return b"\x02" + hashlib.sha256(f"hvkvm mac {vm_name} {index}".encode()).digest()[:5]

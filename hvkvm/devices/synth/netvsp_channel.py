@@ -1,0 +1,254 @@
+"""One channel of a NIC: packets out of its ring, completions back, each exactly once.
+
+Frames of a turn go to the wire together. What the wire does not take waits here, a bounded number of
+packets; beyond that the ring is left alone until there is room. The guest's completions for received frames
+come by the same ring, so that it is read on as long as that: else two guests that send to one another would
+stand still.
+
+Owner: the I/O loop. Nothing here raises for guest bytes: what breaks the rules ends the channel.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable
+from typing import NamedTuple, Protocol
+
+from hvkvm.abi import nvsp
+from hvkvm.abi.ring import VM_PKT_COMP, VM_PKT_DATA_INBAND, Packet
+from hvkvm.devices.synth.netvsp_send import Send
+from hvkvm.net.port import Frame
+from hvkvm.vmbus.channel_io import ChannelIo
+from hvkvm.vmbus.offer import Offer
+
+TURN_PACKETS = 64
+"""Packets taken a turn."""
+
+TURN_BYTES = 1 << 20
+"""Bytes of frames a turn: the packet that goes beyond is the turn's last."""
+
+MAX_WAITING = 512
+"""Packets that may wait for the wire."""
+
+_COMPLETE = nvsp.rndis_pkt_complete.pack(nvsp.NVSP_MSG1_TYPE_SEND_RNDIS_PKT_COMPLETE, nvsp.NVSP_STAT_SUCCESS)
+
+
+class ChannelState(NamedTuple):
+    """The completions that the guest is still owed: transaction id and payload."""
+
+    owed: tuple[tuple[int, bytes], ...]
+
+
+class Nic(Protocol):
+    """What is needed of `netvsp.Netvsp`."""
+
+    send: Send
+
+    def fail(self, reason: str) -> None: ...
+
+    def control(self, io: ChannelIo, message: bytes) -> None: ...
+
+    def request(self, packet: Packet) -> bytes | None: ...
+
+    def completed(self, trans_id: int) -> None: ...
+
+    def transmit(self, frames: list[Frame]) -> int: ...
+
+    def after(self, io: ChannelIo) -> None: ...
+
+
+class Waiting:
+    """A packet whose frames are not all taken yet."""
+
+    __slots__ = ("frames", "trans_id", "wants")
+
+    def __init__(self, trans_id: int, wants: bool, frames: int) -> None:
+        self.trans_id = trans_id
+        self.wants = wants
+        self.frames = frames
+
+
+class NvspChannel:
+    """Index 0 is the primary one, on which all but data is said. A `vmbus.device.StreamDevice`."""
+
+    def __init__(self, nic: Nic, offer: Offer) -> None:
+        self.nic = nic
+        self.offer = offer
+        self.io: ChannelIo | None = None
+        self._frames: list[Frame] = []
+        self._waiting: deque[Waiting] = deque()
+        self._owed: deque[tuple[int, bytes]] = deque()
+        self._blocked = False
+        self.saved: ChannelState | None = None
+        """Of a sub-channel of a restored machine: what `load` takes."""
+
+    @property
+    def waiting(self) -> int:
+        """Packets that wait for the wire."""
+        return len(self._waiting)
+
+    def opened(self, io: ChannelIo) -> None:
+        """See `vmbus.device`."""
+        self.io = io
+
+    def close(self, done: Callable[[], object]) -> None:
+        """See `vmbus.device`. Frames under way are lost, as on a wire."""
+        self.clear()
+        done()
+
+    def clear(self) -> None:
+        """The channel is closed."""
+        self.io = None
+        self._frames = []
+        self._waiting.clear()
+        self._owed.clear()
+        self._blocked = False
+
+    def save(self) -> ChannelState:
+        """What is owed; frames that the wire has not taken are lost, and completed all the same."""
+        waiting = tuple((one.trans_id, _COMPLETE) for one in self._waiting if one.wants)
+        return ChannelState((*self._owed, *waiting))
+
+    def load(self, io: ChannelIo | None, state: ChannelState | None) -> None:
+        """Go on. ValueError for what cannot have been owed."""
+        state = state or self.saved or ChannelState(())
+        good = all(
+            0 <= ident < 1 << 64 and len(data) <= nvsp.indirection_table.size for ident, data in state.owed
+        )
+        if not good or len(state.owed) > 4 * MAX_WAITING:
+            raise ValueError("the NIC owes the guest what it cannot")
+        self.io = io
+        if io is not None:
+            self._owed.extend(state.owed)
+
+    def writable(self) -> None:
+        """The wire has room again."""
+        if self._blocked and self.io is not None:
+            self._blocked = False
+            self.io.again()
+
+    def fail(self, reason: str) -> None:
+        """The guest broke a rule: its channel ends, when the turn does."""
+        if self.io is not None:
+            self.io.reader.broken = self.io.reader.broken or reason
+        if self.offer.sub_channel_index:
+            self.nic.fail(reason)  # the NIC is one
+
+    def rung(self) -> None:
+        """Take a turn's packets. Inside a batch."""
+        io = self.io
+        if io is None or io.held:
+            return
+        if self._settle(io) and self._push(io):
+            self._read(io)
+        if self.io is io and not io.broken:
+            self.nic.after(io)
+
+    def _read(self, io: ChannelIo) -> None:
+        reader = io.reader
+        reader.mask()
+        most = self.nic.send.counters.bytes + TURN_BYTES
+        for _ in range(TURN_PACKETS):
+            packet = reader.get()
+            if packet is None:
+                if reader.broken or not self._push(io):
+                    return
+                if io.rest():
+                    return
+                continue
+            if packet.type == VM_PKT_COMP:
+                self.nic.completed(packet.trans_id)
+            else:
+                self._take(io, packet)
+                if self.io is not io or reader.broken:
+                    return
+                if self.nic.send.counters.bytes > most:
+                    break
+            if len(self._waiting) >= MAX_WAITING:
+                break
+        if self._push(io):
+            io.again()
+
+    def _take(self, io: ChannelIo, packet: Packet) -> None:
+        payload = packet.payload
+        if len(payload) < nvsp.message_type.size:
+            self.fail(f"an NVSP message of {len(payload)} bytes")
+            return
+        kind = int.from_bytes(payload[:4], "little")
+        if kind != nvsp.NVSP_MSG1_TYPE_SEND_RNDIS_PKT:
+            answer = None
+            if packet.type == VM_PKT_DATA_INBAND:
+                answer = self.nic.request(packet)
+            if packet.wants_completion:
+                self._complete(io, packet.trans_id, answer or b"")
+            return
+        if len(payload) < nvsp.RNDIS_PKT_BYTES:
+            self.fail(f"an RNDIS packet of {len(payload)} bytes")
+            return
+        self._rndis(io, packet)
+
+    def _rndis(self, io: ChannelIo, packet: Packet) -> None:
+        send = self.nic.send
+        found = send.bytes_of(packet)
+        if isinstance(found, str):
+            self.fail(found)
+            return
+        blob, rest, total = found
+        if packet.payload[4] == nvsp.RMC_CONTROL:
+            if rest:
+                blob = b"".join((blob, *rest))
+            self.nic.control(io, blob)
+            frames: list[Frame] = []
+        else:
+            made = send.frames_of(blob, rest, total)
+            if isinstance(made, str):
+                self.fail(made)
+                return
+            frames = made
+            send.counters.packets += 1
+        if frames:
+            self._waiting.append(Waiting(packet.trans_id, packet.wants_completion, len(frames)))
+            self._frames += frames
+        elif packet.wants_completion:
+            self._complete(io, packet.trans_id, _COMPLETE)
+
+    def _push(self, io: ChannelIo) -> bool:
+        """Give the wire what waits; whether more may be read."""
+        frames = self._frames
+        if frames and not self._blocked:
+            taken = self.nic.transmit(frames)
+            if taken < len(frames):
+                self._blocked = True
+                del frames[:taken]
+            else:
+                self._frames = []
+            self.nic.send.counters.frames += taken
+            waiting = self._waiting
+            while taken:
+                first = waiting[0]
+                if first.frames > taken:
+                    first.frames -= taken
+                    break
+                taken -= first.frames
+                waiting.popleft()
+                if first.wants:
+                    self._complete(io, first.trans_id, _COMPLETE)
+        return not self._owed and len(self._waiting) < MAX_WAITING
+
+    def _complete(self, io: ChannelIo, trans_id: int, payload: bytes) -> None:
+        if self._owed or not self._answer(io, trans_id, payload):
+            self._owed.append((trans_id, payload))
+
+    def _answer(self, io: ChannelIo, trans_id: int, payload: bytes) -> bool:
+        if not io.fits(len(payload)):
+            self.fail(f"a ring of {io.writer.size} bytes for a NIC")
+            return True
+        return io.send(payload, kind=VM_PKT_COMP, trans_id=trans_id)
+
+    def _settle(self, io: ChannelIo) -> bool:
+        """Send the completions that found no room; whether none is left."""
+        while self._owed:
+            if not self._answer(io, *self._owed[0]):
+                return False
+            self._owed.popleft()
+        return True

@@ -1,0 +1,183 @@
+"""What a frame leaves to others: from the marks of a guest's RNDIS packet to a vnet header, and back.
+
+NDIS and virtio mean the same work by different words. A packet that Linux's hv_netvsc wants segmented has
+IPv4's total length, its header checksum and IPv6's payload length 0, and a pseudo-header's sum without a
+length (netvsc_xmit()); virtio wants all of them right. So they are made here from the addresses and the
+frame's own length, whatever the guest has put there.
+
+Everything is decided on a copy of the frame's first bytes, which is what goes out too. Pure; any thread.
+Nothing here raises for what a frame holds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from struct import Struct
+
+from hvkvm.abi import rndis
+from hvkvm.abi.virtio_net_hdr import (
+    PLAIN,
+    VIRTIO_NET_HDR_F_NEEDS_CSUM,
+    VIRTIO_NET_HDR_GSO_ECN,
+    VIRTIO_NET_HDR_GSO_NONE,
+    VIRTIO_NET_HDR_GSO_TCPV4,
+    VIRTIO_NET_HDR_GSO_TCPV6,
+    virtio_net_hdr_v1,
+)
+
+ETHERNET_BYTES = 14
+ADDRESSES_BYTES = 12
+"""Both MAC addresses: a VLAN tag goes behind them."""
+ETH_P_IP = 0x0800
+ETH_P_IPV6 = 0x86DD
+ETH_P_8021Q = 0x8100
+IPPROTO_TCP, IPPROTO_UDP = 6, 17
+TCP_CHECKSUM, UDP_CHECKSUM = 16, 6
+"""Where the checksum fields are in their headers."""
+_TCP_BYTES, _UDP_BYTES = 20, 8
+_IPV4_BYTES, _IPV6_BYTES = 20, 40
+_TCP_CWR = 0x80
+_be16 = Struct(">H")
+
+
+def ones_sum(data: bytes | bytearray | memoryview) -> int:
+    """The ones' complement sum of `data`, of even length: 1 to 0xffff, or 0 for all zero.
+
+    2**16 is 1 modulo 0xffff, so the sum is a remainder, which Python takes of a large number at once.
+    """
+    number = int.from_bytes(data, "big")
+    return number % 0xFFFF or (0xFFFF if number else 0)
+
+
+def _put_pseudo_sum(front: bytearray, ip: int, version: int, protocol: int, length: int, field: int) -> None:
+    """The sum of the pseudo-header, not complemented, into the checksum field at `field`."""
+    addresses = front[ip + 12 : ip + 20] if version == 4 else front[ip + 8 : ip + 40]
+    total = ones_sum(addresses) + protocol + (length >> 16) + (length & 0xFFFF)
+    _be16.pack_into(front, field, (total - 1) % 0xFFFF + 1)
+
+
+def put_ip_checksum(front: bytearray, ip: int, size: int) -> None:
+    """The checksum of an IPv4 header of `size` bytes at `ip`."""
+    _be16.pack_into(front, ip + 10, 0)
+    _be16.pack_into(front, ip + 10, ~ones_sum(front[ip : ip + size]) & 0xFFFF)
+
+
+def outgoing(front: bytearray, size: int, info: dict[int, int]) -> bytes | None:
+    """The vnet header of a frame of `size` bytes that a guest sends with these marks; None: drop it.
+
+    `front` is its beginning, which is changed as need be, and has a VLAN tag in it if there is one.
+    """
+    csum = info.get(rndis.TCPIP_CHKSUM_PKTINFO, 0)
+    lso = info.get(rndis.TCP_LARGESEND_PKTINFO, 0)
+    if not csum and not lso:
+        return PLAIN
+    ip = ETHERNET_BYTES
+    if len(front) < ip + _IPV4_BYTES:
+        return None
+    kind = front[12] << 8 | front[13]
+    if kind == ETH_P_8021Q:
+        kind = front[16] << 8 | front[17]
+        ip += 4
+    if kind == ETH_P_IP:
+        header = (front[ip] & 15) * 4 if len(front) > ip else 0
+        if header < _IPV4_BYTES or ip + header > len(front):
+            return None
+        version, l4, protocol = 4, ip + header, front[ip + 9]
+    elif kind == ETH_P_IPV6 and len(front) >= ip + _IPV6_BYTES:
+        version, l4, protocol = 6, _l4_of_ipv6(front, ip, csum, lso), 0
+        if not ip + _IPV6_BYTES <= l4 <= len(front):
+            return None
+    else:
+        return None
+    if lso:
+        return _large(front, size, lso, ip, version, l4)
+    return _checked(front, size, csum, ip, version, l4, protocol)
+
+
+def _l4_of_ipv6(front: bytearray, ip: int, csum: int, lso: int) -> int:
+    """Where TCP or UDP begins: as the guest says, since there may be extension headers before it."""
+    if front[ip + 6] in (IPPROTO_TCP, IPPROTO_UDP):
+        return ip + _IPV6_BYTES
+    at = lso >> rndis.LSO_HEADER_SHIFT & rndis.LSO_HEADER_MASK
+    at = at or csum >> rndis.CSUM_TX_HEADER_SHIFT & rndis.CSUM_TX_HEADER_MASK
+    return at + ip - ETHERNET_BYTES
+
+
+def _checked(
+    front: bytearray, size: int, csum: int, ip: int, version: int, l4: int, protocol: int
+) -> bytes | None:
+    """A packet whose checksums are to be made."""
+    if version == 4 and csum & rndis.CSUM_TX_IP_HEADER:
+        put_ip_checksum(front, ip, l4 - ip)
+    if csum & rndis.CSUM_TX_TCP:
+        wanted, least, offset = IPPROTO_TCP, _TCP_BYTES, TCP_CHECKSUM
+    elif csum & rndis.CSUM_TX_UDP:
+        wanted, least, offset = IPPROTO_UDP, _UDP_BYTES, UDP_CHECKSUM
+    else:
+        return PLAIN
+    if version == 4:
+        # Of a fragment nobody can make the checksum.
+        if protocol != wanted or (front[ip + 6] & 0x3F) or front[ip + 7]:
+            return None
+        length = _be16.unpack_from(front, ip + 2)[0] - (l4 - ip)
+    else:
+        length = _be16.unpack_from(front, ip + 4)[0] - (l4 - ip - _IPV6_BYTES)
+    if length < least or l4 + length > size or l4 + least > len(front):
+        return None
+    _put_pseudo_sum(front, ip, version, wanted, length, l4 + offset)
+    return virtio_net_hdr_v1.pack(VIRTIO_NET_HDR_F_NEEDS_CSUM, VIRTIO_NET_HDR_GSO_NONE, 0, 0, l4, offset, 1)
+
+
+def _large(front: bytearray, size: int, lso: int, ip: int, version: int, l4: int) -> bytes | None:
+    """A TCP packet to be segmented."""
+    mss = lso & rndis.LSO_MSS_MASK
+    if not lso & rndis.LSO_TYPE_V2 or bool(lso & rndis.LSO_IPV6) != (version == 6) or not 0 < mss <= 0xFFFF:
+        return None
+    if l4 + _TCP_BYTES > len(front) or (version == 4 and front[ip + 9] != IPPROTO_TCP):
+        return None
+    headers = l4 + (front[l4 + 12] >> 4) * 4
+    length = size - l4
+    if not l4 + _TCP_BYTES <= headers <= min(size, len(front)):
+        return None
+    if version == 4:
+        if size - ip > 0xFFFF:
+            return None
+        _be16.pack_into(front, ip + 2, size - ip)
+        put_ip_checksum(front, ip, l4 - ip)
+    else:
+        if size - ip - _IPV6_BYTES > 0xFFFF:
+            return None
+        _be16.pack_into(front, ip + 4, size - ip - _IPV6_BYTES)
+    _put_pseudo_sum(front, ip, version, IPPROTO_TCP, length, l4 + TCP_CHECKSUM)
+    if size - headers <= mss:
+        kind = mss = headers = VIRTIO_NET_HDR_GSO_NONE
+    else:
+        kind = VIRTIO_NET_HDR_GSO_TCPV4 if version == 4 else VIRTIO_NET_HDR_GSO_TCPV6
+        if front[l4 + 13] & _TCP_CWR:
+            kind |= VIRTIO_NET_HDR_GSO_ECN
+    return virtio_net_hdr_v1.pack(VIRTIO_NET_HDR_F_NEEDS_CSUM, kind, headers, mss, l4, TCP_CHECKSUM, 1)
+
+
+def completed(views: Sequence[memoryview], start: int, offset: int) -> bytes | None:
+    """The whole frame with the checksum made that a vnet header leaves open; None if it cannot be."""
+    frame = bytearray().join(views)
+    field = start + offset
+    if field + 2 > len(frame) or start >= len(frame):
+        return None
+    # What is summed has an even number of bytes.
+    total = ones_sum(frame[start:] + bytes(len(frame) - start & 1))
+    # 0 means "none" to UDP.
+    _be16.pack_into(frame, field, (~total & 0xFFFF) or 0xFFFF)
+    return bytes(frame)
+
+
+def received_marks(flags: int, csum_offset: int, kind: int) -> int:
+    """The checksum value for a frame whose sender, or whose wire, vouches for its checksums.
+
+    `kind` is its ethertype. Which protocol it is the sum's place says, where there is one.
+    """
+    marks = rndis.CSUM_RX_IP_SUCCEEDED if kind == ETH_P_IP else 0
+    if flags & VIRTIO_NET_HDR_F_NEEDS_CSUM:
+        udp = csum_offset == UDP_CHECKSUM
+        return marks | (rndis.CSUM_RX_UDP_SUCCEEDED if udp else rndis.CSUM_RX_TCP_SUCCEEDED)
+    return marks | rndis.CSUM_RX_TCP_SUCCEEDED | rndis.CSUM_RX_UDP_SUCCEEDED

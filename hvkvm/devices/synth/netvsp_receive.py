@@ -1,0 +1,284 @@
+"""From the wire to the guest: frames and RNDIS messages laid into the guest's receive buffer.
+
+A batch of frames goes as one packet of transfer pages, one range and one RNDIS message a frame, so that it
+costs the guest one completion. A frame that is longer than a segment (RSC) is one message too: Linux copies a
+range into a buffer as long as a section, and the sections that we announce hold 64 KiB. Whatever one frame
+holds, a whole vnet header is made out of it: see `netvsp_offload`.
+
+Owner: the I/O loop. Nothing here raises for what a frame holds, or for what a guest does.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+from hvkvm.abi import nvsp, rndis
+from hvkvm.abi.ring import (
+    VM_PKT_DATA_USING_XFER_PAGES,
+    VMBUS_DATA_PACKET_FLAG_COMPLETION_REQUESTED,
+    TransferRange,
+    transfer_page_header,
+)
+from hvkvm.abi.virtio_net_hdr import (
+    VIRTIO_NET_HDR_F_DATA_VALID,
+    VIRTIO_NET_HDR_F_NEEDS_CSUM,
+    VIRTIO_NET_HDR_GSO_ECN,
+    VIRTIO_NET_HDR_GSO_TCPV4,
+    VIRTIO_NET_HDR_GSO_TCPV6,
+    virtio_net_hdr_v1,
+)
+from hvkvm.devices.synth import netvsp_offload as offload
+from hvkvm.devices.synth.netvsp_buffer import GuestBuffer, Pieces
+from hvkvm.devices.synth.netvsp_rndis import Control
+from hvkvm.net.port import Frame
+from hvkvm.vmbus.channel_io import ChannelIo
+
+MAX_RANGES = 32
+"""Most frames of a packet: half of what Linux's NAPI does a turn."""
+
+MAX_CONTROL_WAITING = 32
+"""Answers and indications that may wait for room; Linux waits for each before it asks anew."""
+
+BATCH_BYTES = 1 << 17
+"""Most bytes of a packet, after the first frame."""
+
+HEADERS = 64
+"""So many bytes of a frame are looked at: Ethernet, VLAN tag, IP addresses, ports."""
+
+LARGE_SECTION = 65536 + 512
+"""A section for RSC: the longest frame with its RNDIS header."""
+HEADROOM = 256
+"""RNDIS header and marks in front of a frame, with some to spare."""
+LARGE_BUFFER = 2 << 20
+"""Receive buffers from here on are cut into large sections."""
+MIN_SECTIONS = 8
+
+_packet = rndis.packet
+_DATA = nvsp.rndis_pkt.pack(nvsp.NVSP_MSG1_TYPE_SEND_RNDIS_PKT, nvsp.RMC_DATA, nvsp.NETVSC_INVALID_INDEX, 0)
+_CONTROL = nvsp.rndis_pkt.pack(
+    nvsp.NVSP_MSG1_TYPE_SEND_RNDIS_PKT, nvsp.RMC_CONTROL, nvsp.NETVSC_INVALID_INDEX, 0
+)
+_PPI_OFFSET = _packet.size - rndis.BODY
+_GSO_FAMILY = {VIRTIO_NET_HDR_GSO_TCPV4: 4, VIRTIO_NET_HDR_GSO_TCPV6: 6}
+
+
+class Laid(NamedTuple):
+    """What is to lie in the buffer: an RNDIS header with marks, then `views`, `size` bytes in all."""
+
+    head: bytes
+    views: Sequence[memoryview]
+    size: int
+
+
+class ReceiveCounters:
+    """Frames that the guest got, and those that it did not get, by reason."""
+
+    __slots__ = ("bytes", "filtered", "frames", "malformed", "no_room", "too_long", "unready")
+
+    def __init__(self) -> None:
+        self.frames = self.bytes = 0
+        self.filtered = self.too_long = self.malformed = self.unready = 0
+        self.no_room = 0
+        """Times that the wire had to wait for the guest."""
+
+
+def section_bytes(buffer: int, mtu: int) -> int:
+    """How long a section of a receive buffer is, for frames of this MTU."""
+    if buffer >= LARGE_BUFFER:
+        return LARGE_SECTION
+    return (mtu + offload.ETHERNET_BYTES + 4 + HEADROOM + 7) & ~7
+
+
+class Receive:
+    """The receive buffer of a NIC, once its guest has lent one. `broken(reason)` ends the guest's channel."""
+
+    def __init__(self, control: Control, broken: Callable[[str], object]) -> None:
+        self.control = control
+        self.counters = ReceiveCounters()
+        self.buffer: GuestBuffer | None = None
+        self.set_id = 0
+        self.section = 0
+        self.sections = 0
+        self.pieces = Pieces(0, 0)
+        self.vlan_marks = False
+        """Whether the guest takes VLAN tags as marks."""
+        self.max_frame = 0
+        """Longest frame of the guest's MTU, with a VLAN tag."""
+        self.waiting: deque[bytes] = deque()
+        """Messages for the guest that wait for room."""
+        self._most = 0  # bytes of a packet, after its first frame
+        self._broken = broken
+
+    def lend(self, buffer: GuestBuffer, set_id: int, mtu: int) -> bool:
+        """Take a buffer into use; False if it is too small for frames of this MTU."""
+        section = section_bytes(buffer.size, mtu)
+        if section * MIN_SECTIONS > buffer.size:
+            return False
+        self.buffer, self.set_id = buffer, set_id
+        self.section, self.sections = section, buffer.size // section
+        self._most = min(BATCH_BYTES, buffer.size // 4)
+        # Ids go on: what the guest completes late must not be taken for what was sent anew.
+        self.pieces = Pieces(buffer.size, self.sections, self.pieces.next_id)
+        return True
+
+    def drop(self) -> None:
+        """The buffer is the guest's alone again; what waited is lost with it."""
+        self.buffer = None
+        self.waiting.clear()
+        self.pieces = Pieces(0, 0, self.pieces.next_id)
+
+    # RNDIS messages.
+
+    def tell(self, message: bytes) -> None:
+        """Queue a message for the guest."""
+        if len(self.waiting) >= MAX_CONTROL_WAITING:
+            self._broken(f"{len(self.waiting)} RNDIS answers wait, and the guest takes none")
+            return
+        self.waiting.append(message)
+
+    def pump(self, io: ChannelIo) -> None:
+        """Send what waits while there is room."""
+        while self.waiting and self._send(io, _CONTROL, (Laid(self.waiting[0], (), len(self.waiting[0])),)):
+            self.waiting.popleft()
+
+    # Frames.
+
+    def deliver(self, frames: Sequence[Frame], channel_for: Callable[[Laid], ChannelIo | None]) -> int:
+        """Take frames for the guest; how many were taken: sent, or dropped for a reason of the counters."""
+        if self.buffer is None or not self.control.packet_filter:
+            self.counters.unready += len(frames)
+            return len(frames)
+        batch: list[Laid] = []
+        dropped: list[tuple[int, str]] = []
+        first = size = 0  # of the batch
+        on: ChannelIo | None = None
+        taken = len(frames)
+        for index, frame in enumerate(frames):
+            laid = self._laid(frame)
+            if isinstance(laid, str):
+                dropped.append((index, laid))
+                continue
+            io = channel_for(laid)
+            if io is None:
+                dropped.append((index, "unready"))
+                continue
+            if batch and (io is not on or len(batch) == MAX_RANGES or size + laid.size > self._most):
+                if on is None or not self._send(on, _DATA, batch):
+                    taken = first
+                    break
+                batch, size = [], 0
+            if not batch:
+                first, on = index, io
+            batch.append(laid)
+            size += laid.size
+        else:
+            if batch and on is not None and not self._send(on, _DATA, batch):
+                taken = first
+        for index, reason in dropped:
+            if index < taken:  # else it comes again
+                setattr(self.counters, reason, getattr(self.counters, reason) + 1)
+        if taken < len(frames):
+            self.counters.no_room += 1
+        return taken
+
+    def _laid(self, frame: Frame) -> Laid | str:
+        """How a frame goes to the guest, or the counter of why it does not."""
+        flags, gso, _hdr, _mss, start, offset, _n = virtio_net_hdr_v1.unpack(frame[0])
+        views = frame[1:]
+        first = views[0]
+        if len(first) < HEADERS and len(views) > 1:
+            views = (memoryview(b"".join(views)),)
+            first = views[0]
+        size = len(first) if len(views) == 1 else sum(map(len, views))
+        if size < offload.ETHERNET_BYTES:
+            return "malformed"
+        control = self.control
+        if not control.wants(bytes(first[:6])):
+            return "filtered"
+        if gso:
+            family = _GSO_FAMILY.get(gso & ~VIRTIO_NET_HDR_GSO_ECN)
+            if not (control.rsc4 if family == 4 else control.rsc6 and family == 6):
+                return "too_long"
+        elif size > self.max_frame:
+            return "too_long"
+        elif flags & VIRTIO_NET_HDR_F_NEEDS_CSUM:
+            # A guest that looks at checksums itself (ethtool rx off) does not tell us.
+            whole = offload.completed(views, start, offset)
+            if whole is None:
+                return "malformed"
+            views = (memoryview(whole),)
+            first = views[0]
+        kind = first[12] << 8 | first[13]
+        marks: list[tuple[int, int]] = []
+        if kind == offload.ETH_P_8021Q and self.vlan_marks and size >= offload.ETHERNET_BYTES + 4:
+            tag = first[14] << 8 | first[15]
+            marks.append((rndis.IEEE_8021Q_INFO, tag >> 13 | (tag >> 12 & 1) << 3 | (tag & 0xFFF) << 4))
+            kind = first[16] << 8 | first[17]
+            views = (first[:12], first[16:], *views[1:])
+            size -= 4
+        if flags & (VIRTIO_NET_HDR_F_NEEDS_CSUM | VIRTIO_NET_HDR_F_DATA_VALID):
+            marks.append((rndis.TCPIP_CHKSUM_PKTINFO, offload.received_marks(flags, offset, kind)))
+        infos = len(marks) * rndis.VALUE_INFO_BYTES
+        data = _packet.size + infos
+        head = _packet.pack(
+            rndis.RNDIS_MSG_PACKET,
+            data + size,
+            data - rndis.BODY,
+            size,
+            0,
+            0,
+            0,
+            _PPI_OFFSET if infos else 0,
+            infos,
+            0,
+            0,
+        )
+        for mark, value in marks:
+            head += rndis.value_info.pack(rndis.VALUE_INFO_BYTES, mark, rndis.per_packet_info.size, value)
+        if data + size > self.section:
+            return "too_long"
+        return Laid(head, views, data + size)
+
+    def _send(self, io: ChannelIo, message: bytes, batch: Sequence[Laid]) -> bool:
+        """Lay a batch into the buffer and send the packet that says where: False if there is no room."""
+        buffer, pieces = self.buffer, self.pieces
+        if buffer is None:
+            return False
+        need = sum([(laid.size + 7) & ~7 for laid in batch])
+        start, room = pieces.room(need)
+        if room < need:
+            return False
+        at = start
+        payload = 0
+        ranges = []
+        for head, views, size in batch:
+            ranges.append(TransferRange(size, at))
+            buffer.write(at, head)
+            here = at + len(head)
+            for view in views:
+                buffer.write(here, view)
+                here += len(view)
+            at += (size + 7) & ~7
+            payload += size - len(head)
+        header = transfer_page_header(self.set_id, ranges)
+        ident = pieces.lend(start, need)
+        if not io.fits(len(message), len(header)):
+            self._broken("a ring that holds no packet for the guest")
+            return False
+        sent = io.send(
+            message,
+            kind=VM_PKT_DATA_USING_XFER_PAGES,
+            trans_id=ident,
+            flags=VMBUS_DATA_PACKET_FLAG_COMPLETION_REQUESTED,
+            header=header,
+        )
+        if not sent:
+            pieces.take_back_last()
+            return False
+        if message is _DATA:
+            counters = self.counters
+            counters.frames += len(batch)
+            counters.bytes += payload
+        return True

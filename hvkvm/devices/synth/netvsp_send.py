@@ -1,0 +1,205 @@
+"""From a packet of the guest to frames for the wire: send sections, page lists, RNDIS messages in a row.
+
+What a guest sends lies in a section of its send buffer, in pages that the packet lists, or begins in the
+first and goes on in the second. It is one or more RNDIS messages, each a frame. A section and the first bytes
+of the pages are copied, and only the copy is looked at; the rest of the last frame goes to the wire from the
+guest's own pages, without a copy.
+
+Owner: the I/O loop. Nothing here raises for guest bytes: what breaks the rules is told as text, and the
+guest's channel ends; what is sound and cannot be sent is dropped and counted.
+"""
+
+from __future__ import annotations
+
+from struct import Struct
+
+from hvkvm.abi import nvsp, rndis
+from hvkvm.abi.ring import VM_PKT_DATA_INBAND, VM_PKT_DATA_USING_GPA_DIRECT, Packet, parse_gpa_direct
+from hvkvm.abi.virtio_net_hdr import PLAIN
+from hvkvm.abi.vmbus import HV_HYP_PAGE_SIZE
+from hvkvm.devices.synth import netvsp_offload as offload
+from hvkvm.devices.synth.netvsp_buffer import GuestBuffer
+from hvkvm.devices.synth.netvsp_rndis import MAX_PACKETS_PER_MESSAGE
+from hvkvm.errors import GuestMemoryError
+from hvkvm.net.port import MAX_FRAME_BYTES, Frame
+from hvkvm.vmbus.pages import Ram
+
+SECTION_BYTES = 6144
+"""A section of the send buffer, Linux's own choice."""
+
+MAX_PACKET_BYTES = 1 << 17
+"""Most bytes of one packet: the longest frame with its header, and a section of short ones."""
+
+MAX_MESSAGES = 8 * MAX_PACKETS_PER_MESSAGE
+"""Most RNDIS messages of one packet; a guest is told fewer."""
+
+FRONT_BYTES = 512
+"""So much of the pages is copied: an RNDIS header with its marks, and the frame's headers."""
+
+HEADER_BYTES = 192
+"""So much of a frame may be changed on its way: Ethernet, VLAN, IP and TCP headers with all options."""
+
+_tag = Struct(">HH")
+
+
+class SendCounters:
+    """Frames that went to the wire, and those that did not."""
+
+    __slots__ = ("bytes", "dropped", "frames", "large", "packets")
+
+    def __init__(self) -> None:
+        self.packets = self.frames = self.bytes = 0
+        self.large = 0
+        """Frames to be segmented."""
+        self.dropped = 0
+        """Too short, too long, or marked for what cannot be done."""
+
+
+class Send:
+    """Reads the packets of one NIC. `buffer` is the send buffer, once the guest has lent one."""
+
+    def __init__(self, memory: Ram) -> None:
+        self._memory = memory
+        self.counters = SendCounters()
+        self.buffer: GuestBuffer | None = None
+        self.max_frame = 0
+        """Longest frame that is not to be segmented, its VLAN tag included."""
+
+    def bytes_of(self, packet: Packet) -> tuple[bytes, list[memoryview], int] | str:
+        """What a packet of RNDIS messages holds: its copied beginning, the rest, and bytes in all."""
+        _type, _channel, index, size = _rndis_pkt.unpack_from(packet.payload)
+        blob = b""
+        if index != nvsp.NETVSC_INVALID_INDEX:
+            buffer = self.buffer
+            if buffer is None or size > SECTION_BYTES or (index + 1) * SECTION_BYTES > buffer.size:
+                return f"section {index:#x} of {size} bytes in the send buffer"
+            blob = buffer.read(index * SECTION_BYTES, size)
+        if packet.type == VM_PKT_DATA_INBAND:
+            return blob, [], len(blob)
+        if packet.type != VM_PKT_DATA_USING_GPA_DIRECT:
+            return f"RNDIS in a packet of type {packet.type}"
+        ranges = parse_gpa_direct(packet, MAX_PACKET_BYTES)
+        if ranges is None:
+            return "a page list that makes no sense"
+        views: list[memoryview] = []
+        view = self._memory.view
+        total = len(blob)
+        try:
+            start = end = -1
+            for length, at, pfns in ranges:
+                total += length
+                stop = at + length
+                for pfn in pfns:
+                    gpa = pfn * HV_HYP_PAGE_SIZE
+                    if gpa + at != end:
+                        if end > start:
+                            views.append(view(start, end - start))
+                        start = gpa + at
+                    end = gpa + min(HV_HYP_PAGE_SIZE, stop)
+                    stop -= HV_HYP_PAGE_SIZE
+                    at = 0  # noqa: PLW2901 - the pages behind the first are whole from their beginning
+            views.append(view(start, end - start))
+        except GuestMemoryError as error:
+            return f"a page list outside RAM: {error}"
+        return b"".join((blob, *_front(views))), views, total
+
+    def frames_of(self, blob: bytes, rest: list[memoryview], total: int) -> list[Frame] | str:
+        """The frames of the RNDIS messages that `bytes_of` found; text for what breaks the rules."""
+        found: list[Frame] = []
+        at = count = 0
+        while total - at >= rndis.header.size:
+            if at + _packet_size > len(blob) and rest:
+                blob, rest = b"".join([blob, *rest]), []
+            if at + _packet_size > len(blob):
+                return f"an RNDIS message at {at} of {total} bytes"
+            kind, length = rndis.header.unpack_from(blob, at)
+            count += 1
+            if kind != rndis.RNDIS_MSG_PACKET or at + length > total or count > MAX_MESSAGES:
+                return f"RNDIS message {count}, type {kind:#x}, {length} bytes at {at} of {total}"
+            parsed = rndis.parse_packet(blob, at, length)
+            if parsed is None:
+                return f"an RNDIS packet of {length} bytes that makes no sense"
+            offset, size, info = parsed
+            frame = self._frame(blob, rest, at + offset, size, info)
+            if frame is None:
+                self.counters.dropped += 1
+            else:
+                found.append(frame)
+            at += length
+        return found
+
+    def _frame(
+        self, blob: bytes, rest: list[memoryview], at: int, size: int, info: dict[int, int]
+    ) -> Frame | None:
+        """A frame of `size` bytes at `at`, with its vnet header; None to drop it."""
+        if at >= len(blob):
+            if not rest or size < offload.ETHERNET_BYTES:
+                return None
+            blob, rest, at = b"".join(_cut(rest, at - len(blob), size)), [], 0
+        have = min(size, len(blob) - at)
+        near = min(have, HEADER_BYTES)
+        front = bytearray(blob[at : at + near])
+        if near < offload.ETHERNET_BYTES:
+            return None
+        length = size
+        tag = info.get(rndis.IEEE_8021Q_INFO)
+        if tag is not None:
+            tci = (tag & 7) << 13 | (tag >> 3 & 1) << 12 | tag >> 4 & 0xFFF
+            front[offload.ADDRESSES_BYTES : offload.ADDRESSES_BYTES] = _tag.pack(offload.ETH_P_8021Q, tci)
+            length += 4
+        large = rndis.TCP_LARGESEND_PKTINFO in info
+        if length > (MAX_FRAME_BYTES if large else self.max_frame):
+            return None
+        vnet = offload.outgoing(front, length, info) if info else PLAIN
+        if vnet is None:
+            return None
+        self.counters.large += large
+        frame = [memoryview(vnet), memoryview(front)]
+        if have > near:
+            frame.append(memoryview(blob)[at + near : at + have])
+        if size > have:
+            frame += _cut(rest, 0, size - have)
+        self.counters.bytes += length
+        return frame
+
+
+_rndis_pkt = Struct("<IIII")
+_packet_size = rndis.packet.size
+
+
+def _take(views: list[memoryview], n: int) -> bytes:
+    """The first `n` bytes, or as many as there are, copied and taken off the first of `views`."""
+    taken = views[0][:n].tobytes()
+    left = views[0][n:]
+    if len(left):
+        views[0] = left
+    else:
+        del views[0]
+    return taken
+
+
+def _front(views: list[memoryview]) -> list[bytes]:
+    """The first FRONT_BYTES of `views`, copied and taken off."""
+    parts: list[bytes] = []
+    need = FRONT_BYTES
+    while need and views:
+        parts.append(_take(views, need))
+        need -= len(parts[-1])
+    return parts
+
+
+def _cut(views: list[memoryview], skip: int, n: int) -> list[memoryview]:
+    """`n` bytes of `views` behind the first `skip`."""
+    found = []
+    for view in views:
+        size = len(view)
+        if skip >= size:
+            skip -= size
+            continue
+        part = view[skip : skip + n]
+        skip = 0
+        found.append(part)
+        n -= len(part)
+        if not n:
+            break
+    return found

@@ -1,0 +1,147 @@
+"""The NIC against a driver in the loopback: agreement, frames both ways, room both ways, its end."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+
+from hvkvm.abi import nvsp, rndis
+from hvkvm.testing.netvsc_driver import data_message
+
+Make = Callable[..., Any]
+PEER = bytes.fromhex("020000000001")
+
+
+def frame(size: int = 60, *, to: bytes = bytes.fromhex("020304050607"), fill: int = 7) -> bytes:
+    """An Ethernet frame of an unknown kind."""
+    return (to + PEER + b"\x88\xb5").ljust(size, bytes([fill]))
+
+
+@pytest.mark.parametrize("version", nvsp.NVSP_VERSIONS)
+def test_every_version_is_agreed_on_and_carries_frames_both_ways(lan: Make, version: int) -> None:
+    net = lan()
+    driver = net.driver.start(version)
+    driver.send_pages_of(data_message(frame(to=PEER)))
+    assert net.port.sent == [(bytes(12), frame(to=PEER))]
+    assert net.inject(frame(), frame(fill=8)) == [(frame(), {}), (frame(fill=8), {})]
+    assert driver.transfers  # both frames in one packet, beside the RNDIS answers
+    assert net.complaints == {}
+
+
+def test_a_version_that_nobody_knows_is_refused_and_the_next_is_taken(lan: Make) -> None:
+    net = lan()
+    net.driver.open()
+    assert net.driver.init(0x70000) == nvsp.NVSP_STAT_PROTOCOL_UNSUPPORTED
+    assert net.driver.init(nvsp.NVSP_PROTOCOL_VERSION_6) == nvsp.NVSP_STAT_SUCCESS
+
+
+def test_what_linux_asks_is_answered_as_it_wants_it(lan: Make) -> None:
+    net = lan(mtu=9000)
+    driver = net.driver.start()
+    word = {
+        rndis.RNDIS_OID_GEN_MAXIMUM_FRAME_SIZE: 9000,
+        rndis.RNDIS_OID_GEN_MEDIA_CONNECT_STATUS: 0,
+        rndis.RNDIS_OID_GEN_LINK_SPEED: 100_000_000,
+    }
+    for oid, value in word.items():
+        assert driver.query(oid) == value.to_bytes(4, "little")
+    assert driver.query(rndis.RNDIS_OID_802_3_PERMANENT_ADDRESS) == bytes.fromhex("020304050607")
+    caps = driver.query(rndis.OID_TCP_OFFLOAD_HARDWARE_CAPABILITIES, bytes([0xA7, 3, 156, 0]) + bytes(152))
+    assert caps is not None
+    assert (caps[0], caps[1], int.from_bytes(caps[2:4], "little"), len(caps)) == (0xA7, 3, 156, 156)
+    assert caps[144:146] == b"\x01\x01"
+    assert driver.query(rndis.OID_GEN_RECEIVE_SCALE_CAPABILITIES) is None
+    assert driver.query(0x12345678) is None
+
+
+def test_several_messages_in_a_section_and_one_that_goes_on_in_pages(lan: Make) -> None:
+    net = lan()
+    driver = net.driver.start()
+    frames = [frame(60 + 8 * n, to=PEER, fill=n) for n in range(5)]
+    last = frame(1400, to=PEER, fill=9)
+    messages = b"".join(data_message(one, pad=4) for one in frames)
+    ident = driver.send_section(2, messages + data_message(last, split=True), driver.put(last, at=3000))
+    assert [data for _vnet, data in net.port.sent] == [*frames, last]
+    assert [one for one, _ in driver.completions].count(ident) == 1
+
+
+def test_a_full_wire_holds_completions_back_and_loses_nothing(lan: Make) -> None:
+    net = lan()
+    driver = net.driver.start()
+    net.port.room = 3
+    idents = [driver.send_section(n % 4, data_message(frame(100, to=PEER, fill=n))) for n in range(40)]
+    done = [one for one, _ in driver.completions]
+    assert [ident in done for ident in idents] == [True] * 3 + [False] * 37
+    net.port.make_room(None)
+    net.loop.run()
+    done = [one for one, _ in driver.completions]
+    assert [done.count(ident) for ident in idents] == [1] * 40
+    assert [data[20] for _vnet, data in net.port.sent[:3]] == [0, 1, 2]
+    assert len(net.port.sent) == 40
+
+
+def test_a_guest_without_room_stops_the_wire_until_it_completes(lan: Make) -> None:
+    net = lan()
+    driver = net.driver.start()
+    driver.complete = False
+    frames = [frame(1500, fill=n % 256) for n in range(3000)]
+    got = net.inject(*frames)
+    assert 0 < len(got) < 3000
+    assert net.port.waiting
+    driver.complete = True
+    driver.complete_all()
+    assert not net.port.waiting
+    assert [data[20] for data, _ in driver.received] == [n % 256 for n in range(3000)]
+    assert net.nic.receive.pieces.lent == 0
+
+
+def test_the_filter_is_obeyed(lan: Make) -> None:
+    net = lan()
+    driver = net.driver.start(filter=rndis.NDIS_PACKET_TYPE_DIRECTED)
+    group, other = bytes.fromhex("01005e000001"), bytes.fromhex("020000009999")
+    everyone = b"\xff" * 6
+
+    def kinds() -> list[bytes]:
+        found = net.inject(*(frame(to=to) for to in (net.nic.address, group, other, everyone)))
+        return [data[:6] for data, _ in found]
+
+    def let(bits: int) -> None:
+        assert driver.set(rndis.RNDIS_OID_GEN_CURRENT_PACKET_FILTER, bits.to_bytes(4, "little")) == 0
+
+    assert kinds() == [net.nic.address]
+    let(rndis.NDIS_PACKET_TYPE_DIRECTED | rndis.NDIS_PACKET_TYPE_BROADCAST | rndis.NDIS_PACKET_TYPE_MULTICAST)
+    assert kinds() == [net.nic.address, everyone]
+    assert driver.set(rndis.RNDIS_OID_802_3_MULTICAST_LIST, group) == 0
+    assert kinds() == [net.nic.address, group, everyone]
+    let(rndis.NDIS_PACKET_TYPE_PROMISCUOUS)
+    assert kinds() == [net.nic.address, group, other, everyone]
+    let(0)
+    assert kinds() == []
+
+
+def test_the_link_is_indicated_when_it_changes(lan: Make) -> None:
+    net = lan()
+    driver = net.driver.start()
+    driver.indications.clear()
+    for up in (False, True, True, False):
+        net.loop.call_soon(net.nic.link, up)
+        net.loop.run()
+    connect, disconnect = rndis.RNDIS_STATUS_MEDIA_CONNECT, rndis.RNDIS_STATUS_MEDIA_DISCONNECT
+    assert driver.indications == [disconnect, connect, disconnect]
+    assert driver.query(rndis.RNDIS_OID_GEN_MEDIA_CONNECT_STATUS) == b"\1\0\0\0"
+
+
+def test_a_driver_that_leaves_and_comes_back_finds_a_new_nic(lan: Make) -> None:
+    net = lan()
+    driver = net.driver.start(rsc=True)
+    assert net.port.wanted[-1].tso4
+    net.loop.client.close(driver.channel)
+    net.loop.run()
+    assert not net.port.wanted[-1].tso4
+    assert net.inject(frame()) == []
+    net.loop.client.reclaim(driver.channel)
+    driver.loop.client.free_pages += driver.receive_pages + driver.send_pages
+    assert driver.start().query(rndis.RNDIS_OID_GEN_CURRENT_PACKET_FILTER) == b"\x0d\0\0\0"
+    assert net.inject(frame()) == [(frame(), {})]
