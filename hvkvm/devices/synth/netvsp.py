@@ -82,7 +82,6 @@ class Netvsp:
         self._queues = max(1, min(queues, MAX_QUEUES))
         self._sub_channels: SubChannels | None = None
         self._wire_up = False
-        self._cable = True
         self._taken = 0
         self._starved = False  # the port waits for room
         self._version = 0
@@ -321,9 +320,6 @@ class Netvsp:
 
     def transmit(self, frames: list[Frame]) -> int:
         """Frames to the wire; how many were taken."""
-        if not self._cable:
-            self.send.counters.dropped += len(frames)
-            return len(frames)
         return self.port.send(frames)
 
     def after(self, io: ChannelIo) -> None:
@@ -374,7 +370,7 @@ class Netvsp:
 
     def _frames(self, frames: Sequence[Frame]) -> None:
         io = self._channels[0].io
-        if io is None or not self._cable or (io.broken and not io.held):
+        if io is None or (io.broken and not io.held):
             self.receive.counters.unready += len(frames)
             return
         if io.held:
@@ -396,19 +392,9 @@ class Netvsp:
         self._wire_up = up
         self.guard.run(self._tell_link)
 
-    @property
-    def link_up(self) -> bool:
-        """Whether the guest sees a carrier."""
-        return self._wire_up and self._cable
-
-    def plug(self, plugged: bool) -> None:
-        """Put the cable in, or pull it: what `hvkvm ctl net link` does, whatever the wire says."""
-        self._cable = plugged
-        self._tell_link()
-
     def _tell_link(self) -> None:
         """Indicate what has changed since the guest last heard."""
-        io, up = self._channels[0].io, self.link_up
+        io, up = self._channels[0].io, self._wire_up
         if io is None or not self.control_state.initialized or up == self._told_link:
             return
         self._told_link = up
@@ -424,7 +410,7 @@ class Netvsp:
         return NicFacts(
             self.address,
             self.port.mtu,
-            self.link_up,
+            self._wire_up,
             self._speed,
             offloads.csum,
             offloads.csum and offloads.tso4,
@@ -449,7 +435,7 @@ class Netvsp:
         return {
             "name": self.name,
             "address": control.address.hex(":"),
-            "link": "up" if self.link_up else "down",
+            "link": "up" if self._wire_up else "down",
             "nvsp": f"{self._version:#x}",
             "mtu": self._mtu,
             "filter": control.packet_filter,

@@ -11,7 +11,6 @@ Nothing here raises for what a frame holds.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from struct import Struct
 
 from hvkvm.abi import rndis
@@ -156,19 +155,6 @@ def _large(front: bytearray, size: int, lso: int, ip: int, version: int, l4: int
         if front[l4 + 13] & _TCP_CWR:
             kind |= VIRTIO_NET_HDR_GSO_ECN
     return virtio_net_hdr_v1.pack(VIRTIO_NET_HDR_F_NEEDS_CSUM, kind, headers, mss, l4, TCP_CHECKSUM, 1)
-
-
-def completed(views: Sequence[memoryview], start: int, offset: int) -> bytes | None:
-    """The whole frame with the checksum made that a vnet header leaves open; None if it cannot be."""
-    frame = bytearray().join(views)
-    field = start + offset
-    if field + 2 > len(frame) or start >= len(frame):
-        return None
-    # What is summed has an even number of bytes.
-    total = ones_sum(frame[start:] + bytes(len(frame) - start & 1))
-    # 0 means "none" to UDP.
-    _be16.pack_into(frame, field, (~total & 0xFFFF) or 0xFFFF)
-    return bytes(frame)
 
 
 def received_marks(flags: int, csum_offset: int, kind: int) -> int:

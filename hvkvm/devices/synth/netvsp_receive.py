@@ -27,12 +27,14 @@ from hvkvm.abi.virtio_net_hdr import (
     VIRTIO_NET_HDR_GSO_ECN,
     VIRTIO_NET_HDR_GSO_TCPV4,
     VIRTIO_NET_HDR_GSO_TCPV6,
+    parse,
     virtio_net_hdr_v1,
 )
 from hvkvm.devices.synth import netvsp_offload as offload
 from hvkvm.devices.synth.netvsp_buffer import GuestBuffer, Pieces
 from hvkvm.devices.synth.netvsp_rndis import Control
 from hvkvm.net.port import Frame
+from hvkvm.net.segment import finish
 from hvkvm.vmbus.channel_io import ChannelIo
 
 MAX_RANGES = 32
@@ -185,7 +187,7 @@ class Receive:
 
     def _laid(self, frame: Frame) -> Laid | str:
         """How a frame goes to the guest, or the counter of why it does not."""
-        flags, gso, _hdr, _mss, start, offset, _n = virtio_net_hdr_v1.unpack(frame[0])
+        flags, gso, _hdr, _mss, _start, offset, _n = virtio_net_hdr_v1.unpack(frame[0])
         views = frame[1:]
         first = views[0]
         if len(first) < HEADERS and len(views) > 1:
@@ -200,15 +202,16 @@ class Receive:
         if gso:
             family = _GSO_FAMILY.get(gso & ~VIRTIO_NET_HDR_GSO_ECN)
             if not (control.rsc4 if family == 4 else control.rsc6 and family == 6):
+                # The wire was told otherwise, and this one was on its way: its sender sends it again.
                 return "too_long"
         elif size > self.max_frame:
             return "too_long"
         elif flags & VIRTIO_NET_HDR_F_NEEDS_CSUM:
             # A guest that looks at checksums itself (ethtool rx off) does not tell us.
-            whole = offload.completed(views, start, offset)
-            if whole is None:
+            whole = finish(parse(frame[0]), b"".join(views))
+            if not whole:
                 return "malformed"
-            views = (memoryview(whole),)
+            views = (memoryview(whole[0]),)
             first = views[0]
         kind = first[12] << 8 | first[13]
         marks: list[tuple[int, int]] = []
