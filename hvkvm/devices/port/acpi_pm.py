@@ -2,8 +2,8 @@
 
 Power-off is SLP_EN with the sleep type that the DSDT's \\_S5 names. The power
 button is the one event: it raises the SCI while both its status and enable bits
-are set. The board has no PM timer and no SMI command port, so SCI_EN is always
-on. Register calls come from vCPU threads, `press_power_button` from any.
+are set. The board has no SMI command port, so SCI_EN is always on, and no PM timer
+where there is no PCI. Register calls come from vCPU threads, `press_power_button` from any.
 """
 
 from __future__ import annotations
@@ -49,9 +49,9 @@ class AcpiEventBlock:
         self._enable = 0
         self._level = False
 
-    def attach(self, bus: PortBus) -> None:
+    def attach(self, bus: PortBus, port: int = PM1A_EVT_PORT) -> None:
         """Claim the four ports; ConfigError when one is taken."""
-        bus.add(PM1A_EVT_PORT, PM1A_EVT_SIZE, self)
+        bus.add(port, PM1A_EVT_SIZE, self)
 
     def read(self, offset: int, size: int) -> int:
         """Status in the low, enable in the high word."""
@@ -102,9 +102,9 @@ class AcpiControlBlock:
         self._on_power_off = on_power_off
         self._value = 0
 
-    def attach(self, bus: PortBus) -> None:
+    def attach(self, bus: PortBus, port: int = PM1A_CNT_PORT) -> None:
         """Claim the two ports; ConfigError when one is taken."""
-        bus.add(PM1A_CNT_PORT, PM1A_CNT_SIZE, self)
+        bus.add(port, PM1A_CNT_SIZE, self)
 
     def reset(self) -> None:
         """Power-on state."""

@@ -12,7 +12,8 @@ KVM hands REP OUTS over one element an exit; only REP INS comes in batches
 kernel's help (see `serial_coalesced`), not a block write here.
 
 The machine adds devices before the vCPUs run; `handle_io` then runs on every
-vCPU's own thread, at the same time for several of them.
+vCPU's own thread, at the same time for several of them. Ports that a guest may move
+(`devices.pci.power`) are added and removed meanwhile, by the thread of the vCPU that does.
 """
 
 from __future__ import annotations
@@ -97,6 +98,20 @@ class PortBus:
                     self._writes[word] = (device.write, offset, size, mask)
                     word = io_word(KVM_EXIT_IO_IN, size, port + offset)
                     self._reads[word] = (device.read, offset, size, mask)
+
+    def remove(self, port: int, length: int) -> None:
+        """Give up `length` ports from `port`, which one `add` claimed. While vCPUs run, too."""
+        for offset in range(length):
+            for size in _ALL_ONES:
+                self._writes.pop(io_word(KVM_EXIT_IO_OUT, size, port + offset), None)
+                self._reads.pop(io_word(KVM_EXIT_IO_IN, size, port + offset), None)
+            self._claims.pop(port + offset, None)
+
+    def is_free(self, port: int, length: int) -> bool:
+        """Whether nobody has any of these ports, and they all exist."""
+        return port + length <= PORT_COUNT and not any(
+            at in self._claims for at in range(port, port + length)
+        )
 
     def expect(self, ports: Iterable[int]) -> None:
         """Name ports that guests are known to try: unclaimed accesses there go without a warning."""

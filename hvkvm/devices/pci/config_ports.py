@@ -1,0 +1,68 @@
+"""0xcf8 to 0xcff: PCI configuration mechanism 1, with the reset control register amid it.
+
+A 32-bit write to 0xcf8 names a register, and 0xcfc to 0xcff are its four bytes. Of functions that are
+not there all reads give all ones. The guest's address is one register for the whole machine: two vCPUs
+that use it at once must take turns, which every guest does. vCPU threads.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from hvkvm.abi import pci
+from hvkvm.devices.port.reset import PciConfigPorts
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from hvkvm.devices.pci.bus import PciBus
+    from hvkvm.devices.pci.function import Function
+
+_DATA = pci.PCI_CONFIG_DATA - pci.PCI_CONFIG_ADDRESS
+_ADDRESS_BITS = 0x80FFFFFC
+
+
+class Mechanism1(PciConfigPorts):
+    """The eight ports of a machine that has a PCI bus. `bus` is set before the vCPUs run."""
+
+    def __init__(self, on_reset: Callable[[], None]) -> None:
+        super().__init__(on_reset)
+        self.bus: PciBus | None = None
+        self._address = 0
+
+    @property
+    def address(self) -> int:
+        """What was written to 0xcf8 last."""
+        return self._address
+
+    @address.setter
+    def address(self, value: int) -> None:
+        self._address = value & _ADDRESS_BITS
+
+    def read(self, offset: int, size: int) -> int:
+        """The address, the reset control register, or bytes of configuration space."""
+        if offset == 0 and size == 4:
+            return self._address
+        if offset < _DATA:
+            return super().read(offset, size)
+        at = self._selected(offset)
+        return -1 if at is None else at[0].read(at[1], size)
+
+    def write(self, offset: int, size: int, value: int) -> None:
+        """Name a register, ask for a reset, or write configuration space."""
+        if offset == 0 and size == 4:
+            self.address = value
+        elif offset < _DATA:
+            super().write(offset, size, value)
+        else:
+            at = self._selected(offset)
+            if at is not None:
+                at[0].write(at[1], size, value)
+
+    def _selected(self, offset: int) -> tuple[Function, int] | None:
+        """The function and register that a data port leads to now; None where nobody is."""
+        address = self._address
+        if self.bus is None or not address & pci.PCI_CONFIG_ENABLE or address >> 16 & 0xFF:
+            return None
+        function = self.bus.function(address >> 11 & 0x1F, address >> 8 & 7)
+        return None if function is None else (function, (address & 0xFC) + offset - _DATA)
