@@ -30,6 +30,7 @@ PM1A_EVT_PORT = 0x600  # PM1_STS u16 (write 1 to clear), PM1_EN u16 at +2
 PM1A_EVT_SIZE = 4
 PM1A_CNT_PORT = 0x604  # PM1_CNT u16
 PM1A_CNT_SIZE = 2
+PM_TMR_SIZE = 4  # behind both, at PM1A_EVT_PORT + 8, and only where there is PCI
 PM1_CNT_SCI_EN = 1 << 0  # read as one always: FADT.SMI_CMD is 0, the board is in ACPI mode from reset
 PM1_CNT_SLP_TYP_SHIFT = 10
 PM1_CNT_SLP_TYP_MASK = 7 << PM1_CNT_SLP_TYP_SHIFT
@@ -40,6 +41,8 @@ DEBUG_EXIT_PORT = 0xF4  # isa-debug-exit
 DEBUG_EXIT_SIZE = 4
 FW_CFG_PORT = 0x510  # selector u16; data byte at +1
 FW_CFG_SIZE = 2
+FW_CFG_DMA_PORT = 0x514  # a big-endian u64; only on machines with firmware
+FW_CFG_DMA_SIZE = 8
 HYPERV_TESTDEV_PORT = 0x3000
 HYPERV_TESTDEV_SIZE = 4
 GUEST_EXIT_PORT = 0x5F8  # the exit status of the command run in the guest, one byte
@@ -67,8 +70,11 @@ MMIO_LOW_SIZE = 0x1E000000  # 480 MiB: ends below the IOAPIC, LAPIC and the vTPM
 MMIO_HIGH_SIZE = 0x4_0000_0000  # 16 GiB
 MMIO_HIGH_ALIGN = 0x4_0000_0000
 
-IDENTITY_MAP_ADDRESS = 0xFFFBC000  # KVM_SET_IDENTITY_MAP_ADDR: one page
-TSS_ADDRESS = 0xFFFBD000  # KVM_SET_TSS_ADDR: three pages
+# Below the firmware's ROM, which ends at 4 GiB, and above the LAPIC.
+IDENTITY_MAP_ADDRESS = 0xFEFFC000  # KVM_SET_IDENTITY_MAP_ADDR: one page
+TSS_ADDRESS = 0xFEFFD000  # KVM_SET_TSS_ADDR: three pages
+FIRMWARE_END = 0x1_0000_0000  # the ROM's last byte is below it
+FIRMWARE_LIMIT = 16 << 20  # so much of it at most
 
 # --- Low megabyte, where the loaders put what the kernel reads at entry ---------------------------
 # Page 0 stays empty: kvm-unit-tests and Linux put their AP trampolines near it.
