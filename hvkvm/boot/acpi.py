@@ -6,10 +6,10 @@ bytes and the address they belong at; any thread. Source: ACPI 6.5 (sections
 5.2.5 to 5.2.12), Linux arch/x86/kernel/acpi/boot.c for what each flag spares.
 
 What is left out on purpose, because each costs a guest boot time or a driver:
-- a PM timer (PM_TMR_BLK 0, optional since ACPI 5.0A): a port exit for every
-  read; guests have the Hyper-V reference time, or the TSC.
+- a PM timer (PM_TMR_BLK 0, optional since ACPI 5.0A), where there is no PCI: a port exit
+  for every read; guests have the Hyper-V reference time, or the TSC. Firmware wants one.
 - CPU devices (ACPI0007): the MADT suffices, and no cpuidle driver is bound.
-- PCI (PNP0A03), HPET, RTC (PNP0B00), 8042: not on the board. FADT says so, and
+- HPET, RTC (PNP0B00), 8042: not on the board. FADT says so, and
   Linux then skips their probes. It reads the time of day from CMOS regardless
   (mach_get_cmos_time, up to a second of retries when nobody answers), which is
   why the board has CMOS_PORT.
@@ -20,9 +20,11 @@ drops the first two when it sees that flag.
 from __future__ import annotations
 
 import struct
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from hvkvm.abi import board
+from hvkvm.abi.pci import PM_TIMER_OFFSET
 from hvkvm.boot import aml
 from hvkvm.errors import BootError
 
@@ -64,11 +66,41 @@ _SYSTEM_IO = 1
 _NO_C2 = 0xFFF  # a latency above 100 us says: no such state (C3: above 1000)
 
 
+class Pointer(NamedTuple):
+    """`size` bytes at `offset` of the image hold the guest address of a table in it."""
+
+    offset: int
+    size: int
+
+
+class Checksum(NamedTuple):
+    """The byte at `offset` of the image makes `length` bytes from `start` sum up to 0."""
+
+    offset: int
+    start: int
+    length: int
+
+
+class FixedHardware(NamedTuple):
+    """Where the ACPI blocks are: PM1_EVT at `base`, PM1_CNT 4 ports on, and 8 on a PM timer if there is."""
+
+    base: int = board.PM1A_EVT_PORT
+    pm_timer: bool = False
+
+
+DEFAULT_FIXED = FixedHardware()
+
+
 class AcpiTables(NamedTuple):
-    """`image` belongs at guest address `address`; the RSDP is at its start."""
+    """`image` belongs at guest address `address`; the RSDP is at its start.
+
+    `pointers` and `checksums` are what somebody must mend who places it elsewhere.
+    """
 
     address: int
     image: bytes
+    pointers: tuple[Pointer, ...] = ()
+    checksums: tuple[Checksum, ...] = ()
 
     @property
     def rsdp(self) -> int:
@@ -76,30 +108,46 @@ class AcpiTables(NamedTuple):
         return self.address
 
 
-def build(cpus: int, memory_size: int, *, vmbus: bool = True, serial_ports: int = 1) -> AcpiTables:
-    """All tables for `cpus` vCPUs (APIC id = index) and `memory_size` bytes of RAM.
+def build(
+    cpus: int,
+    memory_size: int,
+    *,
+    vmbus: bool = True,
+    serial_ports: int = 1,
+    devices: Sequence[bytes] = (),
+    fixed: FixedHardware = DEFAULT_FIXED,
+    address: int = board.ACPI_AREA_ADDRESS,
+) -> AcpiTables:
+    """All tables for `cpus` vCPUs (APIC id = index) and `memory_size` bytes of RAM, to lie at `address`.
 
     `vmbus` False leaves the VMBus and its MMIO windows out; there are COM1 and
-    its like, `serial_ports` of them. Raises BootError
-    when more CPUs are asked for than the ACPI area can name.
+    its like, `serial_ports` of them. `devices` are terms (AML) that other parts of the machine
+    bring, for the scope of \\_SB. Raises BootError when more CPUs are asked for than the ACPI area can name.
     """
     image = bytearray(_ALIGN)  # room for the RSDP, which is written last
+    checksums = [Checksum(8, 0, 20), Checksum(32, 0, 36)]
 
     def place(table: bytes) -> int:
         image.extend(bytes(-len(image) % _ALIGN))
-        address = board.ACPI_AREA_ADDRESS + len(image)
+        at = len(image)
         image.extend(table)
-        return address
+        checksums.append(Checksum(at + 9, at, len(table)))
+        return address + at
 
     facs = place(_facs())
-    dsdt = place(_dsdt(memory_size, vmbus=vmbus, serial_ports=serial_ports))
-    fadt = place(_fadt(facs, dsdt))
+    checksums.pop()  # the one table without
+    dsdt = place(_dsdt(memory_size, vmbus=vmbus, serial_ports=serial_ports, devices=devices))
+    fadt = place(_fadt(facs, dsdt, fixed))
     madt = place(_madt(cpus))
-    xsdt = place(_table(b"XSDT", 1, struct.pack("<QQ", fadt, madt)))
+    listed = (fadt, madt)
+    xsdt = place(_table(b"XSDT", 1, struct.pack(f"<{len(listed)}Q", *listed)))
     image[: len(_rsdp(xsdt))] = _rsdp(xsdt)
     if len(image) > board.ACPI_AREA_SIZE:
         raise BootError(f"--cpus {cpus}: more than the ACPI tables can name; give fewer")
-    return AcpiTables(board.ACPI_AREA_ADDRESS, bytes(image))
+    at = fadt - address
+    pointers = [Pointer(24, 8), Pointer(at + 36, 4), Pointer(at + 40, 4), Pointer(at + 140, 8)]
+    pointers += [Pointer(xsdt - address + HEADER_SIZE + 8 * index, 8) for index in range(len(listed))]
+    return AcpiTables(address, bytes(image), tuple(pointers), tuple(checksums))
 
 
 def _checksum(data: bytes | bytearray) -> int:
@@ -145,7 +193,7 @@ def _gas(port: int, width: int, access: int) -> bytes:
     return struct.pack("<BBBBQ", _SYSTEM_IO, width, 0, access, port)
 
 
-def _fadt(facs: int, dsdt: int) -> bytes:
+def _fadt(facs: int, dsdt: int, fixed: FixedHardware) -> bytes:
     """FADT revision 6.0. Each register is given in both its old and its X_ form, and they agree."""
     fadt = bytearray(FADT_SIZE - HEADER_SIZE)
 
@@ -154,8 +202,9 @@ def _fadt(facs: int, dsdt: int) -> bytes:
 
     put(36, "II", facs, dsdt)
     put(46, "H", board.SCI_IRQ)
-    put(56, "I", board.PM1A_EVT_PORT)
-    put(64, "I", board.PM1A_CNT_PORT)
+    control = fixed.base + board.PM1A_CNT_PORT - board.PM1A_EVT_PORT
+    put(56, "I", fixed.base)
+    put(64, "I", control)
     put(88, "BB", board.PM1A_EVT_SIZE, board.PM1A_CNT_SIZE)
     put(96, "HH", _NO_C2, _NO_C2)
     put(109, "H", ACPI_FADT_NO_VGA | ACPI_FADT_NO_CMOS_RTC)
@@ -172,8 +221,12 @@ def _fadt(facs: int, dsdt: int) -> bytes:
     put(128, "B", board.RESET_VALUE)
     put(140, "Q", dsdt)  # X_FIRMWARE_CTRL stays 0: Linux would list the FACS twice
     # Access size word: Linux would split a dword access to the two event registers anyway.
-    fadt[148 - HEADER_SIZE : 160 - HEADER_SIZE] = _gas(board.PM1A_EVT_PORT, 8 * board.PM1A_EVT_SIZE, 2)
-    fadt[172 - HEADER_SIZE : 184 - HEADER_SIZE] = _gas(board.PM1A_CNT_PORT, 8 * board.PM1A_CNT_SIZE, 2)
+    fadt[148 - HEADER_SIZE : 160 - HEADER_SIZE] = _gas(fixed.base, 8 * board.PM1A_EVT_SIZE, 2)
+    fadt[172 - HEADER_SIZE : 184 - HEADER_SIZE] = _gas(control, 8 * board.PM1A_CNT_SIZE, 2)
+    if fixed.pm_timer:
+        put(76, "I", fixed.base + PM_TIMER_OFFSET)
+        put(91, "B", board.PM_TMR_SIZE)
+        fadt[208 - HEADER_SIZE : 220 - HEADER_SIZE] = _gas(fixed.base + PM_TIMER_OFFSET, 32, 3)
     return _table(b"FACP", 6, bytes(fadt))
 
 
@@ -197,14 +250,14 @@ def _madt(cpus: int) -> bytes:
     return _table(b"APIC", 5, bytes(body))
 
 
-def _dsdt(memory_size: int, *, vmbus: bool, serial_ports: int) -> bytes:
-    devices = [_serial(index) for index in range(serial_ports)]
+def _dsdt(memory_size: int, *, vmbus: bool, serial_ports: int, devices: Sequence[bytes]) -> bytes:
+    board_devices = [_serial(index) for index in range(serial_ports)]
     if vmbus:
-        devices.append(_vmbus_module(memory_size))
+        board_devices.append(_vmbus_module(memory_size))
     sleep_type = aml.integer(board.S5_SLP_TYP)
     terms = [
         aml.name("\\_S5", aml.package(sleep_type, sleep_type, aml.ZERO, aml.ZERO)),
-        aml.scope("\\_SB", *devices),
+        aml.scope("\\_SB", *board_devices, *devices),
     ]
     return _table(b"DSDT", 2, b"".join(terms))
 

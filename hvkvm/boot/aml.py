@@ -25,8 +25,12 @@ _OR_OP = b"\x7d"
 _DEVICE_OP = b"\x5b\x82"
 
 _LARGE_DWORD_ADDRESS = 0x87
+_LARGE_WORD_ADDRESS = 0x88
 _LARGE_QWORD_ADDRESS = 0x8A
 _MEMORY_RANGE = 0
+_IO_RANGE = 1
+_BUS_NUMBER_RANGE = 2
+_ENTIRE_RANGE = 3
 _PRODUCER_FIXED = 0b1100  # ResourceProducer, PosDecode, MinFixed, MaxFixed
 _CACHEABLE_READ_WRITE = 0b011
 
@@ -163,6 +167,22 @@ def dword_memory(base: int, size: int) -> bytes:
 def qword_memory(base: int, size: int) -> bytes:
     """QWordMemory, a producer's fixed window anywhere."""
     return _memory_window(_LARGE_QWORD_ADDRESS, "<5Q", base, size)
+
+
+def word_bus_numbers(base: int, count: int) -> bytes:
+    """WordBusNumber, a producer's fixed range."""
+    return _word_range(_BUS_NUMBER_RANGE, 0, base, count)
+
+
+def word_io(base: int, count: int) -> bytes:
+    """WordIO, a producer's fixed range of ports."""
+    return _word_range(_IO_RANGE, _ENTIRE_RANGE, base, count)
+
+
+def _word_range(kind: int, flags: int, base: int, count: int) -> bytes:
+    fields = struct.pack("<5H", 0, base, base + count - 1, 0, count)
+    head = bytes([kind, _PRODUCER_FIXED, flags])
+    return struct.pack("<BH", _LARGE_WORD_ADDRESS, len(head) + len(fields)) + head + fields
 
 
 def _memory_window(tag: int, code: str, base: int, size: int) -> bytes:
