@@ -52,6 +52,7 @@ def load(
     acpi: bool = True,
     vmbus: bool = True,
     serial_ports: int = 1,
+    pci: bool = False,
     kaslr: bool = False,
 ) -> Entry:
     """Load `kernel` into guest RAM and say how vCPU 0 starts it.
@@ -60,7 +61,7 @@ def load(
     multiboot-1 ELF32. `defaults` is put before `cmdline` for every kernel but a
     multiboot one, whose command line is its own program's arguments. `cpus` is
     the number of vCPUs for the ACPI tables, which `acpi` False leaves out, and
-    `vmbus` False leaves the VMBus out of them, and `serial_ports` are in them.
+    `vmbus` False leaves the VMBus out of them, `serial_ports` are in them, and with `pci` a PCI root.
     `kaslr` has a bzImage decompress itself, which is slower but places the
     kernel at random. Raises BootError.
     """
@@ -75,12 +76,12 @@ def load(
         _write_reset_vector(memory)
         if head.startswith(_ELF_MAGIC):
             image = elf.parse(file)
-            rsdp = _write_acpi(memory, cpus, vmbus=vmbus, serial_ports=serial_ports) if acpi else 0
+            rsdp = _write_acpi(memory, cpus, vmbus=vmbus, serial_ports=serial_ports, pci=pci) if acpi else 0
             return _load_elf(memory, image, head, payload, line, own, rsdp)
         header = bootparams.parse_header(head)
         if header is None:
             raise _not_a_kernel(file, head)
-        rsdp = _write_acpi(memory, cpus, vmbus=vmbus, serial_ports=serial_ports) if acpi else 0
+        rsdp = _write_acpi(memory, cpus, vmbus=vmbus, serial_ports=serial_ports, pci=pci) if acpi else 0
         return linux.load_bzimage(memory, file, header, initrd=payload, cmdline=line, rsdp=rsdp, kaslr=kaslr)
 
 
@@ -99,11 +100,19 @@ def _write_reset_vector(memory: GuestRam) -> None:
         memory.write(board.RESET_VECTOR_ADDRESS, _RESET_VECTOR)
 
 
-def _write_acpi(memory: GuestRam, cpus: int, *, vmbus: bool, serial_ports: int) -> int:
+def _write_acpi(memory: GuestRam, cpus: int, *, vmbus: bool, serial_ports: int, pci: bool) -> int:
     """Put the tables into RAM; the RSDP's address."""
     if memory.size < board.ACPI_AREA_ADDRESS + board.ACPI_AREA_SIZE:
         return 0  # the loaders refuse so small a machine, in their own words
-    tables = acpi_tables.build(cpus, memory.size, vmbus=vmbus, serial_ports=serial_ports)
+    devices: list[bytes] = []
+    if pci:
+        from hvkvm.boot.acpi_pci import host_bridge
+
+        devices.append(host_bridge(memory.size))
+    fixed = acpi_tables.FixedHardware(pm_timer=pci)
+    tables = acpi_tables.build(
+        cpus, memory.size, vmbus=vmbus, serial_ports=serial_ports, devices=devices, fixed=fixed
+    )
     memory.write(tables.address, tables.image)
     return tables.rsdp
 

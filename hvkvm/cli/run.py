@@ -114,7 +114,7 @@ def config_from(arguments: list[str]) -> tuple[MachineConfig, Any]:
             if field.in_saved and key in values:
                 raise ConfigError(f"--restore {restore}: the file decides {field.flag}; leave it out")
         values["kernel"] = restore
-    if "kernel" not in values:
+    if "kernel" not in values and "firmware" not in values:
         raise ConfigError("--kernel: missing; name the guest kernel's file, or a --config that does")
     return MachineConfig(**{"control": "auto", **values}).validate(), options
 

@@ -17,7 +17,7 @@ from hvkvm.devices.port.acpi_pm import AcpiControlBlock, AcpiEventBlock, AcpiEve
 from hvkvm.devices.port.bus import MmioHole, PortBus
 from hvkvm.devices.port.cmos import Cmos, CmosState
 from hvkvm.devices.port.debug_exit import DebugExit, GuestExit, debug_exit_status
-from hvkvm.devices.port.fw_cfg import FwCfg, FwCfgState
+from hvkvm.devices.port.fw_cfg import FirmwareFwCfg, FwCfg, FwCfgState
 from hvkvm.devices.port.irq_line import IrqfdLine
 from hvkvm.devices.port.quiet import absorb_writes, quiet_ports
 from hvkvm.devices.port.reset import I8042Reset, PciConfigPorts, SystemControlA
@@ -66,7 +66,7 @@ class Board:
         self.testdev: HypervTestdev | None = None
         self.ports = PortBus(platform.observer)
         self.ports.expect(quiet_ports())
-        self.mmio = MmioHole(platform.observer)
+        self.mmio = _mmio(platform)
         for vcpu in platform.vcpus:
             stack.callback(self.ports.forget, vcpu)
         self._add_serial(platform, stack)
@@ -110,20 +110,21 @@ class Board:
         def guest_exit(status: int) -> None:
             lifecycle.finish(Ending.COMMAND_EXITED, status)
 
-        self.pci_ports = PciConfigPorts(reset)
+        self.pci_ports = _pci_ports(platform, reset)
         self.pci_ports.attach(self.ports)
         I8042Reset(reset).attach(self.ports)
         SystemControlA(reset).attach(self.ports)
         DebugExit(debug_exit).attach(self.ports)
         GuestExit(guest_exit).attach(self.ports)
-        self.fw_cfg = FwCfg(platform.config.cpus, platform.config.memory)
+        self.fw_cfg = _fw_cfg(platform)
         self.fw_cfg.attach(self.ports)
         self.cmos = Cmos()
         self.cmos.attach(self.ports)
         self.sleep = AcpiControlBlock(lambda: lifecycle.finish(Ending.POWERED_OFF, 0))
-        self.sleep.attach(self.ports)
         self.power = AcpiEventBlock(lambda level: platform.vm.irq_line(board.SCI_IRQ, int(level)))
-        self.power.attach(self.ports)
+        if not platform.config.has_pci:  # else a function of the PCI bus says where they are
+            self.sleep.attach(self.ports)
+            self.power.attach(self.ports)
         for doorbell in absorb_writes(platform.vm):
             stack.callback(doorbell.close)
 
@@ -249,3 +250,27 @@ class Board:
             serial.drop_input()  # an answer to a question of the life before
         if self.on_reset is not None:
             self.on_reset()
+
+
+def _mmio(platform: Platform) -> MmioHole:
+    """Who answers where there is no RAM: devices, on a machine that has such."""
+    if not platform.config.has_pci:
+        return MmioHole(platform.observer)
+    from hvkvm.devices.mmio_bus import MmioBus
+
+    return MmioBus(platform.observer)
+
+
+def _pci_ports(platform: Platform, reset: Callable[[], None]) -> PciConfigPorts:
+    if not platform.config.has_pci:
+        return PciConfigPorts(reset)
+    from hvkvm.devices.pci.config_ports import Mechanism1
+
+    return Mechanism1(reset)
+
+
+def _fw_cfg(platform: Platform) -> FwCfg:
+    config = platform.config
+    if config.firmware is None:
+        return FwCfg(config.cpus, config.memory)
+    return FirmwareFwCfg(config.cpus, config.memory, platform.memory)

@@ -34,12 +34,16 @@ from hvkvm.memory.guest import GuestMemory, RamSource
 from hvkvm.state.file import RAM_OFFSET, Saved
 
 if TYPE_CHECKING:
+    from hvkvm.machine.board import Board
     from hvkvm.machine.bus import Bus
     from hvkvm.machine.control_door import ControlDoor
+    from hvkvm.machine.firmware import Firmware
     from hvkvm.machine.hyperv import Hyperv
     from hvkvm.machine.parts import Parts
+    from hvkvm.machine.pci import Pci
     from hvkvm.machine.platform import Platform
 
+KVM_CAP_X86_APIC_BUS_CYCLES_NS = 237  # newer than the headers that the ABI table was taken from
 _NEEDED = (
     (KVM_CAP_IMMEDIATE_EXIT, "KVM_CAP_IMMEDIATE_EXIT", "Linux 4.13"),
     (KVM_CAP_IRQFD_RESAMPLE, "KVM_CAP_IRQFD_RESAMPLE", "Linux 3.9 with an in-kernel irqchip"),
@@ -59,6 +63,12 @@ def create_vm(kvm: Kvm, config: MachineConfig, stack: ExitStack) -> Vm:
     vm.set_tss_addr(board.TSS_ADDRESS)
     vm.create_irqchip()
     vm.create_pit2(KVM_PIT_SPEAKER_DUMMY)
+    if config.apic_bus_ns:
+        if not vm.check_extension(KVM_CAP_X86_APIC_BUS_CYCLES_NS):
+            raise CapabilityMissing(
+                "config key apic_bus_ns: this kernel's KVM cannot slow APIC timers; use Linux 6.11 or newer"
+            )
+        vm.enable_cap(KVM_CAP_X86_APIC_BUS_CYCLES_NS, config.apic_bus_ns)
     return vm
 
 
@@ -115,6 +125,26 @@ def create_bus(platform: Platform, hyperv: Hyperv, stack: ExitStack) -> Bus | No
     return Bus(platform, hyperv, stack)
 
 
+def create_pci(platform: Platform, board: Board, stack: ExitStack) -> Pci | None:
+    """The PCI bus and what sits on it, where the configuration has any."""
+    if not platform.config.has_pci:
+        return None
+    from hvkvm.machine.pci import Pci
+
+    return Pci(platform, board, stack)
+
+
+def create_firmware(
+    platform: Platform, board: Board, pci: Pci | None, image: GuestImage, stack: ExitStack
+) -> Firmware | None:
+    """The ROM and what it is told, where the machine starts in one. ConfigError, CapabilityMissing."""
+    if platform.config.firmware is None or pci is None:
+        return None
+    from hvkvm.machine.firmware import Firmware
+
+    return Firmware(platform, board, pci, image, stack)
+
+
 def create_control(parts: Parts, stack: ExitStack) -> ControlDoor | None:
     """The control socket, where the configuration asks for one. ConfigError."""
     if parts.platform.config.control == "off":
@@ -133,26 +163,34 @@ class GuestImage:
         self._made = config.restore is None
         self._initrd = initial_ramdisk(config) if self._made else None
 
+    def initrd(self) -> bytes | Path | None:
+        """The initial RAM disk, made now if it was not needed before. ConfigError."""
+        if not self._made:
+            self._initrd, self._made = initial_ramdisk(self._config), True
+        return self._initrd
+
     def load(self, memory: GuestMemory, vcpu: Vcpu) -> str:
         """Write it and set the boot vCPU's registers; returns what was loaded. BootError.
 
-        Memory is left as it is: a reset does not clear RAM.
+        Memory is left as it is: a reset does not clear RAM. With firmware there is nothing to
+        load: the vCPU starts in the ROM as it is at power-on.
         """
+        if self._config.firmware is not None or self._config.kernel is None:
+            return "firmware"
         from hvkvm.boot.image import load
         from hvkvm.boot.linux import default_cmdline
 
-        if not self._made:
-            self._initrd, self._made = initial_ramdisk(self._config), True
         entry = load(
             memory,
             self._config.kernel,
-            initrd=self._initrd,
+            initrd=self.initrd(),
             cmdline=self._config.append,
             defaults=default_cmdline(self._config.serial_ports),
             cpus=self._config.cpus,
             acpi=self._config.acpi,
             vmbus=self._config.vmbus == "on",
             serial_ports=self._config.serial_ports,
+            pci=self._config.has_pci,
         )
         entry.apply(vcpu)
         return entry.what
@@ -164,6 +202,12 @@ def initial_ramdisk(config: MachineConfig) -> bytes | Path | None:
     Without a command the init of an initrd, or of the root file system that the kernel was told, keeps
     its place: files are added to an initrd, and nothing would load modules. ConfigError.
     """
+    if config.kernel is None:
+        if config.command or config.modules or config.files or config.initrd is not None:
+            raise ConfigError(
+                "--initrd, --module, --file and a command need --kernel; give one, or leave them out"
+            )
+        return None
     from hvkvm.boot.image import is_linux
     from hvkvm.boot.linux import parameter
 

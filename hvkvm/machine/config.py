@@ -18,6 +18,7 @@ from hvkvm.machine import config_checks as checks
 from hvkvm.machine.config_fields import Field, check_values, read_table
 from hvkvm.machine.config_kinds import (
     MIB,
+    AutoFile,
     Choice,
     File,
     GuestFiles,
@@ -51,12 +52,15 @@ class MachineConfig(NamedTuple):
     hvkvm-PID). `signal_path` chooses who answers HvSignalEvent: KVM_HYPERV_EVENTFD or
     the userspace table. `restore` is the file of a saved machine to go on from, which then
     decides what the guest sees: kernel, cpus, memory, enlightenments and devices.
+    `firmware` ("auto" or a file) takes the kernel's place as what the machine starts. `pci` gives it a PCI
+    bus even if no device needs one. `apic_bus_ns` makes the local APICs' timers count that many
+    nanoseconds a tick, not 1 (KVM_CAP_X86_APIC_BUS_CYCLES_NS; 0: KVM's own): only a nested lab needs that.
     """
 
     kernel: Annotated[
-        Path,
+        Path | None,
         Field(PathName(), "--kernel FILE", "bzImage, vmlinux, PVH ELF or multiboot image", in_saved=True),
-    ]
+    ] = None
     initrd: Annotated[
         Path | None,
         Field(File(), "--initrd FILE", "initial RAM disk; `-- command` is added to it", boot_only=True),
@@ -200,6 +204,17 @@ class MachineConfig(NamedTuple):
         tuple[tuple[str, Path], ...],
         Field(GuestFiles(), "--file GUEST=HOST", "put a file of this host into the guest", boot_only=True),
     ] = ()
+    firmware: Annotated[
+        "str | Path | None",
+        Field(
+            AutoFile(),
+            "--firmware auto|FILE",
+            "boot by UEFI firmware: the ovmf package's (auto), or an image that ends at 4 GiB",
+            in_saved=True,
+        ),
+    ] = None
+    pci: Annotated[bool, Field(OnOff())] = False
+    apic_bus_ns: Annotated[int, Field(Number(20), check=checks.apic_bus_ns)] = 0
     restore: Annotated[
         Path | None, Field(File(), "--restore FILE", "go on from a saved VM; see `hvkvm ctl save`")
     ] = None
@@ -215,6 +230,11 @@ class MachineConfig(NamedTuple):
         """How many serial ports the machine has: COM1, and those that a command's streams may need."""
         return 1 + (SERIAL_PORTS if self.command and self.command_io != "console" else 0)
 
+    @property
+    def has_pci(self) -> bool:
+        """Whether the machine has a PCI bus."""
+        return self.pci or self.firmware is not None
+
     @classmethod
     def from_mapping(cls, values: Mapping[str, Any], folder: Path | None = None) -> "MachineConfig":
         """Build from plain values (a TOML table); relative paths start at `folder`.
@@ -222,8 +242,8 @@ class MachineConfig(NamedTuple):
         Raises ConfigError for unknown keys or wrong types, and as `validate` does.
         """
         read = read_table(cls, values, folder)
-        if "kernel" not in read:
-            raise ConfigError("config key kernel: missing; name the guest kernel's file")
+        if "kernel" not in read and "firmware" not in read:
+            raise ConfigError("config key kernel: missing; name the guest kernel's file, or give firmware")
         return cls(**read).validate()
 
     @classmethod

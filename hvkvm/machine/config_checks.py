@@ -65,6 +65,11 @@ def append(flag: str, value: str) -> None:
         raise ConfigError(f"{flag}: a kernel command line cannot hold NUL or newline; remove it")
 
 
+def apic_bus_ns(flag: str, value: int) -> None:
+    if not 0 <= value <= 1000:
+        raise ConfigError(f"{flag}: {value}: not between 0 and 1000 ns; 0 leaves it to KVM")
+
+
 def control(flag: str, value: str) -> None:
     if not value:
         raise ConfigError(f"{flag}: empty; give auto, off or the path of a socket to make")
@@ -93,8 +98,10 @@ def together(config: MachineConfig) -> None:
                     f"--restore {config.restore}: goes on where it was saved; leave out what only a boot"
                     f" can use: {field.flag or '-- command'}"
                 )
-    else:
+    elif config.kernel is not None:
         check_file("--kernel", config.kernel)
+    elif config.firmware is None:
+        raise ConfigError("--kernel: missing; name the guest kernel's file, or give --firmware auto")
     if config.restore is None and config.vsock is not None and config.vmbus == "off":
         raise ConfigError(f"--vsock {config.vsock}: needs the VMBus host that carries it; add --vmbus on")
     if config.modules and config.modules_dir is None:

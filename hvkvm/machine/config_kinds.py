@@ -171,6 +171,17 @@ class File(PathName):
             check_file(name, value)
 
 
+class AutoFile(File):
+    """The word "auto", or the Path of a file; None stands for none."""
+
+    def from_plain(self, name: str, value: object, folder: Path | None) -> Any:
+        return value if value == "auto" else super().from_plain(name, value, folder)
+
+    def check(self, name: str, value: Any) -> None:
+        if value != "auto":
+            super().check(name, value)
+
+
 class Words(Kind):
     """A tuple of text: a list in TOML, on the command line a flag for each."""
 

@@ -74,10 +74,11 @@ class Machine:
         handlers |= exits.handlers(board, lifecycle, platform.memory, config.append) | interface.handlers()
         board.add_optional_devices(config.devices, interface)
         self.bus = build.create_bus(platform, interface, stack)
+        self.pci = build.create_pci(platform, board, stack)
+        self.firmware = build.create_firmware(platform, board, self.pci, image, stack)
         processors = Processors(platform, image)
-        order: list[Part] = [board, interface, processors]
-        if self.bus is not None:
-            order.insert(1, self.bus)
+        optional = (self.bus, self.firmware, self.pci)
+        order: list[Part] = [board, *(part for part in optional if part is not None), interface, processors]
         lifecycle.govern(order, board)
         if saved is None:
             processors.boot()

@@ -105,7 +105,7 @@ class Saver:
         platform, offered = self._platform, self._offered
         config = platform.config
         saved = SavedConfig(
-            str(config.kernel.absolute()),
+            _absolute(config.kernel),
             config.append,
             config.cpus,
             config.memory,
@@ -115,6 +115,8 @@ class Saver:
             config.vmbus,
             config.vmbus_max_version,
             config.acpi,
+            _absolute(config.firmware),
+            config.pci,
         )
         with Writer(path, config.memory) as writer:
             for offset, data in platform.memory.pieces():
@@ -130,6 +132,11 @@ class Saver:
             self._writer.join(JOIN_SECONDS)
 
 
+def _absolute(path: str | Path | None) -> str:
+    """What names the file from wherever: "" for none, and the word "auto" as it is."""
+    return str(path.absolute()) if isinstance(path, Path) else path or ""
+
+
 def restored_config(saved: Saved, config: MachineConfig) -> MachineConfig:
     """`config` with all that the file decides. StateError."""
     needs = saved.manifest.config
@@ -138,7 +145,9 @@ def restored_config(saved: Saved, config: MachineConfig) -> MachineConfig:
         raise StateError(f"{where}: {needs.memory} bytes of RAM, and the file has {saved.ram_size}")
     try:
         # What was booted (initrd, command) is not known here, so there is nothing that a reset could start.
-        values = {**needs._asdict(), "kernel": Path(needs.kernel), "reboot": False}
+        values = {**needs._asdict(), "reboot": False}
+        for key in ("kernel", "firmware"):
+            values[key] = Path(values[key]) if values[key] not in ("", "auto") else values[key] or None
         return config._replace(**values).validate()
     except (HvkvmError, ValueError) as error:
         raise StateError(f"{where}: {error}") from None

@@ -1,0 +1,73 @@
+"""Firmware images: which file `--firmware` means, what is in it, and the memory map that it is told.
+
+Pure but for reading files. An image is hostile, like a kernel: whatever it holds, it is loaded or
+refused in one line (BootError).
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from hvkvm.abi import board
+from hvkvm.boot.e820 import E820_TYPE_RAM, E820_TYPE_RESERVED, E820Entry, boot_params_table
+from hvkvm.errors import BootError
+
+PAGE = 0x1000
+LEAST = 16 * PAGE
+
+OVMF = (
+    Path("/usr/share/ovmf/OVMF.fd"),
+    Path("/usr/share/qemu/OVMF.fd"),
+)
+"""Where distributions have the image with code and variables in one; Debian and its kin first."""
+
+
+def find(asked: str | Path) -> Path:
+    """The image that `--firmware` names; for "auto" the distribution's. BootError with the remedy."""
+    if isinstance(asked, Path):
+        return asked
+    for path in OVMF:
+        if path.is_file():
+            return path
+    raise BootError(
+        "--firmware auto: no UEFI firmware on this host; install the ovmf package (apt install ovmf),"
+        " or name an image"
+    )
+
+
+def read(path: Path) -> bytes:
+    """The image, whole pages that end at 4 GiB. BootError for what is none."""
+    try:
+        with path.open("rb") as file:
+            image = file.read(board.FIRMWARE_LIMIT + 1)
+    except OSError as error:
+        raise BootError(f"--firmware {path}: {error.strerror}; check the path") from None
+    if len(image) > board.FIRMWARE_LIMIT:
+        raise BootError(
+            f"--firmware {path}: larger than {board.FIRMWARE_LIMIT >> 20} MiB; give a firmware image"
+        )
+    if len(image) < LEAST or len(image) % PAGE:
+        raise BootError(
+            f"--firmware {path}: {len(image)} bytes are no firmware image; give one of whole 4 KiB pages"
+        )
+    if image.startswith(b"\x7fELF"):
+        raise BootError(f"--firmware {path}: is an ELF file; give a flat image, or the ELF as --kernel")
+    if not any(image[-16:]) or image[-16:] == b"\xff" * 16:
+        raise BootError(
+            f"--firmware {path}: has no code where a CPU starts, 16 bytes below its end;"
+            " give OVMF.fd or a CODE image, not VARS"
+        )
+    return image
+
+
+def e820(memory_size: int) -> bytes:
+    """The content of etc/e820: all RAM, and KVM's own pages."""
+    low = min(memory_size, board.RAM_LOW_LIMIT)
+    kvm_pages = board.TSS_ADDRESS + 0x3000 - board.IDENTITY_MAP_ADDRESS
+    entries = [
+        E820Entry(0, low, E820_TYPE_RAM),
+        E820Entry(board.IDENTITY_MAP_ADDRESS, kvm_pages, E820_TYPE_RESERVED),
+    ]
+    if memory_size > low:
+        entries.append(E820Entry(board.RAM_HIGH_BASE, memory_size - low, E820_TYPE_RAM))
+    return boot_params_table(entries)

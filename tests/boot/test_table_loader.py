@@ -1,0 +1,104 @@
+"""The table loader's script, carried out as firmware does: what comes out must be the tables, moved."""
+
+from __future__ import annotations
+
+import shutil
+import struct
+import subprocess
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from hvkvm.boot import acpi, table_loader
+from hvkvm.boot.acpi_pci import host_bridge, mem32_window
+
+MIB = 1 << 20
+
+
+def build(address: int, cpus: int = 2, memory: int = 512 * MIB, base: int = 0xB000) -> acpi.AcpiTables:
+    fixed = acpi.FixedHardware(base, pm_timer=True)
+    return acpi.build(cpus, memory, devices=[host_bridge(memory)], fixed=fixed, address=address)
+
+
+def carried_out(files: table_loader.LoaderFiles, tables_at: int) -> tuple[bytes, bytes]:
+    """Both files after the script: the RSDP, and the tables as they lie at `tables_at`."""
+    memory = {
+        table_loader.RSDP_FILE: bytearray(files.rsdp),
+        table_loader.TABLES_FILE: bytearray(files.tables),
+    }
+    where = {table_loader.RSDP_FILE: 0xF0000, table_loader.TABLES_FILE: tables_at}
+    allocated = set()
+    for at in range(0, len(files.loader), 128):
+        command = files.loader[at : at + 128]
+        kind = int.from_bytes(command[:4], "little")
+        name = command[4:60].rstrip(b"\0").decode()
+        if kind == 1:
+            allocated.add(name)
+        elif kind == 2:
+            target = command[60:116].rstrip(b"\0").decode()
+            assert {name, target} <= allocated
+            offset, size = struct.unpack_from("<IB", command, 116)
+            old = int.from_bytes(memory[name][offset : offset + size], "little")
+            assert old < len(memory[target])
+            memory[name][offset : offset + size] = (old + where[target]).to_bytes(size, "little")
+        else:
+            assert kind == 3
+            result, start, length = struct.unpack_from("<III", command, 60)
+            # With the old byte in the sum, as edk2 does it.
+            memory[name][result] = -sum(memory[name][start : start + length]) & 0xFF
+    return bytes(memory[table_loader.RSDP_FILE]), bytes(memory[table_loader.TABLES_FILE])
+
+
+@given(cpus=st.integers(1, 300), memory=st.sampled_from((64, 512, 3000, 5000)), page=st.integers(0, 1 << 18))
+def test_moved_tables_are_those_built_there(cpus: int, memory: int, page: int) -> None:
+    files = table_loader.split(lambda address: build(address, cpus, memory * MIB))
+    rsdp, tables = carried_out(files, page * 4096)
+    expected = build(page * 4096 - 64, cpus, memory * MIB).image
+    assert (rsdp, tables) == (expected[:36], expected[64:])
+
+
+def test_the_size_does_not_depend_on_where_the_blocks_are() -> None:
+    sizes = {
+        tuple(map(len, table_loader.split(lambda at, base=base: build(at, base=base))))
+        for base in (0x600, 0xB000)
+    }  # type: ignore[misc]
+    assert len(sizes) == 1
+
+
+def test_fadt_names_the_blocks_of_the_pm_function() -> None:
+    made = build(0xE0000)
+    at = made.image.index(b"FACP")
+    words = [struct.unpack_from("<I", made.image, at + offset)[0] for offset in (56, 64, 76)]
+    assert words == [0xB000, 0xB004, 0xB008]
+    assert made.image[at + 91] == 4
+    assert struct.unpack_from("<Q", made.image, at + 208 + 4)[0] == 0xB008
+
+
+@pytest.mark.parametrize(
+    ("memory", "window"),
+    [
+        (512 * MIB, (0x80000000, 0x60000000)),
+        (2560 * MIB, (0xA0000000, 0x40000000)),
+        (8192 * MIB, (0xC0000000, 0x20000000)),
+    ],
+)
+def test_the_window_for_bars_is_where_firmware_places_them(memory: int, window: tuple[int, int]) -> None:
+    assert mem32_window(memory) == window
+
+
+def test_iasl_reads_the_root_bridge(tmp_path: Path) -> None:
+    iasl = shutil.which("iasl")
+    if iasl is None:
+        pytest.skip("iasl (package acpica-tools) is not installed")
+    made = build(0xE0000)
+    at = made.image.index(b"DSDT")
+    length = int.from_bytes(made.image[at + 4 : at + 8], "little")
+    (tmp_path / "dsdt.dat").write_bytes(made.image[at : at + length])
+    subprocess.run([iasl, "-d", "dsdt.dat"], cwd=tmp_path, check=True, capture_output=True)
+    text = (tmp_path / "dsdt.dsl").read_text()
+    for words in ("WordBusNumber", "0x80000000", "PNP0A03", "_PRT", "Package (0x7C)"):
+        assert words in text, words
+    again = subprocess.run([iasl, "dsdt.dsl"], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert "0 Errors" in again.stdout + again.stderr, again.stdout
