@@ -65,8 +65,8 @@ class SavedConfig(NamedTuple):
     vmbus: str
     vmbus_max_version: str
     acpi: bool
-    firmware: str
-    pci: bool
+    firmware: str = ""
+    pci: bool = False
 
 
 class Manifest(NamedTuple):
