@@ -22,7 +22,7 @@ from hvkvm.devices.synth.vss import Vss
 from hvkvm.errors import StateError
 from hvkvm.machine.config import VMBUS_VERSIONS
 from hvkvm.state.codec import restored
-from hvkvm.vmbus.device import Device, SavedDevice, StreamDevice
+from hvkvm.vmbus.device import Device, ResetDevice, SavedDevice, StreamDevice
 from hvkvm.vmbus.host import VmbusHost
 from hvkvm.vmbus.offer import Channel
 from hvkvm.vmbus.open_channel import OPEN_FAILURES
@@ -109,6 +109,9 @@ class Bus:
     def reset(self) -> None:
         """See `Part.reset`: every channel closed, every device offered anew."""
         self.host.reset()
+        for entry in self.devices.values():
+            if isinstance(entry.device, ResetDevice):
+                entry.device.reset()
 
     def save(self) -> BusState:
         """See `Part.save`."""

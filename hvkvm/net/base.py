@@ -183,7 +183,7 @@ class BasePort(ABC):
         kept, self._kept = self._kept, ()
         if kept:
             self._deliver(kept)
-        if not self._kept and not self._reading and self._started:
+        if not self._kept and not self._reading and self._started and self._wire_up:
             self._reading = True
             self._read_on()
 

@@ -103,7 +103,7 @@ class Port(Protocol):
         ...
 
     def close(self) -> None:
-        """Give back everything that was made on the host. Idempotent; also after the loop's end."""
+        """Give back everything that was made on the host. Idempotent; on the loop or after its end."""
         ...
 
     def send(self, frames: Sequence[Frame]) -> int:

@@ -275,6 +275,8 @@ class ChannelDevices:
         if started and isinstance(device, SavedDevice):
             opened.restart(lambda io: device.load(io, state))
         else:
+            if isinstance(device, SavedDevice) and state is not None:
+                device.load(None, state)
             # Behind the machine's going on, which is queued already or runs next.
             self.start_soon(channel, opened)
 

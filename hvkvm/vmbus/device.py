@@ -104,6 +104,15 @@ class BusyDevice(Protocol):
 
 
 @runtime_checkable
+class ResetDevice(Protocol):
+    """A device that keeps something over the close of its channel."""
+
+    def reset(self) -> None:
+        """The machine is reset: take the power-on state. Its channels are closed, nothing is in flight."""
+        ...
+
+
+@runtime_checkable
 class GpadlUser(Protocol):
     """A device that uses GPADLs besides its rings."""
 

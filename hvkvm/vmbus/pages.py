@@ -92,3 +92,24 @@ class GuestPages:
         for view in self.views(offset, len(data)):
             view[:] = data[at : at + len(view)]
             at += len(view)
+
+
+def range_views(memory: Ram, pfns: Sequence[int], offset: int, length: int) -> list[memoryview]:
+    """Views of `length` bytes that begin `offset` bytes into the first of `pfns`; neighbours are one view.
+
+    The pages hold that many. GuestMemoryError for one outside RAM: they are a guest's words.
+    """
+    found = []
+    index, count = 0, len(pfns)
+    while length > 0:
+        first = pfns[index]
+        index += 1
+        room = HV_HYP_PAGE_SIZE - offset
+        while room < length and index < count and pfns[index] == first + (room + offset) // HV_HYP_PAGE_SIZE:
+            index += 1
+            room += HV_HYP_PAGE_SIZE
+        size = min(room, length)
+        found.append(memory.view(first * HV_HYP_PAGE_SIZE + offset, size))
+        length -= size
+        offset = 0
+    return found

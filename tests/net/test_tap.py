@@ -30,7 +30,7 @@ HOST, GUEST = "198.51.100.1", "198.51.100.2"
 def tap(loop, netns):
     port = TapPort(loop, make_tap(NewTap(netns=netns.name, addresses=(f"{HOST}/24", "2001:db8::1/64"))))
     yield port
-    port.close()
+    loop.do(port.close)
 
 
 def learn(loop, port, nic):
@@ -120,8 +120,8 @@ def test_linux_cuts_a_packet_as_we_do(loop, netns, ends, size):
         nic.wait(lambda n: sum(f[:12] == frame[:12] for f in n.got) >= len(wanted))
         assert [f for f in nic.got if f[:12] == frame[:12]][: len(wanted)] == wanted
     finally:
-        one.close()
-        two.close()
+        loop.do(one.close)
+        loop.do(two.close)
     assert netns.interfaces() == {"lo", "br0"}
 
 
@@ -214,7 +214,7 @@ def test_a_persistent_interface_is_used_and_left(loop, netns):
     assert port.mtu == 1400
     nic = connect(loop, port)
     nic.wait(lambda n: n.got)  # Linux's own first words on a link that comes up
-    port.close()
+    loop.do(port.close)
     assert netns.interfaces() == {"lo", "kept"}
 
 
@@ -236,7 +236,7 @@ def test_an_fd_without_vnet_header_carries_whole_frames(loop, netns):
         nic = connect(loop, port)
         learn(loop, port, nic)
     finally:
-        port.close()
+        loop.do(port.close)
 
 
 def refused(fn, *args):

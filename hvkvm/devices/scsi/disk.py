@@ -52,6 +52,8 @@ class ScsiDiskState(NamedTuple):
 class ScsiDisk(Unit):
     """`disk` as a logical unit; takes its `on_resize`."""
 
+    State = ScsiDiskState
+
     def __init__(self, disk: Disk, serial: str, product: str = "VIRTUAL-DISK") -> None:
         modes = ModePages(dict(DISK_PAGES), self._specific, self._geometry)
         super().__init__(scsi.TYPE_DISK, Identity(product, serial, "1", _STANDARDS), modes, removable=False)
@@ -92,6 +94,9 @@ class ScsiDisk(Unit):
         """Take a saved state; only while nothing is in flight. StateError."""
         self.load_attentions(state.attentions)
         self._started = state.started
+
+    def inspect(self) -> dict[str, object]:
+        return {"kind": "disk", **super().inspect(), **self.disk.inspect()}
 
     def check_ready(self) -> None:
         if not self._started:

@@ -41,6 +41,8 @@ class DvdState(NamedTuple):
 class DvdDrive(Unit):
     """A drive with the medium `disk`, or none."""
 
+    State = DvdState
+
     def __init__(self, disk: Disk | None, serial: str, product: str = "VIRTUAL-DVD") -> None:
         modes = ModePages(dict(mmc.MODE_PAGES), lambda: 0)
         super().__init__(scsi.TYPE_ROM, Identity(product, serial, "1", _STANDARDS), modes, removable=True)
@@ -125,6 +127,12 @@ class DvdDrive(Unit):
         self.tray_open = state.tray_open and self.disk is None
         self.locked = state.locked
         self._events[:] = state.events
+
+    def inspect(self) -> dict[str, object]:
+        disk = self.disk
+        medium = None if disk is None else disk.inspect()
+        tray = {"tray_open": self.tray_open, "locked": self.locked}
+        return {"kind": "dvd", **super().inspect(), **tray, "medium": medium}
 
     # What the drive is.
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 from hvkvm.abi import scsi
 from hvkvm.devices.scsi.command import Command, Rejected
 from hvkvm.devices.scsi.inquiry import Identity
@@ -12,8 +14,10 @@ from hvkvm.devices.scsi.unit import Unit
 class Bus:
     """Owner: the I/O loop."""
 
-    def __init__(self) -> None:
+    def __init__(self, *, tells: bool = True) -> None:
+        """`tells`: units tell their guest when others come or go; else the transport has a way of its own."""
         self._units: dict[tuple[int, int], Unit] = {}
+        self._tells = tells
 
     def add(self, target: int, lun: int, unit: Unit) -> None:
         """Put `unit` there; the target's others tell their guest. ValueError if something is there."""
@@ -34,6 +38,10 @@ class Bus:
         """The unit there."""
         return self._units.get((target, lun))
 
+    def __iter__(self) -> Iterator[tuple[int, int, Unit]]:
+        """Target, LUN and unit of each, in order."""
+        return iter([(target, lun, self._units[target, lun]) for target, lun in sorted(self._units)])
+
     def luns(self, target: int) -> list[int]:
         """The LUNs of a target that has any."""
         return sorted(lun for at, lun in self._units if at == target)
@@ -47,6 +55,8 @@ class Bus:
         _Absent(self.luns(target) if lun == 0 else []).execute(command)
 
     def _tell(self, target: int) -> None:
+        if not self._tells:
+            return
         for (at, _lun), unit in self._units.items():
             if at == target:
                 unit.attention(scsi.LUNS_CHANGED)

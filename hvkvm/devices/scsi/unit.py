@@ -6,6 +6,7 @@ Owner: the I/O loop.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 from hvkvm.abi import scsi
 from hvkvm.abi.scsi import Sense
@@ -24,6 +25,9 @@ _ALWAYS = frozenset((scsi.INQUIRY, scsi.REPORT_LUNS, scsi.REQUEST_SENSE))
 
 class Unit:
     """A unit of `device_type`; subclasses add to `handlers`, and have `modes`."""
+
+    State: type[Any]
+    """A NamedTuple that `state.codec` can write; it stands beside the subclass."""
 
     def __init__(self, device_type: int, identity: Identity, modes: ModePages, *, removable: bool) -> None:
         self.device_type = device_type
@@ -91,6 +95,14 @@ class Unit:
         """Take the power-on state, its medium as it is."""
         self._attentions[:] = [scsi.POWER_ON]
 
+    def save(self) -> Any:
+        """Its `State`; only while nothing is in flight."""
+        raise NotImplementedError
+
+    def load(self, state: Any) -> None:
+        """Take a saved state; only while nothing is in flight. StateError."""
+        raise NotImplementedError
+
     def saved_attentions(self) -> tuple[Sense, ...]:
         """For the state of a subclass."""
         return tuple(self._attentions)
@@ -103,6 +115,10 @@ class Unit:
         if len(attentions) > MAX_ATTENTIONS:
             raise StateError(f"{self.identity.serial}: {len(attentions)} unit attentions are too many")
         self._attentions[:] = attentions
+
+    def inspect(self) -> dict[str, object]:
+        """What it is, and what it is at. Any thread."""
+        return {"product": self.identity.product, "serial": self.identity.serial}
 
     # What a subclass says of itself.
 

@@ -1,0 +1,276 @@
+"""One channel of a storage controller: SCSI requests out of its ring, completions into it.
+
+The data of a request lies in guest pages that its packet names; the unit gets views of
+them, and nothing is copied here. A turn takes a bounded number of requests, and all
+that is done by its end leaves with one signal. No more than MAX_IN_FLIGHT requests are
+taken from a ring before some are answered: what comes beyond waits in the ring.
+
+`storvsp.Storvsp` makes these. Owner: the I/O loop. Nothing here raises for guest bytes.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable
+from functools import partial
+from typing import NamedTuple, Protocol
+
+from hvkvm.abi import scsi
+from hvkvm.abi import storvsp as wire
+from hvkvm.abi.ring import VM_PKT_COMP, VM_PKT_DATA_USING_GPA_DIRECT, Packet, parse_gpa_direct
+from hvkvm.abi.storvsp import Srb
+from hvkvm.devices.scsi.command import Command, Reply
+from hvkvm.errors import GuestMemoryError
+from hvkvm.vmbus.channel_io import ChannelIo
+from hvkvm.vmbus.device import Done
+from hvkvm.vmbus.guard import Guard
+from hvkvm.vmbus.offer import Offer
+from hvkvm.vmbus.pages import Ram, range_views
+
+MAX_IN_FLIGHT = 1024
+"""Requests of one channel that are not answered yet; Linux's ring of 128 KiB holds some 700."""
+
+MAX_BYTES = 32 << 20
+"""Of the pages that one packet names."""
+
+BUDGET = 64
+"""Requests taken a turn."""
+
+BUDGET_BYTES = 1 << 18
+"""Bytes of packets copied a turn: the packet that goes beyond is the turn's last."""
+
+_SRB_STATUS = {
+    scsi.GOOD: wire.SRB_STATUS_SUCCESS,
+    scsi.CHECK_CONDITION: wire.SRB_STATUS_ERROR | wire.SRB_STATUS_AUTOSENSE_VALID,
+    scsi.BUSY: wire.SRB_STATUS_BUSY,
+}
+
+
+class SavedCompletion(NamedTuple):
+    """A completion that the guest's ring had no room for yet."""
+
+    channel: int
+    """0 is the primary."""
+    trans_id: int
+    payload: bytes
+
+
+class InFlight:
+    """Counts requests that use guest memory."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        self._waiting: list[Done] = []
+
+    def ended(self) -> None:
+        """One has ended."""
+        self.count -= 1
+        if not self.count and self._waiting:
+            waiting, self._waiting = self._waiting, []
+            for done in waiting:
+                done()
+
+    def when_none(self, done: Done) -> None:
+        """`done()` once there are none; now if there are none."""
+        if self.count:
+            self._waiting.append(done)
+        else:
+            done()
+
+
+class Controller(Protocol):
+    """What a channel needs of `storvsp.Storvsp`."""
+
+    def execute(self, srb: Srb, command: Command) -> bool:
+        """Have the unit do it; False if there is none that would answer."""
+        ...
+
+    @property
+    def ready(self) -> bool:
+        """Whether the handshake is over, so that requests are taken."""
+        ...
+
+    def control(self, channel: StorvspChannel, operation: int, payload: bytes, reply: Answer) -> None:
+        """Anything but a SCSI request: `reply(packet)` once, now or later."""
+        ...
+
+    def closed(self, channel: StorvspChannel) -> None:
+        """The guest has closed this channel."""
+        ...
+
+
+Answer = Callable[[bytes], None]
+
+
+class StorvspChannel:
+    """A StreamDevice: the channel `offer.sub_channel_index` of `controller`."""
+
+    def __init__(self, offer: Offer, controller: Controller, memory: Ram) -> None:
+        self._offer = offer
+        self._controller = controller
+        self._memory = memory
+        self._io: ChannelIo | None = None
+        self._done: deque[tuple[int, bytes]] = deque()
+        self._notices: list[int] = []
+        self._in_turn = False
+        self.guard = Guard()
+        self.in_flight = InFlight()
+        self.requests = 0
+        """SCSI requests taken so far."""
+
+    @property
+    def offer(self) -> Offer:
+        """What the guest is offered."""
+        return self._offer
+
+    @property
+    def index(self) -> int:
+        """0 of the primary channel."""
+        return self._offer.sub_channel_index
+
+    @property
+    def is_open(self) -> bool:
+        """Whether the guest has it open."""
+        return self._io is not None
+
+    # vmbus.device.StreamDevice
+
+    def opened(self, io: ChannelIo) -> None:
+        """The guest has opened it."""
+        self._io = io
+
+    def close(self, done: Done) -> None:
+        """Answer nothing any more; `done()` when no request has the guest's pages."""
+        self._io = None
+        self._done.clear()
+        self._notices.clear()
+        self._controller.closed(self)
+        self.in_flight.when_none(done)
+
+    def rung(self) -> None:
+        """Send what is done, take what has come, and send what that brought."""
+        io = self._io
+        if io is None:
+            return
+        self._in_turn = True
+        try:
+            self._send(io)
+            self._receive(io)
+            self._send(io)
+        finally:
+            self._in_turn = False
+
+    def _receive(self, io: ChannelIo) -> None:
+        reader, size = io.reader, 0
+        reader.mask()
+        for _ in range(BUDGET):
+            if self.in_flight.count + len(self._done) >= MAX_IN_FLIGHT:
+                return  # masked as it is: what is done next brings us back
+            packet = reader.get()
+            if packet is None:
+                if reader.broken or io.rest():
+                    return
+                continue
+            self._take(io, packet)
+            size += len(packet.header) + len(packet.payload)
+            if size > BUDGET_BYTES:
+                break
+        io.again()
+
+    # vmbus.device.SavedDevice, in part: the primary's has it all.
+
+    def save_done(self) -> tuple[SavedCompletion, ...]:
+        """Completions that wait for room."""
+        return tuple(SavedCompletion(self.index, *one) for one in self._done)
+
+    def go_on(self, io: ChannelIo | None, done: list[SavedCompletion]) -> None:
+        """Be open as saved, or closed."""
+        self._io = io
+        if io is not None:
+            self._done.extend((one.trans_id, one.payload) for one in done)
+
+    # Out.
+
+    def notify(self, operation: int) -> None:
+        """Tell the guest of ENUMERATE_BUS or REMOVE_DEVICE, once for all that wait."""
+        if self._io is not None and operation not in self._notices:
+            self._notices.append(operation)
+            self._wake(self._io)
+
+    @property
+    def notices(self) -> tuple[int, ...]:
+        """What is still to be told."""
+        return tuple(self._notices)
+
+    def _wake(self, io: ChannelIo) -> None:
+        if not self._in_turn:
+            io.again()
+
+    def _send(self, io: ChannelIo) -> None:
+        done = self._done
+        while done:
+            trans_id, payload = done[0]
+            if not io.send(payload, kind=VM_PKT_COMP, trans_id=trans_id):
+                return
+            done.popleft()
+        while self._notices and io.send(wire.notice(self._notices[0])):
+            self._notices.pop(0)
+
+    def _answer(self, io: ChannelIo, packet: Packet, payload: bytes) -> None:
+        if self._io is io and packet.wants_completion:
+            self._done.append((packet.trans_id, payload))
+            self._wake(io)
+
+    # In.
+
+    def _take(self, io: ChannelIo, packet: Packet) -> None:
+        payload = packet.payload
+        operation = wire.operation_of(payload)
+        if operation == wire.EXECUTE_SRB:
+            self._execute(io, packet)
+        elif operation < 0:
+            self._answer(io, packet, wire.answer(wire.STATUS_INVALID_PARAMETER))
+        else:
+            self.in_flight.count += 1
+            self._controller.control(self, operation, payload, partial(self._end, io, packet))
+
+    def _end(self, io: ChannelIo, packet: Packet, answer: bytes) -> None:
+        """One that was counted has ended; also when an error of ours has ended the device meanwhile."""
+        self.guard.run(self._answer, io, packet, answer)
+        self.in_flight.ended()
+
+    def _execute(self, io: ChannelIo, packet: Packet) -> None:
+        payload = packet.payload
+        self.requests += 1
+        if not self._controller.ready:
+            self._answer(io, packet, wire.answer(wire.STATUS_INVALID_DEVICE_STATE))
+            return
+        srb = wire.parse_srb(payload)
+        buffers = None if srb is None else self._buffers(srb, packet)
+        if srb is None or buffers is None:
+            self._answer(io, packet, wire.completion(payload, wire.SRB_STATUS_INVALID_REQUEST, 0, 0))
+            return
+        self.in_flight.count += 1
+        command = Command(srb.cdb, buffers, partial(self._finish, io, packet))
+        if not self._controller.execute(srb, command):
+            self._end(io, packet, wire.completion(payload, wire.SRB_STATUS_INVALID_LUN, 0, 0))
+
+    def _buffers(self, srb: Srb, packet: Packet) -> list[memoryview] | None:
+        """The guest's pages for the data; None if it names none, too few, or what is no RAM."""
+        if not srb.length or srb.data_in not in (wire.READ_TYPE, wire.WRITE_TYPE):
+            return []
+        if packet.type != VM_PKT_DATA_USING_GPA_DIRECT:
+            return None
+        ranges = parse_gpa_direct(packet, MAX_BYTES)
+        if ranges is None or len(ranges) != 1 or ranges[0].length < srb.length:
+            return None
+        try:
+            return range_views(self._memory, ranges[0].pfns, ranges[0].offset, srb.length)
+        except GuestMemoryError:
+            return None
+
+    def _finish(self, io: ChannelIo, packet: Packet, reply: Reply) -> None:
+        status, sense, moved = reply
+        srb_status = _SRB_STATUS.get(status, wire.SRB_STATUS_ERROR)
+        sense = sense[: wire.SENSE_BYTES]
+        self._end(io, packet, wire.completion(packet.payload, srb_status, status, moved, sense))

@@ -1,0 +1,115 @@
+"""Who is at the other end of a stream: a socket that we connect to again and again, or one of ours.
+
+Owner: the I/O loop, for all but construction.
+"""
+
+from __future__ import annotations
+
+import os
+import socket
+from pathlib import Path
+from typing import Any
+
+from hvkvm.errors import ConfigError, NameTaken
+from hvkvm.events import NULL_OBSERVER, Observer, Warned
+from hvkvm.net.base import Loop
+from hvkvm.net.stream import StreamPort
+from hvkvm.runtime import unix_listener
+from hvkvm.runtime.acceptor import Acceptor
+
+RETRY_SECONDS = 1.0
+"""Until a socket is tried again at which nobody listened."""
+
+
+class Caller:
+    """Keeps `port` connected to whoever listens at `path`. ConfigError if no socket can ever be there."""
+
+    def __init__(self, io: Loop, port: StreamPort, path: Path, *, observer: Observer = NULL_OBSERVER) -> None:
+        if not path.parent.is_dir():
+            raise ConfigError(f"--net socket={path}: no folder {path.parent}; create it, or name another")
+        if len(os.fsencode(path)) > unix_listener.MAX_PATH:
+            most = unix_listener.MAX_PATH
+            raise ConfigError(f"--net socket={path}: longer than {most} bytes; choose a shorter path")
+        self._io = io
+        self._port = port
+        self._path = path
+        self._observer = observer
+        self._timer: Any = None
+        self._closed = False
+        self._told = False
+        port.lost = self._lost
+        port.on_close(self.close)
+        io.call_soon(self._call)
+
+    def _call(self) -> None:
+        self._timer = None
+        if self._closed:
+            return
+        sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        sock.setblocking(False)
+        error = sock.connect_ex(str(self._path))
+        if not error:
+            self._told = False
+            self._port.connected(sock)
+            return
+        sock.close()
+        if not self._told:
+            self._told = True
+            text = f"network socket {self._path}: {os.strerror(error)}; trying again until somebody listens"
+            self._observer.event(Warned("net-socket", text))
+        self._timer = self._io.call_later(RETRY_SECONDS, self._call)
+
+    def _lost(self, _reason: str) -> None:
+        if not self._closed:
+            self._timer = self._io.call_later(RETRY_SECONDS, self._call)
+
+    def close(self) -> None:
+        """Try no more. Idempotent."""
+        self._closed = True
+        timer, self._timer = self._timer, None
+        if timer is not None:
+            timer.cancel()
+
+
+class Answerer:
+    """Listens at `path` for `port`: one peer at a time, and the next one when it has gone. ConfigError."""
+
+    def __init__(self, io: Loop, port: StreamPort, path: Path) -> None:
+        try:
+            fd = unix_listener.listen_fd(path, 1, 0o600)
+        except NameTaken as error:
+            raise ConfigError(f"--net listen={path}: {error}") from None
+        except OSError as error:
+            why = error.strerror or str(error)
+            raise ConfigError(f"--net listen={path}: {why}; name a socket that you may create") from None
+        self._io = io
+        self._port = port
+        self._path = path
+        self._listener = socket.socket(fileno=fd)
+        self._owned = unix_listener.identity(path)
+        self._closed = False
+        self._acceptor: Acceptor | None = None
+        port.lost = lambda _reason: self._listen()
+        port.on_close(self.close)
+        io.call_soon(self._listen)
+
+    def _listen(self) -> None:
+        if not self._closed and self._acceptor is None:
+            self._acceptor = Acceptor(self._io, self._listener, self._accepted)
+
+    def _accepted(self, sock: socket.socket) -> None:
+        """The next one waits in the listener's queue meanwhile."""
+        acceptor, self._acceptor = self._acceptor, None
+        if acceptor is not None:
+            acceptor.close()
+        self._port.connected(sock)
+
+    def close(self) -> None:
+        """Listen no more, and take the socket's file away. Idempotent."""
+        if self._closed:
+            return
+        self._closed = True
+        if self._acceptor is not None:
+            self._acceptor.close()
+        unix_listener.remove(self._path, self._owned)
+        self._listener.close()

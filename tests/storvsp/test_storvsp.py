@@ -1,0 +1,318 @@
+"""A storage controller and a guest's driver in one process."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from hvkvm.abi import scsi, vmbus
+from hvkvm.abi import storvsp as wire
+from hvkvm.abi.ring import GpaRange
+from hvkvm.abi.storvsp import Srb
+from hvkvm.devices.synth.storvsp import Phase
+from hvkvm.testing.storvsc_driver import PAGE, RESET_ID, StorvscDriver
+
+SUCCESS = wire.SRB_STATUS_SUCCESS
+CHECKED = wire.SRB_STATUS_ERROR | wire.SRB_STATUS_AUTOSENSE_VALID
+
+
+def rw(operation: int, lba: int, blocks: int) -> bytes:
+    return scsi.cdb10.pack(operation, 0, lba, 0, blocks, 0)
+
+
+def awake(driver: StorvscDriver, lun: int = 0) -> None:
+    """The first command of a unit tells that it was switched on."""
+    answer = driver.execute(bytes(6), lun=lun)
+    assert (answer.srb_status, answer.scsi_status, answer.moved) == (CHECKED, scsi.CHECK_CONDITION, 0)
+    assert (answer.sense[2], answer.sense[12]) == (scsi.UNIT_ATTENTION, scsi.POWER_ON.asc)
+    assert driver.execute(bytes(6), lun=lun).srb_status == SUCCESS
+
+
+@pytest.mark.parametrize("version", wire.VERSIONS)
+def test_a_guest_writes_and_reads_its_disk(bench: Any, version: int) -> None:
+    world = bench()
+    driver = world.start(version=version)
+    assert world.device.inspect()["version"] == f"{version >> 8}.{version & 255}"
+    awake(driver)
+    memory = world.loop.memory
+    pages = [900, 901, 950, 910]  # neighbours, and others
+    data = bytes(range(256)) * 48
+    offset = 512
+    for at, pfn in enumerate(pages):
+        piece = data[max(0, at * PAGE - offset) : (at + 1) * PAGE - offset]
+        memory.write(pfn * PAGE + (offset if not at else 0), piece)
+    answer = driver.execute(
+        rw(scsi.WRITE_10, 8, 24), pages=pages, offset=offset, length=len(data), data_in=wire.WRITE_TYPE
+    )
+    assert (answer.operation, answer.status, answer.srb_status) == (wire.COMPLETE_IO, 0, SUCCESS)
+    assert (answer.scsi_status, answer.moved) == (scsi.GOOD, len(data))
+    assert world.paths[0].read_bytes()[8 * 512 : 8 * 512 + len(data)] == data
+    back = [920, 930]
+    for pfn in back:
+        memory.write(pfn * PAGE, b"\xa5" * PAGE)
+    assert driver.execute(rw(scsi.READ_10, 9, 1), pages=back, offset=4000, length=512).moved == 512
+    got = memory.read(920 * PAGE + 4000, 96) + memory.read(930 * PAGE, 416)
+    assert got == data[512:1024]
+    assert memory.read(920 * PAGE, 4000) == b"\xa5" * 4000
+    assert memory.read(930 * PAGE + 416, PAGE - 416) == b"\xa5" * (PAGE - 416)
+    assert driver.execute(bytes((scsi.SYNCHRONIZE_CACHE,)) + bytes(9)).srb_status == SUCCESS
+    assert not world.loop.notes.events
+
+
+def test_an_unknown_version_is_refused_and_another_may_follow(bench: Any) -> None:
+    world = bench()
+    world.loop.connect(vmbus.VERSION_WIN10_V5_3)
+    driver = StorvscDriver(world.loop, world.device.offer.instance)
+    assert driver.control(wire.QUERY_PROPERTIES)[0] == wire.STATUS_INVALID_DEVICE_STATE
+    assert driver.control(wire.BEGIN_INITIALIZATION)[0] == 0
+    assert driver.control(wire.END_INITIALIZATION)[0] == wire.STATUS_INVALID_DEVICE_STATE
+    query = wire.QUERY_PROTOCOL_VERSION
+    assert driver.control(query, wire.version_body(0x0700))[0] == wire.STATUS_REVISION_MISMATCH
+    assert driver.control(query, wire.version_body(0x0402))[0] == wire.STATUS_REVISION_MISMATCH
+    assert driver.control(query, wire.version_body(wire.VERSION_WIN8))[0] == 0
+    assert driver.control(wire.FCHBA_DATA)[0] == wire.STATUS_INVALID_DEVICE_REQUEST
+    assert driver.control(99)[0] == wire.STATUS_INVALID_DEVICE_REQUEST
+    # No request is taken before the handshake is over.
+    trans_id = driver.begin(bytes(6))
+    world.loop.run()
+    answer = driver.finished(trans_id)
+    assert answer is not None
+    assert answer.status == wire.STATUS_INVALID_DEVICE_STATE
+    assert driver.control(wire.END_INITIALIZATION)[0] == 0
+    awake(driver)
+
+
+def test_who_is_not_there(bench: Any) -> None:
+    world = bench(disks=2)
+    driver = world.start()
+    memory = world.loop.memory
+    for address in ({"lun": 5}, {"target": 1}, {"path": 3}):
+        answer = driver.execute(bytes((scsi.INQUIRY, 0, 0, 0, 36, 0)), pages=[900], length=36, **address)
+        assert (answer.srb_status, answer.moved) == (SUCCESS, 36)
+        assert memory.read(900 * PAGE, 1)[0] == scsi.NO_UNIT
+        assert driver.execute(bytes(6), **address).srb_status == wire.SRB_STATUS_INVALID_LUN
+    report = bytes((scsi.REPORT_LUNS, 0, 0, 0, 0, 0, 0, 0, 64, 0, 0, 0))
+    assert driver.execute(report, pages=[900], length=64).moved == 24
+    assert [memory.read(900 * PAGE + 8 * n, 2)[1] for n in (1, 2)] == [0, 1]
+    # LUN 0 answers for the others, though it is not there itself.
+    world.device.detach(0, 0, lambda _unit: None)
+    assert driver.execute(report, pages=[900], length=64).moved == 16
+    assert driver.execute(report, pages=[900], length=64, target=1).srb_status == wire.SRB_STATUS_INVALID_LUN
+
+
+def test_errors_come_with_their_sense(bench: Any) -> None:
+    world = bench()
+    driver = world.start()
+    awake(driver)
+    answer = driver.execute(rw(scsi.READ_10, 1 << 30, 1), pages=[900], length=512)
+    assert (answer.srb_status, answer.scsi_status, answer.moved) == (CHECKED, scsi.CHECK_CONDITION, 0)
+    assert (answer.sense[2], answer.sense[12]) == (scsi.ILLEGAL_REQUEST, scsi.LBA_OUT_OF_RANGE.asc)
+    assert len(answer.sense) == scsi.SENSE_BYTES
+    world.paths[0].open("r+b").truncate(4096)
+    answer = driver.execute(rw(scsi.READ_10, 100, 1), pages=[900], length=512)
+    assert (answer.sense[2], answer.sense[12]) == (scsi.MEDIUM_ERROR, scsi.UNRECOVERED_READ.asc)
+
+
+LIES: list[tuple[str, dict[str, Any]]] = [
+    ("no pages", {"ranges": []}),
+    ("two ranges", {"ranges": [GpaRange(512, 0, (900,)), GpaRange(512, 0, (901,))]}),
+    ("a range too short", {"ranges": [GpaRange(256, 0, (900,))]}),
+    ("no RAM", {"ranges": [GpaRange(512, 0, (1 << 40,))]}),
+    ("beyond RAM", {"ranges": [GpaRange(512, 3900, (1023, 1024))]}),
+]
+
+
+@pytest.mark.parametrize("lie", [lie for _name, lie in LIES], ids=[name for name, _lie in LIES])
+def test_a_guest_that_lies_of_its_pages_gets_an_error(bench: Any, lie: dict[str, Any]) -> None:
+    world = bench()
+    driver = world.start()
+    awake(driver)
+    payload = wire.request(Srb(0, 0, 0, rw(scsi.READ_10, 0, 1), wire.READ_TYPE, 512, 0))
+    assert driver.send(payload, 77, **lie)
+    world.loop.run()
+    answer = driver.finished(77)
+    assert answer is not None
+    assert (answer.status, answer.srb_status, answer.moved) == (0, wire.SRB_STATUS_INVALID_REQUEST, 0)
+    assert driver.execute(bytes(6)).srb_status == SUCCESS
+
+
+@pytest.mark.parametrize("payload", [b"", b"12345678", bytes(56)])
+def test_packets_that_are_none_are_answered_all_the_same(bench: Any, payload: bytes) -> None:
+    world = bench()
+    driver = world.start()
+    assert driver.send(payload, 5)
+    world.loop.run()
+    driver.collect()
+    assert int.from_bytes(driver.answers[5][8:12], "little") == wire.STATUS_INVALID_PARAMETER
+
+
+@pytest.mark.parametrize("operation", [wire.RESET_ADAPTER, wire.RESET_BUS, wire.RESET_LUN])
+def test_a_reset_is_answered_behind_what_is_in_flight(bench: Any, operation: int) -> None:
+    world = bench(disks=2)
+    driver = world.start()
+    awake(driver)
+    world.workers.held = True
+    reads = [driver.begin(rw(scsi.READ_10, n, 1), pages=[900 + n], length=512) for n in range(5)]
+    world.loop.run()
+    assert driver.send(wire.ask(operation), RESET_ID)
+    world.loop.run()
+    driver.collect()
+    assert not driver.answers
+    late = driver.begin(rw(scsi.READ_10, 0, 1), pages=[920], length=512)
+    world.loop.run()
+    answer = driver.finished(late)
+    assert answer is not None
+    assert (answer.srb_status, answer.scsi_status) == (wire.SRB_STATUS_BUSY, scsi.BUSY)
+    world.workers.held = False
+    world.workers.release()
+    world.loop.run()
+    driver.collect()
+    assert all(driver.finished(one).srb_status == SUCCESS for one in reads)
+    assert int.from_bytes(driver.answers[RESET_ID][8:12], "little") == 0
+    assert list(driver.answers)[-1] == RESET_ID
+    assert driver.execute(bytes(6)).sense[12] == scsi.POWER_ON.asc
+
+
+def test_completions_of_one_turn_leave_with_one_signal(bench: Any) -> None:
+    world = bench()
+    driver = world.start()
+    awake(driver)
+    world.workers.held = True
+    with driver.primary.opened:
+        for n in range(32):
+            driver.begin(rw(scsi.READ_10, n, 1), pages=[900 + n], length=512)
+    world.loop.run()
+    world.workers.held = False
+    world.workers.release()
+    before = len(world.loop.synic.flags_set)
+    while world.loop.deferred:
+        world.loop._run_deferred()
+    assert len(world.loop.synic.flags_set) == before + 1
+    world.loop.run()
+    driver.collect()
+    assert len([one for one in driver.answers.values() if wire.parse_answer(one).srb_status == SUCCESS]) == 32
+
+
+def test_a_ring_without_room_holds_back_requests_and_loses_none(bench: Any) -> None:
+    world = bench()
+    world.loop.connect(vmbus.VERSION_WIN10_V5_3)
+    driver = StorvscDriver(world.loop, world.device.offer.instance, ring_pages=2)
+    driver.shake_hands()
+    awake(driver)
+    driver.primary.on_interrupt = lambda: None  # the guest takes no completion
+    sent = []
+    for _round in range(2000):
+        payload = wire.request(Srb(0, 0, 0, bytes(6), wire.UNKNOWN_TYPE, 0, 0))
+        if driver.send(payload, 1000 + len(sent)):
+            sent.append(1000 + len(sent))
+        world.loop.run()
+    assert 1024 < len(sent) < 1200
+    assert world.device._primary.in_flight.count == 0
+    assert len(world.device._primary._done) == 1024
+    driver.primary.on_interrupt = None
+    driver.primary.interrupt()
+    world.loop.run()
+    driver.collect()
+    assert [one for one in driver.answers if one >= 1000] == sent
+
+
+def test_close_waits_for_the_workers(bench: Any) -> None:
+    world = bench()
+    driver = world.start()
+    awake(driver)
+    world.workers.held = True
+    driver.begin(rw(scsi.READ_10, 0, 8), pages=[900], length=PAGE)
+    world.loop.run()
+    torn_down = world.loop.client.count(12)
+    world.loop.client.close(driver.primary)
+    world.loop.run()
+    assert world.loop.client.count(12) == torn_down
+    assert world.device.phase is Phase.NEW
+    world.workers.held = False
+    world.workers.release()
+    world.loop.run()
+    assert world.loop.client.count(12) == torn_down + 1
+    driver.open(driver.primary)
+    driver.shake_hands()
+    assert driver.execute(bytes(6)).srb_status == SUCCESS
+    assert not world.loop.notes.events
+
+
+def test_sub_channels_carry_requests_to_any_unit(bench: Any) -> None:
+    world = bench(disks=2, vp_count=4)
+    driver = world.start(sub_channels=3)
+    assert driver.sub_channels == 3
+    for lun in (0, 1):
+        awake(driver, lun)
+    memory = world.loop.memory
+    for number, channel in enumerate(driver.channels):
+        for lun in (0, 1):
+            memory.write(900 * PAGE, bytes([number * 2 + lun + 1]) * 512)
+            options = {"pages": [900], "length": 512, "lun": lun, "channel": channel}
+            assert driver.execute(rw(scsi.WRITE_10, number, 1), data_in=0, **options).srb_status == SUCCESS
+    for lun in (0, 1):
+        data = world.paths[lun].read_bytes()
+        assert [data[512 * n] for n in range(4)] == [n * 2 + lun + 1 for n in range(4)]
+    body = wire.count_body(4)
+    assert driver.control(wire.CREATE_SUB_CHANNELS, body)[0] == wire.STATUS_INVALID_PARAMETER
+    # Linux closes the sub-channels first, and then the primary.
+    for sub in driver.subs:
+        world.loop.client.close(sub)
+    world.loop.client.close(driver.primary)
+    world.loop.run()
+    assert world.device.inspect()["channels"] == 0
+    assert driver.subs == []
+    assert not world.loop.notes.events
+
+
+def test_a_machine_of_one_processor_has_no_sub_channels(bench: Any) -> None:
+    driver = bench(vp_count=1).start()
+    assert driver.sub_channels == 0
+    body = wire.count_body(1)
+    assert driver.control(wire.CREATE_SUB_CHANNELS, body)[0] == wire.STATUS_INVALID_PARAMETER
+
+
+def test_units_come_and_go(bench: Any, tmp_path: Any) -> None:
+    world = bench()
+    driver = world.start()
+    awake(driver)
+    path = tmp_path / "another"
+    path.write_bytes(bytes(1 << 16))
+    unit = world.unit(path)
+    world.device.attach(0, 3, unit)
+    with pytest.raises(ValueError, match="target 0 has a LUN 3"):
+        world.device.attach(0, 3, unit)
+    with pytest.raises(ValueError, match="target 2 LUN 0: there are 0 to 1"):
+        world.device.attach(2, 0, unit)
+    world.device.rescan()
+    world.loop.run()
+    driver.collect()
+    assert driver.notices == [wire.ENUMERATE_BUS]
+    awake(driver, 3)
+    world.workers.held = True
+    read = driver.begin(rw(scsi.READ_10, 0, 1), pages=[900], length=512, lun=3)
+    world.loop.run()
+    gone: list[Any] = []
+    world.device.detach(0, 3, gone.append)
+    world.loop.run()
+    assert not gone
+    driver.collect()
+    assert driver.notices == [wire.ENUMERATE_BUS, wire.REMOVE_DEVICE]
+    assert driver.execute(bytes(6), lun=3).srb_status == wire.SRB_STATUS_INVALID_LUN
+    world.workers.held = False
+    world.workers.release()
+    world.loop.run()
+    assert gone == [unit]
+    assert driver.finished(read).srb_status == SUCCESS
+
+
+def test_a_machine_reset_is_power_on(bench: Any) -> None:
+    world = bench()
+    driver = world.start(sub_channels=2)
+    awake(driver)
+    world.loop.host.stop(lambda: None)
+    world.loop.host.reset()
+    world.device.reset()
+    world.loop.host.go_on()
+    awake(world.start())
