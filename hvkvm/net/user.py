@@ -1,0 +1,204 @@
+"""A user-mode network: passt, one process a NIC, which carries the guest's traffic over sockets of its own.
+
+It needs no permission. We hold the one end of a socket pair and passt the other: when ours is closed, however
+we end, passt ends. The guest gets its address by DHCP, DHCPv6 or router advertisement. As in QEMU's user
+network the guest is 10.0.2.15 and the host answers at 10.0.2.2, wherever hvkvm runs.
+
+Starting it blocks, so before the machine runs or on a thread of its own; else the owner is the I/O loop.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import threading
+from collections.abc import Mapping
+from contextlib import suppress
+from typing import Any, NamedTuple
+
+from hvkvm.abi.virtio_net_hdr import VALID
+from hvkvm.errors import ConfigError
+from hvkvm.events import NULL_OBSERVER, Observer
+from hvkvm.net.base import Loop
+from hvkvm.net.port import ALL_OFFLOADS
+from hvkvm.net.stream import LENGTH_BYTES, StreamPort
+
+PROGRAM = "passt"
+GUEST, PREFIX, GATEWAY = "10.0.2.15", 24, "10.0.2.2"
+GUEST6, GATEWAY6 = "fd68:766b:766d::15", "fd68:766b:766d::2"
+GATEWAY_MAC = "52:55:0a:00:02:02"
+DEFAULT_MTU = 65520
+"""Of which passt tells the guest. Few frames carry much, since no frame leaves the host as it is."""
+
+READY_SECONDS = 5.0
+"""passt answers in some 10 ms; one that does not in this time may still do so later."""
+END_SECONDS = 5.0
+_MAX_SAID = 4096
+
+
+class Forward(NamedTuple):
+    """What comes to `port` of the host goes to `guest_port` of the guest. `address` "": every address."""
+
+    protocol: str
+    address: str
+    port: int
+    guest_port: int
+
+
+class UserPort(StreamPort):
+    """The network `process` is. Made by `start_user`."""
+
+    kind = "user"
+
+    def __init__(
+        self, io: Loop, process: subprocess.Popen[bytes], sock: socket.socket, mtu: int, observer: Observer
+    ) -> None:
+        # passt looks at no checksum, and makes a stream's bytes of a TCP packet of whatever length.
+        super().__init__(io, mtu, offloads=ALL_OFFLOADS, header=VALID, observer=observer)
+        self.process = process
+        self._said = b""
+        self._listening: Any = None
+        self.lost = self._ended
+        self.on_close(self._end_process)
+        assert process.stderr is not None
+        os.set_blocking(process.stderr.fileno(), False)
+        sock.setblocking(False)
+        io.call_soon(self._watch_words)
+        io.call_soon(self.connected, sock)
+
+    def _details(self) -> Mapping[str, object]:
+        return {"passt": self.process.pid, "guest": f"{GUEST}/{PREFIX}", "gateway": GATEWAY}
+
+    def _watch_words(self) -> None:
+        if self.process.stderr is not None and not self.process.stderr.closed:
+            self._listening = self.io.add_reader(self.process.stderr.fileno(), self._hear)
+
+    def _hear(self) -> None:
+        assert self.process.stderr is not None
+        with suppress(BlockingIOError):
+            said = os.read(self.process.stderr.fileno(), _MAX_SAID)
+            self._said = (self._said + said)[-_MAX_SAID:]
+            if not said:
+                self._listen_no_more()
+
+    def _listen_no_more(self) -> None:
+        listening, self._listening = self._listening, None
+        if listening is not None:
+            listening.remove()
+
+    def _ended(self, reason: str) -> None:
+        words = reason_in(self._said)
+        self._fail(f"passt has ended: {words or reason}")
+
+    def _end_process(self) -> None:
+        """passt ends by itself, its socket being closed; one that does not is killed."""
+        self._listen_no_more()
+        if self.process.stderr is not None:
+            self.process.stderr.close()
+        with suppress(OSError):
+            self.process.send_signal(signal.SIGKILL)
+        # A killed process is gone soon, but not at once, and the loop waits for nothing.
+        threading.Thread(target=self.process.wait, name="passt-end", daemon=True).start()
+
+
+def start_user(
+    io: Loop,
+    *,
+    mtu: int = DEFAULT_MTU,
+    forwards: tuple[Forward, ...] = (),
+    program: str = PROGRAM,
+    observer: Observer = NULL_OBSERVER,
+) -> UserPort:
+    """Start passt; returns when it works. ConfigError with what it says against it."""
+    try:
+        known = subprocess.run([program, "--help"], capture_output=True, timeout=READY_SECONDS, check=False)
+    except FileNotFoundError:
+        raise ConfigError("--net user: needs passt; install it by: apt-get install passt") from None
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise ConfigError(f"--net user: {program}: {error}; reinstall passt") from None
+    known_options = (known.stdout + known.stderr).decode(errors="replace")
+    if "--fd" not in known_options:
+        raise ConfigError("--net user: this passt is older than 2023 and knows no --fd; install a newer one")
+    ours, theirs = socket.socketpair()
+    try:
+        process = subprocess.Popen(
+            [program, *_arguments(theirs.fileno(), mtu, forwards, known_options)],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.PIPE,
+            pass_fds=[theirs.fileno()],
+            cwd="/",
+            start_new_session=True,  # Ctrl-C is for us
+        )
+    except OSError as error:
+        ours.close()
+        raise ConfigError(f"--net user: {program}: {error.strerror}; reinstall passt") from None
+    finally:
+        theirs.close()
+    try:
+        if not _answers(ours):
+            _out, said = process.communicate(timeout=END_SECONDS)
+            raise ConfigError(f"--net user: passt: {reason_in(said) or 'ended at once'}; {_remedy(said)}")
+        return UserPort(io, process, ours, mtu, observer)
+    except BaseException:
+        ours.close()
+        process.kill()
+        process.wait()
+        raise
+
+
+def _arguments(fd: int, mtu: int, forwards: tuple[Forward, ...], known: str) -> list[str]:
+    made = ["--foreground", "--quiet", "--fd", str(fd), "--mtu", str(mtu)]
+    # Without it an older one tells syslog alone; a newer one has no such option, and needs none.
+    made += ["--stderr"] if "--stderr" in known else []
+    made += ["-a", GUEST, "-n", str(PREFIX), "-g", GATEWAY, "-a", GUEST6, "-g", GATEWAY6, "-M", GATEWAY_MAC]
+    made += [] if _has_default_route() else ["-i", "lo"]
+    for protocol, flag in (("tcp", "-t"), ("udp", "-u")):
+        for each in forwards:
+            if each.protocol == protocol:
+                address = f"{each.address}/" if each.address else ""
+                made += [flag, f"{address}{each.port}:{each.guest_port}"]
+    return made
+
+
+def _has_default_route() -> bool:
+    """Whether passt finds an interface by itself. Without one, guest and host still reach one another."""
+    try:
+        with open("/proc/net/route") as table:
+            if any(line.split()[1:2] == ["00000000"] for line in table):
+                return True
+        with open("/proc/net/ipv6_route") as table:
+            return any(line.startswith("0" * 32 + " 00 ") and line.split()[-1] != "lo" for line in table)
+    except OSError:
+        return True
+
+
+def _answers(sock: socket.socket) -> bool:
+    """Whether passt works: False once it has ended. It is asked for its gateway's MAC as by a guest."""
+    mac = bytes.fromhex("525500000015")
+    question = b"\xff" * 6 + mac + bytes.fromhex("08060001080006040001")
+    question += mac + bytes(4) + bytes(6) + socket.inet_aton(GATEWAY)
+    sock.settimeout(READY_SECONDS)
+    try:
+        sock.sendall(len(question).to_bytes(LENGTH_BYTES, "big") + question)
+        length = sock.recv(LENGTH_BYTES, socket.MSG_WAITALL)
+        return bool(length) and bool(sock.recv(int.from_bytes(length, "big"), socket.MSG_WAITALL))
+    except TimeoutError:
+        return True
+    except OSError:
+        return False
+
+
+def reason_in(said: bytes) -> str:
+    """The last line of what passt said that means something."""
+    lines = [line.strip() for line in said.decode(errors="replace").splitlines()]
+    lines = [line for line in lines if line and "to syslog" not in line and "Don't run as root" not in line]
+    return "".join(c for c in lines[-1] if c.isprintable()) if lines else ""
+
+
+def _remedy(said: bytes) -> str:
+    if b"bind" in said.lower():
+        return "another program has a port that forward= names, or it is below 1024: name another"
+    return "try passt --foreground by hand"
