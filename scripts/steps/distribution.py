@@ -180,6 +180,11 @@ class Archive:
         depends = tuple(re.split(r"[ (:|]", item.strip())[0] for item in fields.get("Depends", "").split(","))
         return Package(fields["Package"], fields["Version"], depends)
 
+    def simulated_install(self, *words: str) -> str:
+        """What `apt-get install` of `words` would do to a machine with no packages, in its own words."""
+        options = ("-o", "Dir::State::status=/dev/null", "-o", "APT::Install-Recommends=false")
+        return self._apt("apt-get", *options, "--simulate", "install", *words)
+
     def unpacked(self, package: Package, parts: Sequence[Package] = ()) -> Path:
         """The folder of the unpacked package and its `parts`, fetched first where the cache lacks it."""
         target = tree_of(package.name, package.version)
