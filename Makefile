@@ -17,11 +17,12 @@ test: setup ## all three tiers of tests (ARGS: pytest's)
 	@scripts/test $(ARGS)
 
 check: setup ## style, types, import directions, the ABI table
-	.venv/bin/ruff check $(SOURCES) scripts/lab scripts/artifacts scripts/bench
-	.venv/bin/ruff format --check $(SOURCES) scripts/lab scripts/artifacts scripts/bench
+	.venv/bin/ruff check $(SOURCES) scripts/lab scripts/artifacts scripts/root-disk scripts/bench
+	.venv/bin/ruff format --check $(SOURCES) scripts/lab scripts/artifacts scripts/root-disk scripts/bench
 	.venv/bin/mypy --strict
 	MYPYPATH=scripts .venv/bin/mypy --strict scripts/lab
 	MYPYPATH=scripts .venv/bin/mypy --strict scripts/artifacts
+	MYPYPATH=scripts .venv/bin/mypy --strict scripts/root-disk
 	MYPYPATH=scripts .venv/bin/mypy --strict scripts/steps/suite.py scripts/steps/suite_plugin.py
 	.venv/bin/lint-imports
 	$(PYTHON) kvm_headers/probe.py --check

@@ -28,7 +28,7 @@ SETTINGS = Path(__file__).with_name("root_disk_settings.sh")
 
 _SYSTEM = (
     "systemd-sysv udev dbus libpam-systemd login passwd linux-image-cloud-amd64 initramfs-tools kmod"
-    " hyperv-daemons openssh-server e2fsprogs iproute2 iputils-ping procps less"
+    " hyperv-daemons openssh-server e2fsprogs logsave iproute2 iputils-ping procps less"
 )
 _FOR_TESTS = "xfsprogs btrfs-progs fio sg3-utils sdparm ethtool"
 """What tests of disks and networks use in the guest; it makes the disk a tenth larger."""
@@ -40,7 +40,10 @@ _LEFT_OUT = (
     "/usr/share/initramfs-tools/hooks/btrfs",
     "/usr/share/initramfs-tools/scripts/local-premount/btrfs",
 )
-_FSTAB = "LABEL=hvkvm-root / ext4 errors=remount-ro 0 1"
+_EARLY = """mkdir -p "$1/etc/initramfs-tools/conf.d"
+echo FSTYPE=ext4 >"$1/etc/initramfs-tools/conf.d/fsck-for-root"
+"""
+"""Read when the packages make the initramfs: it holds fsck for these file systems."""
 _RECIPE = 1
 """Counted up when this file makes another disk of the same packages."""
 _SPACE = 1 << 30
@@ -90,7 +93,7 @@ def root_disk(suite: str | None = None, *, update: bool = False, offline: bool =
 
 def _recipe() -> str:
     """What beside the packages decides about the disk, as one word."""
-    parts = (str(_RECIPE), " ".join(PACKAGES), " ".join(_LEFT_OUT), _FSTAB, _FILL, SETTINGS.read_text())
+    parts = (str(_RECIPE), " ".join(PACKAGES), " ".join(_LEFT_OUT), _EARLY, _FILL, SETTINGS.read_text())
     return hashlib.sha256("\0".join(parts).encode()).hexdigest()[:32]
 
 
@@ -151,8 +154,7 @@ def _install(archive: Archive, tarball: Path) -> None:
         *("--skip=output/dev", "--skip=check/empty", f"--include={','.join(PACKAGES)}"),
         *("--aptopt=Acquire::Languages none", "--aptopt=APT::Install-Recommends false"),
         *(f"--dpkgopt=path-exclude={pattern}" for pattern in _LEFT_OUT),
-        # The initramfs holds fsck for the file systems that fstab names when it is made.
-        f'--essential-hook=echo "{_FSTAB}" >"$1/etc/fstab"',
+        f"--essential-hook={_EARLY}",
         f"--customize-hook={SETTINGS.read_text()}",
         *(archive.suite, "-", str(archive.state / "sources/archive.sources")),
     ]

@@ -3,6 +3,7 @@ set -eu
 cd "$1"
 echo hvkvm >etc/hostname
 printf '127.0.0.1 localhost\n127.0.1.1 hvkvm\n::1 localhost\n' >etc/hosts
+echo 'LABEL=hvkvm-root / ext4 errors=remount-ro 0 1' >etc/fstab
 # root logs in on the console without a password; sshd lets nobody in without one.
 sed -i 's/^root:[^:]*:/root::/' etc/shadow
 printf '[Match]\nType=ether\n\n[Network]\nDHCP=yes\n' >etc/systemd/network/80-dhcp.network
