@@ -126,6 +126,9 @@ class Unit:
         """`done()` once nothing is in flight."""
         done()
 
+    def release(self) -> None:
+        """Answer what is held back on purpose: the guest's driver goes, or the machine comes to rest."""
+
     def check_ready(self) -> None:
         """Rejected if commands on the medium cannot be done now."""
 

@@ -158,6 +158,7 @@ class Storvsp:
 
     def closed(self, channel: StorvspChannel) -> None:
         """Without its primary channel, all begins anew; a sub-channel that goes is forgotten."""
+        self._release()
         if channel is self._primary:
             self.phase, self.version = Phase.NEW, 0
         elif self._channels.get(channel.index) is channel:
@@ -166,6 +167,10 @@ class Storvsp:
     def _forget(self, channel: StorvspChannel) -> None:
         if self._channels.get(channel.index) is channel and not channel.is_open:
             del self._channels[channel.index]
+
+    def _release(self) -> None:
+        for _target, _lun, unit in self._bus:
+            unit.release()
 
     def _reset(self, units: list[Unit], reply: Answer) -> None:
         """Answer when all that was in flight is, and the units are as after power-on."""
@@ -248,6 +253,7 @@ class Storvsp:
 
     def rest(self, done: Done) -> None:
         """See `vmbus.device.BusyDevice`."""
+        self._release()
         pending = Pending()
         for channel in list(self._channels.values()):
             channel.in_flight.when_none(pending.begin(lambda: None))
