@@ -24,6 +24,7 @@ from hvkvm.vmbus.open_channel import OPEN_FAILURES, OpenedChannel, SynicUser
 from hvkvm.vmbus.pages import Ram
 from hvkvm.vmbus.pending import Pending
 from hvkvm.vmbus.server import Server
+from hvkvm.vmbus.tap import Tap
 
 TURN_CLOSES = 4
 """Channels closed a turn when a connection ends with many: KVM may take milliseconds to let go of each."""
@@ -53,6 +54,8 @@ class ChannelDevices:
         self._leaving: deque[Channel] = deque()
         self._pending = Pending()
         self._closed: dict[Channel, list[Callable[[], object]]] = {}
+        self.tap: Tap | None = None
+        """Who listens to channels that open from now on."""
         self.ended: dict[str, str] = {}
         """Devices that ended by their own fault, by name: why."""
 
@@ -98,6 +101,7 @@ class ChannelDevices:
             opened = self.make(request)
         except OPEN_FAILURES as error:
             self._server.reports.add("OPENCHANNEL failed", f"{channel}: {error}")
+            self._note(channel, "failed")
             self._server.opened(channel, vmbus.STATUS_INSUFFICIENT_RESOURCES)
             return
         self._server.opened(channel)
@@ -121,9 +125,15 @@ class ChannelDevices:
             broken,
             self._soon,
             partial(self.fail, channel),
+            self.tap,
         )
         self._open[channel] = opened
+        self._note(channel, "opened")
         return opened
+
+    def _note(self, channel: Channel, what: str) -> None:
+        if self.tap is not None:
+            self.tap.channel(channel, what)
 
     def start_soon(self, channel: Channel, opened: OpenedChannel) -> None:
         """Tell the device that its channel is open."""
@@ -162,6 +172,7 @@ class ChannelDevices:
             opened.close(self._pending.begin(partial(self._has_closed, channel)))
 
     def _has_closed(self, channel: Channel) -> None:
+        self._note(channel, "closed")
         if channel.withdrawn and not channel.broken:
             self._devices.pop(channel, None)
         self._server.closed(channel)

@@ -38,6 +38,7 @@ from hvkvm.vmbus.outbox import CallLater, Outbox
 from hvkvm.vmbus.pages import Ram
 from hvkvm.vmbus.saved_host import HostState, load_host, save_host
 from hvkvm.vmbus.server import BusState, Server
+from hvkvm.vmbus.tap import Tap
 
 TURN_MESSAGES = 4
 """Messages of the guest taken a turn of the I/O loop: the last of a GPADL takes a millisecond or two."""
@@ -102,7 +103,19 @@ class VmbusHost:
 
     def post(self, message: hv_post_message_input) -> int:
         """The guest's HvPostMessage: see `Inbox.post`. A vCPU's thread."""
-        return self.inbox.post(message)
+        status = self.inbox.post(message)
+        if status and self.tap is not None:
+            self.tap.refused(message.connection_id, bytes(message.payload)[: message.payload_size], status)
+        return status
+
+    @property
+    def tap(self) -> Tap | None:
+        """Who listens to the bus; set before the guest runs."""
+        return self.devices.tap
+
+    @tap.setter
+    def tap(self, tap: Tap | None) -> None:
+        self.devices.tap = tap
 
     # Devices.
 
@@ -167,6 +180,8 @@ class VmbusHost:
             message = self.inbox.take(crowded=self.outbox.full, held=self._resting)
             if message is None:
                 return
+            if self.tap is not None:
+                self.tap.received(message.payload)
             self.server.receive(message)
             self._perform()
             if message.kind.type in COSTLY_MESSAGES:
@@ -189,6 +204,8 @@ class VmbusHost:
     def _do(self, action: Action) -> None:
         match action:
             case SendMessage():
+                if self.tap is not None:
+                    self.tap.sent(*action)
                 self.outbox.append(action)
             case DropMessages():
                 self.outbox.clear()

@@ -5,7 +5,7 @@ Owner: `host.VmbusHost`, on the I/O loop.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, Protocol
 
@@ -17,6 +17,7 @@ from hvkvm.vmbus.device import Device, Done, StreamDevice
 from hvkvm.vmbus.pages import Ram
 from hvkvm.vmbus.ring_reader import RingReader
 from hvkvm.vmbus.ring_writer import RingWriter
+from hvkvm.vmbus.tap import TO_GUEST, TO_HOST, Tap, TappedReader, TappedWriter
 
 
 class Route(Protocol):
@@ -68,7 +69,10 @@ class OpenedChannel:
         on_broken: Callable[[str], object],
         call_soon: Callable[..., object],
         on_fault: Callable[[Exception], object],
+        tap: Tap | None = None,
     ) -> None:
+        self._channel = request.channel
+        self._tap = tap if tap is not None and tap.wants_rings else None
         self._synic = synic
         self._sint = sint
         self._device = device
@@ -82,21 +86,28 @@ class OpenedChannel:
         self._closed = False
         self._asked = False  # a turn is pending: one a channel, whoever asks how often
         split = request.split
-        self.io = ChannelIo(
-            RingReader(memory, request.pages[:split]),
-            RingWriter(memory, request.pages[split:]),
-            self._interrupt,
-            on_broken,
-            self._again,
-        )
+        reader, writer = self._rings(memory, request.pages[:split], request.pages[split:])
+        self.io = ChannelIo(reader, writer, self._interrupt, on_broken, self._again)
         self.retarget(request.target_vp)
         try:
-            status = synic.connections.add_event(self._connection_id, self._doorbell)
+            rung = self._doorbell if self._tap is None else self._tapped_doorbell
+            status = synic.connections.add_event(self._connection_id, rung)
             if status:
                 raise OSError(-status, f"doorbell {self._connection_id:#x}")
         except BaseException:
             self._drop_route()
             raise
+
+    def _rings(
+        self, memory: Ram, from_guest: Sequence[int], to_guest: Sequence[int]
+    ) -> tuple[RingReader, RingWriter]:
+        tap = self._tap
+        if tap is None:
+            return RingReader(memory, from_guest), RingWriter(memory, to_guest)
+        return (
+            TappedReader(memory, from_guest, partial(tap.ring, self._channel, TO_HOST)),
+            TappedWriter(memory, to_guest, partial(tap.ring, self._channel, TO_GUEST)),
+        )
 
     def start(self) -> None:
         """Let the device begin, and look into the ring: what rang before was not heeded."""
@@ -141,6 +152,8 @@ class OpenedChannel:
             route.close()
 
     def _interrupt(self) -> None:
+        if self._tap is not None:
+            self._tap.signal(self._channel, TO_GUEST)
         if self._route is not None:
             # A guest that switched its event page off hears nothing: its own choice.
             self._route.set_event_flag(self._flag)
@@ -152,6 +165,11 @@ class OpenedChannel:
 
     def _go_on(self) -> None:
         self._asked = False
+        self._doorbell()
+
+    def _tapped_doorbell(self) -> None:
+        if self._tap is not None:
+            self._tap.signal(self._channel, TO_HOST)
         self._doorbell()
 
     def _doorbell(self) -> None:
