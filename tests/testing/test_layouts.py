@@ -1,0 +1,73 @@
+"""The table of layouts agrees with the structs that the devices use, and takes any bytes."""
+
+from __future__ import annotations
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from hvkvm.abi import device_layouts, hvsock, ic, keyboard, vmbus, vss
+from hvkvm.abi.layout import Layout, decode, every
+from hvkvm.record import words
+
+EVERY = [
+    row
+    for protocol in (*device_layouts.PROTOCOLS.values(), device_layouts.HVSOCK)
+    if protocol.payload is not None
+    for row in every(protocol.payload)
+]
+SIZES = {
+    "icmsg_hdr": ic.ICMSG_HDR,
+    "heartbeat_msg_data": ic.heartbeat_msg_data.size,
+    "shutdown_msg_data": ic.shutdown_msg_data.size,
+    "ictimesync_data": ic.ictimesync_data.size,
+    "ictimesync_ref_data": ic.ictimesync_ref_data.size,
+    "hv_vss_msg": vss.hv_vss_msg.size,
+    "synth_kbd_keystroke": keyboard.event.size - 4,
+    "vmpipe_proto_header": hvsock.pipe_header.size,
+    "vmscsi_request": 52,
+}
+
+
+def rows(name: str) -> list[Layout]:
+    return [row for row in EVERY if row.name == name]
+
+
+def test_sizes_are_those_of_the_devices_structs() -> None:
+    for name, size in SIZES.items():
+        found = rows(name)
+        assert found, name
+        assert {row.size for row in found} == {size}, name
+
+
+def test_a_built_request_is_read_back_field_by_field() -> None:
+    body = ic.heartbeat_msg_data.pack(77)
+    payload = ic.build(ic.ICMSGTYPE_HEARTBEAT, body, frame=(3, 0), message=(3, 0), transaction=9)
+    decoded = decode(payload, device_layouts.PROTOCOLS[vmbus.HV_HEART_BEAT_GUID].payload)
+    found = {value.field.name: value.value for value in decoded.values}
+    assert found["icmsgtype"] == ic.ICMSGTYPE_HEARTBEAT
+    assert (found["icverframe_major"], found["icvermsg_major"]) == (3, 3)
+    assert (found["seq_num"], found["ictransaction_id"]) == (77, 9)
+    assert (decoded.rest, decoded.short) == (len(payload), "")
+
+
+def test_versions_repeat_to_the_end() -> None:
+    body = ic.negotiate_body(((1, 0), (3, 0)), ((3, 0), (1, 0)))
+    decoded = decode(ic.build(0, body), device_layouts.PROTOCOLS[vmbus.HV_HEART_BEAT_GUID].payload)
+    majors = [value.value for value in decoded.values if value.field.name == "major"]
+    assert majors == [1, 3, 3, 1]
+
+
+def test_time_is_read_by_the_version_that_was_agreed() -> None:
+    layout = device_layouts.PROTOCOLS[vmbus.HV_TS_GUID].payload
+    old = ic.build(4, ic.ictimesync_data.pack(5, 6, 7, 1), message=(3, 0))
+    new = ic.build(4, ic.ictimesync_ref_data.pack(5, 6, 1, 0, 2), message=(4, 0))
+    assert {value.field.name for value in decode(old, layout).values} >= {"childtime", "roundtriptime"}
+    assert {value.field.name for value in decode(new, layout).values} >= {"vmreferencetime", "stratum"}
+
+
+@given(st.binary(max_size=300), st.sampled_from([*device_layouts.PROTOCOLS, bytes(16)]), st.booleans())
+def test_any_bytes_have_words(data: bytes, interface: bytes, whole: bool) -> None:
+    lines = [*words.ring(interface, data, whole=whole), words.message(data)]
+    assert all(len(line) < 4000 and line.isprintable() for line in lines)
+    decoded = decode(data, device_layouts.protocol_of(interface).payload)
+    assert decoded.rest <= len(data)
