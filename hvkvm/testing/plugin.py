@@ -9,45 +9,46 @@ in which a required tier ran no test at all.
 
 from __future__ import annotations
 
-import functools
-import os
 from collections import Counter
 from collections.abc import Generator, Iterator
 from typing import TYPE_CHECKING
 
 import pytest
 
+from hvkvm.testing.fixtures import (
+    hvkvm_cpus,
+    hvkvm_guests,
+    hvkvm_kernel,
+    hvkvm_synic,
+    linux_guest,
+    micro_guest,
+    pytest_addoption,
+    pytest_generate_tests,
+    pytest_runtest_makereport,
+    vmbus_device,
+)
+from hvkvm.testing.fixtures import pytest_configure as configure_fixtures
+from hvkvm.testing.tiers import TIERS, missing, need, required_tiers
+
 if TYPE_CHECKING:
     from hvkvm.kvm.system import Kvm
 
-TIERS = ("kvm", "hyperv")
-
-
-@functools.cache
-def missing(tier: str) -> str | None:
-    """Say why `tier` ("kvm" or "hyperv") cannot run here, or None when it can."""
-    from hvkvm.abi.kvm import KVM_CAP_HYPERV_SYNIC2
-    from hvkvm.errors import HvkvmError
-    from hvkvm.kvm.system import Kvm
-
-    try:
-        with Kvm() as kvm:
-            if tier == "hyperv" and not kvm.check_extension(KVM_CAP_HYPERV_SYNIC2):
-                return "this kernel's KVM has no in-kernel Hyper-V (KVM_CAP_HYPERV_SYNIC2 is 0)"
-    except HvkvmError as error:
-        return str(error)
-    return None
-
-
-def required_tiers() -> frozenset[str]:
-    """The tiers named in HVKVM_REQUIRE; pytest.UsageError for an unknown name."""
-    names = frozenset(filter(None, os.environ.get("HVKVM_REQUIRE", "").replace(" ", "").split(",")))
-    unknown = names - set(TIERS)
-    if unknown:
-        raise pytest.UsageError(
-            f"HVKVM_REQUIRE names {', '.join(sorted(unknown))}: only {', '.join(TIERS)} can be required"
-        )
-    return names
+__all__ = [
+    "TIERS",
+    "hvkvm_cpus",
+    "hvkvm_guests",
+    "hvkvm_kernel",
+    "hvkvm_synic",
+    "linux_guest",
+    "micro_guest",
+    "missing",
+    "need",
+    "pytest_addoption",
+    "pytest_generate_tests",
+    "pytest_runtest_makereport",
+    "required_tiers",
+    "vmbus_device",
+]
 
 
 def tier_of(item: pytest.Item) -> str:
@@ -72,14 +73,8 @@ class TierReport:
     @pytest.hookimpl(tryfirst=True)
     def pytest_runtest_setup(self, item: pytest.Item) -> None:
         tier = tier_of(item)
-        if tier == "anywhere":
-            return
-        reason = missing(tier)
-        if reason is None:
-            return
-        if tier in self.required:
-            pytest.fail(f"HVKVM_REQUIRE={tier}, but {reason}", pytrace=False)
-        pytest.skip(f"needs {tier}: {reason}")
+        if tier != "anywhere":
+            need(tier)
 
     @pytest.hookimpl(wrapper=True)
     def pytest_runtest_makereport(
@@ -124,6 +119,8 @@ class TierReport:
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    """Register markers, tiers and what `fixtures` has."""
+    configure_fixtures(config)
     config.addinivalue_line("markers", "kvm: needs a usable /dev/kvm")
     config.addinivalue_line("markers", "hyperv: needs a KVM with in-kernel Hyper-V (KVM_CAP_HYPERV_SYNIC2)")
     config.pluginmanager.register(TierReport(required_tiers()), "hvkvm-tiers")
@@ -134,8 +131,6 @@ def kvm() -> Iterator[Kvm]:
     """An open /dev/kvm; skips where there is none."""
     from hvkvm.kvm.system import Kvm
 
-    reason = missing("kvm")
-    if reason is not None:
-        pytest.skip(f"needs kvm: {reason}")
+    need("kvm")
     with Kvm() as handle:
         yield handle

@@ -16,7 +16,7 @@ import errno
 from collections import deque
 from collections.abc import Callable, Sequence
 from random import Random
-from typing import Any
+from typing import Any, TypeVar
 
 from hvkvm.abi.hv_synic import HVMSG_VMBUS, hv_post_message_input
 from hvkvm.abi.tlfs import HvStatus
@@ -27,6 +27,9 @@ from hvkvm.testing.vmbus_client import GuestChannel, VmbusClient
 from hvkvm.vmbus.host import VmbusHost
 
 MIB = 1 << 20
+LOOPBACK_STEP = 0.05
+"""Seconds that pass at a time while something is waited for."""
+T = TypeVar("T")
 
 
 class NoSlots:
@@ -275,6 +278,25 @@ class Loopback:
             if not self.step():
                 return
         raise AssertionError("host and guest never come to rest")
+
+    # As a stage of `device.ScriptedDevice`.
+
+    def call(self, fn: Callable[..., T], *args: Any) -> T:
+        """What is done on a machine's I/O loop: at once, there is one thread."""
+        return fn(*args)
+
+    later = call_later
+
+    def wait_until(self, happened: Callable[[], T | None], what: str, seconds: float | None = None) -> T:
+        """What `happened()` returned once that was true: everything happens, then time passes."""
+        self.run()
+        for _ in range(int((1.0 if seconds is None else seconds) / LOOPBACK_STEP) + 1):
+            found = happened()
+            if found:
+                return found
+            self.advance(LOOPBACK_STEP)
+            self.run()
+        raise AssertionError(f"no {what}")
 
     # Short ways for tests.
 

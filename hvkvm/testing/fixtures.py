@@ -1,0 +1,294 @@
+"""The plugin's fixtures, options and marker: guests for tests, and what their failures show.
+
+`@pytest.mark.hvkvm(synic=[...], cpus=[...], kernels="all", seconds=...)` has a test
+run once for each of the values, and bounds its waits. See docs/testing.md.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import pytest
+
+from hvkvm.errors import ConfigError
+
+if TYPE_CHECKING:
+    from hvkvm.testing.device import ScriptedDevice
+    from hvkvm.testing.guest import Guest
+    from hvkvm.testing.kernels import GuestKernel
+    from hvkvm.testing.linux import LinuxGuest
+    from hvkvm.testing.micro import MicroGuest
+
+MARKER = "hvkvm"
+_KNOWN = {"synic", "cpus", "kernels", "seconds"}
+_GUESTS = pytest.StashKey[list["Guest"]]()
+G = TypeVar("G", bound="Guest")
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """The options of guests in tests."""
+    group = parser.getgroup("hvkvm", "guests on KVM")
+    group.addoption(
+        "--hvkvm-kernels",
+        metavar="FILE,...",
+        default="",
+        help="the Linux kernels of linux_guest: files, or folders with one; a test marked"
+        " hvkvm(kernels='all') runs on each, the others on the first",
+    )
+    group.addoption(
+        "--hvkvm-synic",
+        choices=("auto", "kernel", "user"),
+        default=os.environ.get("HVKVM_SYNIC", "auto"),
+        help="who emulates Hyper-V for guests of tests that do not say (auto)",
+    )
+    group.addoption(
+        "--hvkvm-seconds",
+        type=float,
+        metavar="SECONDS",
+        default=None,
+        help="how long a test waits for its guest, where it does not say; for slow hosts",
+    )
+    group.addoption(
+        "--hvkvm-keep",
+        action="store_true",
+        help="leave the guest of a failed test running, for `hvkvm ctl`, until it is ended",
+    )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Describe the marker, and refuse what cannot be."""
+    config.addinivalue_line(
+        "markers",
+        "hvkvm(synic=, cpus=, kernels=, seconds=): once for each SynIC ('kernel', 'user') and number of vCPUs"
+        " that is listed, on all of --hvkvm-kernels with kernels='all'; seconds bounds waits for guests",
+    )
+    workers = getattr(config.option, "numprocesses", None)
+    _named_kernels(config)
+    if config.getoption("--hvkvm-keep") and (workers or hasattr(config, "workerinput")):
+        raise pytest.UsageError("--hvkvm-keep: one failed test holds the session up; leave -n out")
+
+
+def _marked(node: pytest.Item) -> dict[str, Any]:
+    """The keywords of the test's markers; those that are nearest to it win."""
+    found: dict[str, Any] = {}
+    for mark in node.iter_markers(MARKER):
+        if mark.args or set(mark.kwargs) - _KNOWN:
+            raise pytest.Collector.CollectError(
+                f"{node.nodeid}: mark.hvkvm takes {', '.join(sorted(_KNOWN))} only"
+            )
+        found = {**mark.kwargs, **found}
+    return found
+
+
+def _listed(value: Any) -> list[Any]:
+    return list(value) if isinstance(value, list | tuple) else [value]
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    """A test for each value that its marker lists."""
+    marked = _marked(metafunc.definition)
+    for key, fixture in (("synic", "hvkvm_synic"), ("cpus", "hvkvm_cpus")):
+        if key in marked and fixture in metafunc.fixturenames:
+            values = _listed(marked[key])
+            metafunc.parametrize(fixture, values, indirect=True, ids=[f"{key}={value}" for value in values])
+    if marked.get("kernels") == "all" and "hvkvm_kernel" in metafunc.fixturenames:
+        try:
+            kernels = _kernels(metafunc.config)
+        except ConfigError:
+            kernels = []  # the fixture says why, of this test alone
+        if kernels:
+            metafunc.parametrize(
+                "hvkvm_kernel", kernels, indirect=True, ids=[kernel.name for kernel in kernels]
+            )
+
+
+def _named_kernels(config: pytest.Config) -> list[GuestKernel]:
+    """What --hvkvm-kernels names. pytest.UsageError."""
+    from hvkvm.testing import kernels
+
+    try:
+        return kernels.from_option(config.getoption("--hvkvm-kernels"))
+    except ConfigError as error:
+        raise pytest.UsageError(str(error)) from None
+
+
+def _kernels(config: pytest.Config) -> list[GuestKernel]:
+    """Those that are named, or the one that is found. ConfigError."""
+    from hvkvm.testing import kernels
+
+    named = _named_kernels(config)
+    if named:
+        return named
+    found = kernels.find()
+    return [] if found is None else [found]
+
+
+@pytest.fixture
+def hvkvm_synic(request: pytest.FixtureRequest) -> str:
+    """Who emulates Hyper-V for the test's guests: "auto", "kernel" or "user"."""
+    from hvkvm.testing.tiers import need
+
+    synic = str(getattr(request, "param", None) or request.config.getoption("--hvkvm-synic"))
+    need("hyperv" if synic == "kernel" else "kvm")
+    return synic
+
+
+@pytest.fixture
+def hvkvm_cpus(request: pytest.FixtureRequest) -> int:
+    """How many vCPUs the test's guests have."""
+    return int(getattr(request, "param", 1))
+
+
+@pytest.fixture
+def hvkvm_kernel(request: pytest.FixtureRequest) -> GuestKernel:
+    """The Linux kernel that the test's guests boot; skips where none is found."""
+    from hvkvm.testing.kernels import REMEDY
+
+    try:
+        found = [request.param] if hasattr(request, "param") else _kernels(request.config)
+    except ConfigError as error:
+        pytest.fail(str(error), pytrace=False)
+    if not found:
+        pytest.skip(f"no guest kernel: {REMEDY}")
+    kernel: GuestKernel = found[0]
+    return kernel
+
+
+class _Maker:
+    """Makes guests for one test, and closes them behind it."""
+
+    def __init__(self, request: pytest.FixtureRequest) -> None:
+        self._request = request
+        self._marked = _marked(request.node)
+        self.guests: list[Guest] = request.node.stash.setdefault(_GUESTS, [])
+
+    def settings(self, given: Mapping[str, Any], seconds: float) -> dict[str, Any]:
+        """What the marker and the options say, where the test itself does not."""
+        config = self._request.config
+        limit = self._marked.get("seconds") or config.getoption("--hvkvm-seconds") or seconds
+        found: dict[str, Any] = {"seconds": float(limit)}
+        if config.getoption("--hvkvm-keep"):
+            found["control"] = "auto"
+            found["name"] = f"test-{os.getpid()}-{len(self.guests)}"
+        return {**found, **given}
+
+    def keep(self, guest: G) -> G:
+        """Have the guest shown if the test fails, and closed."""
+        from hvkvm.testing.report import properties
+
+        self.guests.append(guest)
+        self._request.node.user_properties.extend(
+            entry for entry in properties(guest).items() if entry not in self._request.node.user_properties
+        )
+        return guest
+
+
+@pytest.fixture
+def hvkvm_guests(request: pytest.FixtureRequest) -> Iterator[_Maker]:
+    """For the fixtures that make guests; closes them behind the test."""
+    maker = _Maker(request)
+    yield maker
+    errors = []
+    while maker.guests:
+        try:
+            maker.guests.pop().close()
+        except Exception as error:
+            errors.append(error)
+    if errors:
+        raise errors[0]
+
+
+@pytest.fixture
+def micro_guest(hvkvm_guests: _Maker, hvkvm_synic: str, hvkvm_cpus: int) -> Callable[..., MicroGuest]:
+    """`micro_guest(text, **config)`: a guest of some lines of assembly, on any KVM.
+
+    `config` are MicroGuest's: `seconds`, and fields of MachineConfig such as `hv`.
+    """
+
+    def make(source: str | Path, **config: Any) -> MicroGuest:
+        from hvkvm.testing.micro import MicroGuest
+
+        settings = {"synic": hvkvm_synic, "cpus": hvkvm_cpus, **hvkvm_guests.settings(config, 30.0)}
+        return hvkvm_guests.keep(MicroGuest(source, **settings))
+
+    return make
+
+
+@pytest.fixture
+def linux_guest(
+    hvkvm_guests: _Maker, hvkvm_synic: str, hvkvm_cpus: int, hvkvm_kernel: GuestKernel
+) -> Callable[..., LinuxGuest]:
+    """`linux_guest("uname", "-r", modules=[...], **config)`: a Linux guest that runs one command.
+
+    One word with spaces is a shell's. The keywords are LinuxGuest's.
+    """
+
+    def make(*command: str, modules: Sequence[str] = (), **config: Any) -> LinuxGuest:
+        from hvkvm.testing.linux import LinuxGuest
+
+        words = ("sh", "-c", command[0]) if len(command) == 1 and " " in command[0] else command
+        settings = {
+            "synic": hvkvm_synic,
+            "cpus": hvkvm_cpus,
+            "kernel": hvkvm_kernel,
+            **hvkvm_guests.settings(config, 300.0),
+        }
+        return hvkvm_guests.keep(LinuxGuest(words, modules=modules, **settings))
+
+    return make
+
+
+@pytest.fixture
+def vmbus_device() -> Callable[..., ScriptedDevice]:
+    """`vmbus_device(interface, **options)`: a VMBus device whose host side the test plays itself.
+
+    `interface` is a GUID; the options are ScriptedDevice's. `offer(guest)` shows it to a guest.
+    """
+
+    def make(interface: str | bytes, **options: Any) -> ScriptedDevice:
+        from hvkvm.testing.device import ScriptedDevice
+
+        return ScriptedDevice(interface, **options)
+
+    return make
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(
+    item: pytest.Item, call: pytest.CallInfo[None]
+) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """Attach what one would ask of the guests of a test that failed."""
+    report = yield
+    guests = item.stash.get(_GUESTS, [])
+    if report.failed and call.when in ("setup", "call") and guests:
+        from hvkvm.testing.report import sections
+
+        report.sections.extend(sections(guests))
+        if item.config.getoption("--hvkvm-keep"):
+            _wait_for(item, guests)
+    return report
+
+
+def _wait_for(item: pytest.Item, guests: Sequence[Guest]) -> None:
+    """Leave guests of a failed test as they are until somebody ends them, or presses Ctrl-C."""
+    running = [guest for guest in guests if guest.started and guest.ended is None]
+    if not running:
+        return
+    capture = item.config.pluginmanager.getplugin("capturemanager")
+    if capture is not None:
+        capture.suspend_global_capture(in_=True)
+    try:
+        for guest in running:
+            name = guest.machine.name
+            print(f"\n{item.nodeid} has failed, and its guest runs on: hvkvm ctl --vm {name} inspect")
+            print(f"hvkvm ctl --vm {name} quit, or Ctrl-C here, ends it", flush=True)
+            try:
+                guest.machine.wait()
+            except KeyboardInterrupt:
+                continue
+    finally:
+        if capture is not None:
+            capture.resume_global_capture()

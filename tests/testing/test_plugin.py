@@ -1,0 +1,244 @@
+"""The plugin as its users meet it: their tests in a folder of their own, run by a pytest of its own."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import xml.etree.ElementTree as ET
+from pathlib import Path
+
+import pytest
+
+pytest_plugins = ["pytester"]
+pytestmark = pytest.mark.kvm
+
+
+@pytest.fixture(autouse=True)
+def no_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("HVKVM_REQUIRE", "HVKVM_SYNIC", "PYTEST_ADDOPTS"):
+        monkeypatch.delenv(name, raising=False)
+
+
+def test_micro_guests_pass_fail_and_say_why(pytester: pytest.Pytester) -> None:
+    pytester.makepyfile(
+        """
+        import pytest
+
+        def test_numbers(micro_guest):
+            result = micro_guest('''
+                movabsq $0x123456789abcdef0, %rbx
+                result %rbx
+                result $-1
+                print "hello "
+                print_hex %rbx
+                exit 7
+            ''').run()
+            assert result.results == (0x123456789abcdef0, (1 << 64) - 1)
+            assert (result.status, result.console) == (7, "hello 123456789abcdef0")
+
+        def test_the_end_is_status_0(micro_guest):
+            assert micro_guest("nop").run().status == 0
+
+        def test_a_caught_exception(micro_guest):
+            result = micro_guest('''
+                catch   1f
+                read_msr 0x12345678
+                exit    1
+            1:  result  fault_vector
+            ''').run()
+            assert (result.status, result.results) == (0, (13,))
+
+        def test_an_interrupt(micro_guest):
+            result = micro_guest('''
+                on_interrupt 0x60, handler
+                movl    $0xFEE00300, %eax
+                movl    $0x44060, (%rax)        # to self
+                sti
+            1:  cmpq    $0, taken
+                je      1b
+                result  taken
+                exit    0
+            handler:
+                pushq   %rax
+                incq    taken
+                eoi
+                popq    %rax
+                iretq
+                .data
+            taken: .quad 0
+            ''').run()
+            assert result.results == (1,)
+
+        @pytest.mark.hvkvm(cpus=[1, 3])
+        def test_all_cpus(micro_guest, hvkvm_cpus):
+            guest = micro_guest('''
+            1:  pause
+                jmp     1b
+            ap_main:
+                result  %rdi
+            2:  hlt
+                jmp     2b
+            ''')
+            guest.start()
+            guest.wait_until(lambda: len(guest.results) == hvkvm_cpus - 1 and guest, "every CPU")
+            assert sorted(guest.results) == list(range(1, hvkvm_cpus))
+
+        def test_exception(micro_guest):
+            micro_guest("print \\"before \\"\\n ud2").run()
+
+        @pytest.mark.hvkvm(seconds=0.3)
+        def test_hang(micro_guest):
+            micro_guest("1: jmp 1b").run()
+
+        def test_nonsense(micro_guest):
+            micro_guest('''
+                nop
+                frobnicate %rax
+            ''')
+        """
+    )
+    result = pytester.runpytest_subprocess("--junitxml=report.xml", "-p", "no:randomly")
+    result.assert_outcomes(passed=6, failed=3)
+    result.stdout.fnmatch_lines_random(
+        [
+            "*the micro guest took exception 6, error code 0x0, rip 0x*",
+            "*guest: console*",
+            "before *",
+            "*guest: how it ended*",
+            "triple fault: exception 6*",
+            "*the guest has not ended within 0.3 s",
+            "vcpu0: running guest*",
+            "*micro guest:3: Error: no such instruction: `frobnicate %rax'",
+        ]
+    )
+    cases = {case.get("name"): case for case in ET.parse(pytester.path / "report.xml").iter("testcase")}
+    properties = {p.get("name"): p.get("value") for p in cases["test_all_cpus[cpus=3]"].iter("property")}
+    assert properties["hvkvm.cpus"] == "3"
+    assert properties["hvkvm.synic"] == "none"
+    assert "hvkvm.host" in properties
+
+
+def test_the_host_is_a_test_on_every_synic(pytester: pytest.Pytester) -> None:
+    """On a KVM without Hyper-V of its own one of the two is skipped, with the reason."""
+    pytester.makepyfile(
+        """
+        import pytest
+
+        @pytest.mark.hvkvm(synic=["kernel", "user"])
+        def test_post(micro_guest, hvkvm_synic):
+            guest = micro_guest('''
+                hyperv_on
+                movl    $pages, %eax
+                movl    $7, (%rax)
+                movl    $1, 8(%rax)
+                movl    $4, 12(%rax)
+                movl    $0x11223344, 16(%rax)
+                hypercall $0x5c, $pages
+                result  %rax
+            ''', hv="passthrough")
+            heard = []
+            guest.partition.connections.add_message(7, lambda m: heard.append(bytes(m.payload)[:4]) or 0)
+            assert guest.run().results == (0,)
+            assert heard == [bytes.fromhex("44332211")]
+            assert guest.machine.hyperv.offered.synic == hvkvm_synic
+        """
+    )
+    result = pytester.runpytest_subprocess("-rs", "-v")
+    outcomes = result.parseoutcomes()
+    assert outcomes.get("passed", 0) + outcomes.get("skipped", 0) == 2
+    result.stdout.fnmatch_lines(["*test_post*synic=user* PASSED*"])
+
+
+def test_a_kept_guest_is_named_and_ends_by_ctl(pytester: pytest.Pytester) -> None:
+    pytester.makepyfile(
+        """
+        def test_fails(micro_guest):
+            micro_guest("1: jmp 1b").start()
+            raise AssertionError("on purpose")
+        """
+    )
+    refused = pytester.runpytest_subprocess("--hvkvm-keep", "-n", "2")
+    refused.stderr.fnmatch_lines(["*--hvkvm-keep: one failed test holds the session up; leave -n out*"])
+    command = [sys.executable, "-m", "pytest", "--hvkvm-keep"]
+    with subprocess.Popen(command, cwd=pytester.path, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        kept = next(line for line in process.stdout if "runs on: hvkvm ctl" in line)
+        name = kept.split("--vm ")[1].split()[0]
+        ended = subprocess.run(
+            [sys.executable, "-m", "hvkvm", "ctl", "--vm", name, "quit"], check=False, capture_output=True
+        )
+        rest = process.stdout.read()
+    assert ended.returncode == 0, ended
+    assert "on purpose" in rest
+    assert "1 failed" in rest
+    assert process.returncode == 1
+
+
+def test_side_by_side_and_without_a_kernel(
+    pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Workers of pytest-xdist share nothing but the cache; a kernel that is not there is an error."""
+    monkeypatch.setenv("HVKVM_GUEST_KERNEL", str(pytester.path / "none"))
+    monkeypatch.setenv("HVKVM_CACHE", str(pytester.path / "cache"))
+    pytester.makepyfile(
+        """
+        import pytest
+
+        @pytest.mark.parametrize("number", range(6))
+        def test_many(micro_guest, number):
+            assert micro_guest(f"exit {number % 2}").run().status == number % 2
+
+        @pytest.mark.hvkvm(kernels="all")
+        def test_linux(linux_guest):
+            raise AssertionError("no kernel, and it ran")
+        """
+    )
+    result = pytester.runpytest_subprocess("-k", "many", "-n", "2")
+    result.assert_outcomes(passed=6)
+    refused = pytester.runpytest_subprocess("-k", "linux")
+    assert refused.ret != 0
+    refused.stdout.fnmatch_lines(["*HVKVM_GUEST_KERNEL=*/none: no such file; check the path*"])
+    wrong = pytester.runpytest_subprocess("--hvkvm-kernels", str(pytester.path), "-k", "linux")
+    wrong.stderr.fnmatch_lines(["*--hvkvm-kernels *: no vmlinuz in this folder; name the kernel's file*"])
+
+
+def test_a_marker_with_a_typing_error_is_refused(pytester: pytest.Pytester) -> None:
+    pytester.makepyfile(
+        """
+        import pytest
+
+        @pytest.mark.hvkvm(cpu=2)
+        def test_a(micro_guest): ...
+        """
+    )
+    result = pytester.runpytest_subprocess()
+    assert result.ret != 0
+    result.stdout.fnmatch_lines(["*mark.hvkvm takes cpus, kernels, seconds, synic only*"])
+
+
+def examples(word: str) -> list[str]:
+    """The Python blocks of docs/testing.md that have `word` in them."""
+    page = (Path(__file__).parents[2] / "docs/testing.md").read_text()
+    blocks = [block.partition("```")[0] for block in page.split("```python\n")[1:]]
+    return [block for block in blocks if word in block]
+
+
+def test_the_documented_micro_guests_pass(pytester: pytest.Pytester) -> None:
+    found = examples("micro_guest(")
+    assert len(found) == 2
+    for number, text in enumerate(found):
+        (pytester.path / f"test_{number}.py").write_text(text)
+    result = pytester.runpytest_subprocess()
+    assert result.parseoutcomes().get("failed", 0) == 0
+    assert result.parseoutcomes()["passed"] >= 2
+
+
+@pytest.mark.timeout(900)
+@pytest.mark.hyperv
+def test_the_documented_linux_guests_pass(pytester: pytest.Pytester) -> None:
+    found = examples("linux_guest(")
+    assert len(found) == 2
+    for number, text in enumerate(found):
+        (pytester.path / f"test_{number}.py").write_text(text)
+    result = pytester.runpytest_subprocess("-v")
+    result.assert_outcomes(passed=2)
