@@ -57,10 +57,11 @@ class _Side:
         self.io = io
         self.opens += 1
 
-    def closed(self) -> None:
+    def close(self, done: Callable[[], object]) -> None:
         """See vmbus.device."""
         self.io = None
         self._unsent.clear()
+        done()
 
     def rung(self) -> None:
         """See vmbus.device.StreamDevice: the packets, unless the host is stalled."""

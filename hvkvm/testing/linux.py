@@ -41,9 +41,9 @@ class LinuxResult(NamedTuple):
 class LinuxGuest(Guest):
     """Boots `kernel` and runs `command` in it, not started. ConfigError and its like.
 
-    The command's standard input is empty. `modules` are loaded first; `files` maps guest paths to files of this host, or to
-    their content. `vmbus` offers the VMBus host's devices. `config` are more fields of
-    MachineConfig.
+    The command's standard input is empty. `modules` are loaded first; `files` maps
+    guest paths to files of this host, or to their content. `vmbus` offers the VMBus
+    host's devices. `config` are more fields of MachineConfig.
     """
 
     def __init__(
