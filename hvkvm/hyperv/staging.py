@@ -3,13 +3,15 @@
 A route with a completion callback has one staging area, so it carries one
 message at a time:
 
-    FREE --post--> BUSY --attempt, slot written--> POSTED --callback returned--> FREE
-                   BUSY --attempt, slot taken--> PENDING --guest's EOM--> POSTED
+    FREE --post--> BUSY --attempt, slot written--> POSTED --the loop's turn--> FREE, then the callback
+                   BUSY --attempt, slot taken--> PENDING --guest's EOM--> BUSY, for another attempt
 
 BUSY waits for the VP's own thread, PENDING for the guest, POSTED for the I/O
-loop. Every accepted post gets exactly one callback, on the I/O loop (S23); a
-cancelled one gets -ECANCELED. Posts are numbered, so that work and acks of an
-earlier post find that they are stale (S31).
+loop. A slot that is taken is tried again at each EOM until it is free, so every accepted
+post gets one callback with its final status, on the I/O loop (S23); a
+cancelled one gets -ECANCELED. The area is free before the callback runs, which may post
+the next message (S24). Attempts are numbered, so that work and acks of an
+earlier one find that they are stale (S31).
 
 Any thread may post. `sint_route` alone makes these.
 """
@@ -50,11 +52,10 @@ class Deferrer(Protocol):
 class Staging:
     """The staging area of one completion user.
 
-    `on_complete(status)` gets 0, -EAGAIN (the slot was taken and may be free
-    now: post again, but not from inside the callback, S24), -ENXIO (no message
+    `on_complete(status)` gets 0 (the message is in the slot), -ENXIO (no message
     page), -ECANCELED (reset, closed, vCPU stopped) or the -errno of the
     interrupt. `drop` is called once: when this is closed and nothing is under
-    way, so that the line outlives the message (S19, S22).
+    way, so that the line outlives the message and its callback (S19, S22).
     """
 
     __slots__ = (
@@ -111,18 +112,26 @@ class Staging:
                 return -errno.ENXIO
             if self._state is not _FREE:
                 return -errno.EAGAIN
-            self._state = _BUSY
             self._message = message
-            self._number = number = self._number + 1
+            number = self._next_attempt()
+        self._submit(number)
+        return 0
+
+    def _next_attempt(self) -> int:
+        """The number of the attempt that begins. Lock held."""
+        self._state = _BUSY
+        self._number += 1
+        return self._number
+
+    def _submit(self, number: int) -> None:
         cancel = partial(self._cancel, number)
         try:
             self._vp.submit(partial(self._attempt, number), cancel)
         except Stopped:
             cancel()
-        return 0
 
     def _attempt(self, number: int) -> None:
-        """Try to deliver post `number`. Where the VP's slots may be written (S25)."""
+        """Try to deliver the message. Where the VP's slots may be written (S25)."""
         # Held throughout: an ack that comes during the attempt must find its outcome, or it would be lost.
         with self._lock:
             if self._state is not _BUSY or number != self._number:
@@ -148,37 +157,46 @@ class Staging:
         self._state = _PENDING
         return True
 
+    def _acked(self, number: int) -> None:
+        """The guest may have freed the slot: try again. I/O loop."""
+        with self._lock:
+            if self._state is not _PENDING or number != self._number:
+                return
+            self._waiter = None
+            number = self._next_attempt()
+        self._submit(number)
+
     def _schedule(self, number: int) -> None:
-        """Have the I/O loop complete post `number`, which is POSTED: nobody else moves it on from there.
+        """Have the I/O loop complete the message, which is POSTED: nobody else moves it on from there.
 
         Lock not held: waking the loop lets it run, and it would stop at the lock
         at once. A loop that ends first cannot run the callback, but the route
         must not be held for ever.
         """
         try:
-            self._io.call_soon(self._complete, number, cancelled=self._finish)
+            self._io.call_soon(self._complete, number, cancelled=self._give_up)
         except Stopped:
-            self._finish()
-
-    def _acked(self, number: int) -> None:
-        """The guest may have freed the slot: tell the sender to try again. I/O loop."""
-        with self._lock:
-            if self._state is not _PENDING or number != self._number:
-                return
-            self._state = _POSTED
-            self._status = -errno.EAGAIN
-        self._complete(number)
+            self._give_up()
 
     def _complete(self, number: int) -> None:
-        """The one callback of post `number`; the state stays POSTED meanwhile (S24). I/O loop."""
+        """The one callback of a post, behind which it is forgotten already (S24). I/O loop."""
         if self._state is not _POSTED or number != self._number:
             return
+        status = self._status
+        closed = self._free()
         try:
-            self._on_complete(self._status)
+            self._on_complete(status)
         finally:
-            self._finish()
+            if closed:
+                self._drop()
 
-    def _finish(self) -> None:
+    def _give_up(self) -> None:
+        """There is no loop to call back on."""
+        if self._free():
+            self._drop()
+
+    def _free(self) -> bool:
+        """Take the next message from here on. True when the line is to be dropped, once, by the caller."""
         with self._lock:
             self._state = _FREE
             self._message = b""
@@ -186,11 +204,10 @@ class Staging:
             closed = self._closed
         if waiter is not None:
             self._line.disarm_ack(waiter)
-        if closed:
-            self._drop()  # close() found a message under way, and nothing was accepted since
+        return closed  # close() found a message under way, and nothing was accepted since
 
     def _cancel(self, number: int) -> None:
-        """Post `number` will not be delivered (or not any more): complete it. Any thread."""
+        """The message will not be delivered (or not any more): complete it. Any thread."""
         with self._lock:
             if number != self._number or self._state not in (_BUSY, _PENDING):
                 return
@@ -210,8 +227,11 @@ class Staging:
             self._closed = True
             number = self._number
             idle = self._state is _FREE
-            waits = self._state is _PENDING or (withdraw and self._state is _BUSY)
+            # Here and now: an ack that comes next must not begin another attempt.
+            cancelled = self._state is _PENDING or (withdraw and self._state is _BUSY)
+            if cancelled:
+                self._state, self._status = _POSTED, -errno.ECANCELED
         if idle:
             self._drop()
-        elif waits:
-            self._cancel(number)
+        elif cancelled:
+            self._schedule(number)

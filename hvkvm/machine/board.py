@@ -135,7 +135,7 @@ class Board:
                 from hvkvm.devices.port.hyperv_testdev import HypervTestdev
 
                 partition = hyperv.require_synic(f"--device {name}", "drives")
-                self.testdev = HypervTestdev(partition, self._platform.io, self._platform.observer)
+                self.testdev = HypervTestdev(partition, self._platform.observer)
                 self._stack.callback(self.testdev.close)
                 self.testdev.attach(self.ports)
 

@@ -226,18 +226,17 @@ class Loopback:
 
     def _deliver_message(self) -> None:
         route, payload = self.synic.messages.popleft()
-        status = 0
         if route.closed:
             return  # withdrawn
-        if not self.synic.message_page:
-            status = -errno.ENXIO
-        elif self.random is not None and self.random.random() < 0.3:
-            status = -errno.EAGAIN
-        else:
+        if self.random is not None and self.random.random() < 0.3:
+            self.synic.messages.appendleft((route, payload))  # the slot is taken, until an EOM
+            return
+        status = 0 if self.synic.message_page else -errno.ENXIO
+        if not status:
             self.client.deliver(payload)
+        route.busy = False
         assert route.on_complete is not None
         route.on_complete(status)
-        route.busy = False
 
     def _deliver_doorbell(self) -> None:
         conn_id = self._pick(list(self.synic.doorbells))

@@ -85,7 +85,7 @@ class VmbusHost:
         self._synic = synic
         self._call_soon = call_soon
         self.inbox = Inbox(partial(self._soon, self._receive))
-        self.outbox = Outbox(synic, self._soon, call_later, self.server.reports, self.inbox.resume)
+        self.outbox = Outbox(synic, call_later, self.server.reports, self.inbox.resume)
         self.devices = ChannelDevices(self.server, synic, memory, self._soon, self._perform)
         self._performing = False
         self._resting = False  # on the way to rest, or there: no message of the guest is looked at

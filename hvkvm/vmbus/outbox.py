@@ -41,18 +41,16 @@ CallLater = Callable[..., TimerLike]
 
 
 class Outbox:
-    """`soon(fn, *args)` defers to the I/O loop, if there is one still; `on_room()` hears of room."""
+    """`on_room()` hears of room. Completions come on the I/O loop, never within a call of ours."""
 
     def __init__(
         self,
         synic: SynicUser,
-        soon: Callable[..., object],
         call_later: CallLater,
         reports: Reports,
         on_room: Callable[[], object],
     ) -> None:
         self._synic = synic
-        self._soon = soon
         self._call_later = call_later
         self._reports = reports
         self._on_room = on_room
@@ -108,10 +106,7 @@ class Outbox:
             self._on_room()
 
     def _completed(self, number: int, status: int) -> None:
-        """A message went its way. The staging area is free only behind this call, so we go on later (S24)."""
-        self._soon(self._next, number, status)
-
-    def _next(self, number: int, status: int) -> None:
+        """The guest has the message, or never will."""
         if number != self._route_number:
             return  # of a route that was given up meanwhile
         self._in_flight = False
@@ -119,10 +114,9 @@ class Outbox:
             self._try_again_later("the guest's message page is off")
             return
         self._retry_seconds = RETRY_SECONDS
-        if status != -errno.EAGAIN:  # the slot was taken, and the guest has freed it: once more
-            self._messages.popleft()
-            if status:
-                self._reports.add("message dropped", os.strerror(-status))
+        self._messages.popleft()
+        if status:
+            self._reports.add("message dropped", os.strerror(-status))
         self.pump()
 
     def _try_again_later(self, why: str) -> None:

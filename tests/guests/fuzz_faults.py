@@ -115,7 +115,7 @@ class Faults:
             lambda *a: -self.trip("set_event_flag") or set_event_flag(*a)
         )
         if on_complete is not None:
-            # EAGAIN and ENXIO say that the message is not there: not of one that was delivered.
+            # ENXIO says that the message is not there: not of one that was delivered.
             route.on_complete = lambda status: on_complete(
                 status or (-errno.EIO if self.trip("complete") else 0)
             )

@@ -92,10 +92,11 @@ class FakeThread:
     ) -> None:
         self.queue.append((fn, args))
 
-    def run(self) -> None:
+    def run(self) -> int:
         taken, self.queue = self.queue, []
         for fn, args in taken:
             fn(*args)
+        return len(taken)
 
 
 class ManualReaders:

@@ -254,15 +254,20 @@ def test_s29_the_loop_watches_for_acks_only_while_a_message_waits(bench: Bench) 
     assert len(bench.io.readers) == 1
     bench.io.run()
     assert bench.io.readers == {}
-    assert statuses == [0, -errno.EAGAIN], "an EOM from before made an early retry"
-    assert route.post(1, b"") == 0
-    bench.threads[0].run()
+    vp = bench.synic.vp(0)
+    assert vp is not None
+    assert bench.threads[0].run() == 1, "an EOM from before made an early attempt"
+    assert len(bench.io.readers) == 1
     bench.io.run()
-    assert statuses == [0, -errno.EAGAIN], "but it counts only once"
+    assert bench.threads[0].run() == 0, "but it counts only once"
+    assert statuses == [0]
+    vp.message_page.overlay.view[256 * 2 : 256 * 2 + 4] = bytes(4)  # the guest frees the slot
     line._resamplefd.signal()  # type: ignore[attr-defined]
     bench.io.run()
-    assert statuses == [0, -errno.EAGAIN, -errno.EAGAIN]
     assert bench.io.readers == {}
+    bench.threads[0].run()
+    bench.io.run()
+    assert statuses == [0, 0]
 
 
 def test_s11_a_vp_that_kvm_would_take_is_still_refused(bench: Bench) -> None:

@@ -191,8 +191,8 @@ def test_s19_ack_on_its_way_keeps_the_line_until_it_was_heard(world: World) -> N
     world.vp().slot(2).message_type = 1
     route.post(1, b"")
     world.vp().run()
-    world.line().ack()
-    world.loop.run()
+    world.free_slot()
+    world.settle()
     assert closed_in_callback == [0]
     assert world.line().closed == 1
     world.line().ack()

@@ -98,10 +98,10 @@ def test_closing_with_a_message_under_way(boot_agent: BootAgent) -> None:
         poster = Poster(guest, 0, 2)
         assert poster.post(b"first") == 0
         poster.await_completions(1)
-        assert poster.post(b"waits, or was told early") == 0
+        assert poster.post(b"waits") == 0
         poster.close()
         statuses = poster.await_completions(2)
-        assert statuses[1] in (-errno.ECANCELED, -errno.EAGAIN)
+        assert statuses == [0, -errno.ECANCELED]
         assert poster.post(b"x") == -errno.ENXIO
         cpu.do("DRAIN", 2)
         cpu.eom()

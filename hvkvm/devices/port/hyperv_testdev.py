@@ -23,14 +23,13 @@ from hvkvm.abi.hv_synic import HV_MESSAGE_PAYLOAD_BYTE_COUNT, hv_post_message_in
 from hvkvm.abi.tlfs import HvStatus
 from hvkvm.devices.port.complaints import Complaints
 from hvkvm.devices.port.testdev_state import Connection, Echo, Target, TestdevState
-from hvkvm.errors import HvkvmError, Stopped
+from hvkvm.errors import HvkvmError
 from hvkvm.events import NULL_OBSERVER, Observer
 
 if TYPE_CHECKING:
     from hvkvm.devices.port.bus import PortBus
     from hvkvm.hyperv.partition import Partition
     from hvkvm.hyperv.sint_route import SintRoute
-    from hvkvm.runtime.io_loop import IoLoop
 
 HV_TEST_DEV_SINT_ROUTE_CREATE = 1
 HV_TEST_DEV_SINT_ROUTE_DESTROY = 2
@@ -61,7 +60,7 @@ class _MessageEcho:
         size = min(message.payload_size, HV_MESSAGE_PAYLOAD_BYTE_COUNT)
         echo = message.message_type, bytes(memoryview(message.payload)[:size])
         with self._lock:
-            # One that waits to be posted again would be overtaken if the staging area were asked alone.
+            # The staging area is free a moment before `complete` forgets the message.
             if self._sending is not None:
                 return HvStatus.INSUFFICIENT_BUFFERS
             status = self._post(echo)
@@ -79,23 +78,11 @@ class _MessageEcho:
         return status
 
     def complete(self, status: int) -> None:
-        """The guest took the message, or (-EAGAIN) freed the slot it was to go to. I/O loop."""
-        if status == -errno.EAGAIN and not self._closed:
-            # The staging area is free only after this callback has returned (S24).
-            try:
-                self._testdev.io.call_soon(self._post_again)
-                return
-            except Stopped:
-                pass
-        elif status and not self._closed:
+        """The guest has the message, or never will. I/O loop."""
+        if status and not self._closed:
             self._testdev.complaints.add(f"connection {self._conn_id:#x}: message not delivered, {-status}")
         with self._lock:
             self._sending = None
-
-    def _post_again(self) -> None:
-        with self._lock:
-            if self._sending is not None:
-                self._post(self._sending)
 
     def save(self) -> Echo | None:
         """What the guest has not got yet. At rest: what was written to its slot has completed by then."""
@@ -115,8 +102,7 @@ class _MessageEcho:
 class HypervTestdev:
     """The device. Routes and connections that the guest left are gone after `close` or `reset`."""
 
-    def __init__(self, partition: Partition, io: IoLoop, observer: Observer = NULL_OBSERVER) -> None:
-        self.io = io
+    def __init__(self, partition: Partition, observer: Observer = NULL_OBSERVER) -> None:
         self.complaints = Complaints(observer, "hyperv-testdev")
         self._partition = partition
         self._lock = threading.Lock()
