@@ -17,14 +17,15 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable
 from time import monotonic
-from typing import Any, Protocol
+from typing import Protocol
 
 from hvkvm.block.image import Image
 from hvkvm.block.perform import perform
 from hvkvm.block.request import Op, Request, Result, Status, failure
 from hvkvm.errors import Stopped
 from hvkvm.events import NULL_OBSERVER, Observer, Warned
-from hvkvm.runtime.workers import Deferrer, Workers
+from hvkvm.runtime.protocols import Deferrer, Delayer
+from hvkvm.runtime.workers import Workers
 
 WIDTH = 4
 """Workers that one disk may have at once, if it is not told otherwise."""
@@ -39,10 +40,8 @@ MAX_SKIP = 64
 """After misses of the page cache so many reads at most go to a worker without being tried on the loop."""
 
 
-class Loop(Deferrer, Protocol):
+class Loop(Deferrer, Delayer, Protocol):
     """What a disk needs of the I/O loop."""
-
-    def call_later(self, seconds: float, fn: Callable[..., object], *args: Any) -> object: ...
 
 
 class Counter:

@@ -16,30 +16,18 @@ import errno
 import os
 import threading
 from collections.abc import Callable
-from typing import Protocol
 
 from hvkvm.abi.hv_synic import HV_CONNECTION_ID_MASK, hv_post_message_input
 from hvkvm.abi.tlfs import HvStatus
 from hvkvm.hyperv.synic.seam import SignalPath
 from hvkvm.kvm.irqfd import EventFd
+from hvkvm.runtime.protocols import EdgeWatcher, ReaderHandle
 
 MessageHandler = Callable[[hv_post_message_input], int]
 """Gets a private copy of the guest's input, payload_size in bounds; returns an HvStatus; may not block."""
 
 _SUCCESS = int(HvStatus.SUCCESS)
 _INVALID_CONNECTION_ID = int(HvStatus.INVALID_CONNECTION_ID)
-
-
-class ReaderHandle(Protocol):
-    """What `ReaderLoop.add_reader` returns."""
-
-    def remove(self) -> object: ...
-
-
-class ReaderLoop(Protocol):
-    """What connections and lines need of the I/O loop: see `runtime.io_loop.IoLoop`."""
-
-    def add_reader(self, fd: int, callback: Callable[[], object], *, edge: bool = False) -> ReaderHandle: ...
 
 
 class _MessageConnection:
@@ -71,7 +59,7 @@ class Connections:
 
     def __init__(
         self,
-        io: ReaderLoop,
+        io: EdgeWatcher,
         signal_path: SignalPath | None = None,
         on_slow: Callable[[], object] | None = None,
     ) -> None:

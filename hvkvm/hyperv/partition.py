@@ -15,13 +15,13 @@ from typing import TYPE_CHECKING, Literal, Protocol
 
 from hvkvm.errors import CapabilityMissing, HvkvmError
 from hvkvm.events import NULL_OBSERVER, Observer, Warned
-from hvkvm.hyperv.connections import Connections, ReaderLoop
+from hvkvm.hyperv.connections import Connections
 from hvkvm.hyperv.cpuid import reset_msrs
 from hvkvm.hyperv.hypercalls import Hypercalls
 from hvkvm.hyperv.sint_route import RouteTable, SintRoute
-from hvkvm.hyperv.staging import Deferrer
-from hvkvm.hyperv.synic.kernel import KernelSynic, VpThread
+from hvkvm.hyperv.synic.kernel import KernelSynic
 from hvkvm.hyperv.synic.seam import SignalPath, Synic
+from hvkvm.runtime.protocols import Deferrer, EdgeWatcher, VpThread
 
 if TYPE_CHECKING:
     from hvkvm.hyperv.features import FeatureSet
@@ -33,8 +33,8 @@ if TYPE_CHECKING:
 SignalChoice = Literal["auto", "kernel", "user"]
 
 
-class Loop(ReaderLoop, Deferrer, Protocol):
-    """What is needed of `runtime.io_loop.IoLoop`."""
+class SynicLoop(EdgeWatcher, Deferrer, Protocol):
+    """What is needed of the I/O loop."""
 
 
 class Partition:
@@ -56,7 +56,7 @@ class Partition:
         vm: Vm,
         gsi: GsiTable,
         memory: GuestMemory,
-        io: Loop,
+        io: SynicLoop,
         threads: Sequence[VpThread],
         *,
         features: FeatureSet | None = None,

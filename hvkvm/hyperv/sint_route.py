@@ -21,8 +21,9 @@ from hvkvm.abi.hv_synic import (
 )
 from hvkvm.errors import HvkvmError, RouteError
 from hvkvm.events import NULL_OBSERVER, Observer, Warned
-from hvkvm.hyperv.staging import Deferrer, Staging
+from hvkvm.hyperv.staging import Staging
 from hvkvm.hyperv.synic.seam import SintLine, Synic, SynicVp
+from hvkvm.runtime.protocols import Deferrer
 
 # message_type, payload_size, message_flags, reserved, sender (S28), then the payload padded with zeros.
 

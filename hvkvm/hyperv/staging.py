@@ -23,10 +23,10 @@ import errno
 import threading
 from collections.abc import Callable
 from functools import partial
-from typing import Protocol
 
 from hvkvm.errors import Stopped
 from hvkvm.hyperv.synic.seam import SintLine, SynicVp
+from hvkvm.runtime.protocols import Deferrer
 
 
 class State(enum.Enum):
@@ -39,14 +39,6 @@ class State(enum.Enum):
 
 
 _FREE, _BUSY, _PENDING, _POSTED = State.FREE, State.BUSY, State.PENDING, State.POSTED
-
-
-class Deferrer(Protocol):
-    """What staging needs of the I/O loop."""
-
-    def call_soon(
-        self, fn: Callable[..., object], *args: object, cancelled: Callable[[], object] | None = None
-    ) -> object: ...
 
 
 class Staging:

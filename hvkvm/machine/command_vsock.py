@@ -11,12 +11,13 @@ from __future__ import annotations
 import socket
 from collections.abc import Callable
 from functools import partial
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from hvkvm.abi import guest_command as abi
 from hvkvm.errors import Stopped
 from hvkvm.machine.command_way import Lines
-from hvkvm.runtime.socket_watch import READ, WRITE, ReaderHandle, SocketWatch, Watched
+from hvkvm.runtime.protocols import Deferrer, Watcher
+from hvkvm.runtime.socket_watch import READ, WRITE, SocketWatch, Watched
 
 if TYPE_CHECKING:
     from hvkvm.backends.host_input import HostInput
@@ -30,12 +31,8 @@ _ROUNDS = 4
 _OUTPUTS = {abi.VSOCK_OUTPUT: "out", abi.VSOCK_ERROR: "err"}
 
 
-class Loop(Protocol):
-    """What is needed of `runtime.io_loop.IoLoop`."""
-
-    def add_reader(self, fd: int, callback: Callable[[], object]) -> ReaderHandle: ...
-
-    def call_soon(self, fn: Callable[..., object], *args: Any) -> object: ...
+class Loop(Watcher, Deferrer, Protocol):
+    """What is needed of the I/O loop."""
 
 
 class _Stream:

@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Protocol
 
-from hvkvm.runtime.socket_watch import ReaderHandle, ReaderLoop
+from hvkvm.runtime.protocols import Delayer, ReaderHandle, Watcher
 
 if TYPE_CHECKING:
     from socket import socket
@@ -20,10 +20,8 @@ ACCEPT_PAUSE = 1.0
 """Seconds until a listener is looked at again that could not be served."""
 
 
-class AcceptorLoop(ReaderLoop, Protocol):
-    """What is needed of `runtime.io_loop.IoLoop`."""
-
-    def call_later(self, seconds: float, fn: Callable[[], object]) -> object: ...
+class AcceptorLoop(Watcher, Delayer, Protocol):
+    """What is needed of the I/O loop."""
 
 
 class Acceptor:

@@ -13,8 +13,9 @@ Owner: the I/O loop.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Protocol
+
+from hvkvm.runtime.protocols import Rounds
 
 
 class Member(Protocol):
@@ -25,21 +26,12 @@ class Member(Protocol):
         ...
 
 
-class RotationLoop(Protocol):
-    """What is needed of `runtime.io_loop.IoLoop`."""
-
-    @property
-    def rounds(self) -> int: ...
-
-    def call_soon(self, fn: Callable[[], object]) -> object: ...
-
-
 class Rotation:
     """The line. A turn ends once `budget` units of work are done."""
 
     __slots__ = ("_asked", "_budget", "_line", "_loop", "_served")
 
-    def __init__(self, loop: RotationLoop, budget: int) -> None:
+    def __init__(self, loop: Rounds, budget: int) -> None:
         self._loop = loop
         self._budget = budget
         self._served = -1  # the round in which somebody had a turn at once

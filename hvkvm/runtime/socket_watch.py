@@ -14,7 +14,8 @@ from __future__ import annotations
 import os
 import select
 from collections.abc import Callable
-from typing import Protocol
+
+from hvkvm.runtime.protocols import Watcher
 
 READ = select.EPOLLIN | select.EPOLLRDHUP
 WRITE = select.EPOLLOUT
@@ -23,18 +24,6 @@ HANG_UP = select.EPOLLHUP | select.EPOLLERR
 
 MAX_EVENTS = 16
 """Sockets told of in one turn of the loop: a callback may open a connection, half a millisecond's work."""
-
-
-class ReaderHandle(Protocol):
-    """What `add_reader` returns."""
-
-    def remove(self) -> object: ...
-
-
-class ReaderLoop(Protocol):
-    """What is needed of `runtime.io_loop.IoLoop`."""
-
-    def add_reader(self, fd: int, callback: Callable[[], object]) -> ReaderHandle: ...
 
 
 class Watched:
@@ -67,7 +56,7 @@ class Watched:
 class SocketWatch:
     """The sockets of one service. Stopped when the loop takes no readers any more."""
 
-    def __init__(self, io: ReaderLoop) -> None:
+    def __init__(self, io: Watcher) -> None:
         self._pid = os.getpid()
         self._epoll = select.epoll()
         self._watched: dict[int, Watched] = {}

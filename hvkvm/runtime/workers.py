@@ -20,10 +20,11 @@ from collections import deque
 from collections.abc import Callable
 from queue import Empty, SimpleQueue
 from time import monotonic
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 from hvkvm.errors import Stopped, Stuck
 from hvkvm.runtime.kick import block_signals
+from hvkvm.runtime.protocols import Deferrer
 
 LIMIT = 16
 IDLE_SECONDS = 5.0
@@ -31,14 +32,6 @@ CLOSE_SECONDS = 10.0
 
 BURST = 8
 """So many jobs of one queue a worker runs before it looks whether another queue waits."""
-
-
-class Deferrer(Protocol):
-    """What workers need of the I/O loop."""
-
-    def call_soon(
-        self, fn: Callable[..., object], *args: Any, cancelled: Callable[[], object] | None = None
-    ) -> None: ...
 
 
 class _Job(NamedTuple):

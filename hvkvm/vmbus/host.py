@@ -16,6 +16,7 @@ from hvkvm.abi import vmbus_messages as wire
 from hvkvm.abi.hv_synic import hv_post_message_input
 from hvkvm.errors import Stopped
 from hvkvm.events import NULL_OBSERVER, Observer
+from hvkvm.runtime.protocols import CallLater
 from hvkvm.vmbus.actions import (
     Action,
     CloseChannel,
@@ -34,7 +35,7 @@ from hvkvm.vmbus.guard import fault_text
 from hvkvm.vmbus.inbox import Inbox
 from hvkvm.vmbus.offer import Channel
 from hvkvm.vmbus.open_channel import SynicUser
-from hvkvm.vmbus.outbox import CallLater, Outbox
+from hvkvm.vmbus.outbox import Outbox
 from hvkvm.vmbus.pages import Ram
 from hvkvm.vmbus.saved_host import HostState, load_host, save_host
 from hvkvm.vmbus.server import BusState, Server

@@ -14,10 +14,10 @@ import os
 from collections import deque
 from collections.abc import Callable, Iterator
 from functools import partial
-from typing import Protocol
 
 from hvkvm.abi.hv_synic import HVMSG_VMBUS
 from hvkvm.errors import RouteError, Stopped
+from hvkvm.runtime.protocols import CallLater, TimerHandle
 from hvkvm.vmbus.actions import SendMessage
 from hvkvm.vmbus.open_channel import Route, SynicUser
 from hvkvm.vmbus.report import Reports
@@ -28,16 +28,6 @@ MAX_OUTBOX = 64
 RETRY_SECONDS = 0.01
 MOST_RETRY_SECONDS = 0.5
 """Between two tries to give the guest a message that cannot be given now; each wait is twice the last."""
-
-
-class TimerLike(Protocol):
-    """What `call_later` returns."""
-
-    def cancel(self) -> object: ...
-
-
-CallLater = Callable[..., TimerLike]
-"""call_later(seconds, fn, *args), as `runtime.io_loop.IoLoop` has it."""
 
 
 class Outbox:
@@ -59,7 +49,7 @@ class Outbox:
         self._route_target = (0, 0)
         self._route_number = 0
         self._in_flight = False
-        self._retry: TimerLike | None = None
+        self._retry: TimerHandle | None = None
         self._retry_seconds = RETRY_SECONDS
         self.held = False
         """The machine is at rest: nothing is sent."""

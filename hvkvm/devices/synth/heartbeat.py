@@ -8,7 +8,8 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from hvkvm.abi import ic, vmbus
-from hvkvm.devices.synth.ic import CallLater, IcState, IntegrationComponent, TimerLike
+from hvkvm.devices.synth.ic import IcState, IntegrationComponent
+from hvkvm.runtime.protocols import CallLater, TimerHandle
 from hvkvm.vmbus.channel_io import ChannelIo
 
 INTERVAL = 2.0
@@ -40,7 +41,7 @@ class Heartbeat(IntegrationComponent):
     def __init__(self, call_later: CallLater) -> None:
         super().__init__()
         self._call_later = call_later
-        self._timer: TimerLike | None = None
+        self._timer: TimerHandle | None = None
         self._asked = 0
         self._unanswered = False
         self.beats = 0

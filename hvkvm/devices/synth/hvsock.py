@@ -31,10 +31,11 @@ from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
 from operator import add
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 from hvkvm.abi import hvsock as abi
 from hvkvm.abi.ring import DESCRIPTOR_BYTES, TRAILER_BYTES, VM_PKT_DATA_INBAND
+from hvkvm.runtime.protocols import CallLater, TimerHandle
 from hvkvm.runtime.rotation import Rotation
 from hvkvm.runtime.socket_watch import HANG_UP, READ, WRITE, SocketWatch
 from hvkvm.vmbus.channel_io import ChannelIo
@@ -59,16 +60,6 @@ GONE_SECONDS = 2.5
 MAX_LAST_BYTES = 1 << 20
 MAX_LAST_PACKETS = 4096
 """Most that is taken from the ring of a guest that has closed its channel, in one turn. Linux's have less."""
-
-
-class Timer(Protocol):
-    """What `call_later` returns."""
-
-    def cancel(self) -> object: ...
-
-
-CallLater = Callable[..., Timer]
-"""call_later(seconds, fn, *args), as `runtime.io_loop.IoLoop` has it."""
 
 
 class Counters(NamedTuple):
@@ -143,7 +134,7 @@ class HvsockConnection:
         self.guard = Guard()
         self._watched = watch.add(self._fd, partial(self.guard.run, self._socket_ready))
         try:
-            self._timer: Timer | None = call_later(open_seconds, self.guard.run, self.end)
+            self._timer: TimerHandle | None = call_later(open_seconds, self.guard.run, self.end)
         except BaseException:
             self._watched.remove()
             raise

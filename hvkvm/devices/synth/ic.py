@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable
 from functools import partial
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 from hvkvm.abi import ic, vmbus
 from hvkvm.abi.ring import VM_PKT_DATA_INBAND, Packet
@@ -29,16 +29,6 @@ Reply = Callable[[int, bytes], object]
 
 Body = bytes | Callable[[], bytes]
 """A request's body; if it tells the time, what makes it: called at each try to send it."""
-
-
-class TimerLike(Protocol):
-    """What `call_later` returns."""
-
-    def cancel(self) -> object: ...
-
-
-CallLater = Callable[..., TimerLike]
-"""call_later(seconds, fn, *args), as `runtime.io_loop.IoLoop` has it."""
 
 
 class _Request:

@@ -10,7 +10,8 @@ from functools import partial
 from time import time_ns
 
 from hvkvm.abi import ic, vmbus
-from hvkvm.devices.synth.ic import CallLater, IcState, IntegrationComponent, Reply, TimerLike
+from hvkvm.devices.synth.ic import IcState, IntegrationComponent, Reply
+from hvkvm.runtime.protocols import CallLater, TimerHandle
 from hvkvm.vmbus.channel_io import ChannelIo
 
 INTERVAL = 5.0
@@ -39,7 +40,7 @@ class TimeSync(IntegrationComponent):
         self._call_later = call_later
         self._reference = reference
         self._clock = clock
-        self._timer: TimerLike | None = None
+        self._timer: TimerHandle | None = None
         self.sent = {"sync": 0, "sample": 0}
         """How often the guest was told the time, to set its clock and to follow it."""
 

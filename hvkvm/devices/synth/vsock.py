@@ -19,19 +19,19 @@ from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
 
 from hvkvm.abi import hvsock as abi
 from hvkvm.abi import vmbus
-from hvkvm.devices.synth.hvsock import LINGER_SECONDS, Counters, HvsockConnection, Timer
+from hvkvm.devices.synth.hvsock import LINGER_SECONDS, Counters, HvsockConnection
 from hvkvm.devices.synth.vsock_caller import Caller
 from hvkvm.devices.synth.vsock_remainder import Remainder
 from hvkvm.devices.synth.vsock_socket import ListeningSocket, connect
 from hvkvm.errors import Stopped
 from hvkvm.events import NULL_OBSERVER, Observer
 from hvkvm.runtime.acceptor import Acceptor
+from hvkvm.runtime.protocols import Loop, TimerHandle
 from hvkvm.runtime.rotation import Rotation
-from hvkvm.runtime.socket_watch import ReaderHandle, SocketWatch
+from hvkvm.runtime.socket_watch import SocketWatch
 from hvkvm.vmbus.actions import TlConnect
 from hvkvm.vmbus.host import VmbusHost
 from hvkvm.vmbus.offer import Channel, Offer
@@ -54,19 +54,6 @@ TURN_PACKETS = 64
 _FIRST_HOST_PORT = 1 << 30
 
 
-class Io(Protocol):
-    """What is needed of `runtime.io_loop.IoLoop`."""
-
-    @property
-    def rounds(self) -> int: ...
-
-    def add_reader(self, fd: int, callback: Callable[[], object]) -> ReaderHandle: ...
-
-    def call_soon(self, fn: Callable[..., object], *args: Any) -> object: ...
-
-    def call_later(self, seconds: float, fn: Callable[..., object], *args: Any) -> Timer: ...
-
-
 class Vsock:
     """The vsock of one machine. `path` None: for programs of this process alone.
 
@@ -76,7 +63,7 @@ class Vsock:
     def __init__(
         self,
         host: VmbusHost,
-        io: Io,
+        io: Loop,
         path: Path | None = None,
         *,
         observer: Observer = NULL_OBSERVER,
@@ -97,7 +84,7 @@ class Vsock:
         self._turns = Rotation(io, TURN_PACKETS)
         self._callers: set[Caller] = set()
         self._remainders: set[Remainder] = set()
-        self._retries: dict[int, tuple[TlConnect, Timer]] = {}
+        self._retries: dict[int, tuple[TlConnect, TimerHandle]] = {}
         """By id, since a guest may send the same request twice."""
         self._connections: dict[HvsockConnection, Channel | None] = {}
         self._handed: dict[HvsockConnection, socket.socket] = {}

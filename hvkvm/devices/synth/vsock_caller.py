@@ -9,7 +9,7 @@ import socket
 from collections.abc import Callable
 
 from hvkvm.abi.hvsock import MAX_LISTEN_PORT
-from hvkvm.devices.synth.hvsock import CallLater
+from hvkvm.runtime.protocols import CallLater
 from hvkvm.runtime.socket_watch import READ, SocketWatch
 
 MAX_LINE_BYTES = 32

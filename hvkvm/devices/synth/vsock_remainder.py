@@ -11,7 +11,7 @@ from __future__ import annotations
 import socket
 from collections.abc import Callable
 
-from hvkvm.devices.synth.hvsock import CallLater, Timer
+from hvkvm.runtime.protocols import CallLater, TimerHandle
 from hvkvm.runtime.socket_watch import HANG_UP, WRITE, SocketWatch
 
 
@@ -36,7 +36,7 @@ class Remainder:
         self._call_later = call_later
         self._seconds = seconds
         self._done: Callable[[Remainder], object] | None = done
-        self._timer: Timer | None = None
+        self._timer: TimerHandle | None = None
         self._watched = watch.add(sock.fileno(), self._ready)
         try:
             self._watched.arm(WRITE)

@@ -18,7 +18,8 @@ from functools import partial
 from typing import NamedTuple
 
 from hvkvm.abi import ic, vmbus, vss
-from hvkvm.devices.synth.ic import MAX_WAITING, CallLater, IcState, IntegrationComponent, TimerLike
+from hvkvm.devices.synth.ic import MAX_WAITING, IcState, IntegrationComponent
+from hvkvm.runtime.protocols import CallLater, TimerHandle
 from hvkvm.vmbus.channel_io import ChannelIo
 from hvkvm.vmbus.guard import call_all
 
@@ -70,7 +71,7 @@ class Vss(IntegrationComponent):
     def __init__(self, call_later: CallLater | None = None) -> None:
         super().__init__()
         self.call_later = call_later
-        self._timer: TimerLike | None = None
+        self._timer: TimerHandle | None = None
         self.state = THAWED
         self.frozen = False
         """Whether a FREEZE was done and no THAW since."""

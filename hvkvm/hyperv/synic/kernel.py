@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterable, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, NamedTuple
 
 from hvkvm.abi.kvm import (
     KVM_CAP_HYPERV_EVENTFD,
@@ -29,11 +29,11 @@ from hvkvm.abi.tlfs import (
 )
 from hvkvm.errors import CapabilityMissing, HvkvmError
 from hvkvm.events import NULL_OBSERVER, Observer
-from hvkvm.hyperv.connections import ReaderLoop
 from hvkvm.hyperv.cpuid import restore_order
 from hvkvm.hyperv.synic.kernel_line import KernelLine, KernelSignalPath
 from hvkvm.hyperv.synic.vp import VpState, VpSynic
 from hvkvm.memory.overlay import OverlayPage
+from hvkvm.runtime.protocols import EdgeWatcher, VpThread
 
 if TYPE_CHECKING:
     from hvkvm.kvm.gsi import GsiTable
@@ -45,17 +45,6 @@ _CODE_AND_FAST = HV_HYPERCALL_CODE_MASK | HV_HYPERCALL_FAST_BIT
 _EFER_LMA = 1 << 10
 _NO_DEBUGGER = 0
 """SYNDBG status with no success bit: nobody is attached."""
-
-
-class VpThread(Protocol):
-    """What is needed of `runtime.vcpu_thread.VcpuThread`."""
-
-    @property
-    def vcpu(self) -> Vcpu: ...
-
-    def submit(
-        self, fn: Callable[..., object], *args: Any, cancelled: Callable[[], object] | None = None
-    ) -> object: ...
 
 
 class KernelVp(VpSynic):
@@ -102,7 +91,7 @@ class KernelSynic:
         vm: Vm,
         gsi: GsiTable,
         memory: GuestMemory,
-        io: ReaderLoop,
+        io: EdgeWatcher,
         threads: Sequence[VpThread],
         *,
         reset_msrs: Callable[[int], Iterable[tuple[int, int]]] = lambda vp_index: (),

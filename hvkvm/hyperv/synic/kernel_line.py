@@ -16,8 +16,8 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from hvkvm.errors import KvmIoctlError
-from hvkvm.hyperv.connections import ReaderHandle, ReaderLoop
 from hvkvm.kvm.irqfd import EventFd, Irqfd
+from hvkvm.runtime.protocols import EdgeWatcher, ReaderHandle
 
 if TYPE_CHECKING:
     from hvkvm.kvm.gsi import GsiTable
@@ -33,7 +33,7 @@ class KernelLine:
     """
 
     def __init__(
-        self, vm: Vm, gsi: GsiTable, io: ReaderLoop, vp_index: int, sint: int, *, acks: bool
+        self, vm: Vm, gsi: GsiTable, io: EdgeWatcher, vp_index: int, sint: int, *, acks: bool
     ) -> None:
         self._vm = vm
         self._table = gsi

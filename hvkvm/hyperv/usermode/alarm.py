@@ -13,9 +13,8 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 from time import monotonic
-from typing import Protocol
 
-from hvkvm.hyperv.connections import ReaderHandle
+from hvkvm.runtime.protocols import Watcher
 from hvkvm.runtime.timerfd import TimerFd
 from hvkvm.runtime.timers import Timer, TimerHeap
 
@@ -23,16 +22,10 @@ MAX_ALARMS = 16
 """Alarms that go off in one turn of the I/O loop."""
 
 
-class AlarmLoop(Protocol):
-    """What is needed of `runtime.io_loop.IoLoop`."""
-
-    def add_reader(self, fd: int, callback: Callable[[], object]) -> ReaderHandle: ...
-
-
 class Alarms:
     """The alarms of one machine. Raises OSError, Stopped; then nothing is left open."""
 
-    def __init__(self, io: AlarmLoop) -> None:
+    def __init__(self, io: Watcher) -> None:
         # Guards the timerfd, and the heap together with it. Never held while a callback runs.
         self._lock = threading.Lock()
         self._heap = TimerHeap()

@@ -20,10 +20,11 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING
 
 from hvkvm.abi.kvm import KVM_MP_STATE_HALTED, KVM_MP_STATE_RUNNABLE
 from hvkvm.errors import Stopped
+from hvkvm.runtime.protocols import Delayer
 
 if TYPE_CHECKING:
     from hvkvm.kvm.vcpu import Vcpu
@@ -36,19 +37,13 @@ _FIRST_RETRY = 0.001
 _LAST_RETRY = 0.010
 
 
-class Laterer(Protocol):
-    """What is needed of the I/O loop."""
-
-    def call_later(self, seconds: float, fn: Callable[..., object], *args: Any) -> object: ...
-
-
 class AutoEoi:
     """The AutoEOI interrupts that wait for one VP. `submit(fn, cancelled)` runs work on its thread."""
 
     __slots__ = ("_io", "_lock", "_retry", "_scheduled", "_submit", "_vcpu", "_waiting", "delivered")
 
     def __init__(
-        self, vcpu: Vcpu, submit: Callable[[Callable[[], None], Callable[[], None]], None], io: Laterer
+        self, vcpu: Vcpu, submit: Callable[[Callable[[], None], Callable[[], None]], None], io: Delayer
     ) -> None:
         self._vcpu = vcpu
         self._submit = submit

@@ -26,7 +26,7 @@ from hvkvm.abi.kvm import KVM_CAP_SYNC_REGS, KVM_SYNC_X86_REGS, KVM_SYNC_X86_SRE
 from hvkvm.abi.tlfs import HvStatus
 from hvkvm.abi.x86 import EFER_LMA, X86_CR0_PE, X86_EFLAGS_VM
 from hvkvm.hyperv.synic.pages import Overlay
-from hvkvm.hyperv.usermode.vp import VpThread
+from hvkvm.runtime.protocols import VpThread
 
 if TYPE_CHECKING:
     from hvkvm.abi.kvm_structs import kvm_regs, kvm_sregs

@@ -33,9 +33,10 @@ from hvkvm.hyperv.crash import CRASH_PARAMETERS, panic_text
 from hvkvm.hyperv.usermode.clock import ReferenceClock, TscPage, host_counts_by_tsc
 from hvkvm.hyperv.usermode.hypercall_page import HypercallPage
 from hvkvm.hyperv.usermode.synic import UserSynic
-from hvkvm.hyperv.usermode.vp import Loop, UserVp, UserVpState, VpThread
+from hvkvm.hyperv.usermode.vp import Loop, UserVp, UserVpState
 from hvkvm.kvm.vm import MsrRange
 from hvkvm.memory.overlay import OverlayPage
+from hvkvm.runtime.protocols import VpThread
 
 if TYPE_CHECKING:
     from hvkvm.kvm.vcpu import Vcpu

@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING
 from hvkvm.events import NULL_OBSERVER, Observer
 from hvkvm.hyperv.usermode.alarm import Alarms
 from hvkvm.hyperv.usermode.stimer import Clock
-from hvkvm.hyperv.usermode.vp import Loop, UserVp, UserVpState, VpThread
+from hvkvm.hyperv.usermode.vp import Loop, UserVp, UserVpState
+from hvkvm.runtime.protocols import VpThread
 
 if TYPE_CHECKING:
     from hvkvm.kvm.vm import Vm

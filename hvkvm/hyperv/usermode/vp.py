@@ -11,7 +11,7 @@ import errno
 import threading
 from collections.abc import Callable
 from contextlib import suppress
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from typing import TYPE_CHECKING, NamedTuple, Protocol
 
 from hvkvm.abi.hv_synic import (
     HV_SYNIC_FIRST_VALID_VECTOR,
@@ -25,15 +25,14 @@ from hvkvm.abi.hv_synic import (
 from hvkvm.abi.tlfs import HV_STIMER_COUNT
 from hvkvm.errors import KvmIoctlError, Stopped
 from hvkvm.events import Observer
-from hvkvm.hyperv.connections import ReaderHandle
 from hvkvm.hyperv.synic.vp import VpState, VpSynic
 from hvkvm.hyperv.usermode.alarm import Alarms
 from hvkvm.hyperv.usermode.auto_eoi import AutoEoi
 from hvkvm.hyperv.usermode.stimer import Clock, Stimer, StimerState
 from hvkvm.memory.overlay import OverlayPage
+from hvkvm.runtime.protocols import Deferrer, Delayer, EdgeWatcher, VpThread
 
 if TYPE_CHECKING:
-    from hvkvm.kvm.vcpu import Vcpu
     from hvkvm.kvm.vm import Vm
     from hvkvm.memory.guest import GuestMemory
 
@@ -47,29 +46,8 @@ _SILENT = HV_SYNIC_SINT_MASKED | HV_SYNIC_SINT_POLLING
 Waiter = Callable[[], None]
 
 
-class VpThread(Protocol):
-    """What is needed of `runtime.vcpu_thread.VcpuThread`."""
-
-    @property
-    def vcpu(self) -> Vcpu: ...
-
-    def submit(
-        self, fn: Callable[..., object], *args: Any, cancelled: Callable[[], object] | None = None
-    ) -> object: ...
-
-    def is_current(self) -> bool: ...
-
-
-class Loop(Protocol):
-    """What is needed of `runtime.io_loop.IoLoop`."""
-
-    def add_reader(self, fd: int, callback: Callable[[], object], *, edge: bool = False) -> ReaderHandle: ...
-
-    def call_soon(
-        self, fn: Callable[..., object], *args: Any, cancelled: Callable[[], object] | None = None
-    ) -> object: ...
-
-    def call_later(self, seconds: float, fn: Callable[..., object], *args: Any) -> object: ...
+class Loop(EdgeWatcher, Deferrer, Delayer, Protocol):
+    """What is needed of the I/O loop."""
 
 
 class UserVpState(NamedTuple):
