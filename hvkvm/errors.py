@@ -7,6 +7,7 @@ never with an exception.
 
 from __future__ import annotations
 
+import errno
 import os
 
 
@@ -138,3 +139,28 @@ class ImageDamaged(ImageError):
         self.structure = structure
         self.offset = offset
         self.what = what
+
+
+_REMEDIES = {
+    errno.EMFILE: "this process may open no more files; raise `ulimit -n`",
+    errno.ENFILE: "no process may open more files; raise the sysctl fs.file-max, or end other programs",
+    errno.ENOBUFS: "end other programs",
+    errno.ENOMEM: "end other programs, or give the guest less memory or fewer vCPUs",
+    errno.ENOSPC: "end other programs, or give the guest fewer devices",
+    errno.EAGAIN: "end other programs, or raise `ulimit -u`, or give the guest fewer vCPUs",
+}
+
+NO_FILE = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS})
+"""Why a host has no file descriptor to give, whatever it was to be for."""
+
+
+def exhausted(error: BaseException) -> str | None:
+    """What `error` says of a host that has no more of something, and the remedy; None of another error."""
+    if isinstance(error, HostExhausted):
+        return str(error)
+    number = errno.ENOMEM if isinstance(error, MemoryError) else getattr(error, "errno", None)
+    remedy = _REMEDIES.get(number or 0)
+    if remedy is None:
+        return None
+    what = str(error) if isinstance(error, KvmIoctlError) else os.strerror(number or 0)
+    return f"{what}; {remedy}"

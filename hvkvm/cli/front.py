@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import signal
+from abc import ABC, abstractmethod
 from collections.abc import Callable
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -65,7 +66,7 @@ def front_for(machine: Machine, options: Any) -> Front:
     return StreamsFront(machine, show_console=options.console)
 
 
-class Front:
+class Front(ABC):
     """What all have in common. A context manager: from before the machine starts to the end."""
 
     def __init__(self, machine: Machine, *, shows_console: bool) -> None:
@@ -88,9 +89,9 @@ class Front:
     def restore_terminal(self) -> None:
         """Leave raw mode, if it is that."""
 
+    @abstractmethod
     def outputs(self) -> list[tuple[str, Output]]:
         """What the guest's output goes to, each with a name for people."""
-        raise NotImplementedError
 
     def why_lost(self) -> str:
         """Why bytes were lost, for `send_last_output`'s caller."""
@@ -117,22 +118,28 @@ class Front:
             return []
         return self.machine.board.tail.lines(TAIL_LINES)
 
+    def begin(self) -> None:
+        """Take the terminal, or whatever it reads, before the machine starts."""
+
+    @abstractmethod
+    def end(self) -> None:
+        """Give everything back, however the run ended."""
+
     def __enter__(self) -> Front:
+        self.begin()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        raise NotImplementedError
+        self.end()
 
 
-class ConsoleFront(Front):
-    """The guest's console on our standard input and output."""
+class _OnTerminal(Front):
+    """A console on our standard input and output, which may be a terminal: the guest's, or a command's."""
 
-    def __init__(self, machine: Machine) -> None:
-        super().__init__(machine, shows_console=True)
-        self._console = make_console(machine)
-        machine.board.attach_console(self._console)
+    _console: Console
+    """The subclass makes it."""
 
     def outputs(self) -> list[tuple[str, Output]]:
         """See Front."""
@@ -142,14 +149,22 @@ class ConsoleFront(Front):
         """See Front."""
         self._console.restore_terminal()
 
-    def __enter__(self) -> Front:
+    def begin(self) -> None:
+        """See Front."""
         self._console.start()
-        return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def end(self) -> None:
+        """See Front."""
         self._console.close()
+
+
+class ConsoleFront(_OnTerminal):
+    """The guest's console on our standard input and output."""
+
+    def __init__(self, machine: Machine) -> None:
+        super().__init__(machine, shows_console=True)
+        self._console = make_console(machine)
+        machine.board.attach_console(self._console)
 
 
 def on_failed(machine: Machine, name: str) -> Callable[[OSError], None]:
@@ -262,15 +277,14 @@ class StreamsFront(CommandFront):
         """See Front."""
         return [(OUTPUT, self._output), (ERRORS, self.errors)]
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def end(self) -> None:
+        """See Front."""
         self.let_go()
         self._output.close()
         self.errors.close()
 
 
-class TerminalFront(CommandFront):
+class TerminalFront(CommandFront, _OnTerminal):
     """A command's terminal is ours."""
 
     def __init__(self, machine: Machine, *, show_console: bool) -> None:
@@ -285,23 +299,14 @@ class TerminalFront(CommandFront):
 
     def outputs(self) -> list[tuple[str, Output]]:
         """See Front."""
-        return [(OUTPUT, self._console.output), (ERRORS, self.errors)]
+        return [*super().outputs(), (ERRORS, self.errors)]
 
-    def restore_terminal(self) -> None:
+    def end(self) -> None:
         """See Front."""
-        self._console.restore_terminal()
-
-    def __enter__(self) -> Front:
-        self._console.start()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
         try:
             self.let_go()
         finally:
-            self._console.close()
+            super().end()
             self.errors.close()
 
 

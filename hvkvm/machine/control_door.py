@@ -13,7 +13,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from hvkvm.errors import ConfigError, FolderUnusable, NameTaken
+from hvkvm.errors import NO_FILE, ConfigError, FolderUnusable, HostExhausted, NameTaken, exhausted
 from hvkvm.events import Warned
 from hvkvm.observe import control_path
 from hvkvm.runtime import unix_listener
@@ -71,7 +71,10 @@ class ControlDoor:
 
 
 def open_door(parts: Parts, stack: ExitStack) -> ControlDoor | None:
-    """Listen where `parts.platform.config` says. ConfigError; in "auto" only for a name that is taken."""
+    """Listen where `parts.platform.config` says.
+
+    ConfigError, HostExhausted; in "auto" only ConfigError, for a name that is taken.
+    """
     choice = parts.platform.config.control
     if choice == "off":
         return None
@@ -86,13 +89,16 @@ def open_door(parts: Parts, stack: ExitStack) -> ControlDoor | None:
             raise ConfigError(f"--control {path}: {error}") from None
         if parts.platform.config.name:
             raise ConfigError(f"--name {parts.name}: {path}: {error.reason}; choose another name") from None
-        _go_without(parts, f"{path}: {error.reason}")
+        _go_without(parts, f"{path}: {error.reason}; --control names another path")
         return None
     except (OSError, FolderUnusable) as error:
         reason = (error.strerror if isinstance(error, OSError) else "") or str(error)
+        no_file = exhausted(error) if isinstance(error, OSError) and error.errno in NO_FILE else None
         if automatic:
-            _go_without(parts, reason)
+            _go_without(parts, no_file or f"{reason}; --control names another path")
             return None
+        if no_file is not None:
+            raise HostExhausted(f"--control {path}: {no_file}") from None
         raise ConfigError(f"--control {path}: {reason}; name a new file in a folder of yours") from None
     try:
         door = ControlDoor(parts, fd, path)
@@ -105,6 +111,4 @@ def open_door(parts: Parts, stack: ExitStack) -> ControlDoor | None:
 
 
 def _go_without(parts: Parts, reason: str) -> None:
-    parts.platform.observer.event(
-        Warned("control", f"no control socket: {reason}; --control names another path")
-    )
+    parts.platform.observer.event(Warned("control", f"no control socket: {reason}"))

@@ -5,13 +5,12 @@ Called by the thread that builds the machine.
 
 from __future__ import annotations
 
-import errno
 import os
 import resource
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-from hvkvm.errors import ConfigError, HostExhausted, KvmIoctlError
+from hvkvm.errors import ConfigError, HostExhausted, exhausted
 
 _PER_VCPU = 4
 """KVM's vCPU and its map, and the two SynIC pages."""
@@ -19,14 +18,6 @@ _PER_MACHINE = 64
 _TO_SPARE = 1024
 """Channels of VMBus and connections of vsock have some each."""
 _TO_SPARE_PER_VCPU = 8
-
-_REMEDIES = {
-    errno.EMFILE: "this process may open no more files; raise `ulimit -n`",
-    errno.ENFILE: "no process may open more files; raise the sysctl fs.file-max, or end other programs",
-    errno.ENOMEM: "end other programs, or give the guest less memory or fewer vCPUs",
-    errno.ENOSPC: "end other programs, or give the guest fewer devices",
-    errno.EAGAIN: "end other programs, or raise `ulimit -u`, or give the guest fewer vCPUs",
-}
 
 
 def make_room_for_files(cpus: int) -> None:
@@ -76,15 +67,3 @@ def named_when_exhausted() -> Iterator[None]:
         if what is None:
             raise
         raise HostExhausted(f"the host has no more to give: {what}") from error
-
-
-def exhausted(error: BaseException) -> str | None:
-    """What `error` says of a host that has no more of something, and the remedy; None of another error."""
-    if isinstance(error, HostExhausted):
-        return str(error)
-    number = errno.ENOMEM if isinstance(error, MemoryError) else getattr(error, "errno", None)
-    remedy = _REMEDIES.get(number or 0)
-    if remedy is None:
-        return None
-    what = str(error) if isinstance(error, KvmIoctlError) else os.strerror(number or 0)
-    return f"{what}; {remedy}"

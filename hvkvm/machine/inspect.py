@@ -67,7 +67,7 @@ def inspect(parts: Parts) -> dict[str, Any]:
 
 
 def exit_counts(platform: Platform) -> dict[str, int]:
-    """Exits of all vCPUs so far, by the C name of the reason without KVM_EXIT_. Any thread."""
+    """Exits of all vCPUs so far, by the C name of the reason. Any thread."""
     from hvkvm.kvm.exits import exit_name
 
     total: Counter[str] = Counter()

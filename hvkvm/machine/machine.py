@@ -20,7 +20,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
 
-from hvkvm.errors import HvkvmError
+from hvkvm.errors import HvkvmError, exhausted
 from hvkvm.events import NULL_OBSERVER, Observer, limited
 from hvkvm.hyperv.partition import Partition
 from hvkvm.kvm.gsi import GsiTable
@@ -28,7 +28,7 @@ from hvkvm.kvm.system import Kvm
 from hvkvm.machine import build, exits, hyperv, saving
 from hvkvm.machine.board import Board
 from hvkvm.machine.config import MachineConfig
-from hvkvm.machine.host_limits import exhausted, make_room_for_files, named_when_exhausted
+from hvkvm.machine.host_limits import make_room_for_files, named_when_exhausted
 from hvkvm.machine.lifecycle import Lifecycle
 from hvkvm.machine.outcome import EXIT_MACHINE_FAULT, Ending, Outcome
 from hvkvm.machine.part import Part
@@ -227,7 +227,7 @@ class Machine:
         return self.hyperv.partition
 
     def exit_counts(self) -> dict[str, int]:
-        """Exits of all vCPUs so far, by the C name of the reason without KVM_EXIT_. Any thread."""
+        """Exits of all vCPUs so far, by the C name of the reason. Any thread."""
         from hvkvm.machine.inspect import exit_counts
 
         return exit_counts(self.platform)

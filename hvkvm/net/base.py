@@ -91,7 +91,7 @@ class BasePort(ABC):
             self._resuming = True
             self.io.call_soon(self._go_on)
 
-    def set_offloads(self, wanted: Offloads) -> None:  # noqa: B027  # for most backends there is nothing to do
+    def set_offloads(self, wanted: Offloads) -> None:  # for most backends there is nothing to do
         """See `Port.set_offloads`."""
 
     def inspect(self) -> Mapping[str, object]:

@@ -14,7 +14,7 @@ import socket
 from pathlib import Path
 
 from hvkvm.abi.hvsock import MAX_LISTEN_PORT
-from hvkvm.errors import ConfigError, NameTaken
+from hvkvm.errors import NO_FILE, ConfigError, HostExhausted, NameTaken, exhausted
 from hvkvm.runtime.unix_listener import MAX_PATH, identity, listen_fd, remove
 
 _LONGEST_PORT = len(f"_{MAX_LISTEN_PORT}")
@@ -23,7 +23,7 @@ BACKLOG = 128
 
 
 class ListeningSocket:
-    """A listening Unix socket at `path`, which `close` removes again. ConfigError naming --vsock."""
+    """A listening Unix socket at `path`, removed by `close`. ConfigError, HostExhausted naming --vsock."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -39,6 +39,8 @@ class ListeningSocket:
         except NameTaken as error:
             raise self._error(str(error)) from None
         except OSError as error:
+            if error.errno in NO_FILE:
+                raise HostExhausted(f"--vsock {path}: {exhausted(error)}") from None
             why = error.strerror or str(error)
             raise self._error(f"{why}; name a socket that you may create") from None
         self._owned = identity(path)

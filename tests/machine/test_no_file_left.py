@@ -1,0 +1,68 @@
+"""A process that may open no more files says so of its sockets, with the remedy for that."""
+
+from __future__ import annotations
+
+import resource
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from hvkvm.devices.synth.vsock_socket import ListeningSocket
+from hvkvm.errors import HostExhausted
+from hvkvm.events import Event, Observer, Warned
+from hvkvm.machine.control_door import open_door
+from hvkvm.observe import control_path
+
+
+@contextmanager
+def no_more_files() -> Iterator[None]:
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (0, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+class Told(Observer):
+    def __init__(self) -> None:
+        self.texts: list[str] = []
+
+    def event(self, event: Event) -> None:
+        assert isinstance(event, Warned)
+        self.texts.append(event.text)
+
+
+def parts(control: str, observer: Observer) -> Any:
+    config = SimpleNamespace(control=control, name="")
+    return SimpleNamespace(name="vm", platform=SimpleNamespace(config=config, observer=observer))
+
+
+def test_vsock_names_the_limit_of_files(tmp_path: Path) -> None:
+    with no_more_files(), pytest.raises(HostExhausted) as caught:
+        ListeningSocket(tmp_path / "v")
+    assert str(caught.value).startswith(f"--vsock {tmp_path}/v: Too many open files; ")
+    assert str(caught.value).endswith("raise `ulimit -n`")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_control_names_the_limit_of_files(tmp_path: Path) -> None:
+    with no_more_files(), ExitStack() as stack, pytest.raises(HostExhausted, match=r"^--control .*ulimit -n"):
+        open_door(parts(str(tmp_path / "c"), Told()), stack)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_control_socket_that_nobody_asked_for_is_done_without(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    told = Told()
+    monkeypatch.setattr(control_path, "make_folder", lambda: tmp_path)
+    with no_more_files(), ExitStack() as stack:
+        assert open_door(parts("auto", told), stack) is None
+    [text] = told.texts
+    assert text.startswith("no control socket: Too many open files; ")
+    assert text.endswith("raise `ulimit -n`")
