@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from hvkvm.machine.control_door import ControlDoor
     from hvkvm.machine.firmware import Firmware
     from hvkvm.machine.hyperv import Hyperv
+    from hvkvm.machine.nics import Nics
     from hvkvm.machine.parts import Parts
     from hvkvm.machine.pci import Pci
     from hvkvm.machine.platform import Platform
@@ -123,6 +124,15 @@ def create_bus(platform: Platform, hyperv: Hyperv, stack: ExitStack) -> Bus | No
     from hvkvm.machine.bus import Bus
 
     return Bus(platform, hyperv, stack)
+
+
+def create_nics(platform: Platform, bus: Bus | None, vm_name: str, stack: ExitStack) -> Nics | None:
+    """The NICs on the bus; None for a machine without a bus. ConfigError for wires that cannot be had."""
+    if bus is None:
+        return None
+    from hvkvm.machine.nics import Nics
+
+    return Nics(platform, bus, vm_name, stack)
 
 
 def create_pci(platform: Platform, board: Board, stack: ExitStack) -> Pci | None:

@@ -9,7 +9,7 @@ flag, the reason and the remedy, whichever way the value came in.
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple, get_args
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple, get_args
 
 from hvkvm.abi.guest_command import SERIAL_PORTS
 from hvkvm.abi.vmbus import HOST_VERSIONS, version_text
@@ -30,6 +30,10 @@ from hvkvm.machine.config_kinds import (
     Size,
     Words,
 )
+from hvkvm.machine.config_words import Structured
+
+if TYPE_CHECKING:
+    from hvkvm.machine.nic_spec import NicSpec
 
 Who = Literal["auto", "kernel", "user"]
 CommandIo = Literal["console", "streams", "terminal"]
@@ -150,6 +154,14 @@ class MachineConfig(NamedTuple):
             in_saved=True,
         ),
     ] = VMBUS_VERSIONS[-1]
+    nets: Annotated[
+        tuple["NicSpec", ...],
+        Field(
+            Structured("hvkvm.machine.nic_spec", "NicSpec"),
+            "--net WIRE,key=value,...",
+            "a NIC on hv_netvsc that leads to user, create, tap=NAME, fd=N, socket=PATH or listen=PATH",
+        ),
+    ] = ()
     vsock: Annotated[
         Path | None,
         Field(

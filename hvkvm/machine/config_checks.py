@@ -104,5 +104,8 @@ def together(config: MachineConfig) -> None:
         raise ConfigError("--kernel: missing; name the guest kernel's file, or give --firmware auto")
     if config.restore is None and config.vsock is not None and config.vmbus == "off":
         raise ConfigError(f"--vsock {config.vsock}: needs the VMBus host that carries it; add --vmbus on")
+    if config.restore is None and config.nets and config.vmbus == "off":
+        what = f"--net {config.nets[0].text}"
+        raise ConfigError(f"{what}: needs the VMBus host that carries it; add --vmbus on")
     if config.modules and config.modules_dir is None:
         raise ConfigError("--module: needs --modules-dir, the kernel's lib/modules/VERSION folder")

@@ -74,10 +74,11 @@ class Machine:
         handlers |= exits.handlers(board, lifecycle, platform.memory, config.append) | interface.handlers()
         board.add_optional_devices(config.devices, interface)
         self.bus = build.create_bus(platform, interface, stack)
+        self.nics = build.create_nics(platform, self.bus, self.name, stack)
         self.pci = build.create_pci(platform, board, stack)
         self.firmware = build.create_firmware(platform, board, self.pci, image, stack)
         processors = Processors(platform, image)
-        optional = (self.bus, self.firmware, self.pci)
+        optional = (self.nics, self.bus, self.firmware, self.pci)
         order: list[Part] = [board, *(part for part in optional if part is not None), interface, processors]
         lifecycle.govern(order, board)
         if saved is None:
@@ -86,7 +87,7 @@ class Machine:
             saving.load(saved, order)
         saver = saving.Saver(self.name, platform, lifecycle, interface, order)
         stack.callback(saver.close)
-        parts = Parts(self.name, platform, lifecycle, interface, board, self.bus, saver)
+        parts = Parts(self.name, platform, lifecycle, interface, board, self.bus, self.nics, saver)
         self.control = build.create_control(parts, stack)
         return parts
 

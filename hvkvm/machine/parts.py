@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from hvkvm.machine.bus import Bus
     from hvkvm.machine.hyperv import Hyperv
     from hvkvm.machine.lifecycle import Lifecycle
+    from hvkvm.machine.nics import Nics
     from hvkvm.machine.platform import Platform
     from hvkvm.machine.saving import Saver
 
@@ -27,4 +28,5 @@ class Parts(NamedTuple):
     hyperv: Hyperv
     board: Board
     bus: Bus | None
+    nics: Nics | None
     saver: Saver

@@ -148,6 +148,10 @@ def restored_config(saved: Saved, config: MachineConfig) -> MachineConfig:
         values = {**needs._asdict(), "reboot": False}
         for key in ("kernel", "firmware"):
             values[key] = Path(values[key]) if values[key] not in ("", "auto") else values[key] or None
+        if needs.vmbus == "on":
+            from hvkvm.machine.nics import specs_to_restore
+
+            values["nets"] = specs_to_restore(saved, config.nets)
         return config._replace(**values).validate()
     except (HvkvmError, ValueError) as error:
         raise StateError(f"{where}: {error}") from None

@@ -66,7 +66,7 @@ class UserPort(StreamPort):
         os.set_blocking(process.stderr.fileno(), False)
         sock.setblocking(False)
         io.call_soon(self._watch_words)
-        io.call_soon(self.connected, sock)
+        self.connected(sock)
 
     def _details(self) -> Mapping[str, object]:
         return {"passt": self.process.pid, "guest": f"{GUEST}/{PREFIX}", "gateway": GATEWAY}

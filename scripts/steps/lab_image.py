@@ -21,7 +21,7 @@ MODULES = "virtio_pci virtio_console 9pnet_virtio 9p overlay irqbypass kvm kvm_a
 OPTIONAL = ["ccp"]
 APPLETS = (
     "sh cat chroot echo head hostname insmod ip kill mkdir mount poweroff printf rm setsid sleep stty"
-    " sync umount"
+    " sync umount unshare"
 )
 FOLDERS = "bin dev lower new proc project sys tmp upper"
 

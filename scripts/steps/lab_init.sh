@@ -105,6 +105,10 @@ while :; do
 done <${port}2 >/dev/null 2>&1 &
 while sleep 5; do echo beat >&9; done &
 
+# A job has mounts of its own, with its root moved over this machine's. Merely entered by chroot, it could
+# make no user namespace, which passt needs.
+own_root='cd /new && mount --move . / && exec chroot . /bin/sh /run/lab/job'
+
 read -r up idle </proc/uptime
 echo "hello $up" >&9
 while :; do
@@ -119,13 +123,13 @@ while :; do
 	[ -z "$fresh" ] || { renew; layer; share; }
 	if [ "$tty" = tty ]; then
 		stty -F /dev/hvc0 sane 2>/dev/null
-		setsid -c chroot /new /bin/sh /run/lab/job 8>&- 9>&- </dev/hvc0 >/dev/hvc0 2>&1
+		setsid -c unshare -m sh -c "$own_root" 8>&- 9>&- </dev/hvc0 >/dev/hvc0 2>&1
 		status=$?
 		[ -z "$fresh" ] || sweep
 		echo ending >&9
 		printf '\0%s' "$token" >/dev/hvc0
 	else
-		setsid chroot /new /bin/sh /run/lab/job 8>&- 9>&- <${port}3 >${port}4 2>${port}5
+		setsid unshare -m sh -c "$own_root" 8>&- 9>&- <${port}3 >${port}4 2>${port}5
 		status=$?
 		[ -z "$fresh" ] || sweep
 		echo ending >&9

@@ -1,0 +1,204 @@
+"""The machine's NICs: a wire opened for each, a netvsp on the VMBus, and the port between them.
+
+A `part.Part`, which stops before the bus: a stopped machine's wires give no frames. Wires are opened when
+the machine is made, or, for one that is added later, on a thread of its own, since that may take a while; all
+that was made on the host for one goes with it. A saved machine has for each NIC what `--net` said; who
+restores it may say other wires, for the same NICs.
+
+Owner: the I/O loop; whoever makes the machine before that. `inspect` any thread.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from hvkvm.errors import ConfigError, StateError
+
+if TYPE_CHECKING:
+    from hvkvm.devices.synth.netvsp import Netvsp
+    from hvkvm.machine.bus import Bus
+    from hvkvm.machine.nic_spec import NicSpec
+    from hvkvm.machine.platform import Platform
+    from hvkvm.net.wire import Wire
+    from hvkvm.state.file import Saved
+
+MAX_NICS = 64
+
+
+class SavedNic(NamedTuple):
+    """A NIC of a saved machine: its name on the bus, its MAC, most queues, and the words behind --net."""
+
+    name: str
+    mac: str
+    queues: int
+    words: str
+
+
+class NicsState(NamedTuple):
+    """In the order in which they were added. What each has agreed on with its guest is in the bus's state."""
+
+    nics: tuple[SavedNic, ...]
+
+
+class Nic(NamedTuple):
+    """One that is there."""
+
+    name: str
+    spec: NicSpec
+    device: Netvsp
+    wire: Wire
+
+
+class Nics:
+    """ConfigError for wires that cannot be had. `vm_name` is what MAC addresses are made from."""
+
+    name = "network"
+    State = NicsState
+
+    def __init__(self, platform: Platform, bus: Bus, vm_name: str, stack: ExitStack) -> None:
+        self._platform = platform
+        self._bus = bus
+        self._vm_name = vm_name
+        self._running = False
+        self.nics: dict[str, Nic] = {}
+        """By name: net0, net1, ..."""
+        stack.callback(self.close)
+        for spec in platform.config.nets:
+            self.add(spec, self.open(spec))
+
+    # Adding and removing.
+
+    def open(self, spec: NicSpec) -> Wire:
+        """The wire that `spec` asks for. ConfigError. Any thread; may block."""
+        from hvkvm.machine.nic_wires import open_wire
+
+        return open_wire(self._platform.io, spec, self._platform.observer)
+
+    def add(self, spec: NicSpec, wire: Wire) -> Nic:
+        """Give the guest a NIC on `wire`. ConfigError when it cannot be, and then the wire is closed."""
+        from hvkvm.devices.synth.netvsp import MAX_QUEUES, Netvsp, address_of
+
+        number = next(n for n in range(MAX_NICS + 1) if f"net{n}" not in self.nics)
+        if number == MAX_NICS:
+            wire.close()
+            raise ConfigError(f"--net: a VM has up to {MAX_NICS} NICs; remove one")
+        name = f"net{number}"
+        mac = bytes.fromhex(spec.mac.replace(":", "")) if spec.mac else address_of(self._vm_name, number)
+        queues = spec.queues if spec.queues > 0 else min(self._platform.config.cpus, MAX_QUEUES)
+        try:
+            device = Netvsp(self._platform.memory, wire, name=name, address=mac, queues=queues)
+            wire.attach(device)
+            self._bus.add(name, device)
+        except BaseException:
+            wire.close()
+            raise
+        nic = self.nics[name] = Nic(name, spec._replace(mac=mac.hex(":"), queues=queues), device, wire)
+        if self._running:
+            wire.start()
+        return nic
+
+    def remove(self, name: str, done: Callable[[], object] = lambda: None) -> None:
+        """Take a NIC from the guest, and its wire from the host; `done()` when both are gone. KeyError."""
+        nic = self.nics.pop(name)
+
+        def gone() -> None:
+            nic.wire.close()
+            done()
+
+        nic.wire.stop(lambda: self._bus.remove(name, gone))
+
+    # machine.part.Part
+
+    def start(self) -> None:
+        """See `Part.start`."""
+        self._running = True
+        for nic in self.nics.values():
+            nic.wire.start()
+
+    def stop(self, done: Callable[[], object]) -> None:
+        """See `Part.stop`."""
+        self._running = False
+        left = list(self.nics.values())
+
+        def next_one() -> None:
+            if left:
+                left.pop().wire.stop(next_one)
+            else:
+                done()
+
+        next_one()
+
+    def reset(self) -> None:
+        """See `Part.reset`: the NICs themselves are the bus's."""
+
+    def save(self) -> NicsState:
+        """See `Part.save`."""
+        return NicsState(
+            tuple(
+                SavedNic(nic.name, nic.spec.mac, nic.spec.queues, _words_to_keep(nic.spec))
+                for nic in self.nics.values()
+            )
+        )
+
+    def load(self, state: NicsState) -> None:
+        """See `Part.load`. What `specs_to_restore` gave is here, so that there is nothing more to do."""
+        here, saved = [nic.name for nic in self.nics.values()], [nic.name for nic in state.nics]
+        if here != saved:
+            raise StateError(f"{self.name}: it has the NICs {saved!r:.80}, and this machine {here}")
+
+    def close(self) -> None:
+        """Give all wires back. The loop has ended, or never ran. Idempotent."""
+        while self.nics:
+            self.nics.popitem()[1].wire.close()
+
+    def inspect(self) -> dict[str, Mapping[str, object]]:
+        """Each NIC with its wire."""
+        return {
+            nic.name: {"mac": nic.spec.mac, "wire": nic.wire.inspect(), "device": nic.device.inspect()}
+            for nic in list(self.nics.values())
+        }
+
+
+def _words_to_keep(spec: NicSpec) -> str:
+    """As --net would have it from another folder. MAC and queues are kept beside it."""
+    paths: dict[str, Any] = {}
+    for key in ("socket", "listen", "pcap"):
+        path = getattr(spec, key)
+        if path is not None:
+            paths[key] = path.absolute()
+    return spec._replace(mac="", queues=-1, **paths).text
+
+
+def specs_to_restore(saved: Saved, given: Sequence[NicSpec]) -> tuple[NicSpec, ...]:
+    """The NICs of a saved machine, on the wires that it had, or on those of `given`. StateError."""
+    if Nics.name not in saved.parts:
+        if given:
+            raise StateError(
+                f"{saved.path}: has no NIC; leave --net out, and add one when it runs: hvkvm ctl net add"
+            )
+        return ()
+    from hvkvm.machine.config_words import parse_words
+    from hvkvm.machine.nic_spec import NicSpec
+
+    state: NicsState = saved.state(NicsState, Nics.name)
+    if given and len(given) != len(state.nics):
+        raise StateError(
+            f"{saved.path}: has {len(state.nics)} NICs, and {len(given)} --net; give one for each, or none"
+        )
+    specs = []
+    for index, nic in enumerate(state.nics):
+        try:
+            spec = given[index] if given else parse_words(NicSpec, "--net", nic.words)
+        except ConfigError as error:
+            raise StateError(f"{saved.path}: {nic.name[:20]!r}: {error}") from None
+        if spec.fd >= 0 and not given:
+            raise StateError(
+                f"{saved.path}: {nic.name[:20]!r} had an fd of its run; give a wire for each NIC by --net"
+            )
+        if spec.mac and spec.mac != nic.mac:
+            what = f"{nic.name[:20]!r} has the MAC {nic.mac[:20]!r}, which its guest knows"
+            raise StateError(f"{saved.path}: {what}; leave mac= out")
+        specs.append(spec._replace(mac=nic.mac, queues=nic.queues))
+    return tuple(specs)

@@ -1,0 +1,20 @@
+"""A port that an operator may pull the cable of: what every backend is, and every layer on one."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from hvkvm.net.port import Port
+
+
+class Wire(Port, Protocol):
+    """See `net.base.BasePort`."""
+
+    @property
+    def up(self) -> bool:
+        """Whether it carries frames."""
+        ...
+
+    def plug(self, plugged: bool) -> None:
+        """Have the cable plugged in, or pulled out. On the loop."""
+        ...
