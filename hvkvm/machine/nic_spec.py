@@ -174,7 +174,7 @@ class NicSpec(NamedTuple):
             if value == _default(key):
                 continue
             for one in value if isinstance(value, tuple) else (value,):
-                shown = f"{one:.9f}".rstrip("0") + "s" if key in _TIME_KEYS else str(one)
+                shown = f"{one:.9f}".rstrip("0").rstrip(".") + "s" if key in _TIME_KEYS else str(one)
                 words.append(f"{key}={shown}".replace(",", ",,"))
         return ",".join(words).removeprefix("backend=")
 

@@ -78,12 +78,15 @@ class Nic:
             self.links.append(up)
             self.changed.notify_all()
 
+    def __str__(self):
+        return f"room {self.room}, links {self.links}, frames {[f[:64].hex() for f in self.got[-5:]]}"
+
     def wait(self, condition, what="what was waited for"):
         """Until `condition(self)`; the test's failure after SECONDS. What it gave."""
         end = monotonic() + SECONDS
         with self.changed:
             while not (found := condition(self)):
-                assert self.changed.wait(end - monotonic()), f"{what} did not come: {self.got!r} {self.links}"
+                assert self.changed.wait(end - monotonic()), f"{what} did not come: {self}"
             return found
 
     def frame(self, condition):
