@@ -33,6 +33,7 @@ from hvkvm.machine.config_kinds import (
 from hvkvm.machine.config_words import Structured
 
 if TYPE_CHECKING:
+    from hvkvm.machine.disk_spec import CdromSpec, DiskSpec
     from hvkvm.machine.nic_spec import NicSpec
 
 Who = Literal["auto", "kernel", "user"]
@@ -160,6 +161,24 @@ class MachineConfig(NamedTuple):
             Structured("hvkvm.machine.nic_spec", "NicSpec"),
             "--net WIRE,key=value,...",
             "a NIC on hv_netvsc that leads to user, create, tap=NAME, fd=N, socket=PATH or listen=PATH",
+        ),
+    ] = ()
+    disks: Annotated[
+        tuple["DiskSpec", ...],
+        Field(
+            Structured("hvkvm.machine.disk_spec", "DiskSpec"),
+            "--disk FILE,key=value,...",
+            "a disk on hv_storvsc: raw, VHDX or nbd:...",
+            in_saved=True,
+        ),
+    ] = ()
+    cdroms: Annotated[
+        tuple["CdromSpec", ...],
+        Field(
+            Structured("hvkvm.machine.disk_spec", "CdromSpec"),
+            "--cdrom ISO,key=value,...",
+            "a DVD drive with this medium, or none",
+            in_saved=True,
         ),
     ] = ()
     vsock: Annotated[

@@ -107,5 +107,9 @@ def together(config: MachineConfig) -> None:
     if config.restore is None and config.nets and config.vmbus == "off":
         what = f"--net {config.nets[0].text}"
         raise ConfigError(f"{what}: needs the VMBus host that carries it; add --vmbus on")
+    for flag, wanted in (("--disk", config.disks), ("--cdrom", config.cdroms)):
+        if wanted and config.vmbus == "off":
+            what = f"{flag} {wanted[0].file}"
+            raise ConfigError(f"{what}: needs the VMBus host that carries it; add --vmbus on")
     if config.modules and config.modules_dir is None:
         raise ConfigError("--module: needs --modules-dir, the kernel's lib/modules/VERSION folder")

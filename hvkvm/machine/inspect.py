@@ -92,7 +92,10 @@ def devices(bus: Bus | None) -> dict[str, Any]:
     head, *connections = bus.vsock.describe()
     vsock = {"service": head.removeprefix("vsock "), **bus.vsock.counters._asdict()}
     vsock["connections"] = connections
-    return {**{name: _device(getattr(bus, name)) for name in DEVICES}, "vsock": vsock}
+    others = {
+        name: entry.device.inspect() for name, entry in list(bus.devices.items()) if name not in DEVICES
+    }
+    return {**{name: _device(getattr(bus, name)) for name in DEVICES}, "vsock": vsock, **others}
 
 
 def _device(device: Any) -> dict[str, Any]:

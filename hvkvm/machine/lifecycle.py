@@ -37,6 +37,9 @@ from hvkvm.machine.platform import Platform
 if TYPE_CHECKING:
     from hvkvm.runtime.timers import Timer
 
+END_SECONDS = 60.0
+"""How long disks may take at the end of a run: what lies in the host's page cache has to reach its disk."""
+
 REST_SECONDS = 30.0
 """How long vCPUs and parts may take to come to rest before the one that does not is named."""
 
@@ -92,6 +95,14 @@ class Lifecycle:
         self._waiting: deque[Callable[[Callable[[], object]], object]] = deque()
         self._deadline: Timer | None = None
         self._stopping: Part | None = None
+        self._enders: list[Callable[[Callable[[], object]], object]] = []
+
+    def at_end(self, ender: Callable[[Callable[[], object]], object]) -> None:
+        """At the end of the run, with every vCPU's thread ended, call `ender(done)` before the parts stop.
+
+        It has END_SECONDS to call `done()`. Before `start`.
+        """
+        self._enders.append(ender)
 
     def govern(self, parts: Sequence[Part], console: GuestConsole) -> None:
         """Take the machine's parts, in the order in which they stop and reset; they start in reverse.
@@ -171,12 +182,23 @@ class Lifecycle:
 
     def _stop_parts_from_outside(self, seconds: float) -> None:
         stopped = threading.Event()
+        ended = threading.Event()
         try:
+            self._platform.io.call_soon(self._end_all, iter(self._enders), ended.set)
+            if not ended.wait(END_SECONDS if self._enders else seconds):
+                raise Stuck(f"the disks have not been flushed and closed within {END_SECONDS:g} s")
             self._platform.io.call_soon(self._stop_parts, iter(self._parts), stopped.set)
         except Stopped:
             return  # the loop has ended: nothing is in flight any more
         if not stopped.wait(seconds) and self._stopping is not None:
             raise Stuck(f"the {self._stopping.name} has not stopped within {seconds:g} s")
+
+    def _end_all(self, left: Iterator[Callable[..., object]], done: Callable[[], object]) -> None:
+        ender = next(left, None)
+        if ender is None:
+            done()
+        else:
+            ender(partial(self._soon, self._end_all, left, done))
 
     # What the guest asks for.
 

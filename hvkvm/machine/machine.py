@@ -77,6 +77,9 @@ class Machine:
         self.nics = build.create_nics(platform, self.bus, self.name, stack)
         self.pci = build.create_pci(platform, board, stack)
         self.firmware = build.create_firmware(platform, board, self.pci, image, stack)
+        self.disks = build.create_disks(platform, self.bus, stack)
+        if self.disks is not None:
+            lifecycle.at_end(self.disks.end)
         processors = Processors(platform, image)
         optional = (self.nics, self.bus, self.firmware, self.pci)
         order: list[Part] = [board, *(part for part in optional if part is not None), interface, processors]
@@ -84,10 +87,12 @@ class Machine:
         if saved is None:
             processors.boot()
         else:
-            saving.load(saved, order)
-        saver = saving.Saver(self.name, platform, lifecycle, interface, order)
+            saving.load(saved, order, self.disks)
+        saver = saving.Saver(self.name, platform, lifecycle, interface, order, self.disks)
         stack.callback(saver.close)
-        parts = Parts(self.name, platform, lifecycle, interface, board, self.bus, self.nics, saver)
+        parts = Parts(
+            self.name, platform, lifecycle, interface, board, self.bus, self.nics, self.disks, saver
+        )
         self.control = build.create_control(parts, stack)
         return parts
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, NamedTuple
 if TYPE_CHECKING:
     from hvkvm.machine.board import Board
     from hvkvm.machine.bus import Bus
+    from hvkvm.machine.disks import Disks
     from hvkvm.machine.hyperv import Hyperv
     from hvkvm.machine.lifecycle import Lifecycle
     from hvkvm.machine.nics import Nics
@@ -29,4 +30,5 @@ class Parts(NamedTuple):
     board: Board
     bus: Bus | None
     nics: Nics | None
+    disks: Disks | None
     saver: Saver

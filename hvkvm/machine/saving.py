@@ -23,6 +23,7 @@ from hvkvm.state.file import Manifest, Saved, SavedConfig, Writer
 
 if TYPE_CHECKING:
     from hvkvm.machine.config import MachineConfig
+    from hvkvm.machine.disks import Disks
     from hvkvm.machine.hyperv import Hyperv
     from hvkvm.machine.lifecycle import Lifecycle
     from hvkvm.machine.part import Part
@@ -39,13 +40,20 @@ class Saver:
     """Saves one machine, one save at a time. `order` has its parts as `Lifecycle` has them."""
 
     def __init__(
-        self, name: str, platform: Platform, lifecycle: Lifecycle, hyperv: Hyperv, order: Sequence[Part]
+        self,
+        name: str,
+        platform: Platform,
+        lifecycle: Lifecycle,
+        hyperv: Hyperv,
+        order: Sequence[Part],
+        disks: Disks | None = None,
     ) -> None:
         self._name = name
         self._platform = platform
         self._lifecycle = lifecycle
         self._offered = hyperv.offered
         self._order = order
+        self._disks = disks
         self._busy = False
         self._ending = False
         self._writer: threading.Thread | None = None
@@ -57,8 +65,11 @@ class Saver:
         if self._platform.config.serial_ports > 1:
             done(0, "what its command reads and writes leads to this run, and would lead nowhere from a file")
             return True
+        if self._disks is not None and (why := self._disks.why_not_saved()):
+            done(0, why)
+            return True
         self._busy = True
-        self._lifecycle.at_rest(lambda go_on: self._at_rest(path, done, go_on))
+        self._lifecycle.at_rest(lambda go_on: self._stable(path, done, go_on))
         return True
 
     def save_and_wait(self, path: Path) -> int:
@@ -77,6 +88,22 @@ class Saver:
                     raise StateError(f"not saved: {why}")
                 return size
         raise StateError(f"not saved: the run has ended: {self._lifecycle.outcome}")
+
+    def _stable(self, path: Path, done: Done, go_on: Callable[[], object]) -> None:
+        """Nothing is in flight any more. What the guest has written is made stable before it is saved."""
+
+        def flushed(why: str) -> None:
+            if why:
+                self._busy = False
+                go_on()
+                done(0, why)
+            else:
+                self._at_rest(path, done, go_on)
+
+        if self._disks is None:
+            flushed("")
+        else:
+            self._disks.flush(flushed)
 
     def _at_rest(self, path: Path, done: Done, go_on: Callable[[], object]) -> None:
         def finish(size: int, why: str) -> None:
@@ -117,6 +144,7 @@ class Saver:
             config.acpi,
             _absolute(config.firmware),
             config.pci,
+            () if self._disks is None else self._disks.saved(),
         )
         with Writer(path, config.memory) as writer:
             for offset, data in platform.memory.pieces():
@@ -145,22 +173,28 @@ def restored_config(saved: Saved, config: MachineConfig) -> MachineConfig:
         raise StateError(f"{where}: {needs.memory} bytes of RAM, and the file has {saved.ram_size}")
     try:
         # What was booted (initrd, command) is not known here, so there is nothing that a reset could start.
-        values = {**needs._asdict(), "reboot": False}
+        values = {**needs._asdict(), "reboot": False, "disks": ()}
         for key in ("kernel", "firmware"):
             values[key] = Path(values[key]) if values[key] not in ("", "auto") else values[key] or None
         if needs.vmbus == "on":
             from hvkvm.machine.nics import specs_to_restore
 
             values["nets"] = specs_to_restore(saved, config.nets)
+        if needs.disks:
+            from hvkvm.machine.disks import specs_of
+
+            values["disks"], values["cdroms"] = specs_of(needs.disks)
         return config._replace(**values).validate()
     except (HvkvmError, ValueError) as error:
         raise StateError(f"{where}: {error}") from None
 
 
-def load(saved: Saved, order: Sequence[Part]) -> None:
+def load(saved: Saved, order: Sequence[Part], disks: Disks | None = None) -> None:
     """Put each part's state into a machine just made as `restored_config` says. StateError.
 
     In the order in which parts start: what is used by another comes first.
     """
+    if disks is not None:
+        disks.check(saved.manifest.config.disks)
     for part in reversed(order):
         part.load(saved.state(part.State, part.name))

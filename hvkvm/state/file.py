@@ -29,7 +29,7 @@ from hvkvm.memory.mapping import PAGE_SIZE
 from hvkvm.state.codec import plain, restored
 
 MAGIC = b"hvkvm saved VM\n\0"
-FORMAT = 1
+FORMAT = 2
 """Goes up when an older reader would misread the file."""
 
 RAM_OFFSET = 2 << 20
@@ -52,6 +52,27 @@ class Extent(NamedTuple):
     checksum: bytes
 
 
+class SavedDisk(NamedTuple):
+    """A disk or DVD drive: what it was asked for with, where the guest has it, and the size of its image."""
+
+    kind: str
+    """"disk" or "cdrom"."""
+    file: str
+    """Empty for a drive without a medium."""
+    format: str
+    readonly: bool
+    snapshot: bool
+    cache: str
+    serial: str
+    discard: bool
+    sector: int
+    controller: int
+    lun: int
+    size: int
+    changed: int
+    """When the file was last written to, in ns since the epoch; 0 where that does not matter."""
+
+
 class SavedConfig(NamedTuple):
     """What a machine must have to go on from a file; all else is the new run's own."""
 
@@ -67,6 +88,7 @@ class SavedConfig(NamedTuple):
     acpi: bool
     firmware: str = ""
     pci: bool = False
+    disks: tuple[SavedDisk, ...] = ()
 
 
 class Manifest(NamedTuple):

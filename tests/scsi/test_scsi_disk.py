@@ -329,7 +329,9 @@ def test_who_answers_where_nobody_is(ask: Scsi, file: Path, unit: ScsiDisk) -> N
     assert absent(0, 0, bytes((0xA0,)) + bytes(5) + (64).to_bytes(4, "big") + bytes(2), 64).transferred == 16
     assert absent.memory[:16] == bytes((0, 0, 0, 8, 0, 0, 0, 0, 0, 3, 0, 0, 0, 0, 0, 0))  # type: ignore[attr-defined]
     assert sense_in(absent(0, 0, READY)) == scsi.INVALID_LUN
-    assert sense_in(absent(1, 0, bytes((0xA0,)) + bytes(11))) == scsi.INVALID_LUN
+    assert absent(1, 0, bytes((0xA0,)) + bytes(5) + (64).to_bytes(4, "big") + bytes(2), 64).transferred == 8
+    assert absent.memory[:8] == bytes(8)  # type: ignore[attr-defined]
+    assert sense_in(absent(1, 2, bytes((0xA0,)) + bytes(11))) == scsi.INVALID_LUN
     assert ask.good(unit, bytes((0xA0,)) + bytes(5) + (64).to_bytes(4, "big") + bytes(2), 64)[9] == 3
     other = ScsiDisk(unit.disk, "other")
     bus.add(0, 4, other)

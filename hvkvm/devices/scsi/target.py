@@ -50,9 +50,9 @@ class Bus:
         """What is answered for a LUN that is not there (SPC-4 6.4.2): that it is not, and which ones are.
 
         INQUIRY must succeed, or Linux's hv_storvsc takes a buffer of zeros for a disk; REPORT LUNS is
-        answered by LUN 0 of a target that has others.
+        answered by LUN 0 of every target, with no LUN where there is none.
         """
-        _Absent(self.luns(target) if lun == 0 else []).execute(command)
+        _Absent(self.luns(target) if lun == 0 else None).execute(command)
 
     def _tell(self, target: int) -> None:
         if not self._tells:
@@ -63,11 +63,11 @@ class Bus:
 
 
 class _Absent(Unit):
-    def __init__(self, luns: list[int]) -> None:
+    def __init__(self, luns: list[int] | None) -> None:
         super().__init__(scsi.NO_UNIT, Identity("", ""), ModePages({}, lambda: 0), removable=False)
         self._attentions.clear()
-        self.luns = lambda: luns
-        kept = [scsi.INQUIRY, scsi.REQUEST_SENSE] + ([scsi.REPORT_LUNS] if luns else [])
+        self.luns = lambda: luns or []
+        kept = [scsi.INQUIRY, scsi.REQUEST_SENSE] + ([] if luns is None else [scsi.REPORT_LUNS])
         self.handlers = {operation: self.handlers[operation] for operation in kept}
 
     def execute(self, command: Command) -> None:

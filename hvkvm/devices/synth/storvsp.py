@@ -128,18 +128,18 @@ class Storvsp:
         return self.phase is Phase.READY
 
     def execute(self, srb: Srb, command: Command) -> bool:
-        """Have the unit do it; False if nobody answers for that address."""
+        """Have the unit do it; False if nobody answers for that address.
+
+        Never for a path that is none: Linux's storvsc_remove_lun() takes the unit of that target
+        and LUN away on path 0, whichever path it was told of.
+        """
         target, lun = srb.target, srb.lun
         unit = self._bus.get(target, lun) if not srb.path else None
         if unit is not None:
             unit.execute(command)
             return True
-        operation = srb.cdb[0]
-        if operation == scsi.REPORT_LUNS and not srb.path and lun == 0 and self._bus.luns(target):
-            self._bus.execute_absent(target, lun, command)
-            return True
-        if operation == scsi.INQUIRY:
-            self._bus.execute_absent(-1, lun, command)
+        if srb.path or srb.cdb[0] == scsi.INQUIRY or (srb.cdb[0] == scsi.REPORT_LUNS and lun == 0):
+            self._bus.execute_absent(-1 if srb.path else target, lun, command)
             return True
         return False
 

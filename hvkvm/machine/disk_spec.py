@@ -1,0 +1,115 @@
+"""What `--disk` and `--cdrom` say, and the same in TOML: a disk's image, and where the guest finds it."""
+
+# No `from __future__ import annotations`: the annotations are the table, and read at run time.
+
+from pathlib import Path
+from typing import Annotated, NamedTuple
+
+from hvkvm.block.image import CACHES, FORMATS, SECTOR_SIZES, ImageOptions
+from hvkvm.errors import ConfigError
+from hvkvm.machine.config_fields import Field
+from hvkvm.machine.config_kinds import Choice, Kind, Number, OnOff, check_file, said
+
+MAX_CONTROLLERS = 64
+MAX_LUNS = 64
+"""Of one controller: Linux looks for up to 255, which nobody needs."""
+MAX_SERIAL = 20
+
+
+class ImageName(Kind):
+    """A file of this host, or nbd:unix:PATH or nbd:HOST:PORT."""
+
+    def from_text(self, name: str, text: str, folder: Path | None = None) -> str:
+        if text.startswith("nbd:") or folder is None:
+            return text
+        return str(folder / text)
+
+    def check(self, name: str, value: str) -> None:
+        if not value:
+            raise ConfigError(f"{name}: empty; name an image file, or nbd:unix:PATH")
+        if not value.startswith("nbd:"):
+            check_file(name, Path(value))
+
+
+class MediumName(ImageName):
+    """An ImageName, or "none" for a drive without a medium, which is "" then."""
+
+    def from_text(self, name: str, text: str, folder: Path | None = None) -> str:
+        return "" if text == "none" else super().from_text(name, text, folder)
+
+    def check(self, name: str, value: str) -> None:
+        if value:
+            super().check(name, value)
+
+
+def _place(most: int, what: str, name: str, value: int) -> None:
+    if not -1 <= value < most:
+        raise ConfigError(f"{said(name, value)}: there are {what} 0 to {most - 1}; choose one of them")
+
+
+def check_lun(name: str, value: int) -> None:
+    """ConfigError for what is no LUN; -1 stands for the next free one."""
+    _place(MAX_LUNS, "LUNs", name, value)
+
+
+def check_controller(name: str, value: int) -> None:
+    """ConfigError for what is no controller."""
+    _place(MAX_CONTROLLERS, "controllers", name, value if value >= 0 else MAX_CONTROLLERS)
+
+
+def check_serial(name: str, value: str) -> None:
+    """ConfigError for what INQUIRY could not tell."""
+    if len(value) > MAX_SERIAL or not all(" " <= one <= "~" for one in value):
+        raise ConfigError(f"{said(name, value)}: no serial number; use up to {MAX_SERIAL} ASCII characters")
+
+
+class DiskSpec(NamedTuple):
+    """A disk."""
+
+    file: Annotated[str, Field(ImageName(), help="the image")]
+    format: Annotated[
+        str, Field(Choice(("", *FORMATS)), "raw|vhdx", "the image's format (by its first bytes)")
+    ] = ""
+    readonly: Annotated[bool, Field(OnOff(), "on", "refuse the guest's writes")] = False
+    snapshot: Annotated[bool, Field(OnOff(), "on", "throw away what the guest writes")] = False
+    cache: Annotated[
+        str, Field(Choice(CACHES), "|".join(CACHES), "the host's page cache, or O_DIRECT (writeback)")
+    ] = "writeback"
+    serial: Annotated[
+        str, Field(Kind(), "TEXT", "the serial number that the guest sees (by its place)", check_serial)
+    ] = ""
+    discard: Annotated[
+        bool, Field(OnOff(), "on|off", "whether a discard gives space back to the host (on)")
+    ] = True
+    sector: Annotated[
+        str,
+        Field(Choice(("", *map(str, SECTOR_SIZES))), "512|4096", "bytes of a sector of a raw image (512)"),
+    ] = ""
+    controller: Annotated[int, Field(Number(0), "N", "the controller, from 0 (0)", check_controller)] = 0
+    lun: Annotated[int, Field(Number(1), "N", "the LUN (the next free one)", check_lun)] = -1
+
+    @property
+    def options(self) -> ImageOptions:
+        """How the image is opened."""
+        return ImageOptions(
+            self.format,
+            read_only=self.readonly,
+            snapshot=self.snapshot,
+            cache=self.cache,
+            sector_size=int(self.sector or 0),
+            discard=self.discard,
+        )
+
+
+class CdromSpec(NamedTuple):
+    """A DVD drive, with a medium or empty."""
+
+    file: Annotated[str, Field(MediumName(), help="the ISO image, or none")]
+    serial: Annotated[str, Field(Kind(), "TEXT", "the serial number that the guest sees", check_serial)] = ""
+    controller: Annotated[int, Field(Number(0), "N", "the controller, from 0 (0)", check_controller)] = 0
+    lun: Annotated[int, Field(Number(1), "N", "the LUN (the next free one)", check_lun)] = -1
+
+    @property
+    def options(self) -> ImageOptions:
+        """How the image is opened."""
+        return ImageOptions("raw", read_only=True)

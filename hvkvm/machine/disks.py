@@ -1,0 +1,293 @@
+"""The machine's disks and DVD drives: images opened, units on SCSI controllers of the VMBus, workers for all.
+
+Images are opened when the machine is made, and locked from then on. At the end of the
+run, before its parts stop, each is flushed and closed. What a guest has of them is in
+the state of the controllers; a saved machine names the images, which must be there
+again, each as large as it was.
+
+Owner: the I/O loop; whoever makes the machine before that. `inspect` any thread.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack, suppress
+from functools import partial
+from typing import TYPE_CHECKING, NamedTuple
+
+from hvkvm.block.disk import Disk
+from hvkvm.block.image import Image, open_image
+from hvkvm.block.request import Op, Request, Result, Status
+from hvkvm.devices.scsi.disk import ScsiDisk
+from hvkvm.devices.scsi.dvd import DvdDrive
+from hvkvm.devices.synth.storvsp import Storvsp
+from hvkvm.errors import ConfigError, HvkvmError, ImageError, StateError
+from hvkvm.events import Warned
+from hvkvm.machine.disk_spec import MAX_LUNS, CdromSpec, DiskSpec
+from hvkvm.runtime.workers import Workers
+from hvkvm.state.file import SavedDisk
+from hvkvm.vmbus.pending import Pending
+
+if TYPE_CHECKING:
+    from hvkvm.machine.bus import Bus
+    from hvkvm.machine.platform import Platform
+
+Spec = DiskSpec | CdromSpec
+
+
+class Attached(NamedTuple):
+    """A unit that the guest can find."""
+
+    name: str
+    """"disk0", "cdrom0", ..."""
+    spec: Spec
+    controller: int
+    lun: int
+    unit: ScsiDisk | DvdDrive
+
+    @property
+    def disk(self) -> Disk | None:
+        """What holds its data; None for a drive without a medium."""
+        return self.unit.disk
+
+    @property
+    def option(self) -> str:
+        """The flag that asks for one like it."""
+        return "--disk" if isinstance(self.spec, DiskSpec) else "--cdrom"
+
+
+class Disks:
+    """ConfigError, ImageError among them, for what the configuration asks for and cannot be had."""
+
+    def __init__(self, platform: Platform, bus: Bus, stack: ExitStack) -> None:
+        self._platform = platform
+        self._bus = bus
+        self._workers = Workers(platform.io, name="disk")
+        self._open: list[Disk] = []
+        self.attached: dict[str, Attached] = {}
+        """By name, in the order in which they were added."""
+        stack.callback(self.close)
+        specs: list[Spec] = [*platform.config.disks, *platform.config.cdroms]
+        for spec in specs:
+            self.attach(spec, self.open(spec))
+
+    # Adding and removing.
+
+    def open(self, spec: Spec) -> Image | None:
+        """The image, opened and locked; None for a drive without a medium. ConfigError. May block.
+
+        Any thread; `attach` follows on the loop, or the caller closes it.
+        """
+        if not spec.file:
+            return None
+        try:
+            return open_image(spec.file, spec.options)
+        except OSError as error:
+            raise ImageError(f"{spec.file}: {error.strerror or error}; check the image") from None
+
+    def attach(self, spec: Spec, image: Image | None) -> Attached:
+        """Give the guest the unit. ConfigError if its place is taken, and then the image is closed."""
+        option = "--disk" if isinstance(spec, DiskSpec) else "--cdrom"
+        disk = None
+        try:
+            controller = self.controller(spec.controller)
+            lun = spec.lun if spec.lun >= 0 else self._free_lun(controller)
+            kind = "disk" if isinstance(spec, DiskSpec) else "cdrom"
+            number = next(n for n in range(len(self.attached) + 1) if f"{kind}{n}" not in self.attached)
+            name = f"{kind}{number}"
+            disk = None if image is None else self.disk_of(name, image)
+            serial = spec.serial or f"hvkvm-{spec.controller}-{lun}"
+            unit: ScsiDisk | DvdDrive
+            if isinstance(spec, CdromSpec):
+                unit = DvdDrive(disk, serial)
+            elif disk is not None:
+                unit = ScsiDisk(disk, serial)
+            else:
+                raise ConfigError(f"{option}: no image; name one")
+            controller.attach(0, lun, unit)
+        except (ValueError, StopIteration) as error:
+            self._drop(disk, image)
+            place = f"controller={spec.controller},lun={spec.lun}"
+            raise ConfigError(f"{option} {spec.file}: {place}: {error}; choose another place") from None
+        except BaseException:
+            self._drop(disk, image)
+            raise
+        self.attached[name] = Attached(name, spec, spec.controller, lun, unit)
+        return self.attached[name]
+
+    def disk_of(self, name: str, image: Image) -> Disk:
+        """A queue of requests in front of `image`; `let_go` ends it."""
+        disk = Disk(image, self._workers, self._platform.io, name=name, observer=self._platform.observer)
+        self._open.append(disk)
+        return disk
+
+    def let_go(self, disk: Disk, done: Callable[[Result], object] = lambda _result: None) -> None:
+        """Flush and close a disk that no unit uses any more; `done(result)` on the loop."""
+        if disk in self._open:
+            self._open.remove(disk)
+            disk.close(done)
+
+    def remove(self, name: str, done: Callable[[Result], object] = lambda _result: None) -> None:
+        """Take the unit from the guest; KeyError. `done(result)` when its image is flushed and closed."""
+        gone = self.attached.pop(name)
+
+        def detached(_unit: object) -> None:
+            if gone.disk is None:
+                done(Result(Status.OK))
+            else:
+                self.let_go(gone.disk, done)
+
+        self.controller(gone.controller).detach(0, gone.lun, detached)
+
+    def controller(self, index: int) -> Storvsp:
+        """The controller of this index, made if it is not there."""
+        name = f"scsi{index}"
+        found = self._bus.devices.get(name)
+        if found is not None and isinstance(found.device, Storvsp):
+            return found.device
+        config = self._platform.config
+        return self._bus.add(name, Storvsp(index, self._platform.memory, config.cpus))
+
+    def _free_lun(self, controller: Storvsp) -> int:
+        taken = controller.units.luns(0)
+        return next(lun for lun in range(MAX_LUNS) if lun not in taken)
+
+    def _drop(self, disk: Disk | None, image: Image | None) -> None:
+        if disk is not None:
+            self._open.remove(disk)
+        if image is not None:
+            image.close()
+
+    # Saved machines.
+
+    def why_not_saved(self) -> str:
+        """Why no saved machine could go on with these disks; empty if one could."""
+        for one in self.attached.values():
+            if isinstance(one.spec, DiskSpec) and one.spec.snapshot and not one.spec.readonly:
+                return f"{one.name} has snapshot=on: what the guest wrote to it would not be in the file"
+        return ""
+
+    def flush(self, done: Callable[[str], object]) -> None:
+        """Make all stable, so that whoever opens the images next has it; `done(why_not)` on the loop."""
+        pending, failed = Pending(), []
+
+        def flushed(name: str, answered: Callable[[], object], result: Result) -> None:
+            if result.status is not Status.OK:
+                failed.append(f"{name}: {result}")
+            answered()
+
+        for disk in list(self._open):
+            if not disk.image.read_only:
+                answered = pending.begin(lambda: None)
+                disk.submit(Request(Op.FLUSH, 0, (), partial(flushed, disk.name, answered)))
+        pending.when_none(lambda: done("; ".join(failed)))
+
+    def saved(self) -> tuple[SavedDisk, ...]:
+        """What a machine must have to go on with this one's guest: disks, then drives."""
+        return tuple(sorted(map(_saved, self.attached.values()), key=lambda one: one.kind != "disk"))
+
+    def check(self, saved: Sequence[SavedDisk]) -> None:
+        """Compare the images with what they were. StateError."""
+        for one, before in zip(self.attached.values(), saved, strict=True):
+            size = 0 if one.disk is None else one.disk.size
+            if size != before.size:
+                raise StateError(
+                    f"{before.file}: {size} bytes, and {before.size} when the VM was saved;"
+                    " put the image back that it was saved with"
+                )
+            if before.changed and (changed := _changed(before.file)) and changed != before.changed:
+                text = f"{before.file} was written to since the VM was saved; its guest may find it damaged"
+                self._platform.observer.event(Warned("disk changed", text))
+
+    # Ends.
+
+    def end(self, done: Callable[[], object]) -> None:
+        """The run ends, the vCPUs have stopped: flush and close all. A server that hangs is given up."""
+        pending = Pending()
+        for disk in list(self._open):
+            self._open.remove(disk)
+            disk.close(partial(self._ended, disk.name, pending.begin(lambda: None)))
+        pending.when_none(done)
+
+    def _ended(self, name: str, done: Callable[[], object], result: Result) -> None:
+        if result.status is not Status.OK:
+            text = f"{name}: what the guest had not flushed may be lost: {result}"
+            self._platform.observer.event(Warned(f"disk {name}", text))
+        done()
+
+    def close(self) -> None:
+        """Let go of whatever `end` has not: the loop has ended, or never ran. Idempotent."""
+        with suppress(HvkvmError):  # Stuck: a job hangs, and its thread with it
+            self._workers.close()
+        while self._open:
+            self._open.pop().image.close()
+
+    def inspect(self) -> dict[str, object]:
+        """Each unit with its place."""
+        return {
+            one.name: {
+                "controller": one.controller,
+                "lun": one.lun,
+                "file": one.spec.file,
+                **one.unit.inspect(),
+            }
+            for one in list(self.attached.values())
+        }
+
+
+def _saved(one: Attached) -> SavedDisk:
+    spec, disk = one.spec, one.disk
+    file = spec.file if disk is not None else ""
+    if file and not file.startswith("nbd:"):
+        file = os.path.abspath(file)
+    options = spec.options
+    return SavedDisk(
+        "disk" if isinstance(spec, DiskSpec) else "cdrom",
+        file,
+        "" if disk is None else disk.image.format,
+        spec.readonly if isinstance(spec, DiskSpec) else True,
+        options.snapshot,
+        options.cache,
+        spec.serial,
+        options.discard,
+        options.sector_size,
+        one.controller,
+        one.lun,
+        0 if disk is None else disk.size,
+        0 if disk is None or disk.image.read_only else _changed(file),
+    )
+
+
+def specs_of(saved: Sequence[SavedDisk]) -> tuple[tuple[DiskSpec, ...], tuple[CdromSpec, ...]]:
+    """What to ask for to have these again. StateError for a kind that there is not."""
+    disks, cdroms = [], []
+    for one in saved:
+        if one.kind == "disk":
+            disks.append(
+                DiskSpec(
+                    one.file,
+                    "" if one.file.startswith("nbd:") else one.format,
+                    one.readonly,
+                    one.snapshot,
+                    one.cache,
+                    one.serial,
+                    one.discard,
+                    str(one.sector or ""),
+                    one.controller,
+                    one.lun,
+                )
+            )
+        elif one.kind == "cdrom":
+            cdroms.append(CdromSpec(one.file, one.serial, one.controller, one.lun))
+        else:
+            raise StateError(f"it has a {one.kind[:20]!r} for a disk, which this hvkvm does not know")
+    return tuple(disks), tuple(cdroms)
+
+
+def _changed(file: str) -> int:
+    """When a file was last written to, in ns since the epoch; 0 for what is none."""
+    try:
+        return 0 if file.startswith("nbd:") else os.stat(file).st_mtime_ns
+    except OSError:
+        return 0

@@ -1,0 +1,186 @@
+"""`--disk` and `--cdrom`: what they say, what is refused, and what a saved machine says of them."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from hvkvm.cli.run import config_from
+from hvkvm.devices.synth.storvsp import Storvsp
+from hvkvm.errors import ConfigError, StateError
+from hvkvm.machine.config import MachineConfig
+from hvkvm.machine.disk_spec import CdromSpec, DiskSpec
+from hvkvm.machine.disks import Disks, specs_of
+from hvkvm.runtime.io_loop import IoLoop
+from hvkvm.testing.vmbus_loopback import Notes
+
+SECONDS = 60
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    for name in ("kernel", "a.raw", "b.raw", "c.iso"):
+        (tmp_path / name).write_bytes(bytes(1 << 16))
+    return tmp_path
+
+
+class World:
+    """A machine's disks on a real loop, and a bus that only notes its devices."""
+
+    def __init__(self, folder: Path, stack: ExitStack, disks: tuple[DiskSpec, ...], **more: Any) -> None:
+        self.io = IoLoop()
+        stack.callback(self.io.stop)
+        self.notes = Notes()
+        config = MachineConfig(folder / "kernel", vmbus="on", cpus=2, disks=disks, **more).validate()
+        self.devices: dict[str, Any] = {}
+        platform = SimpleNamespace(config=config, io=self.io, memory=None, observer=self.notes)
+        self.disks = Disks(platform, self, stack)  # type: ignore[arg-type]
+
+    def add(self, name: str, device: Storvsp) -> Storvsp:
+        self.devices[name] = SimpleNamespace(device=device)
+        return device
+
+    def wait(self, begin: Callable[..., object]) -> list[Any]:
+        """Call `begin(done)` on the loop; what `done` was called with."""
+        heard: list[Any] = []
+        event = threading.Event()
+
+        def done(*arguments: Any) -> None:
+            heard.extend(arguments)
+            event.set()
+
+        if self.io.state == "not started":
+            self.io.start()
+        self.io.call_soon(begin, done)
+        assert event.wait(SECONDS)
+        return heard
+
+
+@pytest.fixture
+def make(folder: Path) -> Iterator[Callable[..., World]]:
+    with ExitStack() as stack:
+        yield lambda *disks, **more: World(folder, stack, disks, **more)
+
+
+def test_what_a_command_line_says(folder: Path) -> None:
+    kernel = str(folder / "kernel")
+    a, iso = str(folder / "a.raw"), str(folder / "c.iso")
+    disks = ["--disk", f"{a},readonly,serial=abc,lun=3", "--disk", a]
+    cdroms = ["--cdrom", iso, "--cdrom", "none,controller=2"]
+    config, _options = config_from(["--kernel", kernel, "--vmbus", "on", *disks, *cdroms])
+    assert config.disks == (DiskSpec(a, readonly=True, serial="abc", lun=3), DiskSpec(a))
+    assert config.cdroms == (CdromSpec(iso), CdromSpec("", controller=2))
+
+
+def test_what_a_toml_file_says(folder: Path) -> None:
+    file = folder / "machine.toml"
+    file.write_text(
+        'kernel = "kernel"\nvmbus = "on"\n'
+        'disks = ["a.raw,snapshot=on", {file = "b.raw", format = "raw", sector = "4096"}]\n'
+        'cdroms = [{file = "c.iso"}]\n'
+    )
+    config = MachineConfig.from_toml(file)
+    assert config.disks[0] == DiskSpec(str(folder / "a.raw"), snapshot=True)
+    assert config.disks[1].options.sector_size == 4096
+    assert config.cdroms[0].file == str(folder / "c.iso")
+
+
+@pytest.mark.parametrize(
+    ("text", "why"),
+    [
+        ("nothing.raw", "no such file"),
+        ("a.raw,format=qcow2", "--disk format=qcow2: unknown; choose"),
+        ("a.raw,cache=maybe", "--disk cache=maybe: unknown; choose"),
+        ("a.raw,sector=520", "--disk sector=520: unknown; choose"),
+        ("a.raw,lun=64", "there are LUNs 0 to 63"),
+        ("a.raw,controller=-1", "there are controllers 0 to 63"),
+        (f"a.raw,serial={'x' * 21}", "no serial number"),
+        ("a.raw,colour=red", "no key colour"),
+    ],
+)
+def test_what_cannot_be_is_one_line(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, text: str, why: str
+) -> None:
+    monkeypatch.chdir(folder)
+    with pytest.raises(ConfigError, match="--disk") as caught:
+        config_from(["--kernel", "kernel", "--vmbus", "on", "--disk", text])
+    assert why in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_disks_need_the_bus(folder: Path) -> None:
+    with pytest.raises(ConfigError, match="needs the VMBus host that carries it; add --vmbus on"):
+        MachineConfig(folder / "kernel", disks=(DiskSpec(str(folder / "a.raw")),)).validate()
+
+
+def test_units_have_their_places(folder: Path, make: Callable[..., World]) -> None:
+    a, b, iso = (str(folder / name) for name in ("a.raw", "b.raw", "c.iso"))
+    world = make(DiskSpec(a, lun=1), DiskSpec(b, controller=3), cdroms=(CdromSpec(iso), CdromSpec("")))
+    placed = {name: (one.controller, one.lun) for name, one in world.disks.attached.items()}
+    assert placed == {"disk0": (0, 1), "disk1": (3, 0), "cdrom0": (0, 0), "cdrom1": (0, 2)}
+    assert list(world.devices) == ["scsi0", "scsi3"]
+    assert world.disks.inspect()["disk1"]["serial"] == "hvkvm-3-0"
+    instances = {device.device.offer.instance for device in world.devices.values()}
+    assert len(instances) == 2
+
+
+def test_a_place_that_is_taken_and_an_image_in_use(folder: Path, make: Callable[..., World]) -> None:
+    a, b = (DiskSpec(str(folder / name), lun=1) for name in ("a.raw", "b.raw"))
+    with pytest.raises(ConfigError, match=r"--disk .*b.raw: controller=0,lun=1: target 0 has a LUN 1"):
+        make(a, b)
+    with pytest.raises(ConfigError, match=r"a.raw: another program uses it"):
+        make(a, a._replace(lun=2))
+
+
+def test_the_end_closes_and_flushes(folder: Path, make: Callable[..., World]) -> None:
+    world = make(DiskSpec(str(folder / "a.raw")), DiskSpec(str(folder / "b.raw"), readonly=True))
+    world.wait(world.disks.end)
+    make(DiskSpec(str(folder / "a.raw")))  # nobody has it open any more
+    assert world.notes.events == []
+
+
+def test_a_removed_disk_is_closed(folder: Path, make: Callable[..., World]) -> None:
+    world = make(DiskSpec(str(folder / "a.raw")))
+    (result,) = world.wait(lambda done: world.disks.remove("disk0", done))
+    assert result.status.name == "OK"
+    assert world.disks.attached == {}
+    spec = DiskSpec(str(folder / "a.raw"), lun=9)
+    world.wait(lambda done: done(world.disks.attach(spec, world.disks.open(spec))))
+    assert list(world.disks.attached) == ["disk0"]
+
+
+def test_what_a_saved_machine_had_is_asked_for_again(folder: Path, make: Callable[..., World]) -> None:
+    a, b, iso = (str(folder / name) for name in ("a.raw", "b.raw", "c.iso"))
+    world = make(
+        DiskSpec(a, serial="one", sector="4096"),
+        DiskSpec(b, readonly=True, controller=1, lun=5),
+        cdroms=(CdromSpec(iso), CdromSpec("")),
+    )
+    saved = world.disks.saved()
+    assert world.wait(world.disks.flush) == [""]
+    world.wait(world.disks.end)
+    disks, cdroms = specs_of(saved)
+    again = make(*disks, cdroms=cdroms)
+    places = [(one.controller, one.lun) for one in world.disks.attached.values()]
+    assert [(one.controller, one.lun) for one in again.disks.attached.values()] == places
+    again.disks.check(saved)
+    assert again.notes.events == []
+    with pytest.raises(StateError, match=r"a.raw: 65536 bytes, and 4096 when the VM was saved"):
+        again.disks.check((saved[0]._replace(size=4096), *saved[1:]))
+    again.disks.check((saved[0]._replace(changed=1), *saved[1:]))
+    (told,) = again.notes.events
+    assert "a.raw was written to since the VM was saved" in told.text  # type: ignore[union-attr]
+    with pytest.raises(StateError, match="'tape'"):
+        specs_of([saved[0]._replace(kind="tape")])
+
+
+def test_what_is_thrown_away_is_not_saved(folder: Path, make: Callable[..., World]) -> None:
+    world = make(DiskSpec(str(folder / "a.raw"), snapshot=True))
+    assert "disk0 has snapshot=on" in world.disks.why_not_saved()
+    assert make(DiskSpec(str(folder / "b.raw"))).disks.why_not_saved() == ""
