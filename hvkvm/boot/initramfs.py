@@ -24,7 +24,6 @@ from hvkvm.boot import cache, cpio, guest_exit, guest_scripts, guest_vsock
 from hvkvm.boot.kmod import ModuleTree
 from hvkvm.errors import BootError
 
-HYPERV_MODULES = ("hv_vmbus", "hv_utils", "hv_storvsc", "hv_netvsc", "sd_mod")
 """What a stock kernel needs to use the synthetic devices."""
 
 VSOCK_MODULE = "hv_sock"

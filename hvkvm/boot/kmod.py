@@ -134,10 +134,6 @@ class ModuleTree:
     def __contains__(self, name: str) -> bool:
         return canonical(name) in self._paths or canonical(name) in self._builtin
 
-    def builtin(self, name: str) -> bool:
-        """Whether the kernel has this module linked in, so that nothing need be loaded."""
-        return canonical(name) in self._builtin
-
     def path(self, name: str) -> Path:
         """The module's file. Raises BootError when the tree has none."""
         relative = self._paths.get(canonical(name))

@@ -25,8 +25,6 @@ from hvkvm.abi.kvm_structs import (
     kvm_cpuid_entry2,
     kvm_debugregs,
     kvm_enable_cap,
-    kvm_fpu,
-    kvm_guest_debug,
     kvm_interrupt,
     kvm_lapic_state,
     kvm_mp_state,
@@ -139,14 +137,6 @@ class Vcpu(Handle):
 
     def set_sregs(self, state: kvm_sregs) -> None:
         self._set(rq.KVM_SET_SREGS, state)
-
-    def fpu(self) -> kvm_fpu:
-        state = kvm_fpu()
-        self._get(rq.KVM_GET_FPU, state)
-        return state
-
-    def set_fpu(self, state: kvm_fpu) -> None:
-        self._set(rq.KVM_SET_FPU, state)
 
     def debugregs(self) -> kvm_debugregs:
         state = kvm_debugregs()
@@ -304,10 +294,6 @@ class Vcpu(Handle):
     def nmi(self) -> None:
         """Queue an NMI."""
         door.ioctl(self.fd, rq.KVM_NMI, 0, f"vCPU {self.index}")
-
-    def set_guest_debug(self, state: kvm_guest_debug) -> None:
-        """Single-step and breakpoints (KVM_GUESTDBG_*)."""
-        self._set(rq.KVM_SET_GUEST_DEBUG, state)
 
     # The rest.
 

@@ -124,10 +124,6 @@ class Vm(Handle):
         self.vcpus.append(vcpu)
         return vcpu
 
-    def set_boot_cpu_id(self, index: int) -> None:
-        """Choose the BSP. Before the first vCPU."""
-        door.ioctl(self.fd, rq.KVM_SET_BOOT_CPU_ID, index)
-
     # Interrupts.
 
     def create_irqchip(self) -> None:

@@ -172,11 +172,6 @@ class Board:
         if first is not None:
             first()
 
-    @property
-    def guest_listens(self) -> bool:
-        """Whether the guest has enabled the UART's receive interrupt: something reads the console."""
-        return self.serial.receive_interrupt_enabled
-
     def console_panic(self, *, hung: bool = False) -> str | None:
         """The message of the panic that the console ends in, or None; see `linux_panic`. Any thread."""
         from hvkvm.backends import linux_panic

@@ -173,7 +173,6 @@ fence = backend.fence
 # A ctypes item access of natural size is one mov, which x86 makes acquire (load) or release (store).
 
 _load_4 = _u4.from_address
-_load_8 = _u8.from_address
 
 
 def load_4(addr: int) -> int:
@@ -181,16 +180,6 @@ def load_4(addr: int) -> int:
     return _load_4(addr).value
 
 
-def load_8(addr: int) -> int:
-    """The 8-byte word, in one load with acquire order."""
-    return _load_8(addr).value
-
-
 def store_4(addr: int, value: int) -> None:
     """Write the 4-byte word in one store with release order; `fence()` when a load must stay behind it."""
     _load_4(addr).value = value
-
-
-def store_8(addr: int, value: int) -> None:
-    """Write the 8-byte word in one store with release order."""
-    _load_8(addr).value = value

@@ -13,10 +13,10 @@ import threading
 import time
 
 import pytest
+from polled_line import UnconnectedLine
 
 from hvkvm.backends.console import Console
 from hvkvm.backends.terminal import RawTerminal
-from hvkvm.devices.port.irq_line import UnconnectedLine
 from hvkvm.devices.port.serial import RX_LIMIT, Serial16550
 
 
@@ -270,7 +270,7 @@ assert in_foreground(tty)
 child = os.fork()
 if child == 0:
     os.setpgid(0, 0)
-    from hvkvm.devices.port.irq_line import UnconnectedLine
+    from polled_line import UnconnectedLine
     from hvkvm.devices.port.serial import Serial16550
     from hvkvm.runtime.io_loop import IoLoop
     io = IoLoop()

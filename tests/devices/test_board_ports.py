@@ -13,7 +13,7 @@ from hvkvm.devices.port.cmos import Cmos
 from hvkvm.devices.port.complaints import Complaints
 from hvkvm.devices.port.debug_exit import DebugExit, GuestExit, debug_exit_status
 from hvkvm.devices.port.fw_cfg import FwCfg
-from hvkvm.devices.port.quiet import NmiStatusPort, quiet_ports
+from hvkvm.devices.port.quiet import quiet_ports
 from hvkvm.devices.port.reset import I8042Reset, PciConfigPorts, SystemControlA
 from hvkvm.events import BURST, limited
 
@@ -213,15 +213,6 @@ def test_enabling_one_byte_leaves_the_other(bus):
 # --- quiet ports, complaints, all together --------------------------------------------------------
 
 
-def test_0x61_lets_no_delay_loop_hang(bus):
-    NmiStatusPort().attach(bus)
-    first, second = bus.read(0x61, 1), bus.read(0x61, 1)
-    assert (first ^ second) & 0x10
-    assert first & second & 0x20
-    bus.write(0x61, 1, 0xFF)
-    assert bus.read(0x61, 1) & 0xEF == 0x2F
-
-
 def test_complaints_are_few_but_counted(recorder):
     complaints = Complaints(limited(recorder), "subject")
     for _ in range(1000):
@@ -245,7 +236,6 @@ def whole_board() -> PortBus:
         AcpiEventBlock(),
         AcpiControlBlock(lambda: None),
         Cmos(),
-        NmiStatusPort(),
     ):
         device.attach(bus)
     return bus

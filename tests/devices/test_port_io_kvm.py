@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import pytest
+from polled_line import UnconnectedLine
 
 from hvkvm.abi.kvm import KVM_CAP_COALESCED_PIO
 from hvkvm.devices.port.debug_exit import DebugExit
 from hvkvm.devices.port.fw_cfg import FwCfg
-from hvkvm.devices.port.irq_line import UnconnectedLine
 from hvkvm.devices.port.quiet import absorb_writes
 from hvkvm.devices.port.serial import Serial16550
 from hvkvm.devices.port.serial_coalesced import CoalescedSerial

@@ -7,10 +7,10 @@ from types import SimpleNamespace
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from polled_line import UnconnectedLine
 
 from hvkvm.devices.port import serial_coalesced
 from hvkvm.devices.port.bus import PortBus
-from hvkvm.devices.port.irq_line import UnconnectedLine
 from hvkvm.devices.port.serial import Serial16550
 from hvkvm.devices.port.serial_coalesced import PATIENCE, POLL_MAX, POLL_MIN, CoalescedSerial
 from hvkvm.errors import CapabilityMissing, HvkvmError

@@ -232,14 +232,12 @@ def test_s34_range_is_checked_before_the_page(world: World) -> None:
     assert bytes(world.vp().flags.view) == bytes(4096)
 
 
-def test_s35_only_a_fresh_flag_interrupts_and_dirties(world: World) -> None:
+def test_s35_only_a_fresh_flag_interrupts(world: World) -> None:
     route = world.open()
-    page = world.vp().event_page
     assert route.set_event_flag(5) == 0
-    assert (world.line().pulses, page.dirty) == (1, True)
-    page.dirty = False
+    assert world.line().pulses == 1
     assert route.set_event_flag(5) == 0
-    assert (world.line().pulses, page.dirty) == (1, False)
+    assert world.line().pulses == 1
     assert route.set_event_flag(6) == 0
     assert world.line().pulses == 2
     world.vp().flags.view[256 * 2] = 0  # the guest clears both

@@ -15,7 +15,7 @@ from fake_synic import EVENT_GPA, MESSAGE_GPA, FakeOverlay, FakeVp, Recorder
 from hvkvm.events import SynicPageMoved, Warned
 from hvkvm.hyperv.synic.pages import EventFlagsPage
 from hvkvm.hyperv.synic.vp import VpSynic
-from hvkvm.memory.atomics import fetch_and_8, load_8, store_8
+from hvkvm.memory.atomics import fetch_and_8, load_4, store_4
 from hvkvm.memory.guest import GuestMemory
 from hvkvm.memory.overlay import OverlayPage
 
@@ -159,11 +159,11 @@ def test_s36_a_guest_that_clears_at_the_same_time_loses_no_flag() -> None:
     if guest == 0:
         cleared = 0
         while True:
-            last = load_8(stop)
+            last = load_4(stop)
             for number in range(16):
                 cleared += fetch_and_8(flags, ~(1 << number) & (1 << 64) - 1) >> number & 1
             if last:
-                store_8(count, cleared)
+                store_4(count, cleared)
                 os._exit(0)
     fresh = 0
     try:
@@ -171,9 +171,9 @@ def test_s36_a_guest_that_clears_at_the_same_time_loses_no_flag() -> None:
             for number in range(16):
                 fresh += page.set(3, number)
     finally:
-        store_8(stop, 1)
+        store_4(stop, 1)
         os.waitpid(guest, 0)
-    assert load_8(count) == fresh
+    assert load_4(count) == fresh
 
 
 @pytest.mark.usefixtures("tiny_switch_interval")

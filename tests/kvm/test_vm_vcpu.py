@@ -73,7 +73,7 @@ def test_registers_come_back_as_set(tiny_guest):
     assert bytes(vcpu.sregs()) == bytes(sregs)
 
 
-@pytest.mark.parametrize("kind", ["fpu", "debugregs", "xcrs", "xsave", "vcpu_events", "lapic", "mp_state"])
+@pytest.mark.parametrize("kind", ["debugregs", "xcrs", "xsave", "vcpu_events", "lapic", "mp_state"])
 def test_saved_state_is_taken_back(kvm, kind):
     with kvm.create_vm() as vm:
         vm.create_irqchip()
@@ -87,13 +87,9 @@ def test_saved_state_is_taken_back(kvm, kind):
         )
 
 
-def test_fpu_and_debug_registers_hold_what_is_set(kvm):
+def test_debug_registers_hold_what_is_set(kvm):
     with kvm.create_vm() as vm:
         vcpu = vm.create_vcpu(0)
-        fpu = vcpu.fpu()
-        fpu.fcw = 0x27F
-        vcpu.set_fpu(fpu)
-        assert vcpu.fpu().fcw == 0x27F
         debug = vcpu.debugregs()
         debug.db[2] = 0x1234
         vcpu.set_debugregs(debug)

@@ -14,11 +14,11 @@ from time import monotonic, sleep
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from polled_line import UnconnectedLine
 
 from hvkvm.abi import guest_command as abi
 from hvkvm.backends.host_input import HostInput
 from hvkvm.backends.output import HIGH_WATER, Output
-from hvkvm.devices.port.irq_line import UnconnectedLine
 from hvkvm.devices.port.serial import Serial16550
 from hvkvm.machine import command
 from hvkvm.machine.command import Command

@@ -77,13 +77,12 @@ def test_the_fence_can_be_called(backend: Backend) -> None:
     assert backend.fence() is None
 
 
-@given(value=U4, wide=U8)
-def test_plain_loads_and_stores(value: int, wide: int) -> None:
-    word, long = Word(ctypes.c_uint32, 0), Word(ctypes.c_uint64, 0)
+@given(value=U4)
+def test_plain_loads_and_stores(value: int) -> None:
+    word = Word(ctypes.c_uint32, 0)
     atomics.store_4(word.address, value)
-    atomics.store_8(long.address, wide)
-    assert (word.value, long.value) == (value, wide)
-    assert (atomics.load_4(word.address), atomics.load_8(long.address)) == (value, wide)
+    assert word.value == value
+    assert atomics.load_4(word.address) == value
 
 
 def gil_free(backend: Backend) -> Callable[[int, int], int]:

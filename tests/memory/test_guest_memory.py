@@ -324,12 +324,11 @@ def watch(memory: GuestMemory, stop_at: int, words: list[tuple[int, Callable[[in
 def test_s27_word_stores_are_never_torn(memory: GuestMemory) -> None:
     """Whoever reads a word beside its writer sees the old value or the new one, and nothing in between."""
     full4, full8 = 2**32 - 1, 2**64 - 1
-    word4, word8 = memory.hva(128, 4), memory.hva(136, 8)
+    word4 = memory.hva(128, 4)
     words = [
         (64, memory.read_u32, full4),
         (72, memory.read_u64, full8),
         (128, memory.read_u32, full4),
-        (136, memory.read_u64, full8),
     ]
     child = watch(memory, 0, words)
     for _ in range(30000):
@@ -339,8 +338,6 @@ def test_s27_word_stores_are_never_torn(memory: GuestMemory) -> None:
         memory.write_u64(72, 0)
         atomics.store_4(word4, full4)
         atomics.store_4(word4, 0)
-        atomics.store_8(word8, full8)
-        atomics.store_8(word8, 0)
     memory.write_u32(0, 1)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
 

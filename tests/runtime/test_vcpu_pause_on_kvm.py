@@ -19,7 +19,7 @@ pytestmark = pytest.mark.kvm
 COUNTER = 0x5000
 COUNTS = bytes.fromhex("66 ff 06 00 50 eb f9")  # again: inc dword [0x5000]; jmp again
 READS = bytes.fromhex("e4 42 a2 00 50 eb f9")  # again: in al, 0x42; mov [0x5000], al; jmp again
-READ_IP, WRITE_IP = 0x1000, 0x1002
+WRITE_IP = 0x1002
 HALTS = bytes.fromhex("fa f4 eb fd")
 READS_STRINGS = bytes.fromhex(  # a hostile one: 64 KiB in one instruction, for ever
     "bf 00 60"  # again: mov di, 0x6000

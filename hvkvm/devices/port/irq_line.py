@@ -24,10 +24,3 @@ class IrqfdLine:
 
     def __init__(self, irqfd: Irqfd) -> None:
         self.pulse = irqfd.signal
-
-
-class UnconnectedLine:
-    """A line that leads nowhere, for polled devices."""
-
-    def pulse(self) -> None:
-        """Do nothing."""

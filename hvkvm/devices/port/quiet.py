@@ -12,8 +12,6 @@ from collections.abc import Iterable, Iterator
 from itertools import chain
 from typing import TYPE_CHECKING
 
-from hvkvm.devices.port.bus import PortBus
-
 if TYPE_CHECKING:
     from hvkvm.kvm.doorbell import IoEventFd
     from hvkvm.kvm.vm import Vm
@@ -70,27 +68,3 @@ def absorb_writes(vm: Vm, ports: Iterable[int] = (POST_PORT,)) -> list[IoEventFd
             handle.close()
         raise
     return handles
-
-
-class NmiStatusPort:
-    """0x61, for a machine without KVM's PIT (which answers it in the kernel).
-
-    Bit 4, the refresh toggle, flips on every read and bit 5, timer 2's output, is
-    always high, so that no delay loop on either hangs.
-    """
-
-    def __init__(self) -> None:
-        self._value = 0
-
-    def attach(self, bus: PortBus) -> None:
-        """Claim the port; ConfigError when taken."""
-        bus.add(NMI_STATUS_PORT, 1, self)
-
-    def read(self, offset: int, size: int) -> int:
-        """The gate bits as written, with the toggle and the timer's output."""
-        self._value ^= 0x10
-        return self._value | 0x20
-
-    def write(self, offset: int, size: int, value: int) -> None:
-        """Keep the four gate bits."""
-        self._value = self._value & 0x10 | value & 0x0F

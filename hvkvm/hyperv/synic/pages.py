@@ -37,16 +37,14 @@ class Overlay(Protocol):
 
 
 class SynicPage:
-    """An overlay page and whether the host wrote to it since somebody last asked."""
+    """An overlay page, and the host's own map of it."""
 
-    __slots__ = ("_hva", "_view", "dirty", "overlay")
+    __slots__ = ("_hva", "_view", "overlay")
 
     def __init__(self, overlay: Overlay) -> None:
         self.overlay = overlay
         self._hva = overlay.hva
         self._view = overlay.view
-        self.dirty = False
-        """Set when the host writes: KVM's dirty log does not see our own mapping (S32, S35)."""
 
 
 class MessagePage(SynicPage):
@@ -62,7 +60,6 @@ class MessagePage(SynicPage):
         """
         at = sint * HV_MESSAGE_SIZE
         slot = self._hva + at
-        self.dirty = True
         if load_4(slot):
             # The slot's owner may be another vCPU that frees it right now. It looks at "pending" after
             # it zeroed the type, so either it sees the flag, or we see the zero (S30).
@@ -90,13 +87,9 @@ class EventFlagsPage(SynicPage):
             # Flags are set here alone, under the caller's lock, and a guest only clears them: in a byte
             # without any there is nothing that it could clear between our look and our store. A third of the
             # time of an atomic OR by ctypes, and the usual case. With the flag clear, an interrupt follows.
-            self.dirty = True
             self._view[at] = 1 << (number & 7)
             return True
         # A flag found set means no interrupt: that needs the full fence of an atomic operation, or we might
         # see it as it was before the guest took it, and the guest what we signal as it was before our write.
         mask = 1 << (number & 63)
-        if fetch_or_8(self._hva + sint * HV_EVENT_FLAGS_BYTE_COUNT + (number >> 6) * 8, mask) & mask:
-            return False
-        self.dirty = True
-        return True
+        return not fetch_or_8(self._hva + sint * HV_EVENT_FLAGS_BYTE_COUNT + (number >> 6) * 8, mask) & mask

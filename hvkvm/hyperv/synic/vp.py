@@ -152,7 +152,6 @@ class VpSynic:
             for page in (self.message_page, self.event_page):
                 page.overlay.place(None)
                 page.overlay.zero()
-                page.dirty = True
 
     def close(self) -> None:
         """Free both pages. Idempotent; nothing may be posted any more, and attempts say -ENXIO."""
