@@ -270,12 +270,12 @@ assert in_foreground(tty)
 child = os.fork()
 if child == 0:
     os.setpgid(0, 0)
-    from polled_line import UnconnectedLine
+    from types import SimpleNamespace
     from hvkvm.devices.port.serial import Serial16550
     from hvkvm.runtime.io_loop import IoLoop
     io = IoLoop()
     console = Console(io, input_fd=tty, output_fd=tty)
-    console.connect(Serial16550(UnconnectedLine(), console.write, io))
+    console.connect(Serial16550(SimpleNamespace(pulse=lambda: None), console.write, io))
     before = termios.tcgetattr(tty)
     console.start()
     io.start()
