@@ -88,7 +88,11 @@ class Port(Protocol):
     """What `send` accepts, and the most that frames for the guest may need. Constant."""
     mtu: int
     """Bytes of the longest IP packet on the wire, the Ethernet header not counted. Constant."""
-    statistics: Statistics
+
+    @property
+    def statistics(self) -> Statistics:
+        """What went over it so far."""
+        ...
 
     def attach(self, receiver: Receiver) -> None:
         """Whose frames are ours. Once, before `start`."""
