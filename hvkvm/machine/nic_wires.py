@@ -15,7 +15,25 @@ if TYPE_CHECKING:
 
 def open_wire(io: IoLoop, spec: NicSpec, observer: Observer) -> Wire:
     """The wire. ConfigError, and then nothing is left. Any thread; may block."""
-    return _backend(io, spec, observer)
+    wire = _backend(io, spec, observer)
+    try:
+        return _layers(io, spec, wire, observer)
+    except BaseException:
+        wire.close()
+        raise
+
+
+def _layers(io: IoLoop, spec: NicSpec, wire: Wire, observer: Observer) -> Wire:
+    """`wire` with what is laid on it. A capture is next to the NIC: it shows what the guest sees."""
+    if spec.has_faults:
+        from hvkvm.net.faults import Faults, FaultyWire
+
+        wire = FaultyWire(io, wire, Faults(*(getattr(spec, key) for key in Faults._fields)))
+    if spec.pcap is not None:
+        from hvkvm.net.capture import Capture
+
+        wire = Capture(wire, spec.pcap, wire.kind, observer=observer)
+    return wire
 
 
 def _backend(io: IoLoop, spec: NicSpec, observer: Observer) -> Wire:

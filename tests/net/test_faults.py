@@ -1,0 +1,161 @@
+"""A faulty wire: how often what happens, and that the same seed does the same again."""
+
+from __future__ import annotations
+
+import socket
+
+import pytest
+
+from hvkvm.abi.virtio_net_hdr import PLAIN, VALID
+from hvkvm.net.faults import MAX_HELD, Faults, FaultyWire
+from hvkvm.net.port import NO_OFFLOADS
+from tests.net.conftest import connect, views
+from tests.net.test_segment import V4, tcp_frame
+from tests.net.wires import TestWire
+
+COUNT = 3000
+FRAMES = [b"%014d" % n for n in range(COUNT)]
+
+
+def outcome(loop, faults, frames=FRAMES):
+    """What comes out of a wire that `frames` were sent into, one behind the other."""
+    below = TestWire(loop)
+    wire = FaultyWire(loop, below, faults)
+    connect(loop, wire)
+    for at in range(0, len(frames), 50):
+        assert loop.do(wire.send, views(*frames[at : at + 50])) == len(frames[at : at + 50])
+        while loop.do(lambda: wire._out._held):
+            pass
+    shown = loop.do(wire.inspect)
+    loop.do(wire.close)
+    assert below.closed
+    return [data for _header, data in below.sent], shown
+
+
+def test_without_faults_all_come_in_order(loop):
+    assert outcome(loop, Faults())[0] == FRAMES
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_loss_damage_and_doubles_are_as_frequent_as_asked_and_the_same_for_a_seed(loop, seed):
+    faults = Faults(loss=0.1, corrupt=0.1, duplicate=0.1, seed=seed)
+    got, shown = outcome(loop, faults)
+    assert outcome(loop, faults)[0] == got
+    assert outcome(loop, faults._replace(seed=7))[0] != got
+    for name in ("lost", "corrupted", "duplicated"):
+        assert COUNT * 0.07 < shown[f"{name}_out"] < COUNT * 0.13
+    assert len(got) == COUNT - shown["lost_out"] + shown["duplicated_out"]
+    wrong = [frame for frame in got if frame not in set(FRAMES)]
+    assert 0 < len(wrong) <= shown["corrupted_out"] * 2
+    for frame in wrong:
+        assert len(frame) == 14
+
+
+def test_frames_that_are_passed_come_all_the_same(loop):
+    got, shown = outcome(loop, Faults(reorder=0.1))
+    assert sorted(got) == FRAMES
+    assert got != FRAMES
+    assert shown["reordered_out"] > COUNT * 0.07
+
+
+def test_a_delay_is_one(loop):
+    from time import monotonic
+
+    began = monotonic()
+    assert outcome(loop, Faults(delay=0.05), FRAMES[:50])[0] == FRAMES[:50]
+    assert monotonic() - began >= 0.05
+
+
+def test_the_queue_is_bounded(loop):
+    below = TestWire(loop)
+    wire = FaultyWire(loop, below, Faults(delay=3000))
+    connect(loop, wire)
+    loop.do(wire.send, views(*FRAMES))
+    assert loop.do(wire.inspect)["overrun_out"] == COUNT - MAX_HELD
+    loop.do(wire.close)
+
+
+def test_frames_for_the_guest_meet_faults_too_and_wait_for_room(loop):
+    below = TestWire(loop)
+    wire = FaultyWire(loop, below, Faults(loss=0.1))
+    nic = connect(loop, wire, room=10)
+    loop.do(below.arrive, views(*FRAMES[:100], header=VALID))
+    nic.wait(lambda n: len(n.got) == 10)
+    with nic.changed:
+        nic.room = None
+    loop.do(wire.resume)
+    lost = loop.do(wire.inspect)["lost_in"]
+    assert 0 < lost < 100
+    nic.wait(lambda n: len(n.got) == 100 - lost)
+    assert nic.got == sorted(nic.got)
+    assert set(nic.headers) == {PLAIN}  # a damaged frame must not be called valid
+    loop.do(wire.close)
+
+
+def test_a_wire_without_room_gets_the_rest_later(loop):
+    below = TestWire(loop, room=7)
+    wire = FaultyWire(loop, below, Faults())
+    connect(loop, wire)
+    loop.do(wire.send, views(*FRAMES[:30]))
+    while len(below.sent) < 7:
+        loop.do(lambda: None)
+    assert len(below.sent) == 7
+    loop.do(below.writable, None)
+    while len(below.sent) < 30:
+        loop.do(lambda: None)
+    assert [data for _header, data in below.sent] == FRAMES[:30]
+    loop.do(wire.close)
+
+
+def test_no_offload_is_offered_and_what_was_left_undone_is_done(loop):
+    below = TestWire(loop)
+    wire = FaultyWire(loop, below, Faults())
+    assert wire.offloads == NO_OFFLOADS
+    connect(loop, wire)
+    frame, header, _data = tcp_frame(V4, 3000)
+    loop.do(wire.send, views(frame, header=header.pack()))
+    while len(below.sent) < 3:
+        loop.do(lambda: None)
+    assert {header for header, _data in below.sent} == {PLAIN}
+    loop.do(wire.close)
+
+
+def test_the_link_flaps_and_is_up_again(loop):
+    below = TestWire(loop)
+    wire = FaultyWire(loop, below, Faults(flap=0.01))
+    nic = connect(loop, wire)
+    nic.wait(lambda n: n.links.count(False) >= 2 and n.links[-1])
+    assert nic.links[:4] == [True, False, True, False]
+    loop.do(wire.plug, False)
+    loop.do(wire.stop, lambda: None)
+    before = len(nic.links)
+    loop.do(lambda: None)
+    assert len(nic.links) == before
+    loop.do(wire.close)
+
+
+def test_a_stopped_wire_lets_nothing_arrive(loop):
+    below = TestWire(loop)
+    wire = FaultyWire(loop, below, Faults(delay=0.01))
+    nic = connect(loop, wire)
+    loop.do(below.arrive, views(*FRAMES[:10]))
+    loop.do(wire.stop, lambda: None)
+    assert nic.got == []
+    loop.do(wire.start)
+    nic.wait(lambda n: n.got == FRAMES[:10])
+    loop.do(wire.close)
+
+
+def test_a_damaged_tcp_packet_is_found_out(loop):
+    """By the sum that every receiver makes."""
+    from tests.net import packets as p
+
+    whole = p.tcp(*V4, 1, 2, 3, 0x10, b"data of a packet")
+    frame = p.ethernet(p.OTHER, p.OURS, 0x800, p.ipv4(*V4, 6, whole))
+    got, shown = outcome(loop, Faults(corrupt=1.0), [frame] * 50)
+    assert shown["corrupted_out"] == 50
+    ends = socket.inet_aton(V4[0]) + socket.inet_aton(V4[1])
+    damaged = [f for f in got if f[34:] != whole]
+    assert damaged
+    for each in damaged:
+        assert p.word_sum(p.pseudo(ends[:4], ends[4:], 6, len(each) - 34) + each[34:]) != 0xFFFF
