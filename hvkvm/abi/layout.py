@@ -46,6 +46,8 @@ class Layout(NamedTuple):
     then: Layout | None = None
     repeats: bool = False
     """Whether it comes again and again up to the end."""
+    optional: bool = False
+    """Whether it may be missing at the end, in whole or in part: older versions have not got it."""
 
 
 class Value(NamedTuple):
@@ -93,13 +95,20 @@ def layout(
     return Layout(name, tuple(fields), at, switch, cases or {}, then, repeats)
 
 
-def of_struct(name: str, names: tuple[str, ...], struct: Struct, then: Layout | None = None) -> Layout:
+def of_struct(
+    name: str,
+    names: tuple[str, ...],
+    struct: Struct,
+    then: Layout | None = None,
+    *,
+    optional: bool = False,
+) -> Layout:
     """The row of a Struct whose values are called `names`, in order; padding has none."""
     left = iter(names)
     words = [
         f"{'_' if kind == 'x' else next(left)}:{count}{kind}" for count, kind in _CODE.findall(struct.format)
     ]
-    return layout(name, " ".join(words), then=then)
+    return layout(name, " ".join(words), then=then)._replace(optional=optional)
 
 
 def decode(data: bytes, first: Layout | None) -> Decoded:
@@ -109,7 +118,8 @@ def decode(data: bytes, first: Layout | None) -> Decoded:
     at, row, repeats = 0, first, 0
     while row is not None:
         if at + row.size > len(data):
-            return Decoded(tuple(values), at, row.name if at < len(data) or not row.repeats else "")
+            ends_here = row.optional or (row.repeats and at == len(data))
+            return Decoded(tuple(values), at, "" if ends_here else row.name)
         for field in row.fields:
             raw = data[at + field.offset : at + field.offset + field.size]
             value: int | bytes = raw

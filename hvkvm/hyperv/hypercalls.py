@@ -70,6 +70,8 @@ class Hypercalls:
     ) -> None:
         self._memory = memory
         self._connections = connections
+        self.listeners: list[Callable[[int, int, int], object]] = []
+        """Told of each call: control, first input, result. Added before vCPUs run, called on theirs."""
         self._post_misaligned = (_STRICT_ALIGNMENT if strict_alignment else _POST_ALIGNMENT) - 1
         self._calls: dict[int, Callable[[int, int], int]] = {
             HVCALL_POST_MESSAGE: self.post_message,
@@ -82,6 +84,12 @@ class Hypercalls:
         A code nobody knows is INVALID_HYPERCALL_CODE, and the guest goes on (S56). Reserved bits are looked
         at before the code, as KVM does.
         """
+        result = self._call(control, param)
+        for tell in self.listeners:
+            tell(control, param, result)
+        return result
+
+    def _call(self, control: int, param: int) -> int:
         handler = self._calls.get(control & _CODE)
         if handler is not None:
             return handler(control, param)

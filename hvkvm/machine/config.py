@@ -35,6 +35,7 @@ from hvkvm.machine.config_words import Structured
 if TYPE_CHECKING:
     from hvkvm.machine.disk_spec import CdromSpec, DiskSpec
     from hvkvm.machine.nic_spec import NicSpec
+    from hvkvm.machine.record_spec import RecordSpec
 
 Who = Literal["auto", "kernel", "user"]
 CommandIo = Literal["console", "streams", "terminal"]
@@ -246,6 +247,14 @@ class MachineConfig(NamedTuple):
     ] = None
     pci: Annotated[bool, Field(OnOff())] = False
     apic_bus_ns: Annotated[int, Field(Number(20), check=checks.apic_bus_ns)] = 0
+    record: Annotated[
+        "tuple[RecordSpec, ...]",
+        Field(
+            Structured("hvkvm.machine.record_spec", "RecordSpec"),
+            "--record FILE[,depth=D]",
+            "record the VMBus as pcapng, for `hvkvm explain` and Wireshark",
+        ),
+    ] = ()
     restore: Annotated[
         Path | None, Field(File(), "--restore FILE", "go on from a saved VM; see `hvkvm ctl save`")
     ] = None

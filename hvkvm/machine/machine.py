@@ -80,6 +80,10 @@ class Machine:
         self.disks = build.create_disks(platform, self.bus, stack)
         if self.disks is not None:
             lifecycle.at_end(self.disks.end)
+        if config.record:
+            from hvkvm.machine.recording import record
+
+            record(platform, interface, self.bus, stack)
         processors = Processors(platform, image)
         optional = (self.nics, self.bus, self.firmware, self.pci)
         order: list[Part] = [board, *(part for part in optional if part is not None), interface, processors]

@@ -37,6 +37,8 @@ class Framed(NamedTuple):
     payload: bytes
     size: int
     """Bytes that its descriptor claims."""
+    raw: bytes = b""
+    """All of it, from the descriptor on."""
 
     @property
     def cut(self) -> bool:
@@ -62,7 +64,7 @@ def packets(data: bytes) -> Iterator[Framed | str]:
             yield f"a descriptor of {total} bytes with data at {offset}"
             return
         body = data[at : at + total]
-        yield Framed(kind, flags, trans_id, body[abi.DESCRIPTOR_BYTES : offset], body[offset:], total)
+        yield Framed(kind, flags, trans_id, body[abi.DESCRIPTOR_BYTES : offset], body[offset:], total, body)
         at += total + abi.TRAILER_BYTES
 
 
@@ -105,15 +107,21 @@ def packet(interface: bytes, found: Framed) -> str:
 
 
 def fields(decoded: Decoded) -> list[str]:
-    """Each field that is not zero as name=value; the first always."""
+    """Each field that is not zero, or whose zero has a name, as name=value; the first always."""
     found = [
         f"{value.field.name}={shown(value)}"
         for index, value in enumerate(decoded.values)
-        if index == 0 or (any(value.value) if isinstance(value.value, bytes) else value.value)
+        if index == 0 or _says_something(value)
     ]
     if decoded.short:
         found.append(f"({decoded.short} is cut short)")
     return found
+
+
+def _says_something(value: Value) -> bool:
+    if isinstance(value.value, bytes):
+        return any(value.value)
+    return value.value != 0 or 0 in value.field.names
 
 
 def shown(value: Value) -> str:

@@ -50,7 +50,7 @@ class Guest:
         """The last messages and packets of its VMBus; None without one."""
         if self.machine.bus is not None:
             self.flight = FlightRecorder()
-            self.machine.bus.host.tap = self.flight
+            self.machine.bus.host.listen(self.flight)
         self.machine.board.attach_sink(self._take)
 
     def _take(self, data: bytes) -> None:

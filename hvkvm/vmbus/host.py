@@ -39,7 +39,7 @@ from hvkvm.vmbus.outbox import Outbox
 from hvkvm.vmbus.pages import Ram
 from hvkvm.vmbus.saved_host import HostState, load_host, save_host
 from hvkvm.vmbus.server import BusState, Server
-from hvkvm.vmbus.tap import Tap
+from hvkvm.vmbus.tap import Both, Tap
 
 TURN_MESSAGES = 4
 """Messages of the guest taken a turn of the I/O loop: the last of a GPADL takes a millisecond or two."""
@@ -111,12 +111,13 @@ class VmbusHost:
 
     @property
     def tap(self) -> Tap | None:
-        """Who listens to the bus; set before the guest runs."""
+        """Who listens to the bus."""
         return self.devices.tap
 
-    @tap.setter
-    def tap(self, tap: Tap | None) -> None:
-        self.devices.tap = tap
+    def listen(self, tap: Tap) -> None:
+        """Tell `tap` what crosses the bus, beside those who listen already. Before the guest runs."""
+        before = self.devices.tap
+        self.devices.tap = tap if before is None else Both(before, tap)
 
     # Devices.
 

@@ -48,6 +48,46 @@ class Tap:
         """The guest's doorbell was heard, or an event flag of the guest set. The I/O loop."""
 
 
+class Both(Tap):
+    """Two listeners in place of one; both are told."""
+
+    def __init__(self, first: Tap, second: Tap) -> None:
+        self._both = (first, second)
+        self.wants_rings = first.wants_rings or second.wants_rings
+
+    def received(self, payload: bytes) -> None:
+        """See Tap."""
+        for tap in self._both:
+            tap.received(payload)
+
+    def refused(self, connection_id: int, payload: bytes, status: int) -> None:
+        """See Tap."""
+        for tap in self._both:
+            tap.refused(connection_id, payload, status)
+
+    def sent(self, vp_index: int, sint: int, payload: bytes) -> None:
+        """See Tap."""
+        for tap in self._both:
+            tap.sent(vp_index, sint, payload)
+
+    def channel(self, channel: Channel, what: str) -> None:
+        """See Tap."""
+        for tap in self._both:
+            tap.channel(channel, what)
+
+    def ring(self, channel: Channel, to_host: bool, data: bytes) -> None:
+        """See Tap."""
+        for tap in self._both:
+            if tap.wants_rings:
+                tap.ring(channel, to_host, data)
+
+    def signal(self, channel: Channel, to_host: bool) -> None:
+        """See Tap."""
+        for tap in self._both:
+            if tap.wants_rings:
+                tap.signal(channel, to_host)
+
+
 Told = Callable[[bytes], object]
 
 

@@ -17,7 +17,7 @@ from typing import NamedTuple
 import pytest
 
 import hvkvm as package
-from hvkvm.cli import VERBS, ctl, disk, doctor, features, run, trace
+from hvkvm.cli import VERBS, ctl, disk, doctor, explain, features, run, trace
 from hvkvm.cli.arguments import split_command
 from hvkvm.errors import ConfigError
 from hvkvm.hyperv.features import parse_features
@@ -89,7 +89,11 @@ def every_command() -> list[Command]:
             if language != "python":
                 found += commands_of(page.name, first, lines)
         found += inline_of(page)
-    for name, text in (("run.EPILOG", run.EPILOG), ("trace.EPILOG", trace.EPILOG)):
+    for name, text in (
+        ("run.EPILOG", run.EPILOG),
+        ("trace.EPILOG", trace.EPILOG),
+        ("explain.EPILOG", explain.EPILOG),
+    ):
         examples = [line for line in text.splitlines() if line.startswith("  hvkvm ")]
         found += commands_of(name, 1, examples)
     return found
@@ -122,6 +126,8 @@ def check_hvkvm(words: tuple[str, ...]) -> None:
             ctl.parse(rest)
     elif verb == "disk":
         disk.parse(rest)
+    elif verb == "explain":
+        explain.parse(rest)
     elif verb == "features":
         options = features.parser().parse_args(rest)
         parse_features(options.list)
@@ -206,7 +212,7 @@ def test_a_cheap_one_runs(hvkvm: Hvkvm, words: tuple[str, ...]) -> None:
 
 
 def known_flags() -> set[str]:
-    parsers = [run.parser(), doctor.parser(), features.parser(), trace.parser()]
+    parsers = [run.parser(), explain.parser(), doctor.parser(), features.parser(), trace.parser()]
     parsers += [ctl.verb_parser(verb) for verb in ctl.VERBS]
     parsers += [disk.verb_parser(verb) for verb in disk.SUMMARY]
     found = {name for parser in parsers for action in parser._actions for name in action.option_strings}

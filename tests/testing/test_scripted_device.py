@@ -158,7 +158,8 @@ def test_it_is_taken_back_and_offered_anew(
 def test_a_recorder_keeps_the_last_and_puts_them_into_words() -> None:
     loop = Loopback()
     try:
-        recorder = loop.host.tap = FlightRecorder()
+        recorder = FlightRecorder()
+        loop.host.listen(recorder)
         device = ScriptedDevice(vmbus.HV_KBD_GUID, name="keys")
         device.offer(loop)
         loop.connect(vmbus.VERSION_WIN10_V5_3)

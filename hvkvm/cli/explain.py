@@ -1,0 +1,76 @@
+"""`hvkvm explain`: VMBus traffic in words, from a recording, or from bytes in hexadecimal.
+
+`--wireshark` prints the dissector by which Wireshark shows a recording with the same names.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+from hvkvm.cli.arguments import Parser
+from hvkvm.errors import ConfigError
+
+EPILOG = """examples:
+  hvkvm run --kernel vmlinuz --vmbus on --record FILE -- true
+  hvkvm explain FILE
+  hvkvm explain 0e0000000000000003000500000000000200000000000000
+  hvkvm explain --protocol kbd 0100000000000100
+  hvkvm explain --wireshark
+
+tshark -X lua_script:FILE.lua -r RECORDING shows a recording by the dissector in FILE.lua;
+Wireshark loads it from its folder of personal plugins.
+"""
+
+
+def parser() -> Parser:
+    """The options."""
+    p = Parser("hvkvm explain", "Put VMBus traffic into words.", EPILOG)
+    p.add_argument(
+        "what",
+        nargs="*",
+        metavar="FILE|HEX",
+        help="a recording of `hvkvm run --record`, or bytes of a message",
+    )
+    p.add_argument(
+        "--protocol", metavar="NAME", help="the bytes are a device's payload, such as kbd, kvp or storvsp"
+    )
+    p.add_argument(
+        "--wireshark", action="store_true", help="print a dissector for Wireshark and tshark, in Lua"
+    )
+    return p
+
+
+def parse(arguments: list[str]) -> Any:
+    """The checked options. ConfigError."""
+    options = parser().parse_args(arguments)
+    if options.wireshark == bool(options.what):
+        raise ConfigError("name a recording, or bytes in hexadecimal; or --wireshark alone")
+    return options
+
+
+def main(arguments: list[str]) -> int:
+    """Run the verb; returns the exit status."""
+    options = parse(arguments)
+    from hvkvm.cli.output import show
+    from hvkvm.record import explain
+
+    if options.wireshark:
+        from hvkvm.record.dissector import dissector
+
+        show(dissector())
+        return 0
+    name = options.what[0]
+    if len(options.what) == 1 and os.path.exists(name):
+        try:
+            with open(name, "rb") as file:
+                for line in explain.lines(file):
+                    show(line)
+        except (OSError, ValueError) as error:
+            raise ConfigError(f"{name}: {error}; give a recording of `hvkvm run --record`") from None
+        return 0
+    try:
+        show(explain.from_hex(" ".join(options.what), options.protocol))
+    except ValueError as error:
+        raise ConfigError(f"{' '.join(options.what)[:60]}: {error}") from None
+    return 0

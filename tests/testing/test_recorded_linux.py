@@ -1,0 +1,46 @@
+"""A recorded boot of a stock Linux: in words, in tshark, with nothing malformed."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+from linux_guest import SECONDS, linux_guest
+
+from hvkvm.machine.record_spec import RecordSpec
+from hvkvm.record import explain
+from hvkvm.record.dissector import dissector
+
+pytestmark = [pytest.mark.hyperv, pytest.mark.timeout(2 * SECONDS)]
+
+
+def test_a_boot_is_recorded_whole(tmp_path: Path) -> None:
+    path = tmp_path / "boot.pcapng"
+    record = (RecordSpec(path, "full"),)
+    script = "dd if=/dev/zero bs=4k count=100 2>/dev/null | md5sum; rmmod hv_utils"
+    with linux_guest(script, record=record, command_io="console", modules=("hv_vmbus", "hv_utils")) as guest:
+        assert guest.finish().status == 0
+    with path.open("rb") as file:
+        text = "\n".join(explain.lines(file))
+    for line in (
+        "INITIATE_CONTACT version=5.3",
+        "ICMSGTYPE_NEGOTIATE",
+        "channel opened: heartbeat",
+        "HvPostMessage",
+    ):
+        assert line in text, text
+    for line in ("lost", "cut", "no message", "bytes are no"):
+        assert line not in text
+    if shutil.which("tshark") is None:
+        pytest.skip("the rest needs tshark (the package of that name)")
+    script_file = tmp_path / "hvkvm.lua"
+    script_file.write_text(dissector())
+    done = subprocess.run(
+        ["tshark", "-X", f"lua_script:{script_file}", "-r", path, "-Y", "hvkvm.short or _ws.malformed"],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert (done.stdout, "Lua" in done.stderr) == ("", False)
