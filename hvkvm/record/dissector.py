@@ -51,7 +51,7 @@ def dissector() -> str:
                 rows.append((area, row))
                 numbers[id(row)] = len(rows)
     lines = [
-        f"-- Made by hvkvm {_version()}: hvkvm explain --wireshark",
+        "-- Made by: hvkvm explain --wireshark",
         f"local MAX_REPEATS = {MAX_REPEATS}",
         "local LAYOUTS = {",
         *(f"  {_layout(area, row, numbers)}," for area, row in rows),
@@ -69,12 +69,6 @@ def dissector() -> str:
         "",
     ]
     return "\n".join(lines) + _CODE.read_text().rstrip("\n")
-
-
-def _version() -> str:
-    from hvkvm import __version__
-
-    return __version__
 
 
 def _layout(area: str, row: Layout, numbers: dict[int, int]) -> str:
