@@ -177,7 +177,8 @@ def check(words: tuple[str, ...]) -> None:
 @pytest.fixture(autouse=True)
 def named_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What the commands name is there, where they are run."""
-    for name in ("vmlinuz", "x.flat", "initrd.img", "FILE", "guest.state"):
+    images = ("disk.raw", "d.vhdx", "data.raw", "golden.raw", "install.iso")
+    for name in ("vmlinuz", "x.flat", "initrd.img", "FILE", "guest.state", *images):
         (tmp_path / name).write_bytes(b"\0")
     for name in ("DIR", "modules"):
         (tmp_path / name).mkdir()
