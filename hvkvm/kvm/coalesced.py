@@ -76,11 +76,11 @@ class CoalescedPio:
 
 
 class CoalescedRing:
-    """The ring of `vcpu`'s VM, seen through that vCPU's map."""
+    """The ring of `vm`, seen through the map of `vcpu`, one of its own."""
 
-    def __init__(self, vcpu: Vcpu) -> None:
-        self._lock = vcpu.vm.coalesced_lock
-        start = vcpu.vm.check_extension(KVM_CAP_COALESCED_MMIO) * _PAGE
+    def __init__(self, vm: Vm, vcpu: Vcpu) -> None:
+        self._lock = vm.coalesced_lock
+        start = vm.check_extension(KVM_CAP_COALESCED_MMIO) * _PAGE
         self._ring = kvm_coalesced_mmio_ring_of(_SLOTS).from_buffer(vcpu.data, start)
         self._page = vcpu.data[start : start + _PAGE]
         self._ends = self._page[:_HEADER].cast("I")

@@ -45,7 +45,6 @@ from hvkvm.kvm.handle import Handle
 if TYPE_CHECKING:
     import ctypes
 
-    from hvkvm.kvm.vm import Vm
 
 _ENABLE_CAP = rq.KVM_ENABLE_CAP._replace(scope="vcpu")
 _SUPPORTED_HV_CPUID = rq.KVM_GET_SUPPORTED_HV_CPUID._replace(scope="vcpu")
@@ -65,17 +64,20 @@ class Vcpu(Handle):
     copy, so that a late diagnosis reads stale values and not freed memory.
     """
 
-    __slots__ = ("_enter", "_map", "_xsave_size", "data", "index", "run", "vm")
+    __slots__ = ("_capability", "_enter", "_map", "_xsave_size", "data", "index", "run")
 
-    def __init__(self, vm: Vm, fd: int, index: int, mmap_size: int) -> None:
-        """Take over `fd` (from `Vm.create_vcpu` only); closes it if the map fails."""
+    def __init__(self, fd: int, index: int, mmap_size: int, capability: Callable[[int], int]) -> None:
+        """Take over `fd` (from `Vm.create_vcpu` only); closes it if the map fails.
+
+        `capability(number)` is what the VM answers to KVM_CHECK_EXTENSION.
+        """
         try:
             self._map = mmap.mmap(fd, mmap_size)
         except BaseException:
             os.close(fd)
             raise
         super().__init__(fd)
-        self.vm = vm
+        self._capability = capability
         self.index = index
         self.run: kvm_run = kvm_run.from_buffer(self._map)
         self.data = memoryview(self._map)
@@ -171,12 +173,12 @@ class Vcpu(Handle):
 
     def _xsave_bytes(self) -> int:
         if not self._xsave_size:
-            self._xsave_size = max(_PLAIN_XSAVE, self.vm.check_extension(KVM_CAP_XSAVE2))
+            self._xsave_size = max(_PLAIN_XSAVE, self._capability(KVM_CAP_XSAVE2))
         return self._xsave_size
 
     def nested_state(self) -> bytes:
         """The guest's own use of VMX or SVM: struct kvm_nested_state with its data; empty without KVM's."""
-        room = self.vm.check_extension(KVM_CAP_NESTED_STATE)
+        room = self._capability(KVM_CAP_NESTED_STATE)
         if not room:
             return b""
         area = bytearray(max(room, _NESTED_HEADER))
@@ -254,7 +256,7 @@ class Vcpu(Handle):
 
     def supported_hv_cpuid(self) -> list[kvm_cpuid_entry2]:
         """The Hyper-V leaves KVM can back, as this vCPU stands. Raises CapabilityMissing."""
-        if not self.vm.check_extension(KVM_CAP_HYPERV_CPUID):
+        if not self._capability(KVM_CAP_HYPERV_CPUID):
             raise CapabilityMissing("KVM_CAP_HYPERV_CPUID: this kernel's KVM has no Hyper-V enlightenments")
         return get_cpuid(self.fd, _SUPPORTED_HV_CPUID, room=16)
 

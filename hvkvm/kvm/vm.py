@@ -120,7 +120,7 @@ class Vm(Handle):
         Raises KvmIoctlError; then no fd is left behind.
         """
         fd = door.ioctl(self.fd, rq.KVM_CREATE_VCPU, index, f"vCPU {index}")
-        vcpu = Vcpu(self, fd, index, self.vcpu_mmap_size)
+        vcpu = Vcpu(fd, index, self.vcpu_mmap_size, self.check_extension)
         self.vcpus.append(vcpu)
         return vcpu
 

@@ -82,7 +82,7 @@ class Board:
         self.serial = Serial16550(self._com1_line, self._output, platform.io)
         self._coalesced: CoalescedSerial | None = None
         try:
-            self._coalesced = CoalescedSerial(self.serial, platform.vcpus[0], platform.io)
+            self._coalesced = CoalescedSerial(self.serial, platform.vm, platform.vcpus[0], platform.io)
             self._coalesced.attach(self.ports)
             stack.callback(self._coalesced.close)
         except CapabilityMissing:

@@ -52,7 +52,7 @@ class UserModeHyperv(Hyperv):
         stack.callback(self.registers.close)
         self.registers.activate()
         page = self.registers.hypercall_page
-        ports.add(board.HYPERCALL_PORT, board.HYPERCALL_PORT_SIZE, page)
+        ports.add_exit(board.HYPERCALL_PORT, board.HYPERCALL_PORT_SIZE, page.handle_out)
         self._make_partition(stack, self.registers.synic)
         if self.partition is not None:
             page.call = self.partition.hypercalls.call

@@ -81,6 +81,30 @@ def test_one_vcpu_keeps_being_served_after_its_window_was_opened(bus):
     assert [call[3] for call in device.calls] == [0, 1, 2, 3, 4]
 
 
+def test_an_exit_handler_gets_the_vcpu_and_nothing_else_reaches_it(bus, recorder):
+    seen: list[Vcpu] = []
+    bus.add_exit(0xE4, 4, seen.append)
+    one, two = Vcpu(), Vcpu()
+    for vcpu in (one, two, one):
+        bus.handle_io(vcpu.io(KVM_EXIT_IO_OUT, 4, 0xE4, 1, b"\1\2\3\4"))
+    assert [id(vcpu) for vcpu in seen] == [id(one), id(two), id(one)]
+    for direction, size, port, count in (
+        (KVM_EXIT_IO_OUT, 1, 0xE4, 1),
+        (KVM_EXIT_IO_OUT, 2, 0xE6, 1),
+        (KVM_EXIT_IO_OUT, 4, 0xE2, 1),
+        (KVM_EXIT_IO_OUT, 4, 0xE4, 2),
+        (KVM_EXIT_IO_IN, 4, 0xE4, 1),
+    ):
+        bus.handle_io(one.io(direction, size, port, count))
+    assert one.answer(4) == b"\xff" * 4
+    assert len(seen) == 3
+    assert {event.subject for event in recorder.events} <= {"port-unclaimed"}
+    with pytest.raises(ConfigError, match=r"port 0xe6 belongs to .*append at 0xe4\+0x4"):
+        bus.add(0xE6, 1, Log())
+    with pytest.raises(ConfigError, match="port 0xe4 belongs to"):
+        bus.add_exit(0xE4, 4, seen.append)
+
+
 @pytest.mark.parametrize("length", [0, -1])
 def test_an_empty_claim_is_refused(bus, length):
     with pytest.raises(ConfigError):

@@ -37,7 +37,9 @@ class Console:
         self.loop = loop
         self.pieces: list[bytes] = []
         self.serial = Serial16550(UnconnectedLine(), self.pieces.append, loop)
-        self.device = CoalescedSerial(self.serial, tiny.vcpu, loop, **coalesced) if coalesced else None
+        self.device = (
+            CoalescedSerial(self.serial, tiny.vm, tiny.vcpu, loop, **coalesced) if coalesced else None
+        )
         (self.device or self.serial).attach(tiny.bus)
 
     def text(self) -> bytes:

@@ -68,7 +68,7 @@ class Ring:
 
     kernel: Kernel
 
-    def __init__(self, vcpu: object) -> None:
+    def __init__(self, vm: object, vcpu: object) -> None:
         pass
 
     @property
@@ -101,8 +101,8 @@ class Rig:
         self.zone = type("BoundZone", (Zone,), {"kernel": self.kernel})
         patch.setattr(serial_coalesced, "CoalescedPio", self.zone)
         patch.setattr(serial_coalesced, "CoalescedRing", type("BoundRing", (Ring,), {"kernel": self.kernel}))
-        vcpu = SimpleNamespace(vm=SimpleNamespace(check_extension=lambda number: cap))
-        self.device = CoalescedSerial(self.serial, vcpu, loop, first_threshold=threshold)
+        vm = SimpleNamespace(check_extension=lambda number: cap)
+        self.device = CoalescedSerial(self.serial, vm, SimpleNamespace(), loop, first_threshold=threshold)
         self.device.attach(self.bus)
 
     def print(self, data: bytes) -> None:

@@ -20,8 +20,8 @@ class Queue:
 
     def __init__(self, start: int) -> None:
         self.memory = bytearray(3 * 4096)
-        vm = SimpleNamespace(coalesced_lock=threading.Lock(), check_extension=lambda number: 2)
-        self.vcpu = SimpleNamespace(vm=vm, data=memoryview(self.memory))
+        self.vm = SimpleNamespace(coalesced_lock=threading.Lock(), check_extension=lambda number: 2)
+        self.vcpu = SimpleNamespace(data=memoryview(self.memory))
         self.ring = kvm_coalesced_mmio_ring_of(_SLOTS).from_buffer(self.memory, OFFSET)
         self.ring.first = self.ring.last = start
 
@@ -38,7 +38,7 @@ STARTS = st.integers(0, _SLOTS - 1)
 @given(start=STARTS, data=st.binary(max_size=_SLOTS - 1))
 def test_bytes_of_the_port_come_out_at_once_wherever_the_ring_stands(start, data):
     queue = Queue(start)
-    reader = CoalescedRing(queue.vcpu)
+    reader = CoalescedRing(queue.vm, queue.vcpu)
     assert reader.empty
     for byte in data:
         queue.put(PORT, 1, bytes((byte,)))
@@ -65,7 +65,7 @@ def test_anything_else_stays_for_the_reader_of_single_writes(start, writes):
     for write in writes:
         queue.put(*write)
     plain = all(write == (PORT, 1, b"x") for write in writes)
-    ring = CoalescedRing(queue.vcpu)
+    ring = CoalescedRing(queue.vm, queue.vcpu)
     assert ring.take_bytes(PORT) == (b"x" * len(writes) if plain else None)
     left = [(queued.address, int(queued.pio), queued.data) for queued in ring.take_writes()]
     assert left == ([] if plain else writes)

@@ -127,7 +127,7 @@ def test_coalesced_writes_wait_in_order(tiny_guest, kvm):
     guest = tiny_guest(burst(80))  # older kernels take 85 at most
     with CoalescedPio(guest.vm, 0x500, 1):
         assert guest.outs(1) == [80]
-        ring = CoalescedRing(guest.vcpu)
+        ring = CoalescedRing(guest.vm, guest.vcpu)
         writes = ring.take_writes()
         assert [write.data for write in writes] == [bytes([n]) for n in range(80)]
         assert {(write.address, write.pio) for write in writes} == {(0x500, True)}
@@ -139,7 +139,7 @@ def test_a_full_ring_exits_and_nothing_is_lost(tiny_guest):
     guest = tiny_guest(burst(1000))
     got = []
     with CoalescedPio(guest.vm, 0x500, 1):
-        ring = CoalescedRing(guest.vcpu)
+        ring = CoalescedRing(guest.vm, guest.vcpu)
         while True:
             assert guest.vcpu.enter() == k.KVM_EXIT_IO
             got += [write.data[0] for write in ring.take_writes()]

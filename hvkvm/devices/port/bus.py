@@ -70,7 +70,8 @@ class PortBus:
     def __init__(self, observer: Observer = NULL_OBSERVER) -> None:
         self._writes: dict[int, _Write] = {}
         self._reads: dict[int, _Read] = {}
-        self._claims: dict[int, tuple[PortDevice, str]] = {}  # by port: the device and its range as text
+        self._claims: dict[int, tuple[PortDevice | None, str]] = {}  # by port: the device, its range as text
+        self._exits: dict[int, Callable[[Vcpu], None]] = {}
         self._quiet: set[int] = set()
         self._windows: dict[Vcpu, _Window] = {}
         self.unclaimed = Complaints(observer, "port-unclaimed")
@@ -85,11 +86,7 @@ class PortBus:
         if not (port >= 0 and length > 0 and port + length <= PORT_COUNT):
             raise ConfigError(f"ports {port:#x}+{length:#x}: outside the {PORT_COUNT:#x} ports there are")
         name = f"{type(device).__name__} at {port:#x}+{length:#x}"
-        for taken in range(port, port + length):
-            if taken in self._claims:
-                raise ConfigError(
-                    f"{name}: port {taken:#x} belongs to {self._claims[taken][1]}; move one of them"
-                )
+        self._check_free(port, length, name)
         for offset in range(length):
             self._claims[port + offset] = (device, name)
             for size, mask in _ALL_ONES.items():
@@ -98,6 +95,25 @@ class PortBus:
                     self._writes[word] = (device.write, offset, size, mask)
                     word = io_word(KVM_EXIT_IO_IN, size, port + offset)
                     self._reads[word] = (device.read, offset, size, mask)
+
+    def add_exit(self, port: int, size: int, handler: Callable[[Vcpu], None]) -> None:
+        """Call `handler(vcpu)` at an OUT of `size` bytes to `port`, on that vCPU's thread, for what needs it.
+
+        Nothing else is there: other accesses to these ports find no device. ConfigError as `add`.
+        """
+        name = f"{getattr(handler, '__qualname__', handler)} at {port:#x}+{size:#x}"
+        self._check_free(port, size, name)
+        for taken in range(port, port + size):
+            self._claims[taken] = (None, name)
+        self._exits[io_word(KVM_EXIT_IO_OUT, size, port)] = handler
+        self.expect(range(port, port + size))
+
+    def _check_free(self, port: int, length: int, name: str) -> None:
+        for taken in range(port, port + length):
+            if taken in self._claims:
+                raise ConfigError(
+                    f"{name}: port {taken:#x} belongs to {self._claims[taken][1]}; move one of them"
+                )
 
     def remove(self, port: int, length: int) -> None:
         """Give up `length` ports from `port`, which one `add` claimed. While vCPUs run, too."""
@@ -133,6 +149,10 @@ class PortBus:
         if read is not None:
             give, offset, size, mask = read
             data[0] = give(offset, size) & mask  # KVM copies only `size` bytes of it
+            return
+        handler = self._exits.get(word)
+        if handler is not None:
+            handler(vcpu)
             return
         self._handle_rare(word, data)
 

@@ -37,6 +37,7 @@ if TYPE_CHECKING:
     from hvkvm.devices.port.bus import PortBus
     from hvkvm.devices.port.serial import Serial16550
     from hvkvm.kvm.vcpu import Vcpu
+    from hvkvm.kvm.vm import Vm
     from hvkvm.runtime.io_loop import IoLoop
 
 FIRST_THRESHOLD = 512
@@ -52,18 +53,19 @@ PATIENCE = 0.020
 class CoalescedSerial:
     """The port device that stands before a `Serial16550`. Attach this instead of the UART.
 
-    `vcpu` is any vCPU of the VM: the ring is mapped with each of them. Raises
+    `vcpu` is any vCPU of `vm`: the ring is mapped with each of them. Raises
     CapabilityMissing where KVM cannot queue port writes; then use the UART alone.
     """
 
     def __init__(
-        self, serial: Serial16550, vcpu: Vcpu, io: IoLoop, *, first_threshold: int = FIRST_THRESHOLD
+        self, serial: Serial16550, vm: Vm, vcpu: Vcpu, io: IoLoop, *, first_threshold: int = FIRST_THRESHOLD
     ) -> None:
-        if not vcpu.vm.check_extension(KVM_CAP_COALESCED_PIO):
+        if not vm.check_extension(KVM_CAP_COALESCED_PIO):
             raise CapabilityMissing("KVM_CAP_COALESCED_PIO: this kernel's KVM cannot queue port writes")
         self.serial = serial
         self.zones_made = 0
         self.bytes_coalesced = 0
+        self._vm = vm
         self._vcpu = vcpu
         self._io = io
         self._lock = threading.RLock()
@@ -171,11 +173,11 @@ class CoalescedSerial:
         if self._closed or self._zone is not None or not self._may_queue:
             return
         try:
-            zone = CoalescedPio(self._vcpu.vm, self._port, 1)
+            zone = CoalescedPio(self._vm, self._port, 1)
         except HvkvmError:  # out of kernel memory or zones: the plain way always works
             self._threshold = min(2 * self._threshold, LAST_THRESHOLD)
             return
-        self._zone, self._ring = zone, CoalescedRing(self._vcpu)
+        self._zone, self._ring = zone, CoalescedRing(self._vm, self._vcpu)
         self.zones_made += 1
         self._poll_delay = POLL_MIN
         self._poll_later(zone)

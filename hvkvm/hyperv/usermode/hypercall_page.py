@@ -11,22 +11,20 @@ without device. A hypercall needs protected mode and CPL 0, and is #UD without
 (TLFS; S55). At CPL 3 the CPU refuses the OUT before that by #GP, unless the guest
 gave leave by IOPL or a task's bitmap.
 
-`write` runs on the calling vCPU's thread; `place` on the thread of the one that
+`handle_out` runs on the calling vCPU's thread; `place` on the thread of the one that
 writes HV_X64_MSR_HYPERCALL, under the interface's lock.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from threading import get_ident
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from hvkvm.abi.board import HYPERCALL_PORT
-from hvkvm.abi.kvm import KVM_CAP_SYNC_REGS, KVM_SYNC_X86_REGS, KVM_SYNC_X86_SREGS
+from hvkvm.abi.kvm import KVM_SYNC_X86_REGS, KVM_SYNC_X86_SREGS
 from hvkvm.abi.tlfs import HvStatus
 from hvkvm.abi.x86 import EFER_LMA, X86_CR0_PE, X86_EFLAGS_VM
 from hvkvm.hyperv.synic.pages import Overlay
-from hvkvm.runtime.protocols import VpThread
 
 if TYPE_CHECKING:
     from hvkvm.abi.kvm_structs import kvm_regs, kvm_sregs
@@ -45,15 +43,12 @@ Call = Callable[[int, int], int]
 
 
 class HypercallPage:
-    """The page, and the device of port HYPERCALL_PORT. `call(control, param)` gives a hypercall's result."""
+    """The page, and who answers HYPERCALL_PORT. `call(control, param)` gives a hypercall's result."""
 
-    def __init__(self, overlay: Overlay, threads: Sequence[VpThread]) -> None:
+    def __init__(self, overlay: Overlay, sync_regs: int) -> None:
         self._overlay = overlay
-        self._threads = threads
-        self._vcpus: dict[int, Vcpu] = {}
-        has_sync = bool(threads) and threads[0].vcpu.vm.check_extension(KVM_CAP_SYNC_REGS)
         both = KVM_SYNC_X86_REGS | KVM_SYNC_X86_SREGS
-        self._registers_come_along = both if has_sync & both == both else 0
+        self._registers_come_along = both if sync_regs & both == both else 0
         # The last address whose translation was the page, and the page: guests call it at one address, whose
         # mapping stays. One that maps something else there finds that a hypercall too, until the page moves.
         self._seen: tuple[int, int | None] | None = None
@@ -66,18 +61,10 @@ class HypercallPage:
             self._overlay.view[: len(CODE)] = CODE
         return self._overlay.place(gpa)
 
-    def read(self, offset: int, size: int) -> int:
-        """An IN finds no device."""
-        return (1 << 8 * size) - 1
-
-    def write(self, offset: int, size: int, value: int) -> None:
-        """An OUT at the port, by the vCPU on whose thread this is: perhaps a hypercall."""
-        if offset or size != 4 or self._overlay.gpa is None:
+    def handle_out(self, vcpu: Vcpu) -> None:
+        """An OUT of 4 bytes at HYPERCALL_PORT: perhaps a hypercall. The vCPU's own thread."""
+        if self._overlay.gpa is None:
             return
-        try:
-            vcpu = self._vcpus[get_ident()]
-        except KeyError:
-            vcpu = self._find_vcpu()
         run = vcpu.run
         shared = run.kvm_valid_regs
         if shared:
@@ -118,13 +105,6 @@ class HypercallPage:
             return False
         self._seen = (rip | _PAGE, page)
         return True
-
-    def _find_vcpu(self) -> Vcpu:
-        for thread in self._threads:
-            if thread.is_current():
-                self._vcpus[get_ident()] = thread.vcpu
-                return thread.vcpu
-        raise RuntimeError("a port write came on a thread that is no vCPU's")
 
 
 def _raise_ud(vcpu: Vcpu) -> None:

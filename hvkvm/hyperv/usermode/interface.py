@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, NamedTuple
 from hvkvm.abi import tlfs
 from hvkvm.abi.hv_synic import HV_SYNIC_SINT_COUNT, HV_SYNIC_VERSION_1
 from hvkvm.abi.kvm import (
+    KVM_CAP_SYNC_REGS,
     KVM_CAP_X86_USER_SPACE_MSR,
     KVM_MSR_EXIT_REASON_FILTER,
     KVM_MSR_FILTER_READ,
@@ -108,7 +109,9 @@ class UserHyperv:
         self._assist = [0] * len(threads)
         self.synic: UserSynic | None = None
         with ExitStack() as stack:
-            self.hypercall_page = HypercallPage(stack.enter_context(OverlayPage(memory)), threads)
+            self.hypercall_page = HypercallPage(
+                stack.enter_context(OverlayPage(memory)), vm.check_extension(KVM_CAP_SYNC_REGS)
+            )
             self._tsc_page = TscPage(
                 self.clock, stack.enter_context(OverlayPage(memory)), usable=host_counts_by_tsc()
             )
