@@ -21,8 +21,9 @@ from hvkvm.devices.port.fw_cfg import FirmwareFwCfg, FwCfg, FwCfgState
 from hvkvm.devices.port.irq_line import IrqfdLine
 from hvkvm.devices.port.quiet import absorb_writes, quiet_ports
 from hvkvm.devices.port.reset import I8042Reset, PciConfigPorts, SystemControlA
-from hvkvm.devices.port.serial import Serial16550, SerialState
+from hvkvm.devices.port.serial import Serial16550
 from hvkvm.devices.port.serial_coalesced import CoalescedSerial
+from hvkvm.devices.port.serial_state import SerialState
 from hvkvm.devices.port.testdev_state import TestdevState
 from hvkvm.errors import CapabilityMissing, StateError
 from hvkvm.kvm.irqfd import Irqfd

@@ -17,7 +17,8 @@ from polled_line import UnconnectedLine
 
 from hvkvm.backends.console import Console
 from hvkvm.backends.terminal import RawTerminal
-from hvkvm.devices.port.serial import RX_LIMIT, Serial16550
+from hvkvm.devices.port.serial import Serial16550
+from hvkvm.devices.port.serial_input import RX_LIMIT
 
 
 class Guest:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 from uart import DLL, DLM, FCR, IER, IIR, LCR, LSR, MCR, MSR, NO_INT, OUT2, RBR, RTS, SCR, THR, Uart
 
-from hvkvm.devices.port.serial import RX_LIMIT
+from hvkvm.devices.port.serial_input import RX_LIMIT
 
 
 @pytest.fixture
@@ -349,10 +349,10 @@ def test_a_break_waits_for_the_driver_as_keys_do_and_goes_with_the_fifo(uart):
 def test_breaks_are_bounded_as_all_input_is(uart):
     taken = sum(uart.serial.feed_break() for _ in range(RX_LIMIT + 10))
     assert taken == RX_LIMIT
-    assert len(uart.serial._breaks) == RX_LIMIT
+    assert len(uart.serial._input.breaks) == RX_LIMIT
     uart.open(0x05)
     for _ in range(RX_LIMIT):
         assert uart.r(LSR) & BI
         assert uart.r(RBR) == 0
     assert not uart.r(LSR) & (BI | DR)
-    assert not uart.serial._breaks
+    assert not uart.serial._input.breaks

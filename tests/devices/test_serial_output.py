@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from polled_line import UnconnectedLine
 from uart import FCR, IER, IIR, LCR, LSR, MCR, NO_INT, OUT2, RBR, SCR, THR, Uart
 
-from hvkvm.devices.port.serial import RX_LIMIT, Serial16550
+from hvkvm.devices.port.serial import Serial16550
+from hvkvm.devices.port.serial_input import RX_LIMIT
 from hvkvm.devices.port.serial_output import TX_BATCH, TX_INTERVAL, TX_LIMIT
 from hvkvm.devices.port.serial_registers import FIFO_SIZE
 
