@@ -18,6 +18,7 @@ VERBS = {
     "ctl": "operate a running guest",
     "disk": "look at disk images, make, copy, check and compact them",
     "explain": "put VMBus traffic into words: recordings, messages in hexadecimal",
+    "replay": "play a recording's guest against this hvkvm, and name the first difference",
     "doctor": "check what this machine's KVM can do, with the remedy for what is missing",
     "features": "list the Hyper-V enlightenments and what this host supports of them",
     "trace": "show the KVM ioctls of another program, decoded",

@@ -166,9 +166,10 @@ class Loopback:
         vp_count: int = 2,
         pages: Sequence[int] | None = None,
         random: Random | None = None,
+        memory_bytes: int = 4 * MIB,
         **options: Any,
     ) -> None:
-        self.memory = GuestMemory(NoSlots(), 4 * MIB)
+        self.memory = GuestMemory(NoSlots(), memory_bytes)
         self.notes = Notes()
         self.synic = LoopbackSynic(vp_count)
         self.random = random

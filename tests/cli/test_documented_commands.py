@@ -17,7 +17,7 @@ from typing import NamedTuple
 import pytest
 
 import hvkvm as package
-from hvkvm.cli import VERBS, ctl, disk, doctor, explain, features, run, trace
+from hvkvm.cli import VERBS, ctl, disk, doctor, explain, features, replay, run, trace
 from hvkvm.cli.arguments import split_command
 from hvkvm.errors import ConfigError
 from hvkvm.hyperv.features import parse_features
@@ -126,6 +126,8 @@ def check_hvkvm(words: tuple[str, ...]) -> None:
             ctl.parse(rest)
     elif verb == "disk":
         disk.parse(rest)
+    elif verb == "replay":
+        replay.parser().parse_args(rest)
     elif verb == "explain":
         explain.parse(rest)
     elif verb == "features":
@@ -213,7 +215,14 @@ def test_a_cheap_one_runs(hvkvm: Hvkvm, words: tuple[str, ...]) -> None:
 
 
 def known_flags() -> set[str]:
-    parsers = [run.parser(), explain.parser(), doctor.parser(), features.parser(), trace.parser()]
+    parsers = [
+        run.parser(),
+        replay.parser(),
+        explain.parser(),
+        doctor.parser(),
+        features.parser(),
+        trace.parser(),
+    ]
     parsers += [ctl.verb_parser(verb) for verb in ctl.VERBS]
     parsers += [disk.verb_parser(verb) for verb in disk.SUMMARY]
     found = {name for parser in parsers for action in parser._actions for name in action.option_strings}

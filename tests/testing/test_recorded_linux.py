@@ -1,4 +1,4 @@
-"""A recorded boot of a stock Linux: in words, in tshark, with nothing malformed."""
+"""A recorded boot of a stock Linux: in words, in tshark with nothing malformed, and played again."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from linux_guest import SECONDS, linux_guest
 from hvkvm.machine.record_spec import RecordSpec
 from hvkvm.record import explain
 from hvkvm.record.dissector import dissector
+from hvkvm.testing.replay import replay
 
 pytestmark = [pytest.mark.hyperv, pytest.mark.timeout(2 * SECONDS)]
 
@@ -33,6 +34,11 @@ def test_a_boot_is_recorded_whole(tmp_path: Path) -> None:
         assert line in text, text
     for line in ("lost", "cut", "no message", "bytes are no"):
         assert line not in text
+    with path.open("rb") as file:
+        played = replay(file)
+    assert played.difference is None, played.difference
+    assert played.messages > 20
+    assert played.packets > 4
     if shutil.which("tshark") is None:
         pytest.skip("the rest needs tshark (the package of that name)")
     script_file = tmp_path / "hvkvm.lua"
