@@ -12,19 +12,18 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from hvkvm.abi import nvsp, rndis
 from hvkvm.abi.ring import VM_PKT_DATA_INBAND, Packet
 from hvkvm.abi.vmbus import GUID_BYTES, VMBUS_CHANNEL_ENUMERATE_DEVICE_INTERFACE
-from hvkvm.devices.synth.netvsp_buffer import GuestBuffer
+from hvkvm.devices.synth.netvsp_agreement import Agreement
 from hvkvm.devices.synth.netvsp_channel import ChannelState, NvspChannel
-from hvkvm.devices.synth.netvsp_offload import ETHERNET_BYTES
 from hvkvm.devices.synth.netvsp_receive import MAX_CONTROL_WAITING, Laid, Receive
 from hvkvm.devices.synth.netvsp_rndis import Control, ControlState, NicFacts
 from hvkvm.devices.synth.netvsp_rss import Toeplitz, hash_input
-from hvkvm.devices.synth.netvsp_send import SECTION_BYTES, Send
-from hvkvm.net.port import MAX_MTU, MIN_MTU, VLAN_BYTES, Frame, Offloads, Port
+from hvkvm.devices.synth.netvsp_send import Send
+from hvkvm.net.port import MAX_MTU, MIN_MTU, Frame, Offloads, Port
 from hvkvm.vmbus.channel_io import ChannelIo
 from hvkvm.vmbus.device import SubChannels
 from hvkvm.vmbus.guard import Guard
@@ -33,9 +32,6 @@ from hvkvm.vmbus.pages import Ram
 
 SPEED = 100_000_000
 """10 Gbit/s, in units of 100 bit/s: what RNDIS asks for."""
-
-MAX_MDL_CHAIN = 34
-"""What Hyper-V answers; no guest looks at it."""
 
 MAX_QUEUES = 8
 
@@ -77,36 +73,27 @@ class Netvsp:
         self.port = port
         self.address = address
         self.guard = Guard()
-        self._memory = memory
         self._speed = speed
         self._queues = max(1, min(queues, MAX_QUEUES))
-        self._sub_channels: SubChannels | None = None
         self._wire_up = False
         self._taken = 0
         self._starved = False  # the port waits for room
-        self._version = 0
         self._toeplitz: Toeplitz | None = None
-        self.control_state = Control(self._facts, self._counters)
+        self.control_state = Control(address, self._facts, self._counters)
         self.receive = Receive(self.control_state, self.fail)
         self.send = Send(memory)
         self._channels: dict[int, NvspChannel] = {0: NvspChannel(self, self._offer(0))}
         self._saved: dict[int, ChannelState] = {}
         self._wanted: Offloads | None = None
+        self.agreed = Agreement(memory, self.send, self.receive, port.mtu, self._queues, self.fail)
         self._clear()
 
     def _clear(self) -> None:
         """As a NIC that no driver has taken."""
-        self._version = 0
-        self._mtu = min(self.port.mtu, 1500)
         self._told_link: bool | None = None
-        self._subchannels = 0
-        self._unoffered = False  # of those, none is offered yet
         self._starved = False
         self.control_state.clear()
-        self.receive.drop()
-        self.receive.vlan_marks = False
-        self.send.buffer = None
-        self._set_mtu(self._mtu)
+        self.agreed.clear()
 
     def _offer(self, index: int) -> Offer:
         instance = hashlib.sha256(f"hvkvm netvsp {self.name}".encode()).digest()[:GUID_BYTES]
@@ -137,16 +124,13 @@ class Netvsp:
         done()
 
     def release_gpadl(self, gpadl_id: int, done: Callable[[], object]) -> None:
-        """A buffer is torn down, revoked or not: what was lent in it is the guest's own again."""
-        if self.receive.buffer is not None and self.receive.buffer.gpadl_id == gpadl_id:
-            self.receive.drop()
-        if self.send.buffer is not None and self.send.buffer.gpadl_id == gpadl_id:
-            self.send.buffer = None
+        """See `vmbus.device.GpadlUser`. Nothing that is under way touches it."""
+        self.agreed.release(gpadl_id)
         done()
 
     def bind(self, sub_channels: SubChannels) -> None:
         """See `vmbus.device.MultiChannel`."""
-        self._sub_channels = sub_channels
+        self.agreed.sub_channels = sub_channels
 
     def sub_channel(self, index: int) -> NvspChannel:
         """See `vmbus.device.MultiChannel`."""
@@ -162,8 +146,8 @@ class Netvsp:
         """See `vmbus.device.SavedDevice`."""
         receive, send = self.receive.buffer, self.send.buffer
         return NetvspState(
-            self._version,
-            self._mtu,
+            self.agreed.version,
+            self.agreed.mtu,
             self.receive.vlan_marks,
             None if receive is None else receive.gpadl_id,
             self.receive.set_id,
@@ -173,7 +157,7 @@ class Netvsp:
             tuple(self.receive.waiting),
             self._told_link,
             {index: one.save() for index, one in self._channels.items() if one.io is not None},
-            self._subchannels,
+            self.agreed.subchannels,
         )
 
     def load(self, io: ChannelIo | None, state: NetvspState) -> None:
@@ -185,115 +169,22 @@ class Netvsp:
         known = state.version in (0, *nvsp.NVSP_VERSIONS) and MIN_MTU <= state.mtu <= MAX_MTU
         if not known or len(state.waiting) > MAX_CONTROL_WAITING or not 0 <= state.receive_set <= 0xFFFF:
             raise ValueError(f"the NIC {self.name} has agreed on what it cannot")
-        self._version, self._told_link = state.version, state.told_link
-        self._set_mtu(state.mtu)
+        self.agreed.version, self._told_link = state.version, state.told_link
+        self.agreed.set_mtu(state.mtu)
         self.receive.vlan_marks = state.vlan_marks
         if state.receive_gpadl is not None:
-            buffer = self._buffer(state.receive_gpadl)
+            buffer = self.agreed.buffer(state.receive_gpadl)
             if buffer is None or not self.receive.lend(buffer, state.receive_set, state.mtu):
                 raise ValueError(f"the NIC {self.name} has a receive buffer that is none")
             self.receive.pieces.load(state.pieces)
         if state.send_gpadl is not None:
-            self.send.buffer = self._buffer(state.send_gpadl)
+            self.send.buffer = self.agreed.buffer(state.send_gpadl)
         self.receive.waiting.extend(state.waiting)
-        self._subchannels = max(0, min(state.subchannels, self._queues - 1))
+        self.agreed.subchannels = max(0, min(state.subchannels, self._queues - 1))
         self._saved = dict(state.channels)
         self._channels[0].load(io, self._saved.pop(0, ChannelState(())))
         self._scaling_changed()
         self._wanted = None  # the port is new, and is told when the guest goes on
-
-    # NVSP
-
-    def request(self, packet: Packet) -> bytes | None:
-        """A message of the guest that is no RNDIS; what completes it."""
-        payload = packet.payload
-        handler = _REQUESTS.get(int.from_bytes(payload[:4], "little"))
-        if handler is None:
-            return None
-        shape, act = handler
-        if len(payload) < shape.size:
-            self.fail(f"an NVSP message of {len(payload)} bytes")
-            return None
-        answer: bytes | None = act(self, *shape.unpack_from(payload)[1:])
-        return answer
-
-    def _init(self, least: int, most: int) -> bytes:
-        best = max((one for one in nvsp.NVSP_VERSIONS if least <= one <= most), default=0)
-        status = nvsp.NVSP_STAT_SUCCESS if best else nvsp.NVSP_STAT_PROTOCOL_UNSUPPORTED
-        if self._version:
-            best, status = 0, nvsp.NVSP_STAT_FAIL
-        self._version = self._version or best
-        return nvsp.init_complete.pack(nvsp.NVSP_MSG_TYPE_INIT_COMPLETE, best, MAX_MDL_CHAIN, status)
-
-    def _ndis_version(self, _major: int, _minor: int) -> None:
-        """Nothing hangs on it."""
-
-    def _config(self, mtu: int, _reserved: int, capabilities: int) -> None:
-        self._set_mtu(min(max(mtu - ETHERNET_BYTES, MIN_MTU), MAX_MTU))
-        self.receive.vlan_marks = bool(capabilities & nvsp.NDIS_CONFIG_IEEE8021Q)
-
-    def _set_mtu(self, mtu: int) -> None:
-        self._mtu = mtu
-        self.receive.max_frame = mtu + ETHERNET_BYTES + VLAN_BYTES
-        self.send.max_frame = self.port.mtu + ETHERNET_BYTES + VLAN_BYTES
-
-    def _buffer(self, gpadl_id: int) -> GuestBuffer | None:
-        gpadl = None if self._sub_channels is None else self._sub_channels.gpadl(gpadl_id)
-        try:
-            return None if gpadl is None else GuestBuffer(self._memory, gpadl)
-        except ValueError:
-            return None
-
-    def _lend_receive(self, gpadl_id: int, set_id: int) -> bytes:
-        buffer = self._buffer(gpadl_id) if self._version and self.receive.buffer is None else None
-        kind = nvsp.NVSP_MSG1_TYPE_SEND_RECV_BUF_COMPLETE
-        if buffer is None or not self.receive.lend(buffer, set_id, self._mtu):
-            return nvsp.recv_buf_complete.pack(kind, nvsp.NVSP_STAT_FAIL, 0, 0, 0, 0, 0)
-        section, sections = self.receive.section, self.receive.sections
-        return nvsp.recv_buf_complete.pack(
-            kind, nvsp.NVSP_STAT_SUCCESS, 1, 0, section, sections, section * sections
-        )
-
-    def _lend_send(self, gpadl_id: int, _id: int) -> bytes:
-        kind = nvsp.NVSP_MSG1_TYPE_SEND_SEND_BUF_COMPLETE
-        buffer = self._buffer(gpadl_id) if self._version and self.send.buffer is None else None
-        if buffer is None or buffer.size < SECTION_BYTES:
-            return nvsp.send_buf_complete.pack(kind, nvsp.NVSP_STAT_FAIL, 0)
-        self.send.buffer = buffer
-        return nvsp.send_buf_complete.pack(kind, nvsp.NVSP_STAT_SUCCESS, SECTION_BYTES)
-
-    def _revoke_receive(self, _id: int) -> None:
-        self.receive.drop()
-
-    def _revoke_send(self, _id: int) -> None:
-        self.send.buffer = None
-
-    def _allocate(self, operation: int, count: int) -> bytes:
-        """Sub-channels: as many as are asked for and can be."""
-        known = operation == nvsp.NVSP_SUBCHANNEL_ALLOCATE and self._version >= nvsp.NVSP_PROTOCOL_VERSION_5
-        kind = nvsp.NVSP_MSG5_TYPE_SUBCHANNEL
-        if not known or self._subchannels or self._sub_channels is None:
-            return nvsp.subchannel_complete.pack(kind, nvsp.NVSP_STAT_FAIL, 0)
-        self._subchannels = min(count, self._queues - 1)
-        self._unoffered = True
-        return nvsp.subchannel_complete.pack(kind, nvsp.NVSP_STAT_SUCCESS, self._subchannels)
-
-    def _offer_sub_channels(self, io: ChannelIo) -> None:
-        """Behind the answer that says how many: a table of where to send, and the offers."""
-        if not self._unoffered or self._sub_channels is None:
-            return
-        self._unoffered = False
-        queues = self._subchannels + 1
-        table = [index % queues for index in range(nvsp.INDIRECTION_ENTRIES)]
-        message = nvsp.indirection_table.pack(
-            nvsp.NVSP_MSG5_TYPE_SEND_INDIRECTION_TABLE,
-            nvsp.INDIRECTION_ENTRIES,
-            nvsp.INDIRECTION_OFFSET,
-            *table,
-        )
-        io.send(message, kind=VM_PKT_DATA_INBAND)  # without it the guest sends on the primary channel
-        for index in range(1, queues):
-            self._sub_channels.add(index)
 
     # netvsp_channel.Nic
 
@@ -303,6 +194,10 @@ class Netvsp:
         primary.fail(reason)
         if primary.io is not None:
             primary.io.again()
+
+    def request(self, packet: Packet) -> bytes | None:
+        """A message of the guest that is no RNDIS; what completes it."""
+        return self.agreed.request(packet)
 
     def control(self, _io: ChannelIo, message: bytes) -> None:
         """An RNDIS control message."""
@@ -321,6 +216,25 @@ class Netvsp:
     def transmit(self, frames: list[Frame]) -> int:
         """Frames to the wire; how many were taken."""
         return self.port.send(frames)
+
+    # Sub-channels.
+
+    def _offer_sub_channels(self, io: ChannelIo) -> None:
+        """Behind the answer that says how many: a table of where to send, and the offers."""
+        if not self.agreed.unoffered or self.agreed.sub_channels is None:
+            return
+        self.agreed.unoffered = False
+        queues = self.agreed.subchannels + 1
+        table = [index % queues for index in range(nvsp.INDIRECTION_ENTRIES)]
+        message = nvsp.indirection_table.pack(
+            nvsp.NVSP_MSG5_TYPE_SEND_INDIRECTION_TABLE,
+            nvsp.INDIRECTION_ENTRIES,
+            nvsp.INDIRECTION_OFFSET,
+            *table,
+        )
+        io.send(message, kind=VM_PKT_DATA_INBAND)  # without it the guest sends on the primary channel
+        for index in range(1, queues):
+            self.agreed.sub_channels.add(index)
 
     def after(self, io: ChannelIo) -> None:
         """A channel's turn is at its end: what others wait for."""
@@ -406,9 +320,8 @@ class Netvsp:
 
     def _facts(self) -> NicFacts:
         offloads = self.port.offloads
-        large = self._version >= nvsp.NVSP_PROTOCOL_VERSION_61
+        large = self.agreed.version >= nvsp.NVSP_PROTOCOL_VERSION_61
         return NicFacts(
-            self.address,
             self.port.mtu,
             self._wire_up,
             self._speed,
@@ -416,7 +329,7 @@ class Netvsp:
             offloads.csum and offloads.tso4,
             offloads.csum and offloads.tso6,
             large and offloads.csum and offloads.tso4 and offloads.tso6,
-            self._queues if self._version >= nvsp.NVSP_PROTOCOL_VERSION_5 else 1,
+            self._queues if self.agreed.version >= nvsp.NVSP_PROTOCOL_VERSION_5 else 1,
         )
 
     def _counters(self) -> dict[int, int]:
@@ -436,8 +349,8 @@ class Netvsp:
             "name": self.name,
             "address": control.address.hex(":"),
             "link": "up" if self._wire_up else "down",
-            "nvsp": f"{self._version:#x}",
-            "mtu": self._mtu,
+            "nvsp": f"{self.agreed.version:#x}",
+            "mtu": self.agreed.mtu,
             "filter": control.packet_filter,
             "rsc": [control.rsc4, control.rsc6],
             "channels": sum(one.io is not None for one in self._channels.values()),
@@ -448,18 +361,6 @@ class Netvsp:
             "received": {name: getattr(received, name) for name in received.__slots__},
             "waiting": sum(one.waiting for one in self._channels.values()),
         }
-
-
-_REQUESTS: dict[int, tuple[Any, Callable[..., bytes | None]]] = {
-    nvsp.NVSP_MSG_TYPE_INIT: (nvsp.init, Netvsp._init),
-    nvsp.NVSP_MSG1_TYPE_SEND_NDIS_VER: (nvsp.ndis_version, Netvsp._ndis_version),
-    nvsp.NVSP_MSG1_TYPE_SEND_RECV_BUF: (nvsp.send_buf, Netvsp._lend_receive),
-    nvsp.NVSP_MSG1_TYPE_REVOKE_RECV_BUF: (nvsp.revoke_buf, Netvsp._revoke_receive),
-    nvsp.NVSP_MSG1_TYPE_SEND_SEND_BUF: (nvsp.send_buf, Netvsp._lend_send),
-    nvsp.NVSP_MSG1_TYPE_REVOKE_SEND_BUF: (nvsp.revoke_buf, Netvsp._revoke_send),
-    nvsp.NVSP_MSG2_TYPE_SEND_NDIS_CONFIG: (nvsp.ndis_config, Netvsp._config),
-    nvsp.NVSP_MSG5_TYPE_SUBCHANNEL: (nvsp.subchannel, Netvsp._allocate),
-}
 
 
 def address_of(vm_name: str, index: int) -> bytes:

@@ -42,7 +42,6 @@ class ControlState(NamedTuple):
 class NicFacts(NamedTuple):
     """What a NIC says of itself. `speed` in units of 100 bit/s; `queues` it may have at most."""
 
-    permanent_address: bytes
     mtu: int
     link_up: bool
     speed: int
@@ -56,11 +55,12 @@ class NicFacts(NamedTuple):
 class Control:
     """One guest's RNDIS state. `facts()` and `counters()` are asked when a query needs them."""
 
-    def __init__(self, facts: Callable[[], NicFacts], counters: Callable[[], Mapping[int, int]]) -> None:
+    def __init__(
+        self, address: bytes, facts: Callable[[], NicFacts], counters: Callable[[], Mapping[int, int]]
+    ) -> None:
         self._facts = facts
         self._counters = counters
-        self.permanent_address = facts().permanent_address
-        self.address = self.permanent_address
+        self.permanent_address = self.address = address
         """What the guest's frames come from, as it said last; the permanent one is heard too."""
         self.clear()
 

@@ -1,0 +1,143 @@
+/*
+ * nic IFACE [rx|tx|sg|tso|gro|lro=0|1]...   set what a NIC does by itself; with none, tell
+ * nic udp PORT                              send every datagram back to where it came from
+ * nic join IFACE GROUP PORT                 join an IPv4 group, print the first datagram that comes
+ *
+ * Why: busybox has no ethtool, and no program that joins a group.
+ */
+#include <arpa/inet.h>
+#include <linux/ethtool.h>
+#include <linux/sockios.h>
+#include <net/if.h>
+#include <stdio.h>
+#include <stdlib.h>
+#include <string.h>
+#include <sys/ioctl.h>
+#include <sys/socket.h>
+#include <unistd.h>
+
+static const struct {
+	const char *name;
+	unsigned int get, set;
+} features[] = {
+	{ "rx", ETHTOOL_GRXCSUM, ETHTOOL_SRXCSUM }, { "tx", ETHTOOL_GTXCSUM, ETHTOOL_STXCSUM },
+	{ "sg", ETHTOOL_GSG, ETHTOOL_SSG },	    { "tso", ETHTOOL_GTSO, ETHTOOL_STSO },
+	{ "gro", ETHTOOL_GGRO, ETHTOOL_SGRO },	    { "lro", ETHTOOL_GFLAGS, ETHTOOL_SFLAGS },
+};
+#define COUNT (sizeof(features) / sizeof(features[0]))
+
+static int fail(const char *what)
+{
+	perror(what);
+	return 1;
+}
+
+static int ethtool(int fd, const char *iface, unsigned int command, unsigned int *data)
+{
+	struct ethtool_value value = { .cmd = command, .data = *data };
+	struct ifreq request = { .ifr_data = (void *)&value };
+
+	strncpy(request.ifr_name, iface, IFNAMSIZ - 1);
+	if (ioctl(fd, SIOCETHTOOL, &request))
+		return -1;
+	*data = value.data;
+	return 0;
+}
+
+static int set(int fd, const char *iface, const char *setting)
+{
+	for (size_t i = 0; i < COUNT; i++) {
+		size_t length = strlen(features[i].name);
+		unsigned int data = 0;
+
+		if (strncmp(setting, features[i].name, length) || setting[length] != '=')
+			continue;
+		if (!strcmp(features[i].name, "lro")) {
+			if (ethtool(fd, iface, features[i].get, &data))
+				return fail(setting);
+			data &= ~ETH_FLAG_LRO;
+			data |= atoi(setting + length + 1) ? ETH_FLAG_LRO : 0;
+		} else {
+			data = atoi(setting + length + 1);
+		}
+		return ethtool(fd, iface, features[i].set, &data) ? fail(setting) : 0;
+	}
+	fprintf(stderr, "%s: no such feature\n", setting);
+	return 2;
+}
+
+static int tell(int fd, const char *iface)
+{
+	for (size_t i = 0; i < COUNT; i++) {
+		unsigned int data = 0;
+
+		if (ethtool(fd, iface, features[i].get, &data))
+			return fail(features[i].name);
+		if (!strcmp(features[i].name, "lro"))
+			data &= ETH_FLAG_LRO;
+		printf("%s=%d ", features[i].name, !!data);
+	}
+	printf("\n");
+	return 0;
+}
+
+static int bound(int port)
+{
+	struct sockaddr_in here = { .sin_family = AF_INET, .sin_port = htons(port) };
+	int fd = socket(AF_INET, SOCK_DGRAM, 0);
+
+	return fd < 0 || bind(fd, (struct sockaddr *)&here, sizeof(here)) ? -1 : fd;
+}
+
+static int echo(int port)
+{
+	static char data[65536];
+	int fd = bound(port);
+
+	if (fd < 0)
+		return fail("udp");
+	for (;;) {
+		struct sockaddr_in peer;
+		socklen_t size = sizeof(peer);
+		ssize_t count = recvfrom(fd, data, sizeof(data), 0, (struct sockaddr *)&peer, &size);
+
+		if (count < 0)
+			return fail("recvfrom");
+		sendto(fd, data, count, 0, (struct sockaddr *)&peer, size);
+	}
+}
+
+static int join(const char *iface, const char *group, int port)
+{
+	struct ip_mreqn request = { .imr_ifindex = (int)if_nametoindex(iface) };
+	char data[1501];
+	int fd = bound(port);
+	ssize_t count;
+
+	inet_aton(group, &request.imr_multiaddr);
+	if (fd < 0 || setsockopt(fd, IPPROTO_IP, IP_ADD_MEMBERSHIP, &request, sizeof(request)))
+		return fail("join");
+	count = recv(fd, data, sizeof(data) - 1, 0);
+	if (count < 0)
+		return fail("recv");
+	data[count] = 0;
+	printf("%s\n", data);
+	return 0;
+}
+
+int main(int argc, char **argv)
+{
+	int fd = socket(AF_INET, SOCK_DGRAM, 0);
+
+	if (argc == 3 && !strcmp(argv[1], "udp"))
+		return echo(atoi(argv[2]));
+	if (argc == 5 && !strcmp(argv[1], "join"))
+		return join(argv[2], argv[3], atoi(argv[4]));
+	for (int i = 2; i < argc; i++) {
+		int status = set(fd, argv[1], argv[i]);
+
+		if (status)
+			return status;
+	}
+	return argc > 1 ? tell(fd, argv[1]) : 2;
+}
