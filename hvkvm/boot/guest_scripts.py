@@ -41,6 +41,39 @@ export PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin HOME=/r
 cd /root
 """
 
+ROOT_INIT = r"""#!/bin/busybox sh
+/bin/busybox mount -t proc proc /proc
+read -r up idle </proc/uptime
+echo "hvkvm: init $up"
+mount -t sysfs sysfs /sys
+mount -t devtmpfs dev /dev
+for module in /modules/*.ko; do
+	[ -e "$module" ] && { insmod "$module" || echo "hvkvm: ${module##*/} does not load"; }
+done
+. /root-device
+tries=0
+until case $root in *=*) device=$(findfs "$root" 2>/dev/null) ;; *) device=$root && [ -b "$root" ] ;; esac; do
+	tries=$((tries + 1))
+	if [ $tries -ge 300 ]; then
+		# The panic that follows ends the run, and the host shows what stands here.
+		echo "hvkvm: no disk has root=$root; the guest sees these:"
+		cat /proc/partitions
+		[ -e /modules ] || echo "hvkvm: no modules were given; --modules-dir names their folder"
+		exit 1
+	fi
+	sleep 0.1
+done
+if ! mount -o "$mode${flags:+,$flags}" ${type:+-t "$type"} "$device" /mnt; then
+	echo "hvkvm: $device cannot be mounted as the root"
+	exit 1
+fi
+umount /proc /sys
+mount -o move /dev /mnt/dev
+exec switch_root -c /dev/console /mnt "$init" "$@"
+"""
+"""The init in front of a root file system on a disk: /root-device has `root`, `type`, `flags`, `mode` and
+`init`."""
+
 CONSOLE_INIT = (
     _START
     + r"""# A session of its own with the console as its terminal: Ctrl-C then works in there.

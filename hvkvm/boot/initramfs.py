@@ -17,7 +17,7 @@ import shlex
 import stat
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from hvkvm.abi.elf import ELF64_EHDR, ELF64_IDENT, ELF64_PHDR, EM_X86_64, PT_INTERP, Ehdr, Phdr
 from hvkvm.boot import cache, cpio, guest_exit, guest_scripts, guest_vsock
@@ -26,11 +26,26 @@ from hvkvm.errors import BootError
 
 """What a stock kernel needs to use the synthetic devices."""
 
+ROOT_MODULES = ("hv_vmbus", "hv_storvsc", "sd_mod")
+"""What finds a root file system on a disk of ours."""
+
 VSOCK_MODULE = "hv_sock"
 """Linux's AF_VSOCK over VMBus."""
 
 CommandIo = Literal["console", "streams", "terminal"]
 """Where a command's input and output lead: the console, streams of its own, a terminal of its own."""
+
+
+class RootDevice(NamedTuple):
+    """The root file system as the kernel's command line names it, and how it is mounted."""
+
+    root: str
+    """A device, or UUID=... or LABEL=..."""
+    type: str = ""
+    flags: str = ""
+    mode: str = "ro"
+    init: str = "/sbin/init"
+
 
 _FOLDERS = "bin dev etc mnt modules proc root run sys tmp usr/bin usr/sbin var"
 # busybox's own shell finds its applets by itself; these are for programs and scripts that look on PATH.
@@ -81,6 +96,24 @@ def build(
     if command_io == "terminal" and terminal_type:
         line = f"export TERM={shlex.quote(terminal_type)}\n{line}"
     pieces.append(pack_files(files or {}, {"command": f"{line}\n".encode(errors="surrogateescape")}))
+    return b"".join(pieces)
+
+
+def build_root(
+    root: RootDevice, *, busybox: Path, modules: Iterable[str] = (), kernel_modules_dir: Path | None = None
+) -> bytes:
+    """The initramfs that mounts `root` and starts the init there.
+
+    It loads ROOT_MODULES and the file system's, where the kernel has not built them in, and `modules`.
+    Without `kernel_modules_dir` the kernel has all that it needs. Raises BootError as `build` does.
+    """
+    pieces = [_base(busybox, {"init": guest_scripts.ROOT_INIT})]
+    if kernel_modules_dir is not None:
+        named = "ext4" if root.type in ("ext2", "ext3") else root.type
+        systems = (named,) if named else ("ext4", "xfs")
+        pieces.append(_modules((*ROOT_MODULES, *modules), systems, kernel_modules_dir))
+    lines = "".join(f"{key}={shlex.quote(value)}\n" for key, value in root._asdict().items())
+    pieces.append(pack_files({"root-device": lines.encode(errors="surrogateescape")}))
     return b"".join(pieces)
 
 

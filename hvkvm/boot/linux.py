@@ -91,6 +91,17 @@ def parameter(cmdline: str, wanted: str) -> str | None:
     return found
 
 
+def last_word(cmdline: str, wanted: tuple[str, ...]) -> str | None:
+    """Whichever of the words `wanted`, which have no value, comes last in front of `--`; None for none."""
+    found = None
+    for word in _words(cmdline):
+        if word == "--":
+            break
+        if word in wanted:
+            found = word
+    return found
+
+
 def _words(cmdline: str) -> Iterator[str]:
     word, quoted = "", False
     for character in cmdline:

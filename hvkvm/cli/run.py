@@ -172,6 +172,8 @@ def _run(arguments: list[str]) -> int:
             choice = offered.choice
             who = "in user space" if choice.synic == "user" else "by KVM"
             teller.say(f"SynIC {who}: {choice.why}")
+        if machine.root_note and not options.quiet and not options.json:
+            teller.say(machine.root_note)
         status = StatusLine(machine, teller, enabled=not options.quiet and not options.json)
         front = front_for(machine, options)
         status.start()

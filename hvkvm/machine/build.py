@@ -234,6 +234,8 @@ def initial_ramdisk(config: MachineConfig) -> bytes | Path | None:
     from hvkvm.boot.linux import parameter
 
     told_root = bool(parameter(config.append, "root"))
+    if told_root and is_linux(config.kernel) and (archive := _root_ramdisk(config)) is not None:
+        return archive
     added = bool(config.command or config.modules or config.files)
     if not added and (config.initrd is not None or told_root):
         return config.initrd
@@ -264,6 +266,28 @@ def initial_ramdisk(config: MachineConfig) -> bytes | Path | None:
     # The kernel unpacks archives one behind the other; later files win. cpio pads to 512.
     first = config.initrd.read_bytes()
     return first + bytes(-len(first) % 512) + archive
+
+
+def _root_ramdisk(config: MachineConfig) -> bytes | None:
+    """The initramfs that mounts the root where the kernel cannot do so by itself. ConfigError."""
+    from hvkvm.machine.root import told
+
+    root = told(config)
+    if root is None:
+        return None
+    if config.files:
+        raise ConfigError(
+            "--file: the file system of root= has its own init; add a command, such as `-- sh`: our init"
+            " then takes its place"
+        )
+    from hvkvm.boot import initramfs
+
+    return initramfs.build_root(
+        root,
+        busybox=config.busybox or find_busybox(),
+        modules=config.modules,
+        kernel_modules_dir=config.modules_dir,
+    )
 
 
 def _check_needs_no_command(config: MachineConfig) -> None:

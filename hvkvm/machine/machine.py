@@ -56,6 +56,12 @@ class Machine:
             saved = None if config.restore is None else stack.enter_context(Saved(config.restore))
             if saved is not None:
                 self.config = saving.restored_config(saved, config)
+            self.root_note = ""
+            """What was found out about the guest's root file system, for its user; mostly nothing."""
+            if self.config.disks:
+                from hvkvm.machine.root import find_root
+
+                self.config, self.root_note = find_root(self.config)
             make_room_for_files(self.config.cpus)
             self.parts = self._build(saved, limited(observer), stack)
             self._stack = stack.pop_all()
