@@ -27,6 +27,7 @@ EPILOG = """verbs:
   save FILE                 the whole VM, for hvkvm run --restore FILE; it runs on
   kvp get|set|delete|list   key-value exchange with the guest's daemon
   freeze, thaw              the guest's file systems, for a snapshot
+  disk list|add|remove|...  disks and DVD drives, while the guest runs
   quit                      end the run now
 
 `hvkvm ctl VERB --help` explains a verb's options.
@@ -44,10 +45,12 @@ POOLS = ("external", "guest", "auto")
 WAIT_SECONDS = 300.0
 FREEZE_SECONDS = 60.0
 SAVE_SECONDS = 600.0
+DISK_SECONDS = 60.0
+"""An image that is taken away is flushed first."""
 LIST_SECONDS = 2.0
 MOST_SECONDS = 24 * 3600.0
 
-_WITH_OPTIONS = ("shutdown", "keys", "kvp", "nmi")
+_WITH_OPTIONS = ("shutdown", "keys", "kvp", "nmi", "disk")
 """Verbs that between them have every option."""
 _REQUESTED = {"shutdown": "power-off", "reboot": "reboot", "hibernate": "hibernate"}
 
@@ -82,6 +85,14 @@ def verb_parser(verb: str) -> Parser:
         parser.add_argument("file", metavar="FILE", help="where to; one that is there is replaced")
     elif verb == "nmi":
         parser.add_argument("--cpu", metavar="N", help="for this vCPU only")
+    elif verb == "disk":
+        from hvkvm.cli import ctl_disk
+
+        parser.epilog = ctl_disk.HELP
+        parser.add_argument("what", choices=tuple(ctl_disk.WORDS))
+        parser.add_argument("words", nargs="*", metavar="WORD", help="see below")
+        parser.add_argument("--cdrom", action="store_true", help="add a DVD drive")
+        parser.add_argument("--force", action="store_true", help="eject what the guest holds")
     elif verb == "kvp":
         parser.add_argument("what", choices=("get", "set", "delete", "list"))
         parser.add_argument("key", nargs="?", metavar="KEY")
@@ -287,6 +298,14 @@ def _thaw(options: Options) -> int:
     return _tell(options, _ask(options, "thaw", FREEZE_SECONDS), ctl_text.snapshot)
 
 
+def _disk(options: Options) -> int:
+    from hvkvm.cli import ctl_disk
+
+    asked = ctl_disk.request(options.what, options.words, cdrom=options.cdrom, force=options.force)
+    result = _ask(options, "disk", DISK_SECONDS, **asked)
+    return _tell(options, result, lambda result: ctl_text.harmless_lines(ctl_disk.text(options.what, result)))
+
+
 VERBS: dict[str, Callable[[Options], int]] = {
     "list": _list,
     "info": _info,
@@ -302,6 +321,7 @@ VERBS: dict[str, Callable[[Options], int]] = {
     "kvp": _kvp,
     "freeze": _freeze,
     "thaw": _thaw,
+    "disk": _disk,
     "quit": _quit,
 }
 """The verbs, and what each does."""

@@ -23,6 +23,7 @@ SUMMARY = {
     "kvp": "Read and write the pools of key-value exchange.",
     "freeze": "Freeze the guest's file systems, for a snapshot of its disks.",
     "thaw": "Thaw the guest's file systems.",
+    "disk": "Look at a VM's disks and DVD drives; add, remove, resize them, change their media.",
     "quit": "End the run now, as Ctrl-a x on the console does.",
 }
 
@@ -30,6 +31,11 @@ SUMMARY = {
 def harmless(text: str) -> str:
     """`text` of a guest without anything that a terminal would obey."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
+def harmless_lines(text: str) -> str:
+    """The same of several lines."""
+    return "\n".join(map(harmless, text.split("\n")))
 
 
 def _seconds(seconds: float) -> str:

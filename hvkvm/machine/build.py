@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from hvkvm.machine.board import Board
     from hvkvm.machine.bus import Bus
     from hvkvm.machine.control_door import ControlDoor
-    from hvkvm.machine.disks import Disks
+    from hvkvm.machine.disk_shelf import DiskShelf
     from hvkvm.machine.firmware import Firmware
     from hvkvm.machine.hyperv import Hyperv
     from hvkvm.machine.nics import Nics
@@ -156,15 +156,13 @@ def create_firmware(
     return Firmware(platform, board, pci, image, stack)
 
 
-def create_disks(platform: Platform, bus: Bus | None, stack: ExitStack) -> Disks | None:
+def create_disks(platform: Platform, bus: Bus | None, stack: ExitStack) -> DiskShelf | None:
     """The disks and DVD drives on the bus; None for a machine without a bus. ConfigError."""
     if bus is None:
         return None
-    if not (platform.config.disks or platform.config.cdroms):
-        return None
-    from hvkvm.machine.disks import Disks
+    from hvkvm.machine.disk_shelf import DiskShelf
 
-    return Disks(platform, bus, stack)
+    return DiskShelf(platform, bus, stack)
 
 
 def create_control(parts: Parts, stack: ExitStack) -> ControlDoor | None:

@@ -23,6 +23,7 @@ from hvkvm.observe.control_socket import Answer, ControlSocket
 from hvkvm.runtime.thread_start import start_thread
 
 if TYPE_CHECKING:
+    from hvkvm.machine.control_disks import DiskRequests
     from hvkvm.machine.lifecycle import Lifecycle
     from hvkvm.machine.parts import Parts
 
@@ -56,8 +57,10 @@ class Control:
             "save": self._save,
             "wait": self._wait,
             "quit": self._quit,
+            "disk": self._disk,
             **control_guest.requests(parts, self.wait),
         }
+        self._disks: DiskRequests | None = None
         self._waiting: list[tuple[Answer, int | None]] = []
         self._watching = False
         self._dumper: threading.Thread | None = None
@@ -154,6 +157,13 @@ class Control:
 
         if not self._parts.saver.save(path, saved):
             answer.fail("busy", "another save is being made; try again")
+
+    def _disk(self, request: Request, answer: Answer) -> None:
+        if self._disks is None:
+            from hvkvm.machine.control_disks import DiskRequests
+
+            self._disks = DiskRequests(self._parts)
+        self._disks(request, answer)
 
     def _quit(self, _request: Request, answer: Answer) -> None:
         """Answered as "wait" is."""

@@ -8,7 +8,7 @@ from typing import Annotated, NamedTuple
 from hvkvm.block.image import CACHES, FORMATS, SECTOR_SIZES, ImageOptions
 from hvkvm.errors import ConfigError
 from hvkvm.machine.config_fields import Field
-from hvkvm.machine.config_kinds import Choice, Kind, Number, OnOff, check_file, said
+from hvkvm.machine.config_kinds import Choice, File, Kind, Number, OnOff, check_file, said
 
 MAX_CONTROLLERS = 64
 MAX_LUNS = 64
@@ -87,6 +87,9 @@ class DiskSpec(NamedTuple):
     ] = ""
     controller: Annotated[int, Field(Number(0), "N", "the controller, from 0 (0)", check_controller)] = 0
     lun: Annotated[int, Field(Number(1), "N", "the LUN (the next free one)", check_lun)] = -1
+    faults: Annotated[
+        Path | None, Field(File(), "FILE", "have it fail on purpose, as this TOML file says")
+    ] = None
 
     @property
     def options(self) -> ImageOptions:

@@ -10,7 +10,6 @@ Owner: the I/O loop; whoever makes the machine before that. `inspect` any thread
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, suppress
 from functools import partial
@@ -25,11 +24,13 @@ from hvkvm.devices.synth.storvsp import Storvsp
 from hvkvm.errors import ConfigError, HvkvmError, ImageError, StateError
 from hvkvm.events import Warned
 from hvkvm.machine.disk_spec import MAX_LUNS, CdromSpec, DiskSpec
+from hvkvm.machine.saved_disks import changed_at, saved_disk
 from hvkvm.runtime.workers import Workers
 from hvkvm.state.file import SavedDisk
 from hvkvm.vmbus.pending import Pending
 
 if TYPE_CHECKING:
+    from hvkvm.devices.scsi.fault_rules import Plan
     from hvkvm.machine.bus import Bus
     from hvkvm.machine.platform import Platform
 
@@ -70,7 +71,7 @@ class Disks:
         stack.callback(self.close)
         specs: list[Spec] = [*platform.config.disks, *platform.config.cdroms]
         for spec in specs:
-            self.attach(spec, self.open(spec))
+            self.attach(spec, self.open(spec), self.plan(spec))
 
     # Adding and removing.
 
@@ -86,7 +87,15 @@ class Disks:
         except OSError as error:
             raise ImageError(f"{spec.file}: {error.strerror or error}; check the image") from None
 
-    def attach(self, spec: Spec, image: Image | None) -> Attached:
+    def plan(self, spec: Spec) -> Plan | None:
+        """The faults that were asked of it. ConfigError. May block; any thread."""
+        if isinstance(spec, CdromSpec) or spec.faults is None:
+            return None
+        from hvkvm.machine.fault_file import read_plan
+
+        return read_plan(spec.faults)
+
+    def attach(self, spec: Spec, image: Image | None, plan: Plan | None = None) -> Attached:
         """Give the guest the unit. ConfigError if its place is taken, and then the image is closed."""
         option = "--disk" if isinstance(spec, DiskSpec) else "--cdrom"
         disk = None
@@ -101,8 +110,9 @@ class Disks:
             unit: ScsiDisk | DvdDrive
             if isinstance(spec, CdromSpec):
                 unit = DvdDrive(disk, serial)
+                unit.on_eject = self.let_go
             elif disk is not None:
-                unit = ScsiDisk(disk, serial)
+                unit = self._scsi_disk(disk, serial, plan, spec.controller)
             else:
                 raise ConfigError(f"{option}: no image; name one")
             controller.attach(0, lun, unit)
@@ -115,6 +125,13 @@ class Disks:
             raise
         self.attached[name] = Attached(name, spec, spec.controller, lun, unit)
         return self.attached[name]
+
+    def _scsi_disk(self, disk: Disk, serial: str, plan: Plan | None, controller: int) -> ScsiDisk:
+        if plan is None:
+            return ScsiDisk(disk, serial)
+        from hvkvm.devices.scsi.faulty import FaultyDisk
+
+        return FaultyDisk(disk, serial, plan, self._platform.io.call_later, partial(self.rescind, controller))
 
     def disk_of(self, name: str, image: Image) -> Disk:
         """A queue of requests in front of `image`; `let_go` ends it."""
@@ -139,6 +156,60 @@ class Disks:
                 self.let_go(gone.disk, done)
 
         self.controller(gone.controller).detach(0, gone.lun, detached)
+
+    def rescind(self, controller: int) -> None:
+        """Take a controller and its units from the guest at once, with all that is in flight."""
+        name = f"scsi{controller}"
+        if name not in self._bus.devices:
+            return
+        gone = [one for one in self.attached.values() if one.controller == controller]
+        for one in gone:
+            del self.attached[one.name]
+
+        def removed() -> None:
+            for one in gone:
+                if one.disk is not None:
+                    self.let_go(one.disk)
+
+        self._bus.remove(name, removed)
+
+    def resize(self, name: str, size: int, done: Callable[[Result], object]) -> None:
+        """Make a disk `size` bytes and tell the guest; KeyError, ValueError for a drive. `done(result)`."""
+        one = self.attached[name]
+        if isinstance(one.unit, DvdDrive):
+            raise ValueError(f"{name} is a DVD drive; eject its medium and insert another")
+
+        def resized(result: Result) -> None:
+            if result.status is Status.OK and self.attached.get(name) is one:
+                self.controller(one.controller).rescan()
+            done(result)
+
+        one.unit.disk.resize(size, resized)
+
+    def eject(self, name: str, done: Callable[[Result], object], *, force: bool = False) -> None:
+        """Take the medium out of a drive; `done(result)` when its image is closed.
+
+        KeyError, ValueError for a disk; PermissionError while the guest holds the medium, and it is asked.
+        """
+        disk = self._drive(name).eject(force=force)
+        if disk is None:
+            done(Result(Status.OK))
+        else:
+            self.let_go(disk, done)
+
+    def insert(self, name: str, file: str, image: Image) -> None:
+        """Put a medium into an empty drive. KeyError, ValueError; then the image is the caller's to close."""
+        drive, one = self._drive(name), self.attached[name]
+        if drive.disk is not None:
+            raise ValueError(f"{name} has a medium; eject it first")
+        drive.insert(self.disk_of(name, image))
+        self.attached[name] = one._replace(spec=one.spec._replace(file=file))
+
+    def _drive(self, name: str) -> DvdDrive:
+        unit = self.attached[name].unit
+        if not isinstance(unit, DvdDrive):
+            raise ValueError(f"{name} is a disk; only a DVD drive has a medium to change")
+        return unit
 
     def controller(self, index: int) -> Storvsp:
         """The controller of this index, made if it is not there."""
@@ -185,7 +256,7 @@ class Disks:
 
     def saved(self) -> tuple[SavedDisk, ...]:
         """What a machine must have to go on with this one's guest: disks, then drives."""
-        return tuple(sorted(map(_saved, self.attached.values()), key=lambda one: one.kind != "disk"))
+        return tuple(sorted(map(saved_disk, self.attached.values()), key=lambda one: one.kind != "disk"))
 
     def check(self, saved: Sequence[SavedDisk]) -> None:
         """Compare the images with what they were. StateError."""
@@ -196,7 +267,7 @@ class Disks:
                     f"{before.file}: {size} bytes, and {before.size} when the VM was saved;"
                     " put the image back that it was saved with"
                 )
-            if before.changed and (changed := _changed(before.file)) and changed != before.changed:
+            if before.changed and (changed := changed_at(before.file)) and changed != before.changed:
                 text = f"{before.file} was written to since the VM was saved; its guest may find it damaged"
                 self._platform.observer.event(Warned("disk changed", text))
 
@@ -234,60 +305,3 @@ class Disks:
             }
             for one in list(self.attached.values())
         }
-
-
-def _saved(one: Attached) -> SavedDisk:
-    spec, disk = one.spec, one.disk
-    file = spec.file if disk is not None else ""
-    if file and not file.startswith("nbd:"):
-        file = os.path.abspath(file)
-    options = spec.options
-    return SavedDisk(
-        "disk" if isinstance(spec, DiskSpec) else "cdrom",
-        file,
-        "" if disk is None else disk.image.format,
-        spec.readonly if isinstance(spec, DiskSpec) else True,
-        options.snapshot,
-        options.cache,
-        spec.serial,
-        options.discard,
-        options.sector_size,
-        one.controller,
-        one.lun,
-        0 if disk is None else disk.size,
-        0 if disk is None or disk.image.read_only else _changed(file),
-    )
-
-
-def specs_of(saved: Sequence[SavedDisk]) -> tuple[tuple[DiskSpec, ...], tuple[CdromSpec, ...]]:
-    """What to ask for to have these again. StateError for a kind that there is not."""
-    disks, cdroms = [], []
-    for one in saved:
-        if one.kind == "disk":
-            disks.append(
-                DiskSpec(
-                    one.file,
-                    "" if one.file.startswith("nbd:") else one.format,
-                    one.readonly,
-                    one.snapshot,
-                    one.cache,
-                    one.serial,
-                    one.discard,
-                    str(one.sector or ""),
-                    one.controller,
-                    one.lun,
-                )
-            )
-        elif one.kind == "cdrom":
-            cdroms.append(CdromSpec(one.file, one.serial, one.controller, one.lun))
-        else:
-            raise StateError(f"it has a {one.kind[:20]!r} for a disk, which this hvkvm does not know")
-    return tuple(disks), tuple(cdroms)
-
-
-def _changed(file: str) -> int:
-    """When a file was last written to, in ns since the epoch; 0 for what is none."""
-    try:
-        return 0 if file.startswith("nbd:") else os.stat(file).st_mtime_ns
-    except OSError:
-        return 0

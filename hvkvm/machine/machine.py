@@ -19,6 +19,7 @@ import os
 from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
+from typing import TYPE_CHECKING
 
 from hvkvm.errors import HvkvmError, exhausted
 from hvkvm.events import NULL_OBSERVER, Observer, limited
@@ -40,6 +41,9 @@ from hvkvm.runtime.io_loop import IoLoop
 from hvkvm.runtime.vcpu_thread import VcpuThread
 from hvkvm.runtime.vcpus import VcpuGroup
 from hvkvm.state.file import Saved
+
+if TYPE_CHECKING:
+    from hvkvm.machine.disks import Disks
 
 STOP_SECONDS = 10.0
 """How long shutdown waits for a thread before it says which one is stuck."""
@@ -83,9 +87,9 @@ class Machine:
         self.nics = build.create_nics(platform, self.bus, self.name, stack)
         self.pci = build.create_pci(platform, board, stack)
         self.firmware = build.create_firmware(platform, board, self.pci, image, stack)
-        self.disks = build.create_disks(platform, self.bus, stack)
-        if self.disks is not None:
-            lifecycle.at_end(self.disks.end)
+        self.disk_shelf = build.create_disks(platform, self.bus, stack)
+        if self.disk_shelf is not None:
+            lifecycle.at_end(self.disk_shelf.end)
         if config.record:
             from hvkvm.machine.recording import record
 
@@ -97,14 +101,19 @@ class Machine:
         if saved is None:
             processors.boot()
         else:
-            saving.load(saved, order, self.disks)
-        saver = saving.Saver(self.name, platform, lifecycle, interface, order, self.disks)
+            saving.load(saved, order, self.disk_shelf)
+        saver = saving.Saver(self.name, platform, lifecycle, interface, order, self.disk_shelf)
         stack.callback(saver.close)
         parts = Parts(
-            self.name, platform, lifecycle, interface, board, self.bus, self.nics, self.disks, saver
+            self.name, platform, lifecycle, interface, board, self.bus, self.nics, self.disk_shelf, saver
         )
         self.control = build.create_control(parts, stack)
         return parts
+
+    @property
+    def disks(self) -> Disks | None:
+        """Its disks and DVD drives; None while it has had none."""
+        return None if self.disk_shelf is None else self.disk_shelf.disks
 
     def _platform(
         self,

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, NamedTuple
 if TYPE_CHECKING:
     from hvkvm.machine.board import Board
     from hvkvm.machine.bus import Bus
-    from hvkvm.machine.disks import Disks
+    from hvkvm.machine.disk_shelf import DiskShelf
     from hvkvm.machine.hyperv import Hyperv
     from hvkvm.machine.lifecycle import Lifecycle
     from hvkvm.machine.nics import Nics
@@ -30,5 +30,5 @@ class Parts(NamedTuple):
     board: Board
     bus: Bus | None
     nics: Nics | None
-    disks: Disks | None
+    disk_shelf: DiskShelf | None
     saver: Saver

@@ -23,6 +23,7 @@ from hvkvm.state.file import Manifest, Saved, SavedConfig, Writer
 
 if TYPE_CHECKING:
     from hvkvm.machine.config import MachineConfig
+    from hvkvm.machine.disk_shelf import DiskShelf
     from hvkvm.machine.disks import Disks
     from hvkvm.machine.hyperv import Hyperv
     from hvkvm.machine.lifecycle import Lifecycle
@@ -46,17 +47,21 @@ class Saver:
         lifecycle: Lifecycle,
         hyperv: Hyperv,
         order: Sequence[Part],
-        disks: Disks | None = None,
+        shelf: DiskShelf | None = None,
     ) -> None:
         self._name = name
         self._platform = platform
         self._lifecycle = lifecycle
         self._offered = hyperv.offered
         self._order = order
-        self._disks = disks
+        self._shelf = shelf
         self._busy = False
         self._ending = False
         self._writer: threading.Thread | None = None
+
+    @property
+    def _disks(self) -> Disks | None:
+        return None if self._shelf is None else self._shelf.disks
 
     def save(self, path: Path, done: Done) -> bool:
         """Write the machine to `path` soon; `done` hears how it went. False while another save is made."""
@@ -181,7 +186,7 @@ def restored_config(saved: Saved, config: MachineConfig) -> MachineConfig:
 
             values["nets"] = specs_to_restore(saved, config.nets)
         if needs.disks:
-            from hvkvm.machine.disks import specs_of
+            from hvkvm.machine.saved_disks import specs_of
 
             values["disks"], values["cdroms"] = specs_of(needs.disks)
         return config._replace(**values).validate()
@@ -189,12 +194,12 @@ def restored_config(saved: Saved, config: MachineConfig) -> MachineConfig:
         raise StateError(f"{where}: {error}") from None
 
 
-def load(saved: Saved, order: Sequence[Part], disks: Disks | None = None) -> None:
+def load(saved: Saved, order: Sequence[Part], shelf: DiskShelf | None = None) -> None:
     """Put each part's state into a machine just made as `restored_config` says. StateError.
 
     In the order in which parts start: what is used by another comes first.
     """
-    if disks is not None:
-        disks.check(saved.manifest.config.disks)
+    if shelf is not None and shelf.disks is not None:
+        shelf.disks.check(saved.manifest.config.disks)
     for part in reversed(order):
         part.load(saved.state(part.State, part.name))

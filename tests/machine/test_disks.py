@@ -16,7 +16,8 @@ from hvkvm.devices.synth.storvsp import Storvsp
 from hvkvm.errors import ConfigError, StateError
 from hvkvm.machine.config import MachineConfig
 from hvkvm.machine.disk_spec import CdromSpec, DiskSpec
-from hvkvm.machine.disks import Disks, specs_of
+from hvkvm.machine.disks import Disks
+from hvkvm.machine.saved_disks import specs_of
 from hvkvm.runtime.io_loop import IoLoop
 from hvkvm.testing.vmbus_loopback import Notes
 

@@ -1,0 +1,211 @@
+"""The control socket's requests about disks: what there is, what it does, and disks that come, go and change.
+
+    {"do": "disk", "what": "add", "kind": "disk", "spec": {"file": "/x.raw"}}
+
+`spec` has the keys of `--disk` or `--cdrom`; paths are absolute. Images are opened on a thread of their own,
+since a host's file may hang.
+
+Owner: the I/O loop. ValueError is a mistake of the client and becomes its reply.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from hvkvm.errors import ConfigError, HostExhausted, HvkvmError, Stopped
+from hvkvm.machine.control_guest import Request, text
+from hvkvm.machine.disk_shelf import DiskShelf
+from hvkvm.observe.control_socket import Answer
+from hvkvm.runtime.thread_start import start_thread
+
+if TYPE_CHECKING:
+    from hvkvm.block.image import Image
+    from hvkvm.block.request import Result
+    from hvkvm.machine.disks import Attached, Disks, Spec
+    from hvkvm.machine.parts import Parts
+
+MOST_OPENING = 4
+"""Images that may be opened at once."""
+
+
+class DiskRequests:
+    """The request "disk"; "what" chooses."""
+
+    def __init__(self, parts: Parts) -> None:
+        self._parts = parts
+        self._opening = 0
+        self._requests: dict[str, Callable[[DiskShelf, Request, Answer], object]] = {
+            "list": self._list,
+            "stats": self._stats,
+            "add": self._add,
+            "remove": self._remove,
+            "resize": self._resize,
+            "eject": self._eject,
+            "insert": self._insert,
+        }
+
+    def __call__(self, request: Request, answer: Answer) -> None:
+        """Answer it, now or later."""
+        what = text(request, "what", tuple(self._requests))
+        shelf = self._parts.disk_shelf
+        if shelf is None:
+            answer.fail("guest", "this VM has no bus for disks; it was started with --vmbus off")
+            return
+        try:
+            self._requests[what](shelf, request, answer)
+        except (ConfigError, PermissionError) as error:
+            answer.fail("guest", str(error))
+
+    def _list(self, shelf: DiskShelf, _request: Request, answer: Answer) -> None:
+        answer.ok([] if shelf.disks is None else [_row(one) for one in shelf.disks.attached.values()])
+
+    def _stats(self, shelf: DiskShelf, request: Request, answer: Answer) -> None:
+        found = {} if shelf.disks is None else shelf.disks.inspect()
+        if "name" in request:
+            name = _named(shelf, request)[1]
+            found = {name: found[name]}
+        answer.ok(found)
+
+    def _add(self, shelf: DiskShelf, request: Request, answer: Answer) -> None:
+        spec = _spec(request)
+        disks = shelf.make()
+
+        def opened(image: Image | None, plan: Any) -> None:
+            answer.ok(_row(disks.attach(spec, image, plan)))
+
+        self._open(answer, disks, spec, opened)
+
+    def _remove(self, shelf: DiskShelf, request: Request, answer: Answer) -> None:
+        disks, name = _named(shelf, request)
+        disks.remove(name, lambda result: _tell(answer, name, result))
+
+    def _resize(self, shelf: DiskShelf, request: Request, answer: Answer) -> None:
+        disks, name = _named(shelf, request)
+        size = request.get("size")
+        if isinstance(size, bool) or not isinstance(size, int) or not 0 < size < 1 << 63:
+            raise ValueError('"size" is a number of bytes above 0')
+
+        def resized(result: Result) -> None:
+            _tell(answer, name, result, size=size)
+
+        disks.resize(name, size, resized)
+
+    def _eject(self, shelf: DiskShelf, request: Request, answer: Answer) -> None:
+        disks, name = _named(shelf, request)
+        force = request.get("force", False)
+        if not isinstance(force, bool):
+            raise ValueError('"force" is true or false')
+        disks.eject(name, lambda result: _tell(answer, name, result), force=force)
+
+    def _insert(self, shelf: DiskShelf, request: Request, answer: Answer) -> None:
+        disks, name = _named(shelf, request)
+        file = text(request, "file")
+        spec = _checked("cdrom", {"file": file})
+
+        def opened(image: Image | None, _plan: Any) -> None:
+            if image is None:
+                raise ValueError('"file" names no image')
+            try:
+                disks.insert(name, file, image)
+            except (KeyError, ValueError):
+                image.close()
+                raise
+            answer.ok({"name": name, "file": file})
+
+        self._open(answer, disks, spec, opened)
+
+    def _open(
+        self, answer: Answer, disks: Disks, spec: Spec, then: Callable[[Image | None, Any], object]
+    ) -> None:
+        """Open the image on a thread, and call `then` with it on the loop."""
+        if self._opening >= MOST_OPENING:
+            answer.fail("busy", "other images are being opened; try again")
+            return
+        io = self._parts.platform.io
+
+        def work() -> None:
+            image, plan, why = None, None, ""
+            try:
+                plan = disks.plan(spec)
+                image = disks.open(spec)
+            except HvkvmError as error:
+                why = str(error)
+            try:
+                io.call_soon(opened, image, plan, why)
+            except Stopped:  # the machine ends
+                if image is not None:
+                    image.close()
+
+        def opened(image: Image | None, plan: Any, why: str) -> None:
+            self._opening -= 1
+            if why:
+                answer.fail("guest", why)
+                return
+            try:
+                then(image, plan)
+            except KeyError:
+                answer.fail("guest", "it is not there any more")
+            except (HvkvmError, ValueError) as error:
+                answer.fail("guest", str(error))
+
+        try:
+            start_thread(threading.Thread(target=work, name="open image", daemon=True))
+        except HostExhausted as error:
+            answer.fail("busy", str(error))
+            return
+        self._opening += 1
+
+
+def _named(shelf: DiskShelf, request: Request) -> tuple[Disks, str]:
+    name = text(request, "name")
+    if shelf.disks is None or name not in shelf.disks.attached:
+        there = ", ".join(shelf.disks.attached) if shelf.disks is not None else ""
+        raise ConfigError(f"{name[:40]}: no such disk; there are {there or 'none'}")
+    return shelf.disks, name
+
+
+def _spec(request: Request) -> Spec:
+    """What is to be added. ValueError."""
+    kind = text(request, "kind", ("disk", "cdrom"))
+    values = request.get("spec")
+    if not isinstance(values, dict):
+        raise ValueError('"spec" is a table with the keys of --disk')
+    return _checked(kind, values)
+
+
+def _checked(kind: str, values: dict[str, Any]) -> Spec:
+    from hvkvm.machine.config_fields import check_values, read_table
+    from hvkvm.machine.disk_spec import CdromSpec, DiskSpec
+
+    table: Any = DiskSpec if kind == "disk" else CdromSpec
+    if "file" not in values:
+        raise ValueError('"file" is missing')
+    spec: Spec = table(**read_table(table, values, None, f"--{kind}"))
+    check_values(spec, f"--{kind}")
+    return spec
+
+
+def _row(one: Attached) -> dict[str, Any]:
+    disk = one.disk
+    return {
+        "name": one.name,
+        "kind": "disk" if one.option == "--disk" else "cdrom",
+        "controller": one.controller,
+        "lun": one.lun,
+        "file": one.spec.file,
+        "format": None if disk is None else disk.image.format,
+        "size": None if disk is None else disk.size,
+        "sector": None if disk is None else disk.image.sector_size,
+        "read_only": None if disk is None else disk.image.read_only,
+    }
+
+
+def _tell(answer: Answer, name: str, result: Result, **more: object) -> None:
+    from hvkvm.block.request import Status
+
+    if result.status is Status.OK:
+        answer.ok({"name": name, **more})
+    else:
+        answer.fail("guest", f"{name}: {result}")

@@ -1,0 +1,72 @@
+"""What a saved machine says of its disks, and what to ask for to have them again."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+from hvkvm.errors import StateError
+from hvkvm.machine.disk_spec import CdromSpec, DiskSpec
+from hvkvm.state.file import SavedDisk
+
+if TYPE_CHECKING:
+    from hvkvm.machine.disks import Attached
+
+
+def saved_disk(one: Attached) -> SavedDisk:
+    """As it stands in the file."""
+    spec, disk = one.spec, one.disk
+    file = spec.file if disk is not None else ""
+    if file and not file.startswith("nbd:"):
+        file = os.path.abspath(file)
+    options = spec.options
+    return SavedDisk(
+        "disk" if isinstance(spec, DiskSpec) else "cdrom",
+        file,
+        "" if disk is None else disk.image.format,
+        spec.readonly if isinstance(spec, DiskSpec) else True,
+        options.snapshot,
+        options.cache,
+        spec.serial,
+        options.discard,
+        options.sector_size,
+        one.controller,
+        one.lun,
+        0 if disk is None else disk.size,
+        0 if disk is None or disk.image.read_only else changed_at(file),
+    )
+
+
+def specs_of(saved: Sequence[SavedDisk]) -> tuple[tuple[DiskSpec, ...], tuple[CdromSpec, ...]]:
+    """What to ask for to have these again. StateError for a kind that there is not."""
+    disks, cdroms = [], []
+    for one in saved:
+        if one.kind == "disk":
+            disks.append(
+                DiskSpec(
+                    one.file,
+                    "" if one.file.startswith("nbd:") else one.format,
+                    one.readonly,
+                    one.snapshot,
+                    one.cache,
+                    one.serial,
+                    one.discard,
+                    str(one.sector or ""),
+                    one.controller,
+                    one.lun,
+                )
+            )
+        elif one.kind == "cdrom":
+            cdroms.append(CdromSpec(one.file, one.serial, one.controller, one.lun))
+        else:
+            raise StateError(f"it has a {one.kind[:20]!r} for a disk, which this hvkvm does not know")
+    return tuple(disks), tuple(cdroms)
+
+
+def changed_at(file: str) -> int:
+    """When a file was last written to, in ns since the epoch; 0 for what is none."""
+    try:
+        return 0 if file.startswith("nbd:") else os.stat(file).st_mtime_ns
+    except OSError:
+        return 0

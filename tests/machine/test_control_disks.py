@@ -1,0 +1,211 @@
+"""`hvkvm ctl disk`, from the words typed to the disks of a machine: all that needs no guest."""
+
+from __future__ import annotations
+
+import json
+import threading
+from collections.abc import Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from hvkvm.cli import ctl_disk
+from hvkvm.devices.scsi.dvd import DvdDrive
+from hvkvm.devices.scsi.faulty import FaultyDisk
+from hvkvm.devices.synth.storvsp import Storvsp
+from hvkvm.errors import ConfigError
+from hvkvm.machine.config import MachineConfig
+from hvkvm.machine.control_disks import DiskRequests
+from hvkvm.machine.disk_shelf import DiskShelf
+from hvkvm.runtime.io_loop import IoLoop
+from hvkvm.testing.vmbus_loopback import Notes
+
+SECONDS = 60
+MIB = 1 << 20
+
+
+class World:
+    """A machine without a guest: its disks, and who asks for them."""
+
+    def __init__(self, folder: Path, stack: ExitStack) -> None:
+        self.io = IoLoop()
+        stack.callback(self.io.stop)
+        self.devices: dict[str, Any] = {}
+        self.removed: list[str] = []
+        config = MachineConfig(folder / "kernel", vmbus="on").validate()
+        platform = SimpleNamespace(config=config, io=self.io, memory=None, observer=Notes())
+        self.shelf = DiskShelf(platform, self, stack)  # type: ignore[arg-type]
+        parts = SimpleNamespace(platform=platform, disk_shelf=self.shelf)
+        self.requests = DiskRequests(parts)  # type: ignore[arg-type]
+        self.io.start()
+
+    def add(self, name: str, device: Storvsp) -> Storvsp:
+        self.devices[name] = SimpleNamespace(device=device)
+        return device
+
+    def remove(self, name: str, done: Any) -> None:
+        del self.devices[name]
+        self.removed.append(name)
+        done()
+
+    def ask(self, **request: Any) -> Any:
+        """What is answered; an error as its text."""
+        heard: list[Any] = []
+        event = threading.Event()
+
+        class Answer:
+            wanted = True
+
+            def ok(self, result: object = None) -> None:
+                heard.append(json.loads(json.dumps(result)))
+                event.set()
+
+            def fail(self, kind: str, text: str) -> None:
+                heard.append(f"{kind}: {text}")
+                event.set()
+
+        def run() -> None:
+            try:
+                self.requests(request, Answer())  # type: ignore[arg-type]
+            except ValueError as error:
+                Answer().fail("usage", str(error))
+
+        self.io.call_soon(run)
+        assert event.wait(SECONDS)
+        return heard[0]
+
+    def typed(self, *words: str, cdrom: bool = False, force: bool = False) -> str:
+        """As typed behind `hvkvm ctl disk`; what it prints."""
+        what, *rest = words
+        result = self.ask(**ctl_disk.request(what, rest, cdrom=cdrom, force=force))
+        return result if isinstance(result, str) else ctl_disk.text(what, result)
+
+
+@pytest.fixture
+def world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[World]:
+    monkeypatch.chdir(tmp_path)
+    for name in ("kernel", "a.raw", "b.raw", "c.iso"):
+        (tmp_path / name).write_bytes(bytes(1 << 16))
+    with ExitStack() as stack:
+        yield World(tmp_path, stack)
+
+
+def test_disks_come_and_go(world: World, tmp_path: Path) -> None:
+    assert world.typed("list") == "the VM has no disks"
+    assert world.shelf.disks is None  # nothing was made for looking
+    assert world.typed("add", "a.raw") == "disk0: controller 0, LUN 0"
+    assert world.typed("add", "b.raw,readonly=on,controller=2,lun=5") == "disk1: controller 2, LUN 5"
+    assert world.typed("list").splitlines() == [
+        "NAME   CONTROLLER  LUN  SIZE    FORMAT          FILE",
+        f"disk0  0           0    64 KiB  raw             {tmp_path}/a.raw",
+        f"disk1  2           5    64 KiB  raw, read-only  {tmp_path}/b.raw",
+    ]
+    assert "is gone" in world.typed("remove", "disk0")
+    assert world.typed("add", "a.raw") == "disk0: controller 0, LUN 0"  # its image was let go
+
+
+def test_resize(world: World, tmp_path: Path) -> None:
+    world.typed("add", "a.raw")
+    assert world.typed("resize", "disk0", "1G") == "disk0 has 1 GiB now"
+    assert (tmp_path / "a.raw").stat().st_size == 1 << 30
+    assert "not a multiple of 512" in world.ask(what="resize", name="disk0", size=1000)
+    for size in (0, -1, 1 << 63, True, "1G", None):
+        assert world.ask(what="resize", name="disk0", size=size).startswith("usage: ")
+
+
+def test_media(world: World, tmp_path: Path) -> None:
+    assert world.typed("add", "none", cdrom=True) == "cdrom0: controller 0, LUN 0"
+    assert "no medium" in world.typed("list")
+    assert world.typed("insert", "cdrom0", "c.iso") == f"cdrom0 has {tmp_path}/c.iso"
+    assert "eject it first" in world.typed("insert", "cdrom0", "c.iso")
+    assert world.shelf.disks is not None
+    drive = world.shelf.disks.attached["cdrom0"].unit
+    assert isinstance(drive, DvdDrive)
+    drive.locked = True
+    assert world.typed("eject", "cdrom0").startswith("guest: the guest has locked the medium")
+    assert world.typed("eject", "cdrom0", force=True) == "cdrom0 is empty"
+    assert world.typed("insert", "cdrom0", "a.raw") == f"cdrom0 has {tmp_path}/a.raw"
+
+
+def test_stats(world: World) -> None:
+    world.typed("add", "a.raw")
+    found = world.ask(what="stats", name="disk0")
+    assert found["disk0"]["operations"]["read"] == {"requests": 0, "bytes": 0, "failed": 0, "seconds": 0.0}
+    assert "read" in world.typed("stats")
+
+
+def test_faults_and_a_rescinded_controller(world: World, tmp_path: Path) -> None:
+    (tmp_path / "faults.toml").write_text('[[fault]]\ndo = "busy"\n')
+    assert world.typed("add", "a.raw,faults=faults.toml") == "disk0: controller 0, LUN 0"
+    assert world.shelf.disks is not None
+    assert isinstance(world.shelf.disks.attached["disk0"].unit, FaultyDisk)
+    stats = world.ask(what="stats")["disk0"]
+    assert stats["faults"]["rules"] == [{"action": "busy", "met": 0, "faults": 0}]
+    done = threading.Event()
+    disks = world.shelf.disks
+
+    def rescind() -> None:
+        disks.rescind(0)
+        disks.rescind(0)
+        done.set()
+
+    world.io.call_soon(rescind)
+    assert done.wait(SECONDS)
+    assert world.removed == ["scsi0"]
+    assert world.typed("list") == "the VM has no disks"
+    assert world.typed("add", "b.raw") == "disk0: controller 0, LUN 0"  # a new controller
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (("remove", "disk7"), "guest: disk7: no such disk; there are disk0"),
+        (("add", "none.raw"), "disk add file=none.raw: no such file"),
+        (("add", "b.raw,format=qcow2"), "disk add format=qcow2: unknown; choose"),
+        (("add", "b.raw,lun=0"), "choose another place"),
+        (("add", "a.raw"), "another program uses it"),
+        (("resize", "disk0"), "disk resize: takes NAME SIZE"),
+        (("resize", "disk0", "big"), "SIZE big: not a size"),
+        (("eject", "disk0"), "disk0 is a disk"),
+        (("insert", "disk0", "c.iso"), "disk0 is a disk"),
+        (("list", "x"), "disk list: takes nothing more"),
+        (("stats", "x", "y"), "disk stats: takes nothing more, or a NAME"),
+    ],
+)
+def test_what_cannot_be_is_one_line(world: World, words: tuple[str, ...], said: str) -> None:
+    world.typed("add", "a.raw")
+    try:
+        line = world.typed(*words)
+    except ConfigError as error:
+        line = str(error)
+    assert said in line
+    assert "\n" not in line
+    assert world.typed("list").count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "request_",
+    [
+        {"what": "explode"},
+        {},
+        {"what": "add"},
+        {"what": "add", "kind": "disk"},
+        {"what": "add", "kind": "tape", "spec": {"file": "/x"}},
+        {"what": "add", "kind": "disk", "spec": {"file": 3}},
+        {"what": "add", "kind": "disk", "spec": {"file": "/x", "odd": 1}},
+        {"what": "add", "kind": "disk", "spec": {}},
+        {"what": "add", "kind": "disk", "spec": {"file": ""}},
+        {"what": "add", "kind": "cdrom", "spec": {"file": "/none", "lun": 3.5}},
+        {"what": "insert", "name": "disk0"},
+        {"what": "eject", "name": "disk0", "force": "yes"},
+        {"what": "remove", "name": ["x"]},
+        {"what": "stats", "name": "\x1b"},
+    ],
+)
+def test_clients_mistakes_are_answered(world: World, request_: dict[str, Any]) -> None:
+    answer = world.ask(**request_)
+    assert isinstance(answer, str)
+    assert answer.startswith(("usage: ", "guest: "))
