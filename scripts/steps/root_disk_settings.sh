@@ -12,6 +12,9 @@ chroot . systemctl --quiet mask systemd-networkd-wait-online.service
 # sshd starts with the first connection, which keeps it out of every boot.
 chroot . systemctl --quiet disable ssh.service
 chroot . systemctl --quiet enable ssh.socket
+# An emulated host that is busy with others takes minutes for what systemd gives 90 seconds.
+mkdir -p etc/systemd/system.conf.d
+printf '[Manager]\nDefaultTimeoutStartSec=15min\nDefaultDeviceTimeoutSec=15min\n' >etc/systemd/system.conf.d/slow.conf
 # Nothing of these is wanted in a guest that lives for minutes.
 chroot . systemctl --quiet mask apt-daily.timer apt-daily-upgrade.timer dpkg-db-backup.timer \
-	e2scrub_all.timer e2scrub_reap.service fstrim.timer
+	e2scrub_all.timer e2scrub_reap.service fstrim.timer getty@tty1.service

@@ -37,6 +37,7 @@ WORDS: dict[str, list[list[str]]] = {
     "trace": [[]],
     "ctl time": [["sync"]],
     "ctl keys": [[], ["a b"], ["-"]],
+    "ctl disk": [["list"], ["add", "FILE"], ["resize", "disk0", "1G"], ["eject", "-"]],
     "ctl kvp": [["get", "KEY"], ["set", "KEY", "VALUE"], ["list"], ["set", "KEY", "-1"]],
 }
 PARSERS: dict[str, Parser] = {
