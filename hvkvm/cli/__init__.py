@@ -16,6 +16,7 @@ from importlib import import_module
 VERBS = {
     "run": "boot a guest",
     "ctl": "operate a running guest",
+    "top": "show what a running guest does, second by second",
     "disk": "look at disk images, make, copy, check and compact them",
     "explain": "put VMBus traffic into words: recordings, messages in hexadecimal",
     "replay": "play a recording's guest against this hvkvm, and name the first difference",

@@ -17,7 +17,7 @@ from typing import NamedTuple
 import pytest
 
 import hvkvm as package
-from hvkvm.cli import VERBS, ctl, disk, doctor, explain, features, replay, run, trace
+from hvkvm.cli import VERBS, ctl, disk, doctor, explain, features, replay, run, top, trace
 from hvkvm.cli.arguments import split_command
 from hvkvm.errors import ConfigError
 from hvkvm.hyperv.features import parse_features
@@ -126,6 +126,8 @@ def check_hvkvm(words: tuple[str, ...]) -> None:
             ctl.parse(rest)
     elif verb == "disk":
         disk.parse(rest)
+    elif verb == "top":
+        top.parse(rest)
     elif verb == "replay":
         replay.parser().parse_args(rest)
     elif verb == "explain":
@@ -216,6 +218,7 @@ def test_a_cheap_one_runs(hvkvm: Hvkvm, words: tuple[str, ...]) -> None:
 
 def known_flags() -> set[str]:
     parsers = [
+        top.parser(),
         run.parser(),
         replay.parser(),
         explain.parser(),
