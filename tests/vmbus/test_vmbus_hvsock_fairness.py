@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from vsock_pairs import Make, from_host
 
-from hvkvm.devices.synth.hvsock import PACKETS, TURN
+from hvkvm.devices.synth.hvsock import TURN
+from hvkvm.devices.synth.hvsock_packets import PACKETS
 from hvkvm.devices.synth.vsock import TURN_PACKETS
 from hvkvm.testing.vsock_guest import GuestSocket
 from hvkvm.testing.vsock_loopback import HostProgram, VsockLoopback

@@ -1,7 +1,7 @@
 """One hvsock connection: a byte stream between a host's socket and a guest's channel.
 
-Bytes go from the ring's pages to the socket and back with no copy of ours; what
-the socket does not take at once is copied, so that the guest has its room back.
+Bytes go from the ring's pages (`hvsock_packets`) to the socket (`hvsock_host`) and back with no copy
+of ours, but for what the socket does not take at once.
 Whoever cannot go on is asked to tell when it can: the socket by `SocketWatch`,
 the guest by the pending size of the ring.
 
@@ -28,13 +28,14 @@ from __future__ import annotations
 import os
 import socket
 from collections.abc import Callable
-from contextlib import suppress
 from functools import partial
 from operator import add
 from typing import NamedTuple
 
 from hvkvm.abi import hvsock as abi
-from hvkvm.abi.ring import DESCRIPTOR_BYTES, TRAILER_BYTES, VM_PKT_DATA_INBAND
+from hvkvm.abi.ring import VM_PKT_DATA_INBAND
+from hvkvm.devices.synth.hvsock_host import HostEnd
+from hvkvm.devices.synth.hvsock_packets import FULL_PACKET, HEADER_BYTES, PACKETS, data_header, take
 from hvkvm.runtime.protocols import CallLater, TimerHandle
 from hvkvm.runtime.rotation import Rotation
 from hvkvm.runtime.socket_watch import HANG_UP, READ, WRITE, SocketWatch
@@ -43,12 +44,8 @@ from hvkvm.vmbus.device import Done
 from hvkvm.vmbus.guard import Guard
 from hvkvm.vmbus.offer import Offer
 
-HEADER_BYTES = abi.pipe_header.size
-FULL_PACKET = DESCRIPTOR_BYTES + HEADER_BYTES + abi.MAX_DATA_BYTES + TRAILER_BYTES
 LEAST_DATA = 512
 """No packet with less room is begun: a ring so full is left to the guest to empty."""
-PACKETS = 16
-"""Most packets filled by one read of the socket, or emptied by one write: far fewer pieces than IOV_MAX."""
 TURN = 4
 """So many times PACKETS go each way before other connections have their turn."""
 VISIT_COST = 4
@@ -75,10 +72,6 @@ class Counters(NamedTuple):
     def plus(self, other: Counters) -> Counters:
         """The sum, field by field."""
         return Counters(*map(add, self, other))
-
-
-def _data_header(size: int) -> bytes:
-    return abi.pipe_header.pack(abi.VMPIPE_TYPE_DATA, size)
 
 
 class HvsockConnection:
@@ -108,9 +101,8 @@ class HvsockConnection:
         linger_seconds: float = LINGER_SECONDS,
         guest_waits: bool = False,
     ) -> None:
-        sock.setblocking(False)
         self._offer = offer
-        self._sock = sock
+        self._host = HostEnd(sock)
         self._fd = sock.fileno()
         self._turns = turns
         self._call_later = call_later
@@ -120,11 +112,9 @@ class HvsockConnection:
         self._linger_seconds = linger_seconds
         self._guest_waits = guest_waits
         self._io: ChannelIo | None = None
-        self._left = b""  # for the socket, which was full
         self._may_read = True  # the socket may have something; else it is asked to tell
         self._guest_done = False  # the guest's empty packet was seen
         self._host_done = False  # the socket's end was seen
-        self._host_gone = False  # the socket takes no more, and what the guest sends goes nowhere
         self._told_host = False  # and each was passed on
         self._told_guest = False
         self._end_at = 0  # where the guest's ring has the empty packet
@@ -159,8 +149,8 @@ class HvsockConnection:
     def close(self, done: Done) -> None:
         """The guest closed it, left, or broke the ring: what it wrote before is taken now or never."""
         io = self._io
-        if io is not None and not self._host_gone:
-            pieces, total = [memoryview(self._left)], 0
+        if io is not None and not self._host.gone:
+            pieces, total = [memoryview(self._host.left)], 0
             most = io.reader.packets + MAX_LAST_PACKETS
             while total < MAX_LAST_BYTES and io.reader.packets < most:
                 views, size = self._take(io)
@@ -170,7 +160,7 @@ class HvsockConnection:
                 total += size
             if not self._ended:  # or it broke a rule in there
                 self._to_host_bytes += total
-                self._left = b"".join(pieces)
+                self._host.left = b"".join(pieces)
         self.end()
         done()
 
@@ -196,8 +186,8 @@ class HvsockConnection:
 
     def greet(self, line: bytes) -> None:
         """Write a line ahead of the stream."""
-        self._left = line
-        self._send_left()
+        self._host.left = line
+        self._send(self._host.send_left)
 
     def _socket_ready(self, mask: int) -> None:
         if mask & (READ | HANG_UP):
@@ -206,31 +196,32 @@ class HvsockConnection:
             self._host_left()
         if self._io is not None:
             self._turns.ask(self)
-        elif not self._guest_waits and not self._has_data():
+        elif not self._guest_waits and not self._host.has_data():
             self.end()  # it hung up before the guest accepted, and has nothing for it
 
-    def _has_data(self) -> bool:
-        try:
-            return bool(self._sock.recv(1, socket.MSG_PEEK))
-        except OSError:
-            return False
+    def _send(self, send: Callable[[], bool]) -> bool:
+        """What `send` says; a socket that takes no more may still have something for the guest."""
+        was_gone = self._host.gone
+        sent = send()
+        if self._host.gone and not was_gone:
+            self._may_read = True
+        return sent
 
     def _host_left(self) -> None:
         """Nobody will read the socket's other end; what it sent before is still to come."""
-        self._host_gone = True
-        self._left = b""
+        self._host.leave()
         self._may_read = True
 
     def _settle(self) -> None:
         """End if both sides are done, else ask the socket for what we wait for."""
         if self._ended:
             return
-        if self._told_guest and (self._told_host or (self._host_gone and self._guest_has_all())):
+        if self._told_guest and (self._told_host or (self._host.gone and self._guest_has_all())):
             self.end()
             return
-        if self._host_gone and self._timer is None:
+        if self._host.gone and self._timer is None:
             self._timer = self._call_later(GONE_SECONDS, self.guard.run, self._gone)
-        mask = WRITE if self._left else 0
+        mask = WRITE if self._host.left else 0
         if not self._may_read and not self._host_done:
             mask |= READ
         if mask:
@@ -240,13 +231,16 @@ class HvsockConnection:
 
     def _to_host(self) -> None:
         io = self._io
-        if io is None or not self._send_left():
+        if io is None or not self._send(self._host.send_left):
             return
         io.reader.mask()  # nobody need ring while we read, nor while the socket is full
         for _ in range(TURN):
             views, size = self._take(io)
             if size:
-                if not self._send(views, size):
+                sent = self._send(partial(self._host.send, views, size))
+                if not self._host.gone:
+                    self._to_host_bytes += size
+                if not sent:
                     return
                 continue
             self._tell_host()
@@ -255,72 +249,22 @@ class HvsockConnection:
         self._turns.ask(self)
 
     def _take(self, io: ChannelIo) -> tuple[list[memoryview], int]:
-        """The data of the packets that are there, and its size; what they say is checked here."""
-        views: list[memoryview] = []
-        size = 0
-        for _ in range(PACKETS):
-            packet = io.reader.get_raw(HEADER_BYTES)
-            if packet is None:
-                break
-            front, found = packet.front, packet.views
-            if packet.type != VM_PKT_DATA_INBAND or len(front) != HEADER_BYTES:
-                return self._broken(f"a packet of type {packet.type} with {len(front)} bytes of pipe header")
-            # The copy of the header is what counts; what lies in the ring may say something else by now.
-            kind, length = abi.pipe_header.unpack(front)
-            rest = len(found[0]) if len(found) == 1 else sum(map(len, found))
-            if kind != abi.VMPIPE_TYPE_DATA or length > abi.MAX_DATA_BYTES or length > rest:
-                return self._broken(f"pipe packet type {kind} says {length} bytes of {rest}")
-            if self._guest_done:
-                return self._broken("a packet behind the empty one that ends the stream")
-            if not length:
-                self._guest_done = True
-                self._linger((-1, -1))
-                continue
-            size += length
-            for view in found:
-                if length <= len(view):
-                    views.append(view[:length])
-                    break
-                views.append(view)
-                length -= len(view)
-        return views, size
-
-    def _send(self, views: list[memoryview], size: int) -> bool:
-        """Whether the socket took all. What it did not is kept, at most what PACKETS packets hold."""
-        if self._host_gone:
-            return True
-        try:
-            sent = self._sock.sendmsg(views, (), socket.MSG_NOSIGNAL)
-        except BlockingIOError:
-            sent = 0
-        except OSError:
-            self._host_left()
-            return True
-        self._to_host_bytes += size
-        if sent < size:
-            self._left = b"".join(views)[sent:]
-        return sent == size
-
-    def _send_left(self) -> bool:
-        if not self._left:
-            return True
-        try:
-            sent = self._sock.send(self._left, socket.MSG_NOSIGNAL)
-        except BlockingIOError:
-            return False
-        except OSError:
-            self._host_left()
-            return True
-        self._left = self._left[sent:]
-        return not self._left
+        """The data of the packets that are there, and its size."""
+        taken = take(io.reader, self._guest_done)
+        if taken.broken:
+            self.end(taken.broken)
+            return [], 0
+        if taken.ended and not self._guest_done:
+            self._guest_done = True
+            self._linger((-1, -1))
+        return taken.views, taken.size
 
     def _tell_host(self) -> None:
         """All is sent: pass on that no more comes, if it is so."""
         if not self._guest_done or self._told_host:
             return
         self._told_host = True
-        with suppress(OSError):  # it has gone
-            self._sock.shutdown(socket.SHUT_WR)
+        self._host.end_stream()
 
     # Socket to ring.
 
@@ -351,19 +295,15 @@ class HvsockConnection:
             if not size:
                 self._host_done = True
                 break
-            writer.commit(VM_PKT_DATA_INBAND, size, _data_header)
+            writer.commit(VM_PKT_DATA_INBAND, size, data_header)
             self._to_guest_bytes += size
             if size < sum(map(len, views)):
                 self._may_read = False  # it had no more; and if it has by now, it tells at once
         if self._host_done:
             self._end_at = writer.position
-            self._told_guest = io.send(_data_header(0))
+            self._told_guest = io.send(data_header(0))
 
     # Ends.
-
-    def _broken(self, why: str) -> tuple[list[memoryview], int]:
-        self.end(why)
-        return [], 0
 
     def _linger(self, before: tuple[int, int]) -> None:
         """Watch a guest that sends no more: a closed socket looks the same as one that only listens."""
@@ -411,11 +351,11 @@ class HvsockConnection:
         self._drop_timer()
         self._turns.forget(self)
         self._watched.remove()
-        left, self._left = self._left, b""
-        if left and not self._host_gone:
-            self._on_left(self._sock, left)
+        left, self._host.left = self._host.left, b""
+        if left and not self._host.gone:
+            self._on_left(self._host.sock, left)
         else:
-            self._sock.close()
+            self._host.sock.close()
         if self._io is not None:
             self._io.flush()
         self._final = self.counters
@@ -444,8 +384,8 @@ class HvsockConnection:
             for text, true in (
                 ("the guest sends no more", self._guest_done),
                 ("the host sends no more", self._host_done),
-                ("the host reads no more", self._host_gone),
-                (f"{len(self._left)} bytes wait for the host", bool(self._left)),
+                ("the host reads no more", self._host.gone),
+                (f"{len(self._host.left)} bytes wait for the host", bool(self._host.left)),
                 ("the guest's ring is full", self._may_read and not self._host_done),
             )
             if true
