@@ -144,7 +144,10 @@ class Control:
         answer.ok({"cpus": [thread.vcpu.index for thread in vcpus]})
 
     def _save(self, request: Request, answer: Answer) -> None:
-        """Write the machine to "file", an absolute path; answered when it is whole. The guest goes on."""
+        """Write the machine to "file", an absolute path; answered when it is whole.
+
+        The guest goes on, or with "end" true the run ends.
+        """
         path = Path(control_guest.text(request, "file"))
         if not path.is_absolute() or "\0" in str(path):
             raise ValueError('"file" is an absolute path')
@@ -155,7 +158,7 @@ class Control:
             else:
                 answer.ok({"file": str(path), "bytes": size})
 
-        if not self._parts.saver.save(path, saved):
+        if not self._parts.saver.save(path, saved, end=request.get("end") is True):
             answer.fail("busy", "another save is being made; try again")
 
     def _disk(self, request: Request, answer: Answer) -> None:

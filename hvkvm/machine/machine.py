@@ -182,13 +182,13 @@ class Machine:
         """Reset the machine soon, or end the run if the configuration says so. Any thread."""
         self.lifecycle.request_reset(reason)
 
-    def save(self, path: Path) -> int:
+    def save(self, path: Path, *, end: bool = False) -> int:
         """Write the machine to `path`, from where `MachineConfig.restore` goes on; the file's size in bytes.
 
-        The guest stands still meanwhile, and goes on then. Any thread but a
+        The guest stands still meanwhile, and goes on then; with `end` the run ends. Any thread but a
         vCPU's and the I/O loop's. HvkvmError when it cannot be, or the run ends first.
         """
-        return self.parts.saver.save_and_wait(path)
+        return self.parts.saver.save_and_wait(path, end=end)
 
     def pause(self) -> None:
         """Take every vCPU out of KVM_RUN with its pending exit completed. Any thread but a vCPU's."""

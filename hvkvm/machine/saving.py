@@ -19,6 +19,7 @@ from time import time
 from typing import TYPE_CHECKING, Any
 
 from hvkvm.errors import HvkvmError, StateError
+from hvkvm.machine.outcome import Ending
 from hvkvm.state.file import Manifest, Saved, SavedConfig, Writer
 
 if TYPE_CHECKING:
@@ -63,8 +64,11 @@ class Saver:
     def _disks(self) -> Disks | None:
         return None if self._shelf is None else self._shelf.disks
 
-    def save(self, path: Path, done: Done) -> bool:
-        """Write the machine to `path` soon; `done` hears how it went. False while another save is made."""
+    def save(self, path: Path, done: Done, *, end: bool = False) -> bool:
+        """Write the machine to `path` soon; `done` hears how it went. False while another save is made.
+
+        With `end` the run ends at that, and the guest does nothing that is not in the file.
+        """
         if self._busy:
             return False
         if self._platform.config.serial_ports > 1:
@@ -74,19 +78,21 @@ class Saver:
             done(0, why)
             return True
         self._busy = True
-        self._lifecycle.at_rest(lambda go_on: self._stable(path, done, go_on))
+        self._lifecycle.at_rest(lambda go_on: self._stable(path, done, go_on, end))
         return True
 
-    def save_and_wait(self, path: Path) -> int:
+    def save_and_wait(self, path: Path, *, end: bool) -> int:
         """See `Machine.save`. Not on the I/O loop."""
         heard: SimpleQueue[tuple[int, str]] = SimpleQueue()
 
         def start() -> None:
-            if not self.save(path, lambda size, why: heard.put((size, why))):
+            if not self.save(path, lambda size, why: heard.put((size, why)), end=end):
                 heard.put((0, "another save is being made"))
 
         self._platform.io.call_soon(start, cancelled=lambda: None)
-        while self._lifecycle.outcome is None:
+        ended = False
+        while not ended:
+            ended = self._lifecycle.outcome is not None  # what was heard by then is taken all the same
             with suppress(Empty):
                 size, why = heard.get(timeout=WATCH_SECONDS)
                 if why:
@@ -94,7 +100,7 @@ class Saver:
                 return size
         raise StateError(f"not saved: the run has ended: {self._lifecycle.outcome}")
 
-    def _stable(self, path: Path, done: Done, go_on: Callable[[], object]) -> None:
+    def _stable(self, path: Path, done: Done, go_on: Callable[[], object], end: bool) -> None:
         """Nothing is in flight any more. What the guest has written is made stable before it is saved."""
 
         def flushed(why: str) -> None:
@@ -103,18 +109,21 @@ class Saver:
                 go_on()
                 done(0, why)
             else:
-                self._at_rest(path, done, go_on)
+                self._at_rest(path, done, go_on, end)
 
         if self._disks is None:
             flushed("")
         else:
             self._disks.flush(flushed)
 
-    def _at_rest(self, path: Path, done: Done, go_on: Callable[[], object]) -> None:
+    def _at_rest(self, path: Path, done: Done, go_on: Callable[[], object], end: bool) -> None:
         def finish(size: int, why: str) -> None:
             self._busy = False
-            go_on()
+            if not end or why:
+                go_on()
             done(size, why)
+            if end and not why:
+                self._lifecycle.finish(Ending.QUIT, 0, f"saved to {path}")
 
         def write() -> None:
             try:

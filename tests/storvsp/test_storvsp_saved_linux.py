@@ -1,0 +1,90 @@
+"""A stock Linux that is saved with requests in flight, again and again: it misses nothing on its disk."""
+
+from __future__ import annotations
+
+import os
+import random
+import re
+import subprocess
+from pathlib import Path
+from time import sleep
+
+import pytest
+from linux_guest import LinuxGuest, linux_guest
+
+from hvkvm.machine.config import MachineConfig
+from hvkvm.machine.disk_spec import DiskSpec
+from hvkvm.machine.machine import Machine
+from hvkvm.machine.outcome import Ending
+
+pytestmark = [pytest.mark.hyperv, pytest.mark.timeout(1800)]
+
+SAVES = int(os.environ.get("HVKVM_DISK_SAVES", "8"))
+SCRIPT = """
+dmesg -n 1
+mkdir /m
+until [ -b /dev/sda ] && [ -b /dev/sdb ]; do usleep 100000; done
+mount -t ext4 /dev/sda /m || poweroff -f
+dd if=/dev/urandom of=/tmp/want bs=64k count=16 2>/dev/null
+i=0
+until [ -e /tmp/stop ]; do
+  i=$((i + 1))
+  { dd if=/tmp/want of=/m/file bs=16k conv=fsync 2>/dev/null; echo 3 > /proc/sys/vm/drop_caches
+    cmp /tmp/want /m/file || echo "complaint: the file is not what was written"; } &
+  dd if=/tmp/want of=/dev/sdb bs=4k seek=$((i % 8 * 256)) oflag=direct 2>/dev/null &
+  wait
+  dd if=/dev/sdb of=/tmp/got bs=4k skip=$((i % 8 * 256)) count=256 iflag=direct 2>/dev/null
+  cmp /tmp/want /tmp/got || echo "complaint: the disk has not what was written"
+  echo "round $i"
+  read -t 0 line && touch /tmp/stop
+done
+umount /m
+dmesg | grep -E 'WARNING: CPU|BUG:|Oops|stall|soft lockup|hung_task|I/O error|hv_storvsc.*status' \
+  | sed 's/^/complaint: /'
+echo the end
+poweroff -f
+"""
+
+
+@pytest.mark.parametrize("synic", ["kernel", "user"])
+def test_requests_in_flight_are_neither_lost_nor_doubled(synic: str, tmp_path: Path) -> None:
+    chance = random.Random(synic)
+    file, first, second = (tmp_path / name for name in ("vm", "first.raw", "second.raw"))
+    for path in (first, second):
+        with path.open("wb") as image:
+            image.truncate(64 << 20)
+    subprocess.run(["mkfs.ext4", "-q", "-F", str(first)], check=True)
+    disks = (DiskSpec(str(first)), DiskSpec(str(second)))
+    modules = ("hv_vmbus", "hv_storvsc", "sd_mod")
+    in_flight = 0
+    with linux_guest(SCRIPT, synic=synic, cpus=2, modules=modules, disks=disks) as guest:
+        guest.start()
+        guest.wait_for("round 1")
+        machine, output = guest.machine, guest.output
+        try:
+            for _ in range(SAVES):
+                sleep(chance.random())
+                device = machine.bus.devices["scsi0"].device  # type: ignore[union-attr]
+                in_flight += sum(device.inspect()["in_flight"].values())
+                machine.save(file, end=True)
+                machine.close()
+                settings = MachineConfig(kernel=file, restore=file, timeout=guest.machine.config.timeout)
+                machine = Machine(settings)
+                machine.board.attach_sink(output.extend)
+                machine.start()
+            told = LinuxGuest(machine)
+            told.output = output
+            machine.board.attach_sink(output.extend)
+            told.type("stop")
+            outcome = told.finish()
+        finally:
+            machine.close()
+        text = bytes(output).decode(errors="replace").replace("\r\n", "\n")
+        assert outcome.ending is Ending.POWERED_OFF, text[-3000:]
+        assert "the end" in text, text[-3000:]
+        assert "complaint" not in text, text[-3000:]
+        rounds = [int(number) for number in re.findall(r"^round (\d+)$", text, re.MULTILINE)]
+        assert rounds == list(range(1, len(rounds) + 1)), text[-3000:]
+        assert in_flight, "nothing was ever in flight when the guest was saved: the test shows nothing"
+    checked = subprocess.run(["fsck.ext4", "-fn", str(first)], capture_output=True, text=True, check=False)
+    assert checked.returncode == 0, checked.stdout
