@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from hvkvm.abi import ndis, nvsp, rndis, vmbus
+from hvkvm.abi import vmbus_messages as wire
 from hvkvm.abi.ring import (
     VM_PKT_COMP,
     VM_PKT_DATA_INBAND,
@@ -76,6 +77,11 @@ class NetvscDriver:
         self.send_pages: list[int] = []
         self.receive_gpadl = self.send_gpadl = 0
         self.section = self.sections = 0
+        self.subs: dict[int, GuestChannel] = {}
+        """Open sub-channels by index."""
+        self.came: list[tuple[int, bytes]] = []
+        """Each frame that came, and the index of its channel."""
+        self.completed_on: dict[int, GuestChannel] = {}
         self._next = 1
 
     # The steps of a driver.
@@ -99,6 +105,55 @@ class NetvscDriver:
         pages = self.ring_pages
         self.loop.open(self.channel, out_pages=pages, in_pages=pages)
         self.channel.on_interrupt = lambda: self.take(self.channel)
+
+    def open_sub(self, index: int) -> None:
+        """Open a sub-channel that was offered."""
+        channel = self.loop.client.by_interface(nvsp.HV_NIC_GUID, index)
+        self.loop.open(channel, out_pages=8, in_pages=8, vp_index=index % 2)
+        channel.on_interrupt = lambda: self.take(channel)
+        self.subs[index] = channel
+
+    def scale(self, table: Sequence[int], key: bytes) -> int:
+        """RSS parameters; the status."""
+        table_at = ndis.recv_scale_param.size
+        key_at = table_at + 4 * len(table)
+        params = ndis.recv_scale_param.pack(
+            ndis.NDIS_OBJECT_TYPE_RSS_PARAMETERS,
+            2,
+            table_at,
+            0,
+            0,
+            0x701,
+            4 * len(table),
+            0,
+            table_at,
+            len(key),
+            0,
+            key_at,
+        )
+        data = params + b"".join(one.to_bytes(4, "little") for one in table) + key
+        return self.set(rndis.OID_GEN_RECEIVE_SCALE_PARAMETERS, data)
+
+    def leave(self) -> None:
+        """As Linux's driver goes: halt, revoke, close, tear down, sub-channels released; all pages back."""
+        client = self.loop.client
+        self.control(rndis.header.pack(rndis.RNDIS_MSG_HALT, 12) + bytes(4))
+        self.post(nvsp.revoke_buf.pack(nvsp.NVSP_MSG1_TYPE_REVOKE_RECV_BUF, RECEIVE_SET))
+        self.post(nvsp.revoke_buf.pack(nvsp.NVSP_MSG1_TYPE_REVOKE_SEND_BUF, 0))
+        client.close(self.channel)
+        self.loop.run()
+        for gpadl in (self.receive_gpadl, self.send_gpadl):
+            client.post(wire.GPADL_TEARDOWN, relid=self.channel.relid, gpadl=gpadl)
+        self.loop.run()
+        for sub in self.subs.values():
+            assert sub.rescinded
+            client.release(sub)
+            client.reclaim(sub)
+        self.loop.run()
+        client.reclaim(self.channel)
+        client.free_pages += self.receive_pages + self.send_pages
+        self.subs = {}
+        self.held = []
 
     def init(self, version: int) -> int:
         """The status of INIT."""
@@ -148,14 +203,16 @@ class NetvscDriver:
 
     # Packets.
 
-    def post(self, payload: bytes, *, wants: bool = False, **options: Any) -> int:
+    def post(
+        self, payload: bytes, *, wants: bool = False, channel: GuestChannel | None = None, **options: Any
+    ) -> int:
         """One packet, and whatever follows from it; its transaction id."""
         ident = self._next
         self._next += 1
         flags = VMBUS_DATA_PACKET_FLAG_COMPLETION_REQUESTED if wants else 0
         options.setdefault("kind", VM_PKT_DATA_INBAND)
         payload = payload.ljust(nvsp.MESSAGE_BYTES, b"\0")
-        assert self.channel.opened.send(payload, trans_id=ident, flags=flags, **options)
+        assert (channel or self.channel).opened.send(payload, trans_id=ident, flags=flags, **options)
         self.loop.run()
         return ident
 
@@ -194,7 +251,14 @@ class NetvscDriver:
         self.loop.client.free_pages += [one.pfns[0] for one in ranges]
         return ident
 
-    def send_section(self, index: int, data: bytes, rest: Sequence[GpaRange] = ()) -> int:
+    def send_section(
+        self,
+        index: int,
+        data: bytes,
+        rest: Sequence[GpaRange] = (),
+        *,
+        channel: GuestChannel | None = None,
+    ) -> int:
         """RNDIS messages by a section of the send buffer, and what goes on in pages."""
         at = index * 6144
         for offset in range(0, len(data), 512):
@@ -206,7 +270,7 @@ class NetvscDriver:
                 self.loop.memory.write(self.send_pages[page + 1] * PAGE, part[len(first) :])
         message = self.rndis(nvsp.RMC_DATA, index, len(data))
         if not rest:
-            return self.post(message, wants=True)
+            return self.post(message, wants=True, channel=channel)
         header = gpa_direct_header(list(rest))
         return self.post(message, wants=True, kind=VM_PKT_DATA_USING_GPA_DIRECT, header=header)
 
@@ -242,6 +306,7 @@ class NetvscDriver:
     def _taken(self, channel: GuestChannel, packet: Packet) -> None:
         if packet.type == VM_PKT_COMP:
             self.completions.append((packet.trans_id, packet.payload))
+            self.completed_on[packet.trans_id] = channel
         elif packet.type == VM_PKT_DATA_USING_XFER_PAGES:
             self._transfer(channel, packet)
         else:
@@ -256,7 +321,7 @@ class NetvscDriver:
         for length, offset in ranges:
             assert length <= self.section
             data = self._receive_bytes(offset, length)
-            self._message(data, packet.payload[4])
+            self._message(channel, data, packet.payload[4])
         if self.complete:
             self.complete_one(channel, packet.trans_id)
         else:
@@ -286,14 +351,16 @@ class NetvscDriver:
             length -= n
         return b"".join(parts)
 
-    def _message(self, data: bytes, channel_type: int) -> None:
+    def _message(self, channel: GuestChannel, data: bytes, channel_type: int) -> None:
         kind, length = rndis.header.unpack_from(data)
         assert length == len(data), "one RNDIS message a range"
         if kind == rndis.RNDIS_MSG_PACKET:
             assert channel_type == nvsp.RMC_DATA
             parsed = rndis.parse_packet(data, 0, length)
             assert parsed is not None
-            self.received.append((data[parsed.offset : parsed.offset + parsed.length], parsed.info))
+            frame = data[parsed.offset : parsed.offset + parsed.length]
+            self.received.append((frame, parsed.info))
+            self.came.append((channel.offer["sub_channel_index"], frame))
         elif kind == rndis.RNDIS_MSG_INDICATE:
             self.indications.append(rndis.indicate.unpack_from(data)[2])
         else:

@@ -20,7 +20,7 @@ class Lan:
     """The loopback, the NIC on it, its wire, and the driver."""
 
     def __init__(self, random: Random | None = None, queues: int = 1, **port: Any) -> None:
-        self.loop = Loopback(random=random, pages=list(range(64, 1000)))
+        self.loop = Loopback(random=random, pages=list(range(64, 1020)), vp_count=2)
         self.port = ScriptedPort(self.loop.call_soon, **port)
         self.nic = Netvsp(self.loop.memory, self.port, name="net0", address=ADDRESS, queues=queues)
         self.port.attach(self.nic)

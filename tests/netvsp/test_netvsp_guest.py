@@ -34,7 +34,7 @@ def test_linux_has_a_network(kernel: str, synic: str) -> None:
             "1",
         ]
         shell.check("nic udp 7007 > /dev/null 2>&1 &")
-        lan.datagrams([1, 18, 1000, 1472, 1473, 9000, 60000])
+        lan.datagrams([1, 18, 1000, 1472])
         for host in (HOST, HOST6):
             lan.from_guest(2 * MIB, host)
             lan.to_guest(2 * MIB, host)
