@@ -182,7 +182,9 @@ class Netvsp:
         self.receive.waiting.extend(state.waiting)
         self.agreed.subchannels = max(0, min(state.subchannels, self._queues - 1))
         self._saved = dict(state.channels)
-        self._channels[0].load(io, self._saved.pop(0, ChannelState(())))
+        self._channels[0].load(io, self._saved.pop(0, None))
+        for index, channel in self._channels.items():
+            channel.saved = self._saved.pop(index, None)
         self._scaling_changed()
         self._wanted = None  # the port is new, and is told when the guest goes on
 

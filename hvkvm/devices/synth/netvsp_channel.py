@@ -71,6 +71,8 @@ class Waiting:
 class NvspChannel:
     """Index 0 is the primary one, on which all but data is said. A `vmbus.device.StreamDevice`."""
 
+    State = ChannelState
+
     def __init__(self, nic: Nic, offer: Offer) -> None:
         self.nic = nic
         self.offer = offer
