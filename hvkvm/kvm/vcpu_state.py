@@ -16,6 +16,7 @@ it outside KVM_RUN, with its last exit completed.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from functools import cache
 from typing import NamedTuple
 
 from hvkvm.abi.kvm_structs import (
@@ -28,6 +29,7 @@ from hvkvm.abi.kvm_structs import (
     kvm_xcrs,
 )
 from hvkvm.abi.tlfs import HV_X64_MSR_COUNT, HV_X64_MSR_FIRST
+from hvkvm.kvm.kind import probe
 from hvkvm.kvm.vcpu import Vcpu
 
 MSR_IA32_TSC = 0x10
@@ -45,6 +47,8 @@ UNLISTED_MSRS = (
     0xC0010114,  # VM_CR
 )
 """What guests may write although not every kernel has it in KVM_GET_MSR_INDEX_LIST."""
+
+_AVAILABLE_TSS, _BUSY_TSS = 9, 11  # 64-bit ones, of segment descriptors' types
 
 _NOBODYS_VMXON = (1 << 64) - 1
 _NESTED_GIF = 1 << 8  # KVM_STATE_NESTED_GIF_SET: a CPU outside of SVM has it, too
@@ -104,7 +108,7 @@ def restore(vcpu: Vcpu, state: VcpuState, *, tsc: int = 0) -> list[int]:
     nested_runs = _nested_runs(state.nested)
     if not nested_runs:
         vcpu.set_nested_state(state.nested)
-    vcpu.set_sregs(state.sregs)
+    vcpu.set_sregs(_with_idle_tss(state.sregs))
     if nested_runs:
         vcpu.set_nested_state(state.nested)
     vcpu.set_regs(state.regs)
@@ -121,12 +125,28 @@ def restore(vcpu: Vcpu, state: VcpuState, *, tsc: int = 0) -> list[int]:
     return refused
 
 
+def _with_idle_tss(sregs: kvm_sregs) -> kvm_sregs:
+    """Where SVM carries the guest, its TSS as LTR leaves it in the CPU there: available, not busy.
+
+    KVM shows it as busy on every CPU, since VMX knows no other. SVM takes both; QEMU's emulation of it
+    takes a busy one for none, and would refuse the guest every port of its user mode.
+    """
+    if sregs.tr.type != _BUSY_TSS or "svm" not in (_kind().flags or ()):
+        return sregs
+    changed = kvm_sregs.from_buffer_copy(sregs)
+    changed.tr.type = _AVAILABLE_TSS
+    return changed
+
+
 def _restore_msrs(vcpu: Vcpu, wanted: dict[int, int]) -> list[int]:
     """Only those that differ: KVM refuses some that it lists, were it with the value that they have."""
     now = vcpu.readable_msrs(wanted)
     return vcpu.set_writable_msrs(
         {index: value for index, value in wanted.items() if now.get(index) != value}
     )
+
+
+_kind = cache(probe)
 
 
 def _nested_runs(nested: bytes) -> bool:
