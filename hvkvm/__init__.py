@@ -1,7 +1,7 @@
 """Run real guests on /dev/kvm with Hyper-V enlightenments.
 
-Nothing heavy is imported here: `hvkvm.Machine` and `hvkvm.MachineConfig` are
-resolved on first use, so that `import hvkvm` costs no start-up time.
+Nothing heavy is imported here: `hvkvm.Machine`, `hvkvm.MachineConfig` and `hvkvm.warm`
+are resolved on first use, so that `import hvkvm` costs no start-up time.
 """
 
 from __future__ import annotations
@@ -11,9 +11,10 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from hvkvm.machine.config import MachineConfig as MachineConfig
     from hvkvm.machine.machine import Machine as Machine
+    from hvkvm.machine.warm import warm as warm
 
 __version__ = "0.1.0"
-__all__ = ["Machine", "MachineConfig", "__version__"]
+__all__ = ["Machine", "MachineConfig", "__version__", "warm"]
 
 
 def __getattr__(name: str) -> object:
@@ -25,4 +26,8 @@ def __getattr__(name: str) -> object:
         from hvkvm.machine.config import MachineConfig
 
         return MachineConfig
+    if name == "warm":
+        from hvkvm.machine.warm import warm
+
+        return warm
     raise AttributeError(f"module 'hvkvm' has no attribute {name!r}")

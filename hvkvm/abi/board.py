@@ -76,6 +76,10 @@ TSS_ADDRESS = 0xFEFFD000  # KVM_SET_TSS_ADDR: three pages
 FIRMWARE_END = 0x1_0000_0000  # the ROM's last byte is below it
 FIRMWARE_LIMIT = 16 << 20  # so much of it at most
 
+ORDERS_ADDRESS = 0xD0000000  # where a warm guest finds what it shall run: see abi.guest_orders
+ORDERS_SIZE = 0x10000000  # 256 MiB at most, up to the VMBus devices' window
+
+
 # --- Low megabyte, where the loaders put what the kernel reads at entry ---------------------------
 # Page 0 stays empty: kvm-unit-tests and Linux put their AP trampolines near it.
 

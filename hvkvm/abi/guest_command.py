@@ -15,8 +15,15 @@ Control is lines, at most MAX_LINE_BYTES each with its newline. From the guest:
   on ttyS1 as a decimal number, a newline and that many bytes; 0 is its end;
 - `size`: a terminal only, asks for its size.
 
+And from one that waits for its command (`guest_scripts.AWAIT`):
+
+- `warm memory` or `warm serial`: it waits, and this is how it will take the command;
+- `piece`: serial ports only, asks for the next piece of the archive, as `input` does;
+- `taken`: it has the command.
+
 To the guest:
 
+- `orders SECONDS SEED`: take your command; the time since the epoch, and random digits;
 - `signal NAME`: for the command's process group (`INT`, `TERM`, ...), or the
   terminal's foreground one;
 - `size ROWS COLUMNS`: the terminal's;

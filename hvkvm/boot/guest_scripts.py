@@ -10,6 +10,10 @@ vsock if the guest has it, else over serial ports. They are no sockets, because 
 program cannot open /dev/stderr again when that is a socket. With a terminal of
 its own (TERMINAL_SESSION) it has serial port ttyS1 for one.
 
+The init is START with one of CONSOLE_BEGIN, VSOCK_BEGIN and SERIAL_BEGIN behind it. A
+warm guest has AWAIT there instead: it is saved while it waits, and each copy of it
+takes what begins, the command and files from its host (`boot.guest_orders`).
+
 `abi.guest_command` has the words that init and host exchange on fd 3.
 """
 
@@ -22,7 +26,7 @@ guest-exit $status
 poweroff -f
 """
 
-_START = r"""#!/bin/busybox sh
+START = r"""#!/bin/busybox sh
 /bin/busybox mount -t proc proc /proc
 read -r up idle </proc/uptime
 echo "hvkvm: init $up"
@@ -74,9 +78,8 @@ exec switch_root -c /dev/console /mnt "$init" "$@"
 """The init in front of a root file system on a disk: /root-device has `root`, `type`, `flags`, `mode` and
 `init`."""
 
-CONSOLE_INIT = (
-    _START
-    + r"""# A session of its own with the console as its terminal: Ctrl-C then works in there.
+CONSOLE_BEGIN = (
+    r"""# A session of its own with the console as its terminal: Ctrl-C then works in there.
 setsid cttyhack /bin/sh /session
 # Come here only if the session was killed: it ends the guest itself.
 status=$?
@@ -98,7 +101,7 @@ trap '' TTOU
 )
 
 # The files are opened here, where no session leader opens them: a leader would get a terminal by that.
-_SERIAL_INIT = (
+SERIAL_BEGIN = (
     r"""if [ ! -e /run/started ]; then
 	if [ -c /dev/ttyS3 ]; then
 		setsid /bin/sh /session serial 3<>/dev/ttyS3 4<>/dev/ttyS1 5<>/dev/ttyS2
@@ -114,16 +117,43 @@ fi
     + _END
 )
 
-VSOCK_INIT = (
-    _START
-    + f"""setsid guest-vsock {abi.VSOCK_CONTROL} 3 /bin/sh /session vsock
+VSOCK_BEGIN = (
+    f"""setsid guest-vsock {abi.VSOCK_CONTROL} 3 /bin/sh /session vsock
 # Come here if there is no vsock to the host, or if the session was killed: it ends the guest itself.
 status=$?
 """
-    + _SERIAL_INIT
+    + SERIAL_BEGIN
 )
 
-SERIAL_INIT = _START + _SERIAL_INIT
+AWAIT = r"""if [ ! -c /dev/ttyS3 ]; then
+	echo "hvkvm: this kernel has no serial ports (8250) by which to take a command"
+	exit 1
+fi
+exec 3<>/dev/ttyS3 4<>/dev/ttyS1
+for line in 3 4; do stty raw -echo 115200 <&$line; done
+guest-orders >/dev/null && way=memory || way=serial
+echo "warm $way" >&3
+read -r verb now seed <&3
+# Each copy goes on here, and makes the time and its random numbers its own.
+orders() {
+	case $way in
+	memory) guest-orders ;;
+	serial)
+		date -s "@$now" >/dev/null
+		echo "$seed" >/dev/urandom
+		while echo piece >&3 && read -r size && [ "$size" -gt 0 ] && head -c "$size"; do :; done <&4
+		;;
+	esac
+}
+if ! orders | (cd / && cpio -idu 2>/run/orders); then
+	cat /run/orders
+	echo "hvkvm: the command cannot be taken"
+	exit 1
+fi
+echo taken >&3
+exec 3>&- 4>&-
+. /begin
+"""
 
 STREAM_SESSION = (
     rf"""# fd 3 leads to the host, and so do 4 and 5 where they are serial ports.

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Literal, NamedTuple
 
 from hvkvm.abi.elf import ELF64_EHDR, ELF64_IDENT, ELF64_PHDR, EM_X86_64, PT_INTERP, Ehdr, Phdr
-from hvkvm.boot import cache, cpio, guest_exit, guest_scripts, guest_vsock
+from hvkvm.boot import cache, cpio, guest_exit, guest_orders, guest_scripts, guest_vsock
 from hvkvm.boot.kmod import ModuleTree
 from hvkvm.errors import BootError
 
@@ -71,8 +71,11 @@ def build(
     command_io: CommandIo = "console",
     vsock: bool = False,
     terminal_type: str | None = None,
+    awaits: bool = False,
 ) -> bytes:
     """The initramfs that runs `command`, or an interactive shell when it is None or empty.
+
+    With `awaits` it runs none, but waits for what `orders` makes (see `machine.orders`).
 
     `modules` are loaded in order with all they depend on, out of
     `kernel_modules_dir` (lib/modules/<version>, or an unpacked kernel package).
@@ -83,19 +86,19 @@ def build(
     with a terminal of its own. Raises BootError for a busybox that is not static, a
     module that is not there, modules without a folder, a file that cannot be read.
     """
-    if not command:
-        command_io = "console"
     wanted = tuple(modules)
-    optional = (VSOCK_MODULE,) if vsock and command_io == "streams" and kernel_modules_dir is not None else ()
-    pieces = [_base(busybox, _scripts(command_io, vsock=vsock))]
+    streams = awaits or (command and command_io == "streams")
+    optional = (VSOCK_MODULE,) if vsock and streams and kernel_modules_dir is not None else ()
+    begin = {"init": guest_scripts.START + guest_scripts.AWAIT} if awaits else {}
+    if not awaits:
+        begin = _programs(command, command_io, vsock=vsock, terminal_type=terminal_type)
+        begin["init"] = guest_scripts.START + begin.pop("begin")
+    pieces = [_base(busybox)]
     if wanted or optional:
         if kernel_modules_dir is None:
             raise BootError(f"modules {', '.join(wanted)} need the kernel's lib/modules/VERSION folder")
         pieces.append(_modules(wanted, optional, kernel_modules_dir))
-    line = f"exec {shlex.join(command)}" if command else "echo 'hvkvm: a shell; exit ends the guest'\nexec sh"
-    if command_io == "terminal" and terminal_type:
-        line = f"export TERM={shlex.quote(terminal_type)}\n{line}"
-    pieces.append(pack_files(files or {}, {"command": f"{line}\n".encode(errors="surrogateescape")}))
+    pieces.append(pack_files(files or {}, begin))
     return b"".join(pieces)
 
 
@@ -107,7 +110,7 @@ def build_root(
     It loads ROOT_MODULES and the file system's, where the kernel has not built them in, and `modules`.
     Without `kernel_modules_dir` the kernel has all that it needs. Raises BootError as `build` does.
     """
-    pieces = [_base(busybox, {"init": guest_scripts.ROOT_INIT})]
+    pieces = [_base(busybox), pack_files({}, {"init": guest_scripts.ROOT_INIT})]
     if kernel_modules_dir is not None:
         named = "ext4" if root.type in ("ext2", "ext3") else root.type
         systems = (named,) if named else ("ext4", "xfs")
@@ -117,31 +120,55 @@ def build_root(
     return b"".join(pieces)
 
 
-def pack_files(files: Mapping[str, bytes | Path], programs: Mapping[str, bytes] | None = None) -> bytes:
+def orders(
+    command: Sequence[str] | None,
+    *,
+    files: Mapping[str, bytes | Path] | None = None,
+    command_io: CommandIo = "console",
+    vsock: bool = False,
+    terminal_type: str | None = None,
+) -> bytes:
+    """The archive that an init built with `awaits` unpacks, to run `command`. As for `build`. BootError."""
+    begin = _programs(command, command_io, vsock=vsock, terminal_type=terminal_type)
+    return pack_files(files or {}, begin)
+
+
+def pack_files(files: Mapping[str, bytes | Path], programs: Mapping[str, str] | None = None) -> bytes:
     """An archive of `files` as `build` takes them and of executable `programs`. BootError."""
-    entries = [cpio.regular(name, data, 0o755) for name, data in (programs or {}).items()]
+    entries = [
+        cpio.regular(name, text.encode(errors="surrogateescape"), 0o755)
+        for name, text in (programs or {}).items()
+    ]
     entries += [_file(name, source) for name, source in files.items()]
     return cpio.pack(cpio.with_parents(entries))
 
 
-def _scripts(command_io: CommandIo, *, vsock: bool) -> dict[str, str]:
-    """The init and what it runs, by their guest paths."""
-    if command_io == "console":
-        return {"init": guest_scripts.CONSOLE_INIT, "session": guest_scripts.CONSOLE_SESSION}
-    if command_io == "terminal":
-        return {
-            "init": guest_scripts.SERIAL_INIT,
+def _programs(
+    command: Sequence[str] | None, command_io: CommandIo, *, vsock: bool, terminal_type: str | None
+) -> dict[str, str]:
+    """What runs `command`, by its guest paths; `begin` is where the init goes on."""
+    line = f"exec {shlex.join(command)}" if command else "echo 'hvkvm: a shell; exit ends the guest'\nexec sh"
+    if command_io == "terminal" and command and terminal_type:
+        line = f"export TERM={shlex.quote(terminal_type)}\n{line}"
+    programs = {"command": f"{line}\n"}
+    if not command or command_io == "console":
+        programs |= {"begin": guest_scripts.CONSOLE_BEGIN, "session": guest_scripts.CONSOLE_SESSION}
+    elif command_io == "terminal":
+        programs |= {
+            "begin": guest_scripts.SERIAL_BEGIN,
             "session": guest_scripts.TERMINAL_SESSION,
             "terminal": guest_scripts.TERMINAL,
         }
-    return {
-        "init": guest_scripts.VSOCK_INIT if vsock else guest_scripts.SERIAL_INIT,
-        "session": guest_scripts.STREAM_SESSION,
-        "launch": guest_scripts.LAUNCH,
-    }
+    else:
+        programs |= {
+            "begin": guest_scripts.VSOCK_BEGIN if vsock else guest_scripts.SERIAL_BEGIN,
+            "session": guest_scripts.STREAM_SESSION,
+            "launch": guest_scripts.LAUNCH,
+        }
+    return programs
 
 
-def _base(busybox: Path, scripts: Mapping[str, str]) -> bytes:
+def _base(busybox: Path) -> bytes:
     program = _read(busybox)
     if not is_static_elf(program):
         raise BootError(f"{busybox}: not a static 64-bit program; the busybox-static package has one")
@@ -151,8 +178,8 @@ def _base(busybox: Path, scripts: Mapping[str, str]) -> bytes:
     entries.append(cpio.regular("bin/busybox", program, 0o755))
     entries.append(cpio.regular("bin/guest-exit", guest_exit.program(), 0o755))
     entries.append(cpio.regular("bin/guest-vsock", guest_vsock.program(), 0o755))
+    entries.append(cpio.regular("bin/guest-orders", guest_orders.program(), 0o755))
     entries += [cpio.symlink(f"bin/{name}", "busybox") for name in _APPLETS.split()]
-    entries += [cpio.regular(name, text.encode(), 0o755) for name, text in scripts.items()]
     return cpio.pack(cpio.with_parents(entries))
 
 

@@ -15,6 +15,7 @@ from importlib import import_module
 
 VERBS = {
     "run": "boot a guest",
+    "warm": "boot a guest to where it waits for a command, and save it",
     "ctl": "operate a running guest",
     "top": "show what a running guest does, second by second",
     "disk": "look at disk images, make, copy, check and compact them",

@@ -10,6 +10,7 @@ from __future__ import annotations
 import gc
 import signal
 import sys
+from collections.abc import Collection
 from pathlib import Path
 from time import monotonic
 from typing import TYPE_CHECKING, Any
@@ -47,6 +48,7 @@ examples:
   hvkvm run --kernel vmlinuz -- uname -r
   hvkvm run --kernel vmlinuz --initrd initrd.img --append 'loglevel=4' --cpus 4
   hvkvm run --kernel vmlinuz --hv relaxed,vpindex,synic,time,stimer -- cat /proc/interrupts
+  hvkvm run --from warm.state --file /root/test=./test -- /root/test
 """
 
 
@@ -62,15 +64,21 @@ class _RunParser(Parser):
         return super().format_help()
 
 
-def parser() -> Parser:
-    """The options of `hvkvm run`; a default of None means "as MachineConfig says"."""
-    p = _RunParser("hvkvm run", "Boot a guest; what follows `--` is run inside it.", EPILOG)
+def machine_parser(prog: str, description: str, epilog: str, without: Collection[str] = ()) -> Parser:
+    """A parser with the options that make a machine, but for those of the fields `without`."""
+    p = _RunParser(prog, description, epilog)
     p.add_argument(
         "--config", type=Path, metavar="TOML", help="read a machine from this file; flags override it"
     )
     for key, field in fields_of(MachineConfig).items():
-        if field.flag:
+        if field.flag and key not in without:
             _add(p, key, field)
+    return p
+
+
+def parser() -> Parser:
+    """The options of `hvkvm run`; a default of None means "as MachineConfig says"."""
+    p = machine_parser("hvkvm run", "Boot a guest; what follows `--` is run inside it.", EPILOG)
     p.add_argument(
         "-t", action="store_true", dest="terminal", default=None, help="give the command a terminal"
     )
@@ -102,24 +110,30 @@ def config_from(arguments: list[str]) -> tuple[MachineConfig, Any]:
     """Parse `arguments`; returns the checked configuration and the raw options."""
     own, command = split_command(arguments)
     options = parser().parse_args(own)
-    values = _values(options)
+    values = values_of(options)
     if command:
         values["command"] = command
     elif "--" in arguments:
         raise ConfigError("--: no command behind it; name the guest command, or leave `--` out for a console")
+    return machine_config(options, values), options
+
+
+def machine_config(options: Any, values: dict[str, Any]) -> MachineConfig:
+    """The checked configuration that `values`, of `values_of`, and `options.config` make. ConfigError."""
     if options.config is not None:
-        return MachineConfig.from_toml(options.config, control="auto")._replace(**values).validate(), options
-    if (restore := values.get("restore")) is not None:
+        return MachineConfig.from_toml(options.config, control="auto")._replace(**values).validate()
+    if (file := values.get("restore") or values.get("warm")) is not None:
         for key, field in fields_of(MachineConfig).items():
             if field.in_saved and key in values:
-                raise ConfigError(f"--restore {restore}: the file decides {field.flag}; leave it out")
-        values["kernel"] = restore
+                flag = "--restore" if "restore" in values else "--from"
+                raise ConfigError(f"{flag} {file}: the file decides {field.flag}; leave it out")
+        values["kernel"] = file
     if "kernel" not in values and "firmware" not in values:
         raise ConfigError("--kernel: missing; name the guest kernel's file, or a --config that does")
-    return MachineConfig(**{"control": "auto", **values}).validate(), options
+    return MachineConfig(**{"control": "auto", **values}).validate()
 
 
-def _values(options: Any) -> dict[str, Any]:
+def values_of(options: Any) -> dict[str, Any]:
     """Every field that the command line gives, read as its kind says. ConfigError."""
     values: dict[str, Any] = {}
     for key, field in fields_of(MachineConfig).items():

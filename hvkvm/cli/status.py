@@ -24,8 +24,16 @@ ERASE = "\r\x1b[K"
 class StatusLine:
     """Shows elapsed seconds, exits and where vCPU 0 is, until `clear()` or the first console output."""
 
-    def __init__(self, machine: Machine, stream: Teller, *, enabled: bool) -> None:
+    def __init__(
+        self,
+        machine: Machine,
+        stream: Teller,
+        *,
+        enabled: bool,
+        what: str = "guest running {seconds:.1f} s, {exits} exits, no output yet",
+    ) -> None:
         self._machine = machine
+        self._what = what
         self._stream = stream
         self._live = enabled and stream.isatty() and os.environ.get("TERM") != "dumb"
         self._drawn = False
@@ -44,7 +52,7 @@ class StatusLine:
             if not self._live or self._stream.gone:
                 return
             exits = sum(self._machine.exit_counts().values())
-            text = f"hvkvm: guest running {monotonic() - self._began:.1f} s, {exits} exits, no output yet"
+            text = f"hvkvm: {self._what.format(seconds=monotonic() - self._began, exits=exits)}"
             if "NO_COLOR" not in os.environ:
                 text = f"\x1b[2m{text}\x1b[0m"
             if not self._stream.waiting:  # a terminal that was stopped shows no more of them

@@ -41,6 +41,7 @@ class BoardState(NamedTuple):
     """Each port device that remembers something."""
 
     serial: SerialState
+    command_ports: tuple[SerialState, ...]
     event_block: AcpiEventState
     control_block: int
     reset_control: int
@@ -205,6 +206,7 @@ class Board:
         """See `Part.save`."""
         return BoardState(
             self.serial.save(),
+            tuple(serial.save() for serial in self.command_ports),
             self.power.save(),
             self.sleep.save(),
             self.pci_ports.save(),
@@ -217,13 +219,18 @@ class Board:
         """See `Part.load`."""
         if (self.testdev is None) != (state.testdev is None):
             raise StateError(f"{self.name}: --device hyperv-testdev must be given as it was when saved")
+        if len(self.command_ports) != len(state.command_ports):
+            raise StateError(f"{self.name}: other serial ports than there are")
         try:
             self.cmos.load(state.cmos)
             if self.testdev is not None and state.testdev is not None:
                 self.testdev.load(state.testdev)
         except ValueError as error:
             raise StateError(f"{self.name}: {error}") from None
-        self.serial.load(state.serial)
+        for serial, registers in zip(
+            (self.serial, *self.command_ports), (state.serial, *state.command_ports), strict=True
+        ):
+            serial.load(registers)
         self.power.load(state.event_block)
         self.sleep.load(state.control_block)
         self.pci_ports.load(state.reset_control)

@@ -41,6 +41,7 @@ if TYPE_CHECKING:
     from hvkvm.machine.firmware import Firmware
     from hvkvm.machine.hyperv import Hyperv
     from hvkvm.machine.nics import Nics
+    from hvkvm.machine.orders import Orders
     from hvkvm.machine.parts import Parts
     from hvkvm.machine.pci import Pci
     from hvkvm.machine.platform import Platform
@@ -174,13 +175,23 @@ def create_control(parts: Parts, stack: ExitStack) -> ControlDoor | None:
     return open_door(parts, stack)
 
 
+def create_orders(platform: Platform, board: Board, stack: ExitStack) -> Orders | None:
+    """What a warm guest is handed, where this machine is one or is made one. ConfigError, BootError."""
+    config = platform.config
+    if not config.awaits or config.restore is not None:
+        return None
+    from hvkvm.machine.orders import Orders
+
+    return Orders(platform, board, stack)
+
+
 class GuestImage:
     """What is loaded into guest RAM, at start and again at every reset."""
 
     def __init__(self, config: MachineConfig) -> None:
         self._config = config
         # One that goes on from a file needs it at its first reset, if at all.
-        self._made = config.restore is None
+        self._made = config.saved is None
         self._initrd = initial_ramdisk(config) if self._made else None
 
     def initrd(self) -> bytes | Path | None:
@@ -234,18 +245,18 @@ def initial_ramdisk(config: MachineConfig) -> bytes | Path | None:
     told_root = bool(parameter(config.append, "root"))
     if told_root and is_linux(config.kernel) and (archive := _root_ramdisk(config)) is not None:
         return archive
-    added = bool(config.command or config.modules or config.files)
+    added = bool(config.command or config.awaits or config.modules or config.files)
     if not added and (config.initrd is not None or told_root):
         return config.initrd
     if not is_linux(config.kernel):
-        if config.command or config.files:
+        if config.command or config.awaits or config.files:
             raise ConfigError(
                 f"--kernel {config.kernel}: takes no initramfs for a command or files; leave them out"
             )
         return config.initrd
     from hvkvm.boot import initramfs
 
-    if not config.command and (config.initrd is not None or told_root):
+    if not (config.command or config.awaits) and (config.initrd is not None or told_root):
         _check_needs_no_command(config)
         archive = initramfs.pack_files(dict(config.files))
     else:
@@ -258,6 +269,7 @@ def initial_ramdisk(config: MachineConfig) -> bytes | Path | None:
             command_io=config.command_io,
             vsock=config.vmbus == "on",
             terminal_type=os.environ.get("TERM"),
+            awaits=config.awaits,
         )
     if config.initrd is None:
         return archive

@@ -57,7 +57,9 @@ class MachineConfig(NamedTuple):
     path of the control socket, `name` what `hvkvm ctl --vm` calls the machine ("":
     hvkvm-PID). `signal_path` chooses who answers HvSignalEvent: KVM_HYPERV_EVENTFD or
     the userspace table. `restore` is the file of a saved machine to go on from, which then
-    decides what the guest sees: kernel, cpus, memory, enlightenments and devices.
+    decides what the guest sees: kernel, cpus, memory, enlightenments and devices. `warm` is such a
+    file, of a guest that waits for a command (`hvkvm.warm`), and which `command` runs in. `awaits` makes
+    a guest such a one: it boots, loads its modules and waits.
     `firmware` ("auto" or a file) takes the kernel's place as what the machine starts. `pci` gives it a PCI
     bus even if no device needs one. `apic_bus_ns` makes the local APICs' timers count that many
     nanoseconds a tick, not 1 (KVM_CAP_X86_APIC_BUS_CYCLES_NS; 0: KVM's own): only a nested lab needs that.
@@ -258,6 +260,10 @@ class MachineConfig(NamedTuple):
     restore: Annotated[
         Path | None, Field(File(), "--restore FILE", "go on from a saved VM; see `hvkvm ctl save`")
     ] = None
+    warm: Annotated[
+        Path | None, Field(File(), "--from FILE", "run the command in a copy of a warm guest: `hvkvm warm`")
+    ] = None
+    awaits: Annotated[bool, Field(OnOff())] = False
 
     def validate(self) -> "MachineConfig":
         """Return self, or raise ConfigError for the first value that cannot work."""
@@ -266,9 +272,19 @@ class MachineConfig(NamedTuple):
         return self
 
     @property
+    def saved(self) -> Path | None:
+        """The file of a saved machine that this one goes on from."""
+        return self.warm or self.restore
+
+    @property
+    def has_streams(self) -> bool:
+        """Whether its command has streams or a terminal of its own, which lead to this run."""
+        return bool(self.command) and self.command_io != "console"
+
+    @property
     def serial_ports(self) -> int:
         """How many serial ports the machine has: COM1, and those that a command's streams may need."""
-        return 1 + (SERIAL_PORTS if self.command and self.command_io != "console" else 0)
+        return 1 + (SERIAL_PORTS if self.awaits or self.has_streams else 0)
 
     @property
     def has_pci(self) -> bool:

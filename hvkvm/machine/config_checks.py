@@ -91,20 +91,19 @@ def modules_dir(flag: str, value: Path | None) -> None:
 
 def together(config: MachineConfig) -> None:
     """Raise ConfigError for values that cannot work beside one another."""
-    if config.restore is not None:
-        for key, field in fields_of(type(config)).items():
-            if field.boot_only and getattr(config, key) != config._field_defaults[key]:
-                raise ConfigError(
-                    f"--restore {config.restore}: goes on where it was saved; leave out what only a boot"
-                    f" can use: {field.flag or '-- command'}"
-                )
+    if config.restore is not None and config.warm is not None:
+        raise ConfigError(f"--from {config.warm}: goes on from one file, and so does --restore; give one")
+    if config.awaits and config.command and config.warm is None:
+        raise ConfigError("--: a warm guest waits for its command; give it to `hvkvm run --from FILE`")
+    if config.saved is not None:
+        _needs_no_boot(config)
     elif config.kernel is not None:
         check_file("--kernel", config.kernel)
     elif config.firmware is None:
         raise ConfigError("--kernel: missing; name the guest kernel's file, or give --firmware auto")
-    if config.restore is None and config.vsock is not None and config.vmbus == "off":
+    if config.saved is None and config.vsock is not None and config.vmbus == "off":
         raise ConfigError(f"--vsock {config.vsock}: needs the VMBus host that carries it; add --vmbus on")
-    if config.restore is None and config.nets and config.vmbus == "off":
+    if config.saved is None and config.nets and config.vmbus == "off":
         what = f"--net {config.nets[0].text}"
         raise ConfigError(f"{what}: needs the VMBus host that carries it; add --vmbus on")
     for flag, wanted in (("--disk", config.disks), ("--cdrom", config.cdroms)):
@@ -113,3 +112,16 @@ def together(config: MachineConfig) -> None:
             raise ConfigError(f"{what}: needs the VMBus host that carries it; add --vmbus on")
     if config.modules and config.modules_dir is None:
         raise ConfigError("--module: needs --modules-dir, the kernel's lib/modules/VERSION folder")
+
+
+def _needs_no_boot(config: MachineConfig) -> None:
+    handed = ("command", "files") if config.warm is not None else ()
+    for key, field in fields_of(type(config)).items():
+        if field.boot_only and key not in handed and getattr(config, key) != config._field_defaults[key]:
+            flag = field.flag or "-- command"
+            raise ConfigError(
+                f"--restore {config.restore}: goes on where it was saved; leave out what only a boot"
+                f" can use: {flag}"
+                if config.warm is None
+                else f"--from {config.warm}: has booted; leave {flag} out, or give it to `hvkvm warm`"
+            )

@@ -57,7 +57,8 @@ class Machine:
         self.name = config.name or f"hvkvm-{os.getpid()}"
         self._closed = False
         with named_when_exhausted(), ExitStack() as stack:
-            saved = None if config.restore is None else stack.enter_context(Saved(config.restore))
+            file = self.config.saved
+            saved = None if file is None else stack.enter_context(Saved(file))
             if saved is not None:
                 self.config = saving.restored_config(saved, config)
             self.root_note = ""
@@ -102,7 +103,16 @@ class Machine:
             processors.boot()
         else:
             saving.load(saved, order, self.disk_shelf)
-        saver = saving.Saver(self.name, platform, lifecycle, interface, order, self.disk_shelf)
+        self.orders = orders = build.create_orders(platform, board, stack)
+        saver = saving.Saver(
+            self.name,
+            platform,
+            lifecycle,
+            interface,
+            order,
+            self.disk_shelf,
+            waits=lambda: orders is not None and orders.awaited,
+        )
         stack.callback(saver.close)
         parts = Parts(
             self.name, platform, lifecycle, interface, board, self.bus, self.nics, self.disk_shelf, saver
@@ -154,6 +164,8 @@ class Machine:
 
     def start(self) -> None:
         """Start the I/O loop and every vCPU. Once only; HvkvmError else."""
+        if self.orders is not None and self.lifecycle.started_at is None:
+            self.orders.start()
         self.lifecycle.start()
 
     def wait(self, timeout: float | None = None) -> Outcome | None:

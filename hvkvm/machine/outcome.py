@@ -19,6 +19,8 @@ class Ending(Enum):
     HOST_EXHAUSTED = "the host has no more to give"
     TIMEOUT = "timeout"
     QUIT = "quit"
+    SAVED = "saved"
+    NOT_SAVED = "not saved"
 
 
 EXIT_TIMEOUT = 124
@@ -35,8 +37,14 @@ class Outcome(NamedTuple):
 
     @property
     def clean(self) -> bool:
-        """True when the guest ended the run itself, by command, debug exit, power-off or reset."""
-        return self.ending in (Ending.POWERED_OFF, Ending.COMMAND_EXITED, Ending.DEBUG_EXIT, Ending.RESET)
+        """True when the run came to its end: by command, debug exit, power-off, reset, or saved."""
+        return self.ending in (
+            Ending.POWERED_OFF,
+            Ending.COMMAND_EXITED,
+            Ending.DEBUG_EXIT,
+            Ending.RESET,
+            Ending.SAVED,
+        )
 
     def __str__(self) -> str:
         tail = f": {self.detail}" if self.detail else ""

@@ -39,7 +39,10 @@ Done = Callable[[int, str], object]
 
 
 class Saver:
-    """Saves one machine, one save at a time. `order` has its parts as `Lifecycle` has them."""
+    """Saves one machine, one save at a time. `order` has its parts as `Lifecycle` has them.
+
+    `waits()`: whether its guest waits for a command.
+    """
 
     def __init__(
         self,
@@ -49,8 +52,11 @@ class Saver:
         hyperv: Hyperv,
         order: Sequence[Part],
         shelf: DiskShelf | None = None,
+        *,
+        waits: Callable[[], bool] = lambda: False,
     ) -> None:
         self._name = name
+        self._waits = waits
         self._platform = platform
         self._lifecycle = lifecycle
         self._offered = hyperv.offered
@@ -71,7 +77,7 @@ class Saver:
         """
         if self._busy:
             return False
-        if self._platform.config.serial_ports > 1:
+        if self._platform.config.has_streams:
             done(0, "what its command reads and writes leads to this run, and would lead nowhere from a file")
             return True
         if self._disks is not None and (why := self._disks.why_not_saved()):
@@ -159,6 +165,8 @@ class Saver:
             _absolute(config.firmware),
             config.pci,
             () if self._disks is None else self._disks.saved(),
+            config.awaits,
+            self._waits(),
         )
         with Writer(path, config.memory) as writer:
             for offset, data in platform.memory.pieces():
@@ -185,9 +193,16 @@ def restored_config(saved: Saved, config: MachineConfig) -> MachineConfig:
     where = f"{saved.path}: configuration"
     if needs.memory != saved.ram_size:
         raise StateError(f"{where}: {needs.memory} bytes of RAM, and the file has {saved.ram_size}")
+    if needs.waits and not needs.awaits:
+        raise StateError(f"{where}: waits for a command that nobody gives it")
+    if needs.waits != (config.warm is not None):
+        which = "hvkvm run --from FILE -- COMMAND" if needs.waits else "hvkvm run --restore FILE"
+        what = "waits for a command" if needs.waits else "does not wait for a command"
+        raise StateError(f"{saved.path}: a guest that {what}; go on with `{which}`")
     try:
         # What was booted (initrd, command) is not known here, so there is nothing that a reset could start.
         values = {**needs._asdict(), "reboot": False, "disks": ()}
+        del values["waits"]
         for key in ("kernel", "firmware"):
             values[key] = Path(values[key]) if values[key] not in ("", "auto") else values[key] or None
         if needs.vmbus == "on":

@@ -89,6 +89,10 @@ class SavedConfig(NamedTuple):
     firmware: str = ""
     pci: bool = False
     disks: tuple[SavedDisk, ...] = ()
+    awaits: bool = False
+    """Whether its init takes its command from the host."""
+    waits: bool = False
+    """Whether it does so now: a warm guest."""
 
 
 class Manifest(NamedTuple):

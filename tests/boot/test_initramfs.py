@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from hvkvm.abi import guest_command
 from hvkvm.abi.board import GUEST_EXIT_PORT
-from hvkvm.boot import guest_exit, guest_scripts, guest_vsock, initramfs
+from hvkvm.boot import guest_exit, guest_orders, guest_scripts, guest_vsock, initramfs
 from hvkvm.boot.kmod import ModuleTree
 from hvkvm.errors import BootError
 
@@ -213,6 +213,33 @@ def test_guest_vsock_is_what_its_source_says(tmp_path: Path) -> None:
         ["objcopy", "-O", "binary", "-j", ".text", tmp_path / "x.o", tmp_path / "x.bin"], check=True
     )
     assert (tmp_path / "x.bin").read_bytes() == guest_vsock.code()
+
+
+@pytest.mark.skipif(shutil.which("as") is None, reason="the GNU assembler is not installed")
+def test_guest_orders_is_what_its_source_says(tmp_path: Path) -> None:
+    text = ".intel_syntax noprefix\n.code64\n" + guest_orders.source()
+    subprocess.run(["as", "-o", tmp_path / "x.o", "-"], input=text, text=True, check=True)
+    subprocess.run(
+        ["objcopy", "-O", "binary", "-j", ".text", tmp_path / "x.o", tmp_path / "x.bin"], check=True
+    )
+    assert (tmp_path / "x.bin").read_bytes() == guest_orders.code()
+
+
+def test_an_init_that_waits_has_no_command_and_finds_it_in_its_orders(busybox: Path, tmp_path: Path) -> None:
+    tool = tmp_path / "tool"
+    tool.write_bytes(b"tool")
+    waits = unpack(initramfs.build(None, busybox=busybox, awaits=True), tmp_path / "waits")
+    assert (waits / "init").read_text().endswith(". /begin\n")
+    assert (waits / "bin/guest-orders").read_bytes() == guest_orders.program()
+    assert not (waits / "command").exists()
+    orders = initramfs.orders(["a b", "c"], files={"/opt/x": tool}, command_io="streams")
+    handed = unpack(orders, tmp_path / "handed")
+    whole = unpack(initramfs.build(["a b", "c"], busybox=busybox, command_io="streams"), tmp_path / "whole")
+    assert sorted(path.name for path in handed.iterdir()) == ["begin", "command", "launch", "opt", "session"]
+    for name in ("command", "launch", "session"):
+        assert (handed / name).read_bytes() == (whole / name).read_bytes()
+    assert (handed / "opt/x").read_bytes() == b"tool"
+    assert (whole / "init").read_text().endswith((handed / "begin").read_text())
 
 
 def test_guest_vsock_says_when_it_cannot_connect(tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from typing import NamedTuple
 import pytest
 
 import hvkvm as package
-from hvkvm.cli import VERBS, ctl, disk, doctor, explain, features, replay, run, top, trace
+from hvkvm.cli import VERBS, ctl, disk, doctor, explain, features, replay, run, top, trace, warm
 from hvkvm.cli.arguments import split_command
 from hvkvm.errors import ConfigError
 from hvkvm.hyperv.features import parse_features
@@ -91,6 +91,7 @@ def every_command() -> list[Command]:
         found += inline_of(page)
     for name, text in (
         ("run.EPILOG", run.EPILOG),
+        ("warm.EPILOG", warm.EPILOG),
         ("trace.EPILOG", trace.EPILOG),
         ("explain.EPILOG", explain.EPILOG),
     ):
@@ -120,6 +121,9 @@ def check_hvkvm(words: tuple[str, ...]) -> None:
         config, _options = run.config_from(rest)
         assert isinstance(config, MachineConfig)
         parse_features(config.hv)
+    elif verb == "warm":
+        config, _options = warm.parse(rest)
+        assert config.awaits
     elif verb == "ctl":
         assert len(rest) > 1 or rest[0] in ctl.VERBS
         if len(rest) > 1 or rest[0] not in ("save", "kvp"):  # those by their names alone
@@ -182,7 +186,7 @@ def check(words: tuple[str, ...]) -> None:
 def named_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What the commands name is there, where they are run."""
     images = ("disk.raw", "d.vhdx", "data.raw", "golden.raw", "install.iso")
-    for name in ("vmlinuz", "x.flat", "initrd.img", "FILE", "guest.state", *images):
+    for name in ("vmlinuz", "x.flat", "initrd.img", "FILE", "guest.state", "warm.state", "test", *images):
         (tmp_path / name).write_bytes(b"\0")
     for name in ("DIR", "modules"):
         (tmp_path / name).mkdir()
@@ -220,6 +224,7 @@ def known_flags() -> set[str]:
     parsers = [
         top.parser(),
         run.parser(),
+        warm.parser(),
         replay.parser(),
         explain.parser(),
         doctor.parser(),

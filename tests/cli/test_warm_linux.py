@@ -1,0 +1,186 @@
+"""`hvkvm warm` and `hvkvm run --from` with a stock Linux: a copy does what a guest that was booted does."""
+
+from __future__ import annotations
+
+import json
+import os
+import pty
+import signal
+import subprocess
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from time import monotonic, time
+
+import pytest
+from guest_artifacts import artifact
+from running_vm import SECONDS, command_line, ctl, environment
+
+import hvkvm
+from hvkvm.machine.outcome import Ending
+
+pytestmark = [pytest.mark.hyperv, pytest.mark.timeout(900)]
+
+
+def settings(*, vmbus: bool) -> list[object]:
+    common = ["--kernel", artifact("HVKVM_GUEST_KERNEL"), "--busybox", artifact("HVKVM_GUEST_BUSYBOX")]
+    bus = ["--vmbus", "on", "--modules-dir", artifact("HVKVM_GUEST_MODULES"), "--module", "hv_utils"]
+    return [*common, *(bus if vmbus else ())]
+
+
+def make(file: Path, *options: object) -> None:
+    line = command_line("warm", *options, "--timeout", SECONDS, "-o", file)
+    done = subprocess.run(line, capture_output=True, text=True, timeout=SECONDS, check=False)
+    assert done.returncode == 0, done
+    assert f"{file}: a warm guest, " in done.stderr
+
+
+@pytest.fixture(scope="module")
+def warm_files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """A guest with vsock for its streams, and one with serial ports alone, and nothing to see in /dev/mem."""
+    folder = tmp_path_factory.mktemp("warm")
+    blind = folder / "blind"
+    blind.write_text("#!/bin/sh\nexit 1\n")
+    blind.chmod(0o755)
+    files = {"vsock": folder / "vsock", "serial": folder / "serial"}
+    make(files["vsock"], *settings(vmbus=True))
+    make(files["serial"], *settings(vmbus=False), "--file", f"/bin/guest-orders={blind}")
+    return files
+
+
+def words(file: Path, script: str, *options: object) -> list[str]:
+    own = ("--from", file, "--quiet", "--timeout", SECONDS, *options)
+    return command_line("run", *own, "--", "sh", "-c", script)
+
+
+@contextmanager
+def running(line: list[str], runtime: Path) -> Iterator[subprocess.Popen[bytes]]:
+    process = subprocess.Popen(
+        line, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=environment(runtime)
+    )
+    try:
+        yield process
+    finally:
+        process.kill()
+        process.wait()
+
+
+@pytest.mark.parametrize("way", ["vsock", "serial"])
+def test_a_copy_runs_a_command_with_files_as_a_booted_guest_does(
+    way: str, warm_files: dict[str, Path], tmp_path: Path
+) -> None:
+    big = way == "vsock"
+    data, handed = os.urandom(500_001 if big else 3_001), os.urandom(300_000 if big else 3_000)
+    (tmp_path / "in").write_bytes(data)
+    (tmp_path / "tool").write_bytes(handed)
+    (tmp_path / "tool").chmod(0o750)
+    script = (
+        "tr '\\0' ' ' </proc/$PPID/cmdline >&2; cat; stat -c %a /opt/it/tool >&2; cat /opt/it/tool >&2;"
+        " ls /proc/self/fd | tr '\\n' ' ' >&2; exit 9"
+    )
+    with (tmp_path / "in").open("rb") as file:
+        line = words(warm_files[way], script, "--file", f"/opt/it/tool={tmp_path / 'tool'}")
+        result = subprocess.run(line, stdin=file, capture_output=True, timeout=SECONDS, check=False)
+    assert result.stderr == f"/bin/sh /session {way} 750\n".encode() + handed + b"0 1 2 3 "
+    assert (len(result.stdout), zlib.crc32(result.stdout)) == (len(data), zlib.crc32(data))
+    assert result.returncode == 9
+
+
+def test_copies_run_side_by_side_and_nothing_of_them_is_the_same(
+    warm_files: dict[str, Path], tmp_path: Path
+) -> None:
+    file = warm_files["vsock"]
+    before = file.stat()
+    random = "/proc/sys/kernel/random"
+    script = f"head -c 16 /dev/urandom | od -An -tx8; cat {random}/boot_id {random}/uuid; read line"
+    line = words(file, script)
+    with running(line, tmp_path) as one, running(line, tmp_path) as two:
+        seen = []
+        for process in (one, two):
+            assert process.stdout is not None
+            seen.append({word for _ in range(3) for word in process.stdout.readline().split()})
+            assert len(seen[-1]) == 4
+        assert not seen[0] & seen[1], "two copies have random numbers of their own"
+        listed = json.loads(ctl(tmp_path, "--json", "list").stdout)
+        assert {vm["pid"] for vm in listed} == {one.pid, two.pid}
+        assert len({vm["name"] for vm in listed}) == 2
+        for process in (one, two):
+            process.communicate(b"\n", timeout=SECONDS)
+            assert process.returncode == 0
+    after = file.stat()
+    assert (after.st_size, after.st_mtime_ns) == (before.st_size, before.st_mtime_ns)
+
+
+@pytest.mark.parametrize("way", ["vsock", "serial"])
+def test_the_clock_is_right_within_a_second(way: str, warm_files: dict[str, Path], tmp_path: Path) -> None:
+    with running(words(warm_files[way], "while read -r ask; do date +%s; done"), tmp_path) as process:
+        assert process.stdin is not None
+        assert process.stdout is not None
+        for _ in range(3):
+            before = time()
+            process.stdin.write(b"\n")
+            process.stdin.flush()
+            told = int(process.stdout.readline())
+            assert before - 2 <= told <= time() + 1, "whole seconds, cut off, and one that it may be wrong"
+        process.communicate(timeout=SECONDS)
+        assert process.returncode == 0
+
+
+def test_signals_reach_the_command_of_a_copy(warm_files: dict[str, Path], tmp_path: Path) -> None:
+    script = "trap 'echo caught; kill -9 $$' TERM; echo up; while :; do sleep 1000; done"
+    with running(words(warm_files["vsock"], script), tmp_path) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == b"up\n"
+        process.send_signal(signal.SIGTERM)
+        output, _errors = process.communicate(timeout=SECONDS)
+        assert (process.returncode, output) == (137, b"caught\n")
+
+
+def test_a_copy_has_a_terminal_if_asked(warm_files: dict[str, Path]) -> None:
+    leader, follower = pty.openpty()
+    process = subprocess.Popen(
+        words(warm_files["serial"], "tty; echo $TERM; read line; echo got $line", "-t"),
+        stdin=follower, stdout=follower, env={**os.environ, "TERM": "screen"},
+    )  # fmt: skip
+    os.close(follower)
+    try:
+        seen, end = b"", monotonic() + SECONDS
+        while b"screen" not in seen:
+            assert monotonic() < end
+            seen += os.read(leader, 4096)
+        os.write(leader, b"that\n")
+        while b"got that" not in seen:
+            seen += os.read(leader, 4096)
+        assert b"/dev/ttyS1" in seen
+        assert process.wait(SECONDS) == 0
+    finally:
+        process.kill()
+        process.wait()
+        os.close(leader)
+
+
+@pytest.mark.parametrize("cpus", [1, 2])
+def test_a_program_makes_and_copies_them(cpus: int, tmp_path: Path) -> None:
+    file = tmp_path / "warm"
+    config = hvkvm.MachineConfig(
+        kernel=artifact("HVKVM_GUEST_KERNEL"),
+        busybox=artifact("HVKVM_GUEST_BUSYBOX"),
+        cpus=cpus,
+        synic="user",
+        memory=256 << 20,
+        timeout=SECONDS,
+    )
+    heard = bytearray()
+    assert hvkvm.warm(config, file, on_console=heard.extend) == file.stat().st_size
+    assert b"hvkvm: init " in heard
+    for number in (3, 4):
+        copy = hvkvm.MachineConfig(
+            kernel=file, warm=file, command=("sh", "-c", f"nproc; exit {number}"), timeout=SECONDS
+        )
+        with hvkvm.Machine(copy) as machine:
+            said = bytearray()
+            machine.board.attach_sink(said.extend)
+            outcome = machine.run()
+        assert (outcome.ending, outcome.status) == (Ending.COMMAND_EXITED, number), said
+        assert bytes(said).split() == [str(cpus).encode()]
