@@ -46,6 +46,8 @@ _xfer_header = Struct("<HBBI")
 _xfer_range = Struct("<II")
 _gpa_header = Struct("<II")
 _gpa_range = Struct("<II")
+_gpa_one = Struct("<IIII")
+_gpa_page = Struct("<Q")
 
 
 class Packet(NamedTuple):
@@ -124,6 +126,22 @@ def parse_gpa_direct(packet: Packet, max_bytes: int) -> list[GpaRange] | None:
         ranges.append(GpaRange(length, offset, Struct(f"<{need}Q").unpack_from(header, at)))
         at = end
     return ranges
+
+
+def parse_gpa_range(header: bytes, max_bytes: int) -> GpaRange | None:
+    """The one range of a GPA-direct packet of at most `max_bytes`; None for none, several or a bad one.
+
+    As `parse_gpa_direct`, for protocols in which a second range has no meaning.
+    """
+    if len(header) < _gpa_one.size:
+        return None
+    _reserved, count, length, offset = _gpa_one.unpack_from(header)
+    need = (offset + length + 4095) >> 12
+    if count != 1 or offset >= 4096 or not 0 < length <= max_bytes or need * 8 > len(header) - _gpa_one.size:
+        return None
+    if need == 1:
+        return GpaRange(length, offset, _gpa_page.unpack_from(header, _gpa_one.size))
+    return GpaRange(length, offset, Struct(f"<{need}Q").unpack_from(header, _gpa_one.size))
 
 
 def transfer_page_header(set_id: int, ranges: list[TransferRange], *, owns_set: bool = False) -> bytes:

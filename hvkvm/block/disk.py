@@ -119,6 +119,11 @@ class Disk:
         except Stopped as error:
             self._answer(request, failure(error))
 
+    def poll(self) -> None:
+        """Answer now what has been answered on the loop: saves who submitted a batch the wait for a turn."""
+        if self._ready:
+            self._deliver()
+
     def stop(self, done: Callable[[], object]) -> None:
         """Take no more requests; `done()` on the loop once all are answered: guest memory is left alone then.
 

@@ -99,6 +99,8 @@ def range_views(memory: Ram, pfns: Sequence[int], offset: int, length: int) -> l
 
     The pages hold that many. GuestMemoryError for one outside RAM: they are a guest's words.
     """
+    if offset + length <= HV_HYP_PAGE_SIZE:
+        return [memory.view(pfns[0] * HV_HYP_PAGE_SIZE + offset, length)]
     found = []
     index, count = 0, len(pfns)
     while length > 0:

@@ -44,6 +44,10 @@ class Guest(NamedTuple):
     memory: int = 512
     testdev: bool = False
     hyperv: bool = True
+    disk: Path | None = None
+    """A raw image, on hv_storvsc under hvkvm."""
+    qemu_disk: str = "virtio-blk"
+    """What it is on under QEMU: virtio-blk or virtio-scsi."""
 
 
 def linux_append(vmm: str) -> str:
@@ -62,6 +66,7 @@ def command_line(vmm: str, guest: Guest) -> list[str]:
         words += ["--append", guest.append] if guest.append else []
         words += ["--device", "hyperv-testdev"] if guest.testdev and guest.hyperv else []
         words += ["--synic", "user"] if vmm == HVKVM_USER else []
+        words += ["--vmbus", "on", "--disk", str(guest.disk)] if guest.disk else []
         return words + ([] if guest.hyperv else ["--hv", "none"])
     machine = vmm.removeprefix("qemu-")
     # On a KVM without Hyper-V QEMU 7.2 may not start with -cpu host; a plain CPU model does for port exits.
@@ -72,6 +77,11 @@ def command_line(vmm: str, guest: Guest) -> list[str]:
     words += ["-serial", "stdio", "-no-reboot", "-kernel", str(guest.kernel)]
     words += ["-initrd", str(guest.initrd)] if guest.initrd else []
     words += ["-append", guest.append] if guest.append else []
+    if guest.disk is not None:
+        words += ["-drive", f"file={guest.disk},if=none,id=d,format=raw,cache=writeback,aio=threads"]
+        controller = ["-device", "virtio-scsi-pci"] if guest.qemu_disk == "virtio-scsi" else []
+        kind = "scsi-hd" if controller else "virtio-blk-pci"
+        words += [*controller, "-device", f"{kind},drive=d"]
     if guest.testdev:
         words += ["-device", "isa-debug-exit,iobase=0xf4,iosize=4"]
         words += ["-device", "hyperv-testdev"] if guest.hyperv else []

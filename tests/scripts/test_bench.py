@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 import sys
 import threading
 from pathlib import Path
@@ -17,6 +18,7 @@ from steps import (  # noqa: E402
     bench_count,
     bench_guest,
     bench_measure,
+    bench_storage,
     bench_synics,
     bench_table,
     bench_vmbus,
@@ -185,3 +187,23 @@ def test_console_lines_are_timed_by_the_guests_uptime() -> None:
 def test_console_lines_that_are_missing_are_no_figure(said: list[str], why: str) -> None:
     with pytest.raises(StepError, match=why):
         bench_console.milliseconds_a_line(said)
+
+
+def test_disks_are_compared_step_by_step() -> None:
+    """A row for each step and peer, and what the guest runs has a mark for each."""
+    steps = [bench_storage.Step(100.0, 1e6, 50, 2.0) for _ in bench_storage.STEPS]
+    slower = [step._replace(requests=50.0, bytes=5e5, exits=None) for step in steps]
+    rows = bench_storage.rows_of({"hvkvm": steps, "virtio-blk": slower, "virtio-scsi": steps})
+    assert len(rows) == 4 * len(bench_storage.STEPS)
+    assert {row.ratio for row in rows if row.peer_name == "virtio-blk"} == {2.0, None}
+    assert all(row.better == ("" if row.unit == "/op" else "more") for row in rows)
+    assert bench_storage.script(10).count("echo step") == len(bench_storage.STEPS) + 1
+
+
+def test_each_vmm_gets_the_disk() -> None:
+    guest = bench_vmm.Guest(Path("k"), disk=Path("d.raw"), qemu_disk="virtio-scsi")
+    assert "--disk d.raw" in " ".join(bench_vmm.command_line("hvkvm", guest))
+    if shutil.which("qemu-system-x86_64"):
+        words = " ".join(bench_vmm.command_line("qemu-q35", guest))
+        assert "file=d.raw" in words
+        assert "virtio-scsi-pci -device scsi-hd,drive=d" in words

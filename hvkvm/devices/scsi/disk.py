@@ -82,6 +82,9 @@ class ScsiDisk(Unit):
     def drain(self, done: Callable[[], object]) -> None:
         self.disk.drain(done)
 
+    def poll(self) -> None:
+        self.disk.poll()
+
     def power_on(self) -> None:
         super().power_on()
         self._started = True

@@ -110,6 +110,10 @@ class DvdDrive(Unit):
         else:
             self.disk.drain(done)
 
+    def poll(self) -> None:
+        if self.disk is not None:
+            self.disk.poll()
+
     def power_on(self) -> None:
         super().power_on()
         self.locked = False

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 
 from hvkvm.abi import scsi
 from hvkvm.devices.scsi.command import Command, Rejected
@@ -37,6 +37,11 @@ class Bus:
     def get(self, target: int, lun: int) -> Unit | None:
         """The unit there."""
         return self._units.get((target, lun))
+
+    @property
+    def units(self) -> Collection[Unit]:
+        """All of them, in no order; while none is added or removed."""
+        return self._units.values()
 
     def __iter__(self) -> Iterator[tuple[int, int, Unit]]:
         """Target, LUN and unit of each, in order."""

@@ -116,6 +116,9 @@ class Unit:
             raise StateError(f"{self.identity.serial}: {len(attentions)} unit attentions are too many")
         self._attentions[:] = attentions
 
+    def poll(self) -> None:
+        """Answer now the commands that need not wait: whoever executed a batch may ask for it."""
+
     def inspect(self) -> dict[str, object]:
         """What it is, and what it is at. Any thread."""
         return {"product": self.identity.product, "serial": self.identity.serial}

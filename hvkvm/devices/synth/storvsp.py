@@ -143,6 +143,11 @@ class Storvsp:
             return True
         return False
 
+    def poll(self) -> None:
+        """Answer now what need not wait."""
+        for unit in self._bus.units:
+            unit.poll()
+
     def control(self, channel: StorvspChannel, operation: int, payload: bytes, reply: Answer) -> None:
         """The handshake, resets, and what there is not."""
         if operation in (wire.RESET_ADAPTER, wire.RESET_BUS):

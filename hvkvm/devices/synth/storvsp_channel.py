@@ -17,7 +17,7 @@ from typing import NamedTuple, Protocol
 
 from hvkvm.abi import scsi
 from hvkvm.abi import storvsp as wire
-from hvkvm.abi.ring import VM_PKT_COMP, VM_PKT_DATA_USING_GPA_DIRECT, Packet, parse_gpa_direct
+from hvkvm.abi.ring import VM_PKT_COMP, VM_PKT_DATA_USING_GPA_DIRECT, Packet, parse_gpa_range
 from hvkvm.abi.storvsp import Srb
 from hvkvm.devices.scsi.command import Command, Reply
 from hvkvm.errors import GuestMemoryError
@@ -90,6 +90,10 @@ class Controller(Protocol):
         """Whether the handshake is over, so that requests are taken."""
         ...
 
+    def poll(self) -> None:
+        """Answer now what need not wait."""
+        ...
+
     def control(self, channel: StorvspChannel, operation: int, payload: bytes, reply: Answer) -> None:
         """Anything but a SCSI request: `reply(packet)` once, now or later."""
         ...
@@ -156,6 +160,7 @@ class StorvspChannel:
         try:
             self._send(io)
             self._receive(io)
+            self._controller.poll()
             self._send(io)
         finally:
             self._in_turn = False
@@ -261,11 +266,11 @@ class StorvspChannel:
             return []
         if packet.type != VM_PKT_DATA_USING_GPA_DIRECT:
             return None
-        ranges = parse_gpa_direct(packet, MAX_BYTES)
-        if ranges is None or len(ranges) != 1 or ranges[0].length < srb.length:
+        one = parse_gpa_range(packet.header, MAX_BYTES)
+        if one is None or one.length < srb.length:
             return None
         try:
-            return range_views(self._memory, ranges[0].pfns, ranges[0].offset, srb.length)
+            return range_views(self._memory, one.pfns, one.offset, srb.length)
         except GuestMemoryError:
             return None
 
