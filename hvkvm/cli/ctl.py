@@ -6,7 +6,7 @@ import os
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from hvkvm.cli import ctl_text
+from hvkvm.cli import ctl_net, ctl_text
 from hvkvm.cli.arguments import Parser, split_words
 from hvkvm.cli.ctl_client import MissingKey, Vm, find
 from hvkvm.cli.output import show
@@ -25,6 +25,7 @@ EPILOG = """verbs:
   break [KEYS]              break on the serial console; Linux takes the next key as SysRq
   nmi                       interrupt that cannot be masked, for --cpu N or for each
   save FILE                 the whole VM, for hvkvm run --restore FILE; it runs on
+  net list|stats            the NICs; add WIRE, remove NAME, link NAME up|down
   kvp get|set|delete|list   key-value exchange with the guest's daemon
   freeze, thaw              the guest's file systems, for a snapshot
   disk list|add|remove|...  disks and DVD drives, while the guest runs
@@ -48,6 +49,7 @@ SAVE_SECONDS = 600.0
 DISK_SECONDS = 60.0
 """An image that is taken away is flushed first."""
 LIST_SECONDS = 2.0
+ADDRESS_SECONDS = 2.0
 MOST_SECONDS = 24 * 3600.0
 
 _WITH_OPTIONS = ("shutdown", "keys", "kvp", "nmi", "disk")
@@ -94,6 +96,8 @@ def verb_parser(verb: str) -> Parser:
         parser.add_argument("words", nargs="*", metavar="WORD", help="see below")
         parser.add_argument("--cdrom", action="store_true", help="add a DVD drive")
         parser.add_argument("--force", action="store_true", help="eject what the guest holds")
+    elif verb == "net":
+        ctl_net.arguments(parser)
     elif verb == "kvp":
         parser.add_argument("what", choices=("get", "set", "delete", "list"))
         parser.add_argument("key", nargs="?", metavar="KEY")
@@ -179,7 +183,25 @@ def _list(options: Options) -> int:
 
 
 def _info(options: Options) -> int:
-    return _tell(options, _ask(options, "info"), ctl_text.info)
+    with find(options.vm) as vm:
+        info = vm.ask("info", options.timeout or 10.0)
+        if info["vmbus_version"] is not None:
+            info["addresses"] = _addresses(vm)
+    return _tell(options, info, ctl_text.info)
+
+
+def _addresses(vm: Vm) -> list[str]:
+    """The guest's, as its daemon for key-value exchange tells them; none where none runs."""
+    found: list[str] = []
+    for key in ("NetworkAddressIPv4", "NetworkAddressIPv6"):
+        try:
+            pairs = vm.ask("kvp", ADDRESS_SECONDS, what="get", pool="auto", key=key)["pairs"]
+        except VmGone:
+            raise
+        except HvkvmError:
+            continue
+        found += [address for _key, value in pairs for address in str(value).split(";") if address]
+    return found
 
 
 def _inspect(options: Options) -> int:
@@ -263,6 +285,11 @@ def _save(options: Options) -> int:
     return _tell(options, result, lambda result: f"saved to {ctl_text.harmless(result['file'])}")
 
 
+def _net(options: Options) -> int:
+    result = _ask(options, "net", ctl_net.SECONDS, **ctl_net.request(options))
+    return _tell(options, result, ctl_net.text_of(options))
+
+
 def _kvp(options: Options) -> int:
     what, key, value = options.what, options.key, options.value
     wanted = {"list": 0, "set": 2}.get(what, 1)
@@ -319,6 +346,7 @@ VERBS: dict[str, Callable[[Options], int]] = {
     "break": _break,
     "nmi": _nmi,
     "save": _save,
+    "net": _net,
     "kvp": _kvp,
     "freeze": _freeze,
     "thaw": _thaw,

@@ -20,6 +20,7 @@ SUMMARY = {
     "break": "Send a break on the serial console, which Linux takes for the SysRq key.",
     "nmi": "Send a non-maskable interrupt, as a server's NMI button does.",
     "save": "Write the whole VM to FILE; `hvkvm run --restore FILE` goes on from there.",
+    "net": "List NICs and what went over them; add and remove them, and pull their cables.",
     "kvp": "Read and write the pools of key-value exchange.",
     "freeze": "Freeze the guest's file systems, for a snapshot of its disks.",
     "thaw": "Thaw the guest's file systems.",
@@ -74,6 +75,8 @@ def info(result: dict[str, Any]) -> str:
 
 
 def _plain(value: object) -> str:
+    if isinstance(value, dict):
+        return ",".join(f"{key}={_plain(one)}" for key, one in value.items())
     if isinstance(value, list):
         return " ".join(map(_plain, value))
     return "none" if value in (None, "") else str(value)

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from hvkvm.errors import HostExhausted, Stopped
 from hvkvm.machine import control_guest, inspect
+from hvkvm.machine.control_net import NetControl
 from hvkvm.machine.outcome import Ending
 from hvkvm.observe.control_socket import Answer, ControlSocket
 from hvkvm.runtime.thread_start import start_thread
@@ -58,6 +59,7 @@ class Control:
             "wait": self._wait,
             "quit": self._quit,
             "disk": self._disk,
+            "net": NetControl(parts).handle,
             **control_guest.requests(parts, self.wait),
         }
         self._disks: DiskRequests | None = None

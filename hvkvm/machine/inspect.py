@@ -49,6 +49,9 @@ def config(config: MachineConfig) -> dict[str, Any]:
     """The configuration as plain values: paths are text, files a table."""
 
     def plain(value: Any) -> Any:
+        if isinstance(value, tuple) and hasattr(value, "_field_defaults"):  # a structured option
+            defaults = value._field_defaults
+            return {key: plain(one) for key, one in value._asdict().items() if one != defaults.get(key, ...)}  # type: ignore[attr-defined]
         if isinstance(value, tuple):
             return [plain(item) for item in value]
         return value if isinstance(value, bool | int | float | str | None) else str(value)

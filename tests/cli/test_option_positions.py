@@ -38,6 +38,7 @@ WORDS: dict[str, list[list[str]]] = {
     "ctl time": [["sync"]],
     "ctl keys": [[], ["a b"], ["-"]],
     "ctl disk": [["list"], ["add", "FILE"], ["resize", "disk0", "1G"], ["eject", "-"]],
+    "ctl net": [["list"], ["add", "user"], ["link", "net0", "down"]],
     "ctl kvp": [["get", "KEY"], ["set", "KEY", "VALUE"], ["list"], ["set", "KEY", "-1"]],
 }
 PARSERS: dict[str, Parser] = {

@@ -1,0 +1,150 @@
+"""`hvkvm run --net` and `hvkvm ctl net` as real processes, with a guest that has no driver."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import guest_images
+import pytest
+from running_vm import RunningVm, command_line, running_vm
+
+from tests.net.conftest import needs_taps
+
+pytestmark = pytest.mark.kvm
+
+NO_PASST = pytest.mark.skipif(shutil.which("passt") is None, reason="no passt; make setup installs it")
+
+
+def options(*more: object) -> tuple[object, ...]:
+    kernel = guest_images.image("agent")
+    return ("--kernel", kernel, "--memory", "64M", "--synic", "user", "--vmbus", "on", "--quiet", *more)
+
+
+def refused(*more: object) -> str:
+    done = subprocess.run(
+        command_line("run", *options(*more)), capture_output=True, text=True, timeout=60, check=False
+    )
+    assert done.returncode == 2, done
+    assert done.stderr.count("\n") == 1, done.stderr
+    return done.stderr
+
+
+def nics(vm: RunningVm) -> dict[str, dict[str, object]]:
+    return {nic["name"]: nic for nic in vm.json("net", "list")}
+
+
+def test_nics_are_listed_added_and_removed(tmp_path: Path) -> None:
+    wire = tmp_path / "wire"
+    capture = tmp_path / "wire.pcapng"
+    words = f"listen={wire},pcap={capture},mac=02:00:00:00:00:07"
+    with running_vm(tmp_path, *options("--name", "one", "--net", words)) as vm:
+        vm.wait_until_listening()
+        assert nics(vm)["net0"] == {
+            "name": "net0", "mac": "02:00:00:00:00:07", "driver": False, "kind": "socket", "up": False,
+            "mtu": 65521, "peer": "none", "pcap": str(capture),
+        }  # fmt: skip
+        table = vm.ctl("net", "list").splitlines()
+        assert table[0].split() == ["NAME", "MAC", "LINK", "DRIVER", "MTU", "WIRE"]
+        assert table[1].split() == ["net0", "02:00:00:00:00:07", "down", "no", "65521", "socket"]
+
+        with socket.socket(socket.AF_UNIX) as peer:
+            peer.connect(str(wire))
+            peer.sendall((60).to_bytes(4, "big") + bytes(60))
+            while not nics(vm)["net0"]["up"]:
+                pass
+            assert vm.ctl("net", "link", "net0", "down") == "net0 is down\n"
+            assert not nics(vm)["net0"]["up"]
+            assert vm.ctl("net", "link", "net0", "up") == "net0 is up\n"
+        assert "net0 wire received_dropped " in vm.ctl("net", "stats")
+        assert vm.json("net", "stats")[0]["wire"]["kind"] == "socket"
+        assert "network:" in vm.ctl("inspect")
+        assert "listen=" in vm.ctl("info")
+
+        os.chdir(tmp_path)
+        second = tmp_path / "second"
+        assert vm.ctl("net", "add", "listen=second").startswith("net1 added, MAC 02:")
+        assert second.exists()
+        assert set(nics(vm)) == {"net0", "net1"}
+        # The MAC is the VM's name's, and another NIC has another.
+        assert nics(vm)["net1"]["mac"] != nics(vm)["net0"]["mac"]
+        assert vm.ctl("net", "remove", "net0") == "net0 removed\n"
+        assert not wire.exists()
+        assert set(nics(vm)) == {"net1"}
+        assert "no such NIC; there are net1" in vm.ctl("net", "remove", "net0", status=2)
+        assert "exists and is no socket" in vm.ctl("net", "add", f"listen={capture}", status=1)
+        assert "an fd is of the process" in vm.ctl("net", "add", "fd=3", status=2)
+        assert "takes NAME up or NAME down" in vm.ctl("net", "link", "net1", status=2)
+        vm.ctl("quit")
+        vm.finish()
+    assert not second.exists()
+
+
+@NO_PASST
+@pytest.mark.parametrize("how", [None, signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+def test_nothing_is_left_of_a_run_however_it_ends(tmp_path: Path, how: signal.Signals | None) -> None:
+    wire = tmp_path / "wire"
+    with running_vm(tmp_path, *options("--net", "user", "--net", f"listen={wire}")) as vm:
+        vm.wait_until_listening()
+        pid = vm.json("net", "stats")[0]["wire"]["passt"]
+        fd = os.pidfd_open(pid)
+        if how is None:
+            vm.ctl("quit")
+        else:
+            vm.process.send_signal(how)
+        vm.finish()
+        import select
+
+        assert select.select([fd], [], [], 30)[0], Path(f"/proc/{pid}/status").read_text()
+        os.close(fd)
+    assert not wire.exists() or how is signal.SIGKILL  # a dead one's socket is replaced by who wants the name
+    if how is signal.SIGKILL:
+        (tmp_path / "again").mkdir()
+        with running_vm(tmp_path / "again", *options("--net", f"listen={wire}")) as vm:
+            vm.wait_until_listening()
+            assert nics(vm)["net0"]["kind"] == "socket"
+
+
+@NO_PASST
+def test_a_bad_flag_leaves_nothing(tmp_path: Path) -> None:
+    before = subprocess.run(["pgrep", "-x", "passt"], capture_output=True, text=True, check=False).stdout
+    wire = tmp_path / "wire"
+    text = refused("--net", "user", "--net", f"listen={wire}", "--net", "tap=no-such-tap")
+    assert "--net tap=no-such-tap: no such interface" in text
+    assert not wire.exists()
+    after = subprocess.run(["pgrep", "-x", "passt"], capture_output=True, text=True, check=False).stdout
+    assert set(after.split()) <= set(before.split())
+
+
+@needs_taps
+def test_a_tap_is_made_with_what_was_asked_for_and_goes_with_its_nic(tmp_path: Path, netns) -> None:
+    words = f"create,netns={netns.name},ip=198.51.100.1/24,mtu=9000"
+    with running_vm(tmp_path, *options("--net", words)) as vm:
+        vm.wait_until_listening()
+        (shown,) = json.loads(netns.run("ip", "-j", "addr", "show", "hvkvm0"))
+        assert shown["mtu"] == 9000
+        assert "198.51.100.1" in [address.get("local") for address in shown["addr_info"]]
+        vm.ctl("net", "add", f"create,netns={netns.name},name=other")
+        assert netns.interfaces() == {"lo", "hvkvm0", "other"}
+        vm.ctl("net", "remove", "net0")
+        assert netns.interfaces() == {"lo", "other"}
+        vm.ctl("quit")
+        vm.finish()
+    assert netns.interfaces() == {"lo"}
+
+
+def test_what_cannot_be_is_one_line(tmp_path: Path) -> None:
+    assert "choose user, create, tap=NAME" in refused("--net", "mac=02:00:00:00:00:01")
+    assert "--net fd=77: is not open" in refused("--net", "fd=77")
+    assert "no folder /no-such-folder" in refused("--net", "socket=/no-such-folder/wire")
+    done = subprocess.run(
+        [sys.executable, "-m", "hvkvm", "run", "--kernel", guest_images.image("agent"), "--net", "user"],
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert (done.returncode, "add --vmbus on" in done.stderr) == (2, True)
