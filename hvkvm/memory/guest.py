@@ -17,14 +17,14 @@ import ctypes
 import os
 from collections.abc import Iterator
 from types import TracebackType
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 from hvkvm.abi.board import RAM_HIGH_BASE, RAM_LOW_LIMIT
 from hvkvm.errors import GuestMemoryError
+from hvkvm.memory.address_space import AddressSpace, SlotOwner
 from hvkvm.memory.mapping import PAGE_SIZE, Mapping, punch, sealed_memfd
 from hvkvm.memory.overlay_stacks import OverlayStacks
 from hvkvm.memory.private import PrivateMapping
-from hvkvm.memory.slots import SlotAllocator
 
 # The GIL stays held: `close()` on another thread cannot unmap the target halfway. Without a GIL the order of
 # closing alone sees to that: who may write has ended before.
@@ -36,15 +36,6 @@ _PIECE = 1 << 20
 
 HUGE_PAGE_SIZE = 2 << 20
 """Alignment of RAM's host addresses: gpa and hva agree modulo this, so huge pages can back both."""
-
-
-class SlotOwner(Protocol):
-    """What memory needs of a VM: KVM_SET_USER_MEMORY_REGION, size 0 deletes; and how many slots there are."""
-
-    @property
-    def memory_slots(self) -> int: ...
-
-    def set_user_memory_region(self, slot: int, gpa: int, size: int, hva: int, flags: int = 0) -> None: ...
 
 
 class RamRegion(NamedTuple):
@@ -78,9 +69,8 @@ class GuestMemory:
     def __init__(self, vm: SlotOwner, size: int, source: RamSource | None = None) -> None:
         if size <= 0 or size % PAGE_SIZE:
             raise ValueError(f"guest RAM of {size} bytes: not a positive multiple of {PAGE_SIZE}")
-        self.vm = vm
         self.size = size
-        self.slots = SlotAllocator(vm.memory_slots)
+        self.space = AddressSpace(vm)
         self._low_end = self._high_end = 0
         self._maps: list[Mapping] = []
         regions = []
@@ -96,8 +86,7 @@ class GuestMemory:
                 else:
                     mapping = PrivateMapping(source.fd, source.offset + offset, length, align=HUGE_PAGE_SIZE)
                 self._maps.append(mapping)
-                slot = self.slots.take()
-                vm.set_user_memory_region(slot, gpa, length, mapping.hva)
+                slot = self.space.show(gpa, length, mapping.hva)
                 regions.append(RamRegion(gpa, length, mapping.hva, slot))
         except BaseException:
             self.close()
@@ -105,7 +94,7 @@ class GuestMemory:
         self.regions = tuple(regions)
         self._low_end = low
         self._high_end = RAM_HIGH_BASE + size - low if size > low else 0
-        self.overlays = OverlayStacks(self)
+        self.overlays = OverlayStacks(self.space, self)
         """Which overlay pages lie where; `OverlayPage` alone uses it."""
 
     def _locate(self, gpa: int, n: int) -> tuple[Mapping, int]:

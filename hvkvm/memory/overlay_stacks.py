@@ -16,14 +16,11 @@ from __future__ import annotations
 
 import errno
 import threading
-from typing import TYPE_CHECKING, Protocol
+from typing import Protocol
 
 from hvkvm.errors import KvmIoctlError
+from hvkvm.memory.address_space import AddressSpace, NoSlotLeft
 from hvkvm.memory.mapping import PAGE_SIZE, Mapping
-from hvkvm.memory.slots import NoSlotLeft
-
-if TYPE_CHECKING:
-    from hvkvm.memory.guest import GuestMemory
 
 
 class Layer(Protocol):
@@ -32,20 +29,24 @@ class Layer(Protocol):
     fd: int
 
 
+class Ram(Protocol):
+    """What is needed of RAM: see `guest.GuestMemory`."""
+
+    def contains(self, gpa: int, n: int) -> bool: ...
+
+    def show_page(self, gpa: int, fd: int) -> None: ...
+
+    def restore_page(self, gpa: int) -> None: ...
+
+
 class _Window:
     """A one-page memory slot outside RAM and the host page behind it."""
 
-    def __init__(self, memory: GuestMemory, gpa: int, fd: int) -> None:
-        self._memory = memory
-        self._gpa = gpa
+    def __init__(self, space: AddressSpace, gpa: int, fd: int) -> None:
+        self._space = space
         self._mapping = Mapping(fd, 0, PAGE_SIZE)
         try:
-            self._slot = memory.slots.take()
-            try:
-                memory.vm.set_user_memory_region(self._slot, gpa, PAGE_SIZE, self._mapping.hva)
-            except BaseException:
-                memory.slots.give_back(self._slot)
-                raise
+            self._slot = space.show(gpa, PAGE_SIZE, self._mapping.hva)
         except BaseException:
             self._mapping.close()
             raise
@@ -54,16 +55,16 @@ class _Window:
         self._mapping.show(0, PAGE_SIZE, fd, 0)
 
     def close(self) -> None:
-        self._memory.vm.set_user_memory_region(self._slot, self._gpa, 0, self._mapping.hva)
-        self._memory.slots.give_back(self._slot)
+        self._space.hide(self._slot)
         self._mapping.close()
 
 
 class OverlayStacks:
     """The stack of overlay pages at each gpa that has any."""
 
-    def __init__(self, memory: GuestMemory) -> None:
-        self._memory = memory
+    def __init__(self, space: AddressSpace, ram: Ram) -> None:
+        self._space = space
+        self._ram = ram
         self._lock = threading.Lock()
         self._stacks: dict[int, list[Layer]] = {}
         self._windows: dict[int, _Window] = {}
@@ -89,13 +90,13 @@ class OverlayStacks:
 
     def _lay(self, page: Layer, gpa: int) -> bool:
         stack = self._stacks.get(gpa, [])
-        if self._memory.contains(gpa, PAGE_SIZE):
-            self._memory.show_page(gpa, page.fd)
+        if self._ram.contains(gpa, PAGE_SIZE):
+            self._ram.show_page(gpa, page.fd)
         elif stack:
             self._windows[gpa].show(page.fd)
         else:
             try:
-                self._windows[gpa] = _Window(self._memory, gpa, page.fd)
+                self._windows[gpa] = _Window(self._space, gpa, page.fd)
             except NoSlotLeft:
                 return False
             except KvmIoctlError as error:
@@ -111,11 +112,11 @@ class OverlayStacks:
         window = self._windows.get(gpa)
         if shown and stack:
             if window is None:
-                self._memory.show_page(gpa, stack[-1].fd)
+                self._ram.show_page(gpa, stack[-1].fd)
             else:
                 window.show(stack[-1].fd)
         elif shown and window is None:
-            self._memory.restore_page(gpa)
+            self._ram.restore_page(gpa)
         elif shown and window is not None:
             window.close()
             del self._windows[gpa]

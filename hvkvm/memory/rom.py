@@ -24,13 +24,12 @@ class Rom:
     def __init__(self, memory: GuestMemory, gpa: int, content: bytes) -> None:
         self.gpa = gpa
         self.size = len(content)
-        self._memory = memory
-        self._shown = False
+        self._space = memory.space
+        self._slot: int | None = None
         self._fd = sealed_memfd("hvkvm-rom", self.size)
         try:
             self._mapping = Mapping(self._fd, 0, self.size)
             self._mapping.root[:] = content
-            self._slot = memory.slots.take()
             self.show(shown=True)
         except BaseException:
             os.close(self._fd)
@@ -38,11 +37,11 @@ class Rom:
 
     def show(self, *, shown: bool) -> None:
         """Have the guest see it, or have every access exit as MMIO. Any thread; KvmIoctlError."""
-        if shown != self._shown:
-            size = self.size if shown else 0
-            vm = self._memory.vm
-            vm.set_user_memory_region(self._slot, self.gpa, size, self._mapping.hva, KVM_MEM_READONLY)
-            self._shown = shown
+        if shown and self._slot is None:
+            self._slot = self._space.show(self.gpa, self.size, self._mapping.hva, KVM_MEM_READONLY)
+        elif not shown and self._slot is not None:
+            self._space.hide(self._slot)
+            self._slot = None
 
     def view(self) -> memoryview:
         """Its bytes, to read and to write."""

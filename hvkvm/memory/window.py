@@ -18,14 +18,12 @@ class Window:
     """`size` bytes, rounded up to whole pages, at `gpa`, outside RAM. Raises OSError, KvmIoctlError."""
 
     def __init__(self, memory: GuestMemory, gpa: int, size: int) -> None:
-        self._memory = memory
-        self._gpa = gpa
+        self._space = memory.space
         self._size = whole = -(-size // PAGE_SIZE) * PAGE_SIZE
         self._fd = sealed_memfd("hvkvm-window", whole)
         try:
             self._map = Mapping(self._fd, 0, whole)
-            self._slot = memory.slots.take()
-            memory.vm.set_user_memory_region(self._slot, gpa, whole, self._map.hva)
+            self._slot = self._space.show(gpa, whole, self._map.hva)
         except BaseException:
             os.close(self._fd)
             raise
@@ -43,7 +41,6 @@ class Window:
         fd, self._fd = self._fd, -1
         if fd < 0:
             return
-        self._memory.vm.set_user_memory_region(self._slot, self._gpa, 0, self._map.hva)
-        self._memory.slots.give_back(self._slot)
+        self._space.hide(self._slot)
         self._map.close()
         os.close(fd)
