@@ -3,7 +3,7 @@ PYTHON := .venv/bin/python
 CMD ?= $(PYTHON) -m hvkvm doctor
 SOURCES := hvkvm tests scripts kvm_headers
 
-.PHONY: help setup run test check bench soak soak-disks soak-vmbus soak-state soak-synic abi lab clean
+.PHONY: help setup run test check bench soak soak-disks soak-vmbus soak-state soak-synic soak-linux abi lab clean
 help: ## this list
 	@sed -n 's/^\([a-z]*\):.*## /\1	/p' Makefile | expand -t 10
 
@@ -30,7 +30,7 @@ check: setup ## style, types, import directions, the ABI table
 bench: setup ## measure hvkvm beside QEMU (ARGS="--runs 3 --only boot --json")
 	@scripts/bench $(ARGS)
 
-soak: soak-disks soak-vmbus soak-state soak-synic ## the long runs: disks, VMBus, saved VMs, the SynIC (ARGS: pytest's)
+soak: soak-disks soak-vmbus soak-state soak-synic soak-linux ## the long runs: disks, VMBus, saved VMs, SynIC, Linux (ARGS: pytest's)
 
 soak-disks: setup
 	@HVKVM_SOAK=1 $(PYTHON) -m pytest -v tests/soak/test_soak_disks.py $(ARGS)
@@ -44,6 +44,10 @@ soak-state: setup
 soak-synic: setup
 	@HVKVM_SOAK=1 HVKVM_REQUIRE=hyperv scripts/lab --timeout 0 -- $(PYTHON) -m pytest -v \
 		tests/soak/test_soak_synic.py tests/soak/test_soak_command.py $(ARGS)
+
+soak-linux: setup
+	@HVKVM_SOAK=1 HVKVM_REQUIRE=hyperv scripts/lab --timeout 0 -- $(PYTHON) -m pytest -v -m hyperv \
+		tests/vmbus tests/state/test_saved_linux.py $(ARGS)
 
 abi: setup ## take the layout table anew from this machine's kernel headers
 	$(PYTHON) kvm_headers/probe.py --write

@@ -32,7 +32,7 @@ def words(way: str, script: str, *options: object) -> list[str]:
     own = ("--vmbus", "on", *VSOCK.get(way, ()))
     if way in VSOCK:
         own += ("--modules-dir", artifact("HVKVM_GUEST_MODULES"))
-    limit = ("--timeout", SECONDS, "--quiet")
+    limit = ("--timeout", SECONDS, "--quiet", "--append", "quiet")
     return command_line("run", *common, *own, *limit, *options, "--", "sh", "-c", script)
 
 

@@ -25,10 +25,10 @@ def kernel_options() -> tuple[object, ...]:
 
 @pytest.fixture
 def linux(hvkvm: Hvkvm) -> Boot:
-    """linux(*options, command=(...)) boots the guest kernel; returns the process and its JSON record."""
+    """linux(*options, append="", command=(...)) boots the kernel; returns the process and its JSON record."""
 
     def boot(
-        *options: object, command: tuple[str, ...] = ()
+        *options: object, append: str = "", command: tuple[str, ...] = ()
     ) -> tuple[subprocess.CompletedProcess[str], dict[str, object]]:
         arguments = [
             "run",
@@ -37,7 +37,8 @@ def linux(hvkvm: Hvkvm) -> Boot:
             "--busybox",
             artifact("HVKVM_GUEST_BUSYBOX"),
         ]
-        arguments += ["--timeout", SECONDS, "--json", *options]
+        # The console takes most of a noisy boot's time, and dmesg has it all.
+        arguments += ["--timeout", SECONDS, "--json", "--append", f"quiet {append}", *options]
         result = hvkvm(*arguments, *(("--", *command) if command else ()), timeout=700)
         assert result.stderr, result
         record = json.loads(result.stderr.splitlines()[-1])
@@ -62,7 +63,7 @@ def test_a_command_runs_under_all_enlightenments_and_returns_its_status(linux: B
 
 def test_every_cpu_comes_up_and_their_ipis_and_timers_work(linux: Boot) -> None:
     script = "nproc; for i in 1 2 4 8; do taskset $i sleep 0.1 & done; wait; grep HVS: /proc/interrupts"
-    result, _record = linux("--cpus", "4", "--append", "quiet", command=("sh", "-c", script))
+    result, _record = linux("--cpus", "4", command=("sh", "-c", script))
     assert result.returncode == 0, result
     lines = result.stdout.splitlines()
     assert "4" in lines
@@ -72,7 +73,7 @@ def test_every_cpu_comes_up_and_their_ipis_and_timers_work(linux: Boot) -> None:
 
 def test_the_kernels_hyperv_driver_finds_the_bus_and_uses_the_synic(linux: Boot) -> None:
     result, record = linux(
-        "--modules-dir", artifact("HVKVM_GUEST_MODULES"), "--module", "hv_vmbus", "--append", "quiet",
+        "--modules-dir", artifact("HVKVM_GUEST_MODULES"), "--module", "hv_vmbus",
         command=("dmesg",),
     )  # fmt: skip
     assert result.returncode == 0, result
@@ -84,16 +85,14 @@ def test_the_kernels_hyperv_driver_finds_the_bus_and_uses_the_synic(linux: Boot)
 
 
 def test_a_panic_is_255_with_the_guests_own_words(linux: Boot) -> None:
-    result, record = linux(
-        "--append", "quiet", command=("sh", "-c", "echo c > /proc/sysrq-trigger; sleep 100")
-    )
+    result, record = linux(command=("sh", "-c", "echo c > /proc/sysrq-trigger; sleep 100"))
     assert (result.returncode, record["ending"]) == (255, "guest panic"), result
     assert "sysrq triggered crash" in str(record["detail"])
 
 
 def test_a_panic_is_told_from_its_form_where_no_register_tells_of_it(linux: Boot) -> None:
     script = "echo c > /proc/sysrq-trigger; sleep 100"
-    result, record = linux("--hv", "none", "--append", "quiet", command=("sh", "-c", script))
+    result, record = linux("--hv", "none", command=("sh", "-c", script))
     assert (result.returncode, record["ending"]) == (255, "guest panic"), result
     assert record["detail"] == "Kernel panic - not syncing: sysrq triggered crash"
 
@@ -105,7 +104,7 @@ def test_a_panic_is_told_from_its_form_where_no_register_tells_of_it(linux: Boot
 def test_ways_to_reboot_behind_words_about_a_panic(linux: Boot, append: str, ending: str) -> None:
     words = "(dmesg | tail; echo 'Kernel panic - not syncing: in a log') >/dev/console; dmesg -n 1"
     command = ("sh", "-c", f"{words}; exec reboot -f")
-    result, record = linux("--append", append, "--no-reboot", command=command)
+    result, record = linux("--no-reboot", append=append, command=command)
     assert record["ending"] == ending, result
     assert ("reboot=triple has Linux reset so" in str(record["detail"])) == (append == "reboot=triple")
 
@@ -129,7 +128,7 @@ def test_a_reboot_starts_the_guest_again() -> None:
 
 
 def test_no_reboot_ends_the_run(linux: Boot) -> None:
-    result, record = linux("--append", "quiet", "--no-reboot", command=("reboot", "-f"))
+    result, record = linux("--no-reboot", command=("reboot", "-f"))
     assert (result.returncode, record["ending"]) == (0, "reset"), result
 
 

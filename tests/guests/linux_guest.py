@@ -31,6 +31,8 @@ KERNELS = {
     "newer": ("HVKVM_NEWER_KERNEL", "HVKVM_NEWER_MODULES"),
 }
 """Those that every test of a stock guest boots."""
+MAIN_KERNELS = tuple(KERNELS) if os.environ.get("HVKVM_SOAK") else ("newer",)
+"""For tests of minutes; all of them in a soak."""
 NEWEST = {"newest": ("HVKVM_NEWEST_KERNEL", "HVKVM_NEWEST_MODULES")}
 """For the few tests that a boot more is worth."""
 T = TypeVar("T")

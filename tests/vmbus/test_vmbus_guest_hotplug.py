@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 from linux_daemons import DISK, WRITE, WRITTEN, ask, daemons
-from linux_guest import KERNELS, LinuxGuest, linux_guest
+from linux_guest import MAIN_KERNELS, LinuxGuest, linux_guest
 from linux_programs import program
 from linux_shell import SHELL, Shell
 from linux_vmbus import (
@@ -216,7 +216,7 @@ def channels(guest: LinuxGuest) -> list[tuple[Any, ...]]:
     )
 
 
-@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("kernel", MAIN_KERNELS)
 def test_devices_in_use_are_withdrawn_and_offered_again(kernel: str) -> None:
     files = {**daemons(), "/vsock": program("vsock")}
     with linux_guest(

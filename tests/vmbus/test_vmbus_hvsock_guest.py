@@ -14,7 +14,7 @@ from time import monotonic
 from typing import Any
 
 import pytest
-from linux_guest import KERNELS, LinuxGuest, linux_guest
+from linux_guest import KERNELS, MAIN_KERNELS, LinuxGuest, linux_guest
 from linux_programs import program
 from linux_shell import SHELL, Shell
 
@@ -129,7 +129,7 @@ def vsock_guest(path: Path, **options: Any) -> Any:
     )
 
 
-@pytest.mark.parametrize("kernel", KERNELS)
+@pytest.mark.parametrize("kernel", MAIN_KERNELS)
 def test_streams_arrive_unchanged_and_end_with_the_machine(tmp_path: Path, kernel: str) -> None:
     path = tmp_path / "v"
     with vsock_guest(path, kernel=kernel) as guest:
