@@ -21,6 +21,7 @@ VERBS = {
     "disk": "look at disk images, make, copy, check and compact them",
     "explain": "put VMBus traffic into words: recordings, messages in hexadecimal",
     "replay": "play a recording's guest against this hvkvm, and name the first difference",
+    "conform": "hold a VMM to what a guest may expect of Hyper-V's interfaces",
     "doctor": "check what this machine's KVM can do, with the remedy for what is missing",
     "features": "list the Hyper-V enlightenments and what this host supports of them",
     "trace": "show the KVM ioctls of another program, decoded",

@@ -17,7 +17,7 @@ from typing import NamedTuple
 import pytest
 
 import hvkvm as package
-from hvkvm.cli import VERBS, ctl, disk, doctor, explain, features, replay, run, top, trace, warm
+from hvkvm.cli import VERBS, conform, ctl, disk, doctor, explain, features, replay, run, top, trace, warm
 from hvkvm.cli.arguments import split_command
 from hvkvm.errors import ConfigError
 from hvkvm.hyperv.features import parse_features
@@ -94,6 +94,7 @@ def every_command() -> list[Command]:
         ("warm.EPILOG", warm.EPILOG),
         ("trace.EPILOG", trace.EPILOG),
         ("explain.EPILOG", explain.EPILOG),
+        ("conform.EPILOG", conform.EPILOG),
     ):
         examples = [line for line in text.splitlines() if line.startswith("  hvkvm ")]
         found += commands_of(name, 1, examples)
@@ -130,6 +131,8 @@ def check_hvkvm(words: tuple[str, ...]) -> None:
             ctl.parse(rest)
     elif verb == "disk":
         disk.parse(rest)
+    elif verb == "conform":
+        conform.parse(rest)
     elif verb == "top":
         top.parse(rest)
     elif verb == "replay":
@@ -222,6 +225,7 @@ def test_a_cheap_one_runs(hvkvm: Hvkvm, words: tuple[str, ...]) -> None:
 
 def known_flags() -> set[str]:
     parsers = [
+        conform.parser(),
         top.parser(),
         run.parser(),
         warm.parser(),

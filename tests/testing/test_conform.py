@@ -1,0 +1,105 @@
+"""`hvkvm conform`: hvkvm keeps the rules, a VMM that does not is found out, and every format says so."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import xml.etree.ElementTree as ET
+
+import pytest
+
+from hvkvm.errors import ConfigError, HvkvmError
+from hvkvm.testing import conform
+from hvkvm.testing.conform_rules import FAULT, RULES
+
+SECONDS = 600
+
+
+def hvkvm(*words: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "hvkvm", "conform", *words]
+    return subprocess.run(command, capture_output=True, text=True, check=False, timeout=SECONDS)
+
+
+def output(changes: dict[int, int | None]) -> bytes:
+    """What a guest prints that sees what is right, but for `changes`."""
+    lines = []
+    for number, rule in enumerate(RULES):
+        value = changes.get(number, rule.expected[0])
+        if value is not None:
+            kind, shown = ("F", value - FAULT) if value & FAULT else ("R", value)
+            lines.append(f"{kind} {number:x} {shown:x}\r\n")
+    return "noise\r\n".join(["", *lines, "END\r\n"]).encode()
+
+
+def test_findings_say_what_is_right_and_what_is_not() -> None:
+    good = conform.findings(output({}))
+    assert all(one.verdict == "ok" for one in good)
+    assert conform.summary(good) == f"{len(RULES)} ok"
+    bus = next(n for n, rule in enumerate(RULES) if rule.name == "S50")
+    found = conform.findings(output({3: 7, 4: FAULT + 6, 5: None, bus: 18}))
+    assert [found[n].verdict for n in (3, 4, 5, bus)] == ["not ok", "not ok", "no answer", "absent"]
+    table = "\n".join(conform.table(found))
+    assert "SVERSION is 1" in table
+    assert "7, not 1" in table
+    assert "exception 6, not 0" in table
+    lines = list(conform.tap(found))
+    assert f"1..{len(RULES)}" in lines
+    assert "not ok 4 - TLFS 11.8: SVERSION is 1" in lines
+    assert any(line.startswith(f"ok {bus + 1} ") and line.endswith("# SKIP not offered") for line in lines)
+    suite = ET.fromstring(conform.junit(found, "x"))
+    assert (suite.get("failures"), suite.get("skipped")) == ("3", "1")
+    assert conform.as_json(found)[3]["seen"] == "7"
+
+
+@pytest.mark.parametrize("vmm", ["true", "echo 'x"])
+def test_a_command_without_the_image_or_its_quote_is_refused(vmm: str) -> None:
+    with pytest.raises(ConfigError, match="--vmm"):
+        conform.command_of(vmm)
+
+
+def test_a_program_that_is_not_there_is_told() -> None:
+    with pytest.raises(HvkvmError, match="install it"):
+        conform.run(["/no/such/vmm"], 1)
+
+
+def test_a_vmm_that_says_nothing_is_ended() -> None:
+    found, _printed = conform.run(["sleep", "1000"], 0.2)
+    assert all(one.seen is None for one in found)
+    result = hvkvm("--vmm", "echo hello {kernel}")
+    assert (result.returncode, result.stdout) == (69, "")
+    assert "hello /" in result.stderr
+
+
+@pytest.mark.kvm
+def test_hvkvm_keeps_every_rule_with_its_own_synic() -> None:
+    result = hvkvm("--synic", "user", "--format", "json")
+    rows = json.loads(result.stdout)
+    assert [row for row in rows if row["verdict"] != "ok"] == []
+    assert len(rows) == len(RULES)
+    assert result.returncode == 0
+
+
+@pytest.mark.kvm
+def test_a_machine_without_enlightenments_is_found_out() -> None:
+    """Every rule gets an answer, and those about Hyper-V are broken."""
+    command = f"{sys.executable} -m hvkvm run --quiet --control off --hv none --memory 64M --no-reboot"
+    result = hvkvm("--vmm", f"{command} --kernel {{kernel}}")
+    assert result.returncode == 1
+    assert "0x40000000 counts to 0x40000005" in result.stdout
+    assert "exception 13" in result.stdout
+
+
+@pytest.mark.hyperv
+def test_hvkvm_keeps_every_rule_with_kvms_synic_and_qemu_those_it_keeps() -> None:
+    result = hvkvm("--synic", "kernel", "--format", "tap")
+    wrong = [line for line in result.stdout.splitlines() if line.startswith("not ok")]
+    assert (wrong, result.returncode) == ([], 0), result
+    if shutil.which("qemu-system-x86_64") is None or not os.access("/dev/kvm", os.W_OK):
+        return
+    rows = json.loads(hvkvm("--vmm", "qemu", "--format", "json").stdout)
+    verdicts = {row["title"]: row["verdict"] for row in rows}
+    assert verdicts["SVERSION is 1"] == "ok"
+    assert "no answer" not in verdicts.values(), rows
