@@ -257,6 +257,15 @@ class MachineConfig(NamedTuple):
             "record the VMBus as pcapng, for `hvkvm explain` and Wireshark",
         ),
     ] = ()
+    timeline: Annotated[
+        Path | None,
+        Field(
+            PathName(),
+            "--timeline FILE.svg|FILE.json",
+            "draw the run: phases of the boot, exits, channels; JSON is for Perfetto",
+            checks.timeline,
+        ),
+    ] = None
     restore: Annotated[
         Path | None, Field(File(), "--restore FILE", "go on from a saved VM; see `hvkvm ctl save`")
     ] = None

@@ -60,6 +60,11 @@ def devices(flag: str, value: tuple[str, ...]) -> None:
             raise ConfigError(f"{flag} {device}: unknown; the devices are {', '.join(KNOWN_DEVICES)}")
 
 
+def timeline(flag: str, value: Path | None) -> None:
+    if value is not None and value.suffix not in (".svg", ".json"):
+        raise ConfigError(f"{flag} {value}: neither .svg nor .json; name a file that ends so")
+
+
 def append(flag: str, value: str) -> None:
     if "\0" in value or "\n" in value:
         raise ConfigError(f"{flag}: a kernel command line cannot hold NUL or newline; remove it")

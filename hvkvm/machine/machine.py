@@ -95,6 +95,10 @@ class Machine:
             from hvkvm.machine.recording import record
 
             record(platform, interface, self.bus, stack)
+        if config.timeline is not None:
+            from hvkvm.machine.recording import draw
+
+            draw(platform, board, self.bus, config.timeline, stack)
         processors = Processors(platform, image)
         optional = (self.nics, self.bus, self.firmware, self.pci)
         order: list[Part] = [board, *(part for part in optional if part is not None), interface, processors]

@@ -1,18 +1,22 @@
-"""Has a machine's bus recorded, where the configuration asks for it.
+"""Has a machine's bus recorded and its run drawn, where the configuration asks for it.
 
-Made by `Machine` when the bus is there and before vCPUs run; closed when they have ended.
+Made by `Machine` when its parts are there and before vCPUs run; closed when they have ended.
 """
 
 from __future__ import annotations
 
 from contextlib import ExitStack
+from time import monotonic
 from typing import TYPE_CHECKING
 
 from hvkvm import __version__
-from hvkvm.errors import ConfigError
-from hvkvm.record.recorder import Recorder
+from hvkvm.errors import ConfigError, Stopped
+from hvkvm.events import Warned
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
+    from hvkvm.machine.board import Board
     from hvkvm.machine.bus import Bus
     from hvkvm.machine.hyperv import Hyperv
     from hvkvm.machine.platform import Platform
@@ -20,6 +24,8 @@ if TYPE_CHECKING:
 
 def record(platform: Platform, hyperv: Hyperv, bus: Bus | None, stack: ExitStack) -> None:
     """Open the files that `--record` names. ConfigError."""
+    from hvkvm.record.recorder import Recorder
+
     config = platform.config
     for spec in config.record:
         if bus is None:
@@ -38,3 +44,54 @@ def record(platform: Platform, hyperv: Hyperv, bus: Bus | None, stack: ExitStack
         bus.host.listen(recorder)
         if hyperv.partition is not None:
             hyperv.partition.hypercalls.listeners.append(recorder.hypercall)
+
+
+def draw(platform: Platform, board: Board, bus: Bus | None, path: Path, stack: ExitStack) -> None:
+    """Collect what `--timeline` draws, and write it when the machine is closed. ConfigError."""
+    from hvkvm.kvm.exits import exit_name
+    from hvkvm.record.timeline import Timeline
+
+    try:
+        file = stack.enter_context(path.open("w"))
+    except OSError as error:
+        raise ConfigError(f"--timeline {path}: {error.strerror}; name a file that can be written") from None
+    timeline = Timeline(monotonic())
+    timeline.mark("building")
+    if bus is not None:
+        bus.host.listen(timeline)
+
+    def sample() -> None:
+        timeline.mark("kernel")
+        lines = board.tail.lines()
+        if lines:
+            timeline.mark("console")
+        if any(line.startswith("hvkvm: init ") for line in lines[:200]):
+            timeline.mark("init")
+        timeline.sample(
+            [
+                {exit_name(reason): count for reason, count in list(thread.exit_counts.items())}
+                for thread in platform.threads
+            ]
+        )
+        try:
+            platform.io.call_later(timeline.interval, sample)
+        except Stopped:
+            return
+
+    def write() -> None:
+        from hvkvm.record.timeline_files import chrome, svg
+
+        timeline.finish()
+        try:
+            if path.suffix == ".json":
+                import json
+
+                json.dump(chrome(timeline), file)
+            else:
+                file.write(svg(timeline))
+            file.flush()
+        except OSError as error:
+            platform.observer.event(Warned("timeline", f"{path}: {error.strerror}; there is no picture"))
+
+    stack.callback(write)
+    platform.io.call_soon(sample)
