@@ -218,15 +218,25 @@ class WorkerQueue:
         self._lock = threading.Lock()
 
     def submit(self, work: Callable[[Any], object], item: object, done: Callable[[Any, Any], object]) -> None:
-        """Run `work(item)` on a worker, then `done(item, outcome)` on the loop. Stopped after `close()`."""
+        """Run `work(item)` on a worker, then `done(item, outcome)` on the loop.
+
+        Stopped after `close()`, and when the host has no thread to give and there is none yet.
+        """
+        job = _Job(work, item, done)
         with self._lock:
             if self._workers._closed:
                 raise Stopped(f"{self.name} takes no more work")
-            self._waiting.append(_Job(work, item, done))
+            self._waiting.append(job)
             if self._serving >= self.width:
                 return
             self._serving += 1
-        self._workers._offer(self)
+        try:
+            self._workers._offer(self)
+        except RuntimeError as error:
+            with self._lock:
+                self._serving -= 1
+                self._waiting.remove(job)  # there is no thread that could have taken it
+            raise Stopped(f"{self.name}: {error}") from None
 
     def take_back(self) -> int:
         """Give what has not begun back, each with Stopped; how many."""

@@ -164,3 +164,25 @@ def test_a_done_that_raises_keeps_nobody_from_his_answer(loop: IoLoop, faults: l
     assert answers.all_in.wait(SECONDS)
     workers.close()
     wait_until(lambda: len(faults) == 20)
+
+
+def test_a_host_without_threads_begins_nothing_and_is_asked_again(
+    loop: IoLoop, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What could not begin is told at once; it takes nothing of the queue's width."""
+
+    def refuse(_thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    workers = Workers(loop)
+    queue = workers.queue(1, "one")
+    answers = Answers(1)
+    with monkeypatch.context() as patched:
+        patched.setattr(threading.Thread, "start", refuse)
+        for _ in range(3):
+            with pytest.raises(Stopped, match="one: can't start new thread"):
+                queue.submit(lambda item: item, 1, answers.done)
+    queue.submit(lambda item: item, 2, answers.done)
+    assert answers.all_in.wait(SECONDS)
+    assert answers.came == [(2, 2)]
+    workers.close()
