@@ -3,7 +3,7 @@ PYTHON := .venv/bin/python
 CMD ?= $(PYTHON) -m hvkvm doctor
 SOURCES := hvkvm tests scripts kvm_headers
 
-.PHONY: help setup run test check bench soak soak-disks soak-vmbus soak-state soak-synic soak-linux abi lab clean
+.PHONY: help setup run debian test check bench soak soak-disks soak-vmbus soak-state soak-synic soak-linux abi lab clean
 help: ## this list
 	@sed -n 's/^\([a-z]*\):.*## /\1	/p' Makefile | expand -t 10
 
@@ -12,6 +12,9 @@ setup: ## install what is missing: packages, .venv, hvkvm in it
 
 run: setup ## boot a guest (ARGS="options -- command"; default: uname -a)
 	@scripts/run $(ARGS)
+
+debian: setup ## boot a whole Debian from a disk on hv_storvsc (ARGS="more options")
+	@scripts/debian $(ARGS)
 
 test: setup ## all three tiers of tests (ARGS: pytest's)
 	@scripts/test $(ARGS)

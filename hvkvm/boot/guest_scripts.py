@@ -73,7 +73,7 @@ if ! mount -o "$mode${flags:+,$flags}" ${type:+-t "$type"} "$device" /mnt; then
 fi
 umount /proc /sys
 mount -o move /dev /mnt/dev
-exec switch_root -c /dev/console /mnt "$init" "$@"
+exec /bin/busybox switch_root -c /dev/console /mnt "$init" "$@"
 """
 """The init in front of a root file system on a disk: /root-device has `root`, `type`, `flags`, `mode` and
 `init`."""
