@@ -45,6 +45,23 @@ export PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin HOME=/r
 cd /root
 """
 
+DHCP = r"""#!/bin/sh
+case $1 in
+deconfig)
+	ip -4 addr flush dev "$interface"
+	ip link set "$interface" up
+	;;
+bound | renew)
+	ip addr replace "$ip/${mask:-24}" dev "$interface"
+	for router in $router; do ip route replace default via "$router" dev "$interface" && break; done
+	: >/etc/resolv.conf
+	[ -z "$domain" ] || echo "search $domain" >>/etc/resolv.conf
+	for server in $dns; do echo "nameserver $server" >>/etc/resolv.conf; done
+	;;
+esac
+"""
+"""What busybox's udhcpc runs with what it was given: address, route and name servers."""
+
 ROOT_INIT = r"""#!/bin/busybox sh
 /bin/busybox mount -t proc proc /proc
 read -r up idle </proc/uptime

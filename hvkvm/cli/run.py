@@ -90,6 +90,9 @@ def parser() -> Parser:
         help="give it none (it has one if standard input and output are)",
     )
     p.add_argument(
+        "--ssh", action="store_true", help="with --net user: lead a port to the guest's ssh, and say which"
+    )
+    p.add_argument(
         "--console", action="store_true", help="show the console of a guest that runs a command, on stderr"
     )
     p.add_argument("--json", action="store_true", help="print the outcome as one JSON line on standard error")
@@ -172,6 +175,11 @@ def _run(arguments: list[str]) -> int:
     from hvkvm.machine.outcome import Ending
 
     config = with_command_io(config, options)
+    ssh = ""
+    if options.ssh:
+        from hvkvm.cli.ssh import with_ssh
+
+        config, ssh = with_ssh(config)
     began = monotonic()
     with (
         Signals(signals_for(config)) as signals,
@@ -188,6 +196,8 @@ def _run(arguments: list[str]) -> int:
             teller.say(f"SynIC {who}: {choice.why}")
         if machine.root_note and not options.quiet and not options.json:
             teller.say(machine.root_note)
+        if ssh:
+            teller.write(f"hvkvm: {ssh}\n", always=True)
         status = StatusLine(machine, teller, enabled=not options.quiet and not options.json)
         front = front_for(machine, options)
         status.start()

@@ -112,6 +112,23 @@ def test_nothing_is_left_of_a_run_however_it_ends(tmp_path: Path, how: signal.Si
 
 
 @NO_PASST
+def test_ssh_says_which_command_reaches_the_guest(tmp_path: Path) -> None:
+    with running_vm(tmp_path, *options("--net", "user", "--ssh")) as vm:
+        vm.wait_until_listening()
+        said = vm.wait_for("root@127.0.0.1", errors=True)
+        port = int(said.split("ssh -p ")[1].split()[0])
+        with socket.create_connection(("127.0.0.1", port), timeout=30):
+            vm.ctl("quit")
+            vm.finish()
+    with running_vm(tmp_path, *options("--net", "user,forward=2299-22", "--ssh")) as vm:
+        assert "ssh -p 2299 root@127.0.0.1" in vm.wait_for("root@", errors=True)
+        vm.wait_until_listening()
+        vm.ctl("quit")
+        vm.finish()
+    assert "--ssh: leads through the user-mode network; add --net user" in refused("--ssh")
+
+
+@NO_PASST
 def test_a_bad_flag_leaves_nothing(tmp_path: Path) -> None:
     before = subprocess.run(["pgrep", "-x", "passt"], capture_output=True, text=True, check=False).stdout
     wire = tmp_path / "wire"
