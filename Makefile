@@ -3,7 +3,7 @@ PYTHON := .venv/bin/python
 CMD ?= $(PYTHON) -m hvkvm doctor
 SOURCES := hvkvm tests scripts kvm_headers
 
-.PHONY: help setup run debian test check bench soak soak-disks soak-vmbus soak-state soak-synic soak-linux abi lab clean
+.PHONY: help setup run debian test check bench soak soak-disks soak-vmbus soak-nics soak-state soak-synic soak-linux abi lab clean
 help: ## this list
 	@sed -n 's/^\([a-z]*\):.*## /\1	/p' Makefile | expand -t 10
 
@@ -33,13 +33,16 @@ check: setup ## style, types, import directions, the ABI table
 bench: setup ## measure hvkvm beside QEMU (ARGS="--runs 3 --only boot --json")
 	@scripts/bench $(ARGS)
 
-soak: soak-disks soak-vmbus soak-state soak-synic soak-linux ## the long runs: disks, VMBus, saved VMs, SynIC, Linux (ARGS: pytest's)
+soak: soak-disks soak-vmbus soak-nics soak-state soak-synic soak-linux ## the long runs: disks, VMBus, NICs, saved VMs, SynIC, Linux (ARGS: pytest's)
 
 soak-disks: setup
 	@HVKVM_SOAK=1 $(PYTHON) -m pytest -v tests/soak/test_soak_disks.py $(ARGS)
 
 soak-vmbus: setup
 	@HVKVM_SOAK=1 $(PYTHON) -m pytest -v tests/soak/test_soak_vmbus.py $(ARGS)
+
+soak-nics: setup
+	@HVKVM_SOAK=1 $(PYTHON) -m pytest -v tests/soak/test_soak_netvsp.py $(ARGS)
 
 soak-state: setup
 	@HVKVM_SOAK=1 $(PYTHON) -m pytest -v -m "not hyperv" -o timeout=0 tests/state $(ARGS)
