@@ -19,7 +19,7 @@ debian: setup ## boot a whole Debian from a disk on hv_storvsc (ARGS="more optio
 test: setup ## all three tiers of tests (ARGS: pytest's)
 	@scripts/test $(ARGS)
 
-check: setup ## style, types, import directions, the ABI table
+check: setup ## style, types, import directions, dead code, the ABI table
 	.venv/bin/ruff check $(SOURCES) scripts/lab scripts/artifacts scripts/root-disk scripts/bench
 	.venv/bin/ruff format --check $(SOURCES) scripts/lab scripts/artifacts scripts/root-disk scripts/bench
 	.venv/bin/mypy --strict
@@ -28,6 +28,7 @@ check: setup ## style, types, import directions, the ABI table
 	MYPYPATH=scripts .venv/bin/mypy --strict scripts/root-disk
 	MYPYPATH=scripts .venv/bin/mypy --strict scripts/steps/suite.py scripts/steps/suite_plugin.py
 	.venv/bin/lint-imports
+	$(PYTHON) scripts/steps/dead_code.py
 	$(PYTHON) kvm_headers/probe.py --check
 
 bench: setup ## measure hvkvm beside QEMU (ARGS="--runs 3 --only boot --json")

@@ -18,7 +18,6 @@ if TYPE_CHECKING:
 
 POST_PORT = 0x80
 IO_DELAY_PORT = 0xED  # Linux with io_delay=0xed
-NMI_STATUS_PORT = 0x61
 
 QUIET_RANGES = (
     (0x00, 0x10, "DMA controller 1"),
