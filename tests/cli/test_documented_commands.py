@@ -17,7 +17,21 @@ from typing import NamedTuple
 import pytest
 
 import hvkvm as package
-from hvkvm.cli import VERBS, conform, ctl, disk, doctor, explain, features, replay, run, top, trace, warm
+from hvkvm.cli import (
+    VERBS,
+    completion,
+    conform,
+    ctl,
+    disk,
+    doctor,
+    explain,
+    features,
+    replay,
+    run,
+    top,
+    trace,
+    warm,
+)
 from hvkvm.cli.arguments import split_command
 from hvkvm.errors import ConfigError
 from hvkvm.hyperv.features import parse_features
@@ -94,6 +108,7 @@ def every_command() -> list[Command]:
         ("warm.EPILOG", warm.EPILOG),
         ("trace.EPILOG", trace.EPILOG),
         ("explain.EPILOG", explain.EPILOG),
+        ("completion.EPILOG", completion.EPILOG),
         ("conform.EPILOG", conform.EPILOG),
     ):
         examples = [line for line in text.splitlines() if line.startswith("  hvkvm ")]
@@ -133,6 +148,8 @@ def check_hvkvm(words: tuple[str, ...]) -> None:
         disk.parse(rest)
     elif verb == "conform":
         conform.parse(rest)
+    elif verb == "completion":
+        completion.parse(rest)
     elif verb == "top":
         top.parse(rest)
     elif verb == "replay":
