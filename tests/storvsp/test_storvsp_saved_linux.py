@@ -23,17 +23,19 @@ SAVES = int(os.environ.get("HVKVM_DISK_SAVES", "8"))
 SCRIPT = """
 dmesg -n 1
 mkdir /m
-until [ -b /dev/sda ] && [ -b /dev/sdb ]; do usleep 100000; done
-mount -t ext4 /dev/sda /m || poweroff -f
+block() { until ls /sys/bus/scsi/devices/0:0:0:$1/block 2>/dev/null; do usleep 100000; done; }
+first=/dev/$(block 0)
+second=/dev/$(block 1)
+mount -t ext4 $first /m || poweroff -f
 dd if=/dev/urandom of=/tmp/want bs=64k count=16 2>/dev/null
 i=0
 until [ -e /tmp/stop ]; do
   i=$((i + 1))
   { dd if=/tmp/want of=/m/file bs=16k conv=fsync 2>/dev/null; echo 3 > /proc/sys/vm/drop_caches
     cmp /tmp/want /m/file || echo "complaint: the file is not what was written"; } &
-  dd if=/tmp/want of=/dev/sdb bs=4k seek=$((i % 8 * 256)) oflag=direct 2>/dev/null &
+  dd if=/tmp/want of=$second bs=4k seek=$((i % 8 * 256)) oflag=direct 2>/dev/null &
   wait
-  dd if=/dev/sdb of=/tmp/got bs=4k skip=$((i % 8 * 256)) count=256 iflag=direct 2>/dev/null
+  dd if=$second of=/tmp/got bs=4k skip=$((i % 8 * 256)) count=256 iflag=direct 2>/dev/null
   cmp /tmp/want /tmp/got || echo "complaint: the disk has not what was written"
   echo "round $i"
   read -t 0 line && touch /tmp/stop
