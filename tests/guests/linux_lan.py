@@ -9,35 +9,64 @@ from __future__ import annotations
 import hashlib
 import os
 import socket
+import struct
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import Any
 
 from linux_guest import SECONDS, LinuxGuest, linux_guest
 from linux_programs import program
 from linux_shell import SHELL, Shell
 
-from hvkvm.devices.synth.netvsp import Netvsp, address_of
+from hvkvm.devices.synth.netvsp import Netvsp
+from hvkvm.machine.config import MachineConfig
 from hvkvm.machine.machine import Machine
-from hvkvm.net.tap import TapPort
-from hvkvm.net.tap_make import NewTap, make_tap
+from hvkvm.machine.nic_spec import NicSpec
+from hvkvm.machine.nics import Nic
+from hvkvm.net.wire import Wire
 
 HOST, GUEST, BITS = "10.99.0.1", "10.99.0.2", 24
 HOST6, GUEST6 = "fd00:99::1", "fd00:99::2"
 MODULES = ("hv_vmbus", "hv_utils", "hv_netvsc")
 MTU = 9000
 DATAGRAM_TRIES = 20
+SOL_PACKET, PACKET_AUXDATA, TP_STATUS_VLAN_VALID = 263, 8, 1 << 4
+"""linux/if_packet.h: what a raw socket tells beside a frame."""
 
 
 class Lan:
     """The guest, its shell, its NIC, and the tap behind it."""
 
-    def __init__(self, guest: LinuxGuest, nic: Netvsp, port: TapPort) -> None:
+    def __init__(self, guest: LinuxGuest) -> None:
         self.guest = guest
-        self.nic = nic
-        self.port = port
         self.shell = Shell(guest)
+
+    @property
+    def nic(self) -> Netvsp:
+        """The device, the machine's at present."""
+        return self._nic.device
+
+    @property
+    def wire(self) -> Wire:
+        """What it leads to."""
+        return self._nic.wire
+
+    @property
+    def _nic(self) -> Nic:
+        assert self.guest.machine.nics is not None
+        return self.guest.machine.nics.nics["net0"]
+
+    def swap(self, file: Path) -> None:
+        """Save the machine and have another go on, on a tap of its own with the same addresses."""
+        old = self.guest.machine
+        old.save(file)
+        old.close()
+        machine = Machine(MachineConfig(kernel=file, restore=file, timeout=old.config.timeout))
+        self.guest.machine = machine
+        machine.board.attach_sink(self.guest.output.extend)
+        machine.start()
 
     def up(self) -> None:
         """Addresses in the guest, and its interface up; waits for the link."""
@@ -128,30 +157,47 @@ def _receive(sock: socket.socket) -> str:
     return digest.hexdigest()
 
 
-def plug(machine: Machine, name: str = "net0", *, mtu: int = MTU, queues: int = 1) -> tuple[Netvsp, TapPort]:
-    """A NIC on a tap of its own, for a machine that does not run yet; `port.start` is for the loop."""
-    tap = make_tap(NewTap(mtu=mtu, addresses=(f"{HOST}/{BITS}", f"{HOST6}/64")))
-    port = TapPort(machine.platform.io, tap)
-    nic = Netvsp(machine.platform.memory, port, name=name, address=address_of("test", 0), queues=queues)
-    port.attach(nic)
-    assert machine.bus is not None
-    machine.bus.add(name, nic)
-    return nic, port
+class RawTap:
+    """Hears the frames on the host's end of a wire, with their VLAN tags."""
+
+    def __init__(self, wire: Wire) -> None:
+        self._sock = socket.socket(socket.AF_PACKET, socket.SOCK_RAW, socket.htons(3))
+        self._sock.setsockopt(SOL_PACKET, PACKET_AUXDATA, 1)
+        self._sock.bind((wire.inspect()["interface"], 3))
+        self._sock.setblocking(False)
+
+    def tags(self) -> set[int]:
+        """The VLANs that were heard so far."""
+        found = set()
+        with suppress(BlockingIOError):
+            while True:
+                _data, control, _flags, _address = self._sock.recvmsg(65536, 256)
+                for level, kind, data in control:
+                    if level == SOL_PACKET and kind == PACKET_AUXDATA:
+                        status, *_rest, tci, _tpid = struct.unpack("IIIHHHH", data[:20])
+                        if status & TP_STATUS_VLAN_VALID:
+                            found.add(tci & 0xFFF)
+        return found
+
+    def __enter__(self) -> RawTap:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._sock.close()
 
 
 @contextmanager
 def guest_lan(*, queues: int = 1, modules: tuple[str, ...] = MODULES, **options: Any) -> Iterator[Lan]:
-    """A guest that runs, with an interface eth0 that is up."""
+    """A guest that runs, with an interface eth0 that is up, on a tap interface made for it."""
     files = {"/bin/nic": program("nic"), **options.pop("files", {})}
-    with linux_guest(SHELL, modules=modules, files=files, **options) as guest:
-        nic, port = plug(guest.machine, queues=queues)
+    addresses = (f"{HOST}/{BITS}", f"{HOST6}/64")
+    nets = (NicSpec(backend="create", ip=addresses, mtu=MTU, queues=queues),)
+    with linux_guest(SHELL, modules=modules, files=files, nets=nets, **options) as guest:
+        lan = Lan(guest)
+        guest.start()
+        lan.shell.ready()
+        lan.up()
         try:
-            guest.start()
-            guest.call(port.start)
-            lan = Lan(guest, nic, port)
-            lan.shell.ready()
-            lan.up()
             yield lan
         finally:
-            guest.machine.stop()
-            port.close()
+            lan.guest.machine.close()

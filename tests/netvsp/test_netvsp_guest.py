@@ -60,7 +60,7 @@ def test_linux_has_a_network(kernel: str, synic: str) -> None:
 
         # The link, and the driver under load.
         for plugged in (False, True) * 2:
-            lan.guest.call(lan.port.plug, plugged)
+            lan.guest.call(lan.wire.plug, plugged)
             lan.guest.wait_until(
                 lambda want=plugged: shell.check("cat /sys/class/net/eth0/carrier") == str(int(want)),
                 f"waiting for carrier {plugged}",

@@ -1,0 +1,96 @@
+"""A guest with a channel a processor: tags, groups, saved with open connections, kexec with traffic."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import socket
+from contextlib import suppress
+from pathlib import Path
+
+import pytest
+from guest_artifacts import artifact
+from linux_guest import KERNELS
+from linux_lan import HOST, HOST6, MODULES, Peer, RawTap, guest_lan
+from linux_programs import ProgramBuildError, program
+from linux_shell import SHELL
+from linux_vmbus import see_no_complaints
+
+from hvkvm.abi import rndis
+from hvkvm.boot import initramfs
+
+pytestmark = [pytest.mark.hyperv, pytest.mark.timeout(1800)]
+MIB = 1 << 20
+EVERYTHING = rndis.NDIS_PACKET_TYPE_PROMISCUOUS
+
+with suppress(ProgramBuildError, OSError):
+    program("kexec")
+
+
+def test_a_guest_of_two_processors_is_saved_and_kexecs_with_traffic(tmp_path: Path) -> None:
+    image, modules = artifact(KERNELS["stable"][0]), artifact(KERNELS["stable"][1])
+    second = tmp_path / "second"
+    tools = {"/bin/nic": program("nic")}
+    second.write_bytes(
+        initramfs.build(
+            ("sh", "-c", SHELL),
+            busybox=artifact("HVKVM_GUEST_BUSYBOX"),
+            modules=MODULES,
+            kernel_modules_dir=modules,
+            files=tools,
+        )
+    )
+    files = {"/kexec/kernel": image, "/kexec/initrd": second, "/bin/kexec": program("kexec")}
+    modules_here = (*MODULES, "8021q")
+    with guest_lan(cpus=2, queues=2, files=files, memory=768 * MIB, modules=modules_here) as lan:
+        shell = lan.shell
+        lan.guest.wait_until(lambda: lan.nic.inspect()["channels"] == 2, "waiting for a channel a processor")
+        for host in (HOST, HOST6):
+            lan.from_guest(MIB, host)
+            lan.to_guest(MIB, host)
+        shell.check("nic udp 7007 > /dev/null 2>&1 &")
+        lan.datagrams([1, 1472] * 4)
+        # A tag, a group, and everything; by the host's kernel, which needs no VLAN module to be asked.
+        shell.check("ip link add link eth0 name eth0.5 type vlan id 5; ip link set eth0.5 up")
+        with RawTap(lan.wire) as raw:
+            shell.check("ip addr add 10.98.0.2/24 dev eth0.5; ping -c 1 -W 1 10.98.0.1 > /dev/null; true")
+            assert raw.tags() >= {5}
+        for on in (True, False):
+            shell.check(f"ip link set eth0 promisc {'on' if on else 'off'}")
+            lan.guest.wait_until(
+                lambda on=on: bool(lan.nic.control_state.packet_filter & EVERYTHING) == on, "promisc"
+            )
+        shell.check("nic join eth0 239.1.2.3 7008 > /tmp/group &")
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
+            sock.setsockopt(socket.IPPROTO_IP, socket.IP_MULTICAST_IF, socket.inet_aton(HOST))
+
+            def heard() -> bool:
+                sock.sendto(b"to the group", ("239.1.2.3", 7008))
+                return shell.check("cat /tmp/group") == "to the group"
+
+            lan.guest.wait_until(heard, "waiting for the group")
+
+        data = os.urandom(4 * MIB)
+        with Peer(HOST, lambda sock: sock.sendall(data)) as peer:
+            shell.check(f"nc {HOST} {peer.port} < /dev/null > /tmp/got &")
+            for round_ in range(3):
+                have = lan.nic.receive.counters.bytes
+                lan.guest.wait_until(lambda n=have: lan.nic.receive.counters.bytes > n + MIB // 2, "traffic")
+                lan.swap(tmp_path / f"saved{round_}")
+            peer.result()
+            want = hashlib.md5(data).hexdigest()
+            lan.guest.wait_until(lambda: shell.check("md5sum < /tmp/got").split()[0] == want, "the rest")
+        assert lan.nic.inspect()["channels"] == 2
+        lan.ping()
+
+        shell.check(f"ping -q -i 0.01 {HOST} > /dev/null 2>&1 &")
+        shell.check('kexec load /kexec/kernel /kexec/initrd "$(cat /proc/cmdline) life=second"')
+        shell.send("kexec go")
+        shell.ready()
+        assert "life=second" in shell.check("cat /proc/cmdline")
+        lan.up()
+        lan.guest.wait_until(lambda: lan.nic.inspect()["channels"] == 2, "waiting for a channel a processor")
+        lan.from_guest(MIB // 4)
+        lan.to_guest(MIB // 4)
+        assert lan.guest.bus.host.server.reports.counts == {}
+        see_no_complaints(shell)
