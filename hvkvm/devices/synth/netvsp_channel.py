@@ -24,6 +24,9 @@ from hvkvm.vmbus.offer import Offer
 TURN_PACKETS = 64
 """Packets taken a turn."""
 
+TURN_FRAMES = 128
+"""Frames a turn: a packet may have several, and the one that goes beyond is the turn's last."""
+
 TURN_BYTES = 1 << 20
 """Bytes of frames a turn: the packet that goes beyond is the turn's last."""
 
@@ -92,6 +95,8 @@ class NvspChannel:
     def opened(self, io: ChannelIo) -> None:
         """See `vmbus.device`."""
         self.io = io
+        if not io.fits(nvsp.indirection_table.size):
+            self.fail(f"a ring of {io.writer.size} bytes for a NIC")
 
     def close(self, done: Callable[[], object]) -> None:
         """See `vmbus.device`. Frames under way are lost, as on a wire."""
@@ -164,7 +169,7 @@ class NvspChannel:
                 self._take(io, packet)
                 if self.io is not io or reader.broken:
                     return
-                if self.nic.send.counters.bytes > most:
+                if self.nic.send.counters.bytes > most or len(self._frames) >= TURN_FRAMES:
                     break
             if len(self._waiting) >= MAX_WAITING:
                 break
@@ -242,10 +247,8 @@ class NvspChannel:
             self._owed.append((trans_id, payload))
 
     def _answer(self, io: ChannelIo, trans_id: int, payload: bytes) -> bool:
-        if not io.fits(len(payload)):
-            self.fail(f"a ring of {io.writer.size} bytes for a NIC")
-            return True
-        return io.send(payload, kind=VM_PKT_COMP, trans_id=trans_id)
+        # Inside a batch, so that the writer itself will do. Rings that are too small were refused.
+        return bool(io.broken) or io.writer.put(VM_PKT_COMP, payload, trans_id=trans_id)
 
     def _settle(self, io: ChannelIo) -> bool:
         """Send the completions that found no room; whether none is left."""

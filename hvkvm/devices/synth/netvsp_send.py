@@ -14,7 +14,7 @@ from __future__ import annotations
 from struct import Struct
 
 from hvkvm.abi import nvsp, rndis
-from hvkvm.abi.ring import VM_PKT_DATA_INBAND, VM_PKT_DATA_USING_GPA_DIRECT, Packet, parse_gpa_direct
+from hvkvm.abi.ring import VM_PKT_DATA_INBAND, VM_PKT_DATA_USING_GPA_DIRECT, Packet
 from hvkvm.abi.virtio_net_hdr import PLAIN
 from hvkvm.abi.vmbus import HV_HYP_PAGE_SIZE
 from hvkvm.devices.synth import netvsp_offload as offload
@@ -32,6 +32,9 @@ MAX_PACKET_BYTES = 1 << 17
 
 MAX_MESSAGES = 8 * MAX_PACKETS_PER_MESSAGE
 """Most RNDIS messages of one packet; a guest is told fewer."""
+
+MAX_RANGES = 256
+"""Most ranges of one packet; Linux has up to 32."""
 
 FRONT_BYTES = 512
 """So much of the pages is copied: an RNDIS header with its marks, and the frame's headers."""
@@ -78,30 +81,50 @@ class Send:
             return blob, [], len(blob)
         if packet.type != VM_PKT_DATA_USING_GPA_DIRECT:
             return f"RNDIS in a packet of type {packet.type}"
-        ranges = parse_gpa_direct(packet, MAX_PACKET_BYTES)
-        if ranges is None:
-            return "a page list that makes no sense"
+        views = self._views(packet.header)
+        if isinstance(views, str):
+            return views
+        total = len(blob) + sum(map(len, views))
+        return b"".join((blob, *_front(views))), views, total
+
+    def _views(self, header: bytes) -> list[memoryview] | str:
+        """The pages that a packet lists, neighbours as one: `abi.ring.parse_gpa_direct` in one go."""
+        if not 24 <= len(header) <= MAX_RANGES * 64:
+            return f"a page list of {len(header)} bytes"
+        count, *words = Struct(f"<4xI{len(header) // 8 - 1}Q").unpack(header)
         views: list[memoryview] = []
         view = self._memory.view
-        total = len(blob)
+        start = end = -1
+        total = index = 0
+        if count > MAX_RANGES:
+            return f"{count} ranges in a page list"
         try:
-            start = end = -1
-            for length, at, pfns in ranges:
+            for _ in range(count):
+                first = words[index]
+                length, at = first & 0xFFFFFFFF, first >> 32
                 total += length
+                if not length or at >= HV_HYP_PAGE_SIZE or total > MAX_PACKET_BYTES:
+                    return f"a range of {length} bytes at {at:#x} in a page list"
                 stop = at + length
-                for pfn in pfns:
-                    gpa = pfn * HV_HYP_PAGE_SIZE
+                while stop > 0:
+                    index += 1
+                    gpa = words[index] * HV_HYP_PAGE_SIZE
                     if gpa + at != end:
                         if end > start:
                             views.append(view(start, end - start))
                         start = gpa + at
                     end = gpa + min(HV_HYP_PAGE_SIZE, stop)
                     stop -= HV_HYP_PAGE_SIZE
-                    at = 0  # noqa: PLW2901 - the pages behind the first are whole from their beginning
+                    at = 0
+                index += 1
+            if end <= start:
+                return "a page list without ranges"
             views.append(view(start, end - start))
+        except IndexError:
+            return f"{count} ranges in a page list of {len(header)} bytes"
         except GuestMemoryError as error:
             return f"a page list outside RAM: {error}"
-        return b"".join((blob, *_front(views))), views, total
+        return views
 
     def frames_of(self, blob: bytes, rest: list[memoryview], total: int) -> list[Frame] | str:
         """The frames of the RNDIS messages that `bytes_of` found; text for what breaks the rules."""
