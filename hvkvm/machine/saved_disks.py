@@ -21,6 +21,8 @@ def saved_disk(one: Attached) -> SavedDisk:
     if file and not file.startswith("nbd:"):
         file = os.path.abspath(file)
     options = spec.options
+    # Whoever closes a VHDX writes to it, so that its time says nothing.
+    telling = disk is not None and disk.image.format == "raw" and not disk.image.read_only
     return SavedDisk(
         "disk" if isinstance(spec, DiskSpec) else "cdrom",
         file,
@@ -34,7 +36,7 @@ def saved_disk(one: Attached) -> SavedDisk:
         one.controller,
         one.lun,
         0 if disk is None else disk.size,
-        0 if disk is None or disk.image.read_only else changed_at(file),
+        changed_at(file) if telling else 0,
     )
 
 

@@ -17,13 +17,13 @@ from typing import Any
 from hvkvm.abi import vmbus
 from hvkvm.vmbus.actions import OpenChannel, RetargetChannel
 from hvkvm.vmbus.device import BusyDevice, Device, GpadlUser, MultiChannel, SavedDevice, StreamDevice
-from hvkvm.vmbus.gpadl import Gpadl
 from hvkvm.vmbus.guard import Guarded, fault_text
-from hvkvm.vmbus.offer import Channel, ChannelState
+from hvkvm.vmbus.offer import Channel
 from hvkvm.vmbus.open_channel import OPEN_FAILURES, OpenedChannel, SynicUser
 from hvkvm.vmbus.pages import Ram
 from hvkvm.vmbus.pending import Pending
 from hvkvm.vmbus.server import Server
+from hvkvm.vmbus.sub_channels import BoundSubChannels
 from hvkvm.vmbus.tap import Tap
 
 TURN_CLOSES = 4
@@ -295,48 +295,3 @@ class ChannelDevices:
         """Close all. vCPU threads and the I/O loop have ended."""
         for channel in list(self._open):
             self._open.pop(channel).close(lambda: None)
-
-
-class BoundSubChannels:
-    """See `device.SubChannels`."""
-
-    def __init__(
-        self,
-        primary: Channel,
-        device: MultiChannel,
-        devices: ChannelDevices,
-        server: Server,
-        perform: Callable[[], None],
-    ) -> None:
-        self._primary = primary
-        self._device = device
-        self._devices = devices
-        self._server = server
-        self._perform = perform
-
-    def add(self, index: int) -> bool:
-        """See `device.SubChannels.add`."""
-        if self._primary.state is not ChannelState.OPEN or self._primary.withdrawn:
-            return False
-        return self.offer(index)
-
-    def offer(self, index: int) -> bool:
-        """Offer it, whatever the primary is: for a saved machine. ValueError as of `sub_channel`."""
-        device = self._device.sub_channel(index)
-        try:
-            channel = self._server.offer(device.offer)
-        except ValueError:
-            return False
-        self._devices.adopt(channel, device)
-        self._perform()
-        return True
-
-    def remove(self, index: int) -> None:
-        """See `device.SubChannels.remove`."""
-        for channel in self._server.channels.subs(self._primary):
-            if channel.offer.sub_channel_index == index and not channel.withdrawn:
-                self._devices.rescind(channel)
-
-    def gpadl(self, gpadl_id: int) -> Gpadl | None:
-        """See `device.SubChannels.gpadl`."""
-        return self._server.channels.gpadls.get(self._primary.relid, gpadl_id)

@@ -14,13 +14,14 @@ from typing import Any, NamedTuple
 
 from hvkvm.abi.hv_synic import HV_MESSAGE_PAYLOAD_BYTE_COUNT, HV_SYNIC_SINT_COUNT
 from hvkvm.vmbus.actions import SendMessage
-from hvkvm.vmbus.channel_devices import BoundSubChannels, ChannelDevices
+from hvkvm.vmbus.channel_devices import ChannelDevices
 from hvkvm.vmbus.device import MultiChannel, SavedDevice
 from hvkvm.vmbus.inbox import Inbox
 from hvkvm.vmbus.offer import Channel, ChannelState
 from hvkvm.vmbus.outbox import Outbox
 from hvkvm.vmbus.saved import ServerState, load_server, save_server
 from hvkvm.vmbus.server import Server
+from hvkvm.vmbus.sub_channels import BoundSubChannels
 
 
 class SavedMessage(NamedTuple):

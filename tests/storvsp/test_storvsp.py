@@ -10,7 +10,7 @@ from hvkvm.abi import scsi, vmbus
 from hvkvm.abi import storvsp as wire
 from hvkvm.abi.ring import GpaRange
 from hvkvm.abi.storvsp import Srb
-from hvkvm.devices.synth.storvsp import Phase
+from hvkvm.devices.synth.storvsp_handshake import Phase
 from hvkvm.testing.storvsc_driver import PAGE, RESET_ID, StorvscDriver
 
 SUCCESS = wire.SRB_STATUS_SUCCESS

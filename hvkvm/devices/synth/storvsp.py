@@ -10,7 +10,6 @@ Owner: the I/O loop; `inspect` any thread.
 from __future__ import annotations
 
 from collections.abc import Callable
-from enum import Enum
 from typing import NamedTuple
 
 from hvkvm.abi import scsi
@@ -22,6 +21,7 @@ from hvkvm.devices.scsi.saved import UnitState, load_unit, save_unit
 from hvkvm.devices.scsi.target import Bus
 from hvkvm.devices.scsi.unit import Unit
 from hvkvm.devices.synth.storvsp_channel import MAX_IN_FLIGHT, Answer, SavedCompletion, StorvspChannel
+from hvkvm.devices.synth.storvsp_handshake import Handshake, Phase
 from hvkvm.errors import StateError
 from hvkvm.vmbus.channel_io import ChannelIo
 from hvkvm.vmbus.device import Done, SubChannels
@@ -32,22 +32,10 @@ from hvkvm.vmbus.pending import Pending
 
 MAX_SUB_CHANNELS = 63
 
-MAX_TRANSFER_BYTES = 1 << 20
-"""Of one request, as the guest is told; its packet then takes 2 KiB of the ring."""
-
 MAX_CONTROLLERS = 64
 
 _INSTANCE = bytes.fromhex("6d7c1f5e2b9a4b7e9c3a68766b766d")
 """The first bytes of a controller's instance; the last is its index."""
-
-
-class Phase(Enum):
-    """How far the guest's driver has come."""
-
-    NEW = "new"
-    BEGUN = "begun"
-    AGREED = "agreed on a version"
-    READY = "ready"
 
 
 class StorvspState(NamedTuple):
@@ -85,9 +73,7 @@ class Storvsp:
         self._channels: dict[int, StorvspChannel] = {0: self._primary}
         self._bus = Bus(tells=False)
         self._saved: tuple[SavedCompletion, ...] = ()
-        self.phase = Phase.NEW
-        self.version = 0
-        """What the guest's driver and we speak; 0 while nothing is agreed."""
+        self._handshake = Handshake(self._sub_channels)
 
     # Units.
 
@@ -117,7 +103,7 @@ class Storvsp:
         self._notify(wire.ENUMERATE_BUS)
 
     def _notify(self, operation: int) -> None:
-        if self.phase is Phase.READY:  # else it has yet to look for the first time
+        if self.ready:  # else it has yet to look for the first time
             self._primary.notify(operation)
 
     # storvsp_channel.Controller
@@ -125,7 +111,12 @@ class Storvsp:
     @property
     def ready(self) -> bool:
         """Whether the handshake is over."""
-        return self.phase is Phase.READY
+        return self._handshake.ready
+
+    @property
+    def phase(self) -> Phase:
+        """How far the guest's driver has come."""
+        return self._handshake.phase
 
     def execute(self, srb: Srb, command: Command) -> bool:
         """Have the unit do it; False if nobody answers for that address.
@@ -158,14 +149,16 @@ class Storvsp:
             self._reset([] if unit is None else [unit], reply)
         elif channel is not self._primary:
             reply(wire.answer(wire.STATUS_INVALID_DEVICE_STATE))
+        elif operation == wire.CREATE_SUB_CHANNELS and self.ready:
+            self._create_sub_channels(wire.count_of(payload), reply)
         else:
-            self._shake_hands(operation, payload, reply)
+            reply(self._handshake.answer(operation, payload))
 
     def closed(self, channel: StorvspChannel) -> None:
         """Without its primary channel, all begins anew; a sub-channel that goes is forgotten."""
         self._release()
         if channel is self._primary:
-            self.phase, self.version = Phase.NEW, 0
+            self._handshake.begin_anew()
         elif self._channels.get(channel.index) is channel:
             channel.in_flight.when_none(lambda: self._forget(channel))
 
@@ -183,29 +176,6 @@ class Storvsp:
         for unit in units:
             unit.reset(pending.begin(lambda: None))
         pending.when_none(lambda: reply(wire.answer(wire.STATUS_SUCCESS)))
-
-    def _shake_hands(self, operation: int, payload: bytes, reply: Answer) -> None:
-        status, body = wire.STATUS_INVALID_DEVICE_STATE, b""
-        if operation == wire.BEGIN_INITIALIZATION:
-            self.phase, self.version, status = Phase.BEGUN, 0, wire.STATUS_SUCCESS
-        elif operation == wire.QUERY_PROTOCOL_VERSION and self.phase in (Phase.BEGUN, Phase.AGREED):
-            version = wire.version_of(payload)
-            status = wire.STATUS_REVISION_MISMATCH
-            if version in wire.VERSIONS:
-                self.phase, self.version, status = Phase.AGREED, version, wire.STATUS_SUCCESS
-        elif operation == wire.QUERY_PROPERTIES and self.phase is Phase.AGREED:
-            status, body = (
-                wire.STATUS_SUCCESS,
-                wire.properties_body(self._sub_channels, MAX_TRANSFER_BYTES),
-            )
-        elif operation == wire.END_INITIALIZATION and self.phase is Phase.AGREED:
-            self.phase, status = Phase.READY, wire.STATUS_SUCCESS
-        elif operation == wire.CREATE_SUB_CHANNELS and self.phase is Phase.READY:
-            self._create_sub_channels(wire.count_of(payload), reply)
-            return
-        elif operation not in wire.OPERATIONS or operation == wire.FCHBA_DATA:
-            status = wire.STATUS_INVALID_DEVICE_REQUEST
-        reply(wire.answer(status, body))
 
     def _create_sub_channels(self, count: int, reply: Answer) -> None:
         if self._subs is None or not 1 <= count <= self._sub_channels:
@@ -229,7 +199,7 @@ class Storvsp:
 
     def opened(self, io: ChannelIo) -> None:
         """The guest begins."""
-        self.phase, self.version = Phase.NEW, 0
+        self._handshake.begin_anew()
         self._primary.opened(io)
 
     def rung(self) -> None:
@@ -273,27 +243,20 @@ class Storvsp:
         """See `vmbus.device.SavedDevice`."""
         done = [one for channel in self._channels.values() for one in channel.save_done()]
         units = {f"{target}:{lun}": save_unit(unit) for target, lun, unit in self._bus}
-        return StorvspState(self.phase.value, self.version, self._primary.notices, tuple(done), units)
+        hands = self._handshake
+        return StorvspState(hands.phase.value, hands.version, self._primary.notices, tuple(done), units)
 
     def load(self, io: ChannelIo | None, state: StorvspState) -> None:
         """See `vmbus.device.SavedDevice`."""
         self._load_units(state.units)
         if io is None:
             return
-        phases = {phase.value: phase for phase in Phase}
-        agreed = state.version in wire.VERSIONS
-        phase = phases.get(state.phase)
-        if (
-            phase is None
-            or agreed != (phase in (Phase.AGREED, Phase.READY))
-            or (not agreed and state.version)
-        ):
-            raise ValueError(f"{self._offer.name}: no driver has come to {state.phase[:20]!r} like that")
         if len(state.done) > MAX_IN_FLIGHT * (self._sub_channels + 1):
             raise ValueError(f"{self._offer.name}: {len(state.done)} completions wait")
         if any(len(one.payload) != wire.PACKET_BYTES or one.trans_id < 0 for one in state.done):
             raise ValueError(f"{self._offer.name}: a completion that waits is none")
-        self.phase, self.version, self._saved = phase, state.version, state.done
+        self._handshake.load(state.phase, state.version)
+        self._saved = state.done
         self.restore(self._primary, io)
         for operation in {wire.ENUMERATE_BUS, wire.REMOVE_DEVICE} & set(state.notices):
             self._notify(operation)
@@ -313,12 +276,12 @@ class Storvsp:
 
     def inspect(self) -> dict[str, object]:
         """What was agreed, and what the channels and units do. Any thread."""
-        version = f"{self.version >> 8}.{self.version & 0xFF}" if self.version else None
+        version = self._handshake.version
         channels = list(self._channels.values())
         return {
             "driver": self.ready,
             "phase": self.phase.value,
-            "version": version,
+            "version": f"{version >> 8}.{version & 0xFF}" if version else None,
             "channels": sum(channel.is_open for channel in channels),
             "requests": {channel.index: channel.requests for channel in channels},
             "in_flight": {channel.index: channel.in_flight.count for channel in channels},
