@@ -18,7 +18,6 @@ from hvkvm.devices.port.bus import MmioHole, PortBus
 from hvkvm.devices.port.cmos import Cmos, CmosState
 from hvkvm.devices.port.debug_exit import DebugExit, GuestExit, debug_exit_status
 from hvkvm.devices.port.fw_cfg import FirmwareFwCfg, FwCfg, FwCfgState
-from hvkvm.devices.port.irq_line import IrqfdLine
 from hvkvm.devices.port.quiet import absorb_writes, quiet_ports
 from hvkvm.devices.port.reset import I8042Reset, PciConfigPorts, SystemControlA
 from hvkvm.devices.port.serial import Serial16550
@@ -80,7 +79,7 @@ class Board:
     def _add_serial(self, platform: Platform, stack: ExitStack) -> None:
         irqfd = Irqfd(platform.vm, board.COM1_IRQ)
         stack.callback(irqfd.close)
-        self._com1_line = IrqfdLine(irqfd)
+        self._com1_line = irqfd
         self.serial = Serial16550(self._com1_line, self._output, platform.io)
         self._coalesced: CoalescedSerial | None = None
         try:
@@ -97,7 +96,7 @@ class Board:
             if irq not in lines:
                 irqfd = Irqfd(platform.vm, irq)
                 stack.callback(irqfd.close)
-                lines[irq] = IrqfdLine(irqfd)
+                lines[irq] = irqfd
             serial = Serial16550(lines[irq], lambda _data: None, platform.io)
             serial.attach(self.ports, port)
             self.command_ports.append(serial)

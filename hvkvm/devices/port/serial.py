@@ -41,7 +41,7 @@ from hvkvm.errors import Stopped
 
 if TYPE_CHECKING:
     from hvkvm.devices.port.bus import PortBus
-    from hvkvm.devices.port.irq_line import IrqLine
+    from hvkvm.devices.port.serial_core import IrqLine
     from hvkvm.runtime.io_loop import IoLoop
 
 _CONGESTED_POLL = 0.001

@@ -5,7 +5,7 @@ No lock, no thread: `serial.Serial16550` derives from this and makes every call 
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 from hvkvm.devices.port.serial_registers import (
     FCR_CLEAR_RX,
@@ -42,11 +42,17 @@ from hvkvm.devices.port.serial_registers import (
 from hvkvm.devices.port.serial_state import POWER_ON, SerialState
 
 if TYPE_CHECKING:
-    from hvkvm.devices.port.irq_line import IrqLine
     from hvkvm.devices.port.serial_input import InputWire
     from hvkvm.devices.port.serial_output import OutputBatch
 
 READY = LSR_THRE | LSR_TEMT
+
+
+class IrqLine(Protocol):
+    """An edge-triggered interrupt line, as ISA's are here: it can only pulse. `kvm.irqfd.Irqfd` is one."""
+
+    def pulse(self) -> object:
+        """Raise and lower it. Any thread; must not block."""
 
 
 class UartCore:
