@@ -92,9 +92,9 @@ def devices(bus: Bus | None) -> dict[str, Any]:
     """The devices on the bus: whether a driver is there, the versions it chose, and what they count."""
     if bus is None:
         return {}
-    head, *connections = bus.vsock.describe()
-    vsock = {"service": head.removeprefix("vsock "), **bus.vsock.counters._asdict()}
-    vsock["connections"] = connections
+    connections = bus.vsock.connections
+    vsock = {"service": bus.vsock.service, **connections.counters._asdict()}
+    vsock["connections"] = connections.describe()
     others = {
         name: entry.device.inspect() for name, entry in list(bus.devices.items()) if name not in DEVICES
     }

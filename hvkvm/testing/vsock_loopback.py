@@ -155,7 +155,9 @@ class VsockLoopback:
         self.path = path
         self.loopback = Loopback(random=random if mix else None)
         self.io = LoopbackIo(self.loopback.call_soon)
-        self.vsock = Vsock(self.loopback.host, self.io, path, observer=self.loopback.notes, **options)
+        self.vsock = Vsock(self.loopback.host, self.io, path, observer=self.loopback.notes)
+        for name, value in options.items():
+            setattr(self.vsock.connections, name, value)
         self.vsock.start()
         self.guest = VsockGuest(self.loopback, pages=pages)
         self.programs: list[HostProgram] = []

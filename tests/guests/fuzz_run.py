@@ -22,7 +22,8 @@ from fuzz_steps import Steps
 from hvkvm.abi.vmbus import MAX_RELID
 from hvkvm.devices.synth.ic import MAX_WAITING
 from hvkvm.devices.synth.keyboard import TURN_EVENTS
-from hvkvm.devices.synth.vsock import MAX_CONNECTIONS, TURN_PACKETS
+from hvkvm.devices.synth.vsock import MAX_CONNECTIONS
+from hvkvm.devices.synth.vsock_connections import TURN_PACKETS
 from hvkvm.observe.bus_text import bus_lines
 from hvkvm.vmbus.channel_io import BUDGET
 from hvkvm.vmbus.gpadl import MAX_GPADLS, MAX_UNFINISHED, MAX_VALUES
@@ -54,15 +55,17 @@ def look(bench: Bench) -> None:
     at_most("channels", channels, MAX_RELID)  # one that is rescinded goes when the guest releases it
     at_most("messages of the guest", len(host.inbox), MAX_INBOX)
     at_most("messages for the guest", len(host.outbox), MAX_OUTBOX + channels + MAX_UNFINISHED)
-    at_most("deferred calls", len(bench.loop.deferred), 16 + CALLS_A_CHANNEL * (6 + len(vsock._connections)))
-    live = len(vsock._connections) + len(vsock._callers) + MAX_TL_CONNECTS
+    at_most(
+        "deferred calls", len(bench.loop.deferred), 16 + CALLS_A_CHANNEL * (6 + len(vsock.connections.live))
+    )
+    live = len(vsock.connections.live) + len(vsock._callers) + MAX_TL_CONNECTS
     at_most("timers", bench.io.timers + sum(t.active for t in bench.loop.timers), 8 + 2 * live)
     at_most("GPADLs", len(server.channels.gpadls), MAX_GPADLS)
     at_most("unfinished GPADLs", server.channels.gpadls.unfinished, MAX_UNFINISHED)
     at_most("page numbers", server.channels.gpadls.values, MAX_VALUES)
     at_most("connects", len(server.tl_connects), MAX_TL_CONNECTS)
-    at_most("connections", len(vsock._connections), MAX_CONNECTIONS)
-    at_most("sockets for programs", len(vsock._handed), len(vsock._connections))
+    at_most("connections", len(vsock.connections.live), MAX_CONNECTIONS)
+    at_most("sockets for programs", len(vsock.connections.handed), len(vsock.connections.live))
     at_most("kinds of complaints", len(server.reports.counts), 32)
     at_most("lines told", len(bench.loop.notes.events), 600)
     at_most("readers", len(bench.io.readers), 2)

@@ -137,7 +137,7 @@ def test_what_a_stream_raises_ends_that_stream_alone(make_vsock: Make) -> None:
     bench = make_vsock()
     other, other_guest = from_host(bench, 1)
     program, guest = from_host(bench, 2)
-    (connection,) = (c for c in bench.vsock._connections if "port 2" in c.offer.name)
+    (connection,) = (c for c in bench.vsock.connections.live if "port 2" in c.offer.name)
     connection._to_guest = lambda: 1 // 0  # type: ignore[assignment, method-assign]
     program.outgoing += b"to nobody"
     bench.run(lambda: program.at_end or program.reset)

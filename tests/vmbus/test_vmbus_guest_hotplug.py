@@ -83,7 +83,7 @@ class Streams:
     def __init__(self, guest: LinuxGuest) -> None:
         self.guest = guest
         self.vsock = guest.bus.vsock
-        self.vsock.accept_seconds = SECONDS
+        self.vsock.connections.accept_seconds = SECONDS
         self.came: deque[socket.socket] = deque()
         self.live: socket.socket | None = None
         self.vsock.listen(HOST_PORT, self.came.append)

@@ -26,7 +26,7 @@ def test_streams_arrive_unchanged_both_ways(make_vsock: Make, way: Any, pages: i
         assert guest.incoming == there
         assert not program.reset
         bench.run()
-        counters = bench.vsock.counters
+        counters = bench.vsock.connections.counters
         assert (counters.bytes_to_guest, counters.bytes_to_host) == (len(there), len(back))
         assert bench.loopback.host.server.reports.total == 0
 
@@ -109,7 +109,7 @@ def test_the_guest_is_signalled_once_a_batch(make_vsock: Make) -> None:
     program.outgoing += bytes(10_000_000)
     program.finish = guest.finish = True
     bench.run(lambda: guest.state == "gone")
-    counters = bench.vsock.counters
+    counters = bench.vsock.connections.counters
     assert counters.packets_to_guest < 10_000_000 / 16384 * 1.5
     assert counters.signals < counters.packets_to_guest
 

@@ -237,7 +237,7 @@ def test_what_is_taken_from_a_closed_channel_has_a_bound(make_vsock: Make) -> No
     guest.state = "closed"
     while bench.loopback.deferred:  # no doorbell comes through before
         bench.loopback._run_deferred()
-    taken = bench.vsock.counters.packets_to_host
+    taken = bench.vsock.connections.counters.packets_to_host
     assert MAX_LAST_PACKETS <= taken < MAX_LAST_PACKETS + 100
     bench.run(lambda: program.at_end)
     assert program.incoming == b"".join(b"%08d" % number for number in range(taken))

@@ -6,7 +6,7 @@ from vsock_pairs import Make, from_host
 
 from hvkvm.devices.synth.hvsock import TURN
 from hvkvm.devices.synth.hvsock_packets import PACKETS
-from hvkvm.devices.synth.vsock import TURN_PACKETS
+from hvkvm.devices.synth.vsock_connections import TURN_PACKETS
 from hvkvm.testing.vsock_guest import GuestSocket
 from hvkvm.testing.vsock_loopback import HostProgram, VsockLoopback
 
@@ -28,7 +28,7 @@ def busy(make_vsock: Make) -> tuple[VsockLoopback, list[tuple[HostProgram, Guest
 
 
 def moved(bench: VsockLoopback) -> int:
-    counters = bench.vsock.counters
+    counters = bench.vsock.connections.counters
     return counters.packets_to_guest + counters.packets_to_host
 
 
@@ -56,7 +56,7 @@ def test_no_turn_is_longer_than_its_bound_and_one_is_pending(make_vsock: Make) -
 
 def test_nobody_has_a_second_turn_before_all_have_had_one(make_vsock: Make) -> None:
     bench, _pairs = busy(make_vsock)
-    connections = list(bench.vsock._connections)
+    connections = list(bench.vsock.connections.live)
     bench.io.poll()
     for doorbell in bench.loopback.synic.events.values():
         doorbell()
@@ -73,10 +73,10 @@ def test_nobody_has_a_second_turn_before_all_have_had_one(make_vsock: Make) -> N
 def test_a_connection_that_ends_while_it_waits_has_no_turn(make_vsock: Make) -> None:
     bench, pairs = busy(make_vsock)
     bench.io.poll()
-    for connection in list(bench.vsock._connections):
+    for connection in list(bench.vsock.connections.live):
         connection.end()
     for program, _guest in pairs:
         program.sock.close()
     bench.programs.clear()
     bench.run()
-    assert len(bench.vsock._turns) == 0
+    assert len(bench.vsock.connections.turns) == 0

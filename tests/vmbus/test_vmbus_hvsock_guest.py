@@ -170,11 +170,12 @@ def test_streams_arrive_unchanged_and_end_with_the_machine(tmp_path: Path, kerne
 @contextmanager
 def cost(guest: LinuxGuest, what: str) -> Iterator[None]:
     """Print what a stream took, for people: pytest -s."""
-    before, start = guest.bus.vsock.counters, monotonic()
+    before, start = guest.bus.vsock.connections.counters, monotonic()
     yield
     calm(guest)
     took = monotonic() - start
-    moved = {name: n - getattr(before, name) for name, n in guest.bus.vsock.counters._asdict().items()}
+    after = guest.bus.vsock.connections.counters
+    moved = {name: n - getattr(before, name) for name, n in after._asdict().items()}
     megabytes = (moved["bytes_to_guest"] + moved["bytes_to_host"]) / MB
     packets = moved["packets_to_guest"] + moved["packets_to_host"]
     print(
@@ -189,7 +190,7 @@ def test_connections_of_every_kind(tmp_path: Path, kernel: str) -> None:
     path = tmp_path / "v"
     with vsock_guest(path, kernel=kernel) as guest:
         guest.start()
-        guest.bus.vsock.linger_seconds = 5.0
+        guest.bus.vsock.connections.linger_seconds = 5.0
         shell, host = Shell(guest).ready(), Host(guest)
 
         # Both directions at a time.
@@ -252,7 +253,7 @@ def test_connections_of_every_kind(tmp_path: Path, kernel: str) -> None:
         shell.check("/vsock connect 1005 hold & sleep 1; kill -9 $!; wait")
         assert isinstance(full().error, ConnectionError)
         calm(guest)
-        assert guest.bus.vsock.counters.bytes_to_host > 0
+        assert guest.bus.vsock.connections.counters.bytes_to_host > 0
 
 
 def call(path: Path, line: bytes, *, ok: bool = True) -> socket.socket:

@@ -16,40 +16,32 @@ from __future__ import annotations
 import os
 import socket
 from collections.abc import Callable
-from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
 from hvkvm.abi import hvsock as abi
 from hvkvm.abi import vmbus
-from hvkvm.devices.synth.hvsock import LINGER_SECONDS, Counters, HvsockConnection
+from hvkvm.devices.synth.hvsock import HvsockConnection
 from hvkvm.devices.synth.vsock_caller import Caller
-from hvkvm.devices.synth.vsock_remainder import Remainder
+from hvkvm.devices.synth.vsock_connections import Connections
 from hvkvm.devices.synth.vsock_socket import ListeningSocket, connect
 from hvkvm.errors import Stopped
 from hvkvm.events import NULL_OBSERVER, Observer
 from hvkvm.runtime.acceptor import Acceptor
 from hvkvm.runtime.protocols import Loop, TimerHandle
-from hvkvm.runtime.rotation import Rotation
 from hvkvm.runtime.socket_watch import SocketWatch
 from hvkvm.vmbus.actions import TlConnect
 from hvkvm.vmbus.host import VmbusHost
-from hvkvm.vmbus.offer import Channel, Offer
+from hvkvm.vmbus.offer import Offer
 from hvkvm.vmbus.report import Reports
 from hvkvm.vmbus.server import BusState
 
 MAX_CONNECTIONS = 256
 """Most at a time, those that wait included."""
 
-ACCEPT_SECONDS = 5.0
-"""So long an offer waits for a guest's program to take it; Linux's own connect gives up after 2."""
-
 RETRY_SECONDS = 0.05
 RETRIES = 30
 """How often a guest's connect is tried again while the queue of the host's program is full."""
-
-TURN_PACKETS = 64
-"""Packets that all connections together move in a turn of the I/O loop; the last one may go beyond."""
 
 _FIRST_HOST_PORT = 1 << 30
 
@@ -67,31 +59,19 @@ class Vsock:
         path: Path | None = None,
         *,
         observer: Observer = NULL_OBSERVER,
-        accept_seconds: float = ACCEPT_SECONDS,
-        linger_seconds: float = LINGER_SECONDS,
     ) -> None:
         self._host = host
         self._io = io
         self._path = path
         self._reports = Reports(observer)
-        self.accept_seconds = accept_seconds
-        """So long an offer waits for a guest's program; may be changed for later ones."""
-        self.linger_seconds = linger_seconds
-        """See `hvsock.LINGER_SECONDS`; likewise."""
+        self.connections = Connections(io, self._reports, host.remove)
         self._listening: ListeningSocket | None = None
         self._acceptor: Acceptor | None = None
-        self._watch: SocketWatch | None = None
-        self._turns = Rotation(io, TURN_PACKETS)
         self._callers: set[Caller] = set()
-        self._remainders: set[Remainder] = set()
         self._retries: dict[int, tuple[TlConnect, TimerHandle]] = {}
         """By id, since a guest may send the same request twice."""
-        self._connections: dict[HvsockConnection, Channel | None] = {}
-        self._handed: dict[HvsockConnection, socket.socket] = {}
-        """The programs' ends of connections that the guest has not accepted yet."""
         self._listeners: dict[int, Callable[[socket.socket], object]] = {}
-        self._past = Counters()
-        self._total = self._refused = 0
+        self._refused = 0
         self._next_host_port = _FIRST_HOST_PORT
         self._closed = False
 
@@ -100,7 +80,7 @@ class Vsock:
         listening = None if self._path is None else ListeningSocket(self._path)
         self._listening = listening
         try:
-            self._watch = SocketWatch(self._io)
+            self.connections.watch = SocketWatch(self._io)
             if listening is not None:
                 self._acceptor = Acceptor(self._io, listening.socket, self._accepted, self._not_accepted)
         except BaseException:
@@ -139,7 +119,7 @@ class Vsock:
     # Host to guest.
 
     def _accepted(self, sock: socket.socket) -> None:
-        watch = self._watch
+        watch = self.connections.watch
         if watch is None or self._full:
             sock.close()
             return
@@ -156,7 +136,7 @@ class Vsock:
 
     @property
     def _full(self) -> bool:
-        return len(self._callers) + len(self._connections) + len(self._remainders) >= MAX_CONNECTIONS
+        return len(self._callers) + len(self.connections) >= MAX_CONNECTIONS
 
     def _called(self, caller: Caller, port: int | None) -> None:
         """A program said which port it wants, or left, or was too slow."""
@@ -188,10 +168,10 @@ class Vsock:
             if greets:
                 connection.greet(b"OK %d\n" % host_port)
 
-        connection = self._connection(offer, sock, opened)
+        connection = self.connections.make(offer, sock, opened)
         if connection is not None:
             try:
-                self._connections[connection] = self._host.add(connection)
+                self.connections.live[connection] = self._host.add(connection)
             except ValueError as error:  # no relid is free
                 connection.end(str(error))
 
@@ -226,18 +206,18 @@ class Vsock:
         )
 
         def opened(connection: HvsockConnection) -> None:
-            handed = self._handed.pop(connection, None)
+            handed = self.connections.handed.pop(connection, None)
             if handed is not None:
                 self._hand_over(handed, port)
 
-        connection = self._connection(offer, sock, opened, guest_waits=True)
+        connection = self.connections.make(offer, sock, opened, guest_waits=True)
         if connection is None:
             if theirs is not None:
                 theirs.close()
             self._host.refuse_connect(request)
             return
         if theirs is not None:
-            self._handed[connection] = theirs
+            self.connections.handed[connection] = theirs
         try:
             channel = self._host.accept_connect(request, connection)
         except ValueError as error:  # no relid is free, or the guest asks twice from one port
@@ -247,7 +227,7 @@ class Vsock:
         if channel is None:  # the guest has gone
             connection.end()
         else:
-            self._connections[connection] = channel
+            self.connections.live[connection] = channel
 
     def _retry_later(self, request: TlConnect, retries: int) -> None:
         timer = self._io.call_later(RETRY_SECONDS, self._host.contain, self._retry, request, retries)
@@ -269,72 +249,6 @@ class Vsock:
             self._reports.add("vsock", f"the listener of port {port} failed: {type(error).__name__}: {error}")
             sock.close()
 
-    # Both.
-
-    def _connection(
-        self,
-        offer: Offer,
-        sock: socket.socket,
-        opened: Callable[[HvsockConnection], object],
-        *,
-        guest_waits: bool = False,
-    ) -> HvsockConnection | None:
-        """A connection on `sock`, which is closed if there can be none."""
-        watch = self._watch
-        if watch is None:  # not started
-            sock.close()
-            return None
-        try:
-            connection = HvsockConnection(
-                offer,
-                sock,
-                watch,
-                self._turns,
-                self._io.call_later,
-                opened,
-                self._ended,
-                self._left,
-                open_seconds=self.accept_seconds,
-                linger_seconds=self.linger_seconds,
-                guest_waits=guest_waits,
-            )
-        except (OSError, Stopped) as error:
-            self._reports.add("vsock", f"{offer.name}: {error}")
-            sock.close()
-            return None
-        self._connections[connection] = None
-        self._total += 1
-        return connection
-
-    def _ended(self, connection: HvsockConnection, why: str) -> None:
-        channel = self._connections.pop(connection, None)
-        handed = self._handed.pop(connection, None)
-        if handed is not None:
-            handed.close()
-        self._past = self._past.plus(connection.counters)
-        if why:
-            self._reports.add("vsock", f"{connection.offer.name}: {why}")
-        if channel is not None and not self._closed:
-            self._host.remove(channel)
-
-    def _left(self, sock: socket.socket, data: bytes) -> None:
-        """A connection ends, and its program has not got all yet: what it does not take now waits for it."""
-        watch, sent = self._watch, 0
-        try:
-            with suppress(BlockingIOError):
-                sent = sock.send(data, socket.MSG_NOSIGNAL)
-            if watch is None or sent == len(data):
-                sock.close()
-                return
-            data = data[sent:]
-            self._remainders.add(
-                Remainder(
-                    sock, data, watch, self._io.call_later, self.linger_seconds, self._remainders.discard
-                )
-            )
-        except (OSError, Stopped):
-            sock.close()
-
     # Ends.
 
     def reset(self) -> None:
@@ -342,42 +256,34 @@ class Vsock:
         retries, self._retries = self._retries, {}
         for _request, timer in retries.values():
             timer.cancel()
-        for connection in list(self._connections):
-            connection.end()
+        self.connections.end_all()
 
     def close(self) -> None:
         """End everything and remove the socket. After the loop, before `VmbusHost.close`. Idempotent."""
         self._closed = True
         for caller in list(self._callers):
             caller.finish()
-        for connection in list(self._connections):
-            connection.close(lambda: None)  # what a guest wrote last is still in its ring
+        self.connections.close()
         self.reset()
-        for remainder in list(self._remainders):
-            remainder.finish()
         if self._acceptor is not None:
             self._acceptor.close()
         listening, self._listening = self._listening, None
         if listening is not None:
             listening.close()
-        if self._watch is not None:
-            self._watch.close()
+        if self.connections.watch is not None:
+            self.connections.watch.close()
 
     # Telling.
 
     @property
-    def counters(self) -> Counters:
-        """What all connections moved, past ones included."""
-        total = self._past
-        for connection in list(self._connections):
-            total = total.plus(connection.counters)
-        return total
+    def service(self) -> str:
+        """The service in a line, for people."""
+        return (
+            f"{self._path or 'without a path'}: {len(self.connections.live)} connections of"
+            f" {self.connections.total} so far, {self._refused} refused, {len(self._callers)} programs have"
+            " yet to name a port"
+        )
 
     def describe(self) -> list[str]:
-        """The service and its connections, for dumps."""
-        live = list(self._connections)
-        head = (
-            f"vsock {self._path or 'without a path'}: {len(live)} connections of {self._total} so far, "
-            f"{self._refused} refused, {len(self._callers)} programs have yet to name a port"
-        )
-        return [head, *(f"  {connection.describe()}" for connection in live)]
+        """The service and its connections, for people."""
+        return [f"vsock {self.service}", *(f"  {line}" for line in self.connections.describe())]
