@@ -19,7 +19,7 @@ from hvkvm.abi.virtio_net_hdr import PLAIN, parse
 from hvkvm.net.base import TURN_FRAMES, Loop
 from hvkvm.net.between import Between
 from hvkvm.net.port import NO_OFFLOADS, Frame, Offloads
-from hvkvm.net.segment import finish
+from hvkvm.net.segment import MAX_SEGMENTS, finish
 from hvkvm.net.wire import Wire
 
 MAX_HELD = 1024
@@ -58,14 +58,23 @@ class Direction:
         self.running = False
         self.counts = dict.fromkeys(("lost", "corrupted", "duplicated", "reordered", "overrun"), 0)
 
-    def take(self, frames: Sequence[Frame]) -> None:
-        """All of `frames` meet their fate now."""
+    def take(self, frames: Sequence[Frame]) -> int:
+        """Have `frames` meet their fate; how many of them, since to cut many is too much for a turn."""
+        cut = taken = 0
         for frame in frames:
+            if cut > MAX_SEGMENTS:
+                break
+            taken += 1
             data = b"".join(frame[1:])
             # No offload is offered, but a guest that was restored may have been offered some before.
-            for whole in [data] if frame[0] == PLAIN else finish(parse(frame[0]), data):
+            if frame[0] == PLAIN:
+                self._decide(data)
+                continue
+            for whole in finish(parse(frame[0]), data):
+                cut += 1
                 self._decide(whole)
         self._arm()
+        return taken
 
     def _decide(self, data: bytes) -> None:
         faults, draw, counts = self._faults, self._random.random, self.counts
@@ -162,14 +171,18 @@ class FaultyWire(Between):
         super().close()
 
     def send(self, frames: Sequence[Frame]) -> int:
-        """See `Port.send`. Takes all: what finds no room further on is held, or lost."""
-        self._out.take(frames)
-        return len(frames)
+        """See `Port.send`. What finds no room further on is held, or lost."""
+        taken = self._out.take(frames)
+        if taken < len(frames):
+            self._io.call_soon(super().writable)
+        return taken
 
     def frames(self, frames: Sequence[Frame]) -> int:
-        """See `Receiver.frames`. Takes all."""
-        self._in.take(frames)
-        return len(frames)
+        """See `Receiver.frames`."""
+        taken = self._in.take(frames)
+        if taken < len(frames):
+            self._io.call_soon(self.below.resume)
+        return taken
 
     def resume(self) -> None:
         """See `Port.resume`."""

@@ -18,7 +18,7 @@ from hvkvm.abi.virtio_net_hdr import PLAIN, VIRTIO_NET_HDR_BYTES, parse
 from hvkvm.events import NULL_OBSERVER, Observer
 from hvkvm.net.base import TURN_BYTES, TURN_FRAMES, BasePort, Loop
 from hvkvm.net.port import ETHERNET_BYTES, MAX_FRAME_BYTES, NO_OFFLOADS, Frame, Offloads
-from hvkvm.net.segment import finish
+from hvkvm.net.segment import MAX_SEGMENTS, finish
 from hvkvm.runtime.socket_watch import WRITE, SocketWatch, Watched
 
 LENGTH_BYTES = 4
@@ -54,6 +54,7 @@ class StreamPort(BasePort):
         self._watch: SocketWatch | None = None
         self._watched: Watched | None = None
         self._tail = b""
+        self._cut = 0
         self._buffer = memoryview(bytearray(TURN_BYTES))
         self._start = self._end = 0
         self._asked = False
@@ -108,9 +109,13 @@ class StreamPort(BasePort):
 
     def _transmit(self, frames: Sequence[Frame]) -> int:
         taken = 0
+        self._cut = 0
         while taken < len(frames) and self._sock is not None:
             if self._tail:
                 break  # the peer's socket takes no more: `_room` comes
+            if self._cut > MAX_SEGMENTS:
+                self.io.call_soon(self._writable)  # enough for a turn
+                break
             batch, sizes, views = self._batch(frames, taken)
             if not views:
                 taken += batch
@@ -133,6 +138,8 @@ class StreamPort(BasePort):
         views: list[Any] = []
         total = 0
         for frame in frames[first : first + TURN_FRAMES]:
+            if self._cut > MAX_SEGMENTS:
+                break
             whole = self._whole(frame)
             size = sum(map(len, whole))
             if views and (total + size > TURN_BYTES or len(views) + len(whole) > MAX_VIEWS):
@@ -152,6 +159,7 @@ class StreamPort(BasePort):
         if header == PLAIN or self.offloads.csum:
             return [size.to_bytes(LENGTH_BYTES, "big"), *frame[1:]]
         whole = finish(parse(header), b"".join(frame[1:]))
+        self._cut += len(whole)
         if not whole:
             self.statistics.sent_dropped += 1
         return [part for each in whole for part in (len(each).to_bytes(LENGTH_BYTES, "big"), each)]

@@ -120,6 +120,17 @@ def test_no_offload_is_offered_and_what_was_left_undone_is_done(loop):
     loop.do(wire.close)
 
 
+def test_many_packets_to_be_cut_are_more_than_one_turn(loop):
+    below = TestWire(loop)
+    wire = FaultyWire(loop, below, Faults())
+    nic = connect(loop, wire)
+    frame, header, _data = tcp_frame(V4, 300 * 100)
+    header = header._replace(gso_size=100)
+    assert loop.do(wire.send, views(*[frame] * 6, header=header.pack())) == 2
+    nic.wait(lambda n: n.writables == 1)
+    loop.do(wire.close)
+
+
 def test_the_link_flaps_and_is_up_again(loop):
     below = TestWire(loop)
     wire = FaultyWire(loop, below, Faults(flap=0.01))

@@ -137,6 +137,26 @@ def test_what_an_offload_left_undone_is_done(loop, ends):
     assert port.statistics.sent_dropped == 1
 
 
+def test_many_packets_to_be_cut_are_more_than_one_turn(loop, ends):
+    """A guest that was never offered to leave them uncut may send them all the same."""
+    port, theirs = ends
+    nic = connect(loop, port)
+    frame, header, _data = tcp_frame(V4, 300 * 100)
+    header = header._replace(gso_size=100)
+    batch = views(*[frame] * 6, header=header.pack())
+    reader = threading.Thread(target=received, args=(theirs, 6 * len(framed(*finish(header, frame)))))
+    reader.start()
+    taken = []
+    while batch:
+        before = nic.writables
+        taken.append(loop.do(port.send, batch))
+        batch = batch[taken[-1] :]
+        if batch:
+            nic.wait(lambda n, before=before: n.writables > before)
+    reader.join()
+    assert max(taken) <= 2
+
+
 def test_every_frame_for_the_guest_has_the_header_that_was_asked_for(loop):
     port = StreamPort(loop, 1500, header=VALID)
     ours, theirs = socket.socketpair()
