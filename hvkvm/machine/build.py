@@ -128,13 +128,15 @@ def create_bus(platform: Platform, hyperv: Hyperv, stack: ExitStack) -> Bus | No
     return Bus(platform, hyperv, stack)
 
 
-def create_nics(platform: Platform, bus: Bus | None, vm_name: str, stack: ExitStack) -> Nics | None:
+def create_nics(
+    platform: Platform, bus: Bus | None, vm_name: str, stack: ExitStack, saved: Saved | None
+) -> Nics | None:
     """The NICs on the bus; None for a machine without a bus. ConfigError for wires that cannot be had."""
     if bus is None:
         return None
     from hvkvm.machine.nics import Nics
 
-    return Nics(platform, bus, vm_name, stack)
+    return Nics(platform, bus, vm_name, stack, saved)
 
 
 def create_pci(platform: Platform, board: Board, stack: ExitStack) -> Pci | None:

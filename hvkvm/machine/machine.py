@@ -85,7 +85,7 @@ class Machine:
         handlers |= exits.handlers(board, lifecycle, platform.memory, config.append) | interface.handlers()
         board.add_optional_devices(config.devices, interface)
         self.bus = build.create_bus(platform, interface, stack)
-        self.nics = build.create_nics(platform, self.bus, self.name, stack)
+        self.nics = build.create_nics(platform, self.bus, self.name, stack, saved)
         self.pci = build.create_pci(platform, board, stack)
         self.firmware = build.create_firmware(platform, board, self.pci, image, stack)
         self.disk_shelf = build.create_disks(platform, self.bus, stack)

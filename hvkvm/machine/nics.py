@@ -57,7 +57,9 @@ class Nics:
     name = "network"
     State = NicsState
 
-    def __init__(self, platform: Platform, bus: Bus, vm_name: str, stack: ExitStack) -> None:
+    def __init__(
+        self, platform: Platform, bus: Bus, vm_name: str, stack: ExitStack, saved: Saved | None = None
+    ) -> None:
         self._platform = platform
         self._bus = bus
         self._vm_name = vm_name
@@ -65,8 +67,12 @@ class Nics:
         self.nics: dict[str, Nic] = {}
         """By name: net0, net1, ..."""
         stack.callback(self.close)
-        for spec in platform.config.nets:
+        specs = platform.config.nets
+        known = len(specs) if saved is None else len(saved_nics(saved))
+        for spec in specs[:known]:
             self.add(spec, self.open(spec))
+        self._new = specs[known:]
+        """Those that a saved machine gets besides its own, once it has been loaded."""
 
     # Adding and removing.
 
@@ -147,6 +153,8 @@ class Nics:
         here, saved = [nic.name for nic in self.nics.values()], [nic.name for nic in state.nics]
         if here != saved:
             raise StateError(f"{self.name}: it has the NICs {saved!r:.80}, and this machine {here}")
+        for spec in self._new:
+            self.add(spec, self.open(spec))
 
     def close(self) -> None:
         """Give all wires back. The loop has ended, or never ran. Idempotent."""
@@ -171,24 +179,28 @@ def _words_to_keep(spec: NicSpec) -> str:
     return spec._replace(mac="", queues=-1, **paths).text
 
 
-def specs_to_restore(saved: Saved, given: Sequence[NicSpec]) -> tuple[NicSpec, ...]:
-    """The NICs of a saved machine, on the wires that it had, or on those of `given`. StateError."""
+def saved_nics(saved: Saved) -> tuple[SavedNic, ...]:
+    """Those of a saved machine. StateError."""
     if Nics.name not in saved.parts:
-        if given:
-            raise StateError(
-                f"{saved.path}: has no NIC; leave --net out, and add one when it runs: hvkvm ctl net add"
-            )
         return ()
+    state: NicsState = saved.state(NicsState, Nics.name)
+    return state.nics
+
+
+def specs_to_restore(saved: Saved, given: Sequence[NicSpec]) -> tuple[NicSpec, ...]:
+    """The NICs of a saved machine, on the wires that it had, or on those of `given`; then what else is given.
+
+    StateError.
+    """
     from hvkvm.machine.config_words import parse_words
     from hvkvm.machine.nic_spec import NicSpec
 
-    state: NicsState = saved.state(NicsState, Nics.name)
-    if given and len(given) != len(state.nics):
-        raise StateError(
-            f"{saved.path}: has {len(state.nics)} NICs, and {len(given)} --net; give one for each, or none"
-        )
+    nics = saved_nics(saved)
+    if given and len(given) < len(nics):
+        what = f"has {len(nics)} NICs, and {len(given)} --net"
+        raise StateError(f"{saved.path}: {what}; give one for each, or none")
     specs = []
-    for index, nic in enumerate(state.nics):
+    for index, nic in enumerate(nics):
         try:
             spec = given[index] if given else parse_words(NicSpec, "--net", nic.words)
         except ConfigError as error:
@@ -201,4 +213,4 @@ def specs_to_restore(saved: Saved, given: Sequence[NicSpec]) -> tuple[NicSpec, .
             what = f"{nic.name[:20]!r} has the MAC {nic.mac[:20]!r}, which its guest knows"
             raise StateError(f"{saved.path}: {what}; leave mac= out")
         specs.append(spec._replace(mac=nic.mac, queues=nic.queues))
-    return tuple(specs)
+    return (*specs, *given[len(nics) :])

@@ -165,3 +165,34 @@ def test_what_cannot_be_is_one_line(tmp_path: Path) -> None:
         capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert (done.returncode, "add --vmbus on" in done.stderr) == (2, True)
+
+
+def test_a_saved_vm_has_its_nics_on_the_wires_that_it_had_or_on_others(tmp_path: Path) -> None:
+    saved, wire, other = tmp_path / "saved", tmp_path / "wire", tmp_path / "other"
+    with running_vm(tmp_path, *options("--name", "one", "--net", f"listen={wire}")) as vm:
+        vm.wait_until_listening()
+        before = nics(vm)
+        vm.ctl("save", saved)
+        vm.ctl("quit")
+        vm.finish()
+    assert not wire.exists()
+
+    def restored(*more: object) -> dict[str, dict[str, object]]:
+        with running_vm(tmp_path, "--restore", saved, "--name", "two", "--quiet", *more) as vm:
+            vm.wait_until_listening()
+            found = nics(vm)
+            assert (wire.exists(), other.exists()) == ("--net" not in more, bool(more))
+            vm.ctl("quit")
+            vm.finish()
+        return found
+
+    assert restored() == before
+    assert restored("--net", f"listen={other}") == before
+    more = restored("--net", f"listen={other}", "--net", f"socket={wire}")
+    assert set(more) == {"net0", "net1"}
+    assert more["net0"] == before["net0"]
+    for words, why in ((["--net", f"listen={other},mac=02:00:00:00:00:01"], "leave mac= out"),):
+        command = command_line("run", "--restore", saved, *words)
+        done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+        assert (done.returncode, why in done.stderr) == (2, True), done
+    assert not other.exists()
