@@ -44,6 +44,7 @@ soak-vmbus: setup
 
 soak-nics: setup
 	@HVKVM_SOAK=1 $(PYTHON) -m pytest -v tests/soak/test_soak_netvsp.py $(ARGS)
+	@HVKVM_NET_ENDINGS=200 $(PYTHON) -m pytest -v tests/net/test_endings.py $(ARGS)
 
 soak-state: setup
 	@HVKVM_SOAK=1 $(PYTHON) -m pytest -v -m "not hyperv" -o timeout=0 tests/state $(ARGS)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import signal
 import socket
 import subprocess
 import sys
@@ -84,31 +83,6 @@ def test_nics_are_listed_added_and_removed(tmp_path: Path) -> None:
         vm.ctl("quit")
         vm.finish()
     assert not second.exists()
-
-
-@NO_PASST
-@pytest.mark.parametrize("how", [None, signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
-def test_nothing_is_left_of_a_run_however_it_ends(tmp_path: Path, how: signal.Signals | None) -> None:
-    wire = tmp_path / "wire"
-    with running_vm(tmp_path, *options("--net", "user", "--net", f"listen={wire}")) as vm:
-        vm.wait_until_listening()
-        pid = vm.json("net", "stats")[0]["wire"]["passt"]
-        fd = os.pidfd_open(pid)
-        if how is None:
-            vm.ctl("quit")
-        else:
-            vm.process.send_signal(how)
-        vm.finish()
-        import select
-
-        assert select.select([fd], [], [], 30)[0], Path(f"/proc/{pid}/status").read_text()
-        os.close(fd)
-    assert not wire.exists() or how is signal.SIGKILL  # a dead one's socket is replaced by who wants the name
-    if how is signal.SIGKILL:
-        (tmp_path / "again").mkdir()
-        with running_vm(tmp_path / "again", *options("--net", f"listen={wire}")) as vm:
-            vm.wait_until_listening()
-            assert nics(vm)["net0"]["kind"] == "socket"
 
 
 @NO_PASST
