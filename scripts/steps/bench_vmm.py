@@ -48,6 +48,8 @@ class Guest(NamedTuple):
     """A raw image, on hv_storvsc under hvkvm."""
     qemu_disk: str = "virtio-blk"
     """What it is on under QEMU: virtio-blk or virtio-scsi."""
+    tap: str = ""
+    """A tap interface of the host: hv_netvsc under hvkvm, virtio-net without vhost under QEMU."""
 
 
 def linux_append(vmm: str) -> str:
@@ -67,6 +69,7 @@ def command_line(vmm: str, guest: Guest) -> list[str]:
         words += ["--device", "hyperv-testdev"] if guest.testdev and guest.hyperv else []
         words += ["--synic", "user"] if vmm == HVKVM_USER else []
         words += ["--vmbus", "on", "--disk", str(guest.disk)] if guest.disk else []
+        words += ["--vmbus", "on", "--net", f"tap={guest.tap}"] if guest.tap else []
         return words + ([] if guest.hyperv else ["--hv", "none"])
     machine = vmm.removeprefix("qemu-")
     # On a KVM without Hyper-V QEMU 7.2 may not start with -cpu host; a plain CPU model does for port exits.
@@ -82,6 +85,9 @@ def command_line(vmm: str, guest: Guest) -> list[str]:
         controller = ["-device", "virtio-scsi-pci"] if guest.qemu_disk == "virtio-scsi" else []
         kind = "scsi-hd" if controller else "virtio-blk-pci"
         words += [*controller, "-device", f"{kind},drive=d"]
+    if guest.tap:
+        words += ["-netdev", f"tap,id=n,ifname={guest.tap},script=no,downscript=no,vhost=off"]
+        words += ["-device", "virtio-net-pci,netdev=n,romfile="]
     if guest.testdev:
         words += ["-device", "isa-debug-exit,iobase=0xf4,iosize=4"]
         words += ["-device", "hyperv-testdev"] if guest.hyperv else []

@@ -1,0 +1,249 @@
+"""A stock Linux on a tap interface: hv_netvsc of hvkvm beside QEMU's virtio-net, without vhost.
+
+One boot each. The host's kernel is the peer, and this process its programs: it sends, receives and asks, and
+holds the watch. Called by `scripts/bench`, or by itself:
+
+    .venv/bin/python scripts/steps/bench_network.py [hvkvm|hvkvm-user|virtio-net]...
+
+Needs root, for a tap interface of its own. A figure, not a test.
+"""
+
+from __future__ import annotations
+
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import NamedTuple
+
+PROJECT = Path(__file__).resolve().parent.parent.parent
+_FOLDERS = (str(PROJECT), str(PROJECT / "scripts"), str(PROJECT / "tests/guests"))
+sys.path[:0] = [path for path in _FOLDERS if path not in sys.path]
+
+from linux_programs import program  # noqa: E402
+
+from steps import artifacts, bench_vmm  # noqa: E402
+from steps.bench_table import Row  # noqa: E402
+from steps.bench_vmm import HVKVM, HVKVM_USER  # noqa: E402
+from steps.distribution import StepError, say  # noqa: E402
+
+TAP = "hvkvm-bench"
+HOST, GUEST, BITS = "10.97.0.1", "10.97.0.2", 24
+TCP_PORT, UDP_PORT = 9000, 7007
+SECONDS = 2.0
+"""How long each stream goes."""
+DEADLINE = 300.0
+PEER = "virtio-net"
+WINDOW = 32
+_MODULES = ("hv_netvsc", "virtio_pci", "virtio_net")
+_PLAIN = "/nic eth0 tso=0 tx=0 gro=0 lro=0 rx=0 > /dev/null"
+STEPS = ("TCP from the guest", "TCP to the guest", "UDP, 64 bytes there and back", f"UDP, {WINDOW} under way")
+STREAMS = STEPS[:2]
+PLAIN = " without offload"
+
+
+class Step(NamedTuple):
+    """One step of one VMM: bytes or round trips a second, and for each MiB or trip its exits and the VMM's
+    reads and writes."""
+
+    rate: float
+    exits: float | None
+    calls: float | None
+
+
+def script() -> str:
+    """What the guest runs: it comes up, says so, and does what the host asks over TCP."""
+    stream = f"cat /dev/zero | nc {HOST} {TCP_PORT + 1}"
+    return "\n".join(
+        [
+            "until ip link show eth0 > /dev/null 2>&1; do usleep 100000; done",
+            f"ip addr add {GUEST}/{BITS} dev eth0; ip link set eth0 up",
+            f"/nic udp {UDP_PORT} &",
+            f"until ping -c 1 -W 1 {HOST} > /dev/null; do :; done",
+            "echo bench ready",
+            f"while word=$(nc {HOST} {TCP_PORT} < /dev/null); do case $word in",
+            f"from) {stream};; to) nc {HOST} {TCP_PORT + 1} < /dev/null > /dev/null;;",
+            f"plain) {_PLAIN};; end) break;; esac; done",
+        ]
+    )
+
+
+class Host:
+    """The host's programs."""
+
+    def __init__(self) -> None:
+        self._words = socket.create_server((HOST, TCP_PORT))
+        self._streams = socket.create_server((HOST, TCP_PORT + 1))
+        for server in (self._words, self._streams):
+            server.settimeout(DEADLINE)
+
+    def say(self, word: str) -> None:
+        """Tell the guest what to do next: it asks when it has done what was before."""
+        with self._words.accept()[0] as sock:
+            sock.sendall(word.encode())
+
+    def stream(self, word: str) -> Callable[[], float]:
+        """A stream that goes; what is returned moves it for SECONDS, and gives bytes."""
+        self.say(word)
+        sock = self._streams.accept()[0]
+        data = bytes(1 << 18)
+
+        def go() -> float:
+            moved = 0
+            with sock:
+                end = time.monotonic() + SECONDS
+                while time.monotonic() < end:
+                    moved += len(sock.recv(1 << 18)) if word == "from" else sock.send(data)
+            return moved
+
+        return go
+
+    def trips(self, window: int) -> float:
+        """Datagrams that come back, `window` under way, in SECONDS."""
+        done = 0
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
+            sock.connect((GUEST, UDP_PORT))
+            sock.settimeout(0.5)
+            end = time.monotonic() + SECONDS
+            under_way = 0
+            while time.monotonic() < end:
+                while under_way < window:
+                    sock.send(bytes(64))
+                    under_way += 1
+                try:
+                    sock.recv(2048)
+                    done += 1
+                    under_way -= 1
+                except TimeoutError:
+                    under_way = 0
+        return done
+
+    def close(self) -> None:
+        """Listen no more."""
+        self._words.close()
+        self._streams.close()
+
+
+def _calls(pid: int) -> int | None:
+    with suppress(OSError, ValueError):
+        lines = Path(f"/proc/{pid}/io").read_text().splitlines()
+        return sum(int(line.split()[1]) for line in lines if line.startswith(("syscr", "syscw")))
+    return None
+
+
+def _measured(running: bench_vmm.Running, work: Callable[[], float], unit: float) -> Step:
+    pid = running.process.pid
+    exits, calls, begun = running.kvm_exits(), _calls(pid), time.monotonic()
+    units = max(work() / unit, 1e-9)
+    seconds = time.monotonic() - begun
+    after, calls_after = running.kvm_exits(), _calls(pid)
+    return Step(
+        units * unit / seconds,
+        None if exits is None or after is None else (after - exits) / units,
+        None if calls is None or calls_after is None else (calls_after - calls) / units,
+    )
+
+
+def measure(vmm: str, initrd: Path, *, suite: str | None = None) -> dict[str, Step]:
+    """One boot of "hvkvm", "hvkvm-user" or PEER; the steps by name. StepError."""
+    name = vmm if vmm in (HVKVM, HVKVM_USER) else "qemu-q35"
+    append = bench_vmm.linux_append(name)
+    guest = bench_vmm.Guest(artifacts.path("guest-kernel", suite), initrd, append, tap=TAP)
+    steps: dict[str, Step] = {}
+    host = Host()
+    try:
+        with bench_vmm.Running(name, guest, deadline=DEADLINE) as running:
+            lines = (line for _at, line in running.lines())
+            if not any(line == "bench ready" for line in lines):
+                raise StepError(f"{vmm}: no network: {running.stop()[-500:]}")
+            threading.Thread(target=lambda: list(lines), daemon=True).start()
+            for plain in (False, True):
+                if plain:
+                    host.say("plain")
+                for step, word in zip(STREAMS, ("from", "to"), strict=True):
+                    steps[step + PLAIN * plain] = _measured(running, host.stream(word), 1 << 20)
+                if not plain:
+                    for step, window in zip(STEPS[2:], (1, WINDOW), strict=True):
+                        steps[step] = _measured(running, lambda n=window: host.trips(n), 1)
+            host.say("end")
+    finally:
+        host.close()
+    return steps
+
+
+def _tap(*words: str) -> None:
+    done = subprocess.run(["ip", *words], capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise StepError(f"ip {' '.join(words)}: {done.stderr.strip()}; needs root and the tun module")
+
+
+def every(
+    vmms: tuple[str, ...], tell: Callable[[str], None], *, suite: str | None = None
+) -> dict[str, dict[str, Step]]:
+    """Each of `vmms`, one after the other on the same tap interface."""
+    from hvkvm.boot import initramfs
+
+    _tap("tuntap", "add", "dev", TAP, "mode", "tap", "vnet_hdr")
+    try:
+        _tap("addr", "add", f"{HOST}/{BITS}", "dev", TAP)
+        _tap("link", "set", TAP, "up")
+        with tempfile.TemporaryDirectory(prefix="hvkvm-bench-") as folder:
+            initrd = Path(folder) / "initramfs"
+            initrd.write_bytes(
+                initramfs.build(
+                    ["sh", "-c", script()],
+                    busybox=artifacts.path("busybox"),
+                    modules=_MODULES,
+                    kernel_modules_dir=artifacts.path("guest-modules", suite),
+                    files={"/nic": program("nic")},
+                )
+            )
+            found = {}
+            for vmm in vmms:
+                tell(f"network: {vmm}")
+                found[vmm] = measure(vmm, initrd, suite=suite)
+            return found
+    finally:
+        _tap("link", "del", TAP)
+
+
+def rows(vmms: tuple[str, ...], tell: Callable[[str], None], *, suite: str | None = None) -> list[Row]:
+    """hvkvm's `vmms` and QEMU's, as rows of the table."""
+    return rows_of(every((*vmms, PEER), tell, suite=suite))
+
+
+def rows_of(found: dict[str, dict[str, Step]]) -> list[Row]:
+    """Three rows a step and peer."""
+    own, *peers = found
+    made: list[Row] = []
+    for name, mine in found[own].items():
+        stream = name.startswith("TCP")
+        for peer in peers:
+            its = found[peer][name]
+            scale, unit, each = (1e6, "MB/s", "/MiB") if stream else (1, "1/s", "/trip")
+            made.append(Row(name, unit, mine.rate / scale, its.rate / scale, "more", peer))
+            made.append(Row(f"{name}: exits", each, mine.exits, its.exits, "", peer))
+            made.append(Row(f"{name}: reads and writes", each, mine.calls, its.calls, "", peer))
+    return made
+
+
+def main() -> int:
+    """Measure what is named, all by default, and print the table."""
+    from steps import bench_table
+
+    bench_vmm.ensure_debugfs()
+    print(bench_table.table(rows_of(every(tuple(sys.argv[1:]) or (HVKVM, HVKVM_USER, PEER), say))))
+    return 0
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main())
+    except StepError as error:
+        say(f"bench: {error}")
+        sys.exit(1)
