@@ -18,6 +18,7 @@ from steps import (  # noqa: E402
     bench_count,
     bench_guest,
     bench_measure,
+    bench_network,
     bench_storage,
     bench_synics,
     bench_table,
@@ -198,6 +199,19 @@ def test_disks_are_compared_step_by_step() -> None:
     assert {row.ratio for row in rows if row.peer_name == "virtio-blk"} == {2.0, None}
     assert all(row.better == ("" if row.unit == "/op" else "more") for row in rows)
     assert bench_storage.script(10).count("echo step") == len(bench_storage.STEPS) + 1
+
+
+def test_networks_are_compared_step_by_step() -> None:
+    """A rate, exits and the VMM's calls for each step, streams in bytes and the others in trips."""
+    names = [*bench_network.STEPS, *(step + bench_network.PLAIN for step in bench_network.STREAMS)]
+    mine = dict.fromkeys(names, bench_network.Step(2e6, 3.0, None))
+    its = dict.fromkeys(names, bench_network.Step(1e6, 2.0, 5.0))
+    rows = bench_network.rows_of({"hvkvm": mine, "virtio-net": its})
+    assert len(rows) == 3 * len(names)
+    assert {row.ratio for row in rows} == {2.0, 1.5, None}
+    assert {row.unit for row in rows if row.better} == {"MB/s", "1/s"}
+    for vmm, words in (("hvkvm", "--net tap=t"), ("qemu-q35", "ifname=t,script=no,downscript=no,vhost=off")):
+        assert words in " ".join(bench_vmm.command_line(vmm, bench_vmm.Guest(Path("k"), tap="t")))
 
 
 def test_each_vmm_gets_the_disk() -> None:
