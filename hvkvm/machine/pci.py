@@ -16,23 +16,46 @@ from hvkvm.devices.mmio_bus import MmioBus
 from hvkvm.devices.pci.board_functions import PowerManagement, host_bridge, isa_bridge
 from hvkvm.devices.pci.bus import BusState, PciBus
 from hvkvm.devices.pci.config_ports import Mechanism1
+from hvkvm.devices.pci.nvme.controller import ControllerState
 from hvkvm.devices.pci.power import PmBlocks
 from hvkvm.errors import StateError
+from hvkvm.kvm.doorbell import IoEventFd
 from hvkvm.kvm.irqfd import Irqfd
 
 if TYPE_CHECKING:
+    from hvkvm.block.disk import Disk
+    from hvkvm.devices.pci.nvme.controller import Controller
     from hvkvm.kvm.gsi import GsiTable
     from hvkvm.kvm.vm import Vm
     from hvkvm.machine.board import Board
     from hvkvm.machine.platform import Platform
+    from hvkvm.runtime.io_loop import IoLoop
 
 
 class PciState(NamedTuple):
-    """The configuration address, every function's registers, and the PM timer."""
+    """The configuration address, every function's registers, the PM timer, and each device by its slot."""
 
     address: int
     bus: BusState
     pm_timer: int
+    nvme: dict[int, ControllerState]
+
+
+class Bell:
+    """An ioeventfd for 4-byte writes, watched by the I/O loop."""
+
+    def __init__(self, vm: Vm, io: IoLoop, gpa: int, rang: Callable[[], object]) -> None:
+        self._ioeventfd = IoEventFd(vm, gpa, 4)
+        try:
+            self._handle = io.add_reader(self._ioeventfd.eventfd.fd, rang, edge=True)
+        except BaseException:
+            self._ioeventfd.close()
+            raise
+
+    def close(self) -> None:
+        """Untie it. On the loop, or when it has ended."""
+        self._handle.remove()
+        self._ioeventfd.close()
 
 
 class MsiLine:
@@ -91,6 +114,36 @@ class Pci:
         self.bus.add_function(pci.ISA_BRIDGE_SLOT, 0, isa_bridge())
         self.bus.add_function(pci.ISA_BRIDGE_SLOT, pci.PM_FUNCTION, self._pm)
         self.blocks.move(self._pm.base)
+        self._platform = platform
+        self._stack = stack
+        self.controllers: dict[int, Controller] = {}
+        """NVMe controllers by slot."""
+
+    def add_nvme(self, disk: Disk, *, name: str, serial: str = "") -> int:
+        """Plug in an NVMe controller with `disk`, before the machine starts; its slot. ConfigError."""
+        from hvkvm.devices.pci.nvme.controller import Controller
+
+        platform = self._platform
+
+        def make_bell(gpa: int, rang: Callable[[], object]) -> Bell:
+            return Bell(platform.vm, platform.io, gpa, rang)
+
+        controller = Controller(
+            platform.memory,
+            disk,
+            platform.io,
+            self.routes,
+            make_bell=make_bell,
+            name=name,
+            serial=serial or name,
+            sector_size=disk.image.sector_size,
+            read_only=disk.image.read_only,
+        )
+        slot = self.bus.plug(controller)
+        controller.on_intx = lambda level: self.bus.set_intx(slot, level)
+        self.controllers[slot] = controller
+        self._stack.callback(controller.close)
+        return slot
 
     @property
     def pm_base(self) -> int:
@@ -99,27 +152,53 @@ class Pci:
 
     def start(self) -> None:
         """See `Part.start`."""
+        for controller in self.controllers.values():
+            controller.start()
 
     def stop(self, done: Callable[[], object]) -> None:
-        """See `Part.stop`."""
-        done()
+        """See `Part.stop`: every device has answered what it took."""
+        left = len(self.controllers)
+        if not left:
+            done()
+            return
+
+        def one_stopped() -> None:
+            nonlocal left
+            left -= 1
+            if not left:
+                done()
+
+        for controller in self.controllers.values():
+            controller.stop(one_stopped)
 
     def reset(self) -> None:
         """See `Part.reset`."""
         self._ports.address = 0
+        for controller in self.controllers.values():
+            controller.reset()
         self.bus.reset()
         self.blocks.move(self._pm.base)
 
     def save(self) -> PciState:
         """See `Part.save`."""
-        return PciState(self._ports.address, self.bus.save(), self.blocks.timer.count)
+        controllers = {slot: one.save() for slot, one in self.controllers.items()}
+        return PciState(self._ports.address, self.bus.save(), self.blocks.timer.count, controllers)
 
     def load(self, state: PciState) -> None:
         """See `Part.load`."""
         try:
+            if set(state.nvme) != set(self.controllers):
+                raise ValueError("other NVMe disks were there when it was saved")
             self.bus.load(state.bus)
+            for slot, controller in self.controllers.items():
+                controller.load(state.nvme[slot])
         except ValueError as error:
             raise StateError(f"{self.name}: {error}") from None
         self._ports.address = state.address
         self.blocks.timer.count = state.pm_timer
         self.blocks.move(self._pm.base)
+
+    def inspect(self) -> dict[str, object]:
+        """What sits where, and each device."""
+        devices = {f"{slot:02x}": one.inspect() for slot, one in self.controllers.items()}
+        return {"functions": self.bus.inspect(), "nvme": devices}

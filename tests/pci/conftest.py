@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -12,6 +14,9 @@ from hvkvm.devices.mmio_bus import MmioBus
 from hvkvm.devices.pci.bus import PciBus
 from hvkvm.devices.pci.config_ports import Mechanism1
 from hvkvm.devices.pci.function import Bar, Function, Identity
+
+# A module for tests, not part of the package.
+sys.path.insert(0, str(Path(__file__).parent))
 
 
 class Memory:
@@ -38,7 +43,7 @@ class Device:
         self.memories = {bar: Memory(f"{name}.{bar.register}") for bar in bars}
         self.moves: list[tuple[int, int | None]] = []
 
-    def memory(self, bar: Bar) -> Memory:
+    def region(self, bar: Bar) -> Memory:
         return self.memories[bar]
 
     def moved(self, bar: Bar, gpa: int | None) -> None:

@@ -55,7 +55,7 @@ def test_a_guest_sizes_and_places_bars(board: Any, new_device: Any) -> None:
     board.write(slot, BAR0, 0xD0000000)
     assert board.mmio.read(0xC0000000, 8) == (1 << 64) - 1
     board.mmio.write(0xD0000010, 2, 0x12345)
-    assert device.memory(small).calls[-1] == ("w", 16, 2, 0x2345)
+    assert device.region(small).calls[-1] == ("w", 16, 2, 0x2345)
     board.write(slot, pci.PCI_COMMAND, 0, size=2)
     assert device.moves[-2:] == [(0, None), (2, None)]
     assert board.mmio.ranges() == []
@@ -69,10 +69,10 @@ def test_what_lies_beneath_comes_up_when_the_upper_one_moves(board: Any, new_dev
         board.write(slot, pci.PCI_COMMAND, ON, size=2)
     board.mmio.read(0xC0000000, 4)
     board.mmio.read(0xC0001000, 4)
-    assert [len(one.memory(one.function.bars[0]).calls) for one in (first, second)] == [1, 1]
+    assert [len(one.region(one.function.bars[0]).calls) for one in (first, second)] == [1, 1]
     board.write(slots[0], BAR0, 0xD0000000)
     board.mmio.read(0xC0000004, 4)
-    assert second.memory(second.function.bars[0]).calls[-1] == ("r", 4, 4)
+    assert second.region(second.function.bars[0]).calls[-1] == ("r", 4, 4)
 
 
 def test_an_intx_line_is_up_while_anybody_pulls(board: Any, new_device: Any) -> None:

@@ -22,7 +22,7 @@ class PciDevice(Protocol):
     name: str
     function: Function
 
-    def memory(self, bar: Bar) -> MmioDevice:
+    def region(self, bar: Bar) -> MmioDevice:
         """Who answers in a BAR. Asked once, when the device is plugged in."""
         ...
 
@@ -72,7 +72,7 @@ class PciBus:
                 raise ConfigError(f"{device.name}: all {pci.DEVICES} PCI slots are taken; use fewer devices")
         self.add_function(slot, 0, device.function)
         self.devices[slot] = device
-        plugged = _Plugged(device, {bar: device.memory(bar) for bar in device.function.bars})
+        plugged = _Plugged(device, {bar: device.region(bar) for bar in device.function.bars})
         self._devices.append(plugged)
         device.function.on_decoding = lambda: self._command_or_bar_written(slot, plugged)
         return slot
