@@ -159,13 +159,13 @@ def create_firmware(
     return Firmware(platform, board, pci, image, stack)
 
 
-def create_disks(platform: Platform, bus: Bus | None, stack: ExitStack) -> DiskShelf | None:
-    """The disks and DVD drives on the bus; None for a machine without a bus. ConfigError."""
-    if bus is None:
+def create_disks(platform: Platform, bus: Bus | None, pci: Pci | None, stack: ExitStack) -> DiskShelf | None:
+    """The disks and DVD drives; None for a machine with neither VMBus nor PCI. ConfigError."""
+    if bus is None and pci is None:
         return None
     from hvkvm.machine.disk_shelf import DiskShelf
 
-    return DiskShelf(platform, bus, stack)
+    return DiskShelf(platform, bus, pci, stack)
 
 
 def create_control(parts: Parts, stack: ExitStack) -> ControlDoor | None:

@@ -171,7 +171,7 @@ class MachineConfig(NamedTuple):
         Field(
             Structured("hvkvm.machine.disk_spec", "DiskSpec"),
             "--disk FILE,key=value,...",
-            "a disk on hv_storvsc: raw, VHDX or nbd:...",
+            "a disk on hv_storvsc or NVMe: raw, VHDX or nbd:...",
             in_saved=True,
         ),
     ] = ()
@@ -298,7 +298,13 @@ class MachineConfig(NamedTuple):
     @property
     def has_pci(self) -> bool:
         """Whether the machine has a PCI bus."""
-        return self.pci or self.firmware is not None
+        return (
+            self.pci or self.firmware is not None or any(self.bus_of(disk) != "vmbus" for disk in self.disks)
+        )
+
+    def bus_of(self, disk: "DiskSpec") -> str:
+        """Where the guest finds a disk: as it says, or where what boots can read it."""
+        return disk.bus or ("vmbus" if self.firmware is None else "nvme")
 
     @classmethod
     def from_mapping(cls, values: Mapping[str, Any], folder: Path | None = None) -> "MachineConfig":

@@ -111,7 +111,8 @@ def together(config: MachineConfig) -> None:
     if config.saved is None and config.nets and config.vmbus == "off":
         what = f"--net {config.nets[0].text}"
         raise ConfigError(f"{what}: needs the VMBus host that carries it; add --vmbus on")
-    for flag, wanted in (("--disk", config.disks), ("--cdrom", config.cdroms)):
+    on_vmbus = [disk for disk in config.disks if config.bus_of(disk) == "vmbus"]
+    for flag, wanted in (("--disk", on_vmbus), ("--cdrom", config.cdroms)):
         if wanted and config.vmbus == "off":
             what = f"{flag} {wanted[0].file}"
             raise ConfigError(f"{what}: needs the VMBus host that carries it; add --vmbus on")

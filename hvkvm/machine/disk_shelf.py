@@ -6,39 +6,90 @@ before that.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from typing import TYPE_CHECKING
+
+from hvkvm.errors import ConfigError
 
 if TYPE_CHECKING:
     from hvkvm.machine.bus import Bus
     from hvkvm.machine.disks import Disks
+    from hvkvm.machine.pci import Pci
+    from hvkvm.machine.pci_disks import PciDisks
     from hvkvm.machine.platform import Platform
+    from hvkvm.state.file import SavedDisk
 
 
 class DiskShelf:
-    """Of a machine with a bus. ConfigError for disks that cannot be had."""
+    """Of a machine with a VMBus or PCI. ConfigError for disks that cannot be had."""
 
-    def __init__(self, platform: Platform, bus: Bus, stack: ExitStack) -> None:
+    def __init__(self, platform: Platform, bus: Bus | None, pci: Pci | None, stack: ExitStack) -> None:
         self._platform = platform
         self._bus = bus
         self._stack = stack.enter_context(ExitStack())
         self.disks: Disks | None = None
-        """The disks; None while there has been none."""
-        if platform.config.disks or platform.config.cdroms:
+        """The disks on the VMBus; None while there has been none."""
+        self.pci_disks: PciDisks | None = None
+        """Those on PCI, where none comes or goes while the machine runs."""
+        config = platform.config
+        on_pci = [disk for disk in config.disks if config.bus_of(disk) != "vmbus"]
+        if bus is not None and (config.cdroms or len(on_pci) < len(config.disks)):
             self.make()
+        if pci is not None and on_pci:
+            from hvkvm.machine.pci_disks import PciDisks
+
+            self.pci_disks = PciDisks(platform, pci, self._stack)
+
+    @property
+    def _all(self) -> list[Disks]:
+        return [one for one in (self.disks, self.pci_disks) if one is not None]
 
     def make(self) -> Disks:
-        """The disks, made if there has been none."""
+        """The disks on the VMBus, made if there has been none. ConfigError without a VMBus."""
+        if self._bus is None:
+            raise ConfigError("this VM has no VMBus for disks; start it with --vmbus on")
         if self.disks is None:
             from hvkvm.machine.disks import Disks
 
             self.disks = Disks(self._platform, self._bus, self._stack)
         return self.disks
 
+    def why_not_saved(self) -> str:
+        """As `Disks.why_not_saved`."""
+        return next((why for one in self._all if (why := one.why_not_saved())), "")
+
+    def flush(self, done: Callable[[str], object]) -> None:
+        """As `Disks.flush`."""
+        left = self._all
+
+        def flush_next(why: str) -> None:
+            if why or not left:
+                done(why)
+            else:
+                left.pop().flush(flush_next)
+
+        flush_next("")
+
+    def saved(self) -> tuple[SavedDisk, ...]:
+        """As `Disks.saved`."""
+        return tuple(disk for one in self._all for disk in one.saved())
+
+    def check(self, saved: Sequence[SavedDisk]) -> None:
+        """As `Disks.check`."""
+        if self.disks is not None:
+            self.disks.check([disk for disk in saved if disk.bus == "vmbus"])
+        if self.pci_disks is not None:
+            self.pci_disks.check([disk for disk in saved if disk.bus != "vmbus"])
+
     def end(self, done: Callable[[], object]) -> None:
         """As `Disks.end`."""
-        if self.disks is None:
-            done()
-        else:
-            self.disks.end(done)
+        left = self._all
+
+        def end_next() -> None:
+            if left:
+                left.pop().end(end_next)
+            else:
+                done()
+
+        end_next()

@@ -14,6 +14,7 @@ MAX_CONTROLLERS = 64
 MAX_LUNS = 64
 """Of one controller: Linux looks for up to 255, which nobody needs."""
 MAX_SERIAL = 20
+BUSES = ("vmbus", "nvme")
 
 
 class ImageName(Kind):
@@ -87,6 +88,12 @@ class DiskSpec(NamedTuple):
     ] = ""
     controller: Annotated[int, Field(Number(0), "N", "the controller, from 0 (0)", check_controller)] = 0
     lun: Annotated[int, Field(Number(1), "N", "the LUN (the next free one)", check_lun)] = -1
+    bus: Annotated[
+        str,
+        Field(
+            Choice(("", *BUSES)), "|".join(BUSES), "where the guest finds it (with firmware nvme, else vmbus)"
+        ),
+    ] = ""
     faults: Annotated[
         Path | None, Field(File(), "FILE", "have it fail on purpose, as this TOML file says")
     ] = None

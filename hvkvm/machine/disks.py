@@ -30,6 +30,7 @@ from hvkvm.state.file import SavedDisk
 from hvkvm.vmbus.pending import Pending
 
 if TYPE_CHECKING:
+    from hvkvm.devices.pci.nvme.controller import Controller
     from hvkvm.devices.scsi.fault_rules import Plan
     from hvkvm.machine.bus import Bus
     from hvkvm.machine.platform import Platform
@@ -45,12 +46,15 @@ class Attached(NamedTuple):
     spec: Spec
     controller: int
     lun: int
-    unit: ScsiDisk | DvdDrive
+    unit: ScsiDisk | DvdDrive | Controller
+    bus: str = "vmbus"
+    """"vmbus", or "nvme": then `controller` is its PCI slot, and `plugged` holds its data."""
+    plugged: Disk | None = None
 
     @property
     def disk(self) -> Disk | None:
         """What holds its data; None for a drive without a medium."""
-        return self.unit.disk
+        return self.unit.disk if isinstance(self.unit, ScsiDisk | DvdDrive) else self.plugged
 
     @property
     def option(self) -> str:
@@ -61,7 +65,7 @@ class Attached(NamedTuple):
 class Disks:
     """ConfigError, ImageError among them, for what the configuration asks for and cannot be had."""
 
-    def __init__(self, platform: Platform, bus: Bus, stack: ExitStack) -> None:
+    def __init__(self, platform: Platform, bus: Bus | None, stack: ExitStack) -> None:
         self._platform = platform
         self._bus = bus
         self._workers = Workers(platform.io, name="disk")
@@ -69,9 +73,19 @@ class Disks:
         self.attached: dict[str, Attached] = {}
         """By name, in the order in which they were added."""
         stack.callback(self.close)
-        specs: list[Spec] = [*platform.config.disks, *platform.config.cdroms]
-        for spec in specs:
+        for spec in self.asked():
             self.attach(spec, self.open(spec), self.plan(spec))
+
+    @property
+    def _vmbus(self) -> Bus:
+        if self._bus is None:
+            raise ConfigError("this VM has no VMBus for disks; start it with --vmbus on")
+        return self._bus
+
+    def asked(self) -> list[Spec]:
+        """What the configuration wants of this kind."""
+        config = self._platform.config
+        return [*(disk for disk in config.disks if config.bus_of(disk) == "vmbus"), *config.cdroms]
 
     # Adding and removing.
 
@@ -100,6 +114,8 @@ class Disks:
         option = "--disk" if isinstance(spec, DiskSpec) else "--cdrom"
         disk = None
         try:
+            if isinstance(spec, DiskSpec) and spec.bus not in ("", "vmbus"):
+                raise ConfigError(f"{option} {spec.file}: bus={spec.bus} takes no disk while the VM runs")
             controller = self.controller(spec.controller)
             lun = spec.lun if spec.lun >= 0 else self._free_lun(controller)
             kind = "disk" if isinstance(spec, DiskSpec) else "cdrom"
@@ -160,7 +176,7 @@ class Disks:
     def rescind(self, controller: int) -> None:
         """Take a controller and its units from the guest at once, with all that is in flight."""
         name = f"scsi{controller}"
-        if name not in self._bus.devices:
+        if name not in self._vmbus.devices:
             return
         gone = [one for one in self.attached.values() if one.controller == controller]
         for one in gone:
@@ -171,7 +187,7 @@ class Disks:
                 if one.disk is not None:
                     self.let_go(one.disk)
 
-        self._bus.remove(name, removed)
+        self._vmbus.remove(name, removed)
 
     def resize(self, name: str, size: int, done: Callable[[Result], object]) -> None:
         """Make a disk `size` bytes and tell the guest; KeyError, ValueError for a drive. `done(result)`."""
@@ -184,7 +200,8 @@ class Disks:
                 self.controller(one.controller).rescan()
             done(result)
 
-        one.unit.disk.resize(size, resized)
+        if one.disk is not None:
+            one.disk.resize(size, resized)
 
     def eject(self, name: str, done: Callable[[Result], object], *, force: bool = False) -> None:
         """Take the medium out of a drive; `done(result)` when its image is closed.
@@ -214,11 +231,11 @@ class Disks:
     def controller(self, index: int) -> Storvsp:
         """The controller of this index, made if it is not there."""
         name = f"scsi{index}"
-        found = self._bus.devices.get(name)
+        found = self._vmbus.devices.get(name)
         if found is not None and isinstance(found.device, Storvsp):
             return found.device
         config = self._platform.config
-        return self._bus.add(name, Storvsp(index, self._platform.memory, config.cpus))
+        return self._vmbus.add(name, Storvsp(index, self._platform.memory, config.cpus))
 
     def _free_lun(self, controller: Storvsp) -> int:
         taken = controller.units.luns(0)

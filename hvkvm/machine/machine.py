@@ -87,8 +87,8 @@ class Machine:
         self.bus = build.create_bus(platform, interface, stack)
         self.nics = build.create_nics(platform, self.bus, self.name, stack, saved)
         self.pci = build.create_pci(platform, board, stack)
+        self.disk_shelf = build.create_disks(platform, self.bus, self.pci, stack)
         self.firmware = build.create_firmware(platform, board, self.pci, image, stack)
-        self.disk_shelf = build.create_disks(platform, self.bus, stack)
         if self.disk_shelf is not None:
             lifecycle.at_end(self.disk_shelf.end)
         if config.record:

@@ -116,11 +116,17 @@ class Pci:
         self.blocks.move(self._pm.base)
         self._platform = platform
         self._stack = stack
+        self._started = False
         self.controllers: dict[int, Controller] = {}
         """NVMe controllers by slot."""
 
-    def add_nvme(self, disk: Disk, *, name: str, serial: str = "") -> int:
-        """Plug in an NVMe controller with `disk`, before the machine starts; its slot. ConfigError."""
+    @property
+    def takes_devices(self) -> bool:
+        """Whether a device may still be plugged in: until the machine starts."""
+        return not self._started
+
+    def add_nvme(self, disk: Disk, *, name: str, serial: str = "") -> tuple[int, Controller]:
+        """Plug in an NVMe controller with `disk` before the machine starts: its slot, and it. ConfigError."""
         from hvkvm.devices.pci.nvme.controller import Controller
 
         platform = self._platform
@@ -143,7 +149,7 @@ class Pci:
         controller.on_intx = lambda level: self.bus.set_intx(slot, level)
         self.controllers[slot] = controller
         self._stack.callback(controller.close)
-        return slot
+        return slot, controller
 
     @property
     def pm_base(self) -> int:
@@ -152,6 +158,7 @@ class Pci:
 
     def start(self) -> None:
         """See `Part.start`."""
+        self._started = True
         for controller in self.controllers.values():
             controller.start()
 

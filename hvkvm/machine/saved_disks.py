@@ -37,6 +37,7 @@ def saved_disk(one: Attached) -> SavedDisk:
         one.lun,
         0 if disk is None else disk.size,
         changed_at(file) if telling else 0,
+        one.bus,
     )
 
 
@@ -55,8 +56,9 @@ def specs_of(saved: Sequence[SavedDisk]) -> tuple[tuple[DiskSpec, ...], tuple[Cd
                     one.serial,
                     one.discard,
                     str(one.sector or ""),
-                    one.controller,
+                    one.controller if one.bus == "vmbus" else 0,
                     one.lun,
+                    one.bus,
                 )
             )
         elif one.kind == "cdrom":

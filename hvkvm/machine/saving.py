@@ -25,7 +25,6 @@ from hvkvm.state.file import Manifest, Saved, SavedConfig, Writer
 if TYPE_CHECKING:
     from hvkvm.machine.config import MachineConfig
     from hvkvm.machine.disk_shelf import DiskShelf
-    from hvkvm.machine.disks import Disks
     from hvkvm.machine.hyperv import Hyperv
     from hvkvm.machine.lifecycle import Lifecycle
     from hvkvm.machine.part import Part
@@ -66,10 +65,6 @@ class Saver:
         self._ending = False
         self._writer: threading.Thread | None = None
 
-    @property
-    def _disks(self) -> Disks | None:
-        return None if self._shelf is None else self._shelf.disks
-
     def save(self, path: Path, done: Done, *, end: bool = False) -> bool:
         """Write the machine to `path` soon; `done` hears how it went. False while another save is made.
 
@@ -80,7 +75,7 @@ class Saver:
         if self._platform.config.has_streams:
             done(0, "what its command reads and writes leads to this run, and would lead nowhere from a file")
             return True
-        if self._disks is not None and (why := self._disks.why_not_saved()):
+        if self._shelf is not None and (why := self._shelf.why_not_saved()):
             done(0, why)
             return True
         self._busy = True
@@ -117,10 +112,10 @@ class Saver:
             else:
                 self._at_rest(path, done, go_on, end)
 
-        if self._disks is None:
+        if self._shelf is None:
             flushed("")
         else:
-            self._disks.flush(flushed)
+            self._shelf.flush(flushed)
 
     def _at_rest(self, path: Path, done: Done, go_on: Callable[[], object], end: bool) -> None:
         def finish(size: int, why: str) -> None:
@@ -164,7 +159,7 @@ class Saver:
             config.acpi,
             _absolute(config.firmware),
             config.pci,
-            () if self._disks is None else self._disks.saved(),
+            () if self._shelf is None else self._shelf.saved(),
             config.awaits,
             self._waits(),
         )
@@ -223,7 +218,7 @@ def load(saved: Saved, order: Sequence[Part], shelf: DiskShelf | None = None) ->
 
     In the order in which parts start: what is used by another comes first.
     """
-    if shelf is not None and shelf.disks is not None:
-        shelf.disks.check(saved.manifest.config.disks)
+    if shelf is not None:
+        shelf.check(saved.manifest.config.disks)
     for part in reversed(order):
         part.load(saved.state(part.State, part.name))

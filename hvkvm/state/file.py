@@ -71,6 +71,7 @@ class SavedDisk(NamedTuple):
     size: int
     changed: int
     """When the file was last written to, in ns since the epoch; 0 where that does not matter."""
+    bus: str = "vmbus"
 
 
 class SavedConfig(NamedTuple):

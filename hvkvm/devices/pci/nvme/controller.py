@@ -116,11 +116,11 @@ class Controller:
         self.vectors = VECTORS
         self.function = Function(
             Identity(
-                pci.PCI_VENDOR_ID_REDHAT,
-                0x0010,
+                pci.PCI_VENDOR_ID_MICROSOFT,
+                pci.NVME_DEVICE_ID,
                 pci.PCI_CLASS_STORAGE_EXPRESS,
-                subsystem_vendor=pci.PCI_VENDOR_ID_REDHAT_QUMRANET,
-                subsystem=0x1100,
+                subsystem_vendor=pci.PCI_VENDOR_ID_MICROSOFT,
+                subsystem=pci.NVME_DEVICE_ID,
                 pin=1,
             ),
             bars=[_BAR],
@@ -134,7 +134,7 @@ class Controller:
         self.completions: dict[int, Completion] = {}
         self.admin = Admin(self)
         self.namespace = Namespace(disk, sector_size, memory)
-        self._disk = disk
+        self.disk = disk
         self._io = io
         self._make_bell = make_bell
         # Written by vCPU threads, under the lock.
@@ -518,7 +518,7 @@ class Controller:
     def _begin_reset(self) -> None:
         self._forget()
         self._draining = True
-        self._disk.drain(self._reset_done)
+        self.disk.drain(self._reset_done)
 
     def _reset_done(self) -> None:
         if self._draining:
@@ -534,14 +534,14 @@ class Controller:
             if self._shutting:
                 self._csts |= nvme.NVME_CSTS_SHST_CMPLT
 
-        self._disk.submit(Request(Op.FLUSH, 0, (), done))
+        self.disk.submit(Request(Op.FLUSH, 0, (), done))
 
     # The machine.
 
     def start(self) -> None:
         """Go on; interrupts that may have been lost in a save come again."""
         self._stopped = False
-        self._disk.start()
+        self.disk.start()
         self._dirty.update(queue for queue in self.completions.values() if queue.unseen)
         if self._dirty and not self._signal_asked:
             self._signal_asked = True
@@ -558,7 +558,7 @@ class Controller:
             self._signal()
             done()
 
-        self._disk.stop(rested)
+        self.disk.stop(rested)
 
     def reset(self) -> None:
         """Power-on state. Only while stopped."""
@@ -578,7 +578,7 @@ class Controller:
 
     def counters(self) -> tuple[int, int, int, int]:
         """Units read and written (thousands of 512 bytes), reads and writes: for the SMART log."""
-        read, written = self._disk.counters[Op.READ], self._disk.counters[Op.WRITE]
+        read, written = self.disk.counters[Op.READ], self.disk.counters[Op.WRITE]
         units = [-(-one.bytes // 512_000) for one in (read, written)]
         return units[0], units[1], read.requests, written.requests
 
@@ -631,5 +631,5 @@ class Controller:
             },
             "bells": len(self._bells),
             "commands": self.taken,
-            "disk": self._disk.inspect(),
+            "disk": self.disk.inspect(),
         }

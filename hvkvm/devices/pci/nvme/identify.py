@@ -6,7 +6,7 @@ import struct
 import uuid
 
 from hvkvm.abi import nvme
-from hvkvm.abi.pci import PCI_VENDOR_ID_REDHAT, PCI_VENDOR_ID_REDHAT_QUMRANET
+from hvkvm.abi.pci import PCI_VENDOR_ID_MICROSOFT
 
 MDTS = 8
 """A command moves at most 2**MDTS pages: 1 MiB."""
@@ -25,7 +25,7 @@ def controller(serial: str) -> bytes:
     def put(offset: int, code: str, *values: int) -> None:
         struct.pack_into("<" + code, data, offset, *values)
 
-    put(0, "HH", PCI_VENDOR_ID_REDHAT, PCI_VENDOR_ID_REDHAT_QUMRANET)
+    put(0, "HH", PCI_VENDOR_ID_MICROSOFT, PCI_VENDOR_ID_MICROSOFT)
     data[4:24] = serial.encode("ascii", "replace")[:20].ljust(20)
     data[24:64] = MODEL.ljust(40)
     data[64:72] = FIRMWARE.ljust(8)
