@@ -46,6 +46,7 @@ def pytest_configure(config: pytest.Config) -> None:
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
     config.addinivalue_line("markers", "kernel_synic: about KVM's own SynIC; HVKVM_SYNIC=user leaves it out")
+    config.addinivalue_line("markers", "firmware: boots UEFI firmware; its lab has a newer kernel")
     config.addinivalue_line("markers", "user_synic: about the one in user space; HVKVM_SYNIC changes nothing")
 
 

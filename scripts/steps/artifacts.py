@@ -28,6 +28,8 @@ class Artifact(NamedTuple):
     real: str | None
     find: Callable[[Path], Path]
     what: str
+    each_suite: bool = False
+    """Whether another suite's differs, and is fetched from there; so it is for what has a `real`."""
 
 
 def _kernel(tree: Path) -> Path:
@@ -45,6 +47,10 @@ def _busybox(tree: Path) -> Path:
 
 def _daemons(tree: Path) -> Path:
     return _one(tree, "usr/sbin")
+
+
+def _firmware(tree: Path) -> Path:
+    return _one(tree, "usr/share/ovmf/OVMF.fd")
 
 
 def _libc(tree: Path) -> Path:
@@ -71,6 +77,9 @@ ARTIFACTS = {
     "hyperv-daemons": Artifact(
         "hyperv-daemons", None, _daemons, "the folder of hv_kvp_daemon and hv_vss_daemon"
     ),
+    "firmware": Artifact(
+        "ovmf", None, _firmware, "UEFI firmware, code and variables in one", each_suite=True
+    ),
     "libc": Artifact("libc6", None, _libc, "the folder of libc.so.6 and the loader those need"),
 }
 
@@ -83,7 +92,7 @@ def path(name: str, suite: str | None = None, *, update: bool = False, offline: 
     """
     artifact = ARTIFACTS[name]
     # A busybox is a busybox: one suite's serves kernels of all. So do the daemons.
-    suite = (suite or release_codename()) if artifact.real else release_codename()
+    suite = (suite or release_codename()) if artifact.real or artifact.each_suite else release_codename()
     noted = cache.root() / "resolved" / f"{suite}-{artifact.package}.json"
     tree = None if update else _noted_tree(noted)
     found = None
@@ -160,11 +169,16 @@ VARIABLES = {
     "HVKVM_GUEST_BUSYBOX": "busybox",
     "HVKVM_GUEST_HYPERV_DAEMONS": "hyperv-daemons",
     "HVKVM_GUEST_LIBC": "libc",
+    "HVKVM_GUEST_FIRMWARE": "firmware",
 }
 # Tests boot a second kernel, of another major version.
 NEWER_VARIABLES = {
     "HVKVM_NEWER_KERNEL": "guest-kernel",
     "HVKVM_NEWER_MODULES": "guest-modules",
+    "HVKVM_NEWER_FIRMWARE": "firmware",
+    # The lab of the firmware's tests: its KVM can slow the guest's ticks, and older ones cannot.
+    "HVKVM_NEWER_LAB_KERNEL": "lab-kernel",
+    "HVKVM_NEWER_LAB_MODULES": "lab-modules",
 }
 # And a third one, the newest there is.
 NEWEST_VARIABLES = {

@@ -2,6 +2,7 @@
 
     1 anywhere, 2 any KVM       here, where /dev/kvm can be used
     3 KVM with Hyper-V          here if this KVM has it, else in nested labs side by side
+      firmware                  likewise, in labs of a newer kernel
 
 Each part is one pytest session whose workers (pytest-xdist) draw from one list, as
 many as there are processors; for the third tier a worker is a Python in a lab of its
@@ -20,6 +21,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from hvkvm.boot import cache
+from steps.artifacts import newer_suite
 from steps.lab_host import has_hyperv
 
 PROJECT = Path(__file__).resolve().parents[2]
@@ -46,19 +48,29 @@ class Part(NamedTuple):
     marks: str
     tiers: tuple[str, ...]
     place: str
+    lab_options: tuple[str, ...] = ()
 
 
 def parts(usable: bool, hyperv: bool) -> list[Part]:
     """What is run, in order. `usable`: whether /dev/kvm is; `hyperv`: whether it has Hyper-V of its own."""
     place = "here" if hyperv else "lab"
+    kernel = ("--kernel", newer_suite())
+    firmware = Part("firmware (UEFI guests)", "firmware", ("hyperv",), place, kernel)
     if usable:
         return [
             Part("tiers 1 and 2 (anywhere, any KVM)", "not hyperv", ("kvm",), "here"),
-            Part("tier 3 (KVM with Hyper-V)", "hyperv", ("hyperv",), place),
+            Part("tier 3 (KVM with Hyper-V)", "hyperv and not firmware", ("hyperv",), place),
+            firmware,
         ]
     return [
         Part("tier 1 (anywhere)", "not kvm and not hyperv", (), "here"),
-        Part("tiers 2 and 3 (any KVM, KVM with Hyper-V)", "kvm or hyperv", ("kvm", "hyperv"), place),
+        Part(
+            "tiers 2 and 3 (any KVM, KVM with Hyper-V)",
+            "(kvm or hyperv) and not firmware",
+            ("kvm", "hyperv"),
+            place,
+        ),
+        firmware,
     ]
 
 
@@ -83,7 +95,7 @@ def command(part: Part, count: int, arguments: list[str]) -> list[str]:
     """The pytest session that runs `part` in `count` workers."""
     pytest = [PYTHON, "-m", "pytest"]
     chosen = ["-m", part.marks, "-o", f"timeout={TEST_SECONDS[part.place]}"]
-    lab = [str(PROJECT / "scripts/lab"), "--timeout", "0"]
+    lab = [str(PROJECT / "scripts/lab"), *part.lab_options, "--timeout", "0"]
     if _BY_HAND & set(arguments):
         return [*([*lab, "--"] if part.place == "lab" else []), *pytest, *chosen, *arguments]
     python = shlex.quote(PYTHON)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shlex
 import subprocess
 import sys
 from collections.abc import Callable
@@ -23,7 +24,21 @@ def test_the_third_tier_goes_to_labs_where_kvm_has_no_hyperv() -> None:
     assert [(part.place, part.tiers) for part in suite.parts(True, False)] == [
         ("here", ("kvm",)),
         ("lab", ("hyperv",)),
+        ("lab", ("hyperv",)),
     ]
+
+
+def test_firmware_gets_labs_of_a_newer_kernel_and_no_other_part_its_tests() -> None:
+    for usable in (True, False):
+        *others, firmware = suite.parts(usable, False)
+        assert firmware.marks == "firmware"
+        assert "--kernel" in shlex.split(
+            next(word for word in suite.command(firmware, 1, []) if "//python=" in word)
+        )
+        for part in others:
+            assert (
+                part.marks == "not hyperv" or "not firmware" in part.marks or part.marks.startswith("not kvm")
+            )
 
 
 def test_with_hyperv_everything_runs_here() -> None:
@@ -31,7 +46,7 @@ def test_with_hyperv_everything_runs_here() -> None:
 
 
 def test_without_kvm_the_second_tier_goes_to_the_lab_too() -> None:
-    first, second = suite.parts(False, False)
+    first, second, _firmware = suite.parts(False, False)
     assert (first.place, first.tiers) == ("here", ())
     assert (second.place, second.tiers) == ("lab", ("kvm", "hyperv"))
 
