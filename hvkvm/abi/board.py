@@ -36,6 +36,7 @@ PM1_CNT_SLP_TYP_SHIFT = 10
 PM1_CNT_SLP_TYP_MASK = 7 << PM1_CNT_SLP_TYP_SHIFT
 PM1_CNT_SLP_EN = 1 << 13
 S5_SLP_TYP = 5  # what DSDT's \_S5 names: PM1_CNT written with this SLP_TYP and SLP_EN is a power-off
+PIIX4_S5_SLP_TYP = 0  # what firmware writes that takes the board for a PIIX4
 
 DEBUG_EXIT_PORT = 0xF4  # isa-debug-exit
 DEBUG_EXIT_SIZE = 4

@@ -6,7 +6,11 @@ refused in one line (BootError).
 
 from __future__ import annotations
 
+import os
+from contextlib import suppress
 from pathlib import Path
+from typing import NamedTuple
+from uuid import UUID
 
 from hvkvm.abi import board
 from hvkvm.boot.e820 import E820_TYPE_RAM, E820_TYPE_RESERVED, E820Entry, boot_params_table
@@ -14,6 +18,9 @@ from hvkvm.errors import BootError
 
 PAGE = 0x1000
 LEAST = 16 * PAGE
+
+_NV_DATA_GUID = UUID("fff12b8d-7696-4c8b-a985-2747075b4f50").bytes_le
+"""EFI_SYSTEM_NV_DATA_FV_GUID."""
 
 OVMF = (
     Path("/usr/share/ovmf/OVMF.fd"),
@@ -58,6 +65,109 @@ def read(path: Path) -> bytes:
             " give OVMF.fd or a CODE image, not VARS"
         )
     return image
+
+
+class Images(NamedTuple):
+    """What lies below 4 GiB: variables first, if they are apart, then code."""
+
+    code: bytes
+    variables: bytes
+    """The template of the variables, as the package has them; empty where they are not asked for."""
+
+
+def split(path: Path, image: bytes) -> Images:
+    """Code and the variables' template for an image whose variables are to be kept. BootError.
+
+    An image begins with its variables (OVMF.fd), or they are in a file of their own beside it
+    (OVMF_CODE*.fd and OVMF_VARS*.fd).
+    """
+    size = _variables_size(image)
+    if size:
+        return Images(image[size:], image[:size])
+    beside = path.with_name(
+        path.name.replace("CODE", "VARS").replace(".secboot", "").replace(".strictnx", "")
+    )
+    if beside == path or not beside.is_file():
+        raise BootError(
+            f"--firmware-vars: {path} has no room for variables; give an image that has, such as OVMF.fd"
+        )
+    template = beside.read_bytes()
+    if _variables_size(template) != len(template) or len(image) + len(template) > board.FIRMWARE_LIMIT:
+        raise BootError(f"--firmware-vars: {beside} is no template of variables; name another --firmware")
+    return Images(image, template)
+
+
+def _variables_size(image: bytes) -> int:
+    """The length of the firmware volume for variables that `image` begins with; 0 if it does not."""
+    if image[16:32] != _NV_DATA_GUID or image[40:44] != b"_FVH":
+        return 0
+    size = int.from_bytes(image[32:40], "little")
+    return size if PAGE <= size <= len(image) and size % PAGE == 0 else 0
+
+
+def kept_variables(path: Path, template: bytes) -> bytes:
+    """The variables in `path`, which is made from `template` if it is not there. BootError."""
+    try:
+        with path.open("rb") as file:
+            found = file.read(len(template) + 1)
+    except FileNotFoundError:
+        try:
+            write_variables(path, template)
+        except OSError as error:
+            raise BootError(
+                f"--firmware-vars {path}: {error.strerror}; name a file that can be made"
+            ) from None
+        return template
+    except OSError as error:
+        raise BootError(f"--firmware-vars {path}: {error.strerror}; check the path") from None
+    if len(found) != len(template) or _variables_size(found) != len(template):
+        raise BootError(
+            f"--firmware-vars {path}: not the variables of this firmware, which take {len(template)} bytes;"
+            " name another file, or one that is not there yet"
+        )
+    return found
+
+
+def write_variables(path: Path, content: bytes) -> None:
+    """Replace the file: whoever opens it finds the old variables or the new. Blocks. OSError."""
+    replacement = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        fd = os.open(replacement, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+        try:
+            with suppress(FileNotFoundError):
+                os.fchmod(fd, path.stat().st_mode & 0o777)
+            view = memoryview(content)
+            while view:
+                view = view[os.write(fd, view) :]
+            os.fsync(fd)
+        finally:
+            os.close(fd)
+        os.replace(replacement, path)
+    except OSError:
+        with suppress(OSError):
+            replacement.unlink()
+        raise
+
+
+class KernelParts(NamedTuple):
+    """A bzImage as fw_cfg has it: its set-up part, and the rest."""
+
+    setup: bytes
+    kernel: bytes
+
+
+def kernel_parts(path: Path) -> KernelParts:
+    """The parts of a kernel that firmware can start: a bzImage with an EFI stub. BootError."""
+    try:
+        image = path.read_bytes()
+    except OSError as error:
+        raise BootError(f"--kernel {path}: {error.strerror}; check the path") from None
+    if image[:2] != b"MZ" or image[0x202:0x206] != b"HdrS":
+        raise BootError(
+            f"--kernel {path}: firmware starts a bzImage with an EFI stub; give one, or leave --firmware out"
+        )
+    size = ((image[0x1F1] or 4) + 1) * 512
+    return KernelParts(image[:size], image[size:])
 
 
 def e820(memory_size: int) -> bytes:

@@ -111,6 +111,7 @@ class Board:
         def guest_exit(status: int) -> None:
             lifecycle.finish(Ending.COMMAND_EXITED, status)
 
+        has_pci = platform.config.has_pci
         self.pci_ports = _pci_ports(platform, reset)
         self.pci_ports.attach(self.ports)
         I8042Reset(reset).attach(self.ports)
@@ -121,9 +122,10 @@ class Board:
         self.fw_cfg.attach(self.ports)
         self.cmos = Cmos()
         self.cmos.attach(self.ports)
-        self.sleep = AcpiControlBlock(lambda: lifecycle.finish(Ending.POWERED_OFF, 0))
+        off_types = (board.S5_SLP_TYP, board.PIIX4_S5_SLP_TYP) if has_pci else (board.S5_SLP_TYP,)
+        self.sleep = AcpiControlBlock(lambda: lifecycle.finish(Ending.POWERED_OFF, 0), off_types)
         self.power = AcpiEventBlock(lambda level: platform.vm.irq_line(board.SCI_IRQ, int(level)))
-        if not platform.config.has_pci:  # else a function of the PCI bus says where they are
+        if not has_pci:  # else a function of the PCI bus says where they are
             self.sleep.attach(self.ports)
             self.power.attach(self.ports)
         for doorbell in absorb_writes(platform.vm):

@@ -149,14 +149,20 @@ def create_pci(platform: Platform, board: Board, stack: ExitStack) -> Pci | None
 
 
 def create_firmware(
-    platform: Platform, board: Board, pci: Pci | None, image: GuestImage, stack: ExitStack
+    platform: Platform,
+    board: Board,
+    pci: Pci | None,
+    shelf: DiskShelf | None,
+    image: GuestImage,
+    name: str,
+    stack: ExitStack,
 ) -> Firmware | None:
     """The ROM and what it is told, where the machine starts in one. ConfigError, CapabilityMissing."""
     if platform.config.firmware is None or pci is None:
         return None
     from hvkvm.machine.firmware import Firmware
 
-    return Firmware(platform, board, pci, image, stack)
+    return Firmware(platform, board, pci, shelf, image, name, stack)
 
 
 def create_disks(platform: Platform, bus: Bus | None, pci: Pci | None, stack: ExitStack) -> DiskShelf | None:

@@ -247,6 +247,15 @@ class MachineConfig(NamedTuple):
             in_saved=True,
         ),
     ] = None
+    firmware_vars: Annotated[
+        Path | None,
+        Field(
+            PathName(),
+            "--firmware-vars FILE",
+            "keep the firmware's variables in this file, which is made if it is not there",
+            checks.firmware_vars,
+        ),
+    ] = None
     pci: Annotated[bool, Field(OnOff())] = False
     apic_bus_ns: Annotated[int, Field(Number(20), check=checks.apic_bus_ns)] = 0
     record: Annotated[

@@ -70,6 +70,11 @@ def append(flag: str, value: str) -> None:
         raise ConfigError(f"{flag}: a kernel command line cannot hold NUL or newline; remove it")
 
 
+def firmware_vars(flag: str, value: Path | None) -> None:
+    if value is not None and isdir(value):
+        raise ConfigError(f"{flag} {value}: is a directory; name a file in it")
+
+
 def apic_bus_ns(flag: str, value: int) -> None:
     if not 0 <= value <= 1000:
         raise ConfigError(f"{flag}: {value}: not between 0 and 1000 ns; 0 leaves it to KVM")
@@ -116,6 +121,8 @@ def together(config: MachineConfig) -> None:
         if wanted and config.vmbus == "off":
             what = f"{flag} {wanted[0].file}"
             raise ConfigError(f"{what}: needs the VMBus host that carries it; add --vmbus on")
+    if config.restore is None and config.firmware_vars is not None and config.firmware is None:
+        raise ConfigError(f"--firmware-vars {config.firmware_vars}: nobody to have them; add --firmware auto")
     if config.modules and config.modules_dir is None:
         raise ConfigError("--module: needs --modules-dir, the kernel's lib/modules/VERSION folder")
 

@@ -9,28 +9,36 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable
 from contextlib import ExitStack
+from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
+from hvkvm import __version__
 from hvkvm.abi import board as numbers
+from hvkvm.abi import fw_cfg as keys
 from hvkvm.abi.kvm import KVM_CAP_READONLY_MEM
-from hvkvm.boot import acpi, table_loader
+from hvkvm.boot import acpi, smbios, table_loader
 from hvkvm.boot import firmware as images
 from hvkvm.boot.acpi_pci import host_bridge
+from hvkvm.boot.linux import default_cmdline
+from hvkvm.devices.flash import Flash, FlashState, WriteProtected
 from hvkvm.devices.port.fw_cfg import FirmwareFwCfg
 from hvkvm.errors import CapabilityMissing, StateError
+from hvkvm.machine.firmware_vars import KeptVariables
 from hvkvm.memory.rom import Rom
 
 if TYPE_CHECKING:
     from hvkvm.machine.board import Board
     from hvkvm.machine.build import GuestImage
+    from hvkvm.machine.disk_shelf import DiskShelf
     from hvkvm.machine.pci import Pci
     from hvkvm.machine.platform import Platform
 
 
 class FirmwareState(NamedTuple):
-    """Which image it was: the guest still runs code out of it."""
+    """Which code it was, as the guest still runs it, and the flash with the variables if there is one."""
 
     sha256: bytes
+    flash: FlashState | None
 
 
 class Firmware:
@@ -40,33 +48,81 @@ class Firmware:
     State = FirmwareState
 
     def __init__(
-        self, platform: Platform, board: Board, pci: Pci, image: GuestImage, stack: ExitStack
+        self,
+        platform: Platform,
+        board: Board,
+        pci: Pci,
+        shelf: DiskShelf | None,
+        image: GuestImage,
+        machine_name: str,
+        stack: ExitStack,
     ) -> None:
         config = platform.config
         if config.firmware is None or not isinstance(board.fw_cfg, FirmwareFwCfg):
             raise TypeError("a board made without firmware")
         if not platform.vm.check_extension(KVM_CAP_READONLY_MEM):
-            raise CapabilityMissing(
-                "--firmware: this kernel's KVM has no read-only memory (KVM_CAP_READONLY_MEM)"
-            )
-        self.path = images.find(config.firmware)
-        content = images.read(self.path)
-        self._sha256 = hashlib.sha256(content).digest()
-        self.rom = Rom(platform.memory, numbers.FIRMWARE_END - len(content), content)
-        stack.callback(self.rom.close)
+            raise CapabilityMissing("--firmware: this kernel's KVM lacks KVM_CAP_READONLY_MEM; use Linux 3.7")
         self._platform = platform
         self._pci = pci
-        self._add_files(board.fw_cfg)
+        self.path = images.find(config.firmware)
+        code = images.read(self.path)
+        self.flash: Flash | None = None
+        self.variables: KeptVariables | None = None
+        if config.firmware_vars is not None:
+            code, template = images.split(self.path, code)
+            self._add_flash(config.firmware_vars, template, numbers.FIRMWARE_END - len(code), stack)
+        self._sha256 = hashlib.sha256(code).digest()
+        self.rom = Rom(platform.memory, numbers.FIRMWARE_END - len(code), code)
+        stack.callback(self.rom.close)
+        pci.mmio.add(self.rom.gpa, self.rom.size, WriteProtected())
+        self._add_files(board.fw_cfg, shelf, machine_name)
+        if config.kernel is not None:
+            self._add_kernel(board.fw_cfg, config.kernel, image)
 
-    def _add_files(self, fw_cfg: FirmwareFwCfg) -> None:
+    def _add_flash(self, path: Path, template: bytes, end: int, stack: ExitStack) -> None:
+        content = images.kept_variables(path, template)
+        platform = self._platform
+        rom = Rom(platform.memory, end - len(content), content)
+        stack.callback(rom.close)
+        self.flash = Flash(rom)
+        self.variables = KeptVariables(path, self.flash, platform.io, platform.observer)
+        self.flash.on_change = self.variables.changed
+        stack.callback(self.variables.close)
+        self._pci.mmio.add(rom.gpa, rom.size, self.flash)
+
+    def _add_files(self, fw_cfg: FirmwareFwCfg, shelf: DiskShelf | None, machine_name: str) -> None:
         config = self._platform.config
         fw_cfg.add_file("etc/e820", images.e820(config.memory))
+        made = smbios.build(machine_name, config.cpus, config.memory, __version__)
+        fw_cfg.add_file(smbios.ANCHOR_FILE, made.anchor)
+        fw_cfg.add_file(smbios.TABLES_FILE, made.tables)
+        if shelf is not None and shelf.pci_disks is not None:
+            order = shelf.pci_disks.boot_order()
+            fw_cfg.add_file("bootorder", "\n".join(order).encode() + b"\0")
         if not config.acpi:
             return
-        made = self._tables()
-        fw_cfg.add_file(table_loader.RSDP_FILE, lambda: self._tables().rsdp, len(made.rsdp))
-        fw_cfg.add_file(table_loader.TABLES_FILE, lambda: self._tables().tables, len(made.tables))
-        fw_cfg.add_file(table_loader.LOADER_FILE, made.loader)
+        tables = self._tables()
+        fw_cfg.add_file(table_loader.RSDP_FILE, lambda: self._tables().rsdp, len(tables.rsdp))
+        fw_cfg.add_file(table_loader.TABLES_FILE, lambda: self._tables().tables, len(tables.tables))
+        fw_cfg.add_file(table_loader.LOADER_FILE, tables.loader)
+
+    def _add_kernel(self, fw_cfg: FirmwareFwCfg, kernel: Path, image: GuestImage) -> None:
+        """Have firmware start a kernel: it reads it, its initrd and its command line by fw_cfg."""
+        config = self._platform.config
+        parts = images.kernel_parts(kernel)
+        initrd = image.initrd() or b""
+        if isinstance(initrd, Path):
+            initrd = initrd.read_bytes()
+        line = f"{default_cmdline(config.serial_ports)} {config.append}".strip()
+        cmdline = line.encode("utf-8", "surrogateescape") + b"\0"
+        for size_key, data_key, content in (
+            (keys.FW_CFG_SETUP_SIZE, keys.FW_CFG_SETUP_DATA, parts.setup),
+            (keys.FW_CFG_KERNEL_SIZE, keys.FW_CFG_KERNEL_DATA, parts.kernel),
+            (keys.FW_CFG_INITRD_SIZE, keys.FW_CFG_INITRD_DATA, initrd),
+            (keys.FW_CFG_CMDLINE_SIZE, keys.FW_CFG_CMDLINE_DATA, cmdline),
+        ):
+            fw_cfg.add_item(size_key, len(content).to_bytes(4, "little"))
+            fw_cfg.add_item(data_key, bytes(content))
 
     def _tables(self) -> table_loader.LoaderFiles:
         config = self._platform.config
@@ -92,13 +148,31 @@ class Firmware:
         done()
 
     def reset(self) -> None:
-        """See `Part.reset`: a ROM does not change."""
+        """See `Part.reset`: code and variables stay as they are."""
+        if self.flash is not None:
+            self.flash.reset()
 
     def save(self) -> FirmwareState:
         """See `Part.save`."""
-        return FirmwareState(self._sha256)
+        return FirmwareState(self._sha256, None if self.flash is None else self.flash.save())
 
     def load(self, state: FirmwareState) -> None:
         """See `Part.load`."""
         if state.sha256 != self._sha256:
             raise StateError(f"--firmware {self.path}: not the image that the machine was saved with")
+        if (self.flash is None) != (state.flash is None):
+            raise StateError(f"{self.name}: --firmware-vars must be given as it was when saved")
+        if self.flash is not None and state.flash is not None:
+            try:
+                self.flash.load(state.flash)
+            except ValueError as error:
+                raise StateError(f"{self.name}: {error}") from None
+            if self.variables is not None:
+                self.variables.changed()
+
+    def end(self, done: Callable[[], object]) -> None:
+        """The run ends: keep the variables."""
+        if self.variables is None:
+            done()
+        else:
+            self.variables.keep(done)

@@ -88,7 +88,11 @@ class Machine:
         self.nics = build.create_nics(platform, self.bus, self.name, stack, saved)
         self.pci = build.create_pci(platform, board, stack)
         self.disk_shelf = build.create_disks(platform, self.bus, self.pci, stack)
-        self.firmware = build.create_firmware(platform, board, self.pci, image, stack)
+        self.firmware = build.create_firmware(
+            platform, board, self.pci, self.disk_shelf, image, self.name, stack
+        )
+        if self.firmware is not None:
+            lifecycle.at_end(self.firmware.end)
         if self.disk_shelf is not None:
             lifecycle.at_end(self.disk_shelf.end)
         if config.record:

@@ -5,7 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from firmware_guest import FIRMWARES, fat_disk, firmware_guest
+from firmware_guest import FIRMWARES, console_of, fat_disk, firmware_guest, lab_tick, wait_until
+from guest_artifacts import artifact
+from linux_guest import SECONDS
 
 from hvkvm.machine.disk_spec import DiskSpec
 from hvkvm.machine.outcome import Ending
@@ -35,3 +37,48 @@ def test_the_shell_runs_a_script_from_a_disk(tmp_path: Path, firmware: str) -> N
         for identity in ("8086", "1237", "7113", "1414"):
             assert identity in text.split("script begins")[1].upper(), identity
         assert outcome.ending is Ending.POWERED_OFF
+
+
+COUNTING = b"""@echo -off
+echo before-%hvkvmtest%-
+set hvkvmtest %hvkvmtest%x
+echo after-%hvkvmtest%-
+"""
+CONFIG = """
+firmware = "{firmware}"
+firmware_vars = "{variables}"
+hv = "none"
+memory = "256M"
+apic_bus_ns = {tick}
+control = "off"
+[[disks]]
+file = "{disk}"
+readonly = true
+"""
+
+
+def test_variables_persist_over_boots_and_a_kill(tmp_path: Path) -> None:
+    """The shell keeps a variable. Three processes: one is killed, one powers off, one reads the result."""
+    variables = tmp_path / "vars"
+    seen = []
+    for number in range(3):
+        killed = number == 0
+        disk = tmp_path / f"disk{number}"
+        fat_disk(disk, {"startup.nsh": COUNTING + (b"" if killed else b"reset -s\n")})
+        config = tmp_path / "vm.toml"
+        config.write_text(
+            CONFIG.format(
+                firmware=artifact(FIRMWARES["newer"]), variables=variables, tick=lab_tick(), disk=disk
+            )
+        )
+        with console_of(["run", "--quiet", "--config", str(config)]) as vm:
+            vm.wait_for("after-")
+            seen.append(vm.text.split("before-")[1].split("-")[0])
+            if killed:
+                # The guest goes on to its prompt, and what it has changed is in the file soon.
+                wait_until(lambda: b"h\0v\0k\0v\0m\0t\0e\0s\0t\0" in variables.read_bytes())
+                vm.process.kill()
+                vm.process.wait()
+            else:
+                assert vm.process.wait(SECONDS) == 0, vm.text
+    assert seen == ["", "x", "xx"]

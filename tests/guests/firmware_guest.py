@@ -10,9 +10,12 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
-from collections.abc import Iterator, Mapping
+import sys
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from time import monotonic, sleep
 from typing import Any
 
 from guest_artifacts import artifact
@@ -45,6 +48,61 @@ def fat_disk(path: Path, files: Mapping[str, bytes], megabytes: int = 16) -> Pat
     return path
 
 
+def lab_tick() -> int:
+    """What `apic_bus_ns` must be here."""
+    return LAB_TICK if "HVKVM_IN_LAB" in os.environ else 0
+
+
+def wait_until(happened: Callable[[], bool]) -> None:
+    """Poll for it, with a generous end."""
+    end = monotonic() + SECONDS
+    while not happened():
+        assert monotonic() < end
+        sleep(0.05)
+
+
+class ConsoleProcess:
+    """An `hvkvm` of its own, and what its guest's console says."""
+
+    def __init__(self, arguments: Sequence[str]) -> None:
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "hvkvm", *arguments],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+        )
+        self._output = bytearray()
+        self._reader = threading.Thread(target=self._read, daemon=True)
+        self._reader.start()
+
+    def _read(self) -> None:
+        assert self.process.stdout is not None
+        while data := os.read(self.process.stdout.fileno(), 65536):
+            self._output += data
+
+    @property
+    def text(self) -> str:
+        """The output so far."""
+        return bytes(self._output).decode(errors="replace")
+
+    def wait_for(self, marker: str) -> None:
+        """Until `marker` was printed; AssertionError if the process ends before."""
+        wait_until(lambda: marker in self.text or self.process.poll() is not None)
+        self._reader.join(0 if self.process.poll() is None else 60)
+        assert marker in self.text, self.text[-4000:]
+
+
+@contextmanager
+def console_of(arguments: Sequence[str]) -> Iterator[ConsoleProcess]:
+    """Run `hvkvm` with `arguments`; it is gone afterwards."""
+    vm = ConsoleProcess(arguments)
+    try:
+        yield vm
+    finally:
+        vm.process.kill()
+        vm.process.wait()
+
+
 @contextmanager
 def firmware_guest(firmware: str = "newer", **config: Any) -> Iterator[LinuxGuest]:
     """A machine that starts in the firmware of a suite."""
@@ -52,7 +110,7 @@ def firmware_guest(firmware: str = "newer", **config: Any) -> Iterator[LinuxGues
         "firmware": artifact(FIRMWARES[firmware]),
         "hv": "none",
         "timeout": SECONDS,
-        "apic_bus_ns": LAB_TICK if "HVKVM_IN_LAB" in os.environ else 0,
+        "apic_bus_ns": lab_tick(),
     }
     with Machine(MachineConfig(**settings | config)) as machine:
         yield LinuxGuest(machine)

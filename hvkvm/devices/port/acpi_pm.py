@@ -9,7 +9,7 @@ where there is no PCI. Register calls come from vCPU threads, `press_power_butto
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 from hvkvm.abi.board import (
@@ -96,10 +96,15 @@ class AcpiEventBlock:
 
 
 class AcpiControlBlock:
-    """PM1_CNT. `on_power_off` runs on the writing vCPU's thread and must not wait for it."""
+    """PM1_CNT. `on_power_off` runs on the writing vCPU's thread and must not wait for it.
 
-    def __init__(self, on_power_off: Callable[[], None]) -> None:
+    `off_types` are the sleep types that mean S5: the DSDT's, and where firmware takes the board
+    for a PIIX4, that chip's.
+    """
+
+    def __init__(self, on_power_off: Callable[[], None], off_types: Sequence[int] = (S5_SLP_TYP,)) -> None:
         self._on_power_off = on_power_off
+        self._off_types = frozenset(off_types)
         self._value = 0
 
     def attach(self, bus: PortBus, port: int = PM1A_CNT_PORT) -> None:
@@ -129,6 +134,6 @@ class AcpiControlBlock:
         self._value = control & ~PM1_CNT_SLP_EN & 0xFFFF
         if (
             control & PM1_CNT_SLP_EN
-            and (control & PM1_CNT_SLP_TYP_MASK) >> PM1_CNT_SLP_TYP_SHIFT == S5_SLP_TYP
+            and (control & PM1_CNT_SLP_TYP_MASK) >> PM1_CNT_SLP_TYP_SHIFT in self._off_types
         ):
             self._on_power_off()

@@ -1,0 +1,94 @@
+"""Keeps firmware's variables in a file: what the guest's flash holds, written soon after it changes.
+
+Each time the file is replaced as a whole, so whenever this process or its host dies, it holds variables as
+they were at one moment. A worker thread writes; the I/O loop says when. What is written between two such
+moments is lost in a crash, at most DELAY seconds of it and the time that the disk takes.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from hvkvm.boot.firmware import write_variables
+from hvkvm.errors import HvkvmError, Stopped
+from hvkvm.events import Observer, Warned
+from hvkvm.runtime.workers import Workers
+
+if TYPE_CHECKING:
+    from hvkvm.devices.flash import Flash
+    from hvkvm.runtime.io_loop import IoLoop
+
+DELAY = 0.1
+"""Seconds: firmware writes a variable byte by byte, in bursts."""
+
+
+class KeptVariables:
+    """`flash`'s content in `path`, which has it already."""
+
+    def __init__(self, path: Path, flash: Flash, io: IoLoop, observer: Observer) -> None:
+        self.path = path
+        self._flash = flash
+        self._io = io
+        self._observer = observer
+        self._workers = Workers(io, limit=1, name="firmware variables")
+        self._queue = self._workers.queue(1, "firmware variables")
+        self._lock = threading.Lock()
+        self._due = False
+        # The loop's own.
+        self._kept = flash.content
+        self._writing = False
+        self._at_rest: list[Callable[[], object]] = []
+
+    def changed(self) -> None:
+        """The flash has other content: write it soon. Any thread."""
+        with self._lock:
+            if self._due:
+                return
+            self._due = True
+        with suppress(Stopped):
+            self._io.call_later(DELAY, self._write)
+
+    def _write(self) -> None:
+        with self._lock:
+            self._due = False
+        if self._writing:
+            return  # it looks again when it is done
+        content = self._flash.content
+        if content == self._kept:
+            self._rest()
+            return
+        self._writing = True
+        self._queue.submit(self._work, content, self._written)
+
+    def _work(self, content: bytes) -> None:
+        write_variables(self.path, content)
+
+    def _written(self, content: bytes, outcome: object) -> None:
+        self._writing = False
+        if isinstance(outcome, BaseException):
+            why = getattr(outcome, "strerror", None) or str(outcome)
+            text = f"--firmware-vars {self.path}: {why}: what the guest has changed is not kept"
+            self._observer.event(Warned("firmware variables", text))
+            self._rest()
+        else:
+            self._kept = content
+            self._write()
+
+    def _rest(self) -> None:
+        waiting, self._at_rest = self._at_rest, []
+        for done in waiting:
+            done()
+
+    def keep(self, done: Callable[[], object]) -> None:
+        """`done()` once the file has what the flash holds, or cannot have it. The loop."""
+        self._at_rest.append(done)
+        self._write()
+
+    def close(self) -> None:
+        """End the worker. Idempotent."""
+        with suppress(HvkvmError):
+            self._workers.close()

@@ -1,0 +1,233 @@
+"""The flash as edk2 drives it, one that is driven by nobody sane, and the file that keeps its content."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from hvkvm.boot import firmware as images
+from hvkvm.devices.flash import BLOCK, Flash, FlashState
+from hvkvm.errors import BootError
+from hvkvm.events import Event, Observer
+from hvkvm.machine.firmware_vars import KeptVariables
+from hvkvm.runtime.io_loop import IoLoop
+
+SIZE = 3 * BLOCK
+
+
+class Array:
+    """A ROM without a VM."""
+
+    def __init__(self, content: bytes = b"\xff" * SIZE) -> None:
+        self.bytes = bytearray(content)
+        self.size = len(self.bytes)
+        self.shown = True
+
+    def view(self) -> memoryview:
+        return memoryview(self.bytes)
+
+    def show(self, *, shown: bool) -> None:
+        self.shown = shown
+
+
+class Guest:
+    """Accesses as a guest makes them: reads reach the device only where the array is not shown."""
+
+    def __init__(self, content: bytes = b"\xff" * SIZE) -> None:
+        self.array = Array(content)
+        self.changes = 0
+        self.flash = Flash(self.array, self._changed)
+
+    def _changed(self) -> None:
+        self.changes += 1
+
+    def read(self, offset: int) -> int:
+        return self.array.bytes[offset] if self.array.shown else self.flash.read(offset, 1) & 0xFF
+
+    def write(self, offset: int, *values: int) -> None:
+        for value in values:
+            self.flash.write(offset, 1, value)
+
+    def program(self, offset: int, data: bytes) -> None:
+        for at, byte in enumerate(data, offset):
+            self.write(at, 0x10, byte)
+        self.write(offset, 0xFF)
+
+
+def test_edk2_takes_it_for_a_flash() -> None:
+    """QemuFlashDetected(): neither RAM, which would keep what is written, nor ROM."""
+    guest = Guest(b"\xaa" * SIZE)
+    guest.write(0, 0x50)
+    assert guest.read(0) == 0xAA
+    guest.write(0, 0x70)
+    assert guest.read(0) == 0x00
+    guest.write(0, 0xFF)
+    assert guest.read(0) == 0xAA
+    assert guest.changes == 0
+
+
+def test_bytes_are_programmed_and_blocks_erased() -> None:
+    guest = Guest()
+    guest.program(BLOCK + 5, b"variable")
+    assert guest.array.bytes[BLOCK + 5 : BLOCK + 13] == b"variable"
+    guest.program(BLOCK + 5, b"\x00")
+    assert guest.read(BLOCK + 5) == 0, "programming clears bits"
+    guest.program(BLOCK + 5, b"\xff")
+    assert guest.read(BLOCK + 5) == 0, "and sets none"
+    guest.program(0, b"other")
+    guest.write(BLOCK + 100, 0x20, 0xD0)
+    assert guest.read(BLOCK) == 0x80, "the status: ready"
+    guest.write(BLOCK, 0xFF)
+    assert bytes(guest.array.bytes) == b"other".ljust(SIZE, b"\xff")
+
+
+@given(
+    steps=st.lists(
+        st.tuples(
+            st.integers(0, SIZE - 1),
+            st.sampled_from((0x10, 0x20, 0x40, 0x50, 0x70, 0x90, 0xD0, 0xFF)) | st.integers(0, 2**64 - 1),
+            st.booleans(),
+        ),
+        max_size=60,
+    )
+)
+def test_any_sequence_of_commands(steps: list[tuple[int, int, bool]]) -> None:
+    guest = Guest(bytes(range(256)) * (SIZE // 256))
+    for offset, value, wide in steps:
+        guest.flash.write(offset, 8 if wide else 1, value)
+        assert 0 <= guest.read(offset) <= 0xFF
+        assert len(guest.array.bytes) == SIZE
+    state = guest.flash.save()
+    other = Guest()
+    other.flash.load(state)
+    assert other.array.bytes == guest.array.bytes
+    assert other.array.shown or state.command in (0x70, 0x20, 0x90)
+    assert other.flash.save().content == state.content
+    guest.flash.reset()
+    assert guest.array.shown
+
+
+@pytest.mark.parametrize("content", [b"", b"x", b"x\x9c", None])
+def test_a_state_that_cannot_be_is_refused(content: bytes | None) -> None:
+    whole = Guest(b"\0" * (SIZE + 1)).flash.save()
+    state = whole if content is None else whole._replace(content=content)
+    with pytest.raises(ValueError, match="firmware's variables"):
+        Guest().flash.load(FlashState(*state))
+
+
+# --- the file -------------------------------------------------------------------------------------
+
+
+class Notes(Observer):
+    def __init__(self) -> None:
+        self.events: list[Event] = []
+
+    def event(self, event: Event) -> None:
+        self.events.append(event)
+
+
+@pytest.fixture
+def kept(tmp_path: Path, io: IoLoop) -> Iterator[Any]:
+    guest, notes = Guest(), Notes()
+    path = tmp_path / "vars"
+    images.write_variables(path, guest.flash.content)
+    variables = KeptVariables(path, guest.flash, io, notes)
+    guest.flash.on_change = variables.changed
+    yield guest, variables, notes
+    variables.close()
+
+
+def keep(io: IoLoop, variables: KeptVariables) -> None:
+    done = threading.Event()
+    io.call_soon(variables.keep, done.set)
+    assert done.wait(60)
+
+
+def test_what_changes_is_in_the_file(kept: Any, io: IoLoop) -> None:
+    guest, variables, notes = kept
+    variables.path.chmod(0o640)
+    for round_ in range(5):
+        guest.program(100 * round_, b"value")
+        keep(io, variables)
+        assert variables.path.read_bytes() == guest.flash.content
+    assert variables.path.stat().st_mode & 0o777 == 0o640
+    assert [one.name for one in variables.path.parent.iterdir()] == ["vars"]
+    assert notes.events == []
+
+
+def test_a_file_that_cannot_be_written_is_told_of_and_the_guest_goes_on(kept: Any, io: IoLoop) -> None:
+    guest, variables, notes = kept
+    variables.path = variables.path.parent / "gone" / "vars"
+    guest.program(0, b"value")
+    keep(io, variables)
+    assert "not kept" in str(notes.events[0])
+
+
+# --- images ---------------------------------------------------------------------------------------
+
+
+def volume(size: int) -> bytes:
+    head = bytes(16) + images._NV_DATA_GUID + size.to_bytes(8, "little") + b"_FVH"
+    return head.ljust(size, b"\xff")
+
+
+CODE = b"\x90" * 0x20000
+
+
+def test_variables_are_the_first_volume_of_an_image(tmp_path: Path) -> None:
+    image = volume(2 * BLOCK) + CODE
+    assert images.split(tmp_path / "OVMF.fd", image) == (CODE, volume(2 * BLOCK))
+
+
+def test_or_in_a_file_beside_it(tmp_path: Path) -> None:
+    (tmp_path / "OVMF_VARS_4M.fd").write_bytes(volume(BLOCK))
+    assert images.split(tmp_path / "OVMF_CODE_4M.fd", CODE) == (CODE, volume(BLOCK))
+    with pytest.raises(BootError, match="--firmware-vars"):
+        images.split(tmp_path / "other.fd", CODE)
+    (tmp_path / "OVMF_VARS_4M.fd").write_bytes(CODE)
+    with pytest.raises(BootError, match="template"):
+        images.split(tmp_path / "OVMF_CODE_4M.fd", CODE)
+
+
+def test_the_template_is_copied_once(tmp_path: Path) -> None:
+    path = tmp_path / "vars"
+    assert images.kept_variables(path, volume(BLOCK)) == volume(BLOCK)
+    changed = volume(BLOCK)[:-1] + b"\0"
+    path.write_bytes(changed)
+    assert images.kept_variables(path, volume(BLOCK)) == changed
+    for wrong in (b"", CODE, volume(2 * BLOCK)):
+        path.write_bytes(wrong)
+        with pytest.raises(BootError, match="not the variables of this firmware"):
+            images.kept_variables(path, volume(BLOCK))
+    with pytest.raises(BootError, match="can be made"):
+        images.kept_variables(tmp_path / "none" / "vars", volume(BLOCK))
+
+
+@pytest.mark.parametrize(
+    ("content", "why"),
+    [
+        (b"", "no firmware image"),
+        (b"x" * 5000, "whole 4 KiB pages"),
+        (bytes(0x20000), "no code where a CPU starts"),
+        (b"\x7fELF".ljust(0x20000, b"x"), "ELF"),
+        (b"x" * ((16 << 20) + 4096), "larger than 16 MiB"),
+    ],
+)
+def test_what_is_no_firmware_is_refused_in_one_line(tmp_path: Path, content: bytes, why: str) -> None:
+    path = tmp_path / "image"
+    path.write_bytes(content)
+    with pytest.raises(BootError, match=why) as caught:
+        images.read(path)
+    assert "\n" not in str(caught.value)
+
+
+def test_without_the_package_the_command_that_installs_it_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(images, "OVMF", (Path("/nowhere/OVMF.fd"),))
+    with pytest.raises(BootError, match="apt install ovmf"):
+        images.find("auto")

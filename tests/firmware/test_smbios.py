@@ -1,0 +1,36 @@
+"""SMBIOS tables walked as a guest does it."""
+
+from __future__ import annotations
+
+import struct
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from hvkvm.boot import smbios
+
+LENGTHS = {0: 26, 1: 27, 3: 22, 4: 48, 16: 23, 17: 40, 19: 31, 32: 11, 127: 4}
+
+
+@given(cpus=st.integers(1, 254), megabytes=st.integers(8, 1 << 19), name=st.text(min_size=1, max_size=48))
+def test_tables_are_well_formed(cpus: int, megabytes: int, name: str) -> None:
+    made = smbios.build(name, cpus, megabytes << 20, "1.0")
+    assert made.anchor[:5] == b"_SM3_"
+    assert (sum(made.anchor) & 0xFF, len(made.anchor)) == (0, made.anchor[6])
+    assert struct.unpack_from("<I", made.anchor, 12)[0] == len(made.tables)
+    at, kinds, handles, memory = 0, [], set(), 0
+    while at < len(made.tables):
+        kind, length, handle = struct.unpack_from("<BBH", made.tables, at)
+        assert length == LENGTHS[kind]
+        if kind == 19:
+            first, last = struct.unpack_from("<II", made.tables, at + 4)
+            wide_first, wide_last = struct.unpack_from("<QQ", made.tables, at + 15)
+            memory += (last - first + 1 << 10) if first != 0xFFFFFFFF else wide_last - wide_first + 1
+        end = made.tables.index(b"\0\0", at + length)
+        assert b"\0\0" not in made.tables[at + length : end]
+        kinds.append(kind)
+        handles.add(handle)
+        at = end + 2
+    assert (kinds[0], kinds[-1], kinds.count(4), len(handles)) == (0, 127, cpus, len(kinds))
+    assert memory == megabytes << 20
+    assert made == smbios.build(name, cpus, megabytes << 20, "1.0")
