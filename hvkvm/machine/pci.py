@@ -116,14 +116,8 @@ class Pci:
         self.blocks.move(self._pm.base)
         self._platform = platform
         self._stack = stack
-        self._started = False
         self.controllers: dict[int, Controller] = {}
         """NVMe controllers by slot."""
-
-    @property
-    def takes_devices(self) -> bool:
-        """Whether a device may still be plugged in: until the machine starts."""
-        return not self._started
 
     def add_nvme(self, disk: Disk, *, name: str, serial: str = "") -> tuple[int, Controller]:
         """Plug in an NVMe controller with `disk` before the machine starts: its slot, and it. ConfigError."""
@@ -158,7 +152,6 @@ class Pci:
 
     def start(self) -> None:
         """See `Part.start`."""
-        self._started = True
         for controller in self.controllers.values():
             controller.start()
 

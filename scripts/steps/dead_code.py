@@ -33,15 +33,7 @@ FOR_USERS = {
     "get_directly": "a value of the guest's key-value daemon, asked for by its key",
     "ip_info": "the guest's addresses, as its key-value daemon has them",
     "set_ip_info": "and given to it",
-    "read_u32": "a word of guest RAM",
-    "write_u64": "a word of guest RAM",
-    "Msix": "a PCI device of the caller's own: its MSI-X table",
-    "control_written": "and the guest's switch for that",
-    "set_intx": "and its interrupt pin",
-    "is_master": "and whether the guest lets it access memory",
     "update_msi": "and where its MSI goes",
-    "BAR_SIZE": "and the size of its table's BAR",
-    "add_item": "a file of fw_cfg",
     "io_data": "the data of an exit, for who enters a vCPU by hand",
 }
 """What only tests use here, and who else may."""
