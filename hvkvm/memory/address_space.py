@@ -59,12 +59,15 @@ class AddressSpace:
         return slot
 
     def hide(self, slot: int) -> None:
-        """Undo a `show`: accesses exit as MMIO. ValueError if there is no such slot; KvmIoctlError."""
-        try:
-            gone = self._shown.pop(slot)
-        except KeyError:
-            raise ValueError(f"memory slot {slot} is not taken") from None
-        self._vm.set_user_memory_region(slot, gone.gpa, 0, gone.hva)
+        """Undo a `show`: accesses exit as MMIO. ValueError if there is no such slot.
+
+        KvmIoctlError, and then it is shown still.
+        """
+        shown = self._shown.get(slot)
+        if shown is None:
+            raise ValueError(f"memory slot {slot} is not taken")
+        self._vm.set_user_memory_region(slot, shown.gpa, 0, shown.hva)
+        del self._shown[slot]
         self._give_back(slot)
 
     def _take(self) -> int:

@@ -21,7 +21,7 @@ class Vm:
         self.refused: set[int] = set()
 
     def set_user_memory_region(self, slot: int, gpa: int, size: int, hva: int, flags: int = 0) -> None:
-        if gpa in self.refused and size:
+        if gpa in self.refused:
             raise KvmIoctlError(errno.EINVAL, "KVM_SET_USER_MEMORY_REGION", "vm")
         if size:
             self.shown[slot] = (gpa, size, hva, flags)
@@ -60,6 +60,19 @@ def test_nothing_stays_of_what_kvm_refuses() -> None:
         space.show(0x5000, 4096, 0)
     assert [space.show(0, 4096, 7, 2), space.show(4096, 4096, 0)] == [0, 1]
     assert vm.shown[0] == (0, 4096, 7, 2)
+
+
+def test_what_kvm_does_not_take_away_is_there_still() -> None:
+    vm = Vm(2)
+    space = AddressSpace(vm)
+    assert space.show(0x5000, 4096, 7) == 0
+    vm.refused = {0x5000}
+    with pytest.raises(KvmIoctlError):
+        space.hide(0)
+    vm.refused = set()
+    space.hide(0)
+    assert vm.shown == {}
+    assert space.show(0, 4096, 0) == 0
 
 
 @pytest.mark.parametrize("slot", [-1, 1, 5])
