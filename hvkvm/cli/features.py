@@ -10,8 +10,8 @@ from hvkvm.hyperv.enlightenments import ENLIGHTENMENTS
 from hvkvm.hyperv.features import FeatureSet, HostFeatures, parse_features, resolve
 from hvkvm.hyperv.usermode.features import Choice, choose, for_user_synic, lacks_for_user, user_host
 from hvkvm.kvm.system import Kvm
-from hvkvm.machine.build import guest_features
 from hvkvm.machine.config import WHO
+from hvkvm.machine.vcpus import guest_features
 
 
 def rows(kernel: HostFeatures, user: HostFeatures, lacking: str) -> list[dict[str, Any]]:

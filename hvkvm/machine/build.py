@@ -18,28 +18,26 @@ from hvkvm.abi.kvm import (
     KVM_CAP_IMMEDIATE_EXIT,
     KVM_CAP_IRQFD_RESAMPLE,
     KVM_CAP_MAX_VCPUS,
-    KVM_CAP_TSC_DEADLINE_TIMER,
     KVM_PIT_SPEAKER_DUMMY,
 )
 from hvkvm.errors import CapabilityMissing, ConfigError
-from hvkvm.hyperv import cpuid as hv_cpuid
-from hvkvm.hyperv.features import FeatureSet
 from hvkvm.kvm.system import Kvm
 from hvkvm.kvm.vcpu import Vcpu
 from hvkvm.kvm.vm import Vm
 from hvkvm.machine.config import MachineConfig
-from hvkvm.machine.cpu import guest_cpuid, vcpu_cpuid
-from hvkvm.machine.cpu_features import must_hide, parse_cpu, shown
+from hvkvm.machine.hyperv import Hyperv
 from hvkvm.memory.guest import GuestMemory, RamSource
 from hvkvm.state.file import RAM_OFFSET, Saved
 
 if TYPE_CHECKING:
+    from hvkvm.devices.port.bus import PortBus
     from hvkvm.machine.board import Board
     from hvkvm.machine.bus import Bus
     from hvkvm.machine.control_door import ControlDoor
     from hvkvm.machine.disk_shelf import DiskShelf
     from hvkvm.machine.firmware import Firmware
-    from hvkvm.machine.hyperv import Hyperv
+    from hvkvm.machine.hyperv import Enlightenments
+    from hvkvm.machine.lifecycle import Lifecycle
     from hvkvm.machine.nics import Nics
     from hvkvm.machine.orders import Orders
     from hvkvm.machine.parts import Parts
@@ -93,30 +91,26 @@ def create_memory(vm: Vm, config: MachineConfig, saved: Saved | None, stack: Exi
         ) from error
 
 
-def guest_features(kvm: Kvm, cpu: str = "host") -> frozenset[str]:
-    """The CPU features that `--cpu` leaves a guest here. ConfigError, CapabilityMissing."""
-    tsc_deadline = bool(kvm.check_extension(KVM_CAP_TSC_DEADLINE_TIMER))
-    entries = guest_cpuid(kvm.supported_cpuid(), parse_cpu(cpu), tsc_deadline=tsc_deadline)
-    return frozenset(shown(entries))
+def create_hyperv(
+    platform: Platform,
+    offered: Enlightenments,
+    lifecycle: Lifecycle,
+    ports: PortBus,
+    stack: ExitStack,
+) -> Hyperv:
+    """The interface of a machine, switched on. Before a vCPU runs. CapabilityMissing, OSError."""
+    if not offered.features:
+        return Hyperv(platform, offered)
+    if offered.choice.synic == "user":
+        from hvkvm.machine.hyperv_user import UserModeHyperv
 
+        return UserModeHyperv(platform, offered, lifecycle, ports, stack)
+    from hvkvm.machine.hyperv_kernel import KernelHyperv
 
-def create_vcpus(kvm: Kvm, vm: Vm, config: MachineConfig, features: FeatureSet) -> list[Vcpu]:
-    """Every vCPU fd, in VP order, each with its CPUID. They must all exist before any runs.
-
-    Raises CapabilityMissing for a CPU feature that KVM cannot show as it was asked for, or not hide.
-    """
-    leaves = hv_cpuid.hyperv_leaves(features, config.cpus) if features else None
-    tsc_deadline = bool(kvm.check_extension(KVM_CAP_TSC_DEADLINE_TIMER))
-    request = parse_cpu(config.cpu)
-    cpuid = guest_cpuid(kvm.supported_cpuid(), request, tsc_deadline=tsc_deadline)
-    vcpus = [vm.create_vcpu(index) for index in range(config.cpus)]
-    for vcpu in vcpus:
-        vcpu.set_cpuid2(vcpu_cpuid(cpuid, vcpu.index, config.cpus, leaves))
-        hv_cpuid.prepare_vcpu(vcpu, features)
-    if request.hide:
-        # KVM without VMX or SVM underneath may let the guest see the CPU's own CPUID.
-        must_hide(request, vcpus[0].cpuid2())
-    return vcpus
+    made = KernelHyperv(platform, offered, stack)
+    if made.partition is None:
+        made.reset()  # an active partition has written them
+    return made
 
 
 def create_bus(platform: Platform, hyperv: Hyperv, stack: ExitStack) -> Bus | None:

@@ -1,21 +1,18 @@
 """What a `MachineConfig` cannot be: values that no machine could have, and values that do not go together.
 
 Each check raises ConfigError: the flag, the reason, the remedy. None needs a kernel call beyond
-looking at a file.
+looking at a file. A `MachineConfig` is `Any` here, since its table names these checks.
 """
 
 from __future__ import annotations
 
 from os.path import isdir
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
 from hvkvm.errors import ConfigError
 from hvkvm.machine.config_fields import fields_of
 from hvkvm.machine.config_kinds import GIB, MIB, check_file
-
-if TYPE_CHECKING:
-    from hvkvm.machine.config import MachineConfig
 
 MIN_MEMORY = 8 * MIB
 MAX_MEMORY = 512 * GIB
@@ -99,7 +96,7 @@ def modules_dir(flag: str, value: Path | None) -> None:
         raise ConfigError(f"{flag} {value}: not a directory; name the kernel's lib/modules/VERSION")
 
 
-def together(config: MachineConfig) -> None:
+def together(config: Any) -> None:
     """Raise ConfigError for values that cannot work beside one another."""
     if config.restore is not None and config.warm is not None:
         raise ConfigError(f"--from {config.warm}: goes on from one file, and so does --restore; give one")
@@ -127,7 +124,7 @@ def together(config: MachineConfig) -> None:
         raise ConfigError("--module: needs --modules-dir, the kernel's lib/modules/VERSION folder")
 
 
-def _needs_no_boot(config: MachineConfig) -> None:
+def _needs_no_boot(config: Any) -> None:
     handed = ("command", "files") if config.warm is not None else ()
     for key, field in fields_of(type(config)).items():
         if field.boot_only and key not in handed and getattr(config, key) != config._field_defaults[key]:

@@ -20,15 +20,13 @@ from hvkvm.hyperv.features import FeatureSet, parse_features, resolve
 from hvkvm.hyperv.partition import Partition
 from hvkvm.hyperv.usermode.features import Choice, for_user_synic
 from hvkvm.hyperv.usermode.features import choose as choose_synic
-from hvkvm.machine.build import guest_features
+from hvkvm.machine.vcpus import guest_features
 
 if TYPE_CHECKING:
-    from hvkvm.devices.port.bus import PortBus
     from hvkvm.hyperv.synic.seam import Synic
     from hvkvm.kvm.system import Kvm
     from hvkvm.kvm.vcpu import Vcpu
     from hvkvm.machine.config import MachineConfig
-    from hvkvm.machine.lifecycle import Lifecycle
     from hvkvm.machine.platform import Platform
 
 Handlers = dict[int, Callable[["Vcpu"], None]]
@@ -134,25 +132,3 @@ class Hyperv:
         )
         stack.callback(self.partition.close)
         self.partition.activate()
-
-
-def create(
-    platform: Platform,
-    offered: Enlightenments,
-    lifecycle: Lifecycle,
-    ports: PortBus,
-    stack: ExitStack,
-) -> Hyperv:
-    """The interface of a machine, switched on. Before a vCPU runs. CapabilityMissing, OSError."""
-    if not offered.features:
-        return Hyperv(platform, offered)
-    if offered.choice.synic == "user":
-        from hvkvm.machine.hyperv_user import UserModeHyperv
-
-        return UserModeHyperv(platform, offered, lifecycle, ports, stack)
-    from hvkvm.machine.hyperv_kernel import KernelHyperv
-
-    made = KernelHyperv(platform, offered, stack)
-    if made.partition is None:
-        made.reset()  # an active partition has written them
-    return made

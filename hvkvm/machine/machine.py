@@ -36,6 +36,7 @@ from hvkvm.machine.part import Part
 from hvkvm.machine.parts import Parts
 from hvkvm.machine.platform import Platform
 from hvkvm.machine.processors import Processors
+from hvkvm.machine.vcpus import create_vcpus
 from hvkvm.memory.guest import GuestMemory
 from hvkvm.runtime.io_loop import IoLoop
 from hvkvm.runtime.vcpu_thread import VcpuThread
@@ -81,7 +82,7 @@ class Machine:
         self.lifecycle = lifecycle = Lifecycle(platform, reboot=config.reboot)
         stack.callback(lifecycle.close)
         self.board = board = Board(platform, lifecycle, stack)
-        self.hyperv = interface = hyperv.create(platform, offered, lifecycle, board.ports, stack)
+        self.hyperv = interface = build.create_hyperv(platform, offered, lifecycle, board.ports, stack)
         handlers |= exits.handlers(board, lifecycle, platform.memory, config.append) | interface.handlers()
         board.add_optional_devices(config.devices, interface)
         self.bus = build.create_bus(platform, interface, stack)
@@ -145,7 +146,7 @@ class Machine:
         config = self.config
         vm = build.create_vm(kvm, config, stack)
         memory = build.create_memory(vm, config, saved, stack)
-        vcpus = build.create_vcpus(kvm, vm, config, offered.features)
+        vcpus = create_vcpus(kvm, vm, config, offered.features)
         io = IoLoop(on_fault=self._loop_fault)
         stack.callback(io.stop)
         threads = [

@@ -13,10 +13,10 @@ from hvkvm.cli.doctor import carrier
 from hvkvm.hyperv.features import FeatureSet
 from hvkvm.kvm.kind import KvmKind, probe
 from hvkvm.kvm.system import Kvm
-from hvkvm.machine.build import create_vcpus
 from hvkvm.machine.config import MachineConfig
 from hvkvm.machine.cpu import guest_cpuid
 from hvkvm.machine.cpu_features import parse_cpu, shown
+from hvkvm.machine.vcpus import create_vcpus
 
 Hvkvm = Callable[..., "subprocess.CompletedProcess[str]"]
 FSIN = bytes.fromhex("d9fe fa f4 ebfd")  # fsin, which no KVM emulates so far; cli; hlt
