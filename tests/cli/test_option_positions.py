@@ -7,7 +7,21 @@ from typing import Any
 
 import pytest
 
-from hvkvm.cli import VERBS, ctl, disk, doctor, features, run, trace
+from hvkvm.cli import (
+    VERBS,
+    completion,
+    conform,
+    ctl,
+    disk,
+    doctor,
+    explain,
+    features,
+    replay,
+    run,
+    top,
+    trace,
+    warm,
+)
 from hvkvm.cli.arguments import Parser, split_words
 from hvkvm.errors import ConfigError
 
@@ -31,6 +45,9 @@ WORDS: dict[str, list[list[str]]] = {
     "disk convert": [["FROM", "TO"]],
     "disk check": [["FILE"]],
     "disk compact": [["FILE"]],
+    "completion": [["bash"]],
+    "explain": [["FILE"], ["0e00"]],
+    "replay": [["FILE"]],
     "features": [[], ["host-model"]],
     "doctor": [[]],
     "run": [[]],
@@ -46,6 +63,12 @@ PARSERS: dict[str, Parser] = {
     "doctor": doctor.parser(),
     "features": features.parser(),
     "trace": trace.parser(),
+    "completion": completion.parser(),
+    "conform": conform.parser(),
+    "explain": explain.parser(),
+    "replay": replay.parser(),
+    "top": top.parser(),
+    "warm": warm.parser(),
     **{f"ctl {verb}": ctl.verb_parser(verb) for verb in ctl.VERBS},
     **{f"disk {verb}": disk.verb_parser(verb) for verb in disk.SUMMARY},
 }
@@ -117,7 +140,7 @@ def test_an_option_that_is_none_is_named_wherever_it_stands(name: str) -> None:
 def test_a_value_that_is_missing_is_told(name: str) -> None:
     for option in sorted(PARSERS[name].value_options()):
         sentence = [*name.split()[1:], *WORDS.get(name, [[]])[0]]
-        with pytest.raises(ConfigError, match=f"{option}: expected one argument"):
+        with pytest.raises(ConfigError, match=f"{option}(/--[a-z]+)?: expected one argument"):
             parse_of(name)([*sentence, option])
 
 
