@@ -3,7 +3,7 @@ PYTHON := .venv/bin/python
 CMD ?= $(PYTHON) -m hvkvm doctor
 SOURCES := hvkvm tests scripts kvm_headers
 
-.PHONY: help setup run debian test check bench soak soak-disks soak-vmbus soak-nics soak-state soak-synic soak-linux abi lab clean
+.PHONY: help setup run debian test check bench soak soak-disks soak-vmbus soak-nics soak-state soak-synic soak-linux abi site lab clean
 help: ## this list
 	@sed -n 's/^\([a-z]*\):.*## /\1	/p' Makefile | expand -t 10
 
@@ -59,6 +59,9 @@ soak-linux: setup
 
 abi: setup ## take the layout table anew from this machine's kernel headers
 	$(PYTHON) kvm_headers/probe.py --write
+
+site: setup ## the documentation as a web site, in build/site
+	.venv/bin/mkdocs build --quiet
 
 lab: setup ## a command where KVM has Hyper-V (CMD="..."; default: hvkvm doctor)
 	@scripts/lab -- $(CMD)

@@ -164,6 +164,11 @@ def parser() -> Parser:
     p = Parser("hvkvm doctor", "Check what hvkvm needs of this machine.")
     p.add_argument("--kvm", default="/dev/kvm", metavar="PATH", help="the KVM device (/dev/kvm)")
     p.add_argument("--json", action="store_true", help="print JSON")
+    p.add_argument(
+        "--ci",
+        action="store_true",
+        help="also say which tiers of tests run here, to GitHub too; fail for one in HVKVM_REQUIRE",
+    )
     return p
 
 
@@ -171,6 +176,10 @@ def main(arguments: list[str]) -> int:
     """Run the verb; returns the exit status."""
     options = parser().parse_args(arguments)
     report = list(checks(options.kvm))
+    if options.ci:
+        from hvkvm.cli import doctor_ci
+
+        return doctor_ci.main(report, text(report))
     if options.json:
         import json
 

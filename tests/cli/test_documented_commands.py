@@ -256,7 +256,7 @@ def known_flags() -> set[str]:
     parsers += [disk.verb_parser(verb) for verb in disk.SUMMARY]
     found = {name for parser in parsers for action in parser._actions for name in action.option_strings}
     plugin = (ROOT / "hvkvm/testing/fixtures.py").read_text()
-    found |= set(re.findall(r'"(--hvkvm-[a-z]+)"', plugin)) | {"--junitxml"}
+    found |= set(re.findall(r'"(--hvkvm-[a-z]+)"', plugin)) | {"--junitxml", "--device"}
     for script in (ROOT / "scripts").rglob("*"):
         if script.is_file() and script.suffix in ("", ".py"):
             found |= set(re.findall(r"--[a-z][a-z-]*[a-z]", script.read_text()))
