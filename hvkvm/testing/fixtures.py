@@ -16,6 +16,8 @@ import pytest
 from hvkvm.errors import ConfigError
 
 if TYPE_CHECKING:
+    from hvkvm.machine.disk_spec import DiskSpec
+    from hvkvm.machine.nic_spec import NicSpec
     from hvkvm.testing.device import ScriptedDevice
     from hvkvm.testing.guest import Guest
     from hvkvm.testing.kernels import GuestKernel
@@ -237,6 +239,70 @@ def linux_guest(
             **hvkvm_guests.settings(config, 300.0),
         }
         return hvkvm_guests.keep(LinuxGuest(words, modules=modules, **settings))
+
+    return make
+
+
+@pytest.fixture
+def disk(tmp_path: Path) -> Callable[..., DiskSpec]:
+    """`disk("64M", content=b"", faults="TOML", **keys)`: a raw image, for `linux_guest(disks=[...])`.
+
+    `keys` are those of `--disk`, such as `readonly=True`; `file` names an image that is there.
+    """
+
+    def make(size: str = "64M", *, content: bytes = b"", faults: str = "", **keys: Any) -> DiskSpec:
+        from hvkvm.machine.config_kinds import parse_size
+        from hvkvm.machine.disk_spec import DiskSpec
+
+        number = len(list(tmp_path.glob("disk*.raw")))
+        if "file" not in keys:
+            image = tmp_path / f"disk{number}.raw"
+            image.write_bytes(content)
+            os.truncate(image, max(parse_size(size, "disk size"), len(content)))
+            keys["file"] = str(image)
+        if faults:
+            plan = tmp_path / f"faults{number}.toml"
+            plan.write_text(faults)
+            keys["faults"] = plan
+        return DiskSpec(**keys)
+
+    return make
+
+
+@pytest.fixture
+def net() -> Callable[[str], NicSpec]:
+    """`net("user,loss=5%")`: a NIC and its wire, as behind `--net`, for `linux_guest(nets=[...])`."""
+
+    def make(words: str) -> NicSpec:
+        from hvkvm.machine.config_words import parse_words
+        from hvkvm.machine.nic_spec import NicSpec
+
+        spec: NicSpec = parse_words(NicSpec, "net", words)
+        return spec
+
+    return make
+
+
+@pytest.fixture
+def vm_pair(
+    linux_guest: Callable[..., LinuxGuest], net: Callable[[str], NicSpec], tmp_path: Path
+) -> Callable[..., tuple[LinuxGuest, LinuxGuest]]:
+    """`vm_pair("script", "script", wire="loss=5%")`: two Linux guests with a wire between them.
+
+    They are 192.0.2.1 and 192.0.2.2 on eth0, whose link is up when their scripts begin.
+    The other keywords are linux_guest's.
+    """
+
+    def make(first: str, second: str, *, wire: str = "", **config: Any) -> tuple[LinuxGuest, LinuxGuest]:
+        path = tmp_path / f"wire{len(list(tmp_path.glob('wire*')))}"
+        guests = []
+        for number, (script, end) in enumerate(((first, "listen"), (second, "socket")), 1):
+            words = f"{end}={str(path).replace(',', ',,')}" + (f",{wire}" if wire and number == 1 else "")
+            up = f"ip addr add 192.0.2.{number}/24 dev eth0; ip link set eth0 up\n"
+            wait = "until grep -q 1 /sys/class/net/eth0/carrier; do sleep 0.1; done\n"
+            nets = [net(words)]
+            guests.append(linux_guest("sh", "-c", f"{up}{wait}{script}", nets=nets, **config))
+        return guests[0], guests[1]
 
     return make
 

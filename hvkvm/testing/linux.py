@@ -25,6 +25,12 @@ DRAIN_SECONDS = 10.0
 _KERNEL_LINE = re.compile(r"^\[ *\d+\.\d+\]")
 
 
+def _drivers(config: Mapping[str, Any]) -> tuple[str, ...]:
+    """The modules by which Linux finds the disks and NICs that it is given."""
+    disks = ("hv_storvsc", "sd_mod") if config.get("disks") or config.get("cdroms") else ()
+    return (*disks, *(("hv_netvsc",) if config.get("nets") else ()))
+
+
 class LinuxResult(NamedTuple):
     """What a guest's command came to."""
 
@@ -43,7 +49,9 @@ class LinuxGuest(Guest):
 
     The command's standard input is empty. `modules` are loaded first; `files` maps
     guest paths to files of this host, or to their content. `vmbus` offers the VMBus
-    host's devices. `config` are more fields of MachineConfig.
+    host's devices. `warm` copies a guest that was booted before, by the first test that
+    asked for one like it: the console has nothing of its boot then. `config` are more
+    fields of MachineConfig.
     """
 
     def __init__(
@@ -54,6 +62,7 @@ class LinuxGuest(Guest):
         modules: Sequence[str] = (),
         files: Mapping[str, Path | bytes | str] | None = None,
         vmbus: bool = True,
+        warm: bool = False,
         seconds: float = 300.0,
         **config: Any,
     ) -> None:
@@ -66,15 +75,20 @@ class LinuxGuest(Guest):
         settings: dict[str, Any] = {
             "kernel": kernel.image,
             "modules_dir": kernel.modules,
-            "modules": tuple(modules),
+            "modules": tuple(dict.fromkeys((*modules, *_drivers(config)))),
             "busybox": busybox(),
             "vmbus": "on" if vmbus else "off",
             "command": tuple(command),
             "command_io": "streams",
             "files": tuple(self._files(files or {})),
         }
+        settings |= {key: tuple(value) if isinstance(value, list) else value for key, value in config.items()}
         try:
-            super().__init__(MachineConfig(**(settings | config)), seconds=seconds)
+            if warm:
+                from hvkvm.testing.warm_guests import copy_of
+
+                settings = copy_of(settings, seconds)
+            super().__init__(MachineConfig(**settings), seconds=seconds)
         except BaseException:
             self._folder.cleanup()
             raise

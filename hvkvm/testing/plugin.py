@@ -16,15 +16,18 @@ from typing import TYPE_CHECKING
 import pytest
 
 from hvkvm.testing.fixtures import (
+    disk,
     hvkvm_cpus,
     hvkvm_guests,
     hvkvm_kernel,
     hvkvm_synic,
     linux_guest,
     micro_guest,
+    net,
     pytest_addoption,
     pytest_generate_tests,
     pytest_runtest_makereport,
+    vm_pair,
     vmbus_device,
 )
 from hvkvm.testing.fixtures import pytest_configure as configure_fixtures
@@ -35,6 +38,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "TIERS",
+    "disk",
     "hvkvm_cpus",
     "hvkvm_guests",
     "hvkvm_kernel",
@@ -43,10 +47,12 @@ __all__ = [
     "micro_guest",
     "missing",
     "need",
+    "net",
     "pytest_addoption",
     "pytest_generate_tests",
     "pytest_runtest_makereport",
     "required_tiers",
+    "vm_pair",
     "vmbus_device",
 ]
 

@@ -237,8 +237,8 @@ def test_the_documented_micro_guests_pass(pytester: pytest.Pytester) -> None:
 @pytest.mark.hyperv
 def test_the_documented_linux_guests_pass(pytester: pytest.Pytester) -> None:
     found = examples("linux_guest(")
-    assert len(found) == 2
+    assert len(found) == 3
     for number, text in enumerate(found):
         (pytester.path / f"test_{number}.py").write_text(text)
     result = pytester.runpytest_subprocess("-v")
-    result.assert_outcomes(passed=2)
+    result.assert_outcomes(passed=4)
