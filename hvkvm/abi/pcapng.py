@@ -19,10 +19,10 @@ LINKTYPE_ETHERNET = 1
 LINKTYPE_USER0 = 147
 
 _BYTE_ORDER = 0x1A2B3C4D
-_OPT_END, _OPT_COMMENT = 0, 1
+_OPT_END = 0
 _IF_NAME, _IF_DESCRIPTION, _IF_TSRESOL = 2, 3, 9
 _SHB_USERAPPL = 4
-_EPB_FLAGS, _EPB_DROPCOUNT = 2, 4
+_EPB_FLAGS = 2
 INBOUND, OUTBOUND = 1, 2
 """Directions of a packet, as epb_flags has them, seen from the interface's owner."""
 
@@ -34,6 +34,7 @@ _section = Struct("<IHHq")
 _interface = Struct("<HHI")
 _packet = Struct("<IIIII")
 _option = Struct("<HH")
+_flags = Struct("<HHIHH")
 
 
 def _padded(data: bytes) -> bytes:
@@ -64,35 +65,33 @@ def interface_description(link_type: int, name: str, *, description: str = "", s
     return _made(INTERFACE_DESCRIPTION, _interface.pack(link_type, 0, snap_length) + _options(*options))
 
 
-def enhanced_packet(
-    interface: int,
-    nanoseconds: int,
-    data: bytes,
-    *,
-    length: int | None = None,
-    direction: int = 0,
-    dropped: int = 0,
-    comment: str = "",
-) -> bytes:
-    """A packet, captured so many `nanoseconds` after 1970; `length` is what it had if `data` is cut.
+def around_packet(
+    interface: int, nanoseconds: int, kept: int, *, length: int | None = None, direction: int = 0
+) -> tuple[bytes, bytes]:
+    """What stands before and behind a packet's `kept` bytes: for who writes them from where they are.
 
-    `dropped` counts those lost since the last one.
+    The packet was captured so many `nanoseconds` after 1970; `length` is what it had if it was cut.
     """
-    head = _packet.pack(
+    behind = bytes(-kept % 4)
+    if direction:
+        behind += _flags.pack(_EPB_FLAGS, 4, direction, _OPT_END, 0)
+    total = 12 + _packet.size + kept + len(behind)
+    before = _packet.pack(
         interface,
         nanoseconds >> 32 & 0xFFFFFFFF,
         nanoseconds & 0xFFFFFFFF,
-        len(data),
-        len(data) if length is None else length,
+        kept,
+        kept if length is None else length,
     )
-    options: list[tuple[int, bytes]] = []
-    if comment:
-        options.append((_OPT_COMMENT, comment.encode()))
-    if direction:
-        options.append((_EPB_FLAGS, direction.to_bytes(4, "little")))
-    if dropped:
-        options.append((_EPB_DROPCOUNT, dropped.to_bytes(8, "little")))
-    return _made(ENHANCED_PACKET, head + _padded(data) + _options(*options))
+    return _block.pack(ENHANCED_PACKET, total) + before, behind + total.to_bytes(4, "little")
+
+
+def enhanced_packet(
+    interface: int, nanoseconds: int, data: bytes, *, length: int | None = None, direction: int = 0
+) -> bytes:
+    """A packet's whole block: see `around_packet`."""
+    before, behind = around_packet(interface, nanoseconds, len(data), length=length, direction=direction)
+    return before + data + behind
 
 
 class Interface(NamedTuple):

@@ -13,30 +13,14 @@ from __future__ import annotations
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from struct import Struct
 from time import time_ns
 
+from hvkvm.abi import pcapng
 from hvkvm.errors import ConfigError
 from hvkvm.events import NULL_OBSERVER, Observer, Warned
 from hvkvm.net.between import Between
 from hvkvm.net.port import Frame, frame_bytes
 from hvkvm.net.wire import Wire
-
-# Block types and options of the pcapng specification (draft-ietf-opsawg-pcapng), and LINKTYPE_ETHERNET.
-SECTION_HEADER, INTERFACE_DESCRIPTION, ENHANCED_PACKET = 0x0A0D0D0A, 1, 6
-BYTE_ORDER_MAGIC = 0x1A2B3C4D
-LINKTYPE_ETHERNET = 1
-IF_NAME, IF_TSRESOL, EPB_FLAGS, SHB_USERAPPL = 2, 9, 2, 4
-INBOUND, OUTBOUND = 1, 2
-
-_section = Struct("<IHHq")
-"""Magic, version 1.0, unknown length."""
-_interface = Struct("<HHI")
-_head = Struct("<IIIIIII")
-"""Type, block length, interface, time (upper and lower half), captured and original length."""
-_tail = Struct("<HHIHHI")
-"""EPB_FLAGS with its value, the end of options, the block's length."""
-_option = Struct("<HH")
 
 MAX_VIEWS = 1024
 """IOV_MAX."""
@@ -59,23 +43,19 @@ class Capture(Between):
             raise ConfigError(
                 f"--net pcap={path}: {error.strerror}; name a file that can be written"
             ) from None
-        header = _block(
-            SECTION_HEADER, _section.pack(BYTE_ORDER_MAGIC, 1, 0, -1) + _options((SHB_USERAPPL, b"hvkvm"))
-        )
-        nanoseconds = (IF_TSRESOL, b"\x09")
-        described = _interface.pack(LINKTYPE_ETHERNET, 0, 0) + _options((IF_NAME, name.encode()), nanoseconds)
-        self._write([header, _block(INTERFACE_DESCRIPTION, described)])
+        described = pcapng.interface_description(pcapng.LINKTYPE_ETHERNET, name)
+        self._write([pcapng.section_header("hvkvm"), described])
 
     def send(self, frames: Sequence[Frame]) -> int:
         """See `Port.send`. What was taken is written."""
         taken = self.below.send(frames)
-        self._record(frames[:taken], OUTBOUND)
+        self._record(frames[:taken], pcapng.OUTBOUND)
         return taken
 
     def frames(self, frames: Sequence[Frame]) -> int:
         """See `Receiver.frames`. What was taken is written."""
         taken = super().frames(frames)
-        self._record(frames[:taken], INBOUND)
+        self._record(frames[:taken], pcapng.INBOUND)
         return taken
 
     def close(self) -> None:
@@ -96,12 +76,8 @@ class Capture(Between):
         now = time_ns()
         views: list[bytes | memoryview] = []
         for frame in frames:
-            size = frame_bytes(frame)
-            padding = -size % 4
-            length = _head.size + size + padding + _tail.size
-            views.append(_head.pack(ENHANCED_PACKET, length, 0, now >> 32, now & 0xFFFFFFFF, size, size))
-            views += frame[1:]
-            views.append(bytes(padding) + _tail.pack(EPB_FLAGS, 4, direction, 0, 0, length))
+            before, behind = pcapng.around_packet(0, now, frame_bytes(frame), direction=direction)
+            views += [before, *frame[1:], behind]
         self.frames_written += len(frames)
         self._write(views)
 
@@ -117,15 +93,3 @@ class Capture(Between):
             self._fd = -1
             text = f"{self.path}: {self.failure}; the capture has ended, the network goes on"
             self._observer.event(Warned("net-pcap", text))
-
-
-def _block(kind: int, body: bytes) -> bytes:
-    length = (len(body) + 12).to_bytes(4, "little")
-    return kind.to_bytes(4, "little") + length + body + length
-
-
-def _options(*options: tuple[int, bytes]) -> bytes:
-    made = b"".join(
-        _option.pack(code, len(value)) + value + bytes(-len(value) % 4) for code, value in options
-    )
-    return made + bytes(4)

@@ -186,7 +186,7 @@ def test_files_that_cannot_be_are_refused(tmp_path: Path) -> None:
 @given(st.binary(max_size=200), st.integers(0, 100), st.integers(0, 255))
 def test_any_file_is_read_or_refused(tail: bytes, at: int, byte: int) -> None:
     good = pcapng.section_header("x") + pcapng.interface_description(147, record_format.LINK_NAME)
-    good += pcapng.enhanced_packet(0, 5, Entry(Kind.MESSAGE, True, b"\1\0\0\0\0\0\0\0").pack(), comment="c")
+    good += pcapng.enhanced_packet(0, 5, Entry(Kind.MESSAGE, True, b"\1\0\0\0\0\0\0\0").pack())
     bad = bytearray(good + tail)
     bad[at % len(good)] = byte
     for data in (bytes(bad), tail, good + tail):
