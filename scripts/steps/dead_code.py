@@ -22,8 +22,17 @@ LAYOUTS = ("hvkvm/abi/", "hvkvm/block/nbd/wire.py", "hvkvm/devices/scsi/mode.py"
 DRIVERS = ("hvkvm/testing/",)
 """Guests' drivers and stand-ins, for tests, ours and others'."""
 
-BY_NAME = ("pytest_*", "__getattr__", "teardown", "do_*", "*Spec", "tiny_switch_interval", "no_leaks")
-"""What pytest, Python, hypothesis, the fuzzer (`do_` and a step) and the configuration ask for by name."""
+BY_NAME = (
+    "pytest_*",
+    "on_files",
+    "__getattr__",
+    "teardown",
+    "do_*",
+    "*Spec",
+    "tiny_switch_interval",
+    "no_leaks",
+)
+"""What pytest, mkdocs, Python, hypothesis, the fuzzer (`do_`) and the configuration ask for by name."""
 DECORATORS = ("@pytest.fixture*", "@rule*", "@invariant*", "@initialize*", "@precondition*")
 
 FOR_USERS = {
