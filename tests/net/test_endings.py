@@ -10,7 +10,7 @@ import random
 import select
 import shutil
 import signal
-import subprocess
+from contextlib import suppress
 from pathlib import Path
 
 import guest_images
@@ -33,11 +33,16 @@ pytestmark = [
 ]
 
 
-def passts() -> set[str]:
-    """The process ids of all passts."""
-    return set(
-        subprocess.run(["pgrep", "-x", "passt.*"], capture_output=True, text=True, check=False).stdout.split()
-    )
+def passts(folder: Path) -> set[int]:
+    """The passts that a run with its control socket in `folder` has started: they have its environment."""
+    found = set()
+    for process in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError):
+            if (process / "comm").read_text().startswith("passt") and os.fsencode(folder) in (
+                process / "environ"
+            ).read_bytes():
+                found.add(int(process.name))
+    return found
 
 
 def wait_for_end(pid: int) -> None:
@@ -64,7 +69,6 @@ def test_nothing_is_left_of_a_run_however_it_ends(tmp_path: Path, netns) -> None
         elif ending == "full":
             nets[2] = f"listen={wire},pcap=/dev/full"
         flags = [word for net in random.Random(number).sample(nets, len(nets)) for word in ("--net", net)]
-        before = passts()
         options = (
             "--kernel",
             kernel,
@@ -77,7 +81,6 @@ def test_nothing_is_left_of_a_run_however_it_ends(tmp_path: Path, netns) -> None
             "--quiet",
             *flags,
         )
-        ours: set[str] = set()
         with running_vm(tmp_path, *options) as vm:
             if ending not in ("triple fault", "bad flag"):
                 vm.wait_until_listening()
@@ -92,8 +95,8 @@ def test_nothing_is_left_of_a_run_however_it_ends(tmp_path: Path, netns) -> None
                     vm.ctl("quit")
             status = vm.finish()
         assert (status == 2) == (ending == "bad flag"), (ending, status, vm.report())
-        for pid in ours | (passts() - before):
-            wait_for_end(int(pid))
+        for pid in passts(tmp_path):
+            wait_for_end(pid)
         assert netns.interfaces() == {"lo"}, ending
         # The file of a socket outlives a killed process; who wants the name next takes it.
         assert not wire.exists() or ending == "kill", ending
