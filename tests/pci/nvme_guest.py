@@ -53,7 +53,6 @@ class FakeDisk:
         self.waiting: list[Request] = []
         self.seen: list[Request] = []
         self.status = Status.OK
-        self.stopped = True
         self._loop = loop
         self._drains: list[Callable[[], object]] = []
         self.counters = {op: SimpleNamespace(bytes=0, requests=0) for op in Op}
@@ -100,13 +99,6 @@ class FakeDisk:
             drains, self._drains = self._drains, []
             for done in drains:
                 self._loop.call_soon(done)
-
-    def stop(self, done: Callable[[], object]) -> None:
-        self.stopped = True
-        self.drain(done)
-
-    def start(self) -> None:
-        self.stopped = False
 
     def inspect(self) -> dict[str, object]:
         return {}

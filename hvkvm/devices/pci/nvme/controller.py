@@ -53,8 +53,6 @@ _REGISTERS = struct.Struct("<QIIII4xI4xIQQ8x")
 class Disk(BlockDisk, Protocol):
     """What a controller needs of `block.disk.Disk`."""
 
-    def stop(self, done: Callable[[], object]) -> None: ...
-    def start(self) -> None: ...
     def drain(self, done: Callable[[], object]) -> None: ...
     def inspect(self) -> dict[str, object]: ...
     @property
@@ -541,7 +539,6 @@ class Controller:
     def start(self) -> None:
         """Go on; interrupts that may have been lost in a save come again."""
         self._stopped = False
-        self.disk.start()
         self._dirty.update(queue for queue in self.completions.values() if queue.unseen)
         if self._dirty and not self._signal_asked:
             self._signal_asked = True
@@ -558,7 +555,7 @@ class Controller:
             self._signal()
             done()
 
-        self.disk.stop(rested)
+        self.disk.drain(rested)
 
     def reset(self) -> None:
         """Power-on state. Only while stopped."""

@@ -1,0 +1,227 @@
+"""PCI, firmware and NVMe by real exits, with guests of a few instructions: on any KVM."""
+
+from __future__ import annotations
+
+import os
+import struct
+import subprocess
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from guest_agent import SCRATCH
+from guest_machine import Guest
+
+from hvkvm.abi import nvme, pci
+from hvkvm.machine.config import MachineConfig
+from hvkvm.machine.disk_spec import DiskSpec
+from hvkvm.machine.machine import Machine
+from hvkvm.machine.outcome import Ending
+
+pytestmark = pytest.mark.kvm
+
+ROM = Path(__file__).parents[1] / "guests/rom.s"
+MIB = 1 << 20
+BAR = 0xC0000000
+ADMIN_SQ, ADMIN_CQ, IO_SQ, IO_CQ, SHADOW, EVENTS, DATA = (SCRATCH + 0x1000 * n for n in range(7))
+ENTRIES = 8
+
+
+@pytest.fixture
+def disk(tmp_path: Path) -> Path:
+    path = tmp_path / "disk.raw"
+    path.write_bytes(os.urandom(1 * MIB))
+    return path
+
+
+def test_firmware_starts_at_the_reset_vector_and_finds_the_board(tmp_path: Path, disk: Path) -> None:
+    """Twice, with a reset in between; each letter is something that the ROM found as it must be."""
+    subprocess.run(["as", "--32", "-o", str(tmp_path / "rom.o"), str(ROM)], check=True)
+    rom = tmp_path / "rom"
+    subprocess.run(["objcopy", "-O", "binary", "-j", ".text", str(tmp_path / "rom.o"), str(rom)], check=True)
+    printed = bytearray()
+    config = MachineConfig(
+        firmware=rom, hv="none", memory=64 * MIB, disks=(DiskSpec(str(disk)),), timeout=100
+    )
+    with Machine(config) as machine:
+        machine.board.attach_sink(printed.extend)
+        outcome = machine.run()
+        assert (bytes(printed), outcome.ending, machine.resets) == (b"RPETBNUWD" * 2, Ending.POWERED_OFF, 1)
+
+
+class Driver:
+    """An NVMe driver whose every access a guest's vCPU makes."""
+
+    def __init__(self, guest: Guest) -> None:
+        self.guest = guest
+        self.tails = [0, 0]
+        self.heads = [0, 0]
+        self.phases = [1, 1]
+        self.id = 0
+
+    @property
+    def cpu(self) -> Any:
+        return self.guest[0]
+
+    def config(self, offset: int, value: int | None = None, size: int = 4) -> int:
+        """Configuration space of slot 2."""
+        self.cpu.do("OUT", 0xCF8, 4, 1 << 31 | 2 << 11 | offset & 0xFC)
+        port = 0xCFC + (offset & 3)
+        if value is None:
+            return int(self.cpu.do("IN", port, size).value)
+        self.cpu.do("OUT", port, size, value)
+        return value
+
+    def reg(self, offset: int, value: int | None = None, size: int = 4) -> int:
+        if value is None:
+            return int(self.cpu.do("READ", BAR + offset, size).value)
+        self.cpu.do("WRITE", BAR + offset, size, value)
+        return value
+
+    def enable(self) -> None:
+        assert self.config(pci.PCI_VENDOR_ID) == pci.NVME_DEVICE_ID << 16 | pci.PCI_VENDOR_ID_MICROSOFT
+        self.config(pci.PCI_BASE_ADDRESS_0, BAR)
+        self.config(pci.PCI_COMMAND, pci.PCI_COMMAND_MEMORY | pci.PCI_COMMAND_MASTER, 2)
+        self.reg(nvme.NVME_REG_AQA, (ENTRIES - 1) * 0x10001)
+        self.reg(nvme.NVME_REG_ASQ, ADMIN_SQ, 8)
+        self.reg(nvme.NVME_REG_ACQ, ADMIN_CQ, 8)
+        self.reg(nvme.NVME_REG_CC, 0x00460001)
+        self.guest.until(
+            lambda: self.reg(nvme.NVME_REG_CSTS) == nvme.NVME_CSTS_RDY, "the controller is ready"
+        )
+
+    def begin(
+        self,
+        queue: int,
+        opcode: int,
+        *,
+        nsid: int = 0,
+        prp1: int = DATA,
+        prp2: int = 0,
+        cdw: tuple[int, ...] = (),
+    ) -> None:
+        """Submit a command; who rings is the caller's business."""
+        self.id += 1
+        words = (*cdw, *[0] * (6 - len(cdw)))
+        raw = struct.pack("<BBHI8xQQQ6I", opcode, 0, self.id, nsid, 0, prp1, prp2, *words)
+        self.guest.machine.memory.write((ADMIN_SQ, IO_SQ)[queue] + 64 * self.tails[queue], raw)
+        self.tails[queue] = (self.tails[queue] + 1) % ENTRIES
+
+    def take(self, queue: int) -> int:
+        """Wait for the next completion, and its status."""
+        memory = self.guest.machine.memory
+        at = (ADMIN_CQ, IO_CQ)[queue] + 16 * self.heads[queue] + 12
+        phase = self.phases[queue]
+        self.guest.until(lambda: memory.read_u32(at) >> 16 & 1 == phase, "a completion comes")
+        self.heads[queue] = (self.heads[queue] + 1) % ENTRIES
+        self.phases[queue] ^= not self.heads[queue]
+        return memory.read_u32(at) >> 17
+
+    def do(self, queue: int, opcode: int, **more: Any) -> int:
+        self.begin(queue, opcode, **more)
+        self.reg(nvme.NVME_REG_DBS + 8 * queue, self.tails[queue])
+        status = self.take(queue)
+        self.reg(nvme.NVME_REG_DBS + 8 * queue + 4, self.heads[queue])
+        return status
+
+    def make_queues(self) -> None:
+        size = (ENTRIES - 1) << 16 | 1
+        assert self.do(0, nvme.NVME_ADMIN_CREATE_CQ, prp1=IO_CQ, cdw=(size, 1)) == 0
+        assert self.do(0, nvme.NVME_ADMIN_CREATE_SQ, prp1=IO_SQ, cdw=(size, 1 << 16 | 1)) == 0
+
+    def read(self, sector: int, sectors: int = 8) -> bytes:
+        assert self.do(1, nvme.NVME_CMD_READ, nsid=1, cdw=(sector, 0, sectors - 1)) == 0
+        return self.guest.machine.memory.read(DATA, 512 * sectors)
+
+
+def exits(guest: Guest) -> int:
+    return guest.machine.exit_counts().get("KVM_EXIT_MMIO", 0)
+
+
+@pytest.fixture
+def boot(boot_agent: Callable[..., Guest], disk: Path) -> Callable[..., Guest]:
+    def boot(**more: Any) -> Guest:
+        return boot_agent(hv="none", synic="auto", disks=(DiskSpec(str(disk), bus="nvme"),), **more)
+
+    return boot
+
+
+def test_doorbells_in_memory_make_no_exits(boot: Callable[..., Guest], disk: Path) -> None:
+    driver = Driver(boot())
+    driver.enable()
+    driver.make_queues()
+    content = disk.read_bytes()
+    assert driver.read(8) == content[4096:8192]
+    memory = driver.guest.machine.memory
+    assert driver.do(0, nvme.NVME_ADMIN_DBBUF, prp1=SHADOW, prp2=EVENTS) == 0
+    before = exits(driver.guest)
+    for round_ in range(20):
+        sector = 8 * (round_ % 16)
+        driver.begin(1, nvme.NVME_CMD_READ, nsid=1, cdw=(sector, 0, 7))
+        memory.write_u32(SHADOW + 8, driver.tails[1])
+        driver.reg(nvme.NVME_REG_DBS + 8, driver.tails[1])  # the ioeventfd
+        assert driver.take(1) == 0
+        memory.write_u32(SHADOW + 12, driver.heads[1])
+        assert memory.read(DATA, 4096) == content[512 * sector : 512 * sector + 4096]
+    assert exits(driver.guest) == before
+    driver.config(pci.PCI_COMMAND, 0, 2)
+    assert driver.reg(nvme.NVME_REG_CSTS) == 0xFFFFFFFF, "no longer decoded"
+
+
+def test_a_reset_of_the_machine_takes_the_controller_back(boot: Callable[..., Guest]) -> None:
+    driver = Driver(boot())
+    driver.enable()
+    driver.make_queues()
+    driver.guest.machine.request_reset("test")
+    driver.guest.until(lambda: driver.guest.machine.resets == 1, "the machine is reset")
+    driver.guest.agent.await_online()
+    assert driver.config(pci.PCI_COMMAND, size=2) == 0
+    assert driver.config(pci.PCI_BASE_ADDRESS_0) == 0
+    driver.guest.machine.memory.zero(ADMIN_CQ, 0x1000)
+    again = Driver(driver.guest)
+    again.enable()
+    assert driver.guest.machine.pci is not None
+    (controller,) = driver.guest.machine.pci.controllers.values()
+    assert set(controller.submissions) == {0}
+
+
+@pytest.fixture
+def chain(tmp_path: Path) -> Iterator[Callable[[Driver], Driver]]:
+    """`chain(driver)`: its machine saved and closed, and the driver on the one that goes on."""
+    made: list[Guest] = []
+
+    def go_on(driver: Driver) -> Driver:
+        machine = driver.guest.machine
+        machine.save(tmp_path / "saved")
+        driver.guest.close()
+        driver.guest = Guest(hv="none", synic="auto", restore=tmp_path / "saved")
+        made.append(driver.guest)
+        driver.guest.machine.start()
+        return driver
+
+    yield go_on
+    for guest in made:
+        guest.close()
+
+
+def test_saved_and_restored_the_driver_notices_nothing(
+    boot: Callable[..., Guest], disk: Path, chain: Callable[[Driver], Driver]
+) -> None:
+    driver = Driver(boot())
+    driver.enable()
+    driver.make_queues()
+    content = disk.read_bytes()
+    for sector in (0, 64, 128):
+        driver = chain(driver)
+        assert driver.config(pci.PCI_BASE_ADDRESS_0) == BAR
+        assert driver.read(sector) == content[512 * sector : 512 * sector + 4096]
+    memory = driver.guest.machine.memory
+    assert driver.do(0, nvme.NVME_ADMIN_DBBUF, prp1=SHADOW, prp2=EVENTS) == 0
+    driver = chain(driver)
+    memory = driver.guest.machine.memory
+    driver.begin(1, nvme.NVME_CMD_READ, nsid=1, cdw=(8, 0, 7))
+    memory.write_u32(SHADOW + 8, driver.tails[1])
+    driver.reg(nvme.NVME_REG_DBS + 8, driver.tails[1])
+    assert driver.take(1) == 0
+    assert memory.read(DATA, 4096) == content[4096:8192]
