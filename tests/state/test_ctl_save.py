@@ -50,6 +50,33 @@ def test_a_vm_is_saved_and_goes_on_in_another_process(tmp_path: Path) -> None:
         vm.ctl("quit")
 
 
+def test_a_vm_with_a_disk_is_saved_and_ends_in_that_moment(tmp_path: Path) -> None:
+    file, image = tmp_path / "vm.state", tmp_path / "disk.raw"
+    image.write_bytes(bytes(1 << 16))
+    disk = ("--vmbus", "on", "--disk", f"{image},serial=mine,lun=3", "--cdrom", "none")
+    with running_vm(tmp_path, *AGENT, *disk, "--name", "first") as vm:
+        vm.wait_until_listening()
+        with running_vm(tmp_path, *AGENT, "--vmbus", "on", "--disk", image) as other:
+            assert other.finish() == 2
+            assert "another program uses it" in other.report()
+        assert vm.ctl("save", file, "--end") == f"saved to {file}\n"
+        assert vm.finish() == 0
+    with running_vm(tmp_path, "--restore", file, "--quiet", "--name", "second") as again:
+        again.wait_until_listening()
+        units = again.json("inspect")["devices"]["scsi0"]["units"]
+        assert units["0:3"]["serial"] == "mine"
+        assert units["0:0"]["kind"] == "dvd"
+        again.ctl("quit")
+    image.write_bytes(bytes(1 << 12))
+    with running_vm(tmp_path, "--restore", file, "--quiet") as other:
+        assert other.finish() == 2
+        assert "4096 bytes, and 65536 when the VM was saved" in other.report()
+    image.unlink()
+    with running_vm(tmp_path, "--restore", file, "--quiet") as other:
+        assert other.finish() == 2
+        assert "no such file" in other.report()
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
