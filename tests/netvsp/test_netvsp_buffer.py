@@ -1,0 +1,58 @@
+"""Who has which part of the receive buffer: no two at a time, none outside, all back in the end."""
+
+from __future__ import annotations
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from hvkvm.devices.synth.netvsp_buffer import Pieces
+
+STEPS = st.lists(st.tuples(st.sampled_from(["lend", "back", "undo", "twice", "save"]), st.integers(0, 400)))
+
+
+@given(STEPS, st.integers(1, 12), st.sampled_from([512, 1024, 4096]))
+def test_pieces_never_overlap(steps: list[tuple[str, int]], count: int, size: int) -> None:
+    pieces = Pieces(size, count)
+    out: dict[int, tuple[int, int]] = {}
+    last: int | None = None
+    for what, number in steps:
+        if what == "lend":
+            need = (number % 300 + 8) & ~7
+            start, room = pieces.room(need)
+            assert room <= need
+            if room < need:
+                continue
+            assert start % 8 == 0
+            assert start >= 0
+            assert start + need <= size
+            assert all(start + need <= a or a + n <= start for a, n in out.values()), (start, need, out)
+            last = pieces.lend(start, need)
+            out[last] = (start, need)
+        elif what == "undo" and last is not None:
+            pieces.take_back_last()
+            del out[last]
+            last = None
+        elif what in ("back", "twice") and out:
+            ident = sorted(out)[number % len(out)]
+            assert pieces.back(ident)
+            if what == "twice":
+                assert not pieces.back(ident)
+            del out[ident]
+            last = None
+        elif what == "save":
+            other = Pieces(size, count)
+            other.load(pieces.save())
+            pieces, last = other, None
+        assert pieces.lent <= count
+    for ident in list(out):
+        assert pieces.back(ident)
+    assert pieces.lent == 0
+    assert pieces.room(size) == (0, size)
+
+
+def test_an_unknown_piece_is_none() -> None:
+    pieces = Pieces(4096, 4)
+    assert not pieces.back(1)
+    assert not pieces.back(1 << 63)
+    assert pieces.lend(0, 8) == 1
+    assert pieces.next_id == 2
