@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from contextlib import suppress
 
 import pytest
@@ -14,6 +15,8 @@ from hvkvm.abi import nvsp
 
 pytestmark = [pytest.mark.hyperv, pytest.mark.timeout(1800)]
 MIB = 1 << 20
+SOAK = bool(os.environ.get("HVKVM_SOAK"))
+FLAPS, RELOADS = (100, 50) if SOAK else (2, 2)
 
 # Tests are collected outside before the lab has started: compiled there it is quick, and kept.
 with suppress(ProgramBuildError, OSError):
@@ -59,14 +62,14 @@ def test_linux_has_a_network(kernel: str, synic: str) -> None:
             lan.to_guest(MIB // 4)
 
         # The link, and the driver under load.
-        for plugged in (False, True) * 2:
+        for plugged in (False, True) * FLAPS:
             lan.guest.call(lan.wire.plug, plugged)
             lan.guest.wait_until(
                 lambda want=plugged: shell.check("cat /sys/class/net/eth0/carrier") == str(int(want)),
                 f"waiting for carrier {plugged}",
             )
         lan.ping()
-        for _ in range(3):
+        for _ in range(RELOADS):
             shell.check(f"ping -q -i 0.01 {HOST} > /dev/null 2>&1 & true")
             shell.check("rmmod hv_netvsc; kill %1; insmod /modules/*hv_netvsc.ko")
             lan.guest.wait_until(
