@@ -64,6 +64,8 @@ class NetvscDriver:
             loop.connect(vmbus.VERSION_WIN10_V5_3)
         self.channel = loop.client.by_interface(nvsp.HV_NIC_GUID)
         self.complete = True
+        self.strict = True
+        """Whether what comes must make sense: it need not to a guest that gives back what it has not read."""
         self.received: list[tuple[bytes, dict[int, int]]] = []
         """Each frame, and its marks."""
         self.indications: list[int] = []
@@ -353,6 +355,10 @@ class NetvscDriver:
 
     def _message(self, channel: GuestChannel, data: bytes, channel_type: int) -> None:
         kind, length = rndis.header.unpack_from(data)
+        if not self.strict and (
+            length != len(data) or (kind == rndis.RNDIS_MSG_PACKET) == bool(channel_type)
+        ):
+            return
         assert length == len(data), "one RNDIS message a range"
         if kind == rndis.RNDIS_MSG_PACKET:
             assert channel_type == nvsp.RMC_DATA
