@@ -1,4 +1,4 @@
-"""The ACPI tables: RSDP, XSDT, FADT, FACS, MADT and a DSDT that holds COM1 and VMBus.
+"""The ACPI tables: RSDP, XSDT, FADT, FACS, MADT, with PCI WAET, and a DSDT that holds COM1 and VMBus.
 
 Why: without ACPI a guest finds neither its other CPUs nor the VMBus, and cannot
 power off. Called by the loaders through `boot.image`. Pure: `build` returns
@@ -61,6 +61,9 @@ ACPI_FADT_POWER_BUTTON = 1 << 4  # clear: the power button is PM1's own; set it 
 ACPI_FADT_SLEEP_BUTTON = 1 << 5  # set: no sleep button in PM1 (and none in the DSDT)
 ACPI_FADT_FIXED_RTC = 1 << 6  # set: RTC wake is not in PM1
 ACPI_FADT_RESET_REGISTER = 1 << 10
+
+WAET_PM_TIMER_GOOD = 1 << 1
+"""Windows emulated devices table. Without it Windows 8 and later distrust a timer like a PIIX4's."""
 
 _SYSTEM_IO = 1
 _NO_C2 = 0xFFF  # a latency above 100 us says: no such state (C3: above 1000)
@@ -139,7 +142,9 @@ def build(
     dsdt = place(_dsdt(memory_size, vmbus=vmbus, serial_ports=serial_ports, devices=devices))
     fadt = place(_fadt(facs, dsdt, fixed))
     madt = place(_madt(cpus))
-    listed = (fadt, madt)
+    listed = [fadt, madt]
+    if fixed.pm_timer:
+        listed.append(place(_waet()))
     xsdt = place(_table(b"XSDT", 1, struct.pack(f"<{len(listed)}Q", *listed)))
     image[: len(_rsdp(xsdt))] = _rsdp(xsdt)
     if len(image) > board.ACPI_AREA_SIZE:
@@ -228,6 +233,11 @@ def _fadt(facs: int, dsdt: int, fixed: FixedHardware) -> bytes:
         put(91, "B", board.PM_TMR_SIZE)
         fadt[208 - HEADER_SIZE : 220 - HEADER_SIZE] = _gas(fixed.base + PM_TIMER_OFFSET, 32, 3)
     return _table(b"FACP", 6, bytes(fadt))
+
+
+def _waet() -> bytes:
+    """What Windows need not work around: its PM timer may be read once. The RTC is not spoken of."""
+    return _table(b"WAET", 1, struct.pack("<I", WAET_PM_TIMER_GOOD))
 
 
 def _madt(cpus: int) -> bytes:

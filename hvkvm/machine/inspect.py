@@ -66,6 +66,7 @@ def inspect(parts: Parts) -> dict[str, Any]:
         "synic": None if parts.hyperv.partition is None else parts.hyperv.partition.snapshot(),
         "vmbus": None if parts.bus is None else parts.bus.host.snapshot(),
         "devices": devices(parts.bus),
+        "pci": None if parts.pci is None else parts.pci.inspect(),
         "network": {} if parts.nics is None else parts.nics.inspect(),
     }
 

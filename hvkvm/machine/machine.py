@@ -124,7 +124,16 @@ class Machine:
         )
         stack.callback(saver.close)
         parts = Parts(
-            self.name, platform, lifecycle, interface, board, self.bus, self.nics, self.disk_shelf, saver
+            self.name,
+            platform,
+            lifecycle,
+            interface,
+            board,
+            self.bus,
+            self.nics,
+            self.disk_shelf,
+            saver,
+            self.pci,
         )
         self.control = build.create_control(parts, stack)
         return parts

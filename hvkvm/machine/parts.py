@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from hvkvm.machine.hyperv import Hyperv
     from hvkvm.machine.lifecycle import Lifecycle
     from hvkvm.machine.nics import Nics
+    from hvkvm.machine.pci import Pci
     from hvkvm.machine.platform import Platform
     from hvkvm.machine.saving import Saver
 
@@ -32,3 +33,4 @@ class Parts(NamedTuple):
     nics: Nics | None
     disk_shelf: DiskShelf | None
     saver: Saver
+    pci: Pci | None = None

@@ -76,6 +76,14 @@ def test_fadt_names_the_blocks_of_the_pm_function() -> None:
     assert struct.unpack_from("<Q", made.image, at + 208 + 4)[0] == 0xB008
 
 
+def test_the_pm_timer_is_said_to_be_good_where_there_is_one() -> None:
+    image = build(0xE0000).image
+    at = image.index(b"WAET")
+    assert image[at + 36 : at + 40] == b"\x02\0\0\0"
+    assert sum(image[at : at + 40]) & 0xFF == 0
+    assert b"WAET" not in acpi.build(1, 512 * MIB).image
+
+
 @pytest.mark.parametrize(
     ("memory", "window"),
     [

@@ -16,6 +16,7 @@ from guest_machine import Guest
 from hvkvm.abi import nvme, pci
 from hvkvm.machine.config import MachineConfig
 from hvkvm.machine.disk_spec import DiskSpec
+from hvkvm.machine.inspect import inspect
 from hvkvm.machine.machine import Machine
 from hvkvm.machine.outcome import Ending
 
@@ -165,6 +166,9 @@ def test_doorbells_in_memory_make_no_exits(boot: Callable[..., Guest], disk: Pat
         memory.write_u32(SHADOW + 12, driver.heads[1])
         assert memory.read(DATA, 4096) == content[512 * sector : 512 * sector + 4096]
     assert exits(driver.guest) == before
+    shown = inspect(driver.guest.machine.parts)["pci"]
+    assert shown["functions"]["02.0"]["bars"] == {"0": f"{BAR:#x}"}
+    assert shown["nvme"]["02"]["bells"] == 1
     driver.config(pci.PCI_COMMAND, 0, 2)
     assert driver.reg(nvme.NVME_REG_CSTS) == 0xFFFFFFFF, "no longer decoded"
 
