@@ -74,7 +74,8 @@ class Disks:
         """By name, in the order in which they were added."""
         stack.callback(self.close)
         for spec in self.asked():
-            self.attach(spec, self.open(spec), self.plan(spec))
+            plan = self.plan(spec)
+            self.attach(spec, self.open(spec), plan)
 
     @property
     def _vmbus(self) -> Bus:
