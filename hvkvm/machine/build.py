@@ -294,10 +294,11 @@ def _root_ramdisk(config: MachineConfig) -> bytes | None:
         )
     from hvkvm.boot import initramfs
 
+    on_nvme = any(config.bus_of(disk) == "nvme" for disk in config.disks)
     return initramfs.build_root(
         root,
         busybox=config.busybox or find_busybox(),
-        modules=config.modules,
+        modules=(*(["nvme"] if on_nvme else []), *config.modules),
         kernel_modules_dir=config.modules_dir,
     )
 
