@@ -70,6 +70,8 @@ class DiskRequests:
 
     def _add(self, shelf: DiskShelf, request: Request, answer: Answer) -> None:
         spec = _spec(request)
+        if getattr(spec, "bus", "") == "nvme":
+            raise ConfigError(f"{spec.file}: a disk on PCI cannot come while the VM runs; leave out bus=nvme")
         disks = shelf.make()
 
         def opened(image: Image | None, plan: Any) -> None:

@@ -37,7 +37,7 @@ class World:
         self.removed: list[str] = []
         config = MachineConfig(folder / "kernel", vmbus="on").validate()
         platform = SimpleNamespace(config=config, io=self.io, memory=None, observer=Notes())
-        self.shelf = DiskShelf(platform, self, stack)  # type: ignore[arg-type]
+        self.shelf = DiskShelf(platform, self, None, stack)  # type: ignore[arg-type]
         parts = SimpleNamespace(platform=platform, disk_shelf=self.shelf)
         self.requests = DiskRequests(parts)  # type: ignore[arg-type]
         self.io.start()
@@ -167,6 +167,7 @@ def test_faults_and_a_rescinded_controller(world: World, tmp_path: Path) -> None
         (("add", "b.raw,format=qcow2"), "disk add format=qcow2: unknown; choose"),
         (("add", "b.raw,lun=0"), "choose another place"),
         (("add", "a.raw"), "another program uses it"),
+        (("add", "b.raw,bus=nvme"), "a disk on PCI cannot come while the VM runs; leave out bus=nvme"),
         (("resize", "disk0"), "disk resize: takes NAME SIZE"),
         (("resize", "disk0", "big"), "SIZE big: not a size"),
         (("eject", "disk0"), "disk0 is a disk"),
