@@ -24,6 +24,7 @@ VERBS = {
     "conform": "hold a VMM to what a guest may expect of Hyper-V's interfaces",
     "doctor": "check what this machine's KVM can do, with the remedy for what is missing",
     "features": "list the Hyper-V enlightenments and what this host supports of them",
+    "man": "print the manual page of a verb",
     "completion": "print what a shell needs to complete these words",
     "trace": "show the KVM ioctls of another program, decoded",
 }

@@ -26,6 +26,7 @@ from hvkvm.cli import (
     doctor,
     explain,
     features,
+    man,
     replay,
     run,
     top,
@@ -108,6 +109,7 @@ def every_command() -> list[Command]:
         ("warm.EPILOG", warm.EPILOG),
         ("trace.EPILOG", trace.EPILOG),
         ("explain.EPILOG", explain.EPILOG),
+        ("man.EPILOG", man.EPILOG),
         ("completion.EPILOG", completion.EPILOG),
         ("conform.EPILOG", conform.EPILOG),
     ):
@@ -148,6 +150,8 @@ def check_hvkvm(words: tuple[str, ...]) -> None:
         disk.parse(rest)
     elif verb == "conform":
         conform.parse(rest)
+    elif verb == "man":
+        man.parse(rest)
     elif verb == "completion":
         completion.parse(rest)
     elif verb == "top":
