@@ -11,12 +11,10 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from hvkvm.abi import hvsock, ic, kvp, vmbus, vss
+from hvkvm.abi import hvsock, ic, kvp, nvsp, storvsp, vmbus, vss
 from hvkvm.abi.layout import Layout, Names, layout
 
-SYNTH_SCSI_GUID = vmbus.guid("ba6163d9-04a1-4d29-b605-72e2ffb1dc7f")
 SYNTH_IDE_GUID = vmbus.guid("32412632-86cb-44a2-9b5c-50d1417354f5")
-SYNTH_NIC_GUID = vmbus.guid("f8615163-df3e-46c5-913f-f2d2f965ed0e")
 SYNTH_MOUSE_GUID = vmbus.guid("cfa8b69e-5b4a-4cc0-b98b-8ba1a1f3f95a")
 
 
@@ -152,6 +150,16 @@ _SCSI_COMMANDS: Names = {
     0xA8: "READ_12",
     0xAA: "WRITE_12",
 }
+_SRB_STATUS: Names = {
+    storvsp.SRB_STATUS_SUCCESS: "SRB_STATUS_SUCCESS",
+    storvsp.SRB_STATUS_ABORTED: "SRB_STATUS_ABORTED",
+    storvsp.SRB_STATUS_ERROR: "SRB_STATUS_ERROR",
+    storvsp.SRB_STATUS_BUSY: "SRB_STATUS_BUSY",
+    storvsp.SRB_STATUS_INVALID_REQUEST: "SRB_STATUS_INVALID_REQUEST",
+    storvsp.SRB_STATUS_INVALID_LUN: "SRB_STATUS_INVALID_LUN",
+    storvsp.SRB_STATUS_ERROR | storvsp.SRB_STATUS_AUTOSENSE_VALID: "SRB_STATUS_ERROR|AUTOSENSE_VALID",
+}
+_SCSI_STATUS: Names = {0: "GOOD", 2: "CHECK_CONDITION", 8: "BUSY"}
 _srb = layout(
     "vmscsi_request",
     "length:H srb_status:B scsi_status:B port_number:B path_id:B target_id:B lun:B cdb_length:B "
@@ -160,7 +168,21 @@ _srb = layout(
     names={
         "cdb_opcode": _SCSI_COMMANDS,
         "data_in": {0: "WRITE_TYPE", 1: "READ_TYPE", 2: "UNKNOWN_TYPE"},
-        "srb_status": {1: "SRB_STATUS_SUCCESS", 4: "SRB_STATUS_ERROR", 0x20: "SRB_STATUS_INVALID_LUN"},
+    },
+)
+_SRB_BYTES = 52
+_completed = layout(
+    # Of a request; what completes anything else has another length here.
+    "vmscsi_request_length",
+    "length:H",
+    switch="length",
+    cases={
+        _SRB_BYTES: layout(
+            "vmscsi_request_completed",
+            "srb_status:B scsi_status:B port_number:B path_id:B target_id:B lun:B cdb_length:B "
+            "sense_info_length:B data_in:B reserved:B data_transfer_length:I sense:20s",
+            names={"srb_status": _SRB_STATUS, "scsi_status": _SCSI_STATUS},
+        )
     },
 )
 _vstor = layout(
@@ -168,27 +190,12 @@ _vstor = layout(
     "operation:I flags:I status:I",
     switch="operation",
     cases={
-        3: _srb,
-        9: layout("vmstorage_protocol_version", "major_minor:H revision:H"),
-        13: layout("vmstorage_sub_channels", "sub_channel_count:H"),
+        storvsp.COMPLETE_IO: _completed,
+        storvsp.EXECUTE_SRB: _srb,
+        storvsp.QUERY_PROTOCOL_VERSION: layout("vmstorage_protocol_version", "major_minor:H revision:H"),
+        storvsp.CREATE_SUB_CHANNELS: layout("vmstorage_sub_channels", "sub_channel_count:H"),
     },
-    names={
-        "operation": {
-            1: "VSTOR_OPERATION_COMPLETE_IO",
-            2: "VSTOR_OPERATION_REMOVE_DEVICE",
-            3: "VSTOR_OPERATION_EXECUTE_SRB",
-            4: "VSTOR_OPERATION_RESET_LUN",
-            5: "VSTOR_OPERATION_RESET_ADAPTER",
-            6: "VSTOR_OPERATION_RESET_BUS",
-            7: "VSTOR_OPERATION_BEGIN_INITIALIZATION",
-            8: "VSTOR_OPERATION_END_INITIALIZATION",
-            9: "VSTOR_OPERATION_QUERY_PROTOCOL_VERSION",
-            10: "VSTOR_OPERATION_QUERY_PROPERTIES",
-            11: "VSTOR_OPERATION_ENUMERATE_BUS",
-            12: "VSTOR_OPERATION_FCHBA_DATA",
-            13: "VSTOR_OPERATION_CREATE_SUB_CHANNELS",
-        }
-    },
+    names={"operation": {number: f"VSTOR_OPERATION_{name}" for number, name in storvsp.OPERATIONS.items()}},
 )
 
 _NVSP_STATUS: Names = {1: "NVSP_STAT_SUCCESS", 2: "NVSP_STAT_FAIL"}
@@ -275,9 +282,9 @@ PROTOCOLS: dict[bytes, Protocol] = {
     vmbus.HV_VSS_GUID: Protocol("vss", "Volume snapshot", _icmsg),
     vmbus.HV_KBD_GUID: Protocol("kbd", "Synthetic keyboard", _keyboard),
     SYNTH_MOUSE_GUID: Protocol("hid", "Synthetic mouse", _hid),
-    SYNTH_SCSI_GUID: Protocol("storvsp", "Synthetic SCSI", _vstor),
+    storvsp.SCSI: Protocol("storvsp", "Synthetic SCSI", _vstor),
     SYNTH_IDE_GUID: Protocol("storvsp", "Synthetic IDE", _vstor),
-    SYNTH_NIC_GUID: Protocol("netvsp", "Synthetic network", _nvsp),
+    nvsp.HV_NIC_GUID: Protocol("netvsp", "Synthetic network", _nvsp),
 }
 """By the 16 wire bytes of the interface type."""
 

@@ -13,8 +13,8 @@ EPILOG = """examples:
   hvkvm man run
   hvkvm man
 
-  hvkvm man run | man -l - shows a page; hvkvm man VERB > hvkvm-VERB.1 installs one in a
-  folder of $MANPATH.
+  man -l - shows a page that is given to it; as hvkvm-VERB.1 in a man1 folder of $MANPATH
+  it is found by man hvkvm-VERB.
 """
 
 

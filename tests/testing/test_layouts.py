@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hvkvm.abi import device_layouts, hvsock, ic, keyboard, vmbus, vss
+from hvkvm.abi import device_layouts, hvsock, ic, keyboard, nvsp, storvsp, vmbus, vss
 from hvkvm.abi.layout import Layout, decode, every
 from hvkvm.record import words
 
@@ -24,7 +24,17 @@ SIZES = {
     "hv_vss_msg": vss.hv_vss_msg.size,
     "synth_kbd_keystroke": keyboard.event.size - 4,
     "vmpipe_proto_header": hvsock.pipe_header.size,
-    "vmscsi_request": 52,
+    "vmscsi_request": storvsp.PACKET_BYTES - 12,
+    "vmstorage_protocol_version": storvsp._version.size,
+    "nvsp_message_init": nvsp.init.size - 4,
+    "nvsp_1_message_send_receive_buffer": nvsp.send_buf.size - 4,
+    "nvsp_1_message_revoke_send_buffer": nvsp.revoke_buf.size - 4,
+    "nvsp_1_message_send_receive_buffer_complete": nvsp.recv_buf_complete.size - 4 - 12,
+    "nvsp_1_message_send_send_buffer_complete": nvsp.send_buf_complete.size - 4 - 28,
+    "nvsp_1_message_send_rndis_packet": nvsp.RNDIS_PKT_BYTES - 4,
+    "nvsp_1_message_send_rndis_packet_complete": nvsp.rndis_pkt_complete.size - 4,
+    "nvsp_2_vsc_capability": nvsp.ndis_config.size - 4,
+    "nvsp_5_subchannel": nvsp.subchannel.size - 4,
 }
 
 
@@ -48,6 +58,21 @@ def test_a_built_request_is_read_back_field_by_field() -> None:
     assert (found["icverframe_major"], found["icvermsg_major"]) == (3, 3)
     assert (found["seq_num"], found["ictransaction_id"]) == (77, 9)
     assert (decoded.rest, decoded.short) == (len(payload), "")
+
+
+def test_a_disks_request_and_its_end_are_named() -> None:
+    layout = device_layouts.PROTOCOLS[storvsp.SCSI].payload
+    request = bytearray(storvsp.PACKET_BYTES)
+    request[0], request[12], request[28] = storvsp.EXECUTE_SRB, 52, 0x28
+    text = " ".join(words.fields(decode(bytes(request), layout)))
+    assert "operation=VSTOR_OPERATION_EXECUTE_SRB" in text
+    assert "cdb_opcode=READ_10" in text
+    done = bytearray(storvsp.PACKET_BYTES)
+    done[0], done[12], done[14], done[15] = storvsp.COMPLETE_IO, 52, 0x84, 2
+    text = " ".join(words.fields(decode(bytes(done), layout)))
+    assert "srb_status=SRB_STATUS_ERROR|AUTOSENSE_VALID scsi_status=CHECK_CONDITION" in text
+    done[12] = 0  # the end of a request for the controller's properties
+    assert "srb_status" not in " ".join(words.fields(decode(bytes(done), layout)))
 
 
 def test_versions_repeat_to_the_end() -> None:
