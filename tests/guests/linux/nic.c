@@ -2,6 +2,7 @@
  * nic IFACE [rx|tx|sg|tso|gro|lro=0|1]...   set what a NIC does by itself; with none, tell
  * nic udp PORT                              send every datagram back to where it came from
  * nic join IFACE GROUP PORT                 join an IPv4 group, print the first datagram that comes
+ * nic source|sink HOST PORT                 send, or take, a TCP stream until the other end closes
  *
  * Why: busybox has no ethtool, and no program that joins a group.
  */
@@ -125,12 +126,28 @@ static int join(const char *iface, const char *group, int port)
 	return 0;
 }
 
+static int stream(int source, const char *host, int port)
+{
+	static char data[1 << 17];
+	struct sockaddr_in peer = { .sin_family = AF_INET, .sin_port = htons(port) };
+	int fd = socket(AF_INET, SOCK_STREAM, 0);
+
+	inet_aton(host, &peer.sin_addr);
+	if (fd < 0 || connect(fd, (struct sockaddr *)&peer, sizeof(peer)))
+		return fail(host);
+	while ((source ? send(fd, data, sizeof(data), MSG_NOSIGNAL) : recv(fd, data, sizeof(data), 0)) > 0)
+		;
+	return 0;
+}
+
 int main(int argc, char **argv)
 {
 	int fd = socket(AF_INET, SOCK_DGRAM, 0);
 
 	if (argc == 3 && !strcmp(argv[1], "udp"))
 		return echo(atoi(argv[2]));
+	if (argc == 4 && (!strcmp(argv[1], "source") || !strcmp(argv[1], "sink")))
+		return stream(argv[1][1] == 'o', argv[2], atoi(argv[3]));
 	if (argc == 5 && !strcmp(argv[1], "join"))
 		return join(argv[2], argv[3], atoi(argv[4]));
 	for (int i = 2; i < argc; i++) {
