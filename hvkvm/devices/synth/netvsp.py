@@ -15,7 +15,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 from hvkvm.abi import nvsp, rndis
-from hvkvm.abi.ring import VM_PKT_DATA_INBAND, Packet
+from hvkvm.abi.ring import Packet
 from hvkvm.abi.vmbus import GUID_BYTES, VMBUS_CHANNEL_ENUMERATE_DEVICE_INTERFACE
 from hvkvm.devices.synth.netvsp_agreement import Agreement
 from hvkvm.devices.synth.netvsp_channel import ChannelState, NvspChannel
@@ -219,25 +219,6 @@ class Netvsp:
         """Frames to the wire; how many were taken."""
         return self.port.send(frames)
 
-    # Sub-channels.
-
-    def _offer_sub_channels(self, io: ChannelIo) -> None:
-        """Behind the answer that says how many: a table of where to send, and the offers."""
-        if not self.agreed.unoffered or self.agreed.sub_channels is None:
-            return
-        self.agreed.unoffered = False
-        queues = self.agreed.subchannels + 1
-        table = [index % queues for index in range(nvsp.INDIRECTION_ENTRIES)]
-        message = nvsp.indirection_table.pack(
-            nvsp.NVSP_MSG5_TYPE_SEND_INDIRECTION_TABLE,
-            nvsp.INDIRECTION_ENTRIES,
-            nvsp.INDIRECTION_OFFSET,
-            *table,
-        )
-        io.send(message, kind=VM_PKT_DATA_INBAND)  # without it the guest sends on the primary channel
-        for index in range(1, queues):
-            self.agreed.sub_channels.add(index)
-
     def after(self, io: ChannelIo) -> None:
         """A channel's turn is at its end: what others wait for."""
         primary = self._channels[0].io
@@ -245,7 +226,7 @@ class Netvsp:
             with primary:
                 self.receive.pump(primary)
                 if io is primary:
-                    self._offer_sub_channels(io)
+                    self.agreed.offer_sub_channels(io)
         self._settle_offloads()
         if self._starved:
             self._starved = False

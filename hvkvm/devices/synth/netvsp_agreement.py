@@ -13,10 +13,10 @@ from typing import Any
 from hvkvm.abi import nvsp
 from hvkvm.abi.ring import Packet
 from hvkvm.devices.synth.netvsp_buffer import GuestBuffer
-from hvkvm.devices.synth.netvsp_offload import ETHERNET_BYTES
 from hvkvm.devices.synth.netvsp_receive import Receive
 from hvkvm.devices.synth.netvsp_send import SECTION_BYTES, Send
-from hvkvm.net.port import MAX_MTU, MIN_MTU, VLAN_BYTES
+from hvkvm.net.port import ETHERNET_BYTES, MAX_MTU, MIN_MTU, VLAN_BYTES
+from hvkvm.vmbus.channel_io import ChannelIo
 from hvkvm.vmbus.device import SubChannels
 from hvkvm.vmbus.pages import Ram
 
@@ -60,6 +60,23 @@ class Agreement:
         self._receive.vlan_marks = False
         self._send.buffer = None
         self.set_mtu(min(self._wire_mtu, DEFAULT_MTU))
+
+    def offer_sub_channels(self, io: ChannelIo) -> None:
+        """Behind the answer that says how many: a table of where to send, and the offers."""
+        if not self.unoffered or self.sub_channels is None:
+            return
+        self.unoffered = False
+        queues = self.subchannels + 1
+        table = [index % queues for index in range(nvsp.INDIRECTION_ENTRIES)]
+        message = nvsp.indirection_table.pack(
+            nvsp.NVSP_MSG5_TYPE_SEND_INDIRECTION_TABLE,
+            nvsp.INDIRECTION_ENTRIES,
+            nvsp.INDIRECTION_OFFSET,
+            *table,
+        )
+        io.send(message)  # without it the guest sends on the primary channel
+        for index in range(1, queues):
+            self.sub_channels.add(index)
 
     def set_mtu(self, mtu: int) -> None:
         """The guest's MTU: it is not given longer frames. The wire's decides on those that it sends."""

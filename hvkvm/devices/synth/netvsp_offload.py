@@ -23,14 +23,14 @@ from hvkvm.abi.virtio_net_hdr import (
     VIRTIO_NET_HDR_GSO_TCPV6,
     virtio_net_hdr_v1,
 )
+from hvkvm.net.checksum import IPPROTO_TCP, IPPROTO_UDP, checksum
+from hvkvm.net.port import ETHERNET_BYTES
 
-ETHERNET_BYTES = 14
 ADDRESSES_BYTES = 12
 """Both MAC addresses: a VLAN tag goes behind them."""
 ETH_P_IP = 0x0800
 ETH_P_IPV6 = 0x86DD
 ETH_P_8021Q = 0x8100
-IPPROTO_TCP, IPPROTO_UDP = 6, 17
 TCP_CHECKSUM, UDP_CHECKSUM = 16, 6
 """Where the checksum fields are in their headers."""
 _TCP_BYTES, _UDP_BYTES = 20, 8
@@ -39,26 +39,17 @@ _TCP_CWR = 0x80
 _be16 = Struct(">H")
 
 
-def ones_sum(data: bytes | bytearray | memoryview) -> int:
-    """The ones' complement sum of `data`, of even length: 1 to 0xffff, or 0 for all zero.
-
-    2**16 is 1 modulo 0xffff, so the sum is a remainder, which Python takes of a large number at once.
-    """
-    number = int.from_bytes(data, "big")
-    return number % 0xFFFF or (0xFFFF if number else 0)
-
-
 def _put_pseudo_sum(front: bytearray, ip: int, version: int, protocol: int, length: int, field: int) -> None:
     """The sum of the pseudo-header, not complemented, into the checksum field at `field`."""
     addresses = front[ip + 12 : ip + 20] if version == 4 else front[ip + 8 : ip + 40]
-    total = ones_sum(addresses) + protocol + (length >> 16) + (length & 0xFFFF)
+    total = 0xFFFF - checksum(addresses) + protocol + (length >> 16) + (length & 0xFFFF)
     _be16.pack_into(front, field, (total - 1) % 0xFFFF + 1)
 
 
 def put_ip_checksum(front: bytearray, ip: int, size: int) -> None:
     """The checksum of an IPv4 header of `size` bytes at `ip`."""
     _be16.pack_into(front, ip + 10, 0)
-    _be16.pack_into(front, ip + 10, ~ones_sum(front[ip : ip + size]) & 0xFFFF)
+    _be16.pack_into(front, ip + 10, checksum(front[ip : ip + size]))
 
 
 def outgoing(front: bytearray, size: int, info: dict[int, int]) -> bytes | None:

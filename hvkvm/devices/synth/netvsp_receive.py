@@ -33,7 +33,7 @@ from hvkvm.abi.virtio_net_hdr import (
 from hvkvm.devices.synth import netvsp_offload as offload
 from hvkvm.devices.synth.netvsp_buffer import GuestBuffer, Pieces
 from hvkvm.devices.synth.netvsp_rndis import Control
-from hvkvm.net.port import Frame
+from hvkvm.net.port import ETHERNET_BYTES, Frame
 from hvkvm.net.segment import finish
 from hvkvm.vmbus.channel_io import ChannelIo
 
@@ -90,7 +90,7 @@ def section_bytes(buffer: int, mtu: int) -> int:
     """How long a section of a receive buffer is, for frames of this MTU."""
     if buffer >= LARGE_BUFFER:
         return LARGE_SECTION
-    return (mtu + offload.ETHERNET_BYTES + 4 + HEADROOM + 7) & ~7
+    return (mtu + ETHERNET_BYTES + 4 + HEADROOM + 7) & ~7
 
 
 class Receive:
@@ -194,7 +194,7 @@ class Receive:
             views = (memoryview(b"".join(views)),)
             first = views[0]
         size = len(first) if len(views) == 1 else sum(map(len, views))
-        if size < offload.ETHERNET_BYTES:
+        if size < ETHERNET_BYTES:
             return "malformed"
         control = self.control
         if not control.wants(bytes(first[:6])):
@@ -215,7 +215,7 @@ class Receive:
             first = views[0]
         kind = first[12] << 8 | first[13]
         marks: list[tuple[int, int]] = []
-        if kind == offload.ETH_P_8021Q and self.vlan_marks and size >= offload.ETHERNET_BYTES + 4:
+        if kind == offload.ETH_P_8021Q and self.vlan_marks and size >= ETHERNET_BYTES + 4:
             tag = first[14] << 8 | first[15]
             marks.append((rndis.IEEE_8021Q_INFO, tag >> 13 | (tag >> 12 & 1) << 3 | (tag & 0xFFF) << 4))
             kind = first[16] << 8 | first[17]

@@ -6,13 +6,9 @@ exclusive or for each byte. Pure; any thread.
 
 from __future__ import annotations
 
-from hvkvm.devices.synth.netvsp_offload import (
-    ETH_P_IP,
-    ETH_P_IPV6,
-    ETHERNET_BYTES,
-    IPPROTO_TCP,
-    IPPROTO_UDP,
-)
+from hvkvm.devices.synth.netvsp_offload import ETH_P_IP, ETH_P_IPV6
+from hvkvm.net.checksum import IPPROTO_TCP, IPPROTO_UDP
+from hvkvm.net.port import ETHERNET_BYTES
 
 _IPV4_BYTES, _IPV6_BYTES = 20, 40
 _INPUT_BYTES = 36

@@ -21,7 +21,7 @@ from hvkvm.devices.synth import netvsp_offload as offload
 from hvkvm.devices.synth.netvsp_buffer import GuestBuffer
 from hvkvm.devices.synth.netvsp_rndis import MAX_PACKETS_PER_MESSAGE
 from hvkvm.errors import GuestMemoryError
-from hvkvm.net.port import MAX_FRAME_BYTES, Frame
+from hvkvm.net.port import ETHERNET_BYTES, MAX_FRAME_BYTES, Frame
 from hvkvm.vmbus.pages import Ram
 
 SECTION_BYTES = 6144
@@ -156,13 +156,13 @@ class Send:
     ) -> Frame | None:
         """A frame of `size` bytes at `at`, with its vnet header; None to drop it."""
         if at >= len(blob):
-            if not rest or size < offload.ETHERNET_BYTES:
+            if not rest or size < ETHERNET_BYTES:
                 return None
             blob, rest, at = b"".join(_cut(rest, at - len(blob), size)), [], 0
         have = min(size, len(blob) - at)
         near = min(have, HEADER_BYTES)
         front = bytearray(blob[at : at + near])
-        if near < offload.ETHERNET_BYTES:
+        if near < ETHERNET_BYTES:
             return None
         length = size
         tag = info.get(rndis.IEEE_8021Q_INFO)
