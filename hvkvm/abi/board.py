@@ -38,6 +38,11 @@ PM1_CNT_SLP_EN = 1 << 13
 S5_SLP_TYP = 5  # what DSDT's \_S5 names: PM1_CNT written with this SLP_TYP and SLP_EN is a power-off
 PIIX4_S5_SLP_TYP = 0  # what firmware writes that takes the board for a PIIX4
 
+GPE0_PORT = 0x620  # GPE0_STS u16 (write 1 to clear), GPE0_EN u16 at +2
+GPE0_SIZE = 4
+GPE_GENERATION = 0  # the VM generation id has changed: \_GPE._E00
+GPE0_EVENTS = 1 << GPE_GENERATION
+
 DEBUG_EXIT_PORT = 0xF4  # isa-debug-exit
 DEBUG_EXIT_SIZE = 4
 FW_CFG_PORT = 0x510  # selector u16; data byte at +1
@@ -96,6 +101,8 @@ COMMAND_LINE_LIMIT = 0x10000  # bytes, the closing NUL included
 LOW_RAM_END = 0x9FC00  # conventional memory ends where a BIOS would keep its EBDA
 ACPI_AREA_ADDRESS = 0xE0000  # RSDP first: guests that are told nothing scan from here
 ACPI_AREA_SIZE = 0x20000
+GENERATION_ADDRESS = 0xFE000  # the VM generation id, 16 bytes in a page of its own; tables end before it
+GENERATION_SIZE = 16
 RESET_VECTOR_ADDRESS = 0xFFFF0  # F000:FFF0, where a BIOS starts: a guest that jumps there wants a reset
 KERNEL_ADDRESS = 0x100000
 

@@ -120,12 +120,14 @@ def build(
     devices: Sequence[bytes] = (),
     fixed: FixedHardware = DEFAULT_FIXED,
     address: int = board.ACPI_AREA_ADDRESS,
+    generation: bool = True,
 ) -> AcpiTables:
     """All tables for `cpus` vCPUs (APIC id = index) and `memory_size` bytes of RAM, to lie at `address`.
 
     `vmbus` False leaves the VMBus and its MMIO windows out; there are COM1 and
     its like, `serial_ports` of them. `devices` are terms (AML) that other parts of the machine
-    bring, for the scope of \\_SB. Raises BootError when more CPUs are asked for than the ACPI area can name.
+    bring, for the scope of \\_SB. `generation`: there is a VM generation id at board.GENERATION_ADDRESS.
+    Raises BootError when more CPUs are asked for than the ACPI area can name.
     """
     image = bytearray(_ALIGN)  # room for the RSDP, which is written last
     checksums = [Checksum(8, 0, 20), Checksum(32, 0, 36)]
@@ -139,7 +141,8 @@ def build(
 
     facs = place(_facs())
     checksums.pop()  # the one table without
-    dsdt = place(_dsdt(memory_size, vmbus=vmbus, serial_ports=serial_ports, devices=devices))
+    terms = [_vm_generation(), *devices] if generation else devices
+    dsdt = place(_dsdt(memory_size, vmbus=vmbus, serial_ports=serial_ports, devices=terms, events=generation))
     fadt = place(_fadt(facs, dsdt, fixed))
     madt = place(_madt(cpus))
     listed = [fadt, madt]
@@ -147,7 +150,7 @@ def build(
         listed.append(place(_waet()))
     xsdt = place(_table(b"XSDT", 1, struct.pack(f"<{len(listed)}Q", *listed)))
     image[: len(_rsdp(xsdt))] = _rsdp(xsdt)
-    if len(image) > board.ACPI_AREA_SIZE:
+    if len(image) > board.GENERATION_ADDRESS - board.ACPI_AREA_ADDRESS:
         raise BootError(f"--cpus {cpus}: more than the ACPI tables can name; give fewer")
     at = fadt - address
     pointers = [Pointer(24, 8), Pointer(at + 36, 4), Pointer(at + 40, 4), Pointer(at + 140, 8)]
@@ -228,6 +231,9 @@ def _fadt(facs: int, dsdt: int, fixed: FixedHardware) -> bytes:
     # Access size word: Linux would split a dword access to the two event registers anyway.
     fadt[148 - HEADER_SIZE : 160 - HEADER_SIZE] = _gas(fixed.base, 8 * board.PM1A_EVT_SIZE, 2)
     fadt[172 - HEADER_SIZE : 184 - HEADER_SIZE] = _gas(control, 8 * board.PM1A_CNT_SIZE, 2)
+    put(80, "I", board.GPE0_PORT)
+    put(92, "B", board.GPE0_SIZE)
+    fadt[220 - HEADER_SIZE : 232 - HEADER_SIZE] = _gas(board.GPE0_PORT, 8 * board.GPE0_SIZE, 2)
     if fixed.pm_timer:
         put(76, "I", fixed.base + PM_TIMER_OFFSET)
         put(91, "B", board.PM_TMR_SIZE)
@@ -260,7 +266,9 @@ def _madt(cpus: int) -> bytes:
     return _table(b"APIC", 5, bytes(body))
 
 
-def _dsdt(memory_size: int, *, vmbus: bool, serial_ports: int, devices: Sequence[bytes]) -> bytes:
+def _dsdt(
+    memory_size: int, *, vmbus: bool, serial_ports: int, devices: Sequence[bytes], events: bool
+) -> bytes:
     board_devices = [_serial(index) for index in range(serial_ports)]
     if vmbus:
         board_devices.append(_vmbus_module(memory_size))
@@ -269,6 +277,9 @@ def _dsdt(memory_size: int, *, vmbus: bool, serial_ports: int, devices: Sequence
         aml.name("\\_S5", aml.package(sleep_type, sleep_type, aml.ZERO, aml.ZERO)),
         aml.scope("\\_SB", *board_devices, *devices),
     ]
+    if events:
+        told = aml.notify("\\_SB.VGID", 0x80)
+        terms.append(aml.scope("\\_GPE", aml.method(f"_E{board.GPE_GENERATION:02X}", told)))
     return _table(b"DSDT", 2, b"".join(terms))
 
 
@@ -280,6 +291,22 @@ def _serial(index: int) -> bytes:
         aml.name("_HID", aml.eisa_id("PNP0501")),
         aml.name("_UID", aml.integer(index + 1)),
         aml.name("_CRS", resources),
+    )
+
+
+def _vm_generation() -> bytes:
+    """The VM generation id, as Microsoft's paper of that name has it: found by its _CID, placed by ADDR.
+
+    What it has for a _HID is the maker's own. Linux's driver (since 5.18) matches the _CID in capitals, as
+    ACPICA hands it out.
+    """
+    low, high = board.GENERATION_ADDRESS & 0xFFFFFFFF, board.GENERATION_ADDRESS >> 32
+    return aml.device(
+        "VGID",
+        aml.name("_HID", aml.string("HVKV0001")),
+        aml.name("_CID", aml.string("VM_Gen_Counter")),
+        aml.name("_DDN", aml.string("VM_Gen_Counter")),
+        aml.name("ADDR", aml.package(aml.integer(low), aml.integer(high))),
     )
 
 

@@ -20,6 +20,7 @@ _BUFFER_OP = b"\x11"
 _PACKAGE_OP = b"\x12"
 _METHOD_OP = b"\x14"
 _RETURN_OP = b"\xa4"
+_NOTIFY_OP = b"\x86"
 _AND_OP = b"\x7b"
 _OR_OP = b"\x7d"
 _DEVICE_OP = b"\x5b\x82"
@@ -140,6 +141,11 @@ def or_into(target: str, mask: int) -> bytes:
 def return_(value: bytes) -> bytes:
     """Return (value)."""
     return _RETURN_OP + value
+
+
+def notify(path: str, value: int) -> bytes:
+    """Notify (path, value)."""
+    return _NOTIFY_OP + name_string(path) + integer(value)
 
 
 def resource_template(*descriptors: bytes) -> bytes:

@@ -7,12 +7,14 @@ output reaches the sink on the I/O loop.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, NamedTuple
 
 from hvkvm.abi import board
 from hvkvm.backends.console_tail import ConsoleTail
+from hvkvm.devices.port.acpi_gpe import AcpiGpeBlock, GpeState, SharedLine
 from hvkvm.devices.port.acpi_pm import AcpiControlBlock, AcpiEventBlock, AcpiEventState
 from hvkvm.devices.port.bus import MmioHole, PortBus
 from hvkvm.devices.port.cmos import Cmos, CmosState
@@ -42,6 +44,7 @@ class BoardState(NamedTuple):
     serial: SerialState
     command_ports: tuple[SerialState, ...]
     event_block: AcpiEventState
+    general_events: GpeState
     control_block: int
     reset_control: int
     fw_cfg: FwCfgState
@@ -124,12 +127,26 @@ class Board:
         self.cmos.attach(self.ports)
         off_types = (board.S5_SLP_TYP, board.PIIX4_S5_SLP_TYP) if has_pci else (board.S5_SLP_TYP,)
         self.sleep = AcpiControlBlock(lambda: lifecycle.finish(Ending.POWERED_OFF, 0), off_types)
-        self.power = AcpiEventBlock(lambda level: platform.vm.irq_line(board.SCI_IRQ, int(level)))
+        sci = SharedLine(lambda level: platform.vm.irq_line(board.SCI_IRQ, int(level)))
+        self.power = AcpiEventBlock(sci.add())
+        self.gpe = AcpiGpeBlock(sci.add())
+        self.gpe.attach(self.ports)
         if not has_pci:  # else a function of the PCI bus says where they are
             self.sleep.attach(self.ports)
             self.power.attach(self.ports)
         for doorbell in absorb_writes(platform.vm):
             stack.callback(doorbell.close)
+
+    def renew_generation(self, *, tell: bool) -> None:
+        """Give the guest another VM generation id, and `tell` it. Before it runs, or while it is at rest.
+
+        Each machine has its own, and so has each that goes on from a file: a guest that is told of a change
+        draws its random numbers anew, as every copy of it must.
+        """
+        if self._platform.config.acpi and self._platform.config.firmware is None:
+            self._platform.memory.write(board.GENERATION_ADDRESS, os.urandom(board.GENERATION_SIZE))
+            if tell:
+                self.gpe.raise_event(board.GPE_GENERATION)
 
     def add_optional_devices(self, names: tuple[str, ...], hyperv: Hyperv) -> None:
         """Add the devices asked for by `--device`. ConfigError when one lacks what it stands on."""
@@ -209,6 +226,7 @@ class Board:
             self.serial.save(),
             tuple(serial.save() for serial in self.command_ports),
             self.power.save(),
+            self.gpe.save(),
             self.sleep.save(),
             self.pci_ports.save(),
             self.fw_cfg.save(),
@@ -233,6 +251,7 @@ class Board:
         ):
             serial.load(registers)
         self.power.load(state.event_block)
+        self.gpe.load(state.general_events)
         self.sleep.load(state.control_block)
         self.pci_ports.load(state.reset_control)
         self.fw_cfg.load(state.fw_cfg)
@@ -242,6 +261,7 @@ class Board:
         if self.testdev is not None:
             self.testdev.reset()
         self.power.reset()
+        self.gpe.reset()
         self.sleep.reset()
         self.pci_ports.load(0)
         self.fw_cfg.reset()

@@ -136,6 +136,7 @@ class Firmware:
                 devices=[host_bridge(config.memory)],
                 fixed=fixed,
                 address=address,
+                generation=False,  # its page is the firmware's own here
             )
 
         return table_loader.split(build)

@@ -112,6 +112,7 @@ class Machine:
             processors.boot()
         else:
             saving.load(saved, order, self.disk_shelf)
+        board.renew_generation(tell=saved is not None)
         self.orders = orders = build.create_orders(platform, board, stack)
         saver = saving.Saver(
             self.name,

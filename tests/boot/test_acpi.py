@@ -70,7 +70,7 @@ def test_every_checksum_and_header(cpus: int, gib: int, vmbus: bool) -> None:
     assert tables.facs[:8] == b"FACS" + struct.pack("<I", 64)
     assert tables.facs_address % 64 == 0
     assert tables.built.address == board.ACPI_AREA_ADDRESS
-    assert len(tables.built.image) <= board.ACPI_AREA_SIZE
+    assert tables.built.address + len(tables.built.image) <= board.GENERATION_ADDRESS
 
 
 def test_fadt_names_the_boards_ports() -> None:
@@ -83,6 +83,9 @@ def test_fadt_names_the_boards_ports() -> None:
     assert fadt[88:92] == bytes([4, 2, 0, 0])
     assert struct.unpack_from("<BBBBQ", fadt, 148) == (1, 32, 0, 2, board.PM1A_EVT_PORT)
     assert struct.unpack_from("<BBBBQ", fadt, 172) == (1, 16, 0, 2, board.PM1A_CNT_PORT)
+    assert struct.unpack_from("<II", fadt, 80) == (board.GPE0_PORT, 0)
+    assert fadt[92:94] == bytes([board.GPE0_SIZE, 0])
+    assert struct.unpack_from("<BBBBQ", fadt, 220) == (1, 32, 0, 2, board.GPE0_PORT)
     assert struct.unpack_from("<BBBBQB", fadt, 116) == (1, 8, 0, 1, board.RESET_PORT, board.RESET_VALUE)
     (boot_arch,) = struct.unpack_from("<H", fadt, 109)
     assert boot_arch == acpi.ACPI_FADT_NO_VGA | acpi.ACPI_FADT_NO_CMOS_RTC  # no legacy, no 8042; MSI works
@@ -180,6 +183,10 @@ def test_iasl_reads_and_recompiles_every_table(tmp_path: Path, cpus: int, vmbus:
     source = (tmp_path / "DSDT.dsl").read_text()
     assert ("0x0000000400000000, // Range Minimum" in source) is vmbus
     assert ('Name (_CID, "VMBus")' in source) is vmbus
+    assert 'Name (_CID, "VM_Gen_Counter")' in source
+    address = f"0x{board.GENERATION_ADDRESS:08X}"
+    assert re.search(rf"Name \(ADDR, Package \(0x02\).*\n\s*{{\s*{address},\s*Zero\s*}}", source)
+    assert re.search(r"Scope \(\\_GPE\)\s*{\s*Method \(_E00.*\n\s*{\s*Notify \(\\_SB.VGID, 0x80\)", source)
     assert re.search(r"_S5, Package \(0x04\).*\n\s*{\s*0x05,", source)
 
 
