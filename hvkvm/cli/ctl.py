@@ -86,6 +86,7 @@ def verb_parser(verb: str) -> Parser:
     elif verb == "save":
         parser.add_argument("file", metavar="FILE", help="where to; one that is there is replaced")
         parser.add_argument("--end", action="store_true", help="end the run at that: for a VM with disks")
+        parser.add_argument("--compress", action="store_true", help="by zstd, for keeping: small, and slower")
     elif verb == "nmi":
         parser.add_argument("--cpu", metavar="N", help="for this vCPU only")
     elif verb == "disk":
@@ -281,7 +282,7 @@ def _nmi(options: Options) -> int:
 
 def _save(options: Options) -> int:
     file = os.path.abspath(options.file)
-    result = _ask(options, "save", SAVE_SECONDS, file=file, end=options.end)
+    result = _ask(options, "save", SAVE_SECONDS, file=file, end=options.end, compress=options.compress)
     return _tell(options, result, lambda result: f"saved to {ctl_text.harmless(result['file'])}")
 
 

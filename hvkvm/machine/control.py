@@ -148,7 +148,7 @@ class Control:
     def _save(self, request: Request, answer: Answer) -> None:
         """Write the machine to "file", an absolute path; answered when it is whole.
 
-        The guest goes on, or with "end" true the run ends.
+        The guest goes on, or with "end" true the run ends. "compress" true makes the file small.
         """
         path = Path(control_guest.text(request, "file"))
         if not path.is_absolute() or "\0" in str(path):
@@ -160,7 +160,8 @@ class Control:
             else:
                 answer.ok({"file": str(path), "bytes": size})
 
-        if not self._parts.saver.save(path, saved, end=request.get("end") is True):
+        wanted = {key: request.get(key) is True for key in ("end", "compress")}
+        if not self._parts.saver.save(path, saved, **wanted):
             answer.fail("busy", "another save is being made; try again")
 
     def _disk(self, request: Request, answer: Answer) -> None:

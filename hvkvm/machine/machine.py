@@ -213,13 +213,14 @@ class Machine:
         """Reset the machine soon, or end the run if the configuration says so. Any thread."""
         self.lifecycle.request_reset(reason)
 
-    def save(self, path: Path, *, end: bool = False) -> int:
+    def save(self, path: Path, *, end: bool = False, compress: bool = False) -> int:
         """Write the machine to `path`, from where `MachineConfig.restore` goes on; the file's size in bytes.
 
-        The guest stands still meanwhile, and goes on then; with `end` the run ends. Any thread but a
-        vCPU's and the I/O loop's. HvkvmError when it cannot be, or the run ends first.
+        The guest stands still meanwhile, and goes on then; with `end` the run ends. `compress` makes the
+        file small (zstd), for keeping. Any thread but a vCPU's and the I/O loop's. HvkvmError when it
+        cannot be, or the run ends first.
         """
-        return self.parts.saver.save_and_wait(path, end=end)
+        return self.parts.saver.save_and_wait(path, end=end, compress=compress)
 
     def pause(self) -> None:
         """Take every vCPU out of KVM_RUN with its pending exit completed. Any thread but a vCPU's."""

@@ -18,7 +18,7 @@ from queue import Empty, SimpleQueue
 from time import time
 from typing import TYPE_CHECKING, Any
 
-from hvkvm.errors import HvkvmError, StateError
+from hvkvm.errors import CapabilityMissing, HvkvmError, StateError
 from hvkvm.machine.outcome import Ending
 from hvkvm.state.file import Manifest, Saved, SavedConfig, Writer
 
@@ -65,10 +65,11 @@ class Saver:
         self._ending = False
         self._writer: threading.Thread | None = None
 
-    def save(self, path: Path, done: Done, *, end: bool = False) -> bool:
+    def save(self, path: Path, done: Done, *, end: bool = False, compress: bool = False) -> bool:
         """Write the machine to `path` soon; `done` hears how it went. False while another save is made.
 
-        With `end` the run ends at that, and the guest does nothing that is not in the file.
+        With `end` the run ends at that, and the guest does nothing that is not in the file. `compress` is
+        for keeping: a smaller file, which takes longer to write and to go on from.
         """
         if self._busy:
             return False
@@ -79,15 +80,15 @@ class Saver:
             done(0, why)
             return True
         self._busy = True
-        self._lifecycle.at_rest(lambda go_on: self._stable(path, done, go_on, end))
+        self._lifecycle.at_rest(lambda go_on: self._stable(path, done, go_on, end, compress))
         return True
 
-    def save_and_wait(self, path: Path, *, end: bool) -> int:
+    def save_and_wait(self, path: Path, *, end: bool, compress: bool = False) -> int:
         """See `Machine.save`. Not on the I/O loop."""
         heard: SimpleQueue[tuple[int, str]] = SimpleQueue()
 
         def start() -> None:
-            if not self.save(path, lambda size, why: heard.put((size, why)), end=end):
+            if not self.save(path, lambda size, why: heard.put((size, why)), end=end, compress=compress):
                 heard.put((0, "another save is being made"))
 
         self._platform.io.call_soon(start, cancelled=lambda: None)
@@ -101,7 +102,7 @@ class Saver:
                 return size
         raise StateError(f"not saved: the run has ended: {self._lifecycle.outcome}")
 
-    def _stable(self, path: Path, done: Done, go_on: Callable[[], object], end: bool) -> None:
+    def _stable(self, path: Path, done: Done, go_on: Callable[[], object], end: bool, compress: bool) -> None:
         """Nothing is in flight any more. What the guest has written is made stable before it is saved."""
 
         def flushed(why: str) -> None:
@@ -110,14 +111,16 @@ class Saver:
                 go_on()
                 done(0, why)
             else:
-                self._at_rest(path, done, go_on, end)
+                self._at_rest(path, done, go_on, end, compress)
 
         if self._shelf is None:
             flushed("")
         else:
             self._shelf.flush(flushed)
 
-    def _at_rest(self, path: Path, done: Done, go_on: Callable[[], object], end: bool) -> None:
+    def _at_rest(
+        self, path: Path, done: Done, go_on: Callable[[], object], end: bool, compress: bool
+    ) -> None:
         def finish(size: int, why: str) -> None:
             self._busy = False
             if not end or why:
@@ -128,9 +131,10 @@ class Saver:
 
         def write() -> None:
             try:
-                size, why = self._write(path, states), ""
-            except (OSError, ValueError) as error:
-                size, why = 0, f"{path}: {getattr(error, 'strerror', None) or error}"
+                size, why = self._write(path, states, compress), ""
+            except (OSError, ValueError, CapabilityMissing) as error:
+                what = "" if isinstance(error, CapabilityMissing) else f"{path}: "
+                size, why = 0, f"{what}{getattr(error, 'strerror', None) or error}"
             if not self._ending:
                 self._platform.io.call_soon(finish, size, why)
 
@@ -141,7 +145,7 @@ class Saver:
         except (HvkvmError, RuntimeError) as error:  # a KVM that refuses; "can't start new thread"
             finish(0, str(error))
 
-    def _write(self, path: Path, states: dict[str, Any]) -> int:
+    def _write(self, path: Path, states: dict[str, Any], compress: bool) -> int:
         from hvkvm import __version__
 
         platform, offered = self._platform, self._offered
@@ -163,7 +167,7 @@ class Saver:
             config.awaits,
             self._waits(),
         )
-        with Writer(path, config.memory) as writer:
+        with Writer(path, config.memory, compress=compress) as writer:
             for offset, data in platform.memory.pieces():
                 if self._ending:
                     raise ValueError("the run ended before it was saved")

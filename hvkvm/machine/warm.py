@@ -70,5 +70,5 @@ def save_when_warm(machine: Machine, path: Path) -> Callable[[], int]:
         else:
             machine.finish(Ending.SAVED, 0, str(path))
 
-    machine.orders.on_awaited = lambda: machine.parts.saver.save(path, done)
+    machine.orders.on_awaited = lambda: machine.parts.saver.save(path, done, end=True)
     return lambda: sizes[-1]

@@ -4,6 +4,9 @@
     RAM_OFFSET   guest RAM as it is, page by page; pages of zeros are holes of the file
     behind it    the manifest: who wrote it, the configuration, each part's state
 
+With the flag COMPRESSED, RAM is frames of zstd instead, one an extent and one behind the other
+(`compressed`). Such a file is unpacked into memory when it is opened, and all its checksums compared.
+
 A file is written beside its name and renamed when it is whole. A reader believes
 nothing: every length is held against the file, header and manifest against their
 checksums. RAM has a checksum an extent, which `verify` compares; restoring does not,
@@ -25,15 +28,22 @@ from struct import Struct
 from typing import Any, NamedTuple
 
 from hvkvm.errors import StateError
-from hvkvm.memory.mapping import PAGE_SIZE
+from hvkvm.memory.mapping import PAGE_SIZE, sealed_memfd
 from hvkvm.state.codec import plain, restored
+from hvkvm.state.compressed import MAX_PIECE, Packer, Unpacker
 
 MAGIC = b"hvkvm saved VM\n\0"
-FORMAT = 2
+FORMAT = 3
 """Goes up when an older reader would misread the file."""
+
+COMPRESSED = 1
+"""A flag of the header."""
 
 RAM_OFFSET = 2 << 20
 """Where RAM begins: a multiple of a huge page, so that the map of it can be backed by some."""
+
+MAX_RAM = 1 << 40
+"""Bytes; more than any machine has, and less than any file may be."""
 
 MAX_MANIFEST = 64 << 20
 """Bytes. A machine with 254 vCPUs needs some 10 MiB."""
@@ -41,7 +51,7 @@ MAX_MANIFEST = 64 << 20
 _CHUNK = 1 << 20
 _DIGEST = 32
 _header = Struct(f"<16sIIQQQQ{_DIGEST}s")
-"""magic, format, flags (none yet), RAM size, manifest offset and length, file size, manifest's checksum."""
+"""magic, format, flags, RAM size, manifest offset and length, file size, manifest's checksum."""
 
 
 class Extent(NamedTuple):
@@ -50,6 +60,8 @@ class Extent(NamedTuple):
     offset: int
     size: int
     checksum: bytes
+    stored: int
+    """How many bytes of the file it takes: less than `size` where it is compressed."""
 
 
 class SavedDisk(NamedTuple):
@@ -116,10 +128,13 @@ def checksum(data: bytes | memoryview) -> bytes:
 class Writer:
     """Writes `path` beside its name; `commit` puts it there, anything else leaves nothing. OSError.
 
-    Use it in a with block.
+    Use it in a with block. `compress` makes it small, and RAM nothing that can be mapped: CapabilityMissing
+    where that cannot be.
     """
 
-    def __init__(self, path: Path, ram_size: int) -> None:
+    def __init__(self, path: Path, ram_size: int, *, compress: bool = False) -> None:
+        self._packer = Packer("--compress") if compress else None
+        self._end = RAM_OFFSET
         self._path = path
         self._ram_size = ram_size
         self._partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
@@ -130,16 +145,22 @@ class Writer:
         """Put `data`, whole pages, at byte `offset` of RAM; in ascending order. Zero pages are left out."""
         for at, size in _runs(data):
             piece = data[at : at + size]
-            _write_all(self._fd, memoryview(piece), RAM_OFFSET + offset + at)
-            self._extents.append(Extent(offset + at, size, checksum(piece)))
+            if self._packer is None:
+                stored, place = piece, RAM_OFFSET + offset + at
+            else:
+                stored, place = self._packer.pack(piece), self._end
+            _write_all(self._fd, memoryview(stored), place)
+            self._end += len(stored)
+            self._extents.append(Extent(offset + at, size, checksum(piece), len(stored)))
 
     def commit(self, manifest: Manifest, parts: dict[str, Any]) -> int:
         """Write the rest and rename; returns the file's size in bytes, holes included."""
         tree = {"manifest": plain(manifest._replace(extents=tuple(self._extents))), "parts": plain(parts)}
         text = json.dumps(tree, separators=(",", ":")).encode()
-        at = RAM_OFFSET + self._ram_size
+        flags = 0 if self._packer is None else COMPRESSED
+        at = self._end if flags else RAM_OFFSET + self._ram_size
         size = at + len(text)
-        fields = (MAGIC, FORMAT, 0, self._ram_size, at, len(text), size, checksum(text))
+        fields = (MAGIC, FORMAT, flags, self._ram_size, at, len(text), size, checksum(text))
         head = _header.pack(*fields)
         _write_all(self._fd, memoryview(text), at)
         _write_all(self._fd, memoryview(head + checksum(head)), 0)
@@ -166,7 +187,8 @@ class Writer:
 class Saved:
     """A saved machine, opened to read. StateError in one line for anything that is not one.
 
-    `fd` stays open, for RAM's maps, until `close`. `parts` has each part's state
+    `fd` stays open, for RAM's maps, until `close`: RAM lies at RAM_OFFSET of it, since what was compressed
+    is unpacked first (CapabilityMissing where that cannot be). `parts` has each part's state
     as plain values: `state` gives it its type.
     """
 
@@ -177,10 +199,13 @@ class Saved:
         except OSError as error:
             raise StateError(f"{path}: {error.strerror}") from None
         try:
-            self.ram_size, tree = _read(self.fd, path)
+            self.ram_size, flags, tree = _read(self.fd, path)
+            self._packed = bool(flags & COMPRESSED)
             self.manifest = restored(Manifest, tree.get("manifest"), f"{path}: manifest")
             self.parts = _table(tree.get("parts"), path)
             self._check_extents()
+            if self._packed:
+                self._unpack()
         except BaseException:
             self.close()
             raise
@@ -189,9 +214,38 @@ class Saved:
         end = 0
         for extent in self.manifest.extents:
             whole = not (extent.offset % PAGE_SIZE or extent.size % PAGE_SIZE)
-            if not whole or extent.size <= 0 or not end <= extent.offset <= self.ram_size - extent.size:
+            stored = extent.stored == extent.size or (
+                self._packed and extent.size <= MAX_PIECE and 0 < extent.stored < 2 * MAX_PIECE
+            )
+            in_order = end <= extent.offset <= self.ram_size - extent.size
+            if not whole or not stored or extent.size <= 0 or not in_order:
                 raise StateError(f"{self.path}: manifest: its pieces of RAM do not lie one behind the other")
             end = extent.offset + extent.size
+
+    def _unpack(self) -> None:
+        """Put RAM into a file of ours, as an uncompressed file has it."""
+        unpacker = Unpacker(f"{self.path}: a compressed file")
+        size = RAM_OFFSET + self.ram_size
+        try:
+            ram = sealed_memfd("hvkvm-saved", size)
+        except OSError as error:
+            raise StateError(f"{self.path}: no memory to unpack it: {error.strerror}") from None
+        at = RAM_OFFSET
+        try:
+            for extent in self.manifest.extents:
+                frame = _read_exactly(self.fd, at, extent.stored)
+                data = None if frame is None else unpacker.unpack(frame, extent.size)
+                if data is None or checksum(data) != extent.checksum:
+                    raise StateError(
+                        f"{self.path}: guest RAM at {extent.offset:#x}+{extent.size:#x} is damaged"
+                    )
+                _write_all(ram, memoryview(data), RAM_OFFSET + extent.offset)
+                at += extent.stored
+        except BaseException:
+            os.close(ram)
+            raise
+        os.close(self.fd)
+        self.fd = ram
 
     def state(self, kind: type[Any], part: str) -> Any:
         """The state of `part`. StateError: it is missing, or no `kind`."""
@@ -219,12 +273,12 @@ class Saved:
         self.close()
 
 
-def _read(fd: int, path: Path) -> tuple[int, dict[str, Any]]:
+def _read(fd: int, path: Path) -> tuple[int, int, dict[str, Any]]:
     head = _read_exactly(fd, 0, _header.size + _DIGEST)
     if head is None or not head.startswith(MAGIC):
         raise StateError(f"{path}: not a saved VM; `hvkvm ctl save` makes one")
     _magic, version, flags, ram_size, at, length, size, digest = _header.unpack_from(head)
-    if version != FORMAT or flags:
+    if version != FORMAT or flags & ~COMPRESSED:
         raise StateError(
             f"{path}: saved in format {version}, and this hvkvm reads {FORMAT}; use the other one"
         )
@@ -234,7 +288,9 @@ def _read(fd: int, path: Path) -> tuple[int, dict[str, Any]]:
         raise StateError(
             f"{path}: {os.fstat(fd).st_size} bytes where {size} were saved; it was cut or added to"
         )
-    sound = ram_size > 0 and not ram_size % PAGE_SIZE and at == RAM_OFFSET + ram_size
+    ram_end = RAM_OFFSET + ram_size
+    placed = RAM_OFFSET <= at <= ram_end + ram_end // 8 if flags else at == ram_end
+    sound = 0 < ram_size < MAX_RAM and not ram_size % PAGE_SIZE and placed
     if not sound or at + length != size or length > MAX_MANIFEST:
         raise StateError(f"{path}: its header makes no sense; save the VM again")
     text = _read_exactly(fd, at, length)
@@ -244,7 +300,7 @@ def _read(fd: int, path: Path) -> tuple[int, dict[str, Any]]:
         tree = json.loads(text)
     except (ValueError, RecursionError):
         raise StateError(f"{path}: its manifest cannot be read; save the VM again") from None
-    return ram_size, _table(tree, path)
+    return ram_size, flags, _table(tree, path)
 
 
 def _table(value: Any, path: Path) -> dict[str, Any]:

@@ -160,6 +160,34 @@ def test_a_copy_has_a_terminal_if_asked(warm_files: dict[str, Path]) -> None:
         os.close(leader)
 
 
+def test_a_driver_of_the_generation_id_hears_of_each_copy(tmp_path: Path) -> None:
+    """Debian's cloud kernel has it since 6.12. A copy of a copy has another id again."""
+    file, again = tmp_path / "warm", tmp_path / "again"
+    common = {"timeout": SECONDS, "synic": "kernel"}
+    newer = {"kernel": artifact("HVKVM_NEWER_KERNEL"), "busybox": artifact("HVKVM_GUEST_BUSYBOX")}
+    hvkvm.warm(hvkvm.MachineConfig(**newer, **common), file)
+    told = "crng reseeded due to virtual machine fork"
+    script = (
+        f"count() {{ until [ $(dmesg | grep -c '{told}') -ge $1 ]; do sleep 0.1; done; echo heard $1; }};"
+        " count 1; count 2; dmesg | grep -E 'WARNING|ACPI.*[Ee]rror'; exit 4"
+    )
+    output = bytearray()
+    copy = hvkvm.MachineConfig(kernel=file, warm=file, command=("sh", "-c", script), timeout=SECONDS)
+    with hvkvm.Machine(copy) as machine:
+        machine.board.attach_sink(output.extend)
+        machine.start()
+        end = monotonic() + SECONDS
+        while b"heard 1" not in output:
+            assert machine.wait(0.1) is None, output
+            assert monotonic() < end, output
+        machine.save(again, end=True)
+    with hvkvm.Machine(hvkvm.MachineConfig(kernel=again, restore=again, timeout=SECONDS)) as machine:
+        machine.board.attach_sink(output.extend)
+        outcome = machine.run()
+    assert (outcome.ending, outcome.status) == (Ending.COMMAND_EXITED, 4), output
+    assert output.split() == [b"heard", b"1", b"heard", b"2"], output
+
+
 @pytest.mark.parametrize("cpus", [1, 2])
 def test_a_program_makes_and_copies_them(cpus: int, tmp_path: Path) -> None:
     file = tmp_path / "warm"
