@@ -19,6 +19,9 @@ import pytest
 from guest_artifacts import artifact
 from running_vm import SECONDS, command_line
 
+from hvkvm.machine.config import MachineConfig
+from hvkvm.machine.warm_kept import kept
+
 pytestmark = [pytest.mark.hyperv, pytest.mark.timeout(500)]
 
 VSOCK = {"kernel": ("--synic", "kernel"), "user": ("--synic", "user")}
@@ -34,6 +37,21 @@ def words(way: str, script: str, *options: object) -> list[str]:
         own += ("--modules-dir", artifact("HVKVM_GUEST_MODULES"))
     limit = ("--timeout", SECONDS, "--quiet", "--append", "quiet")
     return command_line("run", *common, *own, *limit, *options, "--", "sh", "-c", script)
+
+
+def warm_words(way: str, script: str) -> list[str]:
+    """As `words`, in a copy of a guest that was booted once: for what has nothing to do with the boot."""
+    config = MachineConfig(
+        kernel=artifact("HVKVM_GUEST_KERNEL"),
+        busybox=artifact("HVKVM_GUEST_BUSYBOX"),
+        append="quiet",
+        synic="kernel",
+        timeout=SECONDS,
+    )
+    if way in VSOCK:
+        config = config._replace(vmbus="on", modules_dir=artifact("HVKVM_GUEST_MODULES"))
+    own = ("--from", kept(config), "--timeout", SECONDS, "--quiet")
+    return command_line("run", *own, "--", "sh", "-c", script)
 
 
 @pytest.mark.parametrize("way", WAYS)
@@ -58,7 +76,7 @@ def test_streams_are_byte_exact_apart_and_end(way: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("way", ["kernel", "serial"])
 def test_signals_reach_the_command_and_its_children(way: str) -> None:
     script = "trap 'echo caught; kill -9 $$' TERM; echo up; while :; do sleep 1000; done"
-    process = subprocess.Popen(words(way, script), stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    process = subprocess.Popen(warm_words(way, script), stdin=subprocess.PIPE, stdout=subprocess.PIPE)
     assert process.stdout is not None
     assert process.stdout.readline() == b"up\n"
     process.send_signal(signal.SIGTERM)
@@ -82,7 +100,7 @@ def test_on_a_terminal_the_command_has_one() -> None:
     before = termios.tcgetattr(follower)
     script = "tty; echo $TERM; trap 'stty size' WINCH; stty size; while :; do sleep 1; done"
     process = subprocess.Popen(
-        words("serial", script), stdin=follower, stdout=follower, env={**os.environ, "TERM": "screen"}
+        warm_words("serial", script), stdin=follower, stdout=follower, env={**os.environ, "TERM": "screen"}
     )
     try:
         seen = read_until(leader, lambda text: "31 101\r" in text)
@@ -106,7 +124,7 @@ def resize(fd: int, rows: int, columns: int) -> None:
 
 def test_a_reader_that_goes_away_ends_the_writer_as_in_a_pipe() -> None:
     script = "yes; echo status $? >&2; exit 4"
-    process = subprocess.Popen(words("kernel", script), stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    process = subprocess.Popen(warm_words("kernel", script), stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     assert process.stdout is not None
     assert process.stdout.read(10) == b"y\ny\ny\ny\ny\n"
     process.stdout.close()

@@ -22,6 +22,7 @@ from hvkvm.machine.bus import Bus
 from hvkvm.machine.config import MachineConfig
 from hvkvm.machine.machine import Machine
 from hvkvm.machine.outcome import Outcome
+from hvkvm.machine.warm_kept import kept
 
 SECONDS = 600.0
 """How long a test waits for anything: an emulated host is slow, and may be busy."""
@@ -126,6 +127,26 @@ class LinuxGuest:
         from hvkvm.machine.dump import describe
 
         return f"{self.text[-6000:]}\n{describe(self.machine.parts)}"
+
+
+@contextmanager
+def warm_linux_guest(script: str, **config: Any) -> Iterator[LinuxGuest]:
+    """As `linux_guest`, but a copy of one that is booted once for all tests that ask for it, without VMBus.
+
+    For tests of what a Linux does that runs: not of its boot, nor of what its console says of it.
+    """
+    made = MachineConfig(
+        kernel=artifact("HVKVM_GUEST_KERNEL"),
+        busybox=artifact("HVKVM_GUEST_BUSYBOX"),
+        append="quiet",
+        synic="kernel",
+        timeout=SECONDS,
+    )
+    file = kept(made)
+    command = ("sh", "-c", script)
+    settings: dict[str, Any] = {"kernel": file, "warm": file, "timeout": 3 * SECONDS, "command": command}
+    with Machine(MachineConfig(**settings | config)) as machine:
+        yield LinuxGuest(machine)
 
 
 @contextmanager

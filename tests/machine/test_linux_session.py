@@ -5,7 +5,7 @@ from __future__ import annotations
 from time import sleep
 
 import pytest
-from linux_guest import linux_guest
+from linux_guest import linux_guest, warm_linux_guest
 
 from hvkvm.devices.port.serial_output import TX_LIMIT
 
@@ -43,7 +43,7 @@ def test_what_waits_in_the_guest_when_its_command_ends_is_printed() -> None:
     ids=["dies", "catches"],
 )
 def test_ctrl_c_is_the_commands(script: str, status: int, last: str) -> None:
-    with linux_guest(script, modules=(), vmbus="off") as guest:
+    with warm_linux_guest(script) as guest:
         guest.start()
         guest.wait_for("now\n")
         guest.press(CTRL_C)
@@ -57,13 +57,13 @@ def test_ctrl_c_is_the_commands(script: str, status: int, last: str) -> None:
     ids=["its process group", "the leader"],
 )
 def test_a_command_that_kills_around_it_ends_the_guest(script: str, status: int) -> None:
-    with linux_guest(script, modules=(), vmbus="off") as guest:
+    with warm_linux_guest(script) as guest:
         assert guest.finish().status == status
 
 
 def test_without_a_command_there_is_a_shell_with_jobs() -> None:
     job = "sh -c 'echo job at work; exec sleep 1000'"
-    with linux_guest("", modules=(), vmbus="off", command=()) as guest:
+    with warm_linux_guest("", command=()) as guest:
         guest.start()
         guest.wait_until(lambda: "# " in guest.text, "the prompt")
         guest.type("stty -echo; echo quiet now")

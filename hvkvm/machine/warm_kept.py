@@ -1,0 +1,74 @@
+"""Warm guests that are kept between runs, by what they were made of.
+
+Why: whoever runs many commands or tests wants the boot once, and another one as soon as
+kernel, options, this package or the host's KVM is another. `hvkvm.machine.warm` makes them.
+
+Any thread, any number of processes: a file appears whole or not at all; two that make
+the same one at a time make it twice.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Iterable
+from pathlib import Path
+
+from hvkvm.boot import cache
+from hvkvm.machine.config import MachineConfig
+from hvkvm.machine.config_fields import Field, fields_of
+from hvkvm.machine.warm import warm
+
+MOST = 8
+"""Files that are kept: some 70 MiB each."""
+
+_CPU_FACTS = ("vendor_id", "model name", "flags")
+
+
+def kept(config: MachineConfig) -> Path:
+    """The file of a warm guest made of `config` as `warm` makes it; made now if it is not kept yet.
+
+    Under `boot.cache.root()`, in `warm`, which has the MOST that were made last. Raises what `warm` raises,
+    and OSError where nothing can be written there.
+    """
+    path = cache.root() / "warm" / f"{_key(config)}.state"
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        warm(config, path)
+        _forget_old(path.parent)
+    return path
+
+
+def _forget_old(folder: Path) -> None:
+    """Copies that run keep what they have mapped."""
+    files = sorted(folder.glob("*.state"), key=lambda path: path.stat().st_mtime_ns)
+    for path in files[:-MOST]:
+        path.unlink(missing_ok=True)
+
+
+def _key(config: MachineConfig) -> str:
+    """What decides about the guest: the configuration, the files in it, our code, and the host."""
+    fields = fields_of(MachineConfig).items()
+    made = [f"{key}={getattr(config, key)!r}" for key, field in fields if _shapes(key, field)]
+    named = [config.kernel, config.initrd, config.busybox, config.modules_dir]
+    files = [path for path in named if path is not None] + [path for _guest, path in config.files]
+    own = sorted(Path(__file__).parents[1].rglob("*.py"))
+    parts = [*made, *_marks(files), *_marks(own), *_host()]
+    return hashlib.sha256("\0".join(parts).encode(errors="surrogateescape")).hexdigest()[:32]
+
+
+def _shapes(key: str, field: Field) -> bool:
+    return field.in_saved or field.boot_only or key in ("modules_dir", "busybox")
+
+
+def _marks(paths: Iterable[Path]) -> list[str]:
+    seen = ((path, path.stat()) for path in paths)
+    return [f"{path} {mark.st_size} {mark.st_mtime_ns}" for path, mark in seen]
+
+
+def _host() -> list[str]:
+    """A guest goes on only where the CPU and KVM show it what it had."""
+    with open("/proc/cpuinfo", errors="replace") as lines:
+        first = [line for _number, line in zip(range(40), lines, strict=False)]
+    facts = [line for line in first if line.partition("\t")[0].strip() in _CPU_FACTS]
+    return [os.uname().release, *facts]

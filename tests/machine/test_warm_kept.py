@@ -1,0 +1,51 @@
+"""Kept warm guests: the same file for the same guest, another as soon as what shapes it is another."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+
+from hvkvm.machine import warm_kept
+from hvkvm.machine.config import MachineConfig
+
+
+def test_what_shapes_the_guest_is_in_its_key_and_nothing_else(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HVKVM_CACHE", str(tmp_path / "cache"))
+    made: list[Path] = []
+
+    def warm(_config: MachineConfig, path: Path) -> int:
+        made.append(path)
+        path.write_bytes(b"warm")
+        return 4
+
+    monkeypatch.setattr(warm_kept, "warm", warm)
+    kernel, tool = tmp_path / "kernel", tmp_path / "tool"
+    kernel.write_bytes(b"kernel")
+    tool.write_bytes(b"tool")
+    config = MachineConfig(kernel=kernel)
+    first = warm_kept.kept(config)
+    assert first.parent == tmp_path / "cache" / "warm"
+    for same in (config, config._replace(timeout=5, name="x", control="auto")):
+        assert warm_kept.kept(same) == first
+    assert made == [first]
+    others = [
+        config._replace(cpus=2),
+        config._replace(memory=256 << 20),
+        config._replace(hv="none"),
+        config._replace(append="quiet"),
+        config._replace(vmbus="on"),
+        config._replace(modules=("x",)),
+        config._replace(files=(("/x", tool),)),
+    ]
+    paths = [warm_kept.kept(other) for other in others]
+    tool.write_bytes(b"another tool")
+    paths.append(warm_kept.kept(others[-1]))
+    os.utime(kernel, ns=(1, 1))
+    paths.append(warm_kept.kept(config))
+    assert len({first, *paths}) == len(paths) + 1
+    left = {path for path in (first, *paths) if path.exists()}
+    assert (len(left), first in left, paths[-1] in left) == (warm_kept.MOST, False, True), "the oldest went"
