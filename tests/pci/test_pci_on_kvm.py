@@ -5,10 +5,12 @@ from __future__ import annotations
 import os
 import struct
 import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import guest_images
 import pytest
 from guest_agent import SCRATCH
 from guest_machine import Guest
@@ -229,3 +231,17 @@ def test_saved_and_restored_the_driver_notices_nothing(
     driver.reg(nvme.NVME_REG_DBS + 8, driver.tails[1])
     assert driver.take(1) == 0
     assert memory.read(DATA, 4096) == content[4096:8192]
+
+
+def test_a_machine_without_pci_imports_none_of_it() -> None:
+    program = """
+import sys
+from pathlib import Path
+from hvkvm.machine.config import MachineConfig
+from hvkvm.machine.machine import Machine
+with Machine(MachineConfig(Path(sys.argv[1]), hv="none", memory=64 << 20)):
+    print(sorted(name for name in sys.modules if "pci" in name or "mmio_bus" in name or "firmware" in name))
+"""
+    words = [sys.executable, "-c", program, str(guest_images.image("agent"))]
+    found = subprocess.run(words, stdout=subprocess.PIPE, text=True, check=True).stdout
+    assert found.strip() == "['hvkvm.abi.pci']"
