@@ -8,6 +8,7 @@
     .set PM, 0xb000
     .set BASE, 0xffff0000
     .set BAR, 0xc0000000
+    .set VARIABLES, BASE - 0x2000
     .set FLAG, 0x500
 
     .macro put letter
@@ -123,6 +124,19 @@ flat:
     cmpl $0x554d4551, 0x2000
     check $'D'
 
+    # Where there are variables below this ROM: the status is 0, a byte is programmed, and is there.
+    cmpl $0x4856465f, VARIABLES + 40
+    jne 5f
+    movb $0x70, VARIABLES
+    mov VARIABLES, %bl
+    movb $0xff, VARIABLES
+    movb $0x10, VARIABLES + 0x1000
+    movb $0x5a, VARIABLES + 0x1000
+    movb $0xff, VARIABLES
+    add VARIABLES + 0x1000, %bl
+    cmp $0x5a, %bl
+    check $'F'
+5:
     # RAM outlives a reset, and nothing else does.
     cmpl $0x12345678, FLAG
     je 3f

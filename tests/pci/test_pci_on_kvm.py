@@ -9,6 +9,7 @@ import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
+from uuid import UUID
 
 import guest_images
 import pytest
@@ -25,6 +26,7 @@ from hvkvm.machine.outcome import Ending
 pytestmark = pytest.mark.kvm
 
 ROM = Path(__file__).parents[1] / "guests/rom.s"
+NV_DATA = UUID("fff12b8d-7696-4c8b-a985-2747075b4f50").bytes_le
 MIB = 1 << 20
 BAR = 0xC0000000
 ADMIN_SQ, ADMIN_CQ, IO_SQ, IO_CQ, SHADOW, EVENTS, DATA = (SCRATCH + 0x1000 * n for n in range(7))
@@ -38,19 +40,43 @@ def disk(tmp_path: Path) -> Path:
     return path
 
 
-def test_firmware_starts_at_the_reset_vector_and_finds_the_board(tmp_path: Path, disk: Path) -> None:
-    """Twice, with a reset in between; each letter is something that the ROM found as it must be."""
+@pytest.fixture
+def rom(tmp_path: Path) -> Path:
+    """The image of `rom.s`."""
     subprocess.run(["as", "--32", "-o", str(tmp_path / "rom.o"), str(ROM)], check=True)
     rom = tmp_path / "rom"
     subprocess.run(["objcopy", "-O", "binary", "-j", ".text", str(tmp_path / "rom.o"), str(rom)], check=True)
+    return rom
+
+
+def test_firmware_starts_at_the_reset_vector_and_finds_the_board(rom: Path, disk: Path) -> None:
+    """Twice, with a reset in between; each letter is something that the ROM found as it must be."""
     printed = bytearray()
-    config = MachineConfig(
-        firmware=rom, hv="none", memory=64 * MIB, disks=(DiskSpec(str(disk)),), timeout=100
-    )
-    with Machine(config) as machine:
+    disks = (DiskSpec(str(disk)),)
+    with Machine(
+        MachineConfig(firmware=rom, hv="none", memory=64 * MIB, disks=disks, timeout=100)
+    ) as machine:
         machine.board.attach_sink(printed.extend)
         outcome = machine.run()
         assert (bytes(printed), outcome.ending, machine.resets) == (b"RPETBNUWD" * 2, Ending.POWERED_OFF, 1)
+
+
+def test_the_command_keeps_variables(rom: Path, disk: Path, tmp_path: Path) -> None:
+    head = bytes(16) + NV_DATA + (0x2000).to_bytes(8, "little") + b"_FVH"
+    template = head.ljust(0x2000, b"\xff")
+    rom.write_bytes(template + rom.read_bytes())
+    variables = tmp_path / "vars"
+    words = ["run", "--quiet", "--firmware", str(rom), "--firmware-vars", str(variables)]
+    words += ["--disk", str(disk), "--hv", "none", "--memory", "64M", "--timeout", "100"]
+    for _ in range(2):
+        done = subprocess.run(
+            [sys.executable, "-m", "hvkvm", *words],
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            check=False,
+        )
+        assert (done.stdout, done.stderr, done.returncode) == (b"RPETBNUWDF" * 2, b"", 0)
+        assert variables.read_bytes() == template[:0x1000] + b"\x5a" + template[0x1001:]
 
 
 class Driver:
