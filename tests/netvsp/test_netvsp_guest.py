@@ -42,10 +42,7 @@ def test_linux_has_a_network(kernel: str, synic: str) -> None:
             lan.from_guest(2 * MIB, host)
             lan.to_guest(2 * MIB, host)
         assert nic.send.counters.large, "the guest leaves no segmentation to its NIC"
-        received = nic.receive.counters
-        assert received.bytes / received.frames > 2000, (
-            "nothing came in one piece that is longer than a segment"
-        )
+        assert nic.receive.counters.large, "nothing came in one piece that is longer than a segment"
 
         # What the NIC does by itself, off and on; the guest's own stack then does it.
         for setting in ("tso=0", "tx=0", "lro=0", "rx=0", "gro=0 sg=0", "rx=1 lro=1", "tx=1 sg=1 tso=1"):

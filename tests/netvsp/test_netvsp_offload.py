@@ -170,6 +170,7 @@ def test_a_packet_longer_than_a_segment_comes_in_one_piece_if_the_guest_takes_it
     ((got, marks),) = net.inject(large, header=header)
     assert got == large
     assert marks
+    assert net.nic.receive.counters.large == 1
     udp = VnetHeader(VIRTIO_NET_HDR_F_NEEDS_CSUM, VIRTIO_NET_HDR_GSO_UDP, 42, 1448, 34, 6).pack()
     assert net.inject(large, header=udp) == []
     driver.set_rsc(False)

@@ -77,10 +77,12 @@ class Laid(NamedTuple):
 class ReceiveCounters:
     """Frames that the guest got, and those that it did not get, by reason."""
 
-    __slots__ = ("bytes", "filtered", "frames", "malformed", "no_room", "too_long", "unready")
+    __slots__ = ("bytes", "filtered", "frames", "large", "malformed", "no_room", "too_long", "unready")
 
     def __init__(self) -> None:
         self.frames = self.bytes = 0
+        self.large = 0
+        """Of those, longer than a segment."""
         self.filtered = self.too_long = self.malformed = self.unready = 0
         self.no_room = 0
         """Times that the wire had to wait for the guest."""
@@ -254,7 +256,7 @@ class Receive:
         if room < need:
             return False
         at = start
-        payload = 0
+        payload = large = 0
         ranges = []
         for head, views, size in batch:
             ranges.append(TransferRange(size, at))
@@ -265,6 +267,7 @@ class Receive:
                 here += len(view)
             at += (size + 7) & ~7
             payload += size - len(head)
+            large += size - len(head) > self.max_frame
         header = transfer_page_header(self.set_id, ranges)
         ident = pieces.lend(start, need)
         if not io.fits(len(message), len(header)):
@@ -284,4 +287,5 @@ class Receive:
             counters = self.counters
             counters.frames += len(batch)
             counters.bytes += payload
+            counters.large += large
         return True
