@@ -48,6 +48,8 @@ soak-nics: setup
 
 soak-state: setup
 	@HVKVM_SOAK=1 $(PYTHON) -m pytest -v -m "not hyperv" -o timeout=0 tests/state $(ARGS)
+	@HVKVM_SOAK=1 HVKVM_REQUIRE=hyperv scripts/lab --timeout 0 -- $(PYTHON) -m pytest -v -m hyperv -o timeout=0 \
+		tests/state $(ARGS)
 
 soak-synic: setup
 	@HVKVM_SOAK=1 HVKVM_REQUIRE=hyperv scripts/lab --timeout 0 -- $(PYTHON) -m pytest -v \
