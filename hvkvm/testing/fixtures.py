@@ -6,7 +6,9 @@ run once for each of the values, and bounds its waits. See docs/testing.md.
 
 from __future__ import annotations
 
+import itertools
 import os
+import tempfile
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -285,26 +287,32 @@ def net() -> Callable[[str], NicSpec]:
 
 @pytest.fixture
 def vm_pair(
-    linux_guest: Callable[..., LinuxGuest], net: Callable[[str], NicSpec], tmp_path: Path
-) -> Callable[..., tuple[LinuxGuest, LinuxGuest]]:
+    linux_guest: Callable[..., LinuxGuest], net: Callable[[str], NicSpec]
+) -> Iterator[Callable[..., tuple[LinuxGuest, LinuxGuest]]]:
     """`vm_pair("script", "script", wire="loss=5%")`: two Linux guests with a wire between them.
 
     They are 192.0.2.1 and 192.0.2.2 on eth0, whose link is up when their scripts begin.
     The other keywords are linux_guest's.
     """
 
+    # Not tmp_path: a socket's path has 107 bytes at most.
+    folder = tempfile.TemporaryDirectory(prefix="hvkvm-wire-")
+    numbers = itertools.count()
+
     def make(first: str, second: str, *, wire: str = "", **config: Any) -> tuple[LinuxGuest, LinuxGuest]:
-        path = tmp_path / f"wire{len(list(tmp_path.glob('wire*')))}"
+        path = Path(folder.name) / str(next(numbers))
         guests = []
         for number, (script, end) in enumerate(((first, "listen"), (second, "socket")), 1):
             words = f"{end}={str(path).replace(',', ',,')}" + (f",{wire}" if wire and number == 1 else "")
+            there = "until [ -e /sys/class/net/eth0 ]; do sleep 0.1; done\n"
             up = f"ip addr add 192.0.2.{number}/24 dev eth0; ip link set eth0 up\n"
             wait = "until grep -q 1 /sys/class/net/eth0/carrier; do sleep 0.1; done\n"
             nets = [net(words)]
-            guests.append(linux_guest("sh", "-c", f"{up}{wait}{script}", nets=nets, **config))
+            guests.append(linux_guest("sh", "-c", f"{there}{up}{wait}{script}", nets=nets, **config))
         return guests[0], guests[1]
 
-    return make
+    yield make
+    folder.cleanup()
 
 
 @pytest.fixture
