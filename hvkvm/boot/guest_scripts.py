@@ -147,7 +147,7 @@ AWAIT = r"""if [ ! -c /dev/ttyS3 ]; then
 	exit 1
 fi
 exec 3<>/dev/ttyS3 4<>/dev/ttyS1
-for line in 3 4; do stty raw -echo 115200 <&$line; done
+stty raw -echo 115200 <&3
 guest-orders >/dev/null && way=memory || way=serial
 echo "warm $way" >&3
 read -r verb now seed <&3
@@ -158,7 +158,11 @@ orders() {
 	serial)
 		date -s "@$now" >/dev/null
 		echo "$seed" >/dev/urandom
+		# As it was, when that is over: a command may have it for its terminal.
+		modes=$(stty -g <&4)
+		stty raw -echo 115200 <&4
 		while echo piece >&3 && read -r size && [ "$size" -gt 0 ] && head -c "$size"; do :; done <&4
+		stty "$modes" <&4
 		;;
 	esac
 }

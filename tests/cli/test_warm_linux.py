@@ -140,20 +140,21 @@ def test_signals_reach_the_command_of_a_copy(warm_files: dict[str, Path], tmp_pa
 def test_a_copy_has_a_terminal_if_asked(warm_files: dict[str, Path]) -> None:
     leader, follower = pty.openpty()
     process = subprocess.Popen(
-        words(warm_files["serial"], "tty; echo $TERM; read line; echo got $line", "-t"),
+        words(warm_files["serial"], "tty; echo $TERM; read line; echo got $line; sleep 1000", "-t"),
         stdin=follower, stdout=follower, env={**os.environ, "TERM": "screen"},
     )  # fmt: skip
     os.close(follower)
     try:
         seen, end = b"", monotonic() + SECONDS
-        while b"screen" not in seen:
+        while b"screen\r\n" not in seen:
             assert monotonic() < end
             seen += os.read(leader, 4096)
         os.write(leader, b"that\n")
         while b"got that" not in seen:
             seen += os.read(leader, 4096)
         assert b"/dev/ttyS1" in seen
-        assert process.wait(SECONDS) == 0
+        os.write(leader, b"\x03")
+        assert process.wait(SECONDS) == 130
     finally:
         process.kill()
         process.wait()
