@@ -1,0 +1,183 @@
+"""A whole distribution lives on hv_storvsc: it boots from its disk, works its others hard, and loses nothing.
+
+One boot of a systemd costs a minute and more in the lab, so what needs a distribution's programs is in one
+test: fio's own verifier, file systems under load, and disks that come, go and grow by `hvkvm ctl disk`.
+HVKVM_SOAK=1 works them for five minutes each.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+from base64 import b64encode
+from collections.abc import Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from zlib import compress
+
+import pytest
+from debian_guest import ON_REQUEST, copied_root, debian_guest, fsck, logged_in
+from linux_guest import LinuxGuest
+from linux_shell import Shell
+from nbd_servers import qemu_nbd, serving
+from running_vm import command_line
+
+from hvkvm.block.vhdx.create import VhdxOptions, create_vhdx
+from hvkvm.machine.disk_spec import DiskSpec
+
+pytestmark = [ON_REQUEST, pytest.mark.hyperv, pytest.mark.timeout(7200)]
+
+MIB = 1 << 20
+SOAK = bool(os.environ.get("HVKVM_SOAK"))
+STRESS_SECONDS = 300 if SOAK else 5
+STRESS = Path(__file__).with_name("fs_stress.py")
+
+FIO = f"""[global]
+ioengine=libaio
+direct=1
+iodepth=32
+bsrange=4k-64k
+rw=randrw
+rwmixread=30
+verify=crc32c
+verify_fatal=1
+fsync=16
+size=8m
+{"time_based=1" if SOAK else ""}
+{f"runtime={STRESS_SECONDS}" if SOAK else ""}
+[a]
+offset=0
+[b]
+offset=8m
+[c]
+offset=16m
+[d]
+offset=24m
+"""
+"""Four jobs of depth 32, each with a range of its own, that flush; discards go on beside them."""
+
+
+class Asker:
+    """`hvkvm ctl` on one machine."""
+
+    def __init__(self, guest: LinuxGuest, socket: Path) -> None:
+        self._guest = guest
+        self._socket = socket
+
+    def __call__(self, *words: object) -> str:
+        """What it printed; the guest runs meanwhile."""
+        line = command_line("ctl", "--vm", self._socket, *words)
+        done = subprocess.run(line, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, f"{words}: {done.stderr}\n{self._guest.report()}"
+        return done.stdout.strip()
+
+
+@pytest.fixture
+def cleared() -> Iterator[ExitStack]:
+    with ExitStack() as stack:
+        yield stack
+
+
+def test_distribution_on_its_disk(tmp_path: Path, cleared: ExitStack) -> None:
+    root = copied_root(tmp_path)
+    raw, vhdx, served = tmp_path / "d.raw", tmp_path / "d.vhdx", tmp_path / "n.raw"
+    for file in (raw, served):
+        file.touch()
+        os.truncate(file, 384 * MIB)
+    create_vhdx(vhdx, VhdxOptions(384 * MIB))
+    nbd = tmp_path / "nbd"
+    cleared.enter_context(serving(qemu_nbd(served, nbd), nbd))
+    disks = (DiskSpec(str(raw)), DiskSpec(str(vhdx)), DiskSpec(f"nbd:unix:{nbd}", controller=1))
+    socket = tmp_path / "ctl"
+    guest = cleared.enter_context(debian_guest(root, *disks, control=str(socket)))
+    assert guest.machine.root_note.startswith(f'root file system: ext4 "hvkvm-root" on {root}, UUID=')
+    shell = logged_in(guest)
+    ask = Asker(guest, socket)
+
+    boots_from_its_own_disk(shell)
+    assert "hvkvm-root: clean" in guest.text  # its initramfs has checked it
+    put(shell, STRESS.read_bytes(), "/tmp/fs_stress.py")
+    put(shell, FIO.encode(), "/tmp/job")
+    names = [name_at(shell, host, lun) for host, lun in ((0, 1), (0, 2), (1, 0))]
+    for name in names:
+        verifies(shell, name)
+    for name, system in zip(names, ("ext4", "xfs", "btrfs"), strict=True):
+        survives_stress(shell, name, system)
+    come_and_go(shell, ask, tmp_path)
+
+    assert "powered off, status 0" in ask("shutdown", "--wait", "--timeout", 1800)
+    assert guest.finish().clean
+    assert "hvkvm-root: " in fsck(root)
+
+
+def name_at(shell: Shell, host: int, lun: int) -> str:
+    """The block device of a unit, once the guest has it."""
+    folder = f"/sys/bus/scsi/devices/{host}:0:0:{lun}/block"
+    return shell.check(f"until ls {folder} 2>/dev/null | grep .; do sleep 0.2; done").split()[-1]
+
+
+UNPACK = (
+    "import sys, zlib, base64 as b; sys.stdout.buffer.write(zlib.decompress(b.b64decode(sys.stdin.read())))"
+)
+
+
+def put(shell: Shell, data: bytes, path: str) -> None:
+    """A small file, typed into the guest's console."""
+    text = b64encode(compress(data, 9)).decode()
+    shell.check(f"rm -f {path}.64")
+    for at in range(0, len(text), 512):  # a terminal's line holds 4095
+        shell.check(f"echo {text[at : at + 512]} >>{path}.64")
+    shell.check(f"python3 -c '{UNPACK}' <{path}.64 >{path}")
+
+
+def boots_from_its_own_disk(shell: Shell) -> None:
+    assert shell.check("findmnt -no SOURCE,FSTYPE /").split() == ["/dev/sda", "ext4"]
+    assert "hv_storvsc" in shell.check("lsmod")
+    assert shell.check("systemctl --failed --no-legend --plain").strip() == ""
+
+
+def verifies(shell: Shell, name: str) -> None:
+    """fio writes patterns and finds them, while a part of the disk is discarded and zeroed over and over."""
+    shell.check(
+        f"(while [ ! -e /tmp/done ]; do blkdiscard -o 64M -l 16M /dev/{name}; blkdiscard -z -o 96M -l 8M"
+        f" /dev/{name}; done; touch /tmp/ended) & rm -f /tmp/done /tmp/ended"
+    )
+    shell.check(
+        f"fio --filename=/dev/{name} /tmp/job --output=/tmp/fio.log || {{ cat /tmp/fio.log; false; }}"
+    )
+    shell.check("touch /tmp/done; until [ -e /tmp/ended ]; do sleep 0.2; done")
+    assert shell.check("grep -c 'err= 0' /tmp/fio.log").strip() == "4"
+
+
+def survives_stress(shell: Shell, name: str, system: str) -> None:
+    """Files changed at random are as they must be, after a mount anew and by its own checker."""
+    shell.check(f"mkfs.{system} -q {'-F' if system == 'ext4' else '-f'} /dev/{name} && mkdir -p /m")
+    shell.check(f"mount -o discard /dev/{name} /m")
+    shell.check(f"python3 /tmp/fs_stress.py /m {STRESS_SECONDS} {system}", STRESS_SECONDS + 1200)
+    shell.check(f"umount /m; mount /dev/{name} /m; python3 /tmp/fs_stress.py /m check; umount /m")
+    checker = {"ext4": "e2fsck -fn", "xfs": "xfs_repair -n", "btrfs": "btrfs check --readonly"}[system]
+    shell.check(f"{checker} /dev/{name}")
+
+
+def come_and_go(shell: Shell, ask: Asker, folder: Path) -> None:
+    added, iso = folder / "added.raw", folder / "x.iso"
+    added.write_bytes(b"\1" * (8 * MIB))
+    iso.write_bytes(b"\2" * MIB)
+    assert ask("disk", "add", f"{added},lun=9") == "disk4: controller 0, LUN 9"
+    name = name_at(shell, 0, 9)
+    assert shell.check(f"head -c 4 /dev/{name} | od -An -tx1").split() == ["01"] * 4
+    ask("disk", "resize", "disk4", "16M")
+    shell.check(f"until [ $(cat /sys/block/{name}/size) = 32768 ]; do sleep 0.2; done")
+    assert "is gone" in ask("disk", "remove", "disk4")
+    shell.check(f"until [ ! -e /sys/block/{name} ]; do sleep 0.2; done")
+    assert ask("disk", "add", "--cdrom", "none,lun=10") == "cdrom0: controller 0, LUN 10"
+    drive = name_at(shell, 0, 10)
+    ask("disk", "insert", "cdrom0", iso)
+    read = f"dd if=/dev/{drive} bs=4 count=1 2>/dev/null | od -An -tx1"
+    assert shell.check(f"until {read} | grep 02; do sleep 0.2; done").split()[-4:] == ["02"] * 4
+    assert ask("disk", "eject", "--force", "cdrom0") == "cdrom0 is empty"
+    shell.check(
+        f"until ! dd if=/dev/{drive} of=/dev/null bs=2048 count=1 iflag=direct 2>/dev/null; do :; done"
+    )
+    stats = ask("disk", "stats", "disk1")
+    assert "write" in stats
