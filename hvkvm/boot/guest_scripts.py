@@ -60,7 +60,7 @@ bound | renew)
 	;;
 esac
 """
-"""What busybox's udhcpc runs with what it was given: address, route and name servers."""
+"""What Debian's busybox runs as udhcpc's script, with what it was given: address, route, name servers."""
 
 ROOT_INIT = r"""#!/bin/busybox sh
 /bin/busybox mount -t proc proc /proc

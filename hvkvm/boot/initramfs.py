@@ -179,7 +179,7 @@ def _base(busybox: Path) -> bytes:
     entries.append(cpio.regular("bin/guest-exit", guest_exit.program(), 0o755))
     entries.append(cpio.regular("bin/guest-vsock", guest_vsock.program(), 0o755))
     entries.append(cpio.regular("bin/guest-orders", guest_orders.program(), 0o755))
-    entries.append(cpio.regular("usr/share/udhcpc/default.script", guest_scripts.DHCP.encode(), 0o755))
+    entries.append(cpio.regular("etc/udhcpc/default.script", guest_scripts.DHCP.encode(), 0o755))
     entries += [cpio.symlink(f"bin/{name}", "busybox") for name in _APPLETS.split()]
     return cpio.pack(cpio.with_parents(entries))
 
