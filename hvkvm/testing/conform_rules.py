@@ -246,8 +246,13 @@ RULES: tuple[Rule, ...] = (
         f"""
         cmpl    $0, pages + 0x1300
         je      3f
-        {_post(7, 8, 0x44444444, 0x55555555, message_type=0x34)}
-        movl    $(pages + 0x1305), %esi
+        call    start_clock
+    5:  {_post(7, 8, 0x44444444, 0x55555555, message_type=0x34)}
+        cmpl    $19, %eax           # the device is not done with the first yet
+        jne     6f
+        call    time_left
+        jc      5b
+    6:  movl    $(pages + 0x1305), %esi
         call    wait_byte
         jmp     4f
     3:  movl    $0xFFFF, %eax
@@ -467,7 +472,7 @@ start_clock:
     rdtsc
     shlq    $32, %rdx
     orq     %rax, %rdx
-    movabsq $10000000000, %rax
+    movabsq $40000000000, %rax       # some 10 s: a busy host is slow
     addq    %rax, %rdx
     movq    %rdx, deadline
     ret
