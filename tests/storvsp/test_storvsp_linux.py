@@ -23,7 +23,7 @@ MIB = 1 << 20
 MODULES = ("hv_vmbus", "hv_utils", "hv_storvsc", "sd_mod", "sr_mod")
 EXPECTED = re.compile(
     r"Power-on or device reset occurred|SRSO|Speculative|RETBleed|Spectre|MDS|TAA|MMIO|unpatched|nocrs"
-    r"|supports timestamps until|cmd 0x35 status: scsi 0x0 srb 0x20"
+    r"|supports timestamps until|cmd 0x35 status: scsi 0x0 srb 0x20|timing out command, waited 0s"
     r"|tsc|TSC|clocksource|report a bug|mitigation|loading out-of-tree|VM-SMC|capacity change"
 )
 """Warnings that none of our disks is behind, what any new disk says, Linux's last flush of a removed one."""
