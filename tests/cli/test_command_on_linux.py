@@ -5,19 +5,16 @@ from __future__ import annotations
 import fcntl
 import os
 import pty
-import select
 import signal
 import struct
 import subprocess
 import termios
 import zlib
-from collections.abc import Callable
 from pathlib import Path
-from time import monotonic
 
 import pytest
 from guest_artifacts import artifact
-from running_vm import SECONDS, command_line
+from running_vm import SECONDS, command_line, read_until
 
 from hvkvm.machine.config import MachineConfig
 from hvkvm.machine.warm_kept import kept
@@ -82,16 +79,6 @@ def test_signals_reach_the_command_and_its_children(way: str) -> None:
     process.send_signal(signal.SIGTERM)
     output, _errors = process.communicate(timeout=SECONDS)
     assert (process.returncode, output) == (137, b"caught\n")
-
-
-def read_until(fd: int, happened: Callable[[str], bool]) -> str:
-    seen = ""
-    end = monotonic() + SECONDS
-    while not happened(seen):
-        assert monotonic() < end, seen
-        if select.select([fd], [], [], 1)[0]:
-            seen += os.read(fd, 4096).decode(errors="replace")
-    return seen
 
 
 def test_on_a_terminal_the_command_has_one() -> None:

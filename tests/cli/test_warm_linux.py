@@ -15,7 +15,7 @@ from time import monotonic, time
 
 import pytest
 from guest_artifacts import artifact
-from running_vm import SECONDS, command_line, ctl, environment
+from running_vm import SECONDS, command_line, ctl, environment, read_until
 
 import hvkvm
 from hvkvm.machine.outcome import Ending
@@ -145,14 +145,9 @@ def test_a_copy_has_a_terminal_if_asked(warm_files: dict[str, Path]) -> None:
     )  # fmt: skip
     os.close(follower)
     try:
-        seen, end = b"", monotonic() + SECONDS
-        while b"screen\r\n" not in seen:
-            assert monotonic() < end
-            seen += os.read(leader, 4096)
+        assert "/dev/ttyS1" in read_until(leader, lambda text: "screen\r" in text)
         os.write(leader, b"that\n")
-        while b"got that" not in seen:
-            seen += os.read(leader, 4096)
-        assert b"/dev/ttyS1" in seen
+        read_until(leader, lambda text: "got that\r" in text)
         os.write(leader, b"\x03")
         assert process.wait(SECONDS) == 130
     finally:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 import os
+import select
 import socket
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from time import monotonic, sleep
@@ -125,3 +126,14 @@ def running_vm(runtime: Path, *arguments: object) -> Iterator[RunningVm]:
         if process.poll() is None:
             process.kill()
         vm.finish()
+
+
+def read_until(fd: int, happened: Callable[[str], bool]) -> str:
+    """What comes from `fd` until `happened(all of it)`; AssertionError if that takes too long."""
+    seen = ""
+    end = monotonic() + SECONDS
+    while not happened(seen):
+        assert monotonic() < end, seen
+        if select.select([fd], [], [], 1)[0]:
+            seen += os.read(fd, 4096).decode(errors="replace")
+    return seen
