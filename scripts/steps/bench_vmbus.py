@@ -224,7 +224,7 @@ class _Session:
 
     def _costs(self) -> Costs:
         exits = self._machine.exit_counts()
-        signals = self._bus.vsock.counters.signals
+        signals = self._bus.vsock.connections.counters.signals
         channels: Any = self._bus.host.snapshot()["channels"]
         for channel in channels:
             if channel["open"] is not None and not channel["name"].startswith("vsock"):

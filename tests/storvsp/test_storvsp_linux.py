@@ -25,6 +25,7 @@ EXPECTED = re.compile(
     r"Power-on or device reset occurred|SRSO|Speculative|RETBleed|Spectre|MDS|TAA|MMIO|unpatched|nocrs"
     r"|supports timestamps until|cmd 0x35 status: scsi 0x0 srb 0x20|timing out command, waited 0s"
     r"|tsc|TSC|clocksource|report a bug|mitigation|loading out-of-tree|VM-SMC|capacity change"
+    r"|interrupt took"
 )
 """Warnings that none of our disks is behind, what any new disk says, Linux's last flush of a removed one."""
 
