@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import socket
 import subprocess
@@ -39,7 +38,7 @@ def nics(vm: RunningVm) -> dict[str, dict[str, object]]:
     return {nic["name"]: nic for nic in vm.json("net", "list")}
 
 
-def test_nics_are_listed_added_and_removed(tmp_path: Path) -> None:
+def test_nics_are_listed_added_and_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     wire = tmp_path / "wire"
     capture = tmp_path / "wire.pcapng"
     words = f"listen={wire},pcap={capture},mac=02:00:00:00:00:07"
@@ -66,7 +65,7 @@ def test_nics_are_listed_added_and_removed(tmp_path: Path) -> None:
         assert "network:" in vm.ctl("inspect")
         assert "listen=" in vm.ctl("info")
 
-        os.chdir(tmp_path)
+        monkeypatch.chdir(tmp_path)
         second = tmp_path / "second"
         assert vm.ctl("net", "add", "listen=second").startswith("net1 added, MAC 02:")
         assert second.exists()
