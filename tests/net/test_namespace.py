@@ -126,7 +126,7 @@ def test_passt_carries_tcp_and_udp_both_ways(loop, netns, tmp_path):
         file.write_bytes(os.urandom(8 * MIB))
         upload(netns, file, GATEWAY, "127.0.0.1")
         sent = loop.do(user.inspect)
-        assert sent["sent_bytes"] / sent["sent_frames"] > 5000, "the large packets of the sender were cut"
+        assert sent["sent_bytes"] / sent["sent_frames"] > 1600, "the large packets of the sender were cut"
         download(netns, os.urandom(4 * MIB), GATEWAY, "127.0.0.1")
         if sent6 := _has_address6(netns):
             upload(netns, file, GATEWAY6, "::1")
