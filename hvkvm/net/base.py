@@ -8,23 +8,15 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Protocol
 
 from hvkvm.events import NULL_OBSERVER, Observer, Warned
 from hvkvm.net.port import NO_OFFLOADS, Frame, Offloads, Receiver, Statistics, frame_bytes
+from hvkvm.runtime.protocols import Loop
 
 TURN_FRAMES = 64
 """Most frames that a backend reads in a turn."""
 TURN_BYTES = 512 * 1024
 """A backend reads no further in a turn once it has so many bytes: about what copying costs 0.1 ms."""
-
-
-class Loop(Protocol):
-    """What is needed of `runtime.io_loop.IoLoop`."""
-
-    def add_reader(self, fd: int, callback: Callable[[], object]) -> Any: ...
-    def call_soon(self, fn: Callable[..., object], *args: Any) -> None: ...
-    def call_later(self, seconds: float, fn: Callable[..., object], *args: Any) -> Any: ...
 
 
 class BasePort(ABC):

@@ -16,11 +16,12 @@ from time import monotonic
 from typing import Any, NamedTuple
 
 from hvkvm.abi.virtio_net_hdr import PLAIN, parse
-from hvkvm.net.base import TURN_FRAMES, Loop
+from hvkvm.net.base import TURN_FRAMES
 from hvkvm.net.between import Between
 from hvkvm.net.port import NO_OFFLOADS, Frame, Offloads
 from hvkvm.net.segment import MAX_SEGMENTS, finish
 from hvkvm.net.wire import Wire
+from hvkvm.runtime.protocols import Loop
 
 MAX_HELD = 1024
 """Frames of a direction that are on their way."""

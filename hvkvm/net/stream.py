@@ -16,9 +16,10 @@ from typing import Any
 
 from hvkvm.abi.virtio_net_hdr import PLAIN, VIRTIO_NET_HDR_BYTES, parse
 from hvkvm.events import NULL_OBSERVER, Observer
-from hvkvm.net.base import TURN_BYTES, TURN_FRAMES, BasePort, Loop
+from hvkvm.net.base import TURN_BYTES, TURN_FRAMES, BasePort
 from hvkvm.net.port import ETHERNET_BYTES, MAX_FRAME_BYTES, NO_OFFLOADS, Frame, Offloads
 from hvkvm.net.segment import MAX_SEGMENTS, finish
+from hvkvm.runtime.protocols import Loop
 from hvkvm.runtime.socket_watch import WRITE, SocketWatch, Watched
 
 LENGTH_BYTES = 4

@@ -12,10 +12,10 @@ from typing import Any
 
 from hvkvm.errors import ConfigError, NameTaken
 from hvkvm.events import NULL_OBSERVER, Observer, Warned
-from hvkvm.net.base import Loop
 from hvkvm.net.stream import StreamPort
 from hvkvm.runtime import unix_listener
 from hvkvm.runtime.acceptor import Acceptor
+from hvkvm.runtime.protocols import Loop
 
 RETRY_SECONDS = 1.0
 """Until a socket is tried again at which nobody listened."""

@@ -21,9 +21,10 @@ from hvkvm.abi.virtio_net_hdr import (
     VIRTIO_NET_HDR_BYTES,
 )
 from hvkvm.events import NULL_OBSERVER, Observer
-from hvkvm.net.base import TURN_BYTES, TURN_FRAMES, BasePort, Loop
+from hvkvm.net.base import TURN_BYTES, TURN_FRAMES, BasePort
 from hvkvm.net.port import ALL_OFFLOADS, ETHERNET_BYTES, MAX_FRAME_BYTES, NO_OFFLOADS, Frame, Offloads
 from hvkvm.net.tap_open import Tap
+from hvkvm.runtime.protocols import Loop
 from hvkvm.runtime.socket_watch import WRITE, SocketWatch, Watched
 
 MAX_VIEWS = 1024

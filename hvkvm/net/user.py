@@ -21,9 +21,9 @@ from typing import Any, NamedTuple
 from hvkvm.abi.virtio_net_hdr import VALID
 from hvkvm.errors import ConfigError
 from hvkvm.events import NULL_OBSERVER, Observer
-from hvkvm.net.base import Loop
 from hvkvm.net.port import ALL_OFFLOADS
 from hvkvm.net.stream import LENGTH_BYTES, StreamPort
+from hvkvm.runtime.protocols import Loop
 
 PROGRAM = "passt"
 GUEST, PREFIX, GATEWAY = "10.0.2.15", 24, "10.0.2.2"

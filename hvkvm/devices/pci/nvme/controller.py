@@ -36,6 +36,7 @@ from hvkvm.devices.pci.nvme.queues import (
 )
 from hvkvm.errors import Stopped
 from hvkvm.memory.atomics import fence
+from hvkvm.runtime.protocols import Deferrer
 
 BUDGET = 64
 """Commands taken in one turn."""
@@ -57,12 +58,6 @@ class Disk(BlockDisk, Protocol):
     def inspect(self) -> dict[str, object]: ...
     @property
     def counters(self) -> Any: ...
-
-
-class Loop(Protocol):
-    """What it needs of the I/O loop."""
-
-    def call_soon(self, fn: Callable[..., object], *args: Any) -> None: ...
 
 
 class Closable(Protocol):
@@ -98,7 +93,7 @@ class Controller:
         self,
         memory: Memory,
         disk: Disk,
-        io: Loop,
+        io: Deferrer,
         router: msix.MsiRouter,
         *,
         make_bell: BellMaker | None = None,
