@@ -3,7 +3,7 @@ PYTHON := .venv/bin/python
 CMD ?= $(PYTHON) -m hvkvm doctor
 SOURCES := hvkvm tests scripts kvm_headers
 
-.PHONY: help setup run debian test check bench soak soak-disks soak-vmbus soak-nics soak-state soak-synic soak-linux abi site lab clean
+.PHONY: help setup run debian test check bench soak soak-properties soak-disks soak-vmbus soak-nics soak-state soak-synic soak-linux abi site lab clean
 help: ## this list
 	@sed -n 's/^\([a-z]*\):.*## /\1	/p' Makefile | expand -t 10
 
@@ -34,7 +34,11 @@ check: setup ## style, types, import directions, dead code, the ABI table
 bench: setup ## measure hvkvm beside QEMU (ARGS="--runs 3 --only boot --json")
 	@scripts/bench $(ARGS)
 
-soak: soak-disks soak-vmbus soak-nics soak-state soak-synic soak-linux ## the long runs: disks, VMBus, NICs, saved VMs, SynIC, Linux (ARGS: pytest's)
+soak: soak-properties soak-disks soak-vmbus soak-nics soak-state soak-synic soak-linux ## the long runs: properties, disks, VMBus, NICs, saved VMs, SynIC, Linux (ARGS: pytest's)
+
+soak-properties: setup
+	@for round in $$(seq $${ROUNDS:-20}); do HVKVM_SOAK=1 $(PYTHON) -m pytest -q -n 2 -m "hypothesis and not hyperv" \
+		--hypothesis-seed=$$(od -An -N4 -tu4 /dev/urandom | tr -d ' ') tests $(ARGS) || exit 1; done
 
 soak-disks: setup
 	@HVKVM_SOAK=1 $(PYTHON) -m pytest -v tests/soak/test_soak_disks.py $(ARGS)

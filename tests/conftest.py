@@ -21,23 +21,32 @@ if TYPE_CHECKING:
     from hvkvm.runtime.io_loop import IoLoop
 
 
-def _measure_no_time() -> None:
-    """Properties are about what holds, not how fast: no deadline, no complaint of a slow machine."""
+def _set_up_properties() -> None:
+    """Properties are about what holds, not how fast: no deadline, no complaint of a slow machine.
+
+    The suite tries the same inputs each time, so that whether a change passes depends on that change alone.
+    `make soak-properties` looks for new ones.
+    """
     from hypothesis import HealthCheck, settings
 
-    settings.register_profile("hvkvm", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+    settings.register_profile(
+        "hvkvm",
+        deadline=None,
+        suppress_health_check=[HealthCheck.too_slow],
+        derandomize="HVKVM_SOAK" not in os.environ,
+    )
     settings.load_profile("hvkvm")
 
 
 if (
     "HVKVM_IN_LAB" not in os.environ
 ):  # importing hypothesis takes seconds there, and few tests of that tier use it
-    _measure_no_time()
+    _set_up_properties()
 
 
 def pytest_collection_finish() -> None:
     if "hypothesis" in sys.modules:
-        _measure_no_time()
+        _set_up_properties()
 
 
 def pytest_configure(config: pytest.Config) -> None:

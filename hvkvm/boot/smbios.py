@@ -48,9 +48,14 @@ def build(name: str, cpus: int, memory_size: int, version: str) -> SmbiosFiles:
 
 
 def _table(kind: int, handle: int, body: bytes, *strings: str) -> bytes:
-    """One structure: strings are numbered from 1, and end in an empty one."""
-    text = b"".join(one.encode("ascii", "replace") + b"\0" for one in strings if one) or b"\0"
+    """One structure: strings are numbered from 1 and end in an empty one, so none of them may be empty."""
+    text = b"".join(_printable(one) + b"\0" for one in strings) or b"\0"
     return struct.pack("<BBH", kind, 4 + len(body), handle) + body + text + b"\0"
+
+
+def _printable(text: str) -> bytes:
+    """`text` as firmware may show it: a NUL in it would end the string, a line break the line."""
+    return bytes(ord(one) if " " <= one <= "~" else ord("?") for one in text) or b"?"
 
 
 def _bios() -> bytes:

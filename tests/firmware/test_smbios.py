@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import struct
 
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from hvkvm.boot import smbios
@@ -12,7 +12,9 @@ from hvkvm.boot import smbios
 LENGTHS = {0: 26, 1: 27, 3: 22, 4: 48, 16: 23, 17: 40, 19: 31, 32: 11, 127: 4}
 
 
-@given(cpus=st.integers(1, 254), megabytes=st.integers(8, 1 << 19), name=st.text(min_size=1, max_size=48))
+@example(cpus=1, megabytes=8, name="\0")
+@example(cpus=1, megabytes=8, name="")
+@given(cpus=st.integers(1, 254), megabytes=st.integers(8, 1 << 19), name=st.text(max_size=48))
 def test_tables_are_well_formed(cpus: int, megabytes: int, name: str) -> None:
     made = smbios.build(name, cpus, megabytes << 20, "1.0")
     assert made.anchor[:5] == b"_SM3_"
@@ -28,6 +30,9 @@ def test_tables_are_well_formed(cpus: int, megabytes: int, name: str) -> None:
             memory += (last - first + 1 << 10) if first != 0xFFFFFFFF else wide_last - wide_first + 1
         end = made.tables.index(b"\0\0", at + length)
         assert b"\0\0" not in made.tables[at + length : end]
+        strings = made.tables[at + length : end].split(b"\0")
+        assert kind != 1 or len(strings) == 4, "the fourth is the serial number, whatever the name is"
+        assert all(0x20 <= byte <= 0x7E or byte == 0 for byte in made.tables[at + length : end])
         kinds.append(kind)
         handles.add(handle)
         at = end + 2
