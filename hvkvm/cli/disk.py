@@ -110,7 +110,8 @@ def verb_parser(verb: str) -> Parser:
 
 
 def _open(name: str, options: argparse.Namespace, *, write: bool = False) -> Image:
-    from hvkvm.block.image import ImageOptions, open_image
+    from hvkvm.block.image import ImageOptions
+    from hvkvm.block.open_image import open_image
 
     return open_image(name, ImageOptions(format=options.format, read_only=not write))
 
@@ -172,7 +173,8 @@ def _make(path: Path, size: int, options: argparse.Namespace, parent: Path | Non
 
 def _convert(options: argparse.Namespace) -> int:
     from hvkvm.block.copy import copy
-    from hvkvm.block.image import ImageOptions, open_image
+    from hvkvm.block.image import ImageOptions
+    from hvkvm.block.open_image import open_image
 
     source = open_image(options.source, ImageOptions(format=options.source_format, read_only=True))
     try:
@@ -201,7 +203,8 @@ def _convert(options: argparse.Namespace) -> int:
 
 
 def _open_target(path: Path, options: argparse.Namespace) -> Image:
-    from hvkvm.block.image import ImageOptions, open_image
+    from hvkvm.block.image import ImageOptions
+    from hvkvm.block.open_image import open_image
 
     sector = options.sector_size if options.sector_size in (512, 4096) else 0
     return open_image(str(path), ImageOptions(format=options.format, sector_size=sector))

@@ -11,25 +11,14 @@ import ctypes.util
 import shutil
 import sys
 from collections.abc import Iterator
-from typing import NamedTuple
 
 from hvkvm.abi import kvm as abi
 from hvkvm.cli.arguments import Parser
+from hvkvm.cli.doctor_check import Check
 from hvkvm.cli.output import show
 from hvkvm.errors import CapabilityMissing, HvkvmError, KvmUnavailable
 from hvkvm.kvm.kind import REMEDY, KvmKind, probe
 from hvkvm.kvm.system import Kvm
-
-
-class Check(NamedTuple):
-    """One line of the report."""
-
-    verdict: str
-    name: str
-    detail: str
-    remedy: str = ""
-    status: int = 0
-
 
 NEEDED = (
     ("KVM_CAP_IRQCHIP", "the in-kernel interrupt controllers"),

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 from hvkvm.errors import CapabilityMissing, ConfigError, OutputError
 
 if TYPE_CHECKING:
-    from hvkvm.cli.doctor import Check
+    from hvkvm.cli.doctor_check import Check
 
 TIERS = ("anywhere", "kvm", "hyperv")
 _COMMANDS = {"FAIL": "error", "WARN": "warning"}

@@ -1,4 +1,4 @@
-"""The platform of a machine, built in the order KVM demands, and the guest's image.
+"""The platform of a machine, built in the order KVM demands.
 
 VM, interrupt chips, memory, every vCPU in vp_index order with its CPUID; the
 SynIC and the devices come on top. Called by `Machine` on the thread that owns it;
@@ -8,9 +8,7 @@ each step pushes its undoing on the stack.
 from __future__ import annotations
 
 import errno
-import os
 from contextlib import ExitStack
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from hvkvm.abi import board
@@ -22,7 +20,6 @@ from hvkvm.abi.kvm import (
 )
 from hvkvm.errors import CapabilityMissing, ConfigError
 from hvkvm.kvm.system import Kvm
-from hvkvm.kvm.vcpu import Vcpu
 from hvkvm.kvm.vm import Vm
 from hvkvm.machine.config import MachineConfig
 from hvkvm.machine.hyperv import Hyperv
@@ -36,6 +33,7 @@ if TYPE_CHECKING:
     from hvkvm.machine.control_door import ControlDoor
     from hvkvm.machine.disk_shelf import DiskShelf
     from hvkvm.machine.firmware import Firmware
+    from hvkvm.machine.guest_image import GuestImage
     from hvkvm.machine.hyperv import Enlightenments
     from hvkvm.machine.lifecycle import Lifecycle
     from hvkvm.machine.nics import Nics
@@ -185,140 +183,3 @@ def create_orders(platform: Platform, board: Board, stack: ExitStack) -> Orders 
     from hvkvm.machine.orders import Orders
 
     return Orders(platform, board, stack)
-
-
-class GuestImage:
-    """What is loaded into guest RAM, at start and again at every reset."""
-
-    def __init__(self, config: MachineConfig) -> None:
-        self._config = config
-        # One that goes on from a file needs it at its first reset, if at all.
-        self._made = config.saved is None
-        self._initrd = initial_ramdisk(config) if self._made else None
-
-    def initrd(self) -> bytes | Path | None:
-        """The initial RAM disk, made now if it was not needed before. ConfigError."""
-        if not self._made:
-            self._initrd, self._made = initial_ramdisk(self._config), True
-        return self._initrd
-
-    def load(self, memory: GuestMemory, vcpu: Vcpu) -> str:
-        """Write it and set the boot vCPU's registers; returns what was loaded. BootError.
-
-        Memory is left as it is: a reset does not clear RAM. With firmware there is nothing to
-        load: the vCPU starts in the ROM as it is at power-on.
-        """
-        if self._config.firmware is not None or self._config.kernel is None:
-            return "firmware"
-        from hvkvm.boot.image import load
-        from hvkvm.boot.linux import default_cmdline
-
-        entry = load(
-            memory,
-            self._config.kernel,
-            initrd=self.initrd(),
-            cmdline=self._config.append,
-            defaults=default_cmdline(self._config.serial_ports),
-            cpus=self._config.cpus,
-            acpi=self._config.acpi,
-            vmbus=self._config.vmbus == "on",
-            serial_ports=self._config.serial_ports,
-            pci=self._config.has_pci,
-        )
-        entry.apply(vcpu)
-        return entry.what
-
-
-def initial_ramdisk(config: MachineConfig) -> bytes | Path | None:
-    """The user's initrd with an archive behind it that runs the command; a shell where there is neither.
-
-    Without a command the init of an initrd, or of the root file system that the kernel was told, keeps
-    its place: files are added to an initrd, and nothing would load modules. ConfigError.
-    """
-    if config.kernel is None:
-        if config.command or config.modules or config.files or config.initrd is not None:
-            raise ConfigError(
-                "--initrd, --module, --file and a command need --kernel; give one, or leave them out"
-            )
-        return None
-    from hvkvm.boot.image import is_linux
-    from hvkvm.boot.linux import parameter
-
-    told_root = bool(parameter(config.append, "root"))
-    if told_root and is_linux(config.kernel) and (archive := _root_ramdisk(config)) is not None:
-        return archive
-    added = bool(config.command or config.awaits or config.modules or config.files)
-    if not added and (config.initrd is not None or told_root):
-        return config.initrd
-    if not is_linux(config.kernel):
-        if config.command or config.awaits or config.files:
-            raise ConfigError(
-                f"--kernel {config.kernel}: takes no initramfs for a command or files; leave them out"
-            )
-        return config.initrd
-    from hvkvm.boot import initramfs
-
-    if not (config.command or config.awaits) and (config.initrd is not None or told_root):
-        _check_needs_no_command(config)
-        archive = initramfs.pack_files(dict(config.files))
-    else:
-        archive = initramfs.build(
-            config.command or None,
-            busybox=config.busybox or find_busybox(),
-            modules=config.modules,
-            kernel_modules_dir=config.modules_dir,
-            files=dict(config.files),
-            command_io=config.command_io,
-            vsock=config.vmbus == "on",
-            terminal_type=os.environ.get("TERM"),
-            awaits=config.awaits,
-        )
-    if config.initrd is None:
-        return archive
-    # The kernel unpacks archives one behind the other; later files win. cpio pads to 512.
-    first = config.initrd.read_bytes()
-    return first + bytes(-len(first) % 512) + archive
-
-
-def _root_ramdisk(config: MachineConfig) -> bytes | None:
-    """The initramfs that mounts the root where the kernel cannot do so by itself. ConfigError."""
-    from hvkvm.machine.root import told
-
-    root = told(config)
-    if root is None:
-        return None
-    if config.files:
-        raise ConfigError(
-            "--file: the file system of root= has its own init; add a command, such as `-- sh`: our init"
-            " then takes its place"
-        )
-    from hvkvm.boot import initramfs
-
-    on_nvme = any(config.bus_of(disk) == "nvme" for disk in config.disks)
-    return initramfs.build_root(
-        root,
-        busybox=config.busybox or find_busybox(),
-        modules=(*(["nvme"] if on_nvme else []), *config.modules),
-        kernel_modules_dir=config.modules_dir,
-    )
-
-
-def _check_needs_no_command(config: MachineConfig) -> None:
-    """ConfigError for what only a command's init would make use of."""
-    if config.initrd is None:
-        flag, why = ("--module" if config.modules else "--file"), "the file system of root= has its own init"
-    elif config.modules:
-        flag, why = "--module", f"the init of --initrd {config.initrd} loads none of ours"
-    else:
-        return
-    raise ConfigError(f"{flag}: {why}; add a command, such as `-- sh`: our init then takes its place")
-
-
-def find_busybox() -> Path:
-    """A static busybox on this host. ConfigError when there is none."""
-    from shutil import which
-
-    for name in ("busybox-static", "busybox"):
-        if found := which(name):
-            return Path(found)
-    raise ConfigError("--busybox: no busybox in PATH; install the busybox-static package or name one")

@@ -23,7 +23,8 @@ from hvkvm.runtime.thread_start import start_thread
 if TYPE_CHECKING:
     from hvkvm.block.image import Image
     from hvkvm.block.request import Result
-    from hvkvm.machine.disks import Attached, Disks, Spec
+    from hvkvm.machine.attached import Attached, Spec
+    from hvkvm.machine.disks import Disks
     from hvkvm.machine.parts import Parts
 
 MOST_OPENING = 4

@@ -13,16 +13,18 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, suppress
 from functools import partial
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 from hvkvm.block.disk import Disk
-from hvkvm.block.image import Image, open_image
+from hvkvm.block.image import Image
+from hvkvm.block.open_image import open_image
 from hvkvm.block.request import Op, Request, Result, Status
 from hvkvm.devices.scsi.disk import ScsiDisk
 from hvkvm.devices.scsi.dvd import DvdDrive
 from hvkvm.devices.synth.storvsp import Storvsp
 from hvkvm.errors import ConfigError, HvkvmError, ImageError, StateError
 from hvkvm.events import Warned
+from hvkvm.machine.attached import Attached, Spec
 from hvkvm.machine.disk_spec import MAX_LUNS, CdromSpec, DiskSpec
 from hvkvm.machine.saved_disks import changed_at, saved_disk
 from hvkvm.runtime.workers import Workers
@@ -30,36 +32,9 @@ from hvkvm.state.file import SavedDisk
 from hvkvm.vmbus.pending import Pending
 
 if TYPE_CHECKING:
-    from hvkvm.devices.pci.nvme.controller import Controller
     from hvkvm.devices.scsi.fault_rules import Plan
     from hvkvm.machine.bus import Bus
     from hvkvm.machine.platform import Platform
-
-Spec = DiskSpec | CdromSpec
-
-
-class Attached(NamedTuple):
-    """A unit that the guest can find."""
-
-    name: str
-    """"disk0", "cdrom0", ..."""
-    spec: Spec
-    controller: int
-    lun: int
-    unit: ScsiDisk | DvdDrive | Controller
-    bus: str = "vmbus"
-    """"vmbus", or "nvme": then `controller` is its PCI slot, and `plugged` holds its data."""
-    plugged: Disk | None = None
-
-    @property
-    def disk(self) -> Disk | None:
-        """What holds its data; None for a drive without a medium."""
-        return self.unit.disk if isinstance(self.unit, ScsiDisk | DvdDrive) else self.plugged
-
-    @property
-    def option(self) -> str:
-        """The flag that asks for one like it."""
-        return "--disk" if isinstance(self.spec, DiskSpec) else "--cdrom"
 
 
 class Disks:

@@ -28,8 +28,8 @@ from hvkvm.memory.rom import Rom
 
 if TYPE_CHECKING:
     from hvkvm.machine.board import Board
-    from hvkvm.machine.build import GuestImage
     from hvkvm.machine.disk_shelf import DiskShelf
+    from hvkvm.machine.guest_image import GuestImage
     from hvkvm.machine.pci import Pci
     from hvkvm.machine.platform import Platform
 

@@ -29,6 +29,7 @@ from hvkvm.kvm.system import Kvm
 from hvkvm.machine import build, exits, hyperv, saving
 from hvkvm.machine.board import Board
 from hvkvm.machine.config import MachineConfig
+from hvkvm.machine.guest_image import GuestImage
 from hvkvm.machine.host_limits import make_room_for_files, named_when_exhausted
 from hvkvm.machine.lifecycle import Lifecycle
 from hvkvm.machine.outcome import EXIT_MACHINE_FAULT, Ending, Outcome
@@ -74,7 +75,7 @@ class Machine:
 
     def _build(self, saved: Saved | None, observer: Observer, stack: ExitStack) -> Parts:
         config = self.config
-        image = build.GuestImage(config)
+        image = GuestImage(config)
         kvm = stack.enter_context(Kvm(config.kvm_path))
         offered = hyperv.choose(kvm, config)
         handlers: exits.Handlers = {}

@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING
 from hvkvm.abi.pci import NVME_DEVICE_ID, PCI_VENDOR_ID_MICROSOFT
 from hvkvm.block.image import Image
 from hvkvm.errors import ConfigError
+from hvkvm.machine.attached import Attached, Spec
 from hvkvm.machine.disk_spec import DiskSpec
-from hvkvm.machine.disks import Attached, Disks, Spec
+from hvkvm.machine.disks import Disks
 
 if TYPE_CHECKING:
     from hvkvm.devices.scsi.fault_rules import Plan

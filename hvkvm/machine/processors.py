@@ -20,7 +20,7 @@ from hvkvm.machine.cpu_features import shown
 from hvkvm.machine.reset import PowerOnState
 
 if TYPE_CHECKING:
-    from hvkvm.machine.build import GuestImage
+    from hvkvm.machine.guest_image import GuestImage
     from hvkvm.machine.platform import Platform
 
 _CHIPS = (KVM_IRQCHIP_PIC_MASTER, KVM_IRQCHIP_PIC_SLAVE, KVM_IRQCHIP_IOAPIC)

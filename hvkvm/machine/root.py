@@ -34,7 +34,7 @@ def find_root(config: MachineConfig) -> Found:
 
     if parameter(config.append, "root") is not None or not is_linux(config.kernel):
         return Found(config, "")
-    from hvkvm.block.image import open_image
+    from hvkvm.block.open_image import open_image
     from hvkvm.block.root_search import candidates, likely
 
     found = []

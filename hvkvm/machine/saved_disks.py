@@ -11,7 +11,7 @@ from hvkvm.machine.disk_spec import CdromSpec, DiskSpec
 from hvkvm.state.file import SavedDisk
 
 if TYPE_CHECKING:
-    from hvkvm.machine.disks import Attached
+    from hvkvm.machine.attached import Attached
 
 
 def saved_disk(one: Attached) -> SavedDisk:

@@ -16,7 +16,8 @@ from time import perf_counter
 from typing import NamedTuple
 
 from hvkvm.block.disk import WIDTH, Disk
-from hvkvm.block.image import ImageOptions, open_image
+from hvkvm.block.image import ImageOptions
+from hvkvm.block.open_image import open_image
 from hvkvm.block.request import Op, Request, Result, Status
 from hvkvm.runtime.io_loop import IoLoop
 from hvkvm.runtime.workers import Workers

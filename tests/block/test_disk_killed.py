@@ -15,7 +15,8 @@ import disk_writer
 import pytest
 from disk_asker import SECONDS, page_buffer, read
 
-from hvkvm.block.image import ImageOptions, open_image
+from hvkvm.block.image import ImageOptions
+from hvkvm.block.open_image import open_image
 from hvkvm.block.vhdx.create import VhdxOptions, create_vhdx
 from hvkvm.block.vhdx.image import VhdxImage
 

@@ -18,7 +18,8 @@ import pytest
 from disk_asker import SECONDS, Asker, page_buffer, read
 
 from hvkvm.block.disk import Disk
-from hvkvm.block.image import Image, ImageOptions, open_image
+from hvkvm.block.image import Image, ImageOptions
+from hvkvm.block.open_image import open_image
 from hvkvm.block.overlay import OverlayImage
 from hvkvm.block.request import Op, Request, Result, Status
 from hvkvm.block.vhdx.create import VhdxOptions, create_vhdx

@@ -18,10 +18,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from nbd_servers import qemu_nbd, serving
 
-from hvkvm.block.image import ImageOptions, open_image
+from hvkvm.block.image import ImageOptions
 from hvkvm.block.nbd import wire
 from hvkvm.block.nbd.handshake import Address, parse_address
 from hvkvm.block.nbd.image import NbdImage
+from hvkvm.block.open_image import open_image
 from hvkvm.block.request import Op, PeerGone, Request, Result, Status
 from hvkvm.errors import ImageError
 

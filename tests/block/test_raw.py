@@ -13,7 +13,8 @@ import pytest
 from disk_asker import page_buffer, read
 
 from hvkvm.block import host_file
-from hvkvm.block.image import ImageOptions, open_image
+from hvkvm.block.image import ImageOptions
+from hvkvm.block.open_image import open_image
 from hvkvm.block.overlay import OverlayImage
 from hvkvm.block.raw import RawImage
 from hvkvm.errors import ImageError

@@ -14,7 +14,8 @@ from disk_asker import page_buffer, read
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hvkvm.block.image import ImageOptions, open_image
+from hvkvm.block.image import ImageOptions
+from hvkvm.block.open_image import open_image
 from hvkvm.block.vhdx import log_writer
 from hvkvm.block.vhdx.crc32c import crc32c
 from hvkvm.block.vhdx.create import VhdxOptions, create_vhdx

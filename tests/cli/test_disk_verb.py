@@ -9,7 +9,7 @@ from random import Random
 
 import pytest
 
-from hvkvm.block.image import open_image
+from hvkvm.block.open_image import open_image
 from hvkvm.cli import disk, main, progress
 
 MIB = 1 << 20

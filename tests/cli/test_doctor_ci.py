@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from hvkvm.cli.doctor import Check
+from hvkvm.cli.doctor_check import Check
 from hvkvm.cli.doctor_ci import main, summary, tiers, workflow_commands
 from hvkvm.errors import ConfigError, OutputError
 

@@ -16,7 +16,8 @@ from debian_guest import ON_REQUEST
 from guest_artifacts import artifact
 from running_vm import SECONDS, RunningVm, running_vm
 
-from hvkvm.block.image import ImageOptions, open_image
+from hvkvm.block.image import ImageOptions
+from hvkvm.block.open_image import open_image
 from hvkvm.block.vhdx.create import VhdxOptions, create_vhdx
 
 pytestmark = [ON_REQUEST, pytest.mark.hyperv, pytest.mark.timeout(7 * 24 * 3600)]

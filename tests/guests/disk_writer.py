@@ -13,7 +13,8 @@ import threading
 from random import Random
 
 from hvkvm.block.disk import Disk
-from hvkvm.block.image import Image, open_image
+from hvkvm.block.image import Image
+from hvkvm.block.open_image import open_image
 from hvkvm.block.request import Op, Request, Result, Status
 from hvkvm.runtime.io_loop import IoLoop
 from hvkvm.runtime.workers import Workers

@@ -10,8 +10,8 @@ import pytest
 
 from hvkvm.boot import guest_exit
 from hvkvm.errors import ConfigError
-from hvkvm.machine.build import initial_ramdisk
 from hvkvm.machine.config import MachineConfig
+from hvkvm.machine.guest_image import initial_ramdisk
 
 USERS = b"the user's own archive"
 OUR_INIT = b"#!/bin/busybox sh"

@@ -13,9 +13,9 @@ from disk_images import MIB, ROOT, btrfs_superblock, gpt, put, xfs_superblock
 
 from hvkvm.boot import guest_exit
 from hvkvm.errors import ConfigError
-from hvkvm.machine.build import initial_ramdisk
 from hvkvm.machine.config import MachineConfig
 from hvkvm.machine.disk_spec import DiskSpec
+from hvkvm.machine.guest_image import initial_ramdisk
 from hvkvm.machine.root import find_root, told
 
 A, B = uuid.UUID(int=0xA), uuid.UUID(int=0xB)
@@ -105,7 +105,7 @@ def test_image_that_cannot_be_read_names_the_flag(config: Maker, tmp_path: Path)
 
 
 def test_images_are_closed_again(config: Maker) -> None:
-    from hvkvm.block.image import open_image
+    from hvkvm.block.open_image import open_image
 
     machine = config(xfs())
     find_root(machine)

@@ -13,7 +13,8 @@ from linux_guest import LinuxGuest, linux_guest
 from linux_shell import SHELL, Shell
 from nbd_servers import qemu_nbd, serving
 
-from hvkvm.block.image import ImageOptions, open_image
+from hvkvm.block.image import ImageOptions
+from hvkvm.block.open_image import open_image
 from hvkvm.block.vhdx.create import VhdxOptions, create_vhdx
 from hvkvm.machine.disk_spec import CdromSpec, DiskSpec
 

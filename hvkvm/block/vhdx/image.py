@@ -21,11 +21,11 @@ from hvkvm.block.vhdx.layout import (
     PARTIALLY_PRESENT,
     STATE_MASK,
     ZERO,
-    Geometry,
 )
 from hvkvm.block.vhdx.locator import find_parent
 from hvkvm.block.vhdx.patched import PatchedFile
 from hvkvm.block.vhdx.replay import apply_replay
+from hvkvm.block.vhdx.resize import grown, store_size
 from hvkvm.block.vhdx.structures import read_structures
 from hvkvm.errors import ImageError
 
@@ -253,22 +253,23 @@ class VhdxImage:
 
     def resize(self, size: int) -> None:
         """Grow it, as far as its BAT has room."""
-        from hvkvm.block.vhdx.resize import grow
-
+        old = self.geometry
+        if size == old.disk_size:
+            return
+        new = grown(self.path, old, size, self.bat.region.length)
         self.flusher.begin()
-        grow(self, size)
+        with self.pages.lock:
+            self.geometry = self.bat.geometry = new
+            self.size = size
+            for index in range(old.entries, new.entries):
+                if self.bat.get(index):
+                    self.bat.set(index, 0)
+            store_size(self.pages, self.metadata.size_at, size)
+        if self.metadata.fixed:
+            for block in range(old.blocks, new.blocks):
+                entry = self._allocated(block)
+                self.file.allocate(entry & OFFSET_MASK, new.block_size)
         self.flush()
-
-    def allocate(self, first: int, end: int) -> None:
-        """Give payload blocks `first` to `end` their place in the file."""
-        for block in range(first, end):
-            entry = self._allocated(block)
-            self.file.allocate(entry & OFFSET_MASK, self.geometry.block_size)
-
-    def set_geometry(self, geometry: Geometry) -> None:
-        """For `resize`."""
-        self.geometry = self.bat.geometry = geometry
-        self.size = geometry.disk_size
 
     # Looking.
 
