@@ -9,6 +9,7 @@ What is made is kept by its content: the packages with their versions, and this 
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -17,6 +18,7 @@ import shutil
 import subprocess
 import tarfile
 import tempfile
+import time
 import uuid
 from pathlib import Path
 from typing import NamedTuple
@@ -48,6 +50,10 @@ _RECIPE = 1
 """Counted up when this file makes another disk of the same packages."""
 _SPACE = 1 << 30
 """Bytes of the disk beyond what the packages take; the file has a hole there."""
+MOST = 3
+"""Disks that are kept, some 500 MiB each: those that were asked for last."""
+_ABANDONED = 24 * 3600.0
+"""Seconds after which what was begun and is not done never will be."""
 _TOOLS = {"mmdebstrap": "mmdebstrap", "fakeroot": "fakeroot", "mke2fs": "e2fsprogs", "tar": "tar"}
 
 
@@ -75,6 +81,8 @@ def root_disk(suite: str | None = None, *, update: bool = False, offline: bool =
     recipe = _recipe()
     kept = None if update else _noted(note, recipe)
     if kept is not None:
+        with contextlib.suppress(OSError):  # a cache that is only read
+            os.utime(kept.disk.parent)
         return kept
     if offline:
         option = "" if suite == release_codename() else f"--suite {suite} "
@@ -88,7 +96,23 @@ def root_disk(suite: str | None = None, *, update: bool = False, offline: bool =
     if not folder.is_dir():
         _make(archive, packages, key, folder)
     cache.publish(note, [json.dumps({"folder": folder.name, "recipe": recipe}).encode()])
+    os.utime(folder)
+    _forget_old(folder.parent)
     return RootDisk.of(folder)
+
+
+def _forget_old(folder: Path) -> None:
+    """Remove the disks beyond the MOST that were asked for last. A VM that runs keeps what it has open."""
+    by_age: list[tuple[float, Path]] = []
+    for path in folder.iterdir():
+        with contextlib.suppress(FileNotFoundError):  # another process forgets, too
+            by_age.append((path.stat().st_mtime, path))
+    by_age.sort(reverse=True)
+    begun = [one for one in by_age if one[1].name.startswith(".")]
+    made = [one for one in by_age if not one[1].name.startswith(".")]
+    late = time.time() - _ABANDONED
+    for _when, path in [*made[MOST:], *(one for one in begun if one[0] < late)]:
+        shutil.rmtree(path, ignore_errors=True)
 
 
 def _recipe() -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -61,6 +62,30 @@ def test_other_packages_or_another_recipe_make_another(cache: Path, monkeypatch:
     monkeypatch.setattr(root_disk, "_EARLY", "true")
     third = root_disk.root_disk()
     assert len({first.disk, second.disk, third.disk}) == 3
+
+
+def test_those_asked_for_last_are_kept(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(root_disk, "_make", made)
+    folders = []
+    for number in range(root_disk.MOST + 2):
+        monkeypatch.setattr(root_disk, "_EARLY", f"recipe {number}")
+        folders.append(root_disk.root_disk().disk.parent)
+        os.utime(folders[-1], (number, number))  # made long ago, one after the other
+        if number == root_disk.MOST - 1:
+            monkeypatch.setattr(root_disk, "_EARLY", "recipe 0")
+            root_disk.root_disk()  # and the first is asked for again
+            os.utime(folders[0], (100, 100))
+    begun = cache / "root" / ".begun"
+    begun.mkdir()
+    abandoned = cache / "root" / ".abandoned"
+    abandoned.mkdir()
+    os.utime(abandoned, (1, 1))
+    monkeypatch.setattr(root_disk, "_EARLY", "one more")
+    last = root_disk.root_disk().disk.parent
+    assert {path.name for path in (cache / "root").iterdir()} == {
+        *(folder.name for folder in (folders[0], folders[-1], last)),
+        ".begun",
+    }
 
 
 @pytest.mark.usefixtures("cache")
