@@ -92,7 +92,10 @@ def _list(rows: list[dict[str, Any]]) -> str:
     for row in rows:
         format_ = f"{row['format']}{', read-only' if row['read_only'] else ''}" if row["format"] else "-"
         size = _size(row["size"]) if row["size"] is not None else "-"
-        place = (str(row["controller"]), str(row["lun"]))
+        on_pci = row["bus"] != "vmbus"
+        place = (
+            (f"PCI slot {row['controller']}", "-") if on_pci else (str(row["controller"]), str(row["lun"]))
+        )
         cells.append((row["name"], *place, size, format_, row["file"] if row["format"] else "no medium"))
     widths = [max(len(row[column]) for row in cells) for column in range(5)]
     return "\n".join(

@@ -60,12 +60,12 @@ class DiskRequests:
             answer.fail("guest", str(error))
 
     def _list(self, shelf: DiskShelf, _request: Request, answer: Answer) -> None:
-        answer.ok([] if shelf.disks is None else [_row(one) for one in shelf.disks.attached.values()])
+        answer.ok([_row(one) for one in shelf.attached.values()])
 
     def _stats(self, shelf: DiskShelf, request: Request, answer: Answer) -> None:
-        found = {} if shelf.disks is None else shelf.disks.inspect()
+        found = shelf.inspect()
         if "name" in request:
-            name = _named(shelf, request)[1]
+            name = _name(shelf, request)
             found = {name: found[name]}
         answer.ok(found)
 
@@ -161,11 +161,21 @@ class DiskRequests:
         self._opening += 1
 
 
-def _named(shelf: DiskShelf, request: Request) -> tuple[Disks, str]:
+def _name(shelf: DiskShelf, request: Request) -> str:
+    """Which disk is meant. ConfigError for one that is not there."""
     name = text(request, "name")
+    if name not in shelf.attached:
+        raise ConfigError(f"{name[:40]}: no such disk; there are {', '.join(shelf.attached) or 'none'}")
+    return name
+
+
+def _named(shelf: DiskShelf, request: Request) -> tuple[Disks, str]:
+    """A disk that can change while the VM runs. ConfigError for others."""
+    name = _name(shelf, request)
     if shelf.disks is None or name not in shelf.disks.attached:
-        there = ", ".join(shelf.disks.attached) if shelf.disks is not None else ""
-        raise ConfigError(f"{name[:40]}: no such disk; there are {there or 'none'}")
+        raise ConfigError(
+            f"{name}: a disk on PCI stays as it is while the VM runs; one on the VMBus may change"
+        )
     return shelf.disks, name
 
 
@@ -195,6 +205,7 @@ def _row(one: Attached) -> dict[str, Any]:
     return {
         "name": one.name,
         "kind": "disk" if one.option == "--disk" else "cdrom",
+        "bus": one.bus,
         "controller": one.controller,
         "lun": one.lun,
         "file": one.spec.file,

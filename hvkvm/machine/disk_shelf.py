@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 from hvkvm.errors import ConfigError
 
 if TYPE_CHECKING:
+    from hvkvm.machine.attached import Attached
     from hvkvm.machine.bus import Bus
     from hvkvm.machine.disks import Disks
     from hvkvm.machine.pci import Pci
@@ -54,6 +55,15 @@ class DiskShelf:
 
             self.disks = Disks(self._platform, self._bus, self._stack)
         return self.disks
+
+    @property
+    def attached(self) -> dict[str, Attached]:
+        """All disks and drives by name: those on the VMBus first."""
+        return {name: one for disks in self._all for name, one in disks.attached.items()}
+
+    def inspect(self) -> dict[str, object]:
+        """As `Disks.inspect`, of all."""
+        return {name: found for disks in self._all for name, found in disks.inspect().items()}
 
     def why_not_saved(self) -> str:
         """As `Disks.why_not_saved`."""

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 
+from hvkvm.block.disk import Disk
 from hvkvm.cli import ctl_disk
 from hvkvm.devices.scsi.dvd import DvdDrive
 from hvkvm.devices.scsi.faulty import FaultyDisk
@@ -20,6 +21,7 @@ from hvkvm.errors import ConfigError
 from hvkvm.machine.config import MachineConfig
 from hvkvm.machine.control_disks import DiskRequests
 from hvkvm.machine.disk_shelf import DiskShelf
+from hvkvm.machine.disk_spec import DiskSpec
 from hvkvm.runtime.io_loop import IoLoop
 from hvkvm.testing.vmbus_loopback import Notes
 
@@ -30,14 +32,14 @@ MIB = 1 << 20
 class World:
     """A machine without a guest: its disks, and who asks for them."""
 
-    def __init__(self, folder: Path, stack: ExitStack) -> None:
+    def __init__(self, folder: Path, stack: ExitStack, *disks: DiskSpec) -> None:
         self.io = IoLoop()
         stack.callback(self.io.stop)
         self.devices: dict[str, Any] = {}
         self.removed: list[str] = []
-        config = MachineConfig(folder / "kernel", vmbus="on").validate()
+        config = MachineConfig(folder / "kernel", vmbus="on", disks=disks).validate()
         platform = SimpleNamespace(config=config, io=self.io, memory=None, observer=Notes())
-        self.shelf = DiskShelf(platform, self, None, stack)  # type: ignore[arg-type]
+        self.shelf = DiskShelf(platform, self, self, stack)  # type: ignore[arg-type]
         parts = SimpleNamespace(platform=platform, disk_shelf=self.shelf)
         self.requests = DiskRequests(parts)  # type: ignore[arg-type]
         self.io.start()
@@ -45,6 +47,10 @@ class World:
     def add(self, name: str, device: Storvsp) -> Storvsp:
         self.devices[name] = SimpleNamespace(device=device)
         return device
+
+    def add_nvme(self, _disk: Disk, *, name: str, serial: str) -> tuple[int, Any]:
+        """As PCI plugs one in."""
+        return 3, SimpleNamespace(inspect=lambda: {"name": name, "serial": serial})
 
     def remove(self, name: str, done: Any) -> None:
         del self.devices[name]
@@ -105,6 +111,24 @@ def test_disks_come_and_go(world: World, tmp_path: Path) -> None:
     ]
     assert "is gone" in world.typed("remove", "disk0")
     assert world.typed("add", "a.raw") == "disk0: controller 0, LUN 0"  # its image was let go
+
+
+def test_disks_on_pci_are_told_of_and_stay(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    for name in ("kernel", "a.raw", "b.raw"):
+        (tmp_path / name).write_bytes(bytes(1 << 16))
+    with ExitStack() as stack:
+        both = World(tmp_path, stack, DiskSpec("b.raw", bus="nvme"), DiskSpec("a.raw"))
+        assert both.typed("list").splitlines() == [
+            "NAME   CONTROLLER  LUN  SIZE    FORMAT  FILE",
+            "disk0  0           0    64 KiB  raw     a.raw",
+            "nvme0  PCI slot 3  -    64 KiB  raw     b.raw",
+        ]
+        assert list(both.ask(what="stats")) == ["disk0", "nvme0"]
+        assert both.ask(what="stats", name="nvme0")["nvme0"]["serial"] == "hvkvm-nvme0"
+        for words in (("remove", "nvme0"), ("resize", "nvme0", "1G"), ("eject", "nvme0")):
+            assert both.typed(*words).startswith("guest: nvme0: a disk on PCI stays as it is")
+        assert "there are disk0, nvme0" in both.typed("remove", "disk7")
 
 
 def test_resize(world: World, tmp_path: Path) -> None:
