@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib import import_module
 
 VERBS = {
@@ -18,6 +18,7 @@ VERBS = {
     "warm": "boot a guest to where it waits for a command, and save it",
     "ctl": "operate a running guest",
     "top": "show what a running guest does, second by second",
+    "matrix": "run commands over kernels, SynICs, vCPUs and disks, and print one table",
     "disk": "look at disk images, make, copy, check and compact them",
     "explain": "put VMBus traffic into words: recordings, messages in hexadecimal",
     "replay": "play a recording's guest against this hvkvm, and name the first difference",
@@ -57,29 +58,41 @@ def hold_standard_fds() -> None:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one verb and return the exit status; every failure is one line on stderr."""
-    hold_standard_fds()
     arguments = list(sys.argv[1:] if argv is None else argv)
-    from hvkvm.cli.output import complain, drop_output, show
-    from hvkvm.errors import ConfigError, HvkvmError
+    return guarded(lambda: _verb(arguments))
+
+
+def _verb(arguments: list[str]) -> int:
+    from hvkvm.cli.output import complain, show
+    from hvkvm.errors import ConfigError
+
+    if not arguments:
+        complain(usage())
+        return 2
+    if arguments[0] in ("-h", "--help", "help"):
+        show(usage())
+        return 0
+    if arguments[0] in ("-V", "--version"):
+        from hvkvm import __version__
+
+        show(f"hvkvm {__version__}")
+        return 0
+    verb, rest = arguments[0], arguments[1:]
+    if verb not in VERBS:
+        raise ConfigError(f"{verb}: no such verb; choose {', '.join(VERBS)}")
+    status: int = import_module(f"hvkvm.cli.{verb}").main(rest)
+    return status
+
+
+def guarded(work: Callable[[], int]) -> int:
+    """Do `work` with three standard streams; its exit status, or that of its failure, which is one line."""
+    hold_standard_fds()
+    from hvkvm.cli.output import complain, drop_output
+    from hvkvm.errors import HvkvmError
 
     _write_any_text()
     try:
-        if not arguments:
-            complain(usage())
-            return 2
-        if arguments[0] in ("-h", "--help", "help"):
-            show(usage())
-            return 0
-        if arguments[0] in ("-V", "--version"):
-            from hvkvm import __version__
-
-            show(f"hvkvm {__version__}")
-            return 0
-        verb, rest = arguments[0], arguments[1:]
-        if verb not in VERBS:
-            raise ConfigError(f"{verb}: no such verb; choose {', '.join(VERBS)}")
-        status: int = import_module(f"hvkvm.cli.{verb}").main(rest)
-        return status
+        return work()
     except BrokenPipeError:
         drop_output()
         return 141

@@ -158,15 +158,18 @@ def main(arguments: list[str]) -> int:
     # What is made before the guest runs is there to stay: looking for garbage in it is time lost.
     gc.disable()
     try:
-        return _run(arguments)
+        from hvkvm.cli.front import with_command_io
+
+        config, options = config_from(arguments)
+        return run_machine(with_command_io(config, options), options)
     finally:
         gc.enable()
 
 
-def _run(arguments: list[str]) -> int:
-    config, options = config_from(arguments)
+def run_machine(config: MachineConfig, options: Any) -> int:
+    """Run `config`, whose command's streams are settled, in front of our own streams; the exit status."""
     from hvkvm.backends.console import DRAIN_SECONDS
-    from hvkvm.cli.front import front_for, signals_for, tell_last_lines, with_command_io
+    from hvkvm.cli.front import front_for, signals_for, tell_last_lines
     from hvkvm.cli.last_output import patience
     from hvkvm.cli.signals import Signals
     from hvkvm.cli.status import StatusLine
@@ -174,7 +177,6 @@ def _run(arguments: list[str]) -> int:
     from hvkvm.machine.machine import Machine
     from hvkvm.machine.outcome import Ending
 
-    config = with_command_io(config, options)
     ssh = ""
     if options.ssh:
         from hvkvm.cli.ssh import with_ssh

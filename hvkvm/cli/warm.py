@@ -67,7 +67,11 @@ def parse(arguments: list[str]) -> tuple[MachineConfig, Any]:
 
 def main(arguments: list[str]) -> int:
     """Run the verb; returns the exit status."""
-    config, options = parse(arguments)
+    return save_machine(*parse(arguments))
+
+
+def save_machine(config: MachineConfig, options: Any) -> int:
+    """Boot `config` to where it waits, and save it; the exit status."""
     from hvkvm.cli.front import ENDING_SIGNALS
     from hvkvm.cli.signals import Signals
     from hvkvm.cli.status import StatusLine

@@ -27,6 +27,7 @@ from hvkvm.cli import (
     explain,
     features,
     man,
+    matrix,
     replay,
     run,
     top,
@@ -112,6 +113,7 @@ def every_command() -> list[Command]:
         ("man.EPILOG", man.EPILOG),
         ("completion.EPILOG", completion.EPILOG),
         ("conform.EPILOG", conform.EPILOG),
+        ("matrix.EPILOG", matrix.EPILOG),
     ):
         examples = [line for line in text.splitlines() if line.startswith("  hvkvm ")]
         found += commands_of(name, 1, examples)
@@ -150,6 +152,8 @@ def check_hvkvm(words: tuple[str, ...]) -> None:
         disk.parse(rest)
     elif verb == "conform":
         conform.parse(rest)
+    elif verb == "matrix":
+        matrix.parse(rest)
     elif verb == "man":
         man.parse(rest)
     elif verb == "completion":
@@ -247,6 +251,7 @@ def test_a_cheap_one_runs(hvkvm: Hvkvm, words: tuple[str, ...]) -> None:
 def known_flags() -> set[str]:
     parsers = [
         conform.parser(),
+        matrix.parser(),
         top.parser(),
         run.parser(),
         warm.parser(),

@@ -1,0 +1,163 @@
+"""`hvkvm matrix`: runs a file's commands over its kernels, SynICs, vCPUs and disks, and prints one table.
+
+The main thread parses, and turns the run until all has ended or a signal comes.
+"""
+
+from __future__ import annotations
+
+import signal
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from hvkvm.cli.arguments import Parser
+from hvkvm.cli.output import cannot_write, complain, show
+from hvkvm.errors import CapabilityMissing, ConfigError, OutputError
+
+if TYPE_CHECKING:
+    from hvkvm.testing.matrix.cases import Case, Result
+
+EPILOG = """FILE has three tables; docs/matrix.md says more:
+
+  [machine]                  # keys of a --config file, of every guest
+  memory = "256M"
+  [axes]                     # every value with every other
+  kernel = ["vmlinuz-6.1", "vmlinuz-6.12"]
+  synic = ["kernel", "user"]
+  cpus = [1, 2]
+  [[command]]                # each in each of these guests
+  run = ["uname", "-r"]
+  seconds = 60
+
+exit status:
+  0 every case is ok, or skipped; 1 a case is not; 2 usage, or an error in FILE; 74 a
+  result could not be written; 77 this host can run none of them; 130 interrupted
+
+examples:
+  hvkvm matrix matrix.toml --list
+  hvkvm matrix matrix.toml --junit matrix.xml
+  hvkvm matrix matrix.toml --jobs 4 --json matrix.json
+"""
+MAX_JOBS = 1024
+ENDING_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+
+def parser() -> Parser:
+    """The options."""
+    p = Parser(
+        "hvkvm matrix", "Run a file's commands over kernels, SynICs, vCPUs and disks: one table.", EPILOG
+    )
+    p.add_argument("file", metavar="FILE", type=Path, help="the matrix, in TOML")
+    p.add_argument("--jobs", metavar="N", help="guests side by side (as memory and processors bear)")
+    p.add_argument("--list", action="store_true", help="print the cases, and run none")
+    p.add_argument("--junit", metavar="FILE", type=Path, help="write the results as JUnit's XML")
+    p.add_argument("--json", metavar="FILE", type=Path, help="write the results as JSON")
+    p.add_argument("--quiet", action="store_true", help="say nothing of a case before the table")
+    return p
+
+
+def parse(arguments: list[str]) -> Any:
+    """The checked options. ConfigError."""
+    options = parser().parse_args(arguments)
+    if options.jobs is not None:
+        try:
+            options.jobs = int(options.jobs)
+        except ValueError:
+            raise ConfigError(f"--jobs {options.jobs}: not a number; write --jobs 4") from None
+        if not 1 <= options.jobs <= MAX_JOBS:
+            raise ConfigError(f"--jobs {options.jobs}: not between 1 and {MAX_JOBS}; choose one of them")
+    for flag, path in (("--junit", options.junit), ("--json", options.json)):
+        if path is not None and (path.is_dir() or not path.absolute().parent.is_dir()):
+            raise ConfigError(f"{flag} {path}: no file can be there; name one in a folder that exists")
+    return options
+
+
+def main(arguments: list[str]) -> int:
+    """Run the verb; returns the exit status."""
+    options = parse(arguments)
+    from hvkvm.testing.matrix.file import read
+
+    cases = read(options.file)
+    if options.list:
+        for case in cases:
+            show(case.title)
+        return 0
+    return _Matrix(cases, options).run()
+
+
+class _Matrix:
+    """A run of all cases, and what is said of them."""
+
+    def __init__(self, cases: list[Case], options: Any) -> None:
+        self._cases = cases
+        self._options = options
+        self._results: dict[int, Result] = {}
+        self._signal = 0
+
+    def run(self) -> int:
+        """Run them; the exit status."""
+        before = {number: signal.signal(number, self._noted) for number in ENDING_SIGNALS}
+        try:
+            self._run_cases()
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+        return self._conclude()
+
+    def _noted(self, number: int, _frame: object) -> None:
+        self._signal = self._signal or number
+
+    def _run_cases(self) -> None:
+        from hvkvm.testing.matrix.local import LocalRun
+
+        with LocalRun(self._cases, self._told, self._options.jobs) as local:
+            while not self._signal and local.turn():
+                pass
+
+    def _told(self, case: Case, result: Result) -> None:
+        from hvkvm.testing.matrix.cases import ENDED, OK, SKIPPED
+        from hvkvm.testing.matrix.report import shown
+
+        self._results[case.number] = result
+        if self._options.quiet or result.verdict == ENDED:
+            return
+        if result.verdict in (OK, SKIPPED):
+            why = f": {result.why}" if result.why else f", {result.seconds:.1f} s"
+            text = f"{case.title}: {result.verdict}{why}"
+        else:
+            text = "\n".join(shown(case, result))
+        complain(f"{len(self._results)}/{len(self._cases)} {text}")
+
+    def _conclude(self) -> int:
+        from hvkvm.testing.matrix import report
+        from hvkvm.testing.matrix.cases import OK, SKIPPED
+
+        status = 0
+        for line in report.table(self._results, self._cases):
+            show(line)
+        for path, text in self._files():
+            try:
+                path.write_text(text, errors="backslashreplace")
+            except OSError as error:
+                complain(f"hvkvm: {cannot_write(str(path), error)}")
+                status = OutputError.exit_status
+        verdicts = {result.verdict for result in self._results.values()}
+        if self._signal:
+            return 128 + self._signal
+        if verdicts - {OK, SKIPPED}:
+            return 1
+        return status or (CapabilityMissing.exit_status if verdicts == {SKIPPED} else 0)
+
+    def _files(self) -> list[tuple[Path, str]]:
+        import json
+
+        from hvkvm.testing.matrix import report
+
+        found = []
+        if self._options.junit is not None:
+            name = str(self._options.file)
+            found.append((self._options.junit, report.junit(self._results, self._cases, name)))
+        if self._options.json is not None:
+            found.append(
+                (self._options.json, json.dumps(report.as_json(self._results, self._cases), indent=1))
+            )
+        return found

@@ -1,0 +1,148 @@
+"""`hvkvm matrix` with guests of some lines of assembly: results, time limits, signals, and nothing left."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import time
+import xml.etree.ElementTree as ET
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from running_vm import command_line
+
+from hvkvm.testing.micro_image import micro_image
+
+pytestmark = [pytest.mark.kvm, pytest.mark.timeout(300)]
+
+Hvkvm = Callable[..., "subprocess.CompletedProcess[str]"]
+SPIN = 'print "spinning\\n"\n1: jmp 1b\n'
+MACHINE = '[machine]\nmemory = "16M"\nhv = "none"\nacpi = false\n'
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Three guests, and a folder of our own for what hvkvm makes meanwhile."""
+    sources = {"good": 'print "hello\\n"\nexit 0\n', "bad": 'print "bad news\\n"\nexit 3\n', "spin": SPIN}
+    for name, source in sources.items():
+        (tmp_path / name).write_bytes(micro_image(source).read_bytes())
+    (tmp_path / "made").mkdir()
+    monkeypatch.setenv("TMPDIR", str(tmp_path / "made"))
+    return tmp_path
+
+
+def file(folder: Path, text: str) -> Path:
+    path = folder / "m.toml"
+    path.write_text(MACHINE + text)
+    return path
+
+
+def guests_of(folder: Path) -> list[int]:
+    """The processes of cases, by the folder that their orders are in."""
+    found = []
+    for entry in Path("/proc").iterdir():
+        try:
+            if entry.name.isdigit() and str(folder).encode() in (entry / "cmdline").read_bytes():
+                found.append(int(entry.name))
+        except OSError:
+            continue
+    return found
+
+
+def wait_for(condition: Callable[[], object], what: str, seconds: float = 120) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, what
+        time.sleep(0.05)
+
+
+def test_one_table_for_all(hvkvm: Hvkvm, folder: Path) -> None:
+    path = file(
+        folder,
+        '[axes]\nkernel = ["good", "bad", {name = "spinner", kernel = "spin"}]\ncpus = [1, 2]\n'
+        '[[command]]\nname = "boot"\nseconds = 3\n',
+    )
+    result = hvkvm("matrix", path, "--junit", folder / "j.xml", "--json", folder / "j.json", "--jobs", "2")
+    assert result.returncode == 1, result.stderr
+    rows = [line.split()[:4] for line in result.stdout.splitlines()]
+    assert rows[0] == ["KERNEL", "CPUS", "COMMAND", "RESULT"]
+    assert rows[1:7] == [
+        ["good", "1", "boot", "ok"],
+        ["good", "2", "boot", "ok"],
+        ["bad", "1", "boot", "failed:"],
+        ["bad", "2", "boot", "failed:"],
+        ["spinner", "1", "boot", "timeout:"],
+        ["spinner", "2", "boot", "timeout:"],
+    ]
+    assert result.stdout.splitlines()[-1] == "6 cases: 2 ok, 2 failed, 2 timeout"
+    assert "kernel=bad cpus=1 boot: failed: status 3\n  output:\n  | bad news\n" in result.stderr
+    assert "vcpu0: running guest" in result.stderr
+    suite = ET.parse(folder / "j.xml").getroot()
+    assert (suite.get("tests"), suite.get("failures"), suite.get("errors")) == ("6", "2", "2")
+    cases = json.loads((folder / "j.json").read_text())["cases"]
+    assert [case["status"] for case in cases] == [0, 0, 3, 3, 124, 124]
+    assert cases[0]["output"] == "hello\n"
+    assert list((folder / "made").iterdir()) == []
+
+
+def test_what_is_right_may_be_said(hvkvm: Hvkvm, folder: Path) -> None:
+    path = file(folder, 'kernel = "bad"\n[[command]]\nname = "x"\nstatus = 3\nstdout = "bad n"\n')
+    result = hvkvm("matrix", path, "--quiet")
+    assert (result.returncode, result.stderr) == (0, "")
+    path = file(folder, 'kernel = "good"\n[[command]]\nname = "x"\nstdout = "bad n"\n')
+    result = hvkvm("matrix", path, "--quiet")
+    assert result.returncode == 1
+    assert "failed: 'bad n' is not in its output" in result.stdout
+
+
+def test_errors_are_a_line_and_listing_runs_nothing(hvkvm: Hvkvm, folder: Path) -> None:
+    path = file(folder, '[axes]\nkernel = ["good", "spin"]\n')
+    result = hvkvm("matrix", path, "--list")
+    assert (result.returncode, result.stdout, result.stderr) == (
+        0,
+        "kernel=good boot\nkernel=spin boot\n",
+        "",
+    )
+    for words, said in (
+        ((path, "--jobs", "0"), "--jobs 0: not between 1 and"),
+        ((path, "--jobs", "x"), "--jobs x: not a number"),
+        ((path, "--json", folder), "--json"),
+        ((folder / "no.toml",), "no.toml: No such file or directory; give a readable"),
+    ):
+        result = hvkvm("matrix", *words)
+        assert result.returncode == 2
+        assert said in result.stderr
+        assert result.stderr.count("\n") == 1
+
+
+def test_a_host_that_can_run_none_says_so(hvkvm: Hvkvm, folder: Path) -> None:
+    path = file(folder, 'kernel = "good"\nkvm_path = "/dev/no-kvm"\n')
+    result = hvkvm("matrix", path)
+    assert result.returncode == 77, result
+    assert "skipped: " in result.stdout
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_all_and_leaves_nothing(folder: Path, number: signal.Signals) -> None:
+    path = file(folder, '[axes]\nkernel = ["good", "spin"]\ncpus = [1, 2]\n')
+    command = command_line("matrix", path, "--jobs", "3")
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+    ) as process:
+        wait_for(lambda: len(guests_of(folder / "made")) >= 2, "two guests that run")
+        process.send_signal(number)
+        out, err = process.communicate(timeout=120)
+    assert process.returncode == 128 + number, (out, err)
+    assert "ended" in out.splitlines()[-1]
+    assert guests_of(folder / "made") == []
+    assert list((folder / "made").iterdir()) == []
+
+
+def test_guests_end_when_the_matrix_is_killed(folder: Path) -> None:
+    path = file(folder, 'kernel = "spin"\n')
+    with subprocess.Popen(command_line("matrix", path), stderr=subprocess.DEVNULL) as process:
+        wait_for(lambda: guests_of(folder / "made"), "a guest that runs")
+        process.kill()
+    wait_for(lambda: not guests_of(folder / "made"), "the guest's end")
