@@ -1,8 +1,9 @@
-"""Where partition tables and file systems say on a disk what they are: GPT, MBR, ext4, XFS, Btrfs.
+"""Where partition tables and file systems say on a disk what they are: GPT, MBR, El Torito, FAT, ext4, ...
 
-Sources: UEFI 2.10 section 5 (GPT, protective MBR); Linux block/partitions/msdos.c (MBR, extended partitions),
-fs/ext4/ext4.h (struct ext4_super_block), fs/xfs/libxfs/xfs_format.h (struct xfs_dsb), btrfs_tree.h (struct
-btrfs_super_block); the Discoverable Partitions Specification (types). Layout only; anyone may import it.
+Sources: UEFI 2.10 section 5 (GPT, protective MBR) and 13.3.2 (El Torito's platform for EFI); El Torito 1.0
+section 2; Linux block/partitions/msdos.c (MBR, extended partitions), fs/ext4/ext4.h (struct
+ext4_super_block), fs/xfs/libxfs/xfs_format.h (struct xfs_dsb), btrfs_tree.h (struct btrfs_super_block); the
+Discoverable Partitions Specification (types). Layout only; anyone may import it.
 """
 
 from __future__ import annotations
@@ -19,6 +20,9 @@ mbr_entry = Struct("<B3xB3xII")
 MBR_TYPE_PROTECTIVE = 0xEE
 MBR_TYPES_EXTENDED = frozenset((0x05, 0x0F, 0x85))
 MBR_FIRST_LOGICAL = 5
+MBR_BOOT_INDICATOR = 0x80
+MBR_TYPE_EFI = 0xEF
+MBR_TYPES_FAT = frozenset((0x01, 0x04, 0x06, 0x0B, 0x0C, 0x0E))
 
 GPT_SIGNATURE = b"EFI PART"
 gpt_header = Struct("<8sIII4xQQQQ16sQIII")
@@ -51,12 +55,12 @@ def _type(text: str) -> bytes:
     return uuid.UUID(text).bytes_le
 
 
+GPT_EFI_SYSTEM = _type("c12a7328-f81f-11d2-ba4b-00a0c93ec93b")
 GPT_ROOT_X86_64 = _type("4f68bce3-e8cd-4db1-96e7-fbcaf984b709")
-GPT_NO_ROOT = frozenset(
+GPT_NO_ROOT = frozenset((GPT_EFI_SYSTEM,)) | frozenset(
     map(
         _type,
         (
-            "c12a7328-f81f-11d2-ba4b-00a0c93ec93b",  # EFI system
             "bc13c2ff-59e6-4262-a352-b275fd6f7172",  # extended boot loader
             "0657fd6d-a4ab-43c4-84e5-0933c84b4f4f",  # swap
             "933ac7e1-2eb4-4f13-b844-0e14e2aef915",  # /home
@@ -68,6 +72,23 @@ GPT_NO_ROOT = frozenset(
     )
 )
 """Types of partitions that may hold a file system of Linux, but not its root."""
+
+FAT_JUMPS = (b"\xeb", b"\xe9")
+FAT_TYPES_AT = (54, 82)
+"""Where FAT12/16 and FAT32 have their type, as text that begins with "FAT" (BS_FilSysType)."""
+
+ISO_SECTOR = 2048
+EL_TORITO_AT = 17 * ISO_SECTOR
+EL_TORITO_MAGIC = b"\0CD001\1EL TORITO SPECIFICATION"
+EL_TORITO_CATALOG_AT = 0x47
+"""In that sector: which sector the boot catalogue is in, u32."""
+EL_TORITO_ENTRY_SIZE = 32
+EL_TORITO_VALIDATION = 1
+EL_TORITO_SECTIONS = (0x90, 0x91)
+"""The first byte of a section's header: more follow, or it is the last."""
+EL_TORITO_PLATFORM_EFI = 0xEF
+el_torito_header = Struct("<BBH28x")
+"""Header or validation id, platform, entries of the section."""
 
 EXT4_SUPER_BLOCK_AT = 1024
 EXT4_SUPER_MAGIC = 0xEF53

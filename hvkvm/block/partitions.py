@@ -93,7 +93,7 @@ def _gpt_entries(table: bytes, header: GptHeader, sector: int, sectors: int) -> 
 
 
 def _mbr(image: Image) -> list[Partition] | None:
-    entries = _mbr_entries(image, 0)
+    entries = mbr_entries(image, 0)
     sectors = image.size // image.sector_size
     used = [entry for entry in entries or () if entry[1]]
     # A file system's boot code may end in the same two bytes: the rest must make sense, too.
@@ -119,7 +119,7 @@ def _logical(image: Image, base: int, most: int) -> list[Partition]:
     while len(seen) < most and 0 < at < sectors and at not in seen:
         seen.add(at)
         following = 0
-        for _flag, kind, start, count in (_mbr_entries(image, at) or ())[:2]:
+        for _flag, kind, start, count in (mbr_entries(image, at) or ())[:2]:
             if kind in on_disk.MBR_TYPES_EXTENDED:
                 following = base + start
             elif kind and start and 0 < count <= sectors - at - start:
@@ -128,8 +128,8 @@ def _logical(image: Image, base: int, most: int) -> list[Partition]:
     return found[:most]
 
 
-def _mbr_entries(image: Image, lba: int) -> list[tuple[int, int, int, int]] | None:
-    """(flag, type, first sector, sectors) of the four in sector `lba`; None without the signature."""
+def mbr_entries(image: Image, lba: int) -> list[tuple[int, int, int, int]] | None:
+    """(flag, type, first sector, sectors) of the four in sector `lba`; None without a signature. OSError."""
     raw = read_at(image, lba * image.sector_size, 512)
     if raw[on_disk.MBR_SIGNATURE_AT :] != on_disk.MBR_SIGNATURE:
         return None

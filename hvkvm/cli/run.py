@@ -131,7 +131,7 @@ def machine_config(options: Any, values: dict[str, Any]) -> MachineConfig:
                 flag = "--restore" if "restore" in values else "--from"
                 raise ConfigError(f"{flag} {file}: the file decides {field.flag}; leave it out")
         values["kernel"] = file
-    if "kernel" not in values and "firmware" not in values:
+    if not values.keys() & {"kernel", "firmware", "disks", "cdroms"}:
         raise ConfigError("--kernel: missing; name the guest kernel's file, or a --config that does")
     return MachineConfig(**{"control": "auto", **values}).validate()
 
@@ -196,8 +196,9 @@ def run_machine(config: MachineConfig, options: Any) -> int:
             choice = offered.choice
             who = "in user space" if choice.synic == "user" else "by KVM"
             teller.say(f"SynIC {who}: {choice.why}")
-        if machine.root_note and not options.quiet and not options.json:
-            teller.say(machine.root_note)
+        for note in (machine.boot_note, machine.root_note):
+            if note and not options.quiet and not options.json:
+                teller.say(note)
         if ssh:
             teller.write(f"hvkvm: {ssh}\n", always=True)
         status = StatusLine(machine, teller, enabled=not options.quiet and not options.json)

@@ -60,7 +60,8 @@ class MachineConfig(NamedTuple):
     decides what the guest sees: kernel, cpus, memory, enlightenments and devices. `warm` is such a
     file, of a guest that waits for a command (`hvkvm.warm`), and which `command` runs in. `awaits` makes
     a guest such a one: it boots, loads its modules and waits.
-    `firmware` ("auto" or a file) takes the kernel's place as what the machine starts. `pci` gives it a PCI
+    `firmware` ("auto" or a file) takes the kernel's place as what the machine starts; where both are left
+    out and a disk can be booted, it is "auto". `pci` gives it a PCI
     bus even if no device needs one. `apic_bus_ns` makes the local APICs' timers count that many
     nanoseconds a tick, not 1 (KVM_CAP_X86_APIC_BUS_CYCLES_NS; 0: KVM's own): only a nested lab needs that.
     """
@@ -307,13 +308,30 @@ class MachineConfig(NamedTuple):
     @property
     def has_pci(self) -> bool:
         """Whether the machine has a PCI bus."""
-        return (
-            self.pci or self.firmware is not None or any(self.bus_of(disk) != "vmbus" for disk in self.disks)
-        )
+        return self.pci or self.firmware is not None or any(self.bus_of(one) != "vmbus" for one in self.media)
 
-    def bus_of(self, disk: "DiskSpec") -> str:
-        """Where the guest finds a disk: as it says, or where what boots can read it."""
-        return disk.bus or ("vmbus" if self.firmware is None else "nvme")
+    @property
+    def starts_firmware(self) -> bool:
+        """Whether it starts in firmware: because it was told so, or since there are disks and no kernel.
+
+        Then `machine.boot_choice` has still to look at the disks.
+        """
+        if self.firmware is not None:
+            return True
+        media = bool(self.disks) or any(drive.file for drive in self.cdroms)
+        return media and not (self.kernel or self.saved or self.awaits or self.command)
+
+    @property
+    def media(self) -> "list[DiskSpec | CdromSpec]":
+        """All disks and drives."""
+        return [*self.disks, *self.cdroms]
+
+    def bus_of(self, one: "DiskSpec | CdromSpec") -> str:
+        """Where the guest finds a disk: as it says, or where what boots can read it.
+
+        A drive without a medium is on the VMBus, where a medium can come.
+        """
+        return one.bus or ("nvme" if self.starts_firmware and one.file else "vmbus")
 
     @classmethod
     def from_mapping(cls, values: Mapping[str, Any], folder: Path | None = None) -> "MachineConfig":
@@ -322,7 +340,7 @@ class MachineConfig(NamedTuple):
         Raises ConfigError for unknown keys or wrong types, and as `validate` does.
         """
         read = read_table(cls, values, folder)
-        if "kernel" not in read and "firmware" not in read:
+        if not read.keys() & {"kernel", "firmware", "disks", "cdroms"}:
             raise ConfigError("config key kernel: missing; name the guest kernel's file, or give firmware")
         return cls(**read).validate()
 

@@ -106,15 +106,15 @@ def together(config: Any) -> None:
         _needs_no_boot(config)
     elif config.kernel is not None:
         check_file("--kernel", config.kernel)
-    elif config.firmware is None:
+    elif not config.starts_firmware:
         raise ConfigError("--kernel: missing; name the guest kernel's file, or give --firmware auto")
     if config.saved is None and config.vsock is not None and config.vmbus == "off":
         raise ConfigError(f"--vsock {config.vsock}: needs the VMBus host that carries it; add --vmbus on")
     if config.saved is None and config.nets and config.vmbus == "off":
         what = f"--net {config.nets[0].text}"
         raise ConfigError(f"{what}: needs the VMBus host that carries it; add --vmbus on")
-    on_vmbus = [disk for disk in config.disks if config.bus_of(disk) == "vmbus"]
-    for flag, wanted in (("--disk", on_vmbus), ("--cdrom", config.cdroms)):
+    for flag, media in (("--disk", config.disks), ("--cdrom", config.cdroms)):
+        wanted = [one for one in media if config.bus_of(one) == "vmbus"]
         if wanted and config.vmbus == "off":
             what = f"{flag} {wanted[0].file}"
             raise ConfigError(f"{what}: needs the VMBus host that carries it; add --vmbus on")
@@ -124,7 +124,7 @@ def together(config: Any) -> None:
                 f"--disk {disk.file}: only a disk on the VMBus can fail on purpose; add bus=vmbus, or leave"
                 " out faults="
             )
-    if config.restore is None and config.firmware_vars is not None and config.firmware is None:
+    if config.restore is None and config.firmware_vars is not None and not config.starts_firmware:
         raise ConfigError(f"--firmware-vars {config.firmware_vars}: nobody to have them; add --firmware auto")
     if config.modules and config.modules_dir is None:
         raise ConfigError("--module: needs --modules-dir, the kernel's lib/modules/VERSION folder")

@@ -34,10 +34,10 @@ class DiskShelf:
         self.pci_disks: PciDisks | None = None
         """Those on PCI, where none comes or goes while the machine runs."""
         config = platform.config
-        on_pci = [disk for disk in config.disks if config.bus_of(disk) != "vmbus"]
-        if bus is not None and (config.cdroms or len(on_pci) < len(config.disks)):
+        buses = {config.bus_of(one) for one in config.media}
+        if bus is not None and "vmbus" in buses:
             self.make()
-        if pci is not None and on_pci:
+        if pci is not None and buses - {"vmbus"}:
             from hvkvm.machine.pci_disks import PciDisks
 
             self.pci_disks = PciDisks(platform, pci, self._stack)

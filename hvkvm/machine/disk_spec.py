@@ -118,6 +118,14 @@ class CdromSpec(NamedTuple):
     serial: Annotated[str, Field(Kind(), "TEXT", "the serial number that the guest sees", check_serial)] = ""
     controller: Annotated[int, Field(Number(0), "N", "the controller, from 0 (0)", check_controller)] = 0
     lun: Annotated[int, Field(Number(1), "N", "the LUN (the next free one)", check_lun)] = -1
+    bus: Annotated[
+        str,
+        Field(
+            Choice(("", *BUSES)),
+            "|".join(BUSES),
+            "vmbus: a drive; else a read-only disk (with firmware nvme, else vmbus)",
+        ),
+    ] = ""
 
     @property
     def options(self) -> ImageOptions:

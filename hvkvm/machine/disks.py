@@ -61,7 +61,7 @@ class Disks:
     def asked(self) -> list[Spec]:
         """What the configuration wants of this kind."""
         config = self._platform.config
-        return [*(disk for disk in config.disks if config.bus_of(disk) == "vmbus"), *config.cdroms]
+        return [one for one in config.media if config.bus_of(one) == "vmbus"]
 
     # Adding and removing.
 
@@ -90,7 +90,7 @@ class Disks:
         option = "--disk" if isinstance(spec, DiskSpec) else "--cdrom"
         disk = None
         try:
-            if isinstance(spec, DiskSpec) and spec.bus not in ("", "vmbus"):
+            if spec.bus not in ("", "vmbus"):
                 raise ConfigError(f"{option} {spec.file}: bus={spec.bus} takes no disk while the VM runs")
             controller = self.controller(spec.controller)
             lun = spec.lun if spec.lun >= 0 else self._free_lun(controller)

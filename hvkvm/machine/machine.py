@@ -63,6 +63,12 @@ class Machine:
             saved = None if file is None else stack.enter_context(Saved(file))
             if saved is not None:
                 self.config = saving.restored_config(saved, config)
+            self.boot_note = ""
+            """Why it starts in firmware that nobody named, for its user; mostly nothing."""
+            if self.config.kernel is None and self.config.starts_firmware:
+                from hvkvm.machine.boot_choice import choose
+
+                self.config, self.boot_note = choose(self.config)
             self.root_note = ""
             """What was found out about the guest's root file system, for its user; mostly nothing."""
             if self.config.disks:

@@ -9,7 +9,6 @@ from hvkvm.abi.pci import NVME_DEVICE_ID, PCI_VENDOR_ID_MICROSOFT
 from hvkvm.block.image import Image
 from hvkvm.errors import ConfigError
 from hvkvm.machine.attached import Attached, Spec
-from hvkvm.machine.disk_spec import DiskSpec
 from hvkvm.machine.disks import Disks
 
 if TYPE_CHECKING:
@@ -28,14 +27,14 @@ class PciDisks(Disks):
     def asked(self) -> list[Spec]:
         """See `Disks.asked`."""
         config = self._platform.config
-        return [disk for disk in config.disks if config.bus_of(disk) != "vmbus"]
+        return [one for one in config.media if config.bus_of(one) != "vmbus"]
 
     def attach(self, spec: Spec, image: Image | None, plan: Plan | None = None) -> Attached:
         """Plug the disk in. ConfigError, and then the image is closed."""
         name, disk = f"nvme{len(self.attached)}", None
         try:
-            if not isinstance(spec, DiskSpec) or image is None:
-                raise ConfigError("--cdrom: PCI has no drives; use the VMBus")
+            if image is None:
+                raise ConfigError("--cdrom none: PCI has no drives, only media as disks; leave out bus=")
             if plan is not None:
                 raise ConfigError(f"--disk {spec.file}: bus=nvme fails never on purpose; use bus=vmbus")
             disk = self.disk_of(name, image)

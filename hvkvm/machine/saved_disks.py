@@ -62,7 +62,10 @@ def specs_of(saved: Sequence[SavedDisk]) -> tuple[tuple[DiskSpec, ...], tuple[Cd
                 )
             )
         elif one.kind == "cdrom":
-            cdroms.append(CdromSpec(one.file, one.serial, one.controller, one.lun))
+            on_vmbus = one.bus == "vmbus"
+            cdroms.append(
+                CdromSpec(one.file, one.serial, one.controller if on_vmbus else 0, one.lun, one.bus)
+            )
         else:
             raise StateError(f"it has a {one.kind[:20]!r} for a disk, which this hvkvm does not know")
     return tuple(disks), tuple(cdroms)
