@@ -53,6 +53,10 @@ def _firmware(tree: Path) -> Path:
     return _one(tree, "usr/share/ovmf/OVMF.fd")
 
 
+def _boot_loader(tree: Path) -> Path:
+    return _one(tree, "usr/lib/systemd/boot/efi/systemd-bootx64.efi")
+
+
 def _libc(tree: Path) -> Path:
     return _one(tree, "lib/*/libc.so.6", "usr/lib/*/libc.so.6").parent
 
@@ -79,6 +83,9 @@ ARTIFACTS = {
     ),
     "firmware": Artifact(
         "ovmf", None, _firmware, "UEFI firmware, code and variables in one", each_suite=True
+    ),
+    "boot-loader": Artifact(
+        "systemd-boot-efi", None, _boot_loader, "systemd-boot, which UEFI firmware starts from a disk"
     ),
     "libc": Artifact("libc6", None, _libc, "the folder of libc.so.6 and the loader those need"),
 }
@@ -170,6 +177,7 @@ VARIABLES = {
     "HVKVM_GUEST_HYPERV_DAEMONS": "hyperv-daemons",
     "HVKVM_GUEST_LIBC": "libc",
     "HVKVM_GUEST_FIRMWARE": "firmware",
+    "HVKVM_GUEST_BOOT_LOADER": "boot-loader",
 }
 # Tests boot a second kernel, of another major version.
 NEWER_VARIABLES = {

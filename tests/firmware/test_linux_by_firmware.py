@@ -1,0 +1,101 @@
+"""Linux started by UEFI firmware: from fw_cfg, and from a disk on NVMe as an installer leaves it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from disk_images import ESP, LINUX, MIB, gpt
+from firmware_guest import fat_disk, firmware_guest, lab_tick
+from guest_artifacts import artifact
+from linux_guest import SECONDS, LinuxGuest
+
+from hvkvm.boot import firmware as images
+from hvkvm.boot import initramfs
+from hvkvm.machine.config import MachineConfig
+from hvkvm.machine.disk_spec import DiskSpec
+from hvkvm.machine.machine import Machine
+from hvkvm.machine.nic_spec import NicSpec
+from hvkvm.machine.outcome import Ending
+
+pytestmark = [pytest.mark.hyperv, pytest.mark.firmware]
+
+
+def test_firmware_starts_the_kernel_that_it_is_given() -> None:
+    """Kernel, initrd and command line by fw_cfg's keys; the kernel is entered by its EFI stub."""
+    script = "ls -d /sys/firmware/efi; dmesg | grep -c ' EFI v'; cat /proc/cmdline"
+    with firmware_guest(
+        kernel=artifact("HVKVM_GUEST_KERNEL"),
+        busybox=artifact("HVKVM_GUEST_BUSYBOX"),
+        append="quiet one=two",
+        command=("sh", "-c", script),
+    ) as guest:
+        outcome = guest.finish()
+        assert outcome.status == 0, guest.report()
+        assert "/sys/firmware/efi\n" in guest.text
+        assert "one=two" in guest.text
+
+
+SCRIPT = """
+until [ -b /dev/nvme0n1p2 ] && [ -d /sys/class/net/eth0 ]; do sleep 0.1; done
+if ! dd if=/dev/nvme0n1p2 bs=8 count=1 2>/dev/null | grep -q again; then
+    echo boot one: $(ls /sys/firmware) $(ls /sys/bus/vmbus/drivers) $(cat /sys/class/net/*/address)
+    echo again | dd of=/dev/nvme0n1p2 conv=fsync 2>/dev/null
+    reboot -f
+fi
+mount -t efivarfs none /sys/firmware/efi/efivars
+echo "boot two by $(tail -c +5 /sys/firmware/efi/efivars/LoaderInfo-* | tr -d '\\0')"
+poweroff -f
+"""
+MODULES = ("nvme", "hv_vmbus", "hv_utils", "hv_storvsc", "hv_netvsc", "efivarfs")
+LOADER = b"timeout 0\ndefault debian\n"
+ENTRY = b"title Debian\nlinux /vmlinuz\ninitrd /initrd\noptions console=ttyS0 quiet\n"
+
+
+def installed_disk(folder: Path) -> Path:
+    """A GPT: an EFI system partition with boot loader, kernel and initramfs, and a second partition."""
+    modules_dir = artifact("HVKVM_GUEST_MODULES")
+    initrd = initramfs.build(
+        ("sh", "-c", SCRIPT),
+        busybox=artifact("HVKVM_GUEST_BUSYBOX"),
+        modules=MODULES,
+        kernel_modules_dir=modules_dir,
+    )
+    files = {
+        "EFI/BOOT/BOOTX64.EFI": artifact("HVKVM_GUEST_BOOT_LOADER").read_bytes(),
+        "loader/loader.conf": LOADER,
+        "loader/entries/debian.conf": ENTRY,
+        "vmlinuz": artifact("HVKVM_GUEST_KERNEL").read_bytes(),
+        "initrd": initrd,
+    }
+    esp = fat_disk(folder / "esp", files, 64).read_bytes()
+    disk = bytearray(len(esp) + 4 * MIB)
+    disk[MIB : MIB + len(esp)] = esp
+    gpt(disk, [(ESP, MIB, len(esp)), (LINUX, MIB + len(esp), MIB)])
+    image = folder / "disk.raw"
+    image.write_bytes(disk)
+    return image
+
+
+def test_an_installed_disk_boots_reboots_and_powers_off(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nobody names a firmware or a kernel: there is a disk with an EFI system partition."""
+    monkeypatch.setattr(images, "OVMF", (artifact("HVKVM_NEWER_FIRMWARE"),))
+    config = MachineConfig(
+        disks=(DiskSpec(str(installed_disk(tmp_path))),),
+        nets=(NicSpec(listen=tmp_path / "wire", mac="02:00:00:00:00:13"),),
+        vmbus="on",
+        timeout=3 * SECONDS,
+        apic_bus_ns=lab_tick(),
+    )
+    with Machine(config) as machine:
+        assert "which has an EFI system partition (GPT)" in machine.boot_note
+        guest = LinuxGuest(machine)
+        outcome = guest.finish()
+        (one,) = [line for line in guest.text.splitlines() if line.startswith("boot one: ")]
+        for word in ("efi", "hv_storvsc", "hv_netvsc", "hv_utils", "02:00:00:00:00:13"):
+            assert word in one.split(), guest.report()
+        assert "boot two by systemd-boot" in guest.text, guest.report()
+        assert outcome.ending is Ending.POWERED_OFF
+        assert machine.resets == 1
