@@ -11,6 +11,7 @@ from hvkvm.machine.disk_spec import CdromSpec, DiskSpec
 
 if TYPE_CHECKING:
     from hvkvm.devices.pci.nvme.controller import Controller
+    from hvkvm.devices.pci.virtio.transport import Transport
 
 Spec = DiskSpec | CdromSpec
 
@@ -23,9 +24,9 @@ class Attached(NamedTuple):
     spec: Spec
     controller: int
     lun: int
-    unit: ScsiDisk | DvdDrive | Controller
+    unit: ScsiDisk | DvdDrive | Controller | Transport
     bus: str = "vmbus"
-    """"vmbus", or "nvme": then `controller` is its PCI slot, and `plugged` holds its data."""
+    """"vmbus", or "nvme" or "virtio": then `controller` is its PCI slot, and `plugged` holds its data."""
     plugged: Disk | None = None
 
     @property

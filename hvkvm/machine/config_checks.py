@@ -118,12 +118,6 @@ def together(config: Any) -> None:
         if wanted and config.vmbus == "off":
             what = f"{flag} {wanted[0].file}"
             raise ConfigError(f"{what}: needs the VMBus host that carries it; add --vmbus on")
-    for disk in config.disks:
-        if disk.faults is not None and config.bus_of(disk) != "vmbus":
-            raise ConfigError(
-                f"--disk {disk.file}: only a disk on the VMBus can fail on purpose; add bus=vmbus, or leave"
-                " out faults="
-            )
     if config.restore is None and config.firmware_vars is not None and not config.starts_firmware:
         raise ConfigError(f"--firmware-vars {config.firmware_vars}: nobody to have them; add --firmware auto")
     if config.modules and config.modules_dir is None:

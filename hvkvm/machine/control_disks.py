@@ -71,8 +71,10 @@ class DiskRequests:
 
     def _add(self, shelf: DiskShelf, request: Request, answer: Answer) -> None:
         spec = _spec(request)
-        if getattr(spec, "bus", "") == "nvme":
-            raise ConfigError(f"{spec.file}: a disk on PCI cannot come while the VM runs; leave out bus=nvme")
+        if spec.bus not in ("", "vmbus"):
+            raise ConfigError(
+                f"{spec.file}: a disk on PCI cannot come while the VM runs; leave out bus={spec.bus}"
+            )
         disks = shelf.make()
 
         def opened(image: Image | None, plan: Any) -> None:

@@ -14,7 +14,7 @@ MAX_CONTROLLERS = 64
 MAX_LUNS = 64
 """Of one controller: Linux looks for up to 255, which nobody needs."""
 MAX_SERIAL = 20
-BUSES = ("vmbus", "nvme")
+BUSES = ("vmbus", "nvme", "virtio")
 
 
 class ImageName(Kind):

@@ -121,11 +121,13 @@ def _root_ramdisk(config: MachineConfig) -> bytes | None:
         )
     from hvkvm.boot import initramfs
 
-    on_nvme = any(config.bus_of(disk) == "nvme" for disk in config.disks)
+    drivers = {"nvme": ("nvme",), "virtio": ("virtio_pci", "virtio_blk")}
+    buses = dict.fromkeys(config.bus_of(disk) for disk in config.disks)
+    needed = [name for bus in buses for name in drivers.get(bus, ())]
     return initramfs.build_root(
         root,
         busybox=config.busybox or find_busybox(),
-        modules=(*(["nvme"] if on_nvme else []), *config.modules),
+        modules=(*needed, *config.modules),
         kernel_modules_dir=config.modules_dir,
     )
 

@@ -16,20 +16,22 @@ from hvkvm.devices.mmio_bus import MmioBus
 from hvkvm.devices.pci.board_functions import PowerManagement, host_bridge, isa_bridge
 from hvkvm.devices.pci.bus import BusState, PciBus
 from hvkvm.devices.pci.config_ports import Mechanism1
-from hvkvm.devices.pci.nvme.controller import ControllerState
+from hvkvm.devices.pci.nvme.saved import ControllerState
 from hvkvm.devices.pci.power import PmBlocks
+from hvkvm.devices.pci.virtio.transport import VirtioState
 from hvkvm.errors import StateError
-from hvkvm.kvm.doorbell import IoEventFd
-from hvkvm.kvm.irqfd import Irqfd
+from hvkvm.machine.pci_kvm import Bell, MsiRoutes
 
 if TYPE_CHECKING:
-    from hvkvm.block.disk import Disk
+    from hvkvm.block.image import Image
+    from hvkvm.devices.faulty_requests import Disk
     from hvkvm.devices.pci.nvme.controller import Controller
-    from hvkvm.kvm.gsi import GsiTable
-    from hvkvm.kvm.vm import Vm
+    from hvkvm.devices.pci.virtio.transport import Transport
     from hvkvm.machine.board import Board
     from hvkvm.machine.platform import Platform
-    from hvkvm.runtime.io_loop import IoLoop
+
+MAX_VIRTIO_QUEUES = 4
+"""Of one device: a queue for each vCPU, and so an interrupt there, up to this many."""
 
 
 class PciState(NamedTuple):
@@ -39,55 +41,7 @@ class PciState(NamedTuple):
     bus: BusState
     pm_timer: int
     nvme: dict[int, ControllerState]
-
-
-class Bell:
-    """An ioeventfd for 4-byte writes, watched by the I/O loop."""
-
-    def __init__(self, vm: Vm, io: IoLoop, gpa: int, rang: Callable[[], object]) -> None:
-        self._ioeventfd = IoEventFd(vm, gpa, 4)
-        try:
-            self._handle = io.add_reader(self._ioeventfd.eventfd.fd, rang, edge=True)
-        except BaseException:
-            self._ioeventfd.close()
-            raise
-
-    def close(self) -> None:
-        """Untie it. On the loop, or when it has ended."""
-        self._handle.remove()
-        self._ioeventfd.close()
-
-
-class MsiLine:
-    """A route in KVM's table and an eventfd tied to it."""
-
-    def __init__(self, vm: Vm, gsi: GsiTable, address: int, data: int) -> None:
-        self._table = gsi
-        self._gsi = gsi.add_msi(address, data)
-        try:
-            self._irqfd = Irqfd(vm, self._gsi)
-        except BaseException:
-            gsi.release(self._gsi)
-            raise
-        self.signal = self._irqfd.signal
-
-    def close(self) -> None:
-        """Untie the eventfd and give the route back."""
-        self._irqfd.deassign()
-        self._table.release(self._gsi)
-        self._irqfd.close()
-
-
-class MsiRoutes:
-    """Opens lines on one VM."""
-
-    def __init__(self, vm: Vm, gsi: GsiTable) -> None:
-        self._vm = vm
-        self._gsi = gsi
-
-    def open(self, address: int, data: int) -> MsiLine:
-        """See `msix.MsiRouter.open`."""
-        return MsiLine(self._vm, self._gsi, address, data)
+    virtio: dict[int, VirtioState] = {}
 
 
 class Pci:
@@ -118,32 +72,59 @@ class Pci:
         self._stack = stack
         self.controllers: dict[int, Controller] = {}
         """NVMe controllers by slot."""
+        self.virtio: dict[int, Transport] = {}
+        """virtio devices by slot."""
 
-    def add_nvme(self, disk: Disk, *, name: str, serial: str = "") -> tuple[int, Controller]:
+    def add_nvme(self, disk: Disk, image: Image, *, name: str, serial: str) -> tuple[int, Controller]:
         """Plug in an NVMe controller with `disk` before the machine starts: its slot, and it. ConfigError."""
         from hvkvm.devices.pci.nvme.controller import Controller
 
         platform = self._platform
-
-        def make_bell(gpa: int, rang: Callable[[], object]) -> Bell:
-            return Bell(platform.vm, platform.io, gpa, rang)
-
         controller = Controller(
             platform.memory,
             disk,
             platform.io,
             self.routes,
-            make_bell=make_bell,
+            make_bell=self._bell,
             name=name,
-            serial=serial or name,
-            sector_size=disk.image.sector_size,
-            read_only=disk.image.read_only,
+            serial=serial,
+            sector_size=image.sector_size,
+            read_only=image.read_only,
         )
-        slot = self.bus.plug(controller)
-        controller.on_intx = lambda level: self.bus.set_intx(slot, level)
+        slot = self._plug(controller)
         self.controllers[slot] = controller
-        self._stack.callback(controller.close)
         return slot, controller
+
+    def add_virtio_blk(self, disk: Disk, image: Image, *, name: str, serial: str) -> tuple[int, Transport]:
+        """Plug in a virtio block device, likewise. ConfigError."""
+        from hvkvm.devices.pci.virtio.blk import VirtioBlk
+        from hvkvm.devices.pci.virtio.transport import Transport
+
+        platform = self._platform
+        device = VirtioBlk(
+            disk,
+            serial=serial,
+            queues=min(platform.config.cpus, MAX_VIRTIO_QUEUES),
+            sector_size=image.sector_size,
+            read_only=image.read_only,
+        )
+        made = Transport(platform.memory, device, platform.io, self.routes, make_bell=self._bell, name=name)
+        slot = self._plug(made)
+        self.virtio[slot] = made
+        return slot, made
+
+    def _bell(self, gpa: int, size: int, rang: Callable[[], object]) -> Bell:
+        return Bell(self._platform.vm, self._platform.io, gpa, size, rang)
+
+    def _plug(self, device: Controller | Transport) -> int:
+        slot = self.bus.plug(device)
+        device.on_intx = lambda level: self.bus.set_intx(slot, level)
+        self._stack.callback(device.close)
+        return slot
+
+    @property
+    def _devices(self) -> list[Controller | Transport]:
+        return [*self.controllers.values(), *self.virtio.values()]
 
     @property
     def pm_base(self) -> int:
@@ -152,12 +133,12 @@ class Pci:
 
     def start(self) -> None:
         """See `Part.start`."""
-        for controller in self.controllers.values():
-            controller.start()
+        for device in self._devices:
+            device.start()
 
     def stop(self, done: Callable[[], object]) -> None:
         """See `Part.stop`: every device has answered what it took."""
-        left = len(self.controllers)
+        left = len(self._devices)
         if not left:
             done()
             return
@@ -168,30 +149,33 @@ class Pci:
             if not left:
                 done()
 
-        for controller in self.controllers.values():
-            controller.stop(one_stopped)
+        for device in self._devices:
+            device.stop(one_stopped)
 
     def reset(self) -> None:
         """See `Part.reset`."""
         self._ports.address = 0
-        for controller in self.controllers.values():
-            controller.reset()
+        for device in self._devices:
+            device.reset()
         self.bus.reset()
         self.blocks.move(self._pm.base)
 
     def save(self) -> PciState:
         """See `Part.save`."""
         controllers = {slot: one.save() for slot, one in self.controllers.items()}
-        return PciState(self._ports.address, self.bus.save(), self.blocks.timer.count, controllers)
+        virtio = {slot: one.save() for slot, one in self.virtio.items()}
+        return PciState(self._ports.address, self.bus.save(), self.blocks.timer.count, controllers, virtio)
 
     def load(self, state: PciState) -> None:
         """See `Part.load`."""
         try:
-            if set(state.nvme) != set(self.controllers):
-                raise ValueError("other NVMe disks were there when it was saved")
+            if set(state.nvme) != set(self.controllers) or set(state.virtio) != set(self.virtio):
+                raise ValueError("other disks were there when it was saved")
             self.bus.load(state.bus)
             for slot, controller in self.controllers.items():
                 controller.load(state.nvme[slot])
+            for slot, device in self.virtio.items():
+                device.load(state.virtio[slot])
         except ValueError as error:
             raise StateError(f"{self.name}: {error}") from None
         self._ports.address = state.address
@@ -200,5 +184,6 @@ class Pci:
 
     def inspect(self) -> dict[str, object]:
         """What sits where, and each device."""
-        devices = {f"{slot:02x}": one.inspect() for slot, one in self.controllers.items()}
-        return {"functions": self.bus.inspect(), "nvme": devices}
+        nvme = {f"{slot:02x}": one.inspect() for slot, one in self.controllers.items()}
+        virtio = {f"{slot:02x}": one.inspect() for slot, one in self.virtio.items()}
+        return {"functions": self.bus.inspect(), "nvme": nvme, "virtio": virtio}

@@ -12,6 +12,8 @@ from hvkvm.machine.attached import Attached, Spec
 from hvkvm.machine.disks import Disks
 
 if TYPE_CHECKING:
+    from hvkvm.block.disk import Disk
+    from hvkvm.devices.faulty_requests import FaultyRequests
     from hvkvm.devices.scsi.fault_rules import Plan
     from hvkvm.machine.pci import Pci
     from hvkvm.machine.platform import Platform
@@ -31,21 +33,38 @@ class PciDisks(Disks):
 
     def attach(self, spec: Spec, image: Image | None, plan: Plan | None = None) -> Attached:
         """Plug the disk in. ConfigError, and then the image is closed."""
-        name, disk = f"nvme{len(self.attached)}", None
+        bus = self._platform.config.bus_of(spec)
+        number = sum(one.bus == bus for one in self.attached.values())
+        name, disk = f"{bus}{number}", None
         try:
             if image is None:
                 raise ConfigError("--cdrom none: PCI has no drives, only media as disks; leave out bus=")
-            if plan is not None:
-                raise ConfigError(f"--disk {spec.file}: bus=nvme fails never on purpose; use bus=vmbus")
             disk = self.disk_of(name, image)
-            slot, unit = self._pci.add_nvme(disk, name=name, serial=spec.serial or f"hvkvm-{name}")
+            add = self._pci.add_nvme if bus == "nvme" else self._pci.add_virtio_blk
+            behind = disk if plan is None else self._faulty(spec, disk, plan)
+            slot, unit = add(behind, image, name=name, serial=spec.serial or f"hvkvm-{name}")
         except BaseException:
             self._drop(disk, image)
             raise
-        self.attached[name] = Attached(name, spec, slot, 0, unit, "nvme", disk)
+        self.attached[name] = Attached(name, spec, slot, 0, unit, bus, disk)
         return self.attached[name]
+
+    def _faulty(self, spec: Spec, disk: Disk, plan: Plan) -> FaultyRequests:
+        from hvkvm.devices.faulty_requests import FaultyRequests
+        from hvkvm.devices.scsi.fault_rules import Action
+
+        if any(rule.action is Action.RESCIND for rule in plan.rules):
+            raise ConfigError(
+                f'--disk {spec.file}: do = "rescind" takes a controller of the VMBus away, none of PCI\'s;'
+                " use bus=vmbus, or another fault"
+            )
+        return FaultyRequests(disk, plan, disk.image.sector_size, self._platform.io.call_later)
 
     def boot_order(self) -> list[str]:
         """The disks as firmware names them, in the order in which they were asked for."""
         identity = f"pci{PCI_VENDOR_ID_MICROSOFT:x},{NVME_DEVICE_ID:x}"
-        return [f"/pci@i0cf8/{identity}@{one.controller:x}/namespace@1,0" for one in self.attached.values()]
+        names = {"nvme": (identity, "namespace@1,0"), "virtio": ("scsi", "disk@0,0")}
+        return [
+            f"/pci@i0cf8/{names[one.bus][0]}@{one.controller:x}/{names[one.bus][1]}"
+            for one in self.attached.values()
+        ]

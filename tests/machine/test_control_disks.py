@@ -48,7 +48,7 @@ class World:
         self.devices[name] = SimpleNamespace(device=device)
         return device
 
-    def add_nvme(self, _disk: Disk, *, name: str, serial: str) -> tuple[int, Any]:
+    def add_nvme(self, _disk: Disk, _image: object, *, name: str, serial: str) -> tuple[int, Any]:
         """As PCI plugs one in."""
         return 3, SimpleNamespace(inspect=lambda: {"name": name, "serial": serial})
 

@@ -146,15 +146,6 @@ def test_file_for_a_guest_with_its_own_root_is_refused(config: Maker, tmp_path: 
         initial_ramdisk(machine)
 
 
-def test_only_a_disk_on_the_vmbus_can_fail_on_purpose(config: Maker, tmp_path: Path) -> None:
-    (tmp_path / "faults.toml").write_text('[[fault]]\ndo = "busy"\n')
-    machine = config(xfs(), append="root=/dev/sda")
-    faulty = machine.disks[0]._replace(faults=tmp_path / "faults.toml")
-    assert machine._replace(disks=(faulty,)).validate()
-    with pytest.raises(ConfigError, match="only a disk on the VMBus can fail on purpose; add bus=vmbus"):
-        machine._replace(disks=(faulty._replace(bus="nvme"),)).validate()
-
-
 def test_hostile_words_of_the_command_line_are_no_shell(config: Maker) -> None:
     machine = config(xfs(), append='root="UUID=x;reboot" rootflags="$(reboot)"')
     made = initial_ramdisk(machine)

@@ -100,6 +100,9 @@ class FakeDisk:
             for done in drains:
                 self._loop.call_soon(done)
 
+    def poll(self) -> None:
+        """Nothing is answered before the loop's next call."""
+
     def inspect(self) -> dict[str, object]:
         return {}
 
@@ -125,7 +128,8 @@ class NvmeGuest:
         self.next_id = 0
         self.answers: dict[int, tuple[int, int]] = {}
 
-    def _make_bell(self, gpa: int, rang: Callable[[], object]) -> Any:
+    def _make_bell(self, gpa: int, size: int, rang: Callable[[], object]) -> Any:
+        assert size == 4
         self.bells[gpa] = rang
         return SimpleNamespace(close=lambda: self.bells.pop(gpa))
 

@@ -205,9 +205,9 @@ def test_a_reset_of_the_machine_takes_the_controller_back(boot: Callable[..., Gu
     driver = Driver(boot())
     driver.enable()
     driver.make_queues()
+    boots = driver.guest.agent.boots
     driver.guest.machine.request_reset("test")
-    driver.guest.until(lambda: driver.guest.machine.resets == 1, "the machine is reset")
-    driver.guest.agent.await_online()
+    driver.guest.agent.await_online(boots + 1)
     assert driver.config(pci.PCI_COMMAND, size=2) == 0
     assert driver.config(pci.PCI_BASE_ADDRESS_0) == 0
     driver.guest.machine.memory.zero(ADMIN_CQ, 0x1000)

@@ -12,28 +12,23 @@ A controller reset waits until no worker uses guest memory any more, and says so
 
 from __future__ import annotations
 
-import struct
 import threading
 from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
 from hvkvm.abi import nvme, pci
 from hvkvm.block.request import Op, Request, Result
 from hvkvm.devices.pci import msix
 from hvkvm.devices.pci.function import Bar, Function, Identity
-from hvkvm.devices.pci.nvme.admin import MAX_ENTRIES, MAX_IO_QUEUES, Admin, command_of
+from hvkvm.devices.pci.nvme.admin import MAX_IO_QUEUES, Admin, command_of
+from hvkvm.devices.pci.nvme.bells import BellMaker, Bells
 from hvkvm.devices.pci.nvme.io_commands import BlockDisk, Command, Namespace
-from hvkvm.devices.pci.nvme.prp import PAGE, Memory
-from hvkvm.devices.pci.nvme.queues import (
-    MAX_IN_FLIGHT,
-    Completion,
-    CompletionState,
-    Shadow,
-    Submission,
-    SubmissionState,
-)
+from hvkvm.devices.pci.nvme.prp import Memory
+from hvkvm.devices.pci.nvme.queues import MAX_IN_FLIGHT, Completion, Shadow, Submission
+from hvkvm.devices.pci.nvme.registers import Registers
+from hvkvm.devices.pci.nvme.saved import ControllerState, queues_of
 from hvkvm.errors import Stopped
 from hvkvm.memory.atomics import fence
 from hvkvm.runtime.protocols import Deferrer
@@ -45,10 +40,6 @@ MAX_COMMANDS = 1024
 VECTORS = MAX_IO_QUEUES + 1
 _BAR = Bar(0, 0x4000)
 _MSIX_TABLE = 0x2000
-_CAP = (MAX_ENTRIES - 1) | nvme.CAP_CQR | 20 << nvme.CAP_TO_SHIFT | nvme.CAP_CSS_NVM
-_CC_WRITABLE = 0x00FFFFF1
-_CC_BAD = nvme.NVME_CC_CSS_MASK | nvme.NVME_CC_MPS_MASK
-_REGISTERS = struct.Struct("<QIIII4xI4xIQQ8x")
 
 
 class Disk(BlockDisk, Protocol):
@@ -58,32 +49,6 @@ class Disk(BlockDisk, Protocol):
     def inspect(self) -> dict[str, object]: ...
     @property
     def counters(self) -> Any: ...
-
-
-class Closable(Protocol):
-    def close(self) -> object: ...
-
-
-BellMaker = Callable[[int, Callable[[], object]], Closable]
-"""bell(gpa, rang): has `rang()` called on the loop when the guest writes 4 bytes there. OSError."""
-
-
-class ControllerState(NamedTuple):
-    """Registers, queues and features. Nothing is in flight."""
-
-    cc: int
-    csts: int
-    aqa: int
-    asq: int
-    acq: int
-    interrupt_mask: int
-    submissions: tuple[SubmissionState, ...]
-    completions: tuple[CompletionState, ...]
-    features: dict[int, int]
-    events: tuple[int, ...]
-    shadow: tuple[int, ...]
-    """Two addresses, or nothing."""
-    msix: msix.MsixState
 
 
 class Controller:
@@ -129,12 +94,8 @@ class Controller:
         self.namespace = Namespace(disk, sector_size, memory)
         self.disk = disk
         self._io = io
-        self._make_bell = make_bell
-        # Written by vCPU threads, under the lock.
+        self._registers = Registers()
         self._lock = threading.Lock()
-        self._cc = self._aqa = self._asq = self._acq = self._mask = 0
-        self._reset_asked = False
-        self._doorbells: dict[int, int] = {}
         self._turn_asked = False
         self._base: int | None = None
         # The loop's own.
@@ -143,8 +104,7 @@ class Controller:
         self._draining = False
         self._shutting = False
         self._shadow: Shadow | None = None
-        self._bells: dict[int, Closable] = {}
-        self._bells_base: int | None = None
+        self._bells = Bells(make_bell, self._turn)
         self._dirty: set[Completion] = set()
         self._signal_asked = False
         self._first = 0
@@ -162,18 +122,7 @@ class Controller:
     def read(self, offset: int, size: int) -> int:
         """Registers; doorbells read as 0."""
         if offset < nvme.REGISTERS_SIZE:
-            raw = _REGISTERS.pack(
-                _CAP,
-                nvme.NVME_VS_1_4,
-                self._mask,
-                self._mask,
-                self._cc,
-                self._csts,
-                self._aqa,
-                self._asq,
-                self._acq,
-            )
-            return int.from_bytes(raw[offset : offset + size], "little")
+            return self._registers.read(offset, size, self._csts)
         if offset >= _MSIX_TABLE and offset - _MSIX_TABLE < msix.BAR_SIZE:
             return self.msix.read(offset - _MSIX_TABLE, size)
         return 0
@@ -181,45 +130,13 @@ class Controller:
     def write(self, offset: int, size: int, value: int) -> None:
         """Note it, and ask for a turn."""
         if offset < nvme.REGISTERS_SIZE:
-            if size == 8:
-                self._write_register(offset, value & 0xFFFFFFFF)
-                self._write_register(offset + 4, value >> 32)
-            elif size == 4:
-                self._write_register(offset, value)
+            if self._registers.write(offset, size, value):
+                self._ask()
         elif nvme.NVME_REG_DBS <= offset < _MSIX_TABLE:
-            index = offset - nvme.NVME_REG_DBS >> 2
-            if size == 4 and not offset & 3 and index < 2 * (MAX_IO_QUEUES + 1):
-                with self._lock:
-                    self._doorbells[index] = value & 0xFFFF
+            if self._registers.ring(offset, size, value):
                 self._ask()
         elif offset >= _MSIX_TABLE and offset - _MSIX_TABLE < msix.BAR_SIZE:
             self.msix.write(offset - _MSIX_TABLE, size, value)
-
-    def _write_register(self, offset: int, value: int) -> None:
-        low, high = 0xFFFFFFFF, 0xFFFFFFFF << 32
-        with self._lock:
-            if offset == nvme.NVME_REG_CC:
-                if self._cc & ~value & nvme.NVME_CC_ENABLE:
-                    self._reset_asked = True
-                self._cc = value & _CC_WRITABLE
-            elif offset == nvme.NVME_REG_INTMS:
-                self._mask |= value
-            elif offset == nvme.NVME_REG_INTMC:
-                self._mask &= ~value
-            elif offset == nvme.NVME_REG_AQA:
-                self._aqa = value & 0x0FFF0FFF
-            elif offset == nvme.NVME_REG_ASQ:
-                self._asq = self._asq & high | value & -PAGE
-            elif offset == nvme.NVME_REG_ASQ + 4:
-                self._asq = self._asq & low | value << 32
-            elif offset == nvme.NVME_REG_ACQ:
-                self._acq = self._acq & high | value & -PAGE
-            elif offset == nvme.NVME_REG_ACQ + 4:
-                self._acq = self._acq & low | value << 32
-            else:
-                return
-        if offset in (nvme.NVME_REG_CC, nvme.NVME_REG_INTMS, nvme.NVME_REG_INTMC):
-            self._ask()
 
     def moved(self, _bar: Bar, gpa: int | None) -> None:
         """See `PciDevice.moved`: the loop moves the bells."""
@@ -255,19 +172,18 @@ class Controller:
 
     def _take_writes(self) -> None:
         """Act on what vCPUs have written since."""
-        with self._lock:
-            doorbells, self._doorbells = self._doorbells, {}
-            reset, self._reset_asked = self._reset_asked, False
+        doorbells, reset = self._registers.take()
         if reset and not self._draining:
             self._begin_reset()
-        if not self._draining and not self._csts and self._cc & nvme.NVME_CC_ENABLE:
+        if not self._draining and not self._csts and self._registers.cc & nvme.NVME_CC_ENABLE:
             self._enable()
-        if self._cc & nvme.NVME_CC_SHN_MASK and not self._shutting:
+        if self._registers.cc & nvme.NVME_CC_SHN_MASK and not self._shutting:
             self._shut_down()
         for index, value in doorbells.items():
             self._rung(index, value)
-        if self._bells_base != self._base:
-            self._move_bells()
+        if self._bells.base != self._base:
+            with_shadow = [queue.id for queue in self.submissions.values() if queue.shadow is not None]
+            self._bells.move(self._base, with_shadow)
 
     def _rung(self, index: int, value: int) -> None:
         queue: Submission | Completion | None
@@ -387,7 +303,7 @@ class Controller:
         if self.on_intx is None or self.msix.enabled:
             return
         wanted = any(
-            queue.interrupts and queue.unseen and not self._mask >> min(queue.vector, 31) & 1
+            queue.interrupts and queue.unseen and not self._registers.mask >> min(queue.vector, 31) & 1
             for queue in self.completions.values()
         )
         self.on_intx(wanted)
@@ -405,7 +321,8 @@ class Controller:
         queue.shadow = self._shadow_of(2 * queue.id)
         self.submissions[queue.id] = queue
         self._start_shadow(queue.shadow)
-        self._add_bell(queue)
+        if queue.shadow is not None:
+            self._bells.add(queue.id)
 
     def delete_submission(self, queue: Submission, done: Callable[[], object]) -> None:
         """Take nothing more from it; `done()` when all that was taken is done with."""
@@ -419,7 +336,7 @@ class Controller:
         def finish() -> None:
             completion.users -= 1
             del self.submissions[queue.id]
-            self._drop_bell(queue.id)
+            self._bells.drop(queue.id)
             done()
 
         if queue.in_flight:
@@ -439,7 +356,7 @@ class Controller:
             submission.shadow = self._shadow_of(2 * submission.id)
             if submission.shadow is not None:
                 self.memory.write_u32(submission.shadow.value, submission.tail)
-                self._add_bell(submission)
+                self._bells.add(submission.id)
         for completion in self.completions.values():
             completion.shadow = self._shadow_of(2 * completion.id + 1)
             if completion.shadow is not None:
@@ -455,45 +372,22 @@ class Controller:
             self.memory.write_u32(shadow.value, 0)
             self.memory.write_u32(shadow.event, 0)
 
-    # Bells.
-
-    def _add_bell(self, queue: Submission) -> None:
-        if queue.shadow is None or self._make_bell is None or self._bells_base is None:
-            return
-        if queue.id not in self._bells:
-            gpa = self._bells_base + nvme.NVME_REG_DBS + 8 * queue.id
-            with suppress(OSError):  # without one, each ring is an exit
-                self._bells[queue.id] = self._make_bell(gpa, self._turn)
-
-    def _drop_bell(self, qid: int) -> None:
-        bell = self._bells.pop(qid, None)
-        if bell is not None:
-            bell.close()
-
-    def _move_bells(self) -> None:
-        for qid in list(self._bells):
-            self._drop_bell(qid)
-        self._bells_base = self._base
-        for queue in self.submissions.values():
-            self._add_bell(queue)
-
     # Enable, reset, shut down.
 
     def _enable(self) -> None:
-        sizes = (self._aqa & 0xFFF) + 1, (self._aqa >> 16) + 1
-        memory = self.memory
+        registers, memory = self._registers, self.memory
+        sizes = registers.admin_sizes
         good = (
-            not self._cc & _CC_BAD
-            and all(2 <= size <= 4096 for size in sizes)
-            and memory.contains(self._asq, sizes[0] * nvme.SQE_SIZE)
-            and memory.contains(self._acq, sizes[1] * nvme.CQE_SIZE)
+            registers.is_possible
+            and memory.contains(registers.asq, sizes[0] * nvme.SQE_SIZE)
+            and memory.contains(registers.acq, sizes[1] * nvme.CQE_SIZE)
         )
         if not good:
             self._csts = nvme.NVME_CSTS_CFS
             return
-        completion = Completion(0, self._acq, sizes[1], 0, interrupts=True)
+        completion = Completion(0, registers.acq, sizes[1], 0, interrupts=True)
         self.completions[0] = completion
-        self.submissions[0] = Submission(0, self._asq, sizes[0], completion)
+        self.submissions[0] = Submission(0, registers.asq, sizes[0], completion)
         self._csts = nvme.NVME_CSTS_RDY
 
     def _forget(self) -> None:
@@ -504,8 +398,7 @@ class Controller:
         self._shadow = None
         self._shutting = False
         self.admin.reset()
-        for qid in list(self._bells):
-            self._drop_bell(qid)
+        self._bells.drop_all()
         self._update_intx()
 
     def _begin_reset(self) -> None:
@@ -557,15 +450,13 @@ class Controller:
         self._forget()
         self.msix.reset()
         self._draining = False
-        self._csts = self._cc = self._aqa = self._asq = self._acq = self._mask = 0
-        self._reset_asked = False
-        self._doorbells.clear()
-        self._base = self._bells_base = None
+        self._csts = 0
+        self._registers.reset()
+        self._base = self._bells.base = None
 
     def close(self) -> None:
         """Give back every bell and route. Nothing runs any more."""
-        for qid in list(self._bells):
-            self._drop_bell(qid)
+        self._bells.drop_all()
         self.msix.close()
 
     def counters(self) -> tuple[int, int, int, int]:
@@ -576,13 +467,14 @@ class Controller:
 
     def save(self) -> ControllerState:
         """All that the guest could tell apart. Only while stopped."""
+        registers = self._registers
         return ControllerState(
-            self._cc,
+            registers.cc,
             self._csts,
-            self._aqa,
-            self._asq,
-            self._acq,
-            self._mask,
+            registers.aqa,
+            registers.asq,
+            registers.acq,
+            registers.mask,
             tuple(queue.save() for queue in self.submissions.values()),
             tuple(queue.save() for queue in self.completions.values()),
             dict(self.admin.features),
@@ -593,13 +485,9 @@ class Controller:
 
     def load(self, state: ControllerState) -> None:
         """Take it, behind the function's registers. ValueError for what cannot be."""
-        from hvkvm.devices.pci.nvme.saved import queues_of
-
         completions, submissions, shadow = queues_of(state, self.memory, VECTORS)
-        self._cc = state.cc & _CC_WRITABLE
+        self._registers.load(state.cc, state.aqa, state.asq, state.acq, state.interrupt_mask)
         self._csts = state.csts & 0x3F
-        self._aqa, self._mask = state.aqa & 0x0FFF0FFF, state.interrupt_mask & 0xFFFFFFFF
-        self._asq, self._acq = state.asq & -PAGE & (1 << 64) - 1, state.acq & -PAGE & (1 << 64) - 1
         self._shutting = bool(self._csts & nvme.NVME_CSTS_SHST_CMPLT)
         self._shadow = shadow
         self.completions, self.submissions = completions, submissions

@@ -1,16 +1,39 @@
-"""The queues of a saved controller, built anew, with nothing of the file believed."""
+"""What a saved controller is, and its queues built anew, with nothing of the file believed."""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import NamedTuple
 
 from hvkvm.abi import nvme
+from hvkvm.devices.pci import msix
 from hvkvm.devices.pci.nvme.admin import MAX_ENTRIES, MAX_IO_QUEUES
 from hvkvm.devices.pci.nvme.prp import PAGE, Memory
-from hvkvm.devices.pci.nvme.queues import MAX_IN_FLIGHT, Completion, Shadow, Submission
+from hvkvm.devices.pci.nvme.queues import (
+    MAX_IN_FLIGHT,
+    Completion,
+    CompletionState,
+    Shadow,
+    Submission,
+    SubmissionState,
+)
 
-if TYPE_CHECKING:
-    from hvkvm.devices.pci.nvme.controller import ControllerState
+
+class ControllerState(NamedTuple):
+    """Registers, queues and features. Nothing is in flight."""
+
+    cc: int
+    csts: int
+    aqa: int
+    asq: int
+    acq: int
+    interrupt_mask: int
+    submissions: tuple[SubmissionState, ...]
+    completions: tuple[CompletionState, ...]
+    features: dict[int, int]
+    events: tuple[int, ...]
+    shadow: tuple[int, ...]
+    """Two addresses, or nothing."""
+    msix: msix.MsixState
 
 
 def queues_of(

@@ -1,0 +1,184 @@
+"""The virtio block device: from a chain of buffers to requests of the block layer, and back to a status byte.
+
+A request is a header that the device reads, data, and a status byte that it writes last; how a driver cuts
+that into buffers is its own affair. The header is copied once. Owner: the I/O loop.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import Protocol
+
+from hvkvm.abi import pci, virtio
+from hvkvm.block.buffers import Buffers, Cutter, size_of
+from hvkvm.block.request import Op, Request, Result, Status
+from hvkvm.devices.pci.virtio.ring import Chain
+
+QUEUE_SIZE = 256
+MAX_RANGES = 64
+"""Of one discard or write of zeros."""
+_MAX_RANGE_SECTORS = 1 << 22
+_HEADER = virtio.virtio_blk_outhdr.size
+_RANGE = virtio.virtio_blk_discard_write_zeroes
+_SECTOR = virtio.VIRTIO_BLK_SECTOR
+_OPS = {virtio.VIRTIO_BLK_T_DISCARD: Op.DISCARD, virtio.VIRTIO_BLK_T_WRITE_ZEROES: Op.WRITE_ZEROES}
+
+Done = Callable[[int], object]
+"""done(written): the bytes that are new in the chain's buffers."""
+
+
+class Disk(Protocol):
+    """What the device needs of `block.disk.Disk`."""
+
+    @property
+    def size(self) -> int: ...
+    def submit(self, request: Request) -> None: ...
+    def poll(self) -> None: ...
+    def drain(self, done: Callable[[], object]) -> None: ...
+    def inspect(self) -> dict[str, object]: ...
+
+
+class VirtioBlk:
+    """`disk` for a driver; a `transport.Device`. `serial` has up to 20 bytes."""
+
+    kind = virtio.VIRTIO_ID_BLOCK
+    class_code = pci.PCI_CLASS_STORAGE_SCSI
+
+    def __init__(
+        self,
+        disk: Disk,
+        *,
+        serial: str,
+        queues: int = 1,
+        sector_size: int = _SECTOR,
+        read_only: bool = False,
+    ) -> None:
+        self.disk = disk
+        self.queue_sizes: tuple[int, ...] = (QUEUE_SIZE,) * queues
+        bits = [virtio.VIRTIO_BLK_F_SEG_MAX, virtio.VIRTIO_BLK_F_BLK_SIZE, virtio.VIRTIO_BLK_F_FLUSH]
+        bits += [virtio.VIRTIO_BLK_F_DISCARD, virtio.VIRTIO_BLK_F_WRITE_ZEROES] if not read_only else []
+        bits += [virtio.VIRTIO_BLK_F_MQ] if queues > 1 else []
+        bits += [virtio.VIRTIO_BLK_F_RO] if read_only else []
+        self.features = sum(1 << bit for bit in bits)
+        self.config: bytes = virtio.virtio_blk_config.pack(
+            disk.size // _SECTOR,
+            QUEUE_SIZE - 2,  # header and status have a descriptor each
+            sector_size,
+            queues,
+            *(_MAX_RANGE_SECTORS, MAX_RANGES),
+            *(_MAX_RANGE_SECTORS, MAX_RANGES),
+            1,
+        )
+        self._serial = serial.encode()[: virtio.VIRTIO_BLK_ID_BYTES].ljust(virtio.VIRTIO_BLK_ID_BYTES, b"\0")
+
+    def perform(self, chain: Chain, done: Done) -> None:
+        """See `transport.Device`. A chain without room for a status is given back as it is."""
+        room = size_of(chain.writable)
+        if not room:
+            done(0)
+            return
+        cutter = Cutter(chain.writable)
+        answer = _Answer(cutter.take(room - 1), cutter.take(1)[0], done)
+        readable = Cutter(chain.readable)
+        header = b"".join(readable.take(_HEADER))
+        data = readable.take(size_of(chain.readable) - len(header))
+        if len(header) < _HEADER:
+            answer.give(virtio.VIRTIO_BLK_S_IOERR)
+            return
+        kind, sector = virtio.virtio_blk_outhdr.unpack(header)
+        self._begin(kind, sector * _SECTOR, data, answer)
+
+    def _begin(self, kind: int, offset: int, data: Buffers, answer: _Answer) -> None:
+        if kind == virtio.VIRTIO_BLK_T_IN:
+            self.disk.submit(Request(Op.READ, offset, answer.data, answer.read))
+        elif kind == virtio.VIRTIO_BLK_T_OUT:
+            self.disk.submit(Request(Op.WRITE, offset, data, answer.finish))
+        elif kind == virtio.VIRTIO_BLK_T_FLUSH:
+            self.disk.submit(Request(Op.FLUSH, 0, (), answer.finish))
+        elif kind == virtio.VIRTIO_BLK_T_GET_ID:
+            answer.give(virtio.VIRTIO_BLK_S_OK, self._serial)
+        elif kind in _OPS:
+            self._ranges(kind, data, answer)
+        else:
+            answer.give(virtio.VIRTIO_BLK_S_UNSUPP)
+
+    def _ranges(self, kind: int, data: Buffers, answer: _Answer) -> None:
+        size = size_of(data)
+        if not size or size % _RANGE.size or size > MAX_RANGES * _RANGE.size:
+            answer.give(virtio.VIRTIO_BLK_S_IOERR)
+            return
+        ranges = list(_RANGE.iter_unpack(b"".join(data)))
+        allowed = virtio.VIRTIO_BLK_WRITE_ZEROES_FLAG_UNMAP if kind == virtio.VIRTIO_BLK_T_WRITE_ZEROES else 0
+        if any(flags & ~allowed for _sector, _count, flags in ranges):
+            answer.give(virtio.VIRTIO_BLK_S_UNSUPP)
+        elif any(count > _MAX_RANGE_SECTORS for _sector, count, _flags in ranges):
+            answer.give(virtio.VIRTIO_BLK_S_IOERR)
+        else:
+            _go_through(self.disk, _OPS[kind], ranges, answer, Result(Status.OK))
+
+    def flush_answers(self) -> None:
+        """See `transport.Device`."""
+        self.disk.poll()
+
+    def drain(self, done: Callable[[], object]) -> None:
+        """See `transport.Device`."""
+        self.disk.drain(done)
+
+    def inspect(self) -> dict[str, object]:
+        """The disk."""
+        return {"disk": self.disk.inspect()}
+
+
+class _Answer:
+    """Where a request's data and status go, and who hears of it. Given once."""
+
+    __slots__ = ("_done", "_status", "data")
+
+    def __init__(self, data: list[memoryview], status: memoryview, done: Done) -> None:
+        self.data = data
+        self._status = status
+        self._done = done
+
+    def give(self, status: int, content: bytes = b"") -> None:
+        """Write as much of `content` as there is room for, then the status."""
+        at = 0
+        for view in self.data if content else ():
+            part = content[at : at + len(view)]
+            view[: len(part)] = part
+            at += len(part)
+        self._status[0] = status
+        self._done(at + 1)
+
+    def finish(self, result: Result) -> None:
+        """The block layer's result, of what brings the driver no data."""
+        good = result.status is Status.OK
+        self.give(virtio.VIRTIO_BLK_S_OK if good else virtio.VIRTIO_BLK_S_IOERR)
+
+    def read(self, result: Result) -> None:
+        """The result of a read, whose data are there."""
+        if result.status is Status.OK:
+            self._status[0] = virtio.VIRTIO_BLK_S_OK
+            self._done(size_of(self.data) + 1)
+        else:
+            self.give(virtio.VIRTIO_BLK_S_IOERR)
+
+
+def _go_through(
+    disk: Disk, op: Op, ranges: Sequence[tuple[int, int, int]], answer: _Answer, result: Result
+) -> None:
+    """One range after the other, so that a request of the driver's holds one of the disk's at a time."""
+    if result.status is not Status.OK or not ranges:
+        answer.finish(result)
+        return
+    (sector, count, flags), *rest = ranges
+    disk.submit(
+        Request(
+            op,
+            sector * _SECTOR,
+            (),
+            partial(_go_through, disk, op, rest, answer),
+            length=count * _SECTOR,
+            may_unmap=bool(flags & virtio.VIRTIO_BLK_WRITE_ZEROES_FLAG_UNMAP),
+        )
+    )

@@ -1,0 +1,438 @@
+"""A virtio device on PCI: its registers, its queues, and the turns in which requests are taken and answered.
+
+vCPU threads write registers under `_lock`; a notification asks for one turn of the I/O loop, which takes
+requests and answers them. A queue that has been enabled rings by an ioeventfd, without an exit.
+
+Reset (device_status = 0) is done at once where no request is in flight, since firmware does not wait for it;
+else status reads as it was until the last worker has let go of guest memory. So no completion of a life
+before a reset meets a queue of the next one.
+
+Locks: `_lock` for registers, queues and counts; `_line_lock` for the level of INTx, held while the bus is
+told. Neither is held when the other is taken, and the bus calls nothing of ours that takes `_line_lock`.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from contextlib import suppress
+from functools import partial
+from typing import NamedTuple, Protocol
+
+from hvkvm.abi import virtio
+from hvkvm.devices.pci import msix
+from hvkvm.devices.pci.function import Bar, Function
+from hvkvm.devices.pci.virtio import function as places
+from hvkvm.devices.pci.virtio.function import VirtioFunction
+from hvkvm.devices.pci.virtio.registers import SIZE, QueueState, Registers
+from hvkvm.devices.pci.virtio.ring import Broken, Chain, Memory, Place, Positions, Ring
+from hvkvm.errors import GuestMemoryError, Stopped
+from hvkvm.runtime.protocols import Deferrer
+
+BUDGET = 64
+"""Requests taken in one turn."""
+SEGMENTS = 1024
+"""Buffers of the requests taken in one turn, give or take one request."""
+MAX_IN_FLIGHT = 256
+"""Requests of one device that may be unanswered."""
+
+
+class Device(Protocol):
+    """What is behind the transport. Owner: the I/O loop, but for `config`, which any thread reads."""
+
+    kind: int
+    class_code: int
+    features: int
+    """Offered beside those of the transport."""
+    queue_sizes: tuple[int, ...]
+    config: bytes
+
+    def perform(self, chain: Chain, done: Callable[[int], object]) -> None:
+        """Carry a request out; `done(written)` once, here or later. Nothing is raised."""
+        ...
+
+    def flush_answers(self) -> None:
+        """Answer now what can be: the end of a turn."""
+        ...
+
+    def drain(self, done: Callable[[], object]) -> None:
+        """`done()` on the loop once no worker uses guest memory."""
+        ...
+
+    def inspect(self) -> dict[str, object]: ...
+
+
+class Closable(Protocol):
+    def close(self) -> object: ...
+
+
+BellMaker = Callable[[int, int, Callable[[], object]], Closable]
+"""bell(gpa, size, rang): has `rang()` called on the loop when the guest writes `size` bytes. OSError."""
+
+
+class VirtioState(NamedTuple):
+    """Registers and queues. Nothing is in flight."""
+
+    status: int
+    driver_features: int
+    selects: tuple[int, int, int]
+    """device_feature_select, driver_feature_select, queue_select."""
+    config_vector: int
+    isr: int
+    queues: tuple[QueueState, ...]
+    msix: msix.MsixState
+
+
+_FEATURES = (
+    1 << virtio.VIRTIO_F_VERSION_1
+    | 1 << virtio.VIRTIO_RING_F_EVENT_IDX
+    | 1 << virtio.VIRTIO_RING_F_INDIRECT_DESC
+)
+
+
+class Transport:
+    """`device` in a slot. Made before the vCPUs run; it is stopped then. A `PciDevice`."""
+
+    def __init__(
+        self,
+        memory: Memory,
+        device: Device,
+        io: Deferrer,
+        router: msix.MsiRouter,
+        *,
+        make_bell: BellMaker | None = None,
+        name: str = "virtio",
+    ) -> None:
+        self.name = name
+        self.device = device
+        queues = len(device.queue_sizes)
+        function = VirtioFunction(device.kind, device.class_code, queues, len(device.config))
+        self.function: Function = function
+        self.msix = msix.Msix(function, function.vectors, router)
+        function.region = self
+        function.on_msix = self.msix.control_written
+        self.on_intx: Callable[[bool], object] | None = None
+        """Drives the INTx of the slot that it is in."""
+        self.taken = 0
+        """Requests taken so far."""
+        self.broken = ""
+        """How the last driver broke the rules, for people."""
+        self._memory = memory
+        self._io = io
+        self._make_bell = make_bell
+        self._lock = threading.Lock()
+        self._line_lock = threading.Lock()
+        self._registers = Registers(device.features | _FEATURES, device.queue_sizes, function.vectors)
+        self._rings: dict[int, Ring] = {}
+        self._in_flight = 0
+        self._resetting = False
+        self._turn_asked = False
+        self._base: int | None = None
+        self._isr = 0
+        # The loop's own.
+        self._stopped = True
+        self._first = 0
+        self._bells: dict[int, Closable] = {}
+        self._bells_base: int | None = None
+        self._dirty: set[int] = set()
+        self._signal_asked = False
+
+    # What a vCPU does.
+
+    def region(self, _bar: Bar) -> Transport:
+        """See `PciDevice.region`: there is one BAR."""
+        return self
+
+    def moved(self, _bar: Bar, gpa: int | None) -> None:
+        """See `PciDevice.moved`: the loop moves the bells."""
+        self._base = gpa
+        self._ask()
+
+    def read(self, offset: int, size: int) -> int:
+        """Registers, ISR status (which reading clears), device configuration, MSI-X."""
+        area, at = offset & -places.AREA, offset & places.AREA - 1
+        if area == places.COMMON and at < SIZE:
+            with self._lock:
+                return self._registers.read(at, size)
+        if area == places.ISR and not at:
+            with self._lock:
+                isr, self._isr = self._isr, 0
+            self._update_line()
+            return isr
+        if area == places.DEVICE:
+            return int.from_bytes(self.device.config[at : at + size], "little")
+        if area == places.MSIX_TABLE:
+            return self.msix.read(at, size)
+        return 0
+
+    def write(self, offset: int, size: int, value: int) -> None:
+        """Registers, notifications, MSI-X; the device's configuration cannot be written."""
+        area, at = offset & -places.AREA, offset & places.AREA - 1
+        if area == places.NOTIFY:
+            self._ask()
+        elif area == places.MSIX_TABLE:
+            self.msix.write(at, size, value)
+        elif area == places.COMMON:
+            with self._lock:
+                if at == virtio.VIRTIO_PCI_COMMON_STATUS and size == 1:
+                    self._set_status(value)
+                elif at == virtio.VIRTIO_PCI_COMMON_Q_ENABLE and size == 2:
+                    self._enable(value)
+                else:
+                    self._registers.write(at, size, value)
+            self._update_line()
+            self._ask()
+
+    def _set_status(self, value: int) -> None:
+        registers = self._registers
+        if not value:
+            self._resetting = True
+            if not self._in_flight:
+                self._forget()
+            return
+        if self._resetting:
+            return  # who writes now has not waited for its reset
+        if not registers.status & virtio.VIRTIO_CONFIG_S_FEATURES_OK and not registers.agreed:
+            value &= ~virtio.VIRTIO_CONFIG_S_FEATURES_OK
+        kept = registers.status & virtio.VIRTIO_CONFIG_S_NEEDS_RESET
+        registers.status = value & 0xBF | kept
+
+    def _enable(self, value: int) -> None:
+        queue = self._registers.chosen
+        if value != 1 or queue is None or queue.enabled or self._resetting:
+            return
+        with suppress(ValueError, GuestMemoryError):  # the driver reads back that it is not enabled
+            self._rings[self._registers.queue_select] = self._ring(queue.place)
+            queue.enabled = True
+
+    def _ring(self, place: Place) -> Ring:
+        return Ring(self._memory, place, event_idx=self._registers.has(virtio.VIRTIO_RING_F_EVENT_IDX))
+
+    def _forget(self) -> None:
+        """The end of a reset. Under the lock; nothing is in flight."""
+        self._registers.reset()
+        self._rings.clear()
+        self._isr = 0
+        self._resetting = False
+
+    def _ask(self) -> None:
+        """Have one turn come. Any thread."""
+        with self._lock:
+            if self._turn_asked:
+                return
+            self._turn_asked = True
+        with suppress(Stopped):
+            self._io.call_soon(self._turn)
+
+    # The loop's turn.
+
+    def _turn(self) -> None:
+        with self._lock:
+            self._turn_asked = False
+            taken, more = self._take() if not self._stopped else ([], False)
+            self._in_flight += len(taken)
+        for index, chain in taken:
+            self.device.perform(chain, partial(self._done, index, chain.head))
+        if taken:
+            self.taken += len(taken)
+            self.device.flush_answers()
+        self._keep_bells()
+        if more:
+            self._ask()
+
+    def _take(self) -> tuple[list[tuple[int, Chain]], bool]:
+        """Requests of all queues in rotation, and whether there are more. Under the lock."""
+        taken: list[tuple[int, Chain]] = []
+        if not self._may_take:
+            return taken, False
+        self._first += 1
+        queues = sorted(self._rings)
+        segments = 0
+        for at in range(len(queues)):
+            index = queues[(self._first + at) % len(queues)]
+            ring = self._rings[index]
+            try:
+                while ring.more():
+                    if len(taken) >= BUDGET or segments >= SEGMENTS:
+                        return taken, True
+                    if self._in_flight + len(taken) >= MAX_IN_FLIGHT:
+                        return taken, False  # an answer asks for the next turn
+                    chain = ring.take()
+                    if chain is None:
+                        break
+                    segments += 1 + len(chain.readable) + len(chain.writable)
+                    taken.append((index, chain))
+            except Broken as error:
+                self.broken = str(error)
+                self._registers.status |= virtio.VIRTIO_CONFIG_S_NEEDS_RESET
+                break
+        return taken, False
+
+    @property
+    def _may_take(self) -> bool:
+        status = self._registers.status
+        ready = virtio.VIRTIO_CONFIG_S_DRIVER_OK | virtio.VIRTIO_CONFIG_S_FEATURES_OK
+        return (
+            status & ready == ready
+            and not status & virtio.VIRTIO_CONFIG_S_NEEDS_RESET
+            and not self._resetting
+            and self.function.is_master
+        )
+
+    def _done(self, index: int, head: int, written: int) -> None:
+        """A request is answered."""
+        with self._lock:
+            was_full = self._in_flight >= MAX_IN_FLIGHT
+            self._in_flight -= 1
+            if self._resetting:  # nobody hears of it; the last one ends the reset
+                if not self._in_flight:
+                    self._forget()
+                return
+            self._rings[index].put(head, written)
+        self._dirty.add(index)
+        if not self._signal_asked:
+            self._signal_asked = True
+            self._io.call_soon(self._signal)
+        if was_full:
+            self._ask()
+
+    def _signal(self) -> None:
+        """Show the driver what was answered in this turn: one interrupt a queue at most."""
+        self._signal_asked = False
+        dirty, self._dirty = self._dirty, set()
+        vectors = []
+        with self._lock:
+            for index in dirty:
+                ring = self._rings.get(index)  # a reset may have come in between
+                if ring is not None and not self._resetting and ring.publish():
+                    vectors.append(self._registers.queues[index].vector)
+            if vectors and not self.msix.enabled:
+                self._isr |= virtio.VIRTIO_PCI_ISR_QUEUE
+        if not self.msix.enabled:
+            self._update_line()
+            return
+        for vector in vectors:
+            if vector != virtio.VIRTIO_MSI_NO_VECTOR:
+                self.msix.raise_vector(vector)
+
+    def _update_line(self) -> None:
+        with self._line_lock:
+            if self.on_intx is not None:
+                self.on_intx(bool(self._isr) and not self.msix.enabled)
+
+    # Bells.
+
+    def _keep_bells(self) -> None:
+        """An ioeventfd for each enabled queue, where the BAR is now."""
+        with self._lock:
+            wanted = set(self._rings) if self._base is not None else set()
+            base = self._base
+        if base != self._bells_base:
+            self._drop_bells()
+            self._bells_base = base
+        if base is None or self._make_bell is None or wanted == set(self._bells):
+            return
+        for index in set(self._bells) - wanted:
+            self._bells.pop(index).close()
+        for index in wanted - set(self._bells):
+            with suppress(OSError):  # without one, each notification is an exit
+                at = base + places.NOTIFY + places.NOTIFY_MULTIPLIER * index
+                self._bells[index] = self._make_bell(at, 2, self._turn)
+
+    def _drop_bells(self) -> None:
+        while self._bells:
+            self._bells.popitem()[1].close()
+
+    # The machine.
+
+    def start(self) -> None:
+        """Go on; interrupts that may have been lost in a save come again."""
+        self._stopped = False
+        with self._lock:
+            vectors = [self._registers.queues[index].vector for index in self._rings]
+        if self.msix.enabled:
+            for vector in vectors:
+                if vector != virtio.VIRTIO_MSI_NO_VECTOR:
+                    self.msix.raise_vector(vector)
+        self._update_line()
+        self._ask()
+
+    def stop(self, done: Callable[[], object]) -> None:
+        """Take no more; `done()` when everything taken is answered and no worker has guest memory."""
+        self._stopped = True
+
+        def rested() -> None:
+            self._signal()
+            done()
+
+        self.device.drain(rested)
+
+    def reset(self) -> None:
+        """Power-on state. Only while stopped."""
+        self._drop_bells()
+        self.msix.reset()
+        with self._lock:
+            self._in_flight = 0
+            self._forget()
+            self._base = self._bells_base = None
+        self._dirty.clear()
+
+    def close(self) -> None:
+        """Give back every bell and route. Nothing runs any more."""
+        self._drop_bells()
+        self.msix.close()
+
+    def save(self) -> VirtioState:
+        """All that the guest could tell apart. Only while stopped."""
+        registers = self._registers
+        queues = []
+        for index, queue in enumerate(registers.queues):
+            ring = self._rings.get(index)
+            positions = Positions(0, 0) if ring is None else ring.positions
+            queues.append(QueueState(queue.size, queue.vector, queue.enabled, *queue.place[1:], *positions))
+        return VirtioState(
+            registers.status,
+            registers.driver_features,
+            (registers.feature_select, registers.driver_select, registers.queue_select),
+            registers.config_vector,
+            self._isr,
+            tuple(queues),
+            self.msix.save(),
+        )
+
+    def load(self, state: VirtioState) -> None:
+        """Take it, behind the function's registers. ValueError for what cannot be."""
+        registers = self._registers
+        if len(state.queues) != len(registers.queues):
+            raise ValueError("its virtio device has another number of queues")
+        registers.status = state.status & 0xFF
+        registers.driver_features = state.driver_features & registers.features
+        selects = [one & 0xFFFFFFFF for one in state.selects]
+        registers.feature_select, registers.driver_select, registers.queue_select = selects
+        registers.config_vector = state.config_vector & 0xFFFF
+        self._isr = state.isr & 0xFF
+        self._rings.clear()
+        for index, (queue, saved) in enumerate(zip(registers.queues, state.queues, strict=True)):
+            queue.load(saved)
+            if queue.enabled:
+                try:
+                    ring = self._ring(queue.place)
+                except GuestMemoryError as error:
+                    raise ValueError(f"its virtqueue {index} is nowhere: {error}") from None
+                ring.go_on(Positions(saved.taken, saved.used))
+                self._rings[index] = ring
+        self.msix.load(state.msix)
+
+    def inspect(self) -> dict[str, object]:
+        """Registers, queues and what is behind them."""
+        registers = self._registers
+        return {
+            "status": f"{registers.status:#x}",
+            "features": f"{registers.driver_features:#x}",
+            "queues": {str(index): f"{ring.size} entries" for index, ring in list(self._rings.items())},
+            "in_flight": self._in_flight,
+            "bells": len(self._bells),
+            "requests": self.taken,
+            "broken": self.broken,
+            **self.device.inspect(),
+        }
