@@ -83,6 +83,16 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
         item.add_marker(pytest.mark.kvm)
 
 
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_teardown(item: pytest.Item) -> Iterator[None]:
+    """No test may leave the process in another folder: those behind it would write and look there."""
+    yield
+    before, now = item.config.invocation_params.dir, Path.cwd()
+    if now != before:
+        os.chdir(before)
+        raise AssertionError(f"{item.nodeid} left the process in {now}")
+
+
 def _open_fds() -> dict[str, str]:
     fds = {}
     for name in os.listdir("/proc/self/fd"):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 from argparse import Action
 from collections.abc import Iterable
-from importlib import import_module
 from typing import Any, NamedTuple
 
 from hvkvm.cli.arguments import Parser
@@ -67,22 +66,17 @@ def main(arguments: list[str]) -> int:
 def verbs() -> list[Verb]:
     """All of them, by their parsers."""
     from hvkvm.cli import VERBS
+    from hvkvm.cli.parsers import own_verbs, parsers_of
 
     found = []
     for name, text in VERBS.items():
-        module = import_module(f"hvkvm.cli.{name}")
-        if hasattr(module, "verb_parser"):
-            own = tuple(module.VERBS if hasattr(module, "VERBS") else module.SUMMARY)
-            parsers = [module.verb_parser(verb) for verb in own]
-        else:
-            own, parsers = (), [module.parser()]
         options: dict[tuple[str, ...], Option] = {}
-        for one in parsers:
+        for one in parsers_of(name).values():
             for action in one._actions:
                 if action.option_strings:
                     option = _option(action)
                     options.setdefault(option.names, option)
-        found.append(Verb(name, text, own, tuple(options.values())))
+        found.append(Verb(name, text, tuple(own_verbs(name)), tuple(options.values())))
     return found
 
 

@@ -60,17 +60,18 @@ def overview() -> str:
 def page(verb: str) -> str:
     """hvkvm-VERB(1)."""
     from hvkvm.cli import VERBS
+    from hvkvm.cli.parsers import parsers_of
 
     module = import_module(f"hvkvm.cli.{verb}")
     lines = [*_head(f"hvkvm-{verb}", VERBS[verb]), ".SH SYNOPSIS"]
-    if hasattr(module, "verb_parser"):
-        own = list(module.VERBS if hasattr(module, "VERBS") else module.SUMMARY)
+    parsers = parsers_of(verb)
+    if "" not in parsers:
         lines += [".B hvkvm", f".B {_escaped(verb)}", ".I VERB", "[options]"]
-        for name in own:
-            lines += [f".SH {_escaped(name.upper())}", *_options(module.verb_parser(name))]
+        for name, one in parsers.items():
+            lines += [f".SH {_escaped(name.upper())}", *_options(one)]
         epilog = module.EPILOG
     else:
-        one = module.parser()
+        one = parsers[""]
         lines += [".B hvkvm", f".B {_escaped(verb)}", "[options]", ".SH DESCRIPTION", _line(one.description)]
         lines += [".SH OPTIONS", *_options(one)]
         epilog = one.epilog or ""

@@ -36,6 +36,7 @@ examples:
   hvkvm matrix matrix.toml --list
   hvkvm matrix matrix.toml --junit matrix.xml
   hvkvm matrix matrix.toml --jobs 4 --json matrix.json
+  hvkvm matrix matrix.toml --dask tcp://127.0.0.1:8786
 """
 MAX_JOBS = 1024
 ENDING_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
@@ -52,6 +53,9 @@ def parser() -> Parser:
     p.add_argument("--junit", metavar="FILE", type=Path, help="write the results as JUnit's XML")
     p.add_argument("--json", metavar="FILE", type=Path, help="write the results as JSON")
     p.add_argument("--quiet", action="store_true", help="say nothing of a case before the table")
+    p.add_argument(
+        "--dask", metavar="ADDRESS", help="run the cases on the workers of this Dask scheduler: hvkvm[dask]"
+    )
     return p
 
 
@@ -65,6 +69,8 @@ def parse(arguments: list[str]) -> Any:
             raise ConfigError(f"--jobs {options.jobs}: not a number; write --jobs 4") from None
         if not 1 <= options.jobs <= MAX_JOBS:
             raise ConfigError(f"--jobs {options.jobs}: not between 1 and {MAX_JOBS}; choose one of them")
+        if options.dask:
+            raise ConfigError("--jobs: Dask's workers say how many run on each; leave one of the two out")
     for flag, path in (("--junit", options.junit), ("--json", options.json)):
         if path is not None and (path.is_dir() or not path.absolute().parent.is_dir()):
             raise ConfigError(f"{flag} {path}: no file can be there; name one in a folder that exists")
@@ -109,6 +115,13 @@ class _Matrix:
     def _run_cases(self) -> None:
         from hvkvm.testing.matrix.local import LocalRun
 
+        if self._options.dask:
+            from hvkvm.testing.matrix.remote import RemoteRun
+
+            with RemoteRun(self._cases, self._told, self._options.dask, complain) as run:
+                while not self._signal and run.turn():
+                    pass
+            return
         with LocalRun(self._cases, self._told, self._options.jobs) as local:
             while not self._signal and local.turn():
                 pass

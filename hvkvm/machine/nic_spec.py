@@ -11,10 +11,9 @@ from typing import Annotated, NamedTuple
 from hvkvm.errors import ConfigError
 from hvkvm.machine.config_fields import Field
 from hvkvm.machine.config_kinds import Choice, Kind, Number, PathName, Words, said
-from hvkvm.net.port import MAX_MTU, MIN_MTU
+from hvkvm.net.port import MAX_MTU, MAX_QUEUES, MIN_MTU
 
 BACKENDS = ("user", "create")
-MAX_QUEUES = 8
 _MAC = re.compile(r"[0-9a-f]{2}(:[0-9a-f]{2}){5}", re.IGNORECASE)
 _FORWARD = re.compile(
     r"(?:(?P<protocol>tcp|udp):)?(?:(?P<host>[^\[\]:]*|\[[^\[\]]*\]):)?(?P<port>\d{1,5})"

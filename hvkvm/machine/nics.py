@@ -84,7 +84,8 @@ class Nics:
 
     def add(self, spec: NicSpec, wire: Wire) -> Nic:
         """Give the guest a NIC on `wire`. ConfigError when it cannot be, and then the wire is closed."""
-        from hvkvm.devices.synth.netvsp import MAX_QUEUES, Netvsp, address_of
+        from hvkvm.devices.synth.netvsp import Netvsp, address_of
+        from hvkvm.net.port import MAX_QUEUES
 
         number = next(n for n in range(MAX_NICS + 1) if f"net{n}" not in self.nics)
         if number == MAX_NICS:

@@ -36,6 +36,8 @@ MIN_MTU = 68
 """RFC 791: what every IPv4 link carries."""
 MAX_MTU = 65521
 """Such that a frame has at most 65535 bytes, which is also what a tap takes at once."""
+MAX_QUEUES = 8
+"""Most channels that a NIC has."""
 MAX_FRAME_BYTES = 65535 + ETHERNET_BYTES + VLAN_BYTES
 """Most bytes of a frame, the vnet header not counted: a whole IP packet, to be segmented, with a VLAN tag."""
 

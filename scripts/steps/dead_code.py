@@ -49,6 +49,7 @@ FOR_USERS = {
 FOR_LOOKING = {
     "ACPI_FADT_POWER_BUTTON": "a bit that has to stay clear",
     "CANNOT_CONNECT": "the exit status of a program whose source is machine code",
+    "all_parsers": "every option that there is",
     "auto_eoi_waiting": "interrupts that wait",
     "gsis": "lines that are taken: tests count them",
     "paused": "whether vCPUs stand still",

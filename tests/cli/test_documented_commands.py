@@ -35,6 +35,7 @@ from hvkvm.cli import (
     warm,
 )
 from hvkvm.cli.arguments import split_command
+from hvkvm.cli.parsers import all_parsers
 from hvkvm.errors import ConfigError
 from hvkvm.hyperv.features import parse_features
 from hvkvm.machine.config import MachineConfig
@@ -249,27 +250,18 @@ def test_a_cheap_one_runs(hvkvm: Hvkvm, words: tuple[str, ...]) -> None:
 
 
 def known_flags() -> set[str]:
-    parsers = [
-        conform.parser(),
-        matrix.parser(),
-        top.parser(),
-        run.parser(),
-        warm.parser(),
-        replay.parser(),
-        explain.parser(),
-        doctor.parser(),
-        features.parser(),
-        trace.parser(),
-    ]
-    parsers += [ctl.verb_parser(verb) for verb in ctl.VERBS]
-    parsers += [disk.verb_parser(verb) for verb in disk.SUMMARY]
-    found = {name for parser in parsers for action in parser._actions for name in action.option_strings}
+    found = {
+        name
+        for parser in all_parsers().values()
+        for action in parser._actions
+        for name in action.option_strings
+    }
     plugin = (ROOT / "hvkvm/testing/fixtures.py").read_text()
     found |= set(re.findall(r'"(--hvkvm-[a-z]+)"', plugin)) | {"--junitxml", "--device"}
     for script in (ROOT / "scripts").rglob("*"):
         if script.is_file() and script.suffix in ("", ".py"):
             found |= set(re.findall(r"--[a-z][a-z-]*[a-z]", script.read_text()))
-    return found | {"--write"}  # of kvm_headers/probe.py
+    return found | {"--write", "--nthreads", "--no-dashboard"}  # of kvm_headers/probe.py, and of dask
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

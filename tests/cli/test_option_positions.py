@@ -7,24 +7,9 @@ from typing import Any
 
 import pytest
 
-from hvkvm.cli import (
-    VERBS,
-    completion,
-    conform,
-    ctl,
-    disk,
-    doctor,
-    explain,
-    features,
-    man,
-    matrix,
-    replay,
-    run,
-    top,
-    trace,
-    warm,
-)
-from hvkvm.cli.arguments import Parser, split_words
+from hvkvm.cli import ctl, disk
+from hvkvm.cli.arguments import split_words
+from hvkvm.cli.parsers import all_parsers
 from hvkvm.errors import ConfigError
 
 Parse = Callable[[list[str]], Any]
@@ -61,26 +46,7 @@ WORDS: dict[str, list[list[str]]] = {
     "ctl net": [["list"], ["add", "user"], ["link", "net0", "down"]],
     "ctl kvp": [["get", "KEY"], ["set", "KEY", "VALUE"], ["list"], ["set", "KEY", "-1"]],
 }
-PARSERS: dict[str, Parser] = {
-    "run": run.parser(),
-    "doctor": doctor.parser(),
-    "features": features.parser(),
-    "trace": trace.parser(),
-    "completion": completion.parser(),
-    "conform": conform.parser(),
-    "explain": explain.parser(),
-    "man": man.parser(),
-    "matrix": matrix.parser(),
-    "replay": replay.parser(),
-    "top": top.parser(),
-    "warm": warm.parser(),
-    **{f"ctl {verb}": ctl.verb_parser(verb) for verb in ctl.VERBS},
-    **{f"disk {verb}": disk.verb_parser(verb) for verb in disk.SUMMARY},
-}
-
-
-def test_no_verb_is_forgotten() -> None:
-    assert {name.split()[0] for name in PARSERS} == set(VERBS)
+PARSERS = all_parsers()
 
 
 def parse_of(name: str) -> Parse:

@@ -23,7 +23,7 @@ from hvkvm.devices.synth.netvsp_receive import MAX_CONTROL_WAITING, Laid, Receiv
 from hvkvm.devices.synth.netvsp_rndis import Control, ControlState, NicFacts
 from hvkvm.devices.synth.netvsp_rss import Toeplitz, hash_input
 from hvkvm.devices.synth.netvsp_send import Send
-from hvkvm.net.port import MAX_MTU, MIN_MTU, Frame, Offloads, Port
+from hvkvm.net.port import MAX_MTU, MAX_QUEUES, MIN_MTU, Frame, Offloads, Port
 from hvkvm.vmbus.channel_io import ChannelIo
 from hvkvm.vmbus.device import SubChannels
 from hvkvm.vmbus.guard import Guard
@@ -32,8 +32,6 @@ from hvkvm.vmbus.pages import Ram
 
 SPEED = 100_000_000
 """10 Gbit/s, in units of 100 bit/s: what RNDIS asks for."""
-
-MAX_QUEUES = 8
 
 
 class NetvspState(NamedTuple):
