@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from hvkvm.abi import hvsock, ic, kvp, nvsp, storvsp, vmbus, vss
+from hvkvm.abi import hvsock, ic, kvp, nvsp, rndis, storvsp, vmbus, vss
 from hvkvm.abi.layout import Layout, Names, layout
 
 SYNTH_IDE_GUID = vmbus.guid("32412632-86cb-44a2-9b5c-50d1417354f5")
@@ -26,6 +26,8 @@ class Protocol(NamedTuple):
     title: str
     payload: Layout | None
     """None: bytes without meaning to the bus."""
+    pointed: Layout | None = None
+    """The device's own messages in guest memory that its packets point to."""
 
 
 _STATUS: Names = {
@@ -159,6 +161,18 @@ _SRB_STATUS: Names = {
     storvsp.SRB_STATUS_INVALID_LUN: "SRB_STATUS_INVALID_LUN",
     storvsp.SRB_STATUS_ERROR | storvsp.SRB_STATUS_AUTOSENSE_VALID: "SRB_STATUS_ERROR|AUTOSENSE_VALID",
 }
+_DATA_IN: Names = {0: "WRITE_TYPE", 1: "READ_TYPE", 2: "UNKNOWN_TYPE"}
+_SENSE_KEYS: Names = {
+    1: "RECOVERED_ERROR",
+    2: "NOT_READY",
+    3: "MEDIUM_ERROR",
+    4: "HARDWARE_ERROR",
+    5: "ILLEGAL_REQUEST",
+    6: "UNIT_ATTENTION",
+    7: "DATA_PROTECT",
+    0xB: "ABORTED_COMMAND",
+    0xE: "MISCOMPARE",
+}
 _SCSI_STATUS: Names = {0: "GOOD", 2: "CHECK_CONDITION", 8: "BUSY"}
 _srb = layout(
     "vmscsi_request",
@@ -167,7 +181,7 @@ _srb = layout(
     "queue_tag:B queue_action:B srb_flags:I time_out_value:I queue_sort_ey:I",
     names={
         "cdb_opcode": _SCSI_COMMANDS,
-        "data_in": {0: "WRITE_TYPE", 1: "READ_TYPE", 2: "UNKNOWN_TYPE"},
+        "data_in": _DATA_IN,
     },
 )
 _SRB_BYTES = 52
@@ -180,8 +194,15 @@ _completed = layout(
         _SRB_BYTES: layout(
             "vmscsi_request_completed",
             "srb_status:B scsi_status:B port_number:B path_id:B target_id:B lun:B cdb_length:B "
-            "sense_info_length:B data_in:B reserved:B data_transfer_length:I sense:20s",
-            names={"srb_status": _SRB_STATUS, "scsi_status": _SCSI_STATUS},
+            "sense_info_length:B data_in:B reserved:B data_transfer_length:I sense_response_code:B "
+            "sense_segment:B sense_key:B sense_information:4s sense_additional_length:B sense_specific:4s "
+            "sense_asc:B sense_ascq:B sense_rest:6s",
+            names={
+                "srb_status": _SRB_STATUS,
+                "scsi_status": _SCSI_STATUS,
+                "sense_key": _SENSE_KEYS,
+                "data_in": _DATA_IN,
+            },
         )
     },
 )
@@ -259,6 +280,87 @@ _nvsp = layout(
     },
 )
 
+_OIDS: Names = {
+    value: name.removeprefix("RNDIS_")
+    for name, value in vars(rndis).items()
+    if name.startswith(("OID_", "RNDIS_OID_"))
+}
+_RNDIS_STATUS: Names = {
+    value: name for name, value in vars(rndis).items() if name.startswith("RNDIS_STATUS_")
+}
+_oid_request = layout(
+    "rndis_oid_request",
+    "req_id:I oid:I info_buflen:I info_buf_offset:I dev_vc_handle:I",
+    names={"oid": _OIDS},
+)
+_done = layout("rndis_complete", "req_id:I status:I", names={"status": _RNDIS_STATUS})
+_per_packet_info = layout(
+    # All that Linux and we send have four bytes of value.
+    "rndis_per_packet_info",
+    "size:I type:I ppi_offset:I value:I",
+    repeats=True,
+    names={
+        "type": {
+            rndis.TCPIP_CHKSUM_PKTINFO: "TCPIP_CHKSUM_PKTINFO",
+            rndis.TCP_LARGESEND_PKTINFO: "TCP_LARGESEND_PKTINFO",
+            rndis.IEEE_8021Q_INFO: "IEEE_8021Q_INFO",
+            rndis.NBL_HASH_VALUE: "NBL_HASH_VALUE",
+        }
+    },
+)
+_COMPLETION = rndis.RNDIS_MSG_COMPLETION
+_rndis = layout(
+    "rndis_message",
+    "ndis_msg_type:I msg_len:I",
+    switch="ndis_msg_type",
+    cases={
+        rndis.RNDIS_MSG_PACKET: layout(
+            "rndis_packet",
+            "data_offset:I data_len:I oob_data_offset:I oob_data_len:I num_oob_data_elements:I "
+            "per_pkt_info_offset:I per_pkt_info_len:I vc_handle:I reserved:I",
+            then=_per_packet_info,
+        ),
+        rndis.RNDIS_MSG_INIT: layout(
+            "rndis_initialize_request", "req_id:I major_ver:I minor_ver:I max_xfer_size:I"
+        ),
+        rndis.RNDIS_MSG_INIT | _COMPLETION: layout(
+            "rndis_initialize_complete",
+            "req_id:I status:I major_ver:I minor_ver:I dev_flags:I medium:I max_pkt_per_msg:I "
+            "max_xfer_size:I pkt_alignment_factor:I af_list_offset:I af_list_size:I",
+            names={"status": _RNDIS_STATUS},
+        ),
+        rndis.RNDIS_MSG_HALT: layout("rndis_halt_request", "req_id:I"),
+        rndis.RNDIS_MSG_QUERY: _oid_request,
+        rndis.RNDIS_MSG_QUERY | _COMPLETION: layout(
+            "rndis_query_complete",
+            "req_id:I status:I info_buflen:I info_buf_offset:I",
+            names={"status": _RNDIS_STATUS},
+        ),
+        rndis.RNDIS_MSG_SET: _oid_request,
+        rndis.RNDIS_MSG_SET | _COMPLETION: _done,
+        rndis.RNDIS_MSG_RESET: layout("rndis_reset_request", "reserved:I"),
+        rndis.RNDIS_MSG_RESET | _COMPLETION: layout(
+            "rndis_reset_complete", "status:I addr_reset:I", names={"status": _RNDIS_STATUS}
+        ),
+        rndis.RNDIS_MSG_INDICATE: layout(
+            "rndis_indicate_status",
+            "status:I status_buflen:I status_buf_offset:I",
+            names={"status": _RNDIS_STATUS},
+        ),
+        rndis.RNDIS_MSG_KEEPALIVE: layout("rndis_keepalive_request", "req_id:I"),
+        rndis.RNDIS_MSG_KEEPALIVE | _COMPLETION: _done,
+    },
+    names={
+        "ndis_msg_type": {
+            number | done: f"RNDIS_MSG_{word}{'_C' if done else ''}"
+            for number, word in enumerate(
+                ("PACKET", "INIT", "HALT", "QUERY", "SET", "RESET", "INDICATE", "KEEPALIVE"), 1
+            )
+            for done in (0, _COMPLETION)
+        }
+    },
+)
+
 _hid = layout(
     "synthhid_msg_hdr",
     "pipe_type:I pipe_size:I type:I size:I",
@@ -284,7 +386,7 @@ PROTOCOLS: dict[bytes, Protocol] = {
     SYNTH_MOUSE_GUID: Protocol("hid", "Synthetic mouse", _hid),
     storvsp.SCSI: Protocol("storvsp", "Synthetic SCSI", _vstor),
     SYNTH_IDE_GUID: Protocol("storvsp", "Synthetic IDE", _vstor),
-    nvsp.HV_NIC_GUID: Protocol("netvsp", "Synthetic network", _nvsp),
+    nvsp.HV_NIC_GUID: Protocol("netvsp", "Synthetic network", _nvsp, _rndis),
 }
 """By the 16 wire bytes of the interface type."""
 

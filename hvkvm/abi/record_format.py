@@ -41,6 +41,8 @@ class Kind(IntEnum):
     """`value` is the result's low half; control and input, 8 bytes each."""
     LOST = 6
     """`value` entries were lost here: nobody took them in time."""
+    POINTED = 7
+    """A device's own message in guest memory that a packet pointed to, without the data that it carries."""
 
 
 class ChannelEvent(IntEnum):
@@ -87,7 +89,7 @@ def parse(data: bytes) -> Entry | None:
     if len(data) < HEAD_BYTES:
         return None
     number, kind, to_host, flags, vp, sint, relid, value, interface = head.unpack_from(data)
-    if number != FORMAT or kind > Kind.LOST:
+    if number != FORMAT or kind > Kind.POINTED:
         return None
     return Entry(
         Kind(kind), bool(to_host), data[HEAD_BYTES:], relid, interface, vp, sint, value, bool(flags & CUT)

@@ -69,6 +69,11 @@ value_info = Struct("<IIII")
 """A per-packet information of 4 bytes: 16, type, 12, the value."""
 VALUE_INFO_BYTES = value_info.size
 
+MAX_TOLD = 64
+"""Most messages that `beginnings` gives."""
+MAX_TOLD_BYTES = 4096
+"""Of each."""
+
 MAX_PPI = 16
 """Most per-packet informations a packet may have; there are a dozen types."""
 
@@ -181,6 +186,26 @@ def parse_packet(blob: bytes, at: int, length: int) -> DataPacket | None:
             info[kind] = int.from_bytes(blob[here + offset : here + offset + 4], "little")
         here += one
     return DataPacket(data, size, info)
+
+
+def beginnings(blob: bytes) -> list[bytes]:
+    """The messages in `blob` for those who look on: whole, but of a packet only what is before its frame.
+
+    Ends where no further message can be told.
+    """
+    found: list[bytes] = []
+    at = 0
+    while at + header.size <= len(blob) and len(found) < MAX_TOLD:
+        kind, length = header.unpack_from(blob, at)
+        if length < header.size:
+            break
+        size = length
+        if kind == RNDIS_MSG_PACKET:
+            infos = length >= packet.size and at + packet.size <= len(blob)
+            size = packet.size + (packet.unpack_from(blob, at)[8] if infos else 0)
+        found.append(blob[at : at + min(size, length, MAX_TOLD_BYTES)])
+        at += length
+    return found
 
 
 def parse_buffer(blob: bytes, size: int, offset: int, fixed: int) -> bytes | None:

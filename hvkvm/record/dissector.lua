@@ -10,7 +10,7 @@ local function add(name, field)
   all[#all + 1] = field
 end
 
-local KINDS = {[0] = "Machine", "Message", "Packet", "Signal", "Channel", "Hypercall", "Lost"}
+local KINDS = {[0] = "Machine", "Message", "Packet", "Signal", "Channel", "Hypercall", "Lost", "Pointed"}
 local EVENTS = {[0] = "opened", "closed", "failed"}
 add("kind", ProtoField.uint8("hvkvm.kind", "Kind", base.DEC, KINDS))
 add("to_host", ProtoField.bool("hvkvm.to_host", "To host"))
@@ -107,6 +107,10 @@ local function message(range, tree)
   end
   local number = MESSAGES[range(0, 4):le_uint()]
   if not number then return {"no message of the table"} end
+  if range:len() == 8 then -- Wireshark has no empty range
+    if LAYOUTS[number].size > 0 then tree:add_proto_expert_info(short) end
+    return {LAYOUTS[number].name}
+  end
   local at, said = decode(range(8), number, tree)
   if at + 8 < range:len() then tree:add(fields.rest, range(8 + at)) end
   table.insert(said, 1, LAYOUTS[number].name)
@@ -177,6 +181,15 @@ function proto.dissector(buffer, info, tree)
   elseif kind == 5 and size >= 16 then
     root:add_le(fields.control, buffer(32, 8))
     root:add_le(fields.input, buffer(40, 8))
+  elseif kind == 7 and size > 0 then
+    said = {(protocol and protocol.name or "data") .. ":"}
+    local at = 0
+    if protocol and protocol.pointed then
+      local words
+      at, words = decode(buffer(32), protocol.pointed, root)
+      for _, word in ipairs(words) do said[#said + 1] = word end
+    end
+    if at < size then root:add(fields.rest, buffer(32 + at)) end
   elseif kind == 0 and size > 0 then
     root:add(fields.text, buffer(32))
   end

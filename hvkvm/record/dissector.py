@@ -43,6 +43,8 @@ def dissector() -> str:
     for protocol in (*PROTOCOLS.values(), HVSOCK):
         if protocol.payload is not None:
             roots.append((protocol.name, protocol.payload))
+        if protocol.pointed is not None:
+            roots.append((protocol.name, protocol.pointed))
     numbers: dict[int, int] = {}
     rows: list[tuple[str, Layout]] = []
     for area, root in roots:
@@ -104,4 +106,5 @@ def _names(names: Names) -> str:
 
 def _protocol(one: Protocol, numbers: dict[int, int]) -> str:
     payload = "" if one.payload is None else f", payload = {numbers[id(one.payload)]}"
-    return f'{{name = "{one.name}"{payload}}}'
+    pointed = "" if one.pointed is None else f", pointed = {numbers[id(one.pointed)]}"
+    return f'{{name = "{one.name}"{payload}{pointed}}}'

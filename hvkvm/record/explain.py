@@ -58,6 +58,10 @@ def described(entry: Entry, channel: str = "") -> str:
             return f"{arrow} {words.message(entry.data)}{refused}"
         case Kind.PACKET:
             return f"{arrow} {where}: {next(words.ring(entry.interface, entry.data), 'nothing')}"
+        case Kind.POINTED:
+            decoded = decode(entry.data, protocol_of(entry.interface).pointed)
+            said = " ".join(words.fields(decoded)) or f"{len(entry.data)} bytes in memory"
+            return f"{arrow} {where}: {said}"
         case Kind.SIGNAL:
             return f"{arrow} {where}: signal"
         case Kind.CHANNEL:

@@ -145,6 +145,12 @@ class Recorder(Tap):
         """See Tap. The packets are told apart by the thread that writes."""
         self._take(Entry(Kind.PACKET, to_host, data, channel.relid, channel.offer.interface))
 
+    def pointed(self, channel: Channel, to_host: bool, data: bytes) -> None:
+        """See Tap."""
+        kept = data if self._most is None else data[: self._most]
+        entry = Entry(Kind.POINTED, to_host, kept, channel.relid, channel.offer.interface)
+        self._take(entry._replace(cut=len(kept) < len(data)))
+
     def signal(self, channel: Channel, to_host: bool) -> None:
         """See Tap."""
         self._take(Entry(Kind.SIGNAL, to_host, b"", channel.relid, channel.offer.interface))

@@ -37,6 +37,7 @@ class ChannelIo:
         "_on_broken",
         "_signal",
         "_wanted",
+        "pointed",
         "reader",
         "signals",
         "writer",
@@ -58,6 +59,9 @@ class ChannelIo:
         self._batch = 0
         self._wanted = False
         self._held = False
+        self.pointed: Callable[[bool, bytes], object] | None = None
+        """Where a device tells of messages that its packets only point to, with whether the host gets it;
+        None while nobody records."""
         self.signals = 0
         """How often the guest was interrupted."""
 

@@ -88,6 +88,8 @@ class OpenedChannel:
         split = request.split
         reader, writer = self._rings(memory, request.pages[:split], request.pages[split:])
         self.io = ChannelIo(reader, writer, self._interrupt, on_broken, self._again)
+        if self._tap is not None:
+            self.io.pointed = partial(self._tap.pointed, request.channel)
         self.retarget(request.target_vp)
         try:
             rung = self._doorbell if self._tap is None else self._tapped_doorbell

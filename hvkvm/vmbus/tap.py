@@ -44,6 +44,9 @@ class Tap:
     def ring(self, channel: Channel, to_host: bool, data: bytes) -> None:
         """Packets that the host has read or written. The I/O loop."""
 
+    def pointed(self, channel: Channel, to_host: bool, data: bytes) -> None:
+        """A device's own message that a packet of the ring points to, as the device took it. The I/O loop."""
+
     def signal(self, channel: Channel, to_host: bool) -> None:
         """The guest's doorbell was heard, or an event flag of the guest set. The I/O loop."""
 
@@ -80,6 +83,12 @@ class Both(Tap):
         for tap in self._both:
             if tap.wants_rings:
                 tap.ring(channel, to_host, data)
+
+    def pointed(self, channel: Channel, to_host: bool, data: bytes) -> None:
+        """See Tap."""
+        for tap in self._both:
+            if tap.wants_rings:
+                tap.pointed(channel, to_host, data)
 
     def signal(self, channel: Channel, to_host: bool) -> None:
         """See Tap."""

@@ -14,7 +14,7 @@ from collections import deque
 from collections.abc import Callable
 from typing import NamedTuple, Protocol
 
-from hvkvm.abi import nvsp
+from hvkvm.abi import nvsp, rndis
 from hvkvm.abi.ring import VM_PKT_COMP, VM_PKT_DATA_INBAND, Packet
 from hvkvm.devices.synth.netvsp_send import Send
 from hvkvm.net.port import Frame
@@ -201,6 +201,9 @@ class NvspChannel:
             self.fail(found)
             return
         blob, rest, total = found
+        if io.pointed is not None:
+            for message in rndis.beginnings(blob):
+                io.pointed(True, message)
         if packet.payload[4] == nvsp.RMC_CONTROL:
             if rest:
                 blob = b"".join((blob, *rest))

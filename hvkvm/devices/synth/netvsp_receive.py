@@ -283,6 +283,9 @@ class Receive:
         if not sent:
             pieces.take_back_last()
             return False
+        if io.pointed is not None:
+            for head, _views, _size in batch:
+                io.pointed(False, head)
         if message is _DATA:
             counters = self.counters
             counters.frames += len(batch)
