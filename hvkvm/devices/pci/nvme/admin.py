@@ -6,16 +6,13 @@ Each is answered from the copy that the controller made. I/O loop.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 from hvkvm.abi import nvme
 from hvkvm.devices.pci.nvme import identify
-from hvkvm.devices.pci.nvme.io_commands import Answer, Command
-from hvkvm.devices.pci.nvme.prp import PAGE, PrpError, copy_out
+from hvkvm.devices.pci.nvme.io_commands import Answer, Command, Namespace
+from hvkvm.devices.pci.nvme.prp import PAGE, Memory, PrpError, copy_out
 from hvkvm.devices.pci.nvme.queues import Completion, Shadow, Submission
-
-if TYPE_CHECKING:
-    from hvkvm.devices.pci.nvme.controller import Controller
 
 MAX_IO_QUEUES = 32
 """Pairs of queues for I/O."""
@@ -36,10 +33,30 @@ _IRQ_NO_COALESCING = 1 << 16
 _SERIOUS_FEATURE_BITS = {nvme.NVME_FEAT_POWER_MGMT: 0x1F}
 
 
+class Owner(Protocol):
+    """What admin commands look at, and change, in their controller."""
+
+    memory: Memory
+    namespace: Namespace
+    serial: str
+    read_only: bool
+    vectors: int
+    submissions: dict[int, Submission]
+    completions: dict[int, Completion]
+
+    def add_submission(self, queue: Submission) -> None: ...
+    def add_completion(self, queue: Completion) -> None: ...
+    def delete_submission(self, queue: Submission, done: Callable[[], object]) -> None: ...
+    def delete_completion(self, queue: Completion) -> None: ...
+    def use_shadow(self, shadow: Shadow) -> None: ...
+    def keep_open(self) -> None: ...
+    def counters(self) -> tuple[int, int, int, int]: ...
+
+
 class Admin:
     """The admin commands of one controller."""
 
-    def __init__(self, owner: Controller) -> None:
+    def __init__(self, owner: Owner) -> None:
         self._owner = owner
         self.features = dict.fromkeys(SAVED_FEATURES, 0)
         self.events: list[int] = []
