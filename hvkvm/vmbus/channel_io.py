@@ -143,9 +143,11 @@ class ChannelIo:
         header: bytes = b"",
     ) -> bool:
         """Send a packet: False if there is no room (try again when the guest rings) or the ring is broken."""
+        if self._on_broken is None:
+            return False
+        if self._batch:
+            return self.writer.put(kind, payload, trans_id=trans_id, flags=flags, header=header)
         with self:
-            if self._on_broken is None:
-                return False
             return self.writer.put(kind, payload, trans_id=trans_id, flags=flags, header=header)
 
     def fits(self, payload_bytes: int, header_bytes: int = 0) -> bool:

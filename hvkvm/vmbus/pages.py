@@ -35,18 +35,19 @@ RUN_PAGES = 64
 class GuestPages:
     """The pages `pfns` in their order, `size` bytes in all. GuestMemoryError for one outside RAM."""
 
-    __slots__ = ("_memory", "_only", "_pfns", "_runs", "size")
+    __slots__ = ("_memory", "_pfns", "_runs", "only", "size")
 
     def __init__(self, memory: Ram, pfns: Sequence[int]) -> None:
         count, first = len(pfns), pfns[0]
         self.size = count * HV_HYP_PAGE_SIZE
         self._memory = memory
         self._pfns = pfns
-        self._only: memoryview | None = None
+        self.only: memoryview | None = None
+        """All of them, if they are one run."""
         # By the index of the page that they begin with; up to the next page that is no neighbour.
         self._runs: dict[int, memoryview] = {}
         if pfns[-1] - first == count - 1 and all(map(eq, pfns, range(first, first + count))):
-            self._only = memory.view(first * HV_HYP_PAGE_SIZE, self.size)
+            self.only = memory.view(first * HV_HYP_PAGE_SIZE, self.size)
             return
         lowest, highest = min(pfns), max(pfns)
         if not memory.contains(lowest * HV_HYP_PAGE_SIZE, (highest - lowest + 1) * HV_HYP_PAGE_SIZE):
@@ -66,8 +67,8 @@ class GuestPages:
 
     def views(self, offset: int, n: int) -> list[memoryview]:
         """Zero-copy views of `n` bytes from `offset`, in order: made for preadv and pwritev."""
-        if self._only is not None:
-            return [self._only[offset : offset + n]]
+        if self.only is not None:
+            return [self.only[offset : offset + n]]
         found = []
         while n > 0:
             index, at = divmod(offset, HV_HYP_PAGE_SIZE)
@@ -79,14 +80,14 @@ class GuestPages:
 
     def read(self, offset: int, n: int) -> bytes:
         """A copy of `n` bytes."""
-        if self._only is not None:
-            return self._only[offset : offset + n].tobytes()
+        if self.only is not None:
+            return self.only[offset : offset + n].tobytes()
         return b"".join(self.views(offset, n))
 
     def write(self, offset: int, data: bytes | memoryview) -> None:
         """Write all of `data`."""
-        if self._only is not None:
-            self._only[offset : offset + len(data)] = data
+        if self.only is not None:
+            self.only[offset : offset + len(data)] = data
             return
         at = 0
         for view in self.views(offset, len(data)):

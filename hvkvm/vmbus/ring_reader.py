@@ -72,13 +72,18 @@ class RingReader(RingEnd):
 
     def _next(self) -> tuple[int, int, int, int, int] | None:
         """The descriptor of the next packet, checked against what is there (S61)."""
-        available = self._available()
+        at = self._at
+        available = (self._limit - at) % self.size or self._available()
         if not available or self.broken:
             return None
         if available < _LEAST:
             self.broken = f"{available} bytes are less than a packet"
             return None
-        kind, offset8, len8, flags, trans_id = descriptor.unpack(self._read(self._at, DESCRIPTOR_BYTES))
+        only = self._data.only
+        if only is not None and at + DESCRIPTOR_BYTES <= self.size:
+            kind, offset8, len8, flags, trans_id = descriptor.unpack(only[at : at + DESCRIPTOR_BYTES])
+        else:
+            kind, offset8, len8, flags, trans_id = descriptor.unpack(self._read(at, DESCRIPTOR_BYTES))
         total = len8 * 8
         if not 2 <= offset8 <= len8 or total + TRAILER_BYTES > available or total > self._max:
             self.broken = f"a packet of {total} bytes, data at {offset8 * 8}, {available} bytes available"
@@ -92,8 +97,14 @@ class RingReader(RingEnd):
             return None
         kind, offset, total, flags, trans_id = found
         # The descriptor's copy decides; what lies in the ring now may say something else.
-        rest = self._read((self._at + DESCRIPTOR_BYTES) % self.size, total - DESCRIPTOR_BYTES)
-        self._skip(total)
+        at, end = self._at + DESCRIPTOR_BYTES, self._at + total
+        only = self._data.only
+        if only is not None and end <= self.size:
+            rest = only[at:end].tobytes()
+        else:
+            rest = self._read(at % self.size, total - DESCRIPTOR_BYTES)
+        self._at = (end + TRAILER_BYTES) % self.size
+        self.packets += 1
         split = offset - DESCRIPTOR_BYTES
         return Packet(kind, flags, trans_id, rest[:split], rest[split:])
 

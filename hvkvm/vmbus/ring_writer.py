@@ -17,6 +17,7 @@ from hvkvm.abi.ring import (
     WORD_PENDING_SEND_SZ,
     WORD_READ_INDEX,
     WORD_WRITE_INDEX,
+    descriptor,
     packet_header,
     trailer,
 )
@@ -67,24 +68,30 @@ class RingWriter(RingEnd):
         """
         if self.broken:
             return False
-        self._reserved = []
-        front = packet_header(kind, header, len(payload), trans_id, flags)
-        padding = -len(payload) % 8
-        need = len(front) + len(payload) + padding + TRAILER_BYTES
-        if need >= self.size or need - TRAILER_BYTES > MAX_PACKET_BYTES:
-            raise ValueError(f"a packet of {need} bytes never fits in a ring of {self.size}")
+        if self._reserved:
+            self._reserved = []
+        n, start, size = len(payload), self._at, self.size
+        eights = DESCRIPTOR_BYTES + len(header) + n + 7 >> 3
+        need = eights * 8 + TRAILER_BYTES
+        if need >= size or need - TRAILER_BYTES > MAX_PACKET_BYTES:
+            raise ValueError(f"a packet of {need} bytes never fits in a ring of {size}")
         free = self._free()
         if free is not None and need >= free:
             free = self._ask_for_room(need)
         if free is None or need >= free:
             return False
-        start = self._at
-        if len(payload) <= SHORT_PAYLOAD:  # joined, it takes one write in place of three
-            tail = trailer.pack(0, start)
-            self._at = self._write(start, b"".join((front, payload, _PADDING[padding], tail)))
+        front = descriptor.pack(kind, DESCRIPTOR_BYTES + len(header) >> 3, eights, flags, trans_id)
+        if n <= SHORT_PAYLOAD:  # joined, it takes one write in place of three
+            data = b"".join((front, header, payload, _PADDING[-n % 8], trailer.pack(0, start)))
+            only, end = self._data.only, start + need
+            if only is not None and end < size:
+                only[start:end] = data
+                self._at = end
+            else:
+                self._at = self._write(start, data)
         else:
-            at = self._write(self._write(start, front), payload)
-            self._at = self._write(at, _PADDING[padding] + trailer.pack(0, start))
+            at = self._write(self._write(start, front + header), payload)
+            self._at = self._write(at, _PADDING[-n % 8] + trailer.pack(0, start))
         self.packets += 1
         if self.words[WORD_PENDING_SEND_SZ]:
             self.words[WORD_PENDING_SEND_SZ] = 0
