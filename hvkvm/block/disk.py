@@ -4,7 +4,7 @@ Order: requests run at once with one another and end in any order, as on a real 
 write whose `done` was called before the flush was submitted; who needs more waits for the `done`.
 
 A read that the host's page cache can answer is answered on the loop, in one system call and with no other
-thread; everything else goes to a worker.
+thread; everything else goes to a worker, and what is submitted in one turn goes together.
 
 What hangs: while a worker is in the kernel with a guest's pages, nobody can take them back. So a request
 that hangs is not answered, but named: `inspect()` has it, and the observer hears of it once.
@@ -35,6 +35,9 @@ HANG_SECONDS = 10.0
 
 NOW_BYTES = 128 << 10
 """Larger reads go to a worker: copying them would keep the loop from its other work."""
+
+LOOK_SECONDS = 0.01
+"""So often it is looked whether quick requests wait behind one that is not."""
 
 MAX_SKIP = 64
 """After misses of the page cache so many reads at most go to a worker without being tried on the loop."""
@@ -78,6 +81,8 @@ class Disk:
         self._hang_seconds = hang_seconds
         self._in_flight: set[Request] = set()
         self._ready: deque[tuple[Request, Result]] = deque()
+        self._together: list[Request] = []
+        self._looking = False
         self._stopped: bool = False
         self._waiting_for_rest: list[Callable[[], object]] = []
         self._watching = False
@@ -107,20 +112,24 @@ class Disk:
         if refusal is not None:
             self._answer(request, refusal)
             return
-        if (
-            request.op is Op.READ
-            and self._read_now
-            and request.length <= NOW_BYTES
-            and self._try_now(request)
-        ):
+        op = request.op
+        if op is Op.READ and self._read_now and request.length <= NOW_BYTES and self._try_now(request):
             return
-        try:
-            self._queue.submit(self._perform, request, self._finished)
-        except Stopped as error:
-            self._answer(request, failure(error))
+        if request.fua or (op is not Op.READ and op is not Op.WRITE):
+            self._hand_over()  # workers begin in the order of submission
+            try:
+                self._queue.submit(self._perform, request, self._finished)
+            except Stopped as error:
+                self._answer(request, failure(error))
+            return
+        self._together.append(request)
+        if len(self._together) == 1:
+            self._io.call_soon(self._hand_over, cancelled=self._hand_over)
 
     def poll(self) -> None:
-        """Answer now what has been answered on the loop: saves who submitted a batch the wait for a turn."""
+        """A batch was submitted: have workers begin, and answer now what has been answered on the loop."""
+        if self._together:
+            self._hand_over()
         if self._ready:
             self._deliver()
 
@@ -165,6 +174,7 @@ class Disk:
             if not closed:
                 self.image.interrupt()
 
+        self._hand_over()
         self._queue.take_back()
         self.stop(shut)
         self._io.call_later(self._hang_seconds, give_up)
@@ -194,7 +204,7 @@ class Disk:
             "image": self.image.inspect(),
             "read_only": self.image.read_only,
             "in_flight": len(flying),
-            "waiting": len(self._queue),
+            "waiting": len(self._queue) + len(self._together),
             "oldest": f"{flying[0]} for {now - flying[0].began:.1f} s" if flying else None,
             "hung": [str(one) for one in flying if now - one.began > self._hang_seconds],
             "answered_on_loop": self._read_now_count,
@@ -228,9 +238,27 @@ class Disk:
             return Result(Status.OK)
         return None
 
+    def _hand_over(self) -> None:
+        """Give workers what was submitted in this turn."""
+        together, self._together = self._together, []
+        if not together:
+            return
+        try:
+            self._queue.submit_all(self._perform, together, self._finished)
+        except Stopped as error:
+            for request in together:
+                self._answer(request, failure(error))
+            return
+        if not self._looking:
+            self._looking = True
+            self._io.call_later(LOOK_SECONDS, self._look)
+
+    def _look(self) -> None:
+        self._looking = self._queue.look()
+        if self._looking:
+            self._io.call_later(LOOK_SECONDS, self._look)
+
     def _try_now(self, request: Request) -> bool:
-        if request.length > NOW_BYTES:
-            return False
         if self._skip:
             self._skip -= 1
             return False
@@ -266,7 +294,7 @@ class Disk:
                 self._io.call_soon(self._deliver, cancelled=self._deliver)
 
     def _finished(self, request: Request, outcome: object) -> None:
-        result = _as_result(outcome)
+        result = outcome if type(outcome) is Result else _as_result(outcome)
         self._in_flight.discard(request)
         counter = self.counters[request.op]
         counter.requests += 1

@@ -25,6 +25,7 @@ from typing import Any, NamedTuple
 from hvkvm.errors import Stopped, Stuck
 from hvkvm.runtime.kick import block_signals
 from hvkvm.runtime.protocols import Deferrer
+from hvkvm.runtime.worker_queue import WorkerQueue
 
 LIMIT = 16
 IDLE_SECONDS = 5.0
@@ -33,11 +34,8 @@ CLOSE_SECONDS = 10.0
 BURST = 8
 """So many jobs of one queue a worker runs before it looks whether another queue waits."""
 
-
-class _Job(NamedTuple):
-    work: Callable[[Any], object]
-    item: Any
-    done: Callable[[Any, Any], object]
+NARROW_BURST = 32
+"""As BURST, where the queue is narrow: its jobs are quick."""
 
 
 class Running(NamedTuple):
@@ -67,7 +65,8 @@ class Workers:
         self._threads: dict[threading.Thread, Running | None] = {}
         self._queues: list[WorkerQueue] = []
         self._made = 0
-        self._closed = False
+        self.closed = False
+        """Whether it takes no more jobs."""
         self._finished: deque[tuple[Callable[[Any, Any], object], Any, Any]] = deque()
         self._scheduled = False
 
@@ -75,7 +74,7 @@ class Workers:
         """A FIFO of jobs that at most `width` workers serve at once. Stopped after `close()`."""
         queue = WorkerQueue(self, width, name)
         with self._lock:
-            if self._closed:
+            if self.closed:
                 raise Stopped(f"{self.name}: no more queues")
             self._queues.append(queue)
         return queue
@@ -97,7 +96,7 @@ class Workers:
         daemons, so that the process can end. What they give comes if the loop still runs then.
         """
         with self._lock:
-            self._closed = True
+            self.closed = True
             threads = list(self._threads)
             queues = list(self._queues)
             for _ in threads:
@@ -116,10 +115,10 @@ class Workers:
 
     # Used by WorkerQueue and the threads.
 
-    def _offer(self, queue: WorkerQueue) -> None:
+    def offer(self, queue: WorkerQueue) -> None:
         """A worker is wanted for `queue`; a thread is made if none is free."""
         with self._lock:
-            if self._surplus <= 0 and len(self._threads) < self.limit and not self._closed:
+            if self._surplus <= 0 and len(self._threads) < self.limit and not self.closed:
                 self._made += 1
                 thread = threading.Thread(target=self._main, name=f"{self.name}-{self._made}", daemon=True)
                 self._threads[thread] = None
@@ -156,25 +155,39 @@ class Workers:
                 self._surplus += 1
 
     def _serve(self, queue: WorkerQueue, me: threading.Thread) -> None:
-        threads = self._threads
-        for _ in range(BURST):
-            job = queue._take()
+        threads, finished = self._threads, self._finished
+        ended = 0.0
+        for _ in range(NARROW_BURST if queue.narrow else BURST):
+            job = queue.take()
             if job is None:
-                return
-            work, item, done = job
-            threads[me] = Running(queue.name, item, monotonic())
+                break
+            work, item, done, long = job
+            if long and finished and not self._scheduled:
+                self._schedule()
+            began = monotonic()
+            threads[me] = Running(queue.name, item, began)
             try:
                 outcome: object = work(item)
             except BaseException as error:
                 outcome = error
             threads[me] = None
-            self._finish(done, item, outcome)
-        with self._lock:
-            self._surplus -= 1
-            self._ready.put(queue)
-
-    def _finish(self, done: Callable[[Any, Any], object], item: object, outcome: object) -> None:
+            finished.append((done, item, outcome))
+            now = monotonic()
+            if ended:
+                queue.took(now - began, began - ended)
+            ended = now
+            if not queue.narrow and not self._scheduled:
+                self._schedule()
+        else:
+            with self._lock:
+                self._surplus -= 1
+                self._ready.put(queue)
         # Put first, then look whether somebody will come for it: `_deliver` clears the mark before it looks.
+        if finished and not self._scheduled:
+            self._schedule()
+
+    def finish(self, done: Callable[[Any, Any], object], item: object, outcome: object) -> None:
+        """Have `done(item, outcome)` called on the loop."""
         self._finished.append((done, item, outcome))
         if not self._scheduled:
             self._schedule()
@@ -189,6 +202,11 @@ class Workers:
             return False
         return True
 
+    def deliver_now(self) -> None:
+        """On the loop: deliver what a worker has finished and keeps for the end of its burst."""
+        if self._finished and not self._scheduled:
+            self._deliver()
+
     def _deliver(self) -> None:
         self._scheduled = False
         finished = self._finished
@@ -202,58 +220,3 @@ class Workers:
         finally:
             if finished and not self._scheduled:
                 self._schedule()
-
-
-class WorkerQueue:
-    """Jobs of one owner, begun in the order of their submission; from `Workers.queue`."""
-
-    def __init__(self, workers: Workers, width: int, name: str) -> None:
-        if width < 1:
-            raise ValueError(f"a width of {width}: at least one worker is needed")
-        self.name = name
-        self.width = width
-        self._workers = workers
-        self._waiting: deque[_Job] = deque()
-        self._serving = 0
-        self._lock = threading.Lock()
-
-    def submit(self, work: Callable[[Any], object], item: object, done: Callable[[Any, Any], object]) -> None:
-        """Run `work(item)` on a worker, then `done(item, outcome)` on the loop.
-
-        Stopped after `close()`, and when the host has no thread to give and there is none yet.
-        """
-        job = _Job(work, item, done)
-        with self._lock:
-            if self._workers._closed:
-                raise Stopped(f"{self.name} takes no more work")
-            self._waiting.append(job)
-            if self._serving >= self.width:
-                return
-            self._serving += 1
-        try:
-            self._workers._offer(self)
-        except RuntimeError as error:
-            with self._lock:
-                self._serving -= 1
-                self._waiting.remove(job)  # there is no thread that could have taken it
-            raise Stopped(f"{self.name}: {error}") from None
-
-    def take_back(self) -> int:
-        """Give what has not begun back, each with Stopped; how many."""
-        with self._lock:
-            jobs = list(self._waiting)
-            self._waiting.clear()
-        for job in jobs:
-            self._workers._finish(job.done, job.item, Stopped(f"{self.name} stops"))
-        return len(jobs)
-
-    def __len__(self) -> int:
-        """How many jobs wait for a worker."""
-        return len(self._waiting)
-
-    def _take(self) -> _Job | None:
-        with self._lock:
-            if self._waiting:
-                return self._waiting.popleft()
-            self._serving -= 1
-            return None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -43,6 +43,13 @@ class InlineLoop:
                 done(item, outcome)
 
         self.calls.append(both)
+
+    def submit_all(self, work: Any, items: Sequence[object], done: Any) -> None:
+        for item in items:
+            self.submit(work, item, done)
+
+    def look(self) -> bool:
+        return False
 
     def take_back(self) -> int:
         return 0

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -60,6 +60,13 @@ class LoopbackWorkers:
             at = self.loop.random.randrange(len(self.jobs)) if self.loop.random is not None else 0
             self.jobs.rotate(-at)
             self.loop.call_soon(self.jobs.popleft())
+
+    def submit_all(self, work: Any, items: Sequence[object], done: Any) -> None:
+        for item in items:
+            self.submit(work, item, done)
+
+    def look(self) -> bool:
+        return False
 
     def take_back(self) -> int:
         return 0

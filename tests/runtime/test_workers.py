@@ -10,6 +10,7 @@ import pytest
 
 from hvkvm.errors import Stopped, Stuck
 from hvkvm.runtime.io_loop import IoLoop
+from hvkvm.runtime.worker_queue import WorkerQueue
 from hvkvm.runtime.workers import Workers
 
 SECONDS = 30
@@ -185,4 +186,87 @@ def test_a_host_without_threads_begins_nothing_and_is_asked_again(
     queue.submit(lambda item: item, 2, answers.done)
     assert answers.all_in.wait(SECONDS)
     assert answers.came == [(2, 2)]
+    workers.close()
+
+
+def test_all_of_a_batch_are_answered_once(loop: IoLoop, tiny_switch_interval: None) -> None:
+    workers = Workers(loop, limit=5)
+    queues = [workers.queue(width, f"queue {width}") for width in (1, 2, 4)]
+    answers = Answers(3000)
+
+    def submit(number: int) -> None:
+        for first in range(0, 1000, 20):
+            items = [(number, first + n) for n in range(19)]
+            queues[number].submit_all(lambda item: item, items, answers.done)
+            queues[number].submit(lambda item: item, (number, first + 19), answers.done)
+
+    submitters = [threading.Thread(target=submit, args=(number,)) for number in range(3)]
+    for thread in submitters:
+        thread.start()
+    for thread in submitters:
+        thread.join()
+    assert answers.all_in.wait(SECONDS)
+    assert len({item for item, _ in answers.came}) == 3000
+    assert all(item == outcome for item, outcome in answers.came)
+    workers.close()
+    with pytest.raises(Stopped):
+        queues[0].submit_all(lambda item: item, [1, 2], answers.done)
+
+
+def narrowed(queue: WorkerQueue) -> WorkerQueue:
+    """As a queue is whose jobs were quick for a while."""
+    for _ in range(100):
+        queue.took(1e-6, 1e-6)
+    assert queue.narrow
+    return queue
+
+
+def test_quick_jobs_make_a_queue_narrow_and_slow_ones_wide_again(loop: IoLoop) -> None:
+    workers = Workers(loop)
+    queue = narrowed(workers.queue(4, "one"))
+    for _ in range(100):
+        queue.took(1.0, 1e-6)
+    assert not queue.narrow
+    single = workers.queue(1, "single")
+    for _ in range(100):
+        single.took(1e-6, 1e-6)
+    assert not single.narrow  # it has one worker in any case, and delivers at once
+    workers.close()
+
+
+def test_a_batch_of_a_narrow_queue_has_one_worker(loop: IoLoop) -> None:
+    workers = Workers(loop)
+    queue = narrowed(workers.queue(4, "one"))
+    release, answers = threading.Event(), Answers(20)
+    queue.submit_all(lambda item: release.wait(SECONDS) and item, list(range(20)), answers.done)
+    wait_until(lambda: len(workers.running()) == 1)
+    assert len(queue) == 19
+    release.set()
+    assert answers.all_in.wait(SECONDS)
+    workers.close()
+
+
+def test_what_hangs_in_a_narrow_queue_keeps_nobody_from_the_workers(loop: IoLoop) -> None:
+    """Neither those that wait nor those that are done; whoever submits looks every so often."""
+    workers = Workers(loop)
+    queue = narrowed(workers.queue(3, "one"))
+    release, answers = threading.Event(), Answers(8)
+
+    def work(item: int) -> int:
+        if item == 2:
+            release.wait(SECONDS)
+        return item
+
+    queue.submit_all(work, range(8), answers.done)
+    wait_until(lambda: any(one.item == 2 for one in workers.running()))
+
+    def look() -> None:
+        if queue.look():
+            loop.call_later(0.005, look)
+
+    loop.call_soon(look)
+    wait_until(lambda: len(answers.came) == 7)
+    assert sorted(item for item, _ in answers.came if isinstance(item, int)) == [0, 1, 3, 4, 5, 6, 7]
+    release.set()
+    assert answers.all_in.wait(SECONDS)
     workers.close()
