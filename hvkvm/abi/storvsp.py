@@ -99,6 +99,8 @@ reserved, data_transfer_length, CDB."""
 _completion = Struct("<IIIHBBBBBBBBBBI20s16x")
 """The head, then vmscsi_request with sense data in place of the CDB."""
 _BODY = _head.size
+CDB_OFFSET = _BODY + 16
+"""Where the CDB stands in a packet."""
 
 
 class Srb(NamedTuple):

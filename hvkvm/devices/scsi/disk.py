@@ -79,6 +79,34 @@ class ScsiDisk(Unit):
             self.handlers[operation] = self._when_started(handler)
         self.handlers[scsi.START_STOP] = self._start_stop
 
+    def begin(self, cdb: bytes, request: Request) -> bool:
+        operation = cdb[0]
+        if operation in (scsi.READ_10, scsi.WRITE_10) and len(cdb) >= scsi.cdb10.size:
+            _op, flags, lba, _group, blocks, control = scsi.cdb10.unpack_from(cdb)
+        elif operation in (scsi.READ_16, scsi.WRITE_16) and len(cdb) >= scsi.cdb16.size:
+            _op, flags, lba, blocks, _group, control = scsi.cdb16.unpack_from(cdb)
+        else:
+            return False
+        disk, sector = self.disk, self._sector
+        if (
+            blocks * sector != request.length
+            or flags & scsi.PROTECT_MASK
+            or control & scsi.NACA
+            or not 0 < request.length <= MAX_TRANSFER
+            or lba + blocks > disk.size // sector
+            or self.disturbed
+            or not self._started
+        ):
+            return False
+        if operation in (scsi.WRITE_10, scsi.WRITE_16):
+            if disk.image.read_only:
+                return False
+            request.op = Op.WRITE
+            request.fua = bool(flags & scsi.FUA)
+        request.offset = lba * sector
+        disk.submit(request)
+        return True
+
     def drain(self, done: Callable[[], object]) -> None:
         self.disk.drain(done)
 

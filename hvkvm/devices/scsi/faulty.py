@@ -15,6 +15,7 @@ from typing import Protocol
 from hvkvm.abi import scsi
 from hvkvm.block.buffers import Cutter, size_of
 from hvkvm.block.disk import Disk
+from hvkvm.block.request import Request
 from hvkvm.devices.scsi.command import Command, Reply
 from hvkvm.devices.scsi.disk import ScsiDisk
 from hvkvm.devices.scsi.fault_rules import Action, Plan, Rule, range_of
@@ -46,6 +47,9 @@ class FaultyDisk(ScsiDisk):
         self._rescind = rescind
         self._held: dict[Command, Timer | None] = {}
         """Commands that are held back: with what will do them, or None for dropped ones."""
+
+    def begin(self, cdb: bytes, request: Request) -> bool:
+        return False  # the plan is asked of every command
 
     def execute(self, command: Command) -> None:
         """As a disk does, or as the plan says."""

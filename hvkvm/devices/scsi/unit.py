@@ -10,6 +10,7 @@ from typing import Any
 
 from hvkvm.abi import scsi
 from hvkvm.abi.scsi import Sense
+from hvkvm.block.request import Request
 from hvkvm.devices.scsi.command import Command, Rejected, Reply
 from hvkvm.devices.scsi.inquiry import Identity, standard_inquiry, vpd_page
 from hvkvm.devices.scsi.mode import ModePages
@@ -69,12 +70,24 @@ class Unit:
         except Rejected as why:
             command.fail(why.sense, lba=why.lba)
 
+    def begin(self, cdb: bytes, request: Request) -> bool:
+        """Begin a READ or WRITE if it is a plain one that can be done; False, and `execute` says why not.
+
+        `request` has its buffers, all that the guest sent or wants, and its `done`; the rest is set here.
+        """
+        return False
+
     def attention(self, sense: Sense) -> None:
         """Tell the guest with its next command."""
         if sense.asc == scsi.POWER_ON.asc:
             self._attentions.clear()  # a reset is news of everything
         if sense not in self._attentions and len(self._attentions) < MAX_ATTENTIONS:
             self._attentions.append(sense)
+
+    @property
+    def disturbed(self) -> bool:
+        """Whether the next command is answered with something else than what it asks."""
+        return self._resetting or bool(self._attentions)
 
     def reset(self, done: Callable[[], object]) -> None:
         """Complete what is in flight, then be as after power-on, with a unit attention; `done()` then.

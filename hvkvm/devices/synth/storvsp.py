@@ -16,6 +16,7 @@ from hvkvm.abi import scsi
 from hvkvm.abi import storvsp as wire
 from hvkvm.abi.storvsp import Srb
 from hvkvm.abi.vmbus import VMBUS_CHANNEL_ENUMERATE_DEVICE_INTERFACE
+from hvkvm.block.request import Request
 from hvkvm.devices.scsi.command import Command
 from hvkvm.devices.scsi.saved import UnitState, load_unit, save_unit
 from hvkvm.devices.scsi.target import Bus
@@ -117,6 +118,11 @@ class Storvsp:
     def phase(self) -> Phase:
         """How far the guest's driver has come."""
         return self._handshake.phase
+
+    def begin(self, srb: Srb, request: Request) -> bool:
+        """Have a disk do it if it is a plain READ or WRITE; False, and nothing was done, if it is not."""
+        unit = self._bus.get(srb.target, srb.lun)
+        return unit is not None and not srb.path and unit.begin(srb.cdb, request)
 
     def execute(self, srb: Srb, command: Command) -> bool:
         """Have the unit do it; False if nobody answers for that address.

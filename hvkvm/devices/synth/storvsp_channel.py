@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable
+from contextlib import suppress
 from functools import partial
 from typing import NamedTuple, Protocol
 
@@ -19,7 +20,10 @@ from hvkvm.abi import scsi
 from hvkvm.abi import storvsp as wire
 from hvkvm.abi.ring import VM_PKT_COMP, VM_PKT_DATA_USING_GPA_DIRECT, Packet, parse_gpa_range
 from hvkvm.abi.storvsp import Srb
+from hvkvm.abi.vmbus import HV_HYP_PAGE_SIZE
+from hvkvm.block.request import Request
 from hvkvm.devices.scsi.command import Command, Reply
+from hvkvm.devices.synth.storvsp_io import DiskIo
 from hvkvm.errors import GuestMemoryError
 from hvkvm.vmbus.channel_io import ChannelIo
 from hvkvm.vmbus.device import Done
@@ -32,6 +36,9 @@ MAX_IN_FLIGHT = 1024
 
 MAX_BYTES = 32 << 20
 """Of the pages that one packet names."""
+
+MAX_PAGES = 4096
+"""Views of single guest pages that are kept for the next request."""
 
 BUDGET = 64
 """Requests taken a turn."""
@@ -81,6 +88,10 @@ class InFlight:
 class Controller(Protocol):
     """What a channel needs of `storvsp.Storvsp`."""
 
+    def begin(self, srb: Srb, request: Request) -> bool:
+        """Have a disk do it if it is a plain READ or WRITE; False, and nothing was done, if it is not."""
+        ...
+
     def execute(self, srb: Srb, command: Command) -> bool:
         """Have the unit do it; False if there is none that would answer."""
         ...
@@ -116,6 +127,7 @@ class StorvspChannel:
         self._io: ChannelIo | None = None
         self._done: deque[tuple[int, bytes]] = deque()
         self._notices: list[int] = []
+        self._pages: dict[int, memoryview] = {}
         self._in_turn = False
         self.guard = Guard()
         self.in_flight = InFlight()
@@ -148,6 +160,7 @@ class StorvspChannel:
         self._io = None
         self._done.clear()
         self._notices.clear()
+        self._pages.clear()
         self._controller.closed(self)
         self.in_flight.when_none(done)
 
@@ -237,9 +250,9 @@ class StorvspChannel:
             self._answer(io, packet, wire.answer(wire.STATUS_INVALID_PARAMETER))
         else:
             self.in_flight.count += 1
-            self._controller.control(self, operation, payload, partial(self._end, io, packet))
+            self._controller.control(self, operation, payload, partial(self.end, io, packet))
 
-    def _end(self, io: ChannelIo, packet: Packet, answer: bytes) -> None:
+    def end(self, io: ChannelIo, packet: Packet, answer: bytes) -> None:
         """One that was counted has ended; also when an error of ours has ended the device meanwhile."""
         self.guard.run(self._answer, io, packet, answer)
         self.in_flight.ended()
@@ -256,9 +269,11 @@ class StorvspChannel:
             self._answer(io, packet, wire.completion(payload, wire.SRB_STATUS_INVALID_REQUEST, 0, 0))
             return
         self.in_flight.count += 1
-        command = Command(srb.cdb, buffers, partial(self._finish, io, packet))
+        if buffers and self._controller.begin(srb, DiskIo(self, io, packet, buffers, srb.length)):
+            return
+        command = Command(srb.cdb, buffers, partial(self.finish, io, packet))
         if not self._controller.execute(srb, command):
-            self._end(io, packet, wire.completion(payload, wire.SRB_STATUS_INVALID_LUN, 0, 0))
+            self.end(io, packet, wire.completion(payload, wire.SRB_STATUS_INVALID_LUN, 0, 0))
 
     def _buffers(self, srb: Srb, packet: Packet) -> list[memoryview] | None:
         """The guest's pages for the data; None if it names none, too few, or what is no RAM."""
@@ -270,12 +285,26 @@ class StorvspChannel:
         if one is None or one.length < srb.length:
             return None
         try:
+            if one.offset + srb.length <= HV_HYP_PAGE_SIZE:
+                return [self._page(one.pfns[0])[one.offset : one.offset + srb.length]]
             return range_views(self._memory, one.pfns, one.offset, srb.length)
         except GuestMemoryError:
             return None
 
-    def _finish(self, io: ChannelIo, packet: Packet, reply: Reply) -> None:
+    def _page(self, pfn: int) -> memoryview:
+        """A page of the guest's; GuestMemoryError. Its requests name the same ones again and again."""
+        page = self._pages.get(pfn)
+        if page is not None:
+            with suppress(ValueError):  # what was mapped there once is not any more
+                return page[:]
+        if len(self._pages) >= MAX_PAGES:
+            self._pages.clear()
+        page = self._pages[pfn] = self._memory.view(pfn * HV_HYP_PAGE_SIZE, HV_HYP_PAGE_SIZE)
+        return page
+
+    def finish(self, io: ChannelIo, packet: Packet, reply: Reply) -> None:
+        """A command that was counted has ended."""
         status, sense, moved = reply
         srb_status = _SRB_STATUS.get(status, wire.SRB_STATUS_ERROR)
         sense = sense[: wire.SENSE_BYTES]
-        self._end(io, packet, wire.completion(packet.payload, srb_status, status, moved, sense))
+        self.end(io, packet, wire.completion(packet.payload, srb_status, status, moved, sense))
