@@ -14,10 +14,10 @@ from collections.abc import Iterator
 
 from hvkvm.abi import kvm as abi
 from hvkvm.cli.arguments import Parser
-from hvkvm.cli.doctor_check import Check
+from hvkvm.cli.doctor_check import KERNEL_REMEDY, Check, carrier
 from hvkvm.cli.output import show
 from hvkvm.errors import CapabilityMissing, HvkvmError, KvmUnavailable
-from hvkvm.kvm.kind import REMEDY, KvmKind, probe
+from hvkvm.kvm.kind import probe
 from hvkvm.kvm.system import Kvm
 
 NEEDED = (
@@ -43,7 +43,6 @@ HYPERV = (
     ("KVM_CAP_HYPERV_CPUID", "what KVM can offer, as CPUID"),
     ("KVM_CAP_HYPERV_ENFORCE_CPUID", "hv-enforce-cpuid"),
 )
-KERNEL_REMEDY = "a kernel with CONFIG_KVM_HYPERV=y, scripts/lab for a nested one, or hvkvm run --synic user"
 TOOLS = (
     ("busybox", "hvkvm run -- COMMAND", "install busybox-static, or give --busybox"),
     ("zstd", "starting zstd kernels without the guest's own decompression", "install zstd"),
@@ -76,14 +75,6 @@ def checks(path: str) -> Iterator[Check]:
         yield carrier(probe())
         yield from _capabilities(kvm)
         yield _cpuid(kvm)
-
-
-def carrier(kind: KvmKind) -> Check:
-    """Whether the CPU runs the guests of this KVM, or software does."""
-    if kind.in_software:
-        detail = f"guests run in software, and Linux may end in a KVM internal error: {kind}"
-        return Check("WARN", "VMX or SVM", detail, REMEDY)
-    return Check("PASS", "VMX or SVM", str(kind))
 
 
 def _capabilities(kvm: Kvm) -> Iterator[Check]:
@@ -153,6 +144,7 @@ def parser() -> Parser:
     p = Parser("hvkvm doctor", "Check what hvkvm needs of this machine.")
     p.add_argument("--kvm", default="/dev/kvm", metavar="PATH", help="the KVM device (/dev/kvm)")
     p.add_argument("--json", action="store_true", help="print JSON")
+    p.add_argument("--windows", action="store_true", help="what a Windows guest would need of this machine")
     p.add_argument(
         "--ci",
         action="store_true",
@@ -164,7 +156,12 @@ def parser() -> Parser:
 def main(arguments: list[str]) -> int:
     """Run the verb; returns the exit status."""
     options = parser().parse_args(arguments)
-    report = list(checks(options.kvm))
+    if options.windows:
+        from hvkvm.cli.doctor_windows import checks as windows_checks
+
+        report = list(windows_checks(options.kvm))
+    else:
+        report = list(checks(options.kvm))
     if options.ci:
         from hvkvm.cli import doctor_ci
 

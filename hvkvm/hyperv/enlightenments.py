@@ -227,6 +227,24 @@ ENLIGHTENMENTS = (
 
 BY_NAME = {row.name: row for row in ENLIGHTENMENTS}
 
+WINDOWS = (
+    "relaxed",
+    "vapic",
+    "vpindex",
+    "runtime",
+    "crash",
+    "time",
+    "synic",
+    "stimer",
+    "tlbflush",
+    "ipi",
+    "frequencies",
+    "avic",
+)
+"""What `--hv windows` asks for: cloud-hypervisor's set for Windows, and crash reports (docs/windows.md)."""
+WINDOWS_NEEDS = ("vpindex",)
+"""Without it, and the hypercalls that come with any, Windows takes an "Hv#1" for broken."""
+
 ALIASES = {"apicv": "avic"}
 """QEMU's second names."""
 

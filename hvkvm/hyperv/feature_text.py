@@ -1,4 +1,4 @@
-"""Reading `--hv LIST|host-model|passthrough|none` into a `FeatureRequest`.
+"""Reading `--hv LIST|host-model|windows|passthrough|none` into a `FeatureRequest`.
 
 Everything that can be wrong without knowing the host is found here: unknown and
 contradicting flags, values out of range, requirements that a list lacks. Names
@@ -16,9 +16,14 @@ from hvkvm.abi.tlfs import HV_SPINLOCK_RETRY_NEVER
 from hvkvm.errors import ConfigError
 from hvkvm.hyperv.enlightenments import ALIASES, BY_NAME, ENLIGHTENMENTS, VERSION_FIELDS
 
-Base = Literal["list", "host-model", "passthrough", "none"]
+Base = Literal["list", "host-model", "windows", "passthrough", "none"]
 
-_BASES: dict[str, Base] = {"host-model": "host-model", "passthrough": "passthrough", "none": "none"}
+_BASES: dict[str, Base] = {
+    "host-model": "host-model",
+    "windows": "windows",
+    "passthrough": "passthrough",
+    "none": "none",
+}
 _MIN_SPINLOCKS = 0xFFF  # QEMU's lower bound
 _VENDOR_LENGTH = 12
 
@@ -123,7 +128,7 @@ class _Reader:
         if self.base == "none" and (self.on or self.auto or self.vendor_id is not None or self.version):
             raise ConfigError("--hv none: contradicts the features named with it; leave out one or the other")
         for name in self.on:
-            # host-model and passthrough add what is not taken away; a list must name it.
+            # host-model and its like add what is not taken away; a list must name it.
             lacking = [
                 f"hv-{n}"
                 for n in BY_NAME[name].requires
@@ -150,7 +155,9 @@ def parse_features(text: str) -> FeatureRequest:
     """Read the value of `--hv`. Raises ConfigError: the flag, the reason, the remedy."""
     items = [item.strip() for item in text.split(",")]
     if not any(items):
-        raise ConfigError("--hv: nothing named; give host-model, passthrough, none or a list of hv-* names")
+        raise ConfigError(
+            "--hv: nothing named; give host-model, windows, passthrough, none or a list of hv-* names"
+        )
     reader = _Reader()
     for item in items:
         if not item.strip("+-"):

@@ -18,6 +18,8 @@ from hvkvm.hyperv.enlightenments import (
     ENLIGHTENMENTS,
     REGISTERS,
     VERSION_FIELDS,
+    WINDOWS,
+    WINDOWS_NEEDS,
     Bits,
     Enlightenment,
     Version,
@@ -138,7 +140,8 @@ def resolve(request: FeatureRequest, host: HostFeatures) -> FeatureSet:
     """The features of `request` on `host`.
 
     host-model is everything the host can do at a fair price, closed under
-    dependencies, and on a host that can do nothing it is empty; passthrough asks
+    dependencies, and on a host that can do nothing it is empty; windows is the part of it that
+    Windows makes use of, and insists on what Windows cannot do without; passthrough asks
     no price, and takes over KVM's vendor, version and limits. Raises
     CapabilityMissing naming the feature, what the kernel lacks and the remedy;
     ConfigError when a named feature's requirement was taken away.
@@ -154,8 +157,15 @@ def resolve(request: FeatureRequest, host: HostFeatures) -> FeatureSet:
             " use a kernel with CONFIG_KVM_HYPERV=y, or --hv none"
         )
     if request.base != "list":
-        off = request.off | host.on_demand if request.base == "host-model" else request.off
-        chosen |= _host_model(host, off)
+        off = request.off if request.base == "passthrough" else request.off | host.on_demand
+        chosen |= _host_model(host, off, WINDOWS if request.base == "windows" else tuple(BY_NAME))
+    if request.base == "windows":
+        for name in WINDOWS_NEEDS:
+            if name not in chosen:
+                why = host.missing(BY_NAME[name]) or "it was taken away"
+                raise CapabilityMissing(
+                    f"--hv windows: Windows starts on no Hyper-V without hv-{name}: {why}"
+                )
     chosen |= {n for n in request.auto if host.leaves is not None and all(map(host.reports, BY_NAME[n].bits))}
     for name in sorted(chosen):
         for needed in BY_NAME[name].requires:
@@ -172,9 +182,10 @@ def _must_have(row: Enlightenment, host: HostFeatures) -> None:
         raise CapabilityMissing(reason)
 
 
-def _host_model(host: HostFeatures, off: Iterable[str]) -> set[str]:
-    """Everything possible but `off`, without what depends on something that is not there."""
-    chosen = {row.name for row in ENLIGHTENMENTS if row.in_host_model and host.missing(row) is None}
+def _host_model(host: HostFeatures, off: Iterable[str], of: Iterable[str]) -> set[str]:
+    """What is possible `of` these but `off`, without what depends on something that is not there."""
+    rows = [BY_NAME[name] for name in of]
+    chosen = {row.name for row in rows if row.in_host_model and host.missing(row) is None}
     chosen = {
         n
         for n in chosen

@@ -47,7 +47,7 @@ class MachineConfig(NamedTuple):
     """A machine's description; immutable, checked by `validate()`.
 
     `memory` is in bytes, `timeout` in seconds. `hv` takes QEMU's hv-* names
-    ("host-model", "passthrough", "none" or a list), `cpu` the features to hide from the guest
+    ("host-model", "windows", "passthrough", "none" or a list), `cpu` the features to hide from the guest
     ("host" or "host,-cx16,..."). `command` is run inside
     the guest by an initramfs built for it, with `files` in it: pairs of a guest
     path and a file of this host. `command_io` says where its input and output lead: to
@@ -110,7 +110,7 @@ class MachineConfig(NamedTuple):
         Field(
             Kind(),
             "--hv LIST",
-            "host-model, passthrough, none, or QEMU's hv-* names (host-model)",
+            "host-model, windows, passthrough, none, or QEMU's hv-* names (host-model)",
             in_saved=True,
         ),
     ] = "host-model"

@@ -61,3 +61,15 @@ def test_doctor_says_which_synic_and_why(hvkvm: Hvkvm) -> None:
     assert check["verdict"] == "PASS"
     assert choice.why in check["detail"]
     assert ("in user space" in check["detail"].partition(":")[0]) == (choice.synic == "user")
+
+
+def test_doctor_has_a_checklist_for_windows(hvkvm: Hvkvm) -> None:
+    """It fails where Windows could not start, names every remedy, and says that none was booted."""
+    result = hvkvm("doctor", "--windows", "--json")
+    found = {check["name"]: check for check in json.loads(result.stdout)}
+    assert {"--hv windows", "UEFI", "memory", "boot disk", "display", "tried"} <= set(found)
+    failed = [check["status"] for check in found.values() if check["verdict"] == "FAIL"]
+    assert result.returncode == (failed[0] if failed else 0)
+    for check in found.values():
+        assert check["verdict"] == "PASS" or check["remedy"] or check["name"] == "memory"
+    assert "no Windows was booted" in found["tried"]["detail"]

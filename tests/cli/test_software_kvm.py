@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from hvkvm.cli.doctor import carrier
+from hvkvm.cli.doctor_check import carrier
 from hvkvm.hyperv.features import FeatureSet
 from hvkvm.kvm.kind import KvmKind, probe
 from hvkvm.kvm.system import Kvm
