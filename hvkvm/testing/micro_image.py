@@ -16,7 +16,8 @@ from hvkvm.boot import cache
 from hvkvm.errors import ConfigError
 
 _FOLDER = Path(__file__).parent
-_PARTS = ("micro_macros.s", "micro_runtime.s", "micro.ld")
+_PARTS = ("guest_parts.inc", "micro_macros.s", "micro_runtime.s")
+_LAYOUT = _FOLDER / "micro.ld"
 _ASSEMBLE = ("as", "--64", "--fatal-warnings")
 _LINK = ("ld", "-m", "elf_x86_64", "-n", "--build-id=none", "-T")
 _NARROW = ("objcopy", "-O", "elf32-i386")
@@ -36,11 +37,11 @@ def micro_image(source: str) -> Path:
     At its end the guest ends with status 0. AssemblyError for
     what does not assemble, and when binutils are missing.
     """
-    runtime = "".join((_FOLDER / name).read_text() for name in _PARTS[:2])
+    runtime = "".join((_FOLDER / name).read_text() for name in _PARTS)
     # The logical line numbers have complaints name the test's own lines.
     text = f'{runtime}\n# 1 "{NAME}"\n{source}\n    .text\n    ret\n'
     digest = hashlib.sha256()
-    for piece in (repr((_ASSEMBLE, _LINK, _NARROW)), (_FOLDER / _PARTS[2]).read_text(), text):
+    for piece in (repr((_ASSEMBLE, _LINK, _NARROW)), _LAYOUT.read_text(), text):
         digest.update(piece.encode())
     path = cache.root() / "micro" / f"{digest.hexdigest()[:24]}.elf"
     if not path.exists():
@@ -53,7 +54,7 @@ def _build(text: str) -> bytes:
         work = Path(folder)
         (work / "guest.s").write_text(text)
         _run(*_ASSEMBLE, "-o", str(work / "guest.o"), str(work / "guest.s"))
-        _run(*_LINK, str(_FOLDER / _PARTS[2]), "-o", str(work / "image64"), str(work / "guest.o"))
+        _run(*_LINK, str(_LAYOUT), "-o", str(work / "image64"), str(work / "guest.o"))
         _run(*_NARROW, str(work / "image64"), str(work / "image"))
         return (work / "image").read_bytes()
 

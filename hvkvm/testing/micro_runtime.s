@@ -16,29 +16,8 @@
 _start:
     cli
     cld
-    # 2 MiB pages.
-    movl    $page_directories, %edi
-    movl    $0x83, %eax
-1:  movl    %eax, (%edi)
-    movl    $0, 4(%edi)
-    addl    $8, %edi
-    addl    $0x200000, %eax
-    jnc     1b
-    movl    $pdpt, %edi
-    movl    $(page_directories + 3), %eax
-    movl    $4, %ecx
-2:  movl    %eax, (%edi)
-    movl    $0, 4(%edi)
-    addl    $8, %edi
-    addl    $0x1000, %eax
-    loop    2b
-    movl    $(pdpt + 3), pml4
-    movl    $0, pml4 + 4
-    # Other CPUs begin in real mode, below 1 MiB.
-    movl    $trampoline, %esi
-    movl    $TRAMPOLINE, %edi
-    movl    $(trampoline_end - trampoline), %ecx
-    rep movsb
+    map_four_gib 3
+    copy_trampoline
     lgdt    gdt_pointer
     ljmp    $8, $enter_long_mode
 
@@ -62,22 +41,7 @@ enter_long_mode:
     movl    %eax, %cr0
     ljmp    $24, $cpu_start
 
-    .code16
-trampoline:
-    cli
-    movw    %cs, %ax
-    movw    %ax, %ds
-    lgdtl   trampoline_gdt - trampoline
-    movl    %cr0, %eax
-    orl     $1, %eax
-    movl    %eax, %cr0
-    ljmpl   $8, $enter_long_mode
-trampoline_gdt:
-    .word   gdt_end - gdt - 1
-    .long   gdt
-trampoline_end:
-
-    .code64
+    trampoline_code
 cpu_start:
     movl    $1, %eax
     cpuid
@@ -147,24 +111,7 @@ write_gate:
     movq    $0, 8(%rdi)
     ret
 
-    .align  16
-stubs:
-    .set    vector, 0
-    .rept   256
-    .align  16
-    .if     vector >= 32
-    pushq   $vector
-    jmp     interrupt
-    .else
-    # Exceptions that push an error code of their own: 8, 10-14, 17, 21, 29, 30.
-    .if     !((0x60227D00 >> vector) & 1)
-    pushq   $0
-    .endif
-    pushq   $vector
-    jmp     exception
-    .endif
-    .set    vector, vector + 1
-    .endr
+    vector_stubs
 
 # Stack: vector, error code, rip, cs, rflags, rsp, ss. With `catch` armed it goes on there,
 # else it is told and ends the guest.
@@ -220,17 +167,7 @@ print_text:
     popq    %rax
     ret
 
-# al: one byte to COM1, when it has room. Clobbers rdx.
-put:
-    pushq   %rax
-    movw    $(COM1 + 5), %dx
-1:  inb     %dx, %al
-    testb   $0x20, %al
-    jz      1b
-    popq    %rax
-    movw    $COM1, %dx
-    outb    %al, %dx
-    ret
+    put_code
 
 # rdi: printed as hexadecimal digits, without leading zeros. Keeps all registers.
 print_number:

@@ -8,6 +8,7 @@
 
     .include "abi.inc"
     .include "macros.inc"
+    .include "guest_parts.inc"
 
     .section .multiboot, "a"
     .align  4
@@ -30,30 +31,9 @@ _start:
     rep stosl
     incl    HEADER + HEADER_BOOTS
 
-    # Identity map of the first 4 GiB in 2 MiB pages: RAM, and the holes that tests put pages into.
-    movl    $page_directories, %edi
-    movl    $0x87, %eax         # present, writable, user, large
-1:  movl    %eax, (%edi)
-    movl    $0, 4(%edi)
-    addl    $8, %edi
-    addl    $0x200000, %eax
-    jnc     1b
-    movl    $pdpt, %edi
-    movl    $(page_directories + 7), %eax
-    movl    $4, %ecx
-2:  movl    %eax, (%edi)
-    movl    $0, 4(%edi)
-    addl    $8, %edi
-    addl    $0x1000, %eax
-    loop    2b
-    movl    $(pdpt + 7), pml4
-    movl    $0, pml4 + 4
-
-    # The APs' real-mode entry must lie below 1 MiB.
-    movl    $trampoline, %esi
-    movl    $TRAMPOLINE, %edi
-    movl    $(trampoline_end - trampoline), %ecx
-    rep movsb
+    # RAM, and the holes that tests put pages into.
+    map_four_gib 7
+    copy_trampoline
 
     lgdt    gdt_pointer
     ljmp    $CODE32, $enter_long_mode
@@ -81,22 +61,7 @@ enter_long_mode:
     movl    %eax, %cr0
     ljmp    $CODE64, $cpu_start
 
-    .code16
-trampoline:
-    cli
-    movw    %cs, %ax
-    movw    %ax, %ds
-    lgdtl   trampoline_gdt - trampoline
-    movl    %cr0, %eax
-    orl     $1, %eax
-    movl    %eax, %cr0
-    ljmpl   $CODE32, $enter_long_mode
-trampoline_gdt:
-    .word   gdt_end - gdt - 1
-    .long   gdt
-trampoline_end:
-
-    .code64
+    trampoline_code
 cpu_start:
     movl    $1, %eax
     cpuid

@@ -13,8 +13,11 @@ import tempfile
 from pathlib import Path
 
 from hvkvm.boot import cache
+from hvkvm.testing import micro_image
 
 SOURCES = Path(__file__).parent
+SHARED = Path(micro_image.__file__).with_name("guest_parts.inc")
+"""What micro guests have too."""
 RUNTIME = ("boot", "interrupts", "serial", "synic")
 PROGRAMS = {
     "agent": ("agent", "loops", "ticks", "user"),
@@ -47,6 +50,7 @@ def _digest(objects: tuple[str, ...]) -> str:
     digest = hashlib.sha256(repr((ASSEMBLE, LINK, NARROW, objects)).encode())
     for name in (*(f"{stem}.s" for stem in objects), "abi.inc", "macros.inc", "link.ld"):
         digest.update((SOURCES / name).read_bytes())
+    digest.update(SHARED.read_bytes())
     return digest.hexdigest()[:16]
 
 
@@ -56,7 +60,16 @@ def _build(objects: tuple[str, ...]) -> bytes:
         built = []
         for stem in objects:
             built.append(str(work / f"{stem}.o"))
-            _run(*ASSEMBLE, "-I", str(SOURCES), "-o", built[-1], str(SOURCES / f"{stem}.s"))
+            _run(
+                *ASSEMBLE,
+                "-I",
+                str(SOURCES),
+                "-I",
+                str(SHARED.parent),
+                "-o",
+                built[-1],
+                str(SOURCES / f"{stem}.s"),
+            )
         _run(*LINK, str(SOURCES / "link.ld"), "-o", str(work / "image64"), *built)
         _run(*NARROW, str(work / "image64"), str(work / "image"))
         return (work / "image").read_bytes()

@@ -7,6 +7,7 @@
 
     .include "abi.inc"
     .include "macros.inc"
+    .include "guest_parts.inc"
 
     .text
     .globl  build_idt, halt
@@ -42,24 +43,7 @@ build_idt:
     jnz     1b
     ret
 
-    .align  16
-stubs:
-    .set    vector, 0
-    .rept   256
-    .align  16
-    .if     vector >= 32
-    pushq   $vector
-    jmp     interrupt
-    .else
-    # Exceptions that push an error code of their own: 8, 10-14, 17, 21, 29, 30.
-    .if     !((0x60227D00 >> vector) & 1)
-    pushq   $0
-    .endif
-    pushq   $vector
-    jmp     exception
-    .endif
-    .set    vector, vector + 1
-    .endr
+    vector_stubs
 
 # Stack: vector, error code, rip, cs, rflags, rsp, ss.
 exception:

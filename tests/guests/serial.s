@@ -1,6 +1,7 @@
 # COM1 output, polled.
 
     .include "abi.inc"
+    .include "guest_parts.inc"
 
     .text
     .globl  print, print_hex
@@ -14,17 +15,7 @@ print:
     jmp     print
 2:  ret
 
-# al: one byte. Waits for the transmitter (LSR bit 5). Clobbers rdx.
-put:
-    pushq   %rax
-    movw    $(COM1 + 5), %dx
-1:  inb     %dx, %al
-    testb   $0x20, %al
-    jz      1b
-    popq    %rax
-    movw    $COM1, %dx
-    outb    %al, %dx
-    ret
+    put_code
 
 # rdi: printed as 16 hexadecimal digits. Clobbers rax, rcx, rdx, rdi.
 print_hex:
