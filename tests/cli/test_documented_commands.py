@@ -261,7 +261,14 @@ def known_flags() -> set[str]:
     for script in (ROOT / "scripts").rglob("*"):
         if script.is_file() and script.suffix in ("", ".py"):
             found |= set(re.findall(r"--[a-z][a-z-]*[a-z]", script.read_text()))
-    return found | {"--write", "--nthreads", "--no-dashboard"}  # of kvm_headers/probe.py, and of dask
+    of_others = {
+        "--write",
+        "--nthreads",
+        "--no-dashboard",
+        "--rm",
+        "--group-add",
+    }  # probe.py's, dask's, docker's
+    return found | of_others
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
