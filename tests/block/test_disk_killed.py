@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import os
 import resource
+import shutil
 import subprocess
 import sys
 import threading
@@ -20,7 +21,7 @@ from hvkvm.block.open_image import open_image
 from hvkvm.block.vhdx.create import VhdxOptions, create_vhdx
 from hvkvm.block.vhdx.image import VhdxImage
 
-KILLS = int(os.environ.get("HVKVM_DISK_KILLS", "3"))
+KILLS = int(os.environ.get("HVKVM_DISK_KILLS", "20"))
 MIB = 1 << 20
 
 
@@ -39,6 +40,34 @@ def new_disk(folder: Path, kind: str) -> Path:
     return path
 
 
+def write_and_be_killed(path: Path, seed: int, rounds: int, *more: int) -> list[str]:
+    """What a writer said that was killed after so many rounds, wherever it was then: no two in one place."""
+    program = [sys.executable, disk_writer.__file__, str(path), str(seed), *map(str, more)]
+    with subprocess.Popen(program, stdout=subprocess.PIPE, text=True) as child:
+        assert child.stdout is not None
+        watchdog = threading.Timer(SECONDS, child.kill)
+        watchdog.start()
+        lines: list[str] = []
+        while rounds and (line := child.stdout.readline()):
+            lines.append(line)
+            rounds -= line.strip().isdecimal()
+        child.kill()
+        lines += child.stdout.read().splitlines()
+        watchdog.cancel()
+    assert not rounds, "the writer has failed"
+    return lines
+
+
+def check_what_is_left(path: Path, seed: int, lines: list[str]) -> None:
+    told = max(int(line) for line in lines if line.strip().isdecimal())
+    failed = frozenset(int(line.split()[-1]) for line in lines if line.startswith("no space "))
+    for options in (ImageOptions(read_only=True), ImageOptions()):
+        image = open_image(str(path), options)
+        wrong = disk_writer.check(image, seed, told, told + 4 * disk_writer.BATCH, failed)
+        image.close()
+        assert not wrong
+
+
 @pytest.mark.parametrize("kind", ["raw", "dynamic", "differencing"])
 def test_what_was_flushed_survives_a_kill(tmp_path: Path, kind: str) -> None:
     random = Random(kind)
@@ -46,23 +75,25 @@ def test_what_was_flushed_survives_a_kill(tmp_path: Path, kind: str) -> None:
         folder = tmp_path / str(number)
         folder.mkdir()
         path = new_disk(folder, kind)
-        rounds = random.randrange(1, 40)
-        program = [sys.executable, disk_writer.__file__, str(path), str(number)]
-        with subprocess.Popen(program, stdout=subprocess.PIPE, text=True) as child:
-            assert child.stdout is not None
-            watchdog = threading.Timer(SECONDS, child.kill)
-            watchdog.start()
-            lines = [child.stdout.readline() for _ in range(rounds)]
-            child.kill()  # wherever it is: no two runs are killed at the same place
-            lines += child.stdout.read().splitlines()
-            watchdog.cancel()
-        told = [int(line) for line in lines if line.strip().isdecimal()]
-        assert len(told) >= rounds, "the writer has failed"
-        for options in (ImageOptions(read_only=True), ImageOptions()):
-            image = open_image(str(path), options)
-            wrong = disk_writer.check(image, number, told[-1], told[-1] + 4 * disk_writer.BATCH)
-            image.close()
-            assert not wrong
+        lines = write_and_be_killed(path, number, random.randrange(1, 40))
+        check_what_is_left(path, number, lines)
+        shutil.rmtree(folder)
+
+
+@pytest.mark.parametrize("kind", ["dynamic", "differencing"])
+def test_what_was_flushed_survives_a_kill_on_a_full_host(tmp_path: Path, kind: str) -> None:
+    random = Random(f"full {kind}")
+    full = 0
+    for number in range(max(1, KILLS // 4)):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        path = new_disk(folder, kind)
+        room = random.randrange(1, 12) * MIB + random.randrange(MIB)
+        lines = write_and_be_killed(path, number, random.randrange(5, 40), path.stat().st_size + room)
+        full += any(line.startswith("no space ") for line in lines)
+        check_what_is_left(path, number, lines)
+        shutil.rmtree(folder)
+    assert full, "no writer has met a full host"
 
 
 def test_a_full_host_keeps_what_was_flushed(tmp_path: Path) -> None:

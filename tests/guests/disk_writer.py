@@ -1,15 +1,19 @@
 """A program that writes to a disk as fast as it can, and says what was flushed: to be killed.
 
-    disk_writer.py IMAGE SEED
+    disk_writer.py IMAGE SEED [BYTES]
 
 Write number k goes to the sector that `sector_of(k)` says, and says k in every byte group. Each line of
-output is a number: all writes up to it were flushed. `check` tells what an image has lost.
+output is a number: all writes up to it were flushed, but for those that a line "no space K" has named.
+With BYTES no file may become larger, as on a host whose disk is full. `check` tells what an image has lost.
 """
 
 from __future__ import annotations
 
+import resource
+import signal
 import sys
 import threading
+from functools import partial
 from random import Random
 
 from hvkvm.block.disk import Disk
@@ -34,7 +38,10 @@ def stamp(k: int) -> bytes:
     return k.to_bytes(8, "little") * (SECTOR // 8)
 
 
-def main(name: str, seed: int) -> None:
+def main(name: str, seed: int, most_bytes: int | None = None) -> None:
+    if most_bytes is not None:
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (most_bytes, most_bytes))
     loop = IoLoop()
     loop.start()
     disk = Disk(open_image(name), Workers(loop), loop)
@@ -45,9 +52,13 @@ def main(name: str, seed: int) -> None:
         left = BATCH
         came = threading.Event()
 
-        def done(result: Result) -> None:
+        def done(numbers: list[int], result: Result) -> None:
             nonlocal left
-            assert result.status is Status.OK, result
+            if result.status is Status.NO_SPACE and most_bytes is not None:
+                for k in numbers:
+                    print(f"no space {k}")
+            else:
+                assert result.status is Status.OK, result
             left -= 1
             if not left:
                 disk.submit(Request(Op.FLUSH, 0, (), flushed))
@@ -56,14 +67,15 @@ def main(name: str, seed: int) -> None:
             assert result.status is Status.OK, result
             came.set()
 
-        # Writes of one batch are in flight together, so no two go to one sector.
-        places: dict[int, int] = {}
+        # Writes of one batch are in flight together, so no two go to one sector: the last is done for all.
+        places: dict[int, list[int]] = {}
         while len(places) < BATCH:
             number += 1
-            places[sector_of(seed, number)] = number
+            places.setdefault(sector_of(seed, number), []).append(number)
         left = len(places)
         requests = [
-            Request(Op.WRITE, sector * SECTOR, [memoryview(stamp(k))], done) for sector, k in places.items()
+            Request(Op.WRITE, sector * SECTOR, [memoryview(stamp(numbers[-1]))], partial(done, numbers))
+            for sector, numbers in places.items()
         ]
         loop.call_soon(lambda: [disk.submit(request) for request in requests])
         came.wait()
@@ -73,13 +85,18 @@ def main(name: str, seed: int) -> None:
         one_round()
 
 
-def check(image: Image, seed: int, flushed: int, begun: int) -> list[str]:
-    """What was flushed up to write `flushed` and is not there, or what nobody wrote up to `begun`."""
+def check(
+    image: Image, seed: int, flushed: int, begun: int, failed: frozenset[int] = frozenset()
+) -> list[str]:
+    """What was flushed up to write `flushed` and is not there, or what nobody wrote up to `begun`.
+
+    Writes that have `failed` may be there or not.
+    """
     least: dict[int, int] = {}
     most: dict[int, set[int]] = {}
     for k in range(1, begun + 1):
         sector = sector_of(seed, k)
-        if k <= flushed:
+        if k <= flushed and k not in failed:
             least[sector] = k
         most.setdefault(sector, {0}).add(k)
     view = memoryview(bytearray(SECTOR))
@@ -93,4 +110,4 @@ def check(image: Image, seed: int, flushed: int, begun: int) -> list[str]:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], int(sys.argv[2]))
+    main(sys.argv[1], int(sys.argv[2]), *map(int, sys.argv[3:]))
