@@ -33,10 +33,11 @@ ROOT = Path(__file__).parents[2]
         ("tests/block/test_vhdx_crash.py", {"HVKVM_CRASH_SEEDS": 40, "HVKVM_CRASH_STEPS": 40}),
         ("tests/block/test_disk_killed.py", {"HVKVM_DISK_KILLS": 200}),
         ("tests/block/test_disk_patterns.py", {"HVKVM_PATTERN_REQUESTS": 200_000}),
-        ("tests/scsi/test_scsi_hostile.py::test_a_storm_of_commands", {"HVKVM_SCSI_COMMANDS": 5_000_000}),
+        ("tests/scsi/test_scsi_hostile.py::test_a_storm_of_commands", {"HVKVM_SCSI_COMMANDS": 10_000_000}),
         ("tests/storvsp/test_storvsp_hostile.py::test_a_storm", {"HVKVM_STORVSP_STEPS": 1_500_000}),
+        ("tests/storvsp/test_storvsp_saved.py", {"HVKVM_SAVED_SEEDS": 1000}),
     ],
-    ids=["damage", "crash", "killed", "patterns", "scsi", "storvsp"],
+    ids=["damage", "crash", "killed", "patterns", "scsi", "storvsp", "saved"],
 )
 def test_long(tests: str, lengths: dict[str, int]) -> None:
     environment = os.environ | {name: str(max(1, round(n * SCALE))) for name, n in lengths.items()}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from random import Random
 from typing import Any
 
@@ -12,6 +13,9 @@ from hvkvm.abi import scsi
 from hvkvm.abi import storvsp as wire
 from hvkvm.errors import StateError
 from hvkvm.testing.storvsc_driver import PAGE
+
+SEEDS = int(os.environ.get("HVKVM_SAVED_SEEDS", "10"))
+"""Of runs; in each a machine is saved and gone on with more than ten times."""
 
 
 def rw(operation: int, lba: int) -> bytes:
@@ -26,7 +30,7 @@ def go_on_with_another(world: Any, change: Any = lambda state: state) -> None:
     swap(world.loop, [world.device])
 
 
-@pytest.mark.parametrize("seed", range(10))
+@pytest.mark.parametrize("seed", range(SEEDS))
 def test_requests_come_once_through_many_machines(bench: Any, seed: int) -> None:
     random = Random(seed)
     world = bench(disks=2, seed=seed)

@@ -20,7 +20,7 @@ from hvkvm.machine.outcome import Ending
 
 pytestmark = [pytest.mark.hyperv, pytest.mark.timeout(1800)]
 
-SAVES = int(os.environ.get("HVKVM_DISK_SAVES", "8"))
+SAVES = int(os.environ.get("HVKVM_DISK_SAVES", "100" if os.environ.get("HVKVM_SOAK") else "8"))
 SCRIPT = """
 dmesg -n 1
 mkdir /m
