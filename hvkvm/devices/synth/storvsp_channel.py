@@ -18,7 +18,13 @@ from typing import NamedTuple, Protocol
 
 from hvkvm.abi import scsi
 from hvkvm.abi import storvsp as wire
-from hvkvm.abi.ring import VM_PKT_COMP, VM_PKT_DATA_USING_GPA_DIRECT, Packet, parse_gpa_range
+from hvkvm.abi.ring import (
+    VM_PKT_COMP,
+    VM_PKT_DATA_USING_GPA_DIRECT,
+    VMBUS_DATA_PACKET_FLAG_COMPLETION_REQUESTED,
+    Packet,
+    parse_gpa_range,
+)
 from hvkvm.abi.storvsp import Srb
 from hvkvm.abi.vmbus import HV_HYP_PAGE_SIZE
 from hvkvm.block.request import Request
@@ -128,7 +134,7 @@ class StorvspChannel:
         self._done: deque[tuple[int, bytes]] = deque()
         self._notices: list[int] = []
         self._pages: dict[int, memoryview] = {}
-        self._in_turn = False
+        self._turn = False  # whether one runs, or is asked for
         self.guard = Guard()
         self.in_flight = InFlight()
         self.requests = 0
@@ -154,6 +160,7 @@ class StorvspChannel:
     def opened(self, io: ChannelIo) -> None:
         """The guest has opened it."""
         self._io = io
+        self._turn = False
 
     def close(self, done: Done) -> None:
         """Answer nothing any more; `done()` when no request has the guest's pages."""
@@ -169,14 +176,14 @@ class StorvspChannel:
         io = self._io
         if io is None:
             return
-        self._in_turn = True
+        self._turn = True
         try:
             self._send(io)
             self._receive(io)
             self._controller.poll()
             self._send(io)
         finally:
-            self._in_turn = False
+            self._turn = False
 
     def _receive(self, io: ChannelIo) -> None:
         reader, size = io.reader, 0
@@ -221,7 +228,8 @@ class StorvspChannel:
         return tuple(self._notices)
 
     def _wake(self, io: ChannelIo) -> None:
-        if not self._in_turn:
+        if not self._turn:
+            self._turn = True
             io.again()
 
     def _send(self, io: ChannelIo) -> None:
@@ -251,6 +259,14 @@ class StorvspChannel:
         else:
             self.in_flight.count += 1
             self._controller.control(self, operation, payload, partial(self.end, io, packet))
+
+    def completed(self, io: ChannelIo, packet: Packet, payload: bytes) -> None:
+        """As `end`, for what runs no code that may fail."""
+        if self._io is io and packet.flags & VMBUS_DATA_PACKET_FLAG_COMPLETION_REQUESTED:
+            self._done.append((packet.trans_id, payload))
+            if not self._turn:
+                self._wake(io)
+        self.in_flight.ended()
 
     def end(self, io: ChannelIo, packet: Packet, answer: bytes) -> None:
         """One that was counted has ended; also when an error of ours has ended the device meanwhile."""

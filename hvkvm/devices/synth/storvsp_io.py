@@ -23,12 +23,12 @@ from hvkvm.vmbus.channel_io import ChannelIo
 class Taker(Protocol):
     """What is needed of the channel."""
 
-    def end(self, io: ChannelIo, packet: Packet, answer: bytes) -> None:
+    def completed(self, io: ChannelIo, packet: Packet, answer: bytes) -> None:
         """Answer `packet`, which was counted."""
         ...
 
     def finish(self, io: ChannelIo, packet: Packet, reply: Reply) -> None:
-        """As `end`, with what became of a SCSI command."""
+        """As `completed`, with what became of a SCSI command."""
         ...
 
 
@@ -53,7 +53,7 @@ class DiskIo(Request):
         channel, io, packet = self._channel, self._io, self._packet
         if result.status is Status.OK:
             payload = wire.completion(packet.payload, wire.SRB_STATUS_SUCCESS, scsi.GOOD, self.length)
-            channel.end(io, packet, payload)
+            channel.completed(io, packet, payload)
             return
         lba = scsi.transfer_of(packet.payload[wire.CDB_OFFSET :]).lba
         command = Command(b"", (), lambda reply: channel.finish(io, packet, reply))
