@@ -71,8 +71,12 @@ class Look:
     def counters(self) -> dict[str, dict[str, float]]:
         """Every number of every device, by the device and by its name."""
         found: dict[str, dict[str, float]] = {}
-        for area in ("devices", "network"):
-            for name, values in (self.inspect.get(area) or {}).items():
+        pci = self.inspect.get("pci") or {}
+        on_pci = {
+            f"{kind}{slot}": one for kind in ("nvme", "virtio") for slot, one in pci.get(kind, {}).items()
+        }
+        for area in (self.inspect.get("devices"), self.inspect.get("network"), on_pci):
+            for name, values in (area or {}).items():
                 found.setdefault(name, {}).update(_numbers(values))
         return found
 

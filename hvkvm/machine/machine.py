@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import os
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING
@@ -108,9 +109,10 @@ class Machine:
 
             record(platform, interface, self.bus, stack)
         if config.timeline is not None:
-            from hvkvm.machine.recording import draw
+            from hvkvm.machine.recording import draw, moved
 
-            draw(platform, board, self.bus, config.timeline, stack)
+            so_far = partial(moved, self.disk_shelf, self.nics)
+            draw(platform, board, self.bus, config.timeline, stack, so_far)
         processors = Processors(platform, image)
         optional = (self.nics, self.bus, self.firmware, self.pci)
         order: list[Part] = [board, *(part for part in optional if part is not None), interface, processors]

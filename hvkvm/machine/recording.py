@@ -5,6 +5,7 @@ Made by `Machine` when its parts are there and before vCPUs run; closed when the
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import ExitStack
 from time import monotonic
 from typing import TYPE_CHECKING
@@ -18,7 +19,9 @@ if TYPE_CHECKING:
 
     from hvkvm.machine.board import Board
     from hvkvm.machine.bus import Bus
+    from hvkvm.machine.disk_shelf import DiskShelf
     from hvkvm.machine.hyperv import Hyperv
+    from hvkvm.machine.nics import Nics
     from hvkvm.machine.platform import Platform
 
 
@@ -46,7 +49,26 @@ def record(platform: Platform, hyperv: Hyperv, bus: Bus | None, stack: ExitStack
             hyperv.partition.hypercalls.listeners.append(recorder.hypercall)
 
 
-def draw(platform: Platform, board: Board, bus: Bus | None, path: Path, stack: ExitStack) -> None:
+def moved(shelf: DiskShelf | None, nics: Nics | None) -> dict[str, int]:
+    """Bytes that each disk and NIC has moved so far, by its name and the direction. Any thread."""
+    found: dict[str, int] = {}
+    for name, one in {} if shelf is None else shelf.attached.items():
+        if one.disk is not None:
+            found.update({f"{name} {op.value}": count.bytes for op, count in one.disk.counters.items()})
+    for nic in () if nics is None else list(nics.nics.values()):
+        found[f"{nic.name} sent"] = nic.device.send.counters.bytes
+        found[f"{nic.name} received"] = nic.device.receive.counters.bytes
+    return found
+
+
+def draw(
+    platform: Platform,
+    board: Board,
+    bus: Bus | None,
+    path: Path,
+    stack: ExitStack,
+    moved: Callable[[], dict[str, int]],
+) -> None:
     """Collect what `--timeline` draws, and write it when the machine is closed. ConfigError."""
     from hvkvm.kvm.exits import exit_name
     from hvkvm.record.timeline import Timeline
@@ -71,7 +93,8 @@ def draw(platform: Platform, board: Board, bus: Bus | None, path: Path, stack: E
             [
                 {exit_name(reason): count for reason, count in list(thread.exit_counts.items())}
                 for thread in platform.threads
-            ]
+            ],
+            moved(),
         )
         try:
             platform.io.call_later(timeline.interval, sample)

@@ -1,4 +1,4 @@
-"""A run as a picture: phases of the boot, exits of each vCPU, channels and what came over the bus.
+"""A run as a picture: phases of the boot, exits of each vCPU, bytes of disks and NICs, channels and the bus.
 
 Collected while the machine runs, written when it has ended: as SVG, or as JSON in
 the Chrome trace format, which Perfetto and chrome://tracing open. What is collected
@@ -42,10 +42,12 @@ class Span(NamedTuple):
 
 
 class Sample(NamedTuple):
-    """Exits of each vCPU since the sample before, by reason."""
+    """What came since the sample before: exits of each vCPU by reason, and bytes by device and direction."""
 
     at: float
     exits: tuple[Mapping[str, int], ...]
+    moved: Mapping[str, int] = {}
+    """Bytes by "disk0 read", "net0 sent" and the like; what did not move is left out."""
 
 
 class Timeline(Tap):
@@ -66,6 +68,7 @@ class Timeline(Tap):
         self.interval = FIRST_INTERVAL
         self._open: dict[int, tuple[str, float]] = {}
         self._counted: list[dict[str, int]] = []
+        self._moved: dict[str, int] = {}
 
     # What happens.
 
@@ -73,15 +76,21 @@ class Timeline(Tap):
         """A phase begins now; its first beginning counts."""
         self.marks.setdefault(phase, monotonic())
 
-    def sample(self, counts: list[dict[str, int]]) -> None:
-        """The exits of each vCPU so far, by reason."""
+    def sample(self, counts: list[dict[str, int]], moved: dict[str, int] | None = None) -> None:
+        """The exits of each vCPU so far, by reason, and the bytes that devices have moved so far."""
         last = self._counted or [{} for _ in counts]
         exits = tuple(
             {reason: n - old.get(reason, 0) for reason, n in new.items() if n > old.get(reason, 0)}
             for new, old in zip(counts, last, strict=True)
         )
         self._counted = counts
-        self.samples.append(Sample(monotonic(), exits))
+        now_moved = moved or {}
+        # A device that was replaced counts from 0 again.
+        since = {
+            name: n - (old if n >= (old := self._moved.get(name, 0)) else 0) for name, n in now_moved.items()
+        }
+        self._moved = now_moved
+        self.samples.append(Sample(monotonic(), exits, {name: n for name, n in since.items() if n}))
         if len(self.samples) >= MAX_SAMPLES:
             self.samples = [
                 _merged(*pair) for pair in zip(self.samples[::2], self.samples[1::2], strict=False)
@@ -138,4 +147,4 @@ def _merged(first: Sample, second: Sample) -> Sample:
     def added(a: Mapping[str, int], b: Mapping[str, int]) -> dict[str, int]:
         return {reason: a.get(reason, 0) + b.get(reason, 0) for reason in {*a, *b}}
 
-    return Sample(second.at, tuple(map(added, first.exits, second.exits)))
+    return Sample(second.at, tuple(map(added, first.exits, second.exits)), added(first.moved, second.moved))

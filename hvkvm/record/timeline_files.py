@@ -57,6 +57,14 @@ def chrome(timeline: Timeline) -> dict[str, Any]:
             events.append(
                 {"ph": "C", "name": f"exits vcpu{index}", "pid": _PID, "ts": us(sample.at), "args": args}
             )
+    moved = _moved(timeline)
+    for before, sample in _pairs(timeline):
+        for device, ways in moved.items():
+            seconds = max(sample.at - before, 1e-3)
+            args = {way: round(sample.moved.get(f"{device} {way}", 0) / seconds) for way in ways}
+            events.append(
+                {"ph": "C", "name": f"{device} bytes/s", "pid": _PID, "ts": us(sample.at), "args": args}
+            )
     return {"traceEvents": events, "displayTimeUnit": "ms", "otherData": {"lost": timeline.lost}}
 
 
@@ -77,8 +85,17 @@ def _reasons(timeline: Timeline) -> list[list[str]]:
     return [sorted({reason for s in timeline.samples for reason in s.exits[index]}) for index in range(count)]
 
 
+def _moved(timeline: Timeline) -> dict[str, list[str]]:
+    """Each device that moved bytes, and the directions in which it did."""
+    found: dict[str, list[str]] = {}
+    for name in sorted({name for sample in timeline.samples for name in sample.moved}):
+        device, _, way = name.rpartition(" ")
+        found.setdefault(device, []).append(way)
+    return found
+
+
 def svg(timeline: Timeline) -> str:
-    """As a picture of its own: phases on top, exits of each vCPU, messages, channels."""
+    """As a picture of its own: phases on top, exits of each vCPU, disks and NICs, messages, channels."""
     rows = list(_rows(timeline))
     height = ROW * 2 + sum(size for size, _ in rows)
     seconds = max(timeline.end - timeline.begin, 1e-6)
@@ -117,6 +134,8 @@ def _rows(timeline: Timeline) -> Iterator[tuple[int, str]]:
     yield ROW, _label("boot") + "".join(phases)
     for index, reasons in enumerate(_reasons(timeline)):
         yield 3 * ROW, _exits(timeline, index, reasons, x)
+    for device, ways in _moved(timeline).items():
+        yield 2 * ROW, _bytes(timeline, device, ways, x)
     if timeline.instants:
         ticks = "".join(
             f'<line x1="{x(one.at):.1f}" y1="3" x2="{x(one.at):.1f}" y2="{ROW - 3}"'
@@ -132,14 +151,32 @@ def _exits(timeline: Timeline, index: int, reasons: list[str], x: Any) -> str:
     """Exits a second, one reason on the other."""
     rates = [_rates(sample, before, index) for before, sample in _pairs(timeline)]
     most = max((sum(rate.values()) for rate in rates), default=0.0) or 1.0
-    high = 3 * ROW - 4
-    drawn = [_label(f"vcpu{index}: {most:.0f} exits/s")]
-    for number, reason in enumerate(reasons):
+    bars = _stacked(timeline, rates, reasons, most, 3 * ROW - 4, x)
+    return _label(f"vcpu{index}: {most:.0f} exits/s") + bars
+
+
+def _bytes(timeline: Timeline, device: str, ways: list[str], x: Any) -> str:
+    """Bytes a second of a device, one direction on the other."""
+    rates = [
+        {way: sample.moved.get(f"{device} {way}", 0) / max(sample.at - before, 1e-3) for way in ways}
+        for before, sample in _pairs(timeline)
+    ]
+    most = max((sum(rate.values()) for rate in rates), default=0.0) or 1.0
+    bars = _stacked(timeline, rates, ways, most, 2 * ROW - 4, x)
+    return _label(f"{device}: {most / 1e6:.1f} MB/s") + bars
+
+
+def _stacked(
+    timeline: Timeline, rates: list[dict[str, float]], names: list[str], most: float, high: int, x: Any
+) -> str:
+    """Bars for each sample, one name on the other; `most` is as high as `high`."""
+    drawn = []
+    for number, reason in enumerate(names):
         colour = _COLOURS[number % len(_COLOURS)]
         for (before, sample), rate in zip(_pairs(timeline), rates, strict=True):
             value = rate.get(reason, 0.0)
             if value:
-                below = sum(rate.get(other, 0.0) for other in reasons[:number])
+                below = sum(rate.get(other, 0.0) for other in names[:number])
                 y, size = high * (1 - (below + value) / most) + 2, high * value / most
                 left, width = x(before), max(0.5, x(sample.at) - x(before))
                 place = f'x="{left:.1f}" y="{y:.1f}" width="{width:.1f}" height="{size:.1f}"'

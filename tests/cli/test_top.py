@@ -32,6 +32,7 @@ def look(loop: Loopback, at: float, exits: int, sent: int) -> Look:
         "vcpus": [{"name": "vcpu0", "state": "running guest", "exits": {"KVM_EXIT_IO": exits}}],
         "vmbus": loop.host.snapshot(),
         "devices": {"net0": {"sent": {"bytes": sent}, "name": "x", "up": True}},
+        "pci": {"nvme": {"02": {"disk": {"operations": {"read": {"requests": exits}}}}}, "virtio": {}},
     }
     found = Look(info, inspect)
     found.at = at
@@ -60,6 +61,7 @@ def test_rates_are_differences_by_time() -> None:
     (row,) = [line for line in picture if line.startswith("keyboard")]
     assert row.split()[1:5] == ["0.5", "0%", "5.5", "0%"]
     assert "sent.bytes 1.5M" in text
+    assert "nvme02                   disk.operations.read.requests 2500" in text
 
 
 def test_odd_options_are_refused() -> None:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import tempfile
 import xml.etree.ElementTree as ET
+from collections.abc import Iterator
 from pathlib import Path
 
 import guest_images
@@ -30,7 +32,8 @@ def collected() -> Timeline:
     loop.connect(vmbus.VERSION_WIN10_V5_3)
     channel = loop.client.by_interface(vmbus.HV_KBD_GUID)
     loop.open(channel)
-    timeline.sample([{"KVM_EXIT_IO": 9, "KVM_EXIT_<X>": 2}, {"KVM_EXIT_IO": 1}])
+    moved = {"disk0 read": 4096, "disk0 write": 0, "net<0> sent": 60}
+    timeline.sample([{"KVM_EXIT_IO": 9, "KVM_EXIT_<X>": 2}, {"KVM_EXIT_IO": 1}], moved)
     loop.client.close(channel)
     loop.run()
     loop.close()
@@ -43,12 +46,20 @@ def test_chrome_has_phases_messages_channels_and_exits() -> None:
     assert [e["name"] for e in events if e["ph"] == "X" and e["tid"] == 1] == ["building", "kernel", "VMBus"]
     assert "INITIATE_CONTACT" in {e["name"] for e in events if e["ph"] == "i"}
     assert [e["name"] for e in events if e["ph"] == "X" and e["tid"] >= 10] == ["keyboard"]
-    counters = [(e["name"], e["args"]) for e in events if e["ph"] == "C"]
+    rates = [e for e in events if e["ph"] == "C" and e["name"].endswith("bytes/s")]
+    counters = [(e["name"], e["args"]) for e in events if e["ph"] == "C" and e not in rates]
     assert counters == [
         ("exits vcpu0", {"KVM_EXIT_<X>": 0, "KVM_EXIT_IO": 5}),
         ("exits vcpu1", {"KVM_EXIT_IO": 0}),
         ("exits vcpu0", {"KVM_EXIT_<X>": 2, "KVM_EXIT_IO": 4}),
         ("exits vcpu1", {"KVM_EXIT_IO": 1}),
+    ]
+    moved = [(e["name"], set(e["args"]), any(e["args"].values())) for e in rates]
+    assert moved == [
+        ("disk0 bytes/s", {"read"}, False),
+        ("net<0> bytes/s", {"sent"}, False),
+        ("disk0 bytes/s", {"read"}, True),
+        ("net<0> bytes/s", {"sent"}, True),
     ]
     assert all(e["ts"] >= 0 and e.get("dur", 0) >= 0 for e in events if "ts" in e)
 
@@ -60,6 +71,21 @@ def test_svg_is_xml_with_the_same_in_it() -> None:
     assert any(title.startswith("keyboard: ") for title in titles)
     assert "INITIATE_CONTACT" in titles
     assert any("KVM_EXIT_<X>" in title for title in titles)
+    assert any(title.startswith("read: ") for title in titles)
+    assert "disk0: " in text
+    assert "net&lt;0&gt;: " in text
+
+
+def test_bytes_are_those_since_the_sample_before() -> None:
+    timeline = Timeline(0.0)
+    for read in (100, 100, 250, 30):  # the last is a device in the place of another
+        timeline.sample([{}], {"disk0 read": read})
+    assert [sample.moved for sample in timeline.samples] == [
+        {"disk0 read": 100},
+        {},
+        {"disk0 read": 150},
+        {"disk0 read": 30},
+    ]
 
 
 def test_a_long_run_is_drawn_coarser(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -74,9 +100,16 @@ def test_a_long_run_is_drawn_coarser(monkeypatch: pytest.MonkeyPatch) -> None:
     assert (len(timeline.instants), timeline.lost) == (3, 7)
 
 
+@pytest.fixture
+def wire_folder() -> Iterator[str]:
+    """With a short path, as a socket's must be."""
+    with tempfile.TemporaryDirectory() as folder:
+        yield folder
+
+
 @pytest.mark.kvm
 @pytest.mark.parametrize("suffix", [".json", ".svg"])
-def test_a_run_is_drawn(tmp_path: Path, suffix: str) -> None:
+def test_a_run_is_drawn(tmp_path: Path, suffix: str, wire_folder: str) -> None:
     path = tmp_path / f"run{suffix}"
     kernel = guest_images.image("agent")
     command = [
@@ -88,10 +121,11 @@ def test_a_run_is_drawn(tmp_path: Path, suffix: str) -> None:
         str(kernel),
         "--memory",
         "64M",
-        "--hv",
-        "none",
     ]
-    command += ["--timeout", "1", "--quiet", "--control", "off"]
+    command += ["--timeout", "1", "--quiet", "--control", "off", "--vmbus", "on", "--synic", "user"]
+    image = tmp_path / "disk.raw"
+    image.write_bytes(bytes(1 << 20))
+    command += ["--disk", str(image), "--net", f"listen={wire_folder}/wire"]
     done = subprocess.run([*command, "--timeline", str(path)], capture_output=True, text=True, check=False)
     assert done.returncode == 124, done
     text = path.read_text()
