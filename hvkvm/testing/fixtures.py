@@ -18,6 +18,8 @@ import pytest
 from hvkvm.errors import ConfigError
 
 if TYPE_CHECKING:
+    import subprocess
+
     from hvkvm.machine.disk_spec import DiskSpec
     from hvkvm.machine.nic_spec import NicSpec
     from hvkvm.testing.device import ScriptedDevice
@@ -328,6 +330,17 @@ def vmbus_device() -> Callable[..., ScriptedDevice]:
         return ScriptedDevice(interface, **options)
 
     return make
+
+
+@pytest.fixture
+def lab() -> Callable[..., subprocess.CompletedProcess[str]]:
+    """`lab("hvkvm", "doctor", seconds=600)`: a command where KVM has Hyper-V, here or in a nested lab.
+
+    Gives its status and streams, as subprocess.run does; see `lab.run`.
+    """
+    from hvkvm.testing import lab as module
+
+    return module.run
 
 
 @pytest.hookimpl(wrapper=True)
