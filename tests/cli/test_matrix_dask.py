@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import os
 import signal
 import subprocess
-import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
+from dask_cluster import SECONDS, WORKERS, Cluster, wait_for
 from running_vm import command_line
 
 from hvkvm.testing.micro_image import micro_image
@@ -22,58 +20,7 @@ pytestmark = [pytest.mark.kvm, pytest.mark.timeout(400)]
 if importlib.util.find_spec("distributed") is None:
     pytestmark.append(pytest.mark.skip(reason="needs Dask's distributed (hvkvm[dask])"))
 
-SECONDS = 200.0
-WORKERS = 3
 MACHINE = '[machine]\nmemory = "16M"\nhv = "none"\nacpi = false\n'
-
-
-def wait_for(condition: Callable[[], object], what: str) -> None:
-    end = time.monotonic() + SECONDS
-    while not condition():
-        assert time.monotonic() < end, what
-        time.sleep(0.05)
-
-
-class Cluster:
-    """A scheduler, and workers that each have a cache of their own."""
-
-    def __init__(self, folder: Path, stack: ExitStack) -> None:
-        self.folder = folder
-        self._stack = stack
-        file = folder / "scheduler.json"
-        self.scheduler = self._dask(
-            "scheduler", "--host", "127.0.0.1", "--port", "0", "--scheduler-file", str(file)
-        )
-        wait_for(lambda: file.exists() and file.read_text().endswith("}"), "the scheduler's file")
-        self.address = json.loads(file.read_text())["address"]
-        self.workers = [self.add_worker(number) for number in range(WORKERS)]
-
-    def add_worker(self, number: int) -> subprocess.Popen[bytes]:
-        made = self.folder / f"made{number}"
-        made.mkdir()
-        own = {"HVKVM_CACHE": str(self.folder / f"cache{number}"), "TMPDIR": str(made)}
-        words = ("worker", self.address, "--nthreads", "1", "--no-nanny", "--name", str(number))
-        return self._dask(*words, "--local-directory", str(self.folder), **own)
-
-    def _dask(self, *words: str, **more: str) -> subprocess.Popen[bytes]:
-        command = [sys.executable, "-m", "dask", *words, "--no-dashboard"]
-        log = self._stack.enter_context((self.folder / f"log{words[0]}{len(words)}").open("ab"))
-        process = subprocess.Popen(command, stdout=log, stderr=log, env={**os.environ, **more})
-        self._stack.callback(process.wait)
-        self._stack.callback(process.kill)
-        return process
-
-    def guests(self, number: int) -> list[int]:
-        """The processes of a worker's cases."""
-        mark = str(self.folder / f"made{number}").encode()
-        found = []
-        for entry in Path("/proc").iterdir():
-            try:
-                if entry.name.isdigit() and mark in (entry / "cmdline").read_bytes():
-                    found.append(int(entry.name))
-            except OSError:
-                continue
-        return found
 
 
 @pytest.fixture
