@@ -10,6 +10,7 @@ from hvkvm.abi import scsi, vmbus
 from hvkvm.abi import storvsp as wire
 from hvkvm.abi.ring import GpaRange
 from hvkvm.abi.storvsp import Srb
+from hvkvm.devices.synth import storvsp_channel
 from hvkvm.devices.synth.storvsp_handshake import Phase
 from hvkvm.testing.storvsc_driver import PAGE, RESET_ID, StorvscDriver
 
@@ -119,6 +120,27 @@ def test_errors_come_with_their_sense(bench: Any) -> None:
     world.paths[0].open("r+b").truncate(4096)
     answer = driver.execute(rw(scsi.READ_10, 100, 1), pages=[900], length=512)
     assert (answer.sense[2], answer.sense[12]) == (scsi.MEDIUM_ERROR, scsi.UNRECOVERED_READ.asc)
+
+
+def test_pages_are_kept_within_bounds_and_taken_anew_once_they_were_revoked(
+    bench: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(storvsp_channel, "MAX_PAGES", 4)
+    world = bench()
+    driver = world.start()
+    awake(driver)
+    kept = world.device._primary._pages
+    for round_ in range(2):
+        for page in range(900, 910):
+            world.loop.memory.write(page * PAGE, bytes([round_ + page % 100]) * 512)
+            sent = driver.execute(
+                rw(scsi.WRITE_10, page - 900, 1), pages=[page], length=512, data_in=wire.WRITE_TYPE
+            )
+            assert sent.srb_status == wire.SRB_STATUS_SUCCESS
+            assert 0 < len(kept) <= 4
+        for view in kept.values():
+            view.release()
+        assert [world.paths[0].read_bytes()[512 * n] for n in range(10)] == [round_ + n for n in range(10)]
 
 
 LIES: list[tuple[str, dict[str, Any]]] = [
