@@ -174,6 +174,29 @@ def test_doorbells_in_memory_ring_only_when_asked_to(guest: NvmeGuest) -> None:
     assert list(guest.bells) == [0xD0001008]
 
 
+def test_with_doorbells_in_memory_the_line_falls_when_the_driver_has_read(guest: NvmeGuest) -> None:
+    """The driver looks at the event index as Linux does, and else does not ring: then INTx would stay up."""
+    guest.make_queues()
+    assert guest.do(nvme.NVME_ADMIN_DBBUF, prp1=SHADOW, prp2=EVENTS) == (0, 0)
+    (bell,) = guest.bells.values()
+    for round_ in range(3 * ENTRIES):
+        for _ in range(1 + round_ % 2):
+            guest.put(1, guest.command(READ, nsid=1))
+        guest.memory.write_u32(SHADOW + 8, guest.tails[1])
+        bell()
+        guest.loop.settle()
+        assert guest.intx[-1], round_
+        old = guest.heads[1]
+        assert guest.take(1, ring=False)
+        new = guest.heads[1]
+        guest.memory.write_u32(SHADOW + 12, new)
+        event = guest.memory.read_u32(EVENTS + 12)
+        assert (new - event - 1) & 0xFFFF < (new - old) & 0xFFFF, "it wants to be rung"
+        guest.reg(nvme.NVME_REG_DBS + 12, new)
+        guest.loop.settle()
+        assert not guest.intx[-1], round_
+
+
 def test_saved_it_goes_on_as_if_nothing_had_been(guest: NvmeGuest, new_routes: Any) -> None:
     guest.make_queues()
     guest.do(nvme.NVME_ADMIN_SET_FEATURES, cdw=(nvme.NVME_FEAT_ASYNC_EVENT, 0x300))

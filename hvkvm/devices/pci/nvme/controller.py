@@ -39,6 +39,7 @@ MAX_COMMANDS = 1024
 """Of all queues together that may be unanswered: each may hold views of 257 guest pages."""
 VECTORS = MAX_IO_QUEUES + 1
 _BAR = Bar(0, 0x4000)
+_LOOKS = 4
 _MSIX_TABLE = 0x2000
 
 
@@ -277,10 +278,8 @@ class Controller:
         shadow = completion.shadow
         if shadow is not None:
             head = self.memory.read_u32(shadow.value)
-            if completion.waiting:
-                self.memory.write_u32(shadow.event, head & 0xFFFF)
-                fence()
-                head = self.memory.read_u32(shadow.value)
+            if completion.waiting or (completion.interrupts and not self.msix.enabled):
+                head = self._hear_of_more(shadow, head)
             else:  # nobody needs to hear of it
                 self.memory.write_u32(shadow.event, head - 1 & 0xFFFF)
             if head < completion.size:
@@ -288,6 +287,20 @@ class Controller:
         while completion.waiting and not completion.full:
             queue, entry = completion.waiting.popleft()
             self._post(completion, queue, entry)
+
+    def _hear_of_more(self, shadow: Shadow, head: int) -> int:
+        """Have the guest ring when it has read further: an answer waits for room, or INTx for its end.
+
+        It writes its head first and looks at our event index second, so who has written that looks once more.
+        """
+        for _ in range(_LOOKS):
+            self.memory.write_u32(shadow.event, head & 0xFFFF)
+            fence()
+            seen, head = head, self.memory.read_u32(shadow.value)
+            if seen == head:
+                return head
+        self._ask()  # it reads on all the time: once more in the next turn
+        return head
 
     def _signal(self) -> None:
         """One interrupt for each completion queue with something new."""
