@@ -1,10 +1,12 @@
-"""A stock Linux on a disk: hv_storvsc of hvkvm beside QEMU's virtio-blk and virtio-scsi, on one raw file.
+"""A stock Linux on a disk of hvkvm beside one of QEMU's, by hv_storvsc, NVMe and virtio, on one raw file.
 
 One boot each. The guest runs `tests/guests/linux/diskio.c`: direct I/O of so many requests at a time.
 The file lies in the host's page cache, so that what is measured is the way to it. Called by
 `scripts/bench`, or by itself:
 
-    .venv/bin/python scripts/steps/bench_storage.py [hvkvm|hvkvm-user|virtio-blk|virtio-scsi]...
+    .venv/bin/python scripts/steps/bench_storage.py [VMM]...
+
+VMM is hvkvm, hvkvm-user, hvkvm-nvme, hvkvm-virtio, or of QEMU virtio-blk, virtio-scsi, nvme.
 
 A figure, not a test.
 """
@@ -33,6 +35,8 @@ DISK_BYTES = 256 << 20
 MILLISECONDS = 2000
 DEADLINE = 300.0
 PEERS = ("virtio-blk", "virtio-scsi")
+ON_PCI = {"hvkvm-nvme": "nvme", "hvkvm-virtio": "virtio-blk"}
+"""hvkvm's disks on PCI, each with the device of QEMU's that the same driver finds."""
 STEPS = (
     ("sequential read of 1 MiB, depth 2", "read seq 1048576 2"),
     ("sequential write of 1 MiB, depth 2", "write seq 1048576 2"),
@@ -43,9 +47,10 @@ STEPS = (
     ("random write of 4 KiB, depth 8", "write random 4096 8"),
     ("random write of 4 KiB, depth 32", "write random 4096 32"),
 )
-_MODULES = ("hv_storvsc", "sd_mod", "virtio_pci", "virtio_blk", "virtio_scsi")
+_MODULES = ("hv_storvsc", "sd_mod", "virtio_pci", "virtio_blk", "virtio_scsi", "nvme")
 _DONE = re.compile(r"diskio: (\d+) requests (\d+) bytes (\d+) us, middle (\d+) us, 99th (\d+) us")
-_DEVICE = 'until D=$(ls -d /dev/sda /dev/vda 2>/dev/null | head -n 1); [ -n "$D" ]; do usleep 100000; done'
+_DEVICES = "/dev/sda /dev/vda /dev/nvme0n1"
+_DEVICE = f'until D=$(ls -d {_DEVICES} 2>/dev/null | head -n 1); [ -n "$D" ]; do usleep 100000; done'
 
 
 class Step(NamedTuple):
@@ -81,11 +86,12 @@ def _initrd(folder: Path, suite: str | None, milliseconds: int) -> Path:
 def measure(
     vmm: str, disk: Path, initrd: Path, *, suite: str | None = None, deadline: float = DEADLINE
 ) -> list[Step]:
-    """One boot of "hvkvm", "hvkvm-user" or one of PEERS; a Step for each of STEPS. StepError."""
-    name = vmm if vmm in (HVKVM, HVKVM_USER) else "qemu-q35"
+    """One boot of "hvkvm", "hvkvm-user", one of ON_PCI or of QEMU's; a Step for each of STEPS. StepError."""
+    name = vmm if vmm in (HVKVM, HVKVM_USER) else HVKVM if vmm in ON_PCI else "qemu-q35"
     append = bench_vmm.linux_append(name)
     kernel = artifacts.path("guest-kernel", suite)
-    guest = bench_vmm.Guest(kernel, initrd, append, disk=disk, qemu_disk=vmm)
+    bus = vmm.removeprefix("hvkvm-") if vmm in ON_PCI else "vmbus"
+    guest = bench_vmm.Guest(kernel, initrd, append, disk=disk, disk_bus=bus, qemu_disk=vmm)
     steps: list[Step] = []
     with bench_vmm.Running(name, guest, deadline=deadline) as running:
         before = None
@@ -121,19 +127,24 @@ def every(
 
 
 def rows(vmms: tuple[str, ...], tell: Callable[[str], None], *, suite: str | None = None) -> list[Row]:
-    """hvkvm's `vmms` and both of QEMU's, as rows of the table."""
-    return rows_of(every((*vmms, *PEERS), tell, suite=suite))
+    """hvkvm's `vmms` and those of QEMU's, as rows of the table; then both on PCI."""
+    found = every((*vmms, *PEERS, *ON_PCI, "nvme"), tell, suite=suite)
+    made = rows_of({name: found[name] for name in (*vmms, *PEERS)})
+    for own, peer in ON_PCI.items():
+        made += rows_of({own: found[own], peer: found[peer]}, f"{own.removeprefix('hvkvm-')}, ")
+    return made
 
 
-def rows_of(found: dict[str, list[Step]]) -> list[Row]:
-    """A row a step and peer."""
+def rows_of(found: dict[str, list[Step]], prefix: str = "") -> list[Row]:
+    """A row a step and peer: the first of `found` is ours."""
     own, *peers = found
     made: list[Row] = []
-    for number, (name, _words) in enumerate(STEPS):
+    for number, (step, _words) in enumerate(STEPS):
+        name = prefix + step
         mine = found[own][number]
         for peer in peers:
             its = found[peer][number]
-            if name.startswith("sequential"):
+            if step.startswith("sequential"):
                 made.append(Row(name, "MB/s", mine.bytes / 1e6, its.bytes / 1e6, "more", peer))
             else:
                 made.append(Row(name, "1/s", mine.requests, its.requests, "more", peer))

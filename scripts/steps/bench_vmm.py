@@ -45,9 +45,11 @@ class Guest(NamedTuple):
     testdev: bool = False
     hyperv: bool = True
     disk: Path | None = None
-    """A raw image, on hv_storvsc under hvkvm."""
+    """A raw image."""
+    disk_bus: str = "vmbus"
+    """Where it is under hvkvm: vmbus (hv_storvsc), nvme or virtio."""
     qemu_disk: str = "virtio-blk"
-    """What it is on under QEMU: virtio-blk or virtio-scsi."""
+    """What it is on under QEMU: virtio-blk, virtio-scsi or nvme."""
     tap: str = ""
     """A tap interface of the host: hv_netvsc under hvkvm, virtio-net without vhost under QEMU."""
 
@@ -68,7 +70,9 @@ def command_line(vmm: str, guest: Guest) -> list[str]:
         words += ["--append", guest.append] if guest.append else []
         words += ["--device", "hyperv-testdev"] if guest.testdev and guest.hyperv else []
         words += ["--synic", "user"] if vmm == HVKVM_USER else []
-        words += ["--vmbus", "on", "--disk", str(guest.disk)] if guest.disk else []
+        if guest.disk is not None:
+            words += ["--vmbus", "on"] if guest.disk_bus == "vmbus" else []
+            words += ["--disk", f"{guest.disk},bus={guest.disk_bus}"]
         words += ["--vmbus", "on", "--net", f"tap={guest.tap}"] if guest.tap else []
         return words + ([] if guest.hyperv else ["--hv", "none"])
     machine = vmm.removeprefix("qemu-")
@@ -83,8 +87,8 @@ def command_line(vmm: str, guest: Guest) -> list[str]:
     if guest.disk is not None:
         words += ["-drive", f"file={guest.disk},if=none,id=d,format=raw,cache=writeback,aio=threads"]
         controller = ["-device", "virtio-scsi-pci"] if guest.qemu_disk == "virtio-scsi" else []
-        kind = "scsi-hd" if controller else "virtio-blk-pci"
-        words += [*controller, "-device", f"{kind},drive=d"]
+        kinds = {"virtio-scsi": "scsi-hd", "nvme": "nvme,serial=1"}
+        words += [*controller, "-device", f"{kinds.get(guest.qemu_disk, 'virtio-blk-pci')},drive=d"]
     if guest.tap:
         words += ["-netdev", f"tap,id=n,ifname={guest.tap},script=no,downscript=no,vhost=off"]
         words += ["-device", "virtio-net-pci,netdev=n,romfile="]

@@ -215,9 +215,14 @@ def test_networks_are_compared_step_by_step() -> None:
 
 
 def test_each_vmm_gets_the_disk() -> None:
+    for bus, words in (("nvme", "d.raw,bus=nvme"), ("virtio", "d.raw,bus=virtio")):
+        line = bench_vmm.command_line("hvkvm", bench_vmm.Guest(Path("k"), disk=Path("d.raw"), disk_bus=bus))
+        assert words in line
+        assert "--vmbus" not in line
     guest = bench_vmm.Guest(Path("k"), disk=Path("d.raw"), qemu_disk="virtio-scsi")
     assert "--disk d.raw" in " ".join(bench_vmm.command_line("hvkvm", guest))
     if shutil.which("qemu-system-x86_64"):
         words = " ".join(bench_vmm.command_line("qemu-q35", guest))
         assert "file=d.raw" in words
         assert "virtio-scsi-pci -device scsi-hd,drive=d" in words
+        assert "nvme,serial=1,drive=d" in bench_vmm.command_line("qemu-q35", guest._replace(qemu_disk="nvme"))
