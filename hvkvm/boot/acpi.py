@@ -9,7 +9,7 @@ What is left out on purpose, because each costs a guest boot time or a driver:
 - a PM timer (PM_TMR_BLK 0, optional since ACPI 5.0A), where there is no PCI: a port exit
   for every read; guests have the Hyper-V reference time, or the TSC. Firmware wants one.
 - CPU devices (ACPI0007): the MADT suffices, and no cpuidle driver is bound.
-- HPET, RTC (PNP0B00), 8042: not on the board. FADT says so, and
+- HPET, 8042, and without PCI an RTC (PNP0B00): not on the board. FADT says so, and
   Linux then skips their probes. It reads the time of day from CMOS regardless
   (mach_get_cmos_time, up to a second of retries when nobody answers), which is
   why the board has CMOS_PORT.
@@ -85,10 +85,11 @@ class Checksum(NamedTuple):
 
 
 class FixedHardware(NamedTuple):
-    """Where the ACPI blocks are: PM1_EVT at `base`, PM1_CNT 4 ports on, and 8 on a PM timer if there is."""
+    """Where the ACPI blocks are: PM1_EVT at `base`, PM1_CNT 4 ports on, and 8 on a PC's PM timer."""
 
     base: int = board.PM1A_EVT_PORT
-    pm_timer: bool = False
+    is_pc: bool = False
+    """A machine with PCI: it has a PM timer and an RTC."""
 
 
 DEFAULT_FIXED = FixedHardware()
@@ -146,7 +147,7 @@ def build(
     fadt = place(_fadt(facs, dsdt, fixed))
     madt = place(_madt(cpus))
     listed = [fadt, madt]
-    if fixed.pm_timer:
+    if fixed.is_pc:
         listed.append(place(_waet()))
     xsdt = place(_table(b"XSDT", 1, struct.pack(f"<{len(listed)}Q", *listed)))
     image[: len(_rsdp(xsdt))] = _rsdp(xsdt)
@@ -215,7 +216,7 @@ def _fadt(facs: int, dsdt: int, fixed: FixedHardware) -> bytes:
     put(64, "I", control)
     put(88, "BB", board.PM1A_EVT_SIZE, board.PM1A_CNT_SIZE)
     put(96, "HH", _NO_C2, _NO_C2)
-    put(109, "H", ACPI_FADT_NO_VGA | ACPI_FADT_NO_CMOS_RTC)
+    put(109, "H", ACPI_FADT_NO_VGA | (0 if fixed.is_pc else ACPI_FADT_NO_CMOS_RTC))
     put(
         112,
         "I",
@@ -234,7 +235,7 @@ def _fadt(facs: int, dsdt: int, fixed: FixedHardware) -> bytes:
     put(80, "I", board.GPE0_PORT)
     put(92, "B", board.GPE0_SIZE)
     fadt[220 - HEADER_SIZE : 232 - HEADER_SIZE] = _gas(board.GPE0_PORT, 8 * board.GPE0_SIZE, 2)
-    if fixed.pm_timer:
+    if fixed.is_pc:
         put(76, "I", fixed.base + PM_TIMER_OFFSET)
         put(91, "B", board.PM_TMR_SIZE)
         fadt[208 - HEADER_SIZE : 220 - HEADER_SIZE] = _gas(fixed.base + PM_TIMER_OFFSET, 32, 3)

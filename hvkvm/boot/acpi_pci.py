@@ -45,6 +45,20 @@ def host_bridge(memory_size: int) -> bytes:
     )
 
 
+def real_time_clock() -> bytes:
+    r"""\_SB.RTC, an MC146818's ports and interrupt. Windows wants it in the tables; Linux has a /dev/rtc0."""
+    return aml.device(
+        "RTC",
+        aml.name("_HID", aml.eisa_id("PNP0B00")),
+        aml.name(
+            "_CRS",
+            aml.resource_template(
+                aml.io_ports(board.CMOS_PORT, board.CMOS_SIZE), aml.irq_no_flags(board.RTC_IRQ)
+            ),
+        ),
+    )
+
+
 def _routing() -> bytes:
     """_PRT: of every slot and pin (0 is INTA), the GSI."""
     return aml.package(

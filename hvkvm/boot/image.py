@@ -106,10 +106,10 @@ def _write_acpi(memory: GuestRam, cpus: int, *, vmbus: bool, serial_ports: int, 
         return 0  # the loaders refuse so small a machine, in their own words
     devices: list[bytes] = []
     if pci:
-        from hvkvm.boot.acpi_pci import host_bridge
+        from hvkvm.boot.acpi_pci import host_bridge, real_time_clock
 
-        devices.append(host_bridge(memory.size))
-    fixed = acpi_tables.FixedHardware(pm_timer=pci)
+        devices += [host_bridge(memory.size), real_time_clock()]
+    fixed = acpi_tables.FixedHardware(is_pc=pci)
     tables = acpi_tables.build(
         cpus, memory.size, vmbus=vmbus, serial_ports=serial_ports, devices=devices, fixed=fixed
     )

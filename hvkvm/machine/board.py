@@ -33,6 +33,7 @@ from hvkvm.machine.outcome import Ending
 if TYPE_CHECKING:
     from hvkvm.backends.console import Console
     from hvkvm.devices.port.hyperv_testdev import HypervTestdev
+    from hvkvm.devices.port.rtc import Rtc
     from hvkvm.machine.hyperv import Hyperv
     from hvkvm.machine.lifecycle import Lifecycle
     from hvkvm.machine.platform import Platform
@@ -68,6 +69,7 @@ class Board:
         """Called when the devices are reset. vCPUs paused."""
         self._sink: Callable[[bytes], object] | None = None
         self.testdev: HypervTestdev | None = None
+        self._rtc: Rtc | None = None
         self.ports = PortBus(platform.observer)
         self.ports.expect(quiet_ports())
         self.mmio = _mmio(platform)
@@ -123,7 +125,7 @@ class Board:
         GuestExit(guest_exit).attach(self.ports)
         self.fw_cfg = _fw_cfg(platform)
         self.fw_cfg.attach(self.ports)
-        self.cmos = Cmos()
+        self.cmos = self._cmos(platform, stack)
         self.cmos.attach(self.ports)
         off_types = (board.S5_SLP_TYP, board.PIIX4_S5_SLP_TYP) if has_pci else (board.S5_SLP_TYP,)
         self.sleep = AcpiControlBlock(lambda: lifecycle.finish(Ending.POWERED_OFF, 0), off_types)
@@ -136,6 +138,18 @@ class Board:
             self.power.attach(self.ports)
         for doorbell in absorb_writes(platform.vm):
             stack.callback(doorbell.close)
+
+    def _cmos(self, platform: Platform, stack: ExitStack) -> Cmos:
+        """With an RTC's interrupts on a machine whose tables say that there is one: a PC's."""
+        if not platform.config.has_pci:
+            return Cmos()
+        from hvkvm.devices.port.rtc import Rtc
+
+        line = Irqfd(platform.vm, board.RTC_IRQ)
+        stack.callback(line.close)
+        self._rtc = Rtc(platform.io, line.signal)
+        self._rtc.tell_memory(platform.config.memory)
+        return self._rtc
 
     def renew_generation(self, *, tell: bool) -> None:
         """Give the guest another VM generation id, and `tell` it. Before it runs, or while it is at rest.
@@ -214,9 +228,13 @@ class Board:
 
     def start(self) -> None:
         """See `Part.start`."""
+        if self._rtc is not None:
+            self._rtc.start()
 
     def stop(self, done: Callable[[], object]) -> None:
         """See `Part.stop`: what the guest printed last is on its way."""
+        if self._rtc is not None:
+            self._rtc.stop()
         self.flush()
         done()
 
@@ -265,6 +283,8 @@ class Board:
         self.sleep.reset()
         self.pci_ports.load(0)
         self.fw_cfg.reset()
+        if self._rtc is not None:
+            self._rtc.reset()
         if self._coalesced is not None:
             self._coalesced.reset()
         else:

@@ -18,7 +18,7 @@ from hvkvm.abi import fw_cfg as keys
 from hvkvm.abi.kvm import KVM_CAP_READONLY_MEM
 from hvkvm.boot import acpi, smbios, table_loader
 from hvkvm.boot import firmware as images
-from hvkvm.boot.acpi_pci import host_bridge
+from hvkvm.boot.acpi_pci import host_bridge, real_time_clock
 from hvkvm.boot.linux import default_cmdline
 from hvkvm.devices.flash import Flash, FlashState, WriteProtected
 from hvkvm.devices.port.fw_cfg import FirmwareFwCfg
@@ -126,14 +126,14 @@ class Firmware:
 
     def _tables(self) -> table_loader.LoaderFiles:
         config = self._platform.config
-        fixed = acpi.FixedHardware(self._pci.pm_base, pm_timer=True)
+        fixed = acpi.FixedHardware(self._pci.pm_base, is_pc=True)
 
         def build(address: int) -> acpi.AcpiTables:
             return acpi.build(
                 config.cpus,
                 config.memory,
                 serial_ports=config.serial_ports,
-                devices=[host_bridge(config.memory)],
+                devices=[host_bridge(config.memory), real_time_clock()],
                 fixed=fixed,
                 address=address,
                 generation=False,  # its page is the firmware's own here

@@ -12,14 +12,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hvkvm.boot import acpi, table_loader
-from hvkvm.boot.acpi_pci import host_bridge, mem32_window
+from hvkvm.boot.acpi_pci import host_bridge, mem32_window, real_time_clock
 
 MIB = 1 << 20
 
 
 def build(address: int, cpus: int = 2, memory: int = 512 * MIB, base: int = 0xB000) -> acpi.AcpiTables:
-    fixed = acpi.FixedHardware(base, pm_timer=True)
-    return acpi.build(cpus, memory, devices=[host_bridge(memory)], fixed=fixed, address=address)
+    fixed = acpi.FixedHardware(base, is_pc=True)
+    return acpi.build(
+        cpus, memory, devices=[host_bridge(memory), real_time_clock()], fixed=fixed, address=address
+    )
 
 
 def carried_out(files: table_loader.LoaderFiles, tables_at: int) -> tuple[bytes, bytes]:
@@ -96,6 +98,23 @@ def test_the_window_for_bars_is_where_firmware_places_them(memory: int, window: 
     assert mem32_window(memory) == window
 
 
+@pytest.mark.parametrize("name", ["FACP", "APIC", "WAET", "XSDT", "FACS"])
+def test_iasl_reads_the_tables_of_a_machine_with_pci(tmp_path: Path, name: str) -> None:
+    iasl = shutil.which("iasl")
+    if iasl is None:
+        pytest.skip("iasl (package acpica-tools) is not installed")
+    made = build(0xE0000)
+    at = made.image.index(name.encode(), 36)
+    length = int.from_bytes(made.image[at + 4 : at + 8], "little")
+    (tmp_path / "table.dat").write_bytes(made.image[at : at + length])
+    done = subprocess.run(
+        [iasl, "-d", "table.dat"], cwd=tmp_path, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stdout
+    for word in ("Error", "Warning", "Invalid", "Incorrect"):
+        assert word not in done.stdout + done.stderr
+
+
 def test_iasl_reads_the_root_bridge(tmp_path: Path) -> None:
     iasl = shutil.which("iasl")
     if iasl is None:
@@ -106,7 +125,7 @@ def test_iasl_reads_the_root_bridge(tmp_path: Path) -> None:
     (tmp_path / "dsdt.dat").write_bytes(made.image[at : at + length])
     subprocess.run([iasl, "-d", "dsdt.dat"], cwd=tmp_path, check=True, capture_output=True)
     text = (tmp_path / "dsdt.dsl").read_text()
-    for words in ("WordBusNumber", "0x80000000", "PNP0A03", "_PRT", "Package (0x7C)"):
+    for words in ("WordBusNumber", "0x80000000", "PNP0A03", "PNP0B00", "_PRT", "Package (0x7C)"):
         assert words in text, words
     again = subprocess.run([iasl, "dsdt.dsl"], cwd=tmp_path, capture_output=True, text=True, check=False)
     assert "0 Errors" in again.stdout + again.stderr, again.stdout

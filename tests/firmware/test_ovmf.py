@@ -17,6 +17,7 @@ pytestmark = [pytest.mark.hyperv, pytest.mark.firmware]
 SCRIPT = b"""@echo -off
 echo script begins
 ls fs0:
+ls fs1:
 pci
 smbiosview -t 1
 echo script ends
@@ -26,15 +27,18 @@ reset -s
 
 @pytest.mark.parametrize("firmware", FIRMWARES)
 def test_the_shell_runs_a_script_from_a_disk(tmp_path: Path, firmware: str) -> None:
-    """NVMe by the firmware's driver, PCI by its enumerator, power-off by the FADT's and PMBA's ports."""
-    image = fat_disk(tmp_path / "disk", {"startup.nsh": SCRIPT})
-    with firmware_guest(firmware, memory=256 << 20, disks=(DiskSpec(str(image)),)) as guest:
+    """NVMe and virtio by the firmware's drivers, PCI by its enumerator, power-off by the FADT's ports."""
+    first = fat_disk(tmp_path / "disk", {"startup.nsh": SCRIPT})
+    second = fat_disk(tmp_path / "more", {"virtio.txt": b"read by the firmware's driver"})
+    disks = (DiskSpec(str(first)), DiskSpec(str(second), bus="virtio"))
+    with firmware_guest(firmware, memory=256 << 20, disks=disks) as guest:
         outcome = guest.finish()
         text = guest.text
         assert "script begins" in text, guest.report()
         assert "startup.nsh" in text.split("script begins")[1], guest.report()
+        assert "virtio.txt" in text.split("script begins")[1], guest.report()
         assert "script ends" in text, guest.report()
-        for identity in ("8086", "1237", "7113", "1414"):
+        for identity in ("8086", "1237", "7113", "1414", "1042"):
             assert identity in text.split("script begins")[1].upper(), identity
         assert outcome.ending is Ending.POWERED_OFF
 

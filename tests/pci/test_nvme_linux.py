@@ -1,4 +1,4 @@
-"""Linux's own driver on an NVMe disk of ours: one boot, and everything that it is worth."""
+"""Linux's own drivers on what a machine with PCI has: NVMe and virtio by MSI-X and by INTx, the RTC."""
 
 from __future__ import annotations
 
@@ -15,46 +15,83 @@ pytestmark = pytest.mark.hyperv
 
 MIB = 1 << 20
 SCRIPT = """
-disk=/dev/nvme0n1
-wait_for() { while ! [ -b $disk ]; do sleep 0.1; done; }
-wait_for
-cat /sys/class/nvme/nvme0/serial /sys/block/nvme0n1/queue/write_cache
-md5sum < $disk
+wait_for() { while ! [ -b $1 ]; do sleep 0.1; done; }
+test_disk() {
+    disk=$1; slot=$2
+    wait_for $disk
+    echo $3 $(cat /sys/block/${disk#/dev/}/queue/write_cache)
+    md5sum < $disk
+    dd if=/tmp/data of=$disk bs=64k seek=16 conv=fsync 2>/dev/null
+    echo 3 > /proc/sys/vm/drop_caches
+    dd if=$disk bs=64k skip=16 count=48 2>/dev/null | cmp - /tmp/data && echo $3 the same
+    md5sum < $disk | sed "s/^/$3 after /"
+    for round in $ROUNDS; do
+        echo 1 > /sys/bus/pci/devices/$slot/remove
+        while [ -b $disk ]; do sleep 0.1; done
+        echo 1 > /sys/bus/pci/rescan
+        wait_for $disk
+    done
+    echo 3 > /proc/sys/vm/drop_caches
+    dd if=$disk bs=64k skip=16 count=48 2>/dev/null | cmp - /tmp/data && echo $3 still the same
+}
 dd if=/dev/urandom of=/tmp/data bs=64k count=48 2>/dev/null
-dd if=/tmp/data of=$disk bs=64k seek=16 conv=fsync 2>/dev/null
-echo 3 > /proc/sys/vm/drop_caches
-dd if=$disk bs=64k skip=16 count=48 2>/dev/null | cmp - /tmp/data && echo the same
-md5sum < $disk | sed 's/^/after /'
-for round in 1 2 3; do
-    echo 1 > /sys/bus/pci/devices/0000:00:02.0/remove
-    while [ -b $disk ]; do sleep 0.1; done
-    echo 1 > /sys/bus/pci/rescan
-    wait_for
-done
-echo 3 > /proc/sys/vm/drop_caches
-dd if=$disk bs=64k skip=16 count=48 2>/dev/null | cmp - /tmp/data && echo still the same
-grep -c 'PCI-MSI.*nvme0q' /proc/interrupts | sed 's/^/vectors /'
-dmesg | grep -iE 'nvme.*(error|timeout|fail|bogus)' || echo nothing bad
+wait_for /dev/nvme0n1
+wait_for /dev/vda
+cat /sys/class/nvme/nvme0/serial /sys/block/vda/serial
+echo
+test_disk /dev/nvme0n1 0000:00:02.0 nvme
+test_disk /dev/vda 0000:00:03.0 virtio
+echo discard $(cat /sys/block/vda/queue/discard_max_bytes) $(cat /sys/block/vda/queue/write_zeroes_max_bytes)
+grep -c 'PCI-MSI.*nvme0q' /proc/interrupts | sed 's/^/nvme vectors /'
+grep -c 'PCI-MSI.*virtio.-req' /proc/interrupts | sed 's/^/virtio vectors /'
+grep -cE 'IO-APIC.*fasteoi.*(nvme|virtio)' /proc/interrupts | sed 's/^/lines /'
+echo rtc $(cat /sys/class/rtc/rtc0/name)
+echo +2 > /sys/class/rtc/rtc0/wakealarm
+until grep -qE ' 8: +[1-9].*rtc0' /proc/interrupts; do sleep 0.1; done
+echo the alarm came
+dmesg | grep -iE '(nvme|virtio|vda).*(error|timeout|fail|bogus|nobody cared)' || echo nothing bad
 """
 
 
-def test_linux_reads_writes_and_rescans(tmp_path: Path) -> None:
-    image = tmp_path / "disk"
-    first = os.urandom(8 * MIB)
-    image.write_bytes(first)
-    disk = DiskSpec(str(image), bus="nvme", serial="one")
-    with linux_guest(SCRIPT, modules=(), vmbus="off", disks=(disk,)) as guest:
+@pytest.mark.parametrize("way", ["msix", "intx"])
+def test_linux_reads_writes_and_rescans(tmp_path: Path, way: str) -> None:
+    images = [tmp_path / "nvme", tmp_path / "virtio"]
+    first = [os.urandom(8 * MIB) for _ in images]
+    for image, content in zip(images, first, strict=True):
+        image.write_bytes(content)
+    disks = (
+        DiskSpec(str(images[0]), bus="nvme", serial="one"),
+        DiskSpec(str(images[1]), bus="virtio", serial="two"),
+    )
+    rounds, append = ("1 2 3", "quiet") if way == "msix" else ("", "quiet pci=nomsi")
+    with linux_guest(
+        f'ROUNDS="{rounds}"\n{SCRIPT}',
+        modules=("virtio_pci", "virtio_blk"),
+        vmbus="off",
+        disks=disks,
+        append=append,
+    ) as guest:
         guest.start()
         guest.wait_for("nothing bad")
         assert guest.finish().status == 0
-        lines = guest.text.splitlines()
-        assert "one" in [line.strip() for line in lines]
-        assert "write back" in lines
-        assert any(hashlib.md5(first).hexdigest() in line for line in lines), "what was there is read"
-        assert "the same" in lines
-        assert "still the same" in lines
-        assert "vectors 2" in lines
-        assert any(f"after {hashlib.md5(image.read_bytes()).hexdigest()}" in line for line in lines)
-        assert guest.machine.pci is not None
-        (controller,) = guest.machine.pci.controllers.values()
+        lines = [line.strip() for line in guest.text.splitlines()]
+        for line in ("one", "two", "nvme write back", "virtio write back", "discard 2147483648 2147483648"):
+            assert line in lines, guest.report()
+        for image, content, name in zip(images, first, ("nvme", "virtio"), strict=True):
+            assert any(hashlib.md5(content).hexdigest() in line for line in lines), "what was there is read"
+            assert f"{name} the same" in lines, guest.report()
+            assert f"{name} still the same" in lines, guest.report()
+            after = hashlib.md5(image.read_bytes()).hexdigest()
+            assert any(line.startswith(f"{name} after {after}") for line in lines), guest.report()
+        assert "rtc rtc_cmos" in [line.split(" 00")[0] for line in lines], guest.report()
+        assert "the alarm came" in lines
+        counts = ("nvme vectors 2", "virtio vectors 1", "lines 0")
+        if way == "intx":
+            counts = ("nvme vectors 0", "virtio vectors 0", "lines 2")
+        for count in counts:
+            assert count in lines, guest.report()
+        pci = guest.machine.pci
+        assert pci is not None
+        (controller,), (device,) = pci.controllers.values(), pci.virtio.values()
         assert controller.taken > 20
+        assert device.taken > 20

@@ -3,8 +3,8 @@
 Linux reads the wall clock here when it boots (mach_get_cmos_time) and retries
 for up to a second where nothing answers. Modelled after the Motorola MC146818:
 BCD or binary, 12 or 24 hours, the update-in-progress bit, setting the clock
-with register B's SET bit. No interrupts: the ACPI tables offer guests no RTC
-device to expect them from. Always UTC. vCPU threads, under a lock.
+with register B's SET bit. No interrupts: most machines' ACPI tables offer guests no RTC
+device to expect them from; `rtc.Rtc` has them. Always UTC. vCPU threads, under a lock.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable
 from typing import TYPE_CHECKING, NamedTuple
 
-from hvkvm.abi.board import CMOS_PORT, CMOS_SIZE
+from hvkvm.abi.board import CMOS_PORT, CMOS_SIZE, RAM_LOW_LIMIT
 
 if TYPE_CHECKING:
     from hvkvm.devices.port.bus import PortBus
@@ -32,6 +32,12 @@ RTC_VRT = 0x80  # register D: the battery is good
 
 _REG_A_RESET = 0x26  # 32.768 kHz, 1024 Hz
 _UIP_SECONDS = 244e-6  # the update's announcement before each full second
+# How much RAM there is: in KiB, and the last two in 64 KiB.
+_CMOS_BASE_MEMORY = 0x15
+_CMOS_EXTENDED_MEMORY = 0x17
+_CMOS_EXTENDED_MEMORY_AGAIN = 0x30
+_CMOS_MEMORY_ABOVE_16M = 0x34
+_CMOS_MEMORY_ABOVE_4G = 0x5B
 _TIME_REGISTERS = frozenset(
     (RTC_SECONDS, RTC_MINUTES, RTC_HOURS, RTC_DAY_OF_WEEK, RTC_DAY_OF_MONTH, RTC_MONTH, RTC_YEAR, RTC_CENTURY)
 )
@@ -71,6 +77,19 @@ class Cmos:
         self._ram[RTC_REG_B] = RTC_24H
         self._ram[RTC_REG_D] = RTC_VRT
         self._offset = 0.0  # what the guest has set its clock to, ahead of ours
+
+    def tell_memory(self, size: int) -> None:
+        """Say how much RAM there is where a PC's BIOS keeps that, and U-Boot looks. Before the guest runs."""
+        low = min(size, RAM_LOW_LIMIT)
+        put = self._ram
+        for at, value, count in (
+            (_CMOS_BASE_MEMORY, min(size, 640 << 10) >> 10, 2),
+            (_CMOS_EXTENDED_MEMORY, min(max(low - (1 << 20), 0) >> 10, 0xFFFF), 2),
+            (_CMOS_EXTENDED_MEMORY_AGAIN, min(max(low - (1 << 20), 0) >> 10, 0xFFFF), 2),
+            (_CMOS_MEMORY_ABOVE_16M, max(low - (16 << 20), 0) >> 16, 2),
+            (_CMOS_MEMORY_ABOVE_4G, size - low >> 16, 3),
+        ):
+            put[at : at + count] = value.to_bytes(count, "little")
 
     def attach(self, bus: PortBus, port: int = CMOS_PORT) -> None:
         """Claim index and data port; ConfigError when one is taken."""
