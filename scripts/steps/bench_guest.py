@@ -19,6 +19,7 @@ from steps.distribution import StepError
 PROJECT = Path(__file__).resolve().parent.parent.parent
 SOURCE = PROJECT / "scripts/bench_guests/bench.s"
 RUNTIME = PROJECT / "tests/guests"
+SHARED = PROJECT / "hvkvm/testing/guest_parts.inc"
 _RUNTIME_SOURCES = ("boot.s", "interrupts.s", "serial.s", "synic.s")
 _INCLUDED = ("abi.inc", "macros.inc", "link.ld")
 
@@ -62,7 +63,7 @@ def parse(lines: Iterable[str]) -> list[Batch]:
 def image(operation: str, count: int, batches: int = BATCHES) -> Path:
     """The guest for `operation`, `count` times a batch; assembled now if its sources changed. StepError."""
     symbols = {"OPERATION": OPERATIONS[operation], "COUNT": count, "BATCHES": batches}
-    digest = hashlib.sha256(repr(symbols).encode() + SOURCE.read_bytes())
+    digest = hashlib.sha256(repr(symbols).encode() + SOURCE.read_bytes() + SHARED.read_bytes())
     for name in _RUNTIME_SOURCES + _INCLUDED:
         digest.update((RUNTIME / name).read_bytes())
     path = cache.root() / "guests" / f"bench-{operation}-{digest.hexdigest()[:16]}.elf"
@@ -78,7 +79,8 @@ def _build(symbols: dict[str, int]) -> bytes:
         objects = []
         for source in (*(RUNTIME / name for name in _RUNTIME_SOURCES), SOURCE):
             objects.append(str(work / f"{source.stem}.o"))
-            _run("as", "--64", "-I", str(RUNTIME), *defined, "-o", objects[-1], str(source))
+            folders = ("-I", str(RUNTIME), "-I", str(SHARED.parent))
+            _run("as", "--64", *folders, *defined, "-o", objects[-1], str(source))
         _run(
             *("ld", "-m", "elf_x86_64", "-n", "--build-id=none", "-T", str(RUNTIME / "link.ld")),
             *("-o", str(work / "image64"), *objects),
