@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from hvkvm.cli.arguments import Parser
 from hvkvm.cli.output import cannot_write, complain, show
-from hvkvm.errors import CapabilityMissing, ConfigError, OutputError
+from hvkvm.errors import CapabilityMissing, ConfigError, HvkvmError, OutputError
 
 if TYPE_CHECKING:
     from hvkvm.testing.matrix.cases import Case, Result
@@ -98,12 +98,18 @@ class _Matrix:
         self._options = options
         self._results: dict[int, Result] = {}
         self._signal = 0
+        self._failed = False
 
     def run(self) -> int:
         """Run them; the exit status."""
         before = {number: signal.signal(number, self._noted) for number in ENDING_SIGNALS}
         try:
             self._run_cases()
+        except HvkvmError as error:
+            if not self._results:
+                raise
+            complain(f"hvkvm: {error}")
+            self._failed = True
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
@@ -156,7 +162,7 @@ class _Matrix:
         verdicts = {result.verdict for result in self._results.values()}
         if self._signal:
             return 128 + self._signal
-        if verdicts - {OK, SKIPPED}:
+        if verdicts - {OK, SKIPPED} or self._failed:
             return 1
         return status or (CapabilityMissing.exit_status if verdicts == {SKIPPED} else 0)
 

@@ -48,6 +48,7 @@ def start(path: Path, cluster: Cluster, *more: object) -> subprocess.Popen[str]:
 def test_cases_run_on_workers(cluster: Cluster, tmp_path: Path) -> None:
     ctrl_c_ends_the_guests_on_the_workers(cluster, tmp_path)
     a_killed_workers_cases_run_elsewhere(cluster, tmp_path)
+    a_scheduler_that_goes_is_told(cluster, tmp_path)
 
 
 def ctrl_c_ends_the_guests_on_the_workers(cluster: Cluster, tmp_path: Path) -> None:
@@ -80,6 +81,18 @@ def a_killed_workers_cases_run_elsewhere(cluster: Cluster, tmp_path: Path) -> No
     assert len({case["where"] for case in found}) <= WORKERS
     caches = [tmp_path / f"cache{number}/parcels" for number in range(WORKERS) if number != lost]
     assert any(len(list(cache.iterdir())) == 2 for cache in caches if cache.exists())
+
+
+def a_scheduler_that_goes_is_told(cluster: Cluster, tmp_path: Path) -> None:
+    path = file(tmp_path, 'kernel = "spin"\n')
+    with start(path, cluster) as process:
+        wait_for(lambda: any(cluster.guests(number) for number in range(WORKERS)), "a guest that runs")
+        cluster.scheduler.kill()
+        out, err = process.communicate(timeout=SECONDS)
+    assert process.returncode == 1, (out, err)
+    assert "error: the scheduler is gone" in out
+    assert "Traceback" not in err
+    assert out.splitlines()[-1] == "1 cases: 1 error"
 
 
 def test_no_scheduler_is_one_line(tmp_path: Path) -> None:

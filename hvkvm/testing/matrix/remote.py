@@ -7,6 +7,8 @@ thread; what Dask runs besides is its own.
 
 from __future__ import annotations
 
+import logging
+import re
 import tempfile
 import uuid
 from collections.abc import Callable, Sequence
@@ -29,6 +31,8 @@ ALONE_SECONDS = 10.0
 """How long there may be no worker before that is said."""
 MAX_SENDS = 50
 """How often a case may find a worker without its files."""
+
+_DASKS = re.compile(r"(distributed|tornado)(\.|$)")
 
 Told = Callable[[Case, Result], None]
 Say = Callable[[str], object]
@@ -133,8 +137,11 @@ class RemoteRun:
         if what is None:
             return
         if future.status != "finished":
-            error = future.exception() if future.status == "error" else future.status
-            self._lost(what, f"no worker could run it: {type(error).__name__}: {error}")
+            if future.status == "error":
+                error = future.exception()
+                self._lost(what, f"no worker could run it: {type(error).__name__}: {error}")
+            else:
+                self._lost(what, "the scheduler is gone")
             return
         answer = future.result()
         if isinstance(answer, worker.Missing):
@@ -247,6 +254,9 @@ def connect(address: str) -> Any:
     except ImportError:
         raise ConfigError("--dask: needs Dask's distributed; install it: pip install 'hvkvm[dask]'") from None
     client: Any = _Client
+    # What matters of it is said by us, in a line each.
+    for name in ("distributed", *filter(_DASKS.match, logging.root.manager.loggerDict)):
+        logging.getLogger(name).setLevel(logging.CRITICAL + 1)
     try:
         return client(address, timeout=CONNECT_SECONDS, set_as_default=False)
     except (OSError, ValueError, TimeoutError) as error:
