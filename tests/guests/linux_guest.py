@@ -42,10 +42,19 @@ T = TypeVar("T")
 class LinuxGuest:
     """The machine and what its console said."""
 
-    def __init__(self, machine: Machine) -> None:
+    def __init__(self, machine: Machine, output: bytearray | None = None) -> None:
         self.machine = machine
-        self.output = bytearray()
-        machine.board.attach_sink(self.output.extend)
+        self.output = bytearray() if output is None else output
+        self._printed = threading.Event()
+        self.attach()
+
+    def attach(self) -> None:
+        """Hear the console of the machine, which may be another one than before."""
+        self.machine.board.attach_sink(self._hear)
+
+    def _hear(self, data: bytes) -> None:
+        self.output.extend(data)
+        self._printed.set()
 
     @property
     def text(self) -> str:
@@ -62,8 +71,17 @@ class LinuxGuest:
         """Run the guest while the test goes on."""
         self.machine.start()
 
-    def wait_until(self, happened: Callable[[], T | None], what: str, seconds: float = SECONDS) -> T:
-        """What `happened()` returned once that was true; AssertionError with the console else."""
+    def wait_until(
+        self,
+        happened: Callable[[], T | None],
+        what: str,
+        seconds: float = SECONDS,
+        news: threading.Event | None = None,
+    ) -> T:
+        """What `happened()` returned once that was true; AssertionError with the console else.
+
+        It looks when the console has said something, or `news` is set, and now and then.
+        """
         end = monotonic() + seconds
         while True:
             found = happened()
@@ -71,7 +89,9 @@ class LinuxGuest:
                 return found
             assert self.machine.outcome is None, f"{what}: {self.machine.outcome}\n{self.report()}"
             assert monotonic() < end, f"{what}: not within {seconds:g} s\n{self.report()}"
-            sleep(0.02)
+            # A lab has one processor, so looking often would slow the guest down.
+            if (news or self._printed).wait(0.05):
+                self._printed.clear()
 
     def wait_for(self, marker: str, *, count: int = 1, seconds: float = SECONDS) -> str:
         """The console's whole lines, once `marker` stands in them `count` times."""
@@ -96,7 +116,7 @@ class LinuxGuest:
             done.set()
 
         self.machine.platform.io.call_soon(run)
-        self.wait_until(done.is_set, f"{fn} on the I/O loop")
+        self.wait_until(done.is_set, f"{fn} on the I/O loop", news=done)
         if error:
             raise error[0]
         return result[0]

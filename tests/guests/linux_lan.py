@@ -65,7 +65,7 @@ class Lan:
         old.close()
         machine = Machine(MachineConfig(kernel=file, restore=file, timeout=old.config.timeout))
         self.guest.machine = machine
-        machine.board.attach_sink(self.guest.output.extend)
+        self.guest.attach()
         machine.start()
 
     def up(self) -> None:

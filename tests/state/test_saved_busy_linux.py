@@ -88,9 +88,7 @@ class Streams:
 
 
 def attach(machine: Machine, output: bytearray, streams: Streams) -> LinuxGuest:
-    guest = LinuxGuest(machine)
-    guest.output = output
-    machine.board.attach_sink(output.extend)
+    guest = LinuxGuest(machine, output)
     guest.bus.vsock.listen(PORT, streams.take)
     return guest
 

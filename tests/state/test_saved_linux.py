@@ -49,9 +49,7 @@ def test_linux_goes_on_wherever_it_was_saved(synic: str, cpus: int, tmp_path: Pa
                 machine = Machine(settings)
                 machine.board.attach_sink(output.extend)
                 machine.start()
-            told = LinuxGuest(machine)
-            told.output = output
-            machine.board.attach_sink(output.extend)
+            told = LinuxGuest(machine, output)
             outcome = told.finish()
         finally:
             machine.close()

@@ -85,9 +85,7 @@ def test_requests_in_flight_are_neither_lost_nor_doubled(synic: str, tmp_path: P
                 machine = Machine(settings)
                 machine.board.attach_sink(output.extend)
                 machine.start()
-            told = LinuxGuest(machine)
-            told.output = output
-            machine.board.attach_sink(output.extend)
+            told = LinuxGuest(machine, output)
             told.type("stop")
             outcome = told.finish()
         finally:
