@@ -36,9 +36,12 @@ def make(file: Path, *options: object) -> None:
     assert f"{file}: a warm guest, " in done.stderr
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def warm_files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
-    """A guest with vsock for its streams, and one with serial ports alone, and nothing to see in /dev/mem."""
+    """A guest with vsock for its streams, and one with serial ports alone, and nothing to see in /dev/mem.
+
+    Of the session, since the suite runs the longest tests first, so those of a module are not in a row.
+    """
     folder = tmp_path_factory.mktemp("warm")
     blind = folder / "blind"
     blind.write_text("#!/bin/sh\nexit 1\n")
