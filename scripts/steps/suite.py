@@ -4,18 +4,25 @@
     3 KVM with Hyper-V          here if this KVM has it, else in nested labs side by side
       firmware                  likewise, in labs of a newer kernel
 
-Each part is one pytest session whose workers (pytest-xdist) draw from one list, as
-many as there are processors; for the third tier a worker is a Python in a lab of its
-own. Called by `scripts/test`; arguments go to pytest. One thread.
+Each part is one pytest session whose workers (pytest-xdist) draw from one list: here one
+more than there are processors, since many tests wait; for the third tier as many, each a
+Python in a lab of its own. The firmware part is small, so it runs beside the first one,
+in one lab and a process of its own. Called by `scripts/test`; arguments go to pytest.
+
+HVKVM_TEST_PART=NAME runs one part, by the beginning of its name. HVKVM_TEST_WORKERS=N
+sets the workers, and has the parts run one after the other. One thread, but for the one
+that shows what a part beside another prints.
 """
 
 from __future__ import annotations
 
 import os
 import shlex
+import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from pathlib import Path
 from typing import NamedTuple
@@ -75,12 +82,12 @@ def parts(usable: bool, hyperv: bool) -> list[Part]:
 
 
 def workers(place: str, processors: int, memory: int) -> int:
-    """How many workers a part gets: one a processor, and no more labs than `memory` bytes hold."""
+    """How many workers a part gets: labs one a processor, and no more than `memory` bytes hold."""
     asked = os.environ.get("HVKVM_TEST_WORKERS", "")
     if asked.isdigit() and int(asked) > 0:
         return int(asked)
     most = min(processors, MOST_WORKERS)
-    return most if place == "here" else max(1, min(most, memory // LAB_BYTES))
+    return most + 1 if place == "here" else max(1, min(most, memory // LAB_BYTES))
 
 
 def available_memory() -> int:
@@ -181,21 +188,85 @@ def attend(line: list[str], settings: dict[str, str]) -> int:
     return status
 
 
-def main(arguments: list[str]) -> int:
-    """Run every part; 0 when all passed, that is, and something ran."""
-    usable = os.access("/dev/kvm", os.R_OK | os.W_OK)
-    if not usable:
-        print("== /dev/kvm cannot be used here: tier 2 runs in the lab", flush=True)
+class Beside:
+    """A part in a process and a lab of its own, while another one runs. Its lines come with its name."""
+
+    def __init__(self, part: Part) -> None:
+        self.part = part
+        settings = environment() | {"HVKVM_TEST_PART": part.name, "HVKVM_TEST_WORKERS": "1"}
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "steps.suite"],
+            env=settings,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        self._thread = threading.Thread(target=self._show, daemon=True)
+        self._thread.start()
+
+    def _show(self) -> None:
+        name = self.part.name.partition(" (")[0]
+        assert self._process.stdout is not None
+        for line in self._process.stdout:
+            print(f"{name}| {line}", end="", flush=True)
+
+    def wait(self) -> int:
+        """Its status, once it has ended."""
+        status = self._process.wait()
+        self._thread.join()
+        return status
+
+    def interrupt(self) -> None:
+        """End it as Ctrl-C does, tidying up included. Idempotent."""
+        if self._process.poll() is None:
+            self._process.send_signal(signal.SIGINT)
+        self.wait()
+
+
+def beside(found: list[Part], arguments: list[str], processors: int) -> Beside | None:
+    """Take the last part off `found` and start it, where it would leave processors idle if it ran alone."""
+    asked = os.environ.get("HVKVM_TEST_PART") or os.environ.get("HVKVM_TEST_WORKERS")
+    if asked or arguments or processors < 2 or len(found) < 2 or found[-1].place != "lab":
+        return None
+    return Beside(found.pop())
+
+
+def run_all(
+    found: list[Part], arguments: list[str], other: Beside | None
+) -> tuple[list[str], list[str], list[str]]:
+    """The names of the parts that passed, that failed, and that had no test of those chosen."""
     passed: list[str] = []
     failed: list[str] = []
     empty: list[str] = []
-    for part in parts(usable, has_hyperv()):
+    for number, part in enumerate(found):
         print(f"== {part.name}", flush=True)
         status = run(part, arguments)
         if status == NO_TESTS and arguments:
             empty.append(part.name)
         else:
             (failed if status else passed).append(part.name)
+        if other is not None and number == 0:
+            # The next part has labs on every processor.
+            (failed if other.wait() else passed).append(other.part.name)
+    return passed, failed, empty
+
+
+def main(arguments: list[str]) -> int:
+    """Run every part; 0 when all passed, that is, and something ran."""
+    usable = os.access("/dev/kvm", os.R_OK | os.W_OK)
+    if not usable:
+        print("== /dev/kvm cannot be used here: tier 2 runs in the lab", flush=True)
+    only = os.environ.get("HVKVM_TEST_PART", "")
+    chosen = [part for part in parts(usable, has_hyperv()) if part.name.startswith(only)]
+    if not chosen:
+        print(f"== FAILED: no part has a name that begins with HVKVM_TEST_PART={only}")
+        return 1
+    other = beside(chosen, arguments, len(os.sched_getaffinity(0)))
+    try:
+        passed, failed, empty = run_all(chosen, arguments, other)
+    finally:
+        if other is not None:
+            other.interrupt()
     if not passed and not failed:
         failed, empty = empty, []
     if empty:

@@ -59,7 +59,7 @@ def test_without_kvm_the_second_tier_goes_to_the_lab_too() -> None:
         ("lab", 4, 7 * GIB, 2),
         ("lab", 4, 1 * GIB, 1),
         ("lab", 64, 640 * GIB, 8),
-        ("here", 2, 1 * GIB, 2),
+        ("here", 2, 1 * GIB, 3),
     ],
 )
 def test_workers_follow_processors_and_labs_memory_too(
@@ -110,10 +110,57 @@ def test_the_last_line_and_the_status_say_how_it_went(
 ) -> None:
     pair = [suite.Part(name, name, (), "here") for name in ("one", "two")]
     left = list(statuses)
+    monkeypatch.delenv("HVKVM_TEST_PART", raising=False)
     monkeypatch.setattr(suite, "parts", lambda usable, hyperv: pair)
     monkeypatch.setattr(suite, "run", lambda part, arguments: left.pop(0))
     assert suite.main(arguments) == status
     assert capsys.readouterr().out.splitlines()[-1] == last
+
+
+def test_one_part_is_chosen_by_the_beginning_of_its_name(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("HVKVM_TEST_PART", "firm")
+    monkeypatch.setattr(suite, "run", lambda part, arguments: 0)
+    assert suite.main([]) == 0
+    assert capsys.readouterr().out.splitlines()[-1] == "== passed: firmware (UEFI guests)"
+
+
+def test_firmware_runs_beside_the_first_part_and_counts(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.delenv("HVKVM_TEST_PART", raising=False)
+    monkeypatch.delenv("HVKVM_TEST_WORKERS", raising=False)
+    # The process beside fails at its start: no such part there.
+    found = [suite.Part("one", "one", (), "here"), suite.Part("no such", "no such", (), "lab")]
+    monkeypatch.setattr(suite, "parts", lambda usable, hyperv: list(found))
+    monkeypatch.setattr(suite, "run", lambda part, arguments: 0)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {0, 1})
+    assert suite.main([]) == 1
+    out = capfd.readouterr().out
+    assert "no such| == FAILED: " in out
+    assert out.splitlines()[-2:] == ["== passed: one", "== FAILED: no such"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "variable", "processors", "place"),
+    [
+        (["-k", "x"], "", 2, "lab"),
+        ([], "HVKVM_TEST_WORKERS", 2, "lab"),
+        ([], "", 1, "lab"),
+        ([], "", 2, "here"),
+    ],
+)
+def test_parts_run_one_after_the_other(
+    arguments: list[str], variable: str, processors: int, place: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("HVKVM_TEST_PART", "HVKVM_TEST_WORKERS"):
+        monkeypatch.delenv(name, raising=False)
+    if variable:
+        monkeypatch.setenv(variable, "1")
+    found = [suite.Part("one", "one", (), "here"), suite.Part("two", "two", (), place)]
+    assert suite.beside(found, arguments, processors) is None
+    assert len(found) == 2
 
 
 # --- the plugin -----------------------------------------------------------------------------------
