@@ -172,6 +172,47 @@ class Guest:
             raise error[0]
         return result[0]
 
+    def plug(self, nic: str, connected: bool) -> None:
+        """Put the cable of a NIC such as "net0" in, or pull it out. HvkvmError for one that is not there."""
+        nics = self.machine.nics
+        found = None if nics is None else nics.nics.get(nic)
+        if found is None:
+            raise HvkvmError(
+                f"{nic}: no such NIC; there are {', '.join(nics.nics if nics else ()) or 'none'}"
+            )
+        self.call(found.wire.plug, connected)
+
+    def set_faults(self, disk: str, faults: str) -> None:
+        """Have a disk such as "disk0", made with faults, fail as this TOML text says from now on.
+
+        Counts begin anew; an empty text ends all faults. ConfigError for a mistake in it, HvkvmError
+        for a disk that is not there or was made without faults.
+        """
+        import tomllib
+
+        from hvkvm.devices.scsi.faulty import FaultyDisk
+        from hvkvm.errors import ConfigError
+        from hvkvm.machine.fault_file import plan_of
+
+        shelf = self.machine.disk_shelf
+        found = {} if shelf is None else shelf.attached
+        if disk not in found:
+            raise HvkvmError(f"{disk}: no such disk; there are {', '.join(found) or 'none'}")
+        unit = found[disk].unit
+        if not isinstance(unit, FaultyDisk):
+            why = "no disk of the VMBus that was made with faults"
+            raise HvkvmError(f'{disk}: {why}; give its disk(...) some, such as faults="# none yet"')
+        try:
+            values = tomllib.loads(faults)
+        except tomllib.TOMLDecodeError as error:
+            raise ConfigError(f"faults of {disk}: {error}; give TOML") from None
+        plan = plan_of(values, f"faults of {disk}")
+
+        def exchange() -> None:
+            unit.plan = plan
+
+        self.call(exchange)
+
     def type(self, text: str) -> None:
         """Send `text` to its serial console, as fast as the guest takes it. GuestFailure."""
         data = text.encode()

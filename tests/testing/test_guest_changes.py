@@ -1,0 +1,60 @@
+"""What a test may change of a guest that runs: cables and faults."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from hvkvm.errors import ConfigError, HvkvmError
+from hvkvm.testing.micro import MicroGuest
+
+pytestmark = pytest.mark.kvm
+
+SPIN = "1: jmp 1b"
+Make = Callable[..., MicroGuest]
+
+
+def test_a_cable_and_faults_change_while_it_runs(
+    micro_guest: Make, disk: Callable[..., Any], net: Callable[[str], Any], tmp_path: Path
+) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        settings = {"hv": "host-model", "synic": "user", "vmbus": "on", "memory": 64 << 20}
+        disks = (disk("1M", faults="# none yet"), disk("1M"))
+        guest = micro_guest(SPIN, **settings, disks=disks, nets=(net(f"listen={folder}/wire"),))
+        guest.start()
+        wire = guest.machine.nics.nics["net0"].wire  # type: ignore[union-attr]
+        plugged = []
+        plug, wire.plug = wire.plug, lambda on: (plugged.append(on), plug(on))  # type: ignore[method-assign]
+        guest.plug("net0", False)
+        guest.plug("net0", True)
+        assert plugged == [False, True]
+        guest.set_faults("disk0", '[[fault]]\ndo = "busy"\ntimes = 3\n')
+        plan = guest.machine.disk_shelf.attached["disk0"].unit.plan  # type: ignore[union-attr]
+        assert [rule.times for rule in plan.rules] == [3]
+        guest.set_faults("disk0", "")
+        assert guest.machine.disk_shelf.attached["disk0"].unit.plan.rules == ()  # type: ignore[union-attr]
+        for error, text, call in (
+            (HvkvmError, "net7: no such NIC; there are net0", lambda: guest.plug("net7", True)),
+            (HvkvmError, "disk7: no such disk; there are disk0", lambda: guest.set_faults("disk7", "")),
+            (
+                HvkvmError,
+                "disk1: no disk of the VMBus that was made with faults",
+                lambda: guest.set_faults("disk1", ""),
+            ),
+            (ConfigError, "faults of disk0: ", lambda: guest.set_faults("disk0", "[")),
+            (ConfigError, "faults of disk0", lambda: guest.set_faults("disk0", '[[fault]]\ndo = "x"\n')),
+        ):
+            with pytest.raises(error, match=text):
+                call()
+
+
+def test_a_guest_without_a_bus_has_neither(micro_guest: Make) -> None:
+    guest = micro_guest(SPIN)
+    with pytest.raises(HvkvmError, match="net0: no such NIC; there are none"):
+        guest.plug("net0", True)
+    with pytest.raises(HvkvmError, match="disk0: no such disk; there are none"):
+        guest.set_faults("disk0", "")
