@@ -110,12 +110,13 @@ class Ring:
 
     def _walk(self, head: int) -> Chain:
         chain = Chain(head)
+        view, unpack = self._memory.view, virtio.vring_desc.unpack_from
         table: memoryview | bytes = self._descriptors
         index, limit, indirect = head, self.size, False
         for _step in range(self.size + 1):
             if index >= limit:
                 raise Broken(f"descriptor {index} of {limit}")
-            address, length, flags, index = virtio.vring_desc.unpack_from(table, DESC * index)
+            address, length, flags, index = unpack(table, DESC * index)
             if flags & virtio.VRING_DESC_F_INDIRECT:
                 if indirect or flags & virtio.VRING_DESC_F_NEXT:
                     raise Broken("an indirect descriptor with more behind it")
@@ -126,11 +127,11 @@ class Ring:
                 continue
             if flags & virtio.VRING_DESC_F_WRITE:
                 if length:
-                    chain.writable.append(self._memory.view(address, length))
+                    chain.writable.append(view(address, length))
             elif chain.writable:
                 raise Broken("a buffer to read behind one to write")
             elif length:
-                chain.readable.append(self._memory.view(address, length))
+                chain.readable.append(view(address, length))
             if not flags & virtio.VRING_DESC_F_NEXT:
                 return chain
         raise Broken("a chain without end")

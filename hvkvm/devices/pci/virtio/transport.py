@@ -252,13 +252,15 @@ class Transport:
             index = queues[(self._first + at) % len(queues)]
             ring = self._rings[index]
             try:
-                while ring.more():
+                while True:
                     if len(taken) >= BUDGET or segments >= SEGMENTS:
                         return taken, True
                     if self._in_flight + len(taken) >= MAX_IN_FLIGHT:
                         return taken, False  # an answer asks for the next turn
                     chain = ring.take()
                     if chain is None:
+                        if ring.more():
+                            continue
                         break
                     segments += 1 + len(chain.readable) + len(chain.writable)
                     taken.append((index, chain))
