@@ -57,6 +57,10 @@ def _boot_loader(tree: Path) -> Path:
     return _one(tree, "usr/lib/systemd/boot/efi/systemd-bootx64.efi")
 
 
+def _u_boot(tree: Path) -> Path:
+    return _one(tree, "usr/lib/u-boot/qemu-x86/u-boot.rom")
+
+
 def _libc(tree: Path) -> Path:
     return _one(tree, "lib/*/libc.so.6", "usr/lib/*/libc.so.6").parent
 
@@ -87,6 +91,7 @@ ARTIFACTS = {
     "boot-loader": Artifact(
         "systemd-boot-efi", None, _boot_loader, "systemd-boot, which UEFI firmware starts from a disk"
     ),
+    "u-boot": Artifact("u-boot-qemu", None, _u_boot, "U-Boot as firmware, with drivers of its own for disks"),
     "libc": Artifact("libc6", None, _libc, "the folder of libc.so.6 and the loader those need"),
 }
 
@@ -178,6 +183,7 @@ VARIABLES = {
     "HVKVM_GUEST_LIBC": "libc",
     "HVKVM_GUEST_FIRMWARE": "firmware",
     "HVKVM_GUEST_BOOT_LOADER": "boot-loader",
+    "HVKVM_GUEST_U_BOOT": "u-boot",
 }
 # Tests boot a second kernel, of another major version.
 NEWER_VARIABLES = {

@@ -1,0 +1,73 @@
+"""U-Boot as firmware: a second one, with drivers of its own for PCI, NVMe and virtio; on any KVM."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from firmware_guest import fat_disk
+from guest_artifacts import artifact
+from linux_guest import LinuxGuest
+
+from hvkvm.machine.config import MachineConfig
+from hvkvm.machine.disk_spec import DiskSpec
+from hvkvm.machine.machine import Machine
+
+pytestmark = [pytest.mark.kvm, pytest.mark.timeout(600)]
+
+PROMPT = "\n=> "
+MEMORY = 256 << 20
+TIMES = 300.0
+
+
+class Console:
+    """Its command line."""
+
+    def __init__(self, guest: LinuxGuest) -> None:
+        self._guest = guest
+        self._prompts = 0
+
+    def until_prompt(self) -> str:
+        """What came up to the next prompt."""
+        self._prompts += 1
+        guest = self._guest
+        guest.wait_until(lambda: guest.text.count(PROMPT) >= self._prompts, "U-Boot's prompt", TIMES)
+        return guest.text.split(PROMPT)[self._prompts - 1]
+
+    def run(self, command: str) -> str:
+        """A command's output."""
+        self._guest.type(command)
+        return self.until_prompt()
+
+
+def test_u_boot_reads_disks_on_nvme_and_virtio(tmp_path: Path) -> None:
+    """It finds how much RAM there is in the CMOS, places BARs itself, and polls what it asks of disks."""
+    names = ("nvme", "virtio")
+    disks = [fat_disk(tmp_path / name, {f"{name}.txt": name.encode() * 1000}) for name in names]
+    config = MachineConfig(
+        firmware=artifact("HVKVM_GUEST_U_BOOT"),
+        hv="none",
+        memory=MEMORY,
+        disks=tuple(DiskSpec(str(disk), bus=name) for disk, name in zip(disks, names, strict=True)),
+        timeout=3 * TIMES,
+    )
+    with Machine(config) as machine:
+        guest = LinuxGuest(machine)
+        guest.start()
+        guest.wait_until(lambda: "stop autoboot" in guest.text, "U-Boot's countdown", TIMES)
+        guest.press(b" ")
+        console = Console(guest)
+        assert f"DRAM:  {MEMORY >> 20} MiB" in console.until_prompt()
+        found = console.run("pci")
+        for identity in ("0x1237", "0x7113", "0x00a9", "0x1042"):
+            assert identity in found, found
+        for name in names:
+            console.run(f"{name} scan")
+            assert f"{name}.txt" in console.run(f"ls {name} 0"), guest.report()
+            read = console.run(f"load {name} 0 0x1000000 {name}.txt")
+            assert f"{1000 * len(name)} bytes read" in read, guest.report()
+            wanted = name.encode() * 1000
+            assert machine.memory.read(0x1000000, len(wanted)) == wanted
+        guest.type("reset")
+        guest.wait_until(lambda: machine.resets == 1, "the reset", TIMES)
+        guest.wait_until(lambda: guest.text.count("stop autoboot") == 2, "the second life", TIMES)
