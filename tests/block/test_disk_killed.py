@@ -21,6 +21,8 @@ from hvkvm.block.open_image import open_image
 from hvkvm.block.vhdx.create import VhdxOptions, create_vhdx
 from hvkvm.block.vhdx.image import VhdxImage
 
+pytestmark = pytest.mark.timeout(1800)  # a slow host's flushes take their time
+
 KILLS = int(os.environ.get("HVKVM_DISK_KILLS", "20"))
 MIB = 1 << 20
 
