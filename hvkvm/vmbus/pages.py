@@ -12,7 +12,7 @@ caller's to keep in bounds (a ring's are, see `ring`). Owner: who owns the ring.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from operator import eq
 from typing import Protocol
 
@@ -95,10 +95,17 @@ class GuestPages:
             at += len(view)
 
 
-def range_views(memory: Ram, pfns: Sequence[int], offset: int, length: int) -> list[memoryview]:
+def range_views(
+    memory: Ram,
+    pfns: Sequence[int],
+    offset: int,
+    length: int,
+    page: Callable[[int], memoryview] | None = None,
+) -> list[memoryview]:
     """Views of `length` bytes that begin `offset` bytes into the first of `pfns`; neighbours are one view.
 
-    The pages hold that many. GuestMemoryError for one outside RAM: they are a guest's words.
+    The pages hold that many. GuestMemoryError for one outside RAM: they are a guest's words. `page(pfn)` is
+    the view of a whole page without neighbours, where there is a cheaper way to it than `memory`.
     """
     if offset + length <= HV_HYP_PAGE_SIZE:
         return [memory.view(pfns[0] * HV_HYP_PAGE_SIZE + offset, length)]
@@ -107,10 +114,15 @@ def range_views(memory: Ram, pfns: Sequence[int], offset: int, length: int) -> l
     while length > 0:
         first = pfns[index]
         index += 1
-        room = HV_HYP_PAGE_SIZE - offset
-        while room < length and index < count and pfns[index] == first + (room + offset) // HV_HYP_PAGE_SIZE:
+        room, neighbour = HV_HYP_PAGE_SIZE - offset, first + 1
+        while room < length and index < count and pfns[index] == neighbour:
             index += 1
+            neighbour += 1
             room += HV_HYP_PAGE_SIZE
+        if room == HV_HYP_PAGE_SIZE <= length and page is not None:
+            found.append(page(first))
+            length -= HV_HYP_PAGE_SIZE
+            continue
         size = min(room, length)
         found.append(memory.view(first * HV_HYP_PAGE_SIZE + offset, size))
         length -= size

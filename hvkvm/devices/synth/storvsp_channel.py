@@ -12,7 +12,6 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable
-from contextlib import suppress
 from functools import partial
 from typing import NamedTuple, Protocol
 
@@ -303,7 +302,7 @@ class StorvspChannel:
         try:
             if one.offset + srb.length <= HV_HYP_PAGE_SIZE:
                 return [self._page(one.pfns[0])[one.offset : one.offset + srb.length]]
-            return range_views(self._memory, one.pfns, one.offset, srb.length)
+            return range_views(self._memory, one.pfns, one.offset, srb.length, self._page)
         except GuestMemoryError:
             return None
 
@@ -311,8 +310,10 @@ class StorvspChannel:
         """A page of the guest's; GuestMemoryError. Its requests name the same ones again and again."""
         page = self._pages.get(pfn)
         if page is not None:
-            with suppress(ValueError):  # what was mapped there once is not any more
+            try:
                 return page[:]
+            except ValueError:  # what was mapped there once is not any more
+                pass
         if len(self._pages) >= MAX_PAGES:
             self._pages.clear()
         page = self._pages[pfn] = self._memory.view(pfn * HV_HYP_PAGE_SIZE, HV_HYP_PAGE_SIZE)
