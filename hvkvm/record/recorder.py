@@ -147,9 +147,12 @@ class Recorder(Tap):
 
     def pointed(self, channel: Channel, to_host: bool, data: bytes) -> None:
         """See Tap."""
-        kept = data if self._most is None else data[: self._most]
-        entry = Entry(Kind.POINTED, to_host, kept, channel.relid, channel.offer.interface)
-        self._take(entry._replace(cut=len(kept) < len(data)))
+        most = self._most
+        if most is None or len(data) <= most:
+            self._take(Entry(Kind.POINTED, to_host, data, channel.relid, channel.offer.interface))
+        else:
+            cut = Entry(Kind.POINTED, to_host, data[:most], channel.relid, channel.offer.interface, cut=True)
+            self._take(cut)
 
     def signal(self, channel: Channel, to_host: bool) -> None:
         """See Tap."""
