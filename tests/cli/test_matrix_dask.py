@@ -20,6 +20,19 @@ pytestmark = [pytest.mark.kvm, pytest.mark.timeout(400)]
 if importlib.util.find_spec("distributed") is None:
     pytestmark.append(pytest.mark.skip(reason="needs Dask's distributed (hvkvm[dask])"))
 
+SLOW = """
+    rdtsc
+    shlq    $32, %rdx
+    leaq    (%rax, %rdx), %rbx
+    movabsq $10000000000, %rax      # some seconds
+    addq    %rax, %rbx
+1:  pause
+    rdtsc
+    shlq    $32, %rdx
+    addq    %rdx, %rax
+    cmpq    %rbx, %rax
+    jb      1b
+"""
 MACHINE = '[machine]\nmemory = "16M"\nhv = "none"\nacpi = false\n'
 
 
@@ -27,7 +40,8 @@ MACHINE = '[machine]\nmemory = "16M"\nhv = "none"\nacpi = false\n'
 def cluster(tmp_path: Path) -> Iterator[Cluster]:
     for name, source in (
         ("good", 'print "hello\\n"\n'),
-        ("spin", 'print "spinning\\n"\n1: jmp 1b\n'),
+        ("slow", SLOW),
+        ("spin", "1: jmp 1b"),
     ):
         (tmp_path / name).write_bytes(micro_image(source).read_bytes())
     with ExitStack() as stack:
@@ -54,39 +68,33 @@ def test_cases_run_on_workers(cluster: Cluster, tmp_path: Path) -> None:
 def ctrl_c_ends_the_guests_on_the_workers(cluster: Cluster, tmp_path: Path) -> None:
     path = file(tmp_path, 'kernel = "spin"\n[axes]\ncpus = [1, 2]\n')
     with start(path, cluster) as process:
-        wait_for(lambda: any(cluster.guests(number) for number in range(WORKERS)), "a guest that runs")
+        wait_for(cluster.busy, "a guest that runs")
         process.send_signal(signal.SIGINT)
         out, err = process.communicate(timeout=SECONDS)
     assert process.returncode == 130, (out, err)
     assert out.splitlines()[-1] == "2 cases: 2 ended"
-    wait_for(lambda: not any(cluster.guests(number) for number in range(WORKERS)), "the guests' end")
+    wait_for(lambda: not cluster.busy(), "the guests' end")
 
 
 def a_killed_workers_cases_run_elsewhere(cluster: Cluster, tmp_path: Path) -> None:
-    path = file(
-        tmp_path,
-        '[axes]\nkernel = ["spin", "good"]\ncpus = [1, 2, 3]\n[[command]]\nname = "boot"\nseconds = 5\n',
-    )
+    path = file(tmp_path, '[axes]\nkernel = ["slow", "good"]\ncpus = [1, 2, 3]\n')
     with start(path, cluster, "--json", tmp_path / "j.json") as process:
-        wait_for(lambda: any(cluster.guests(number) for number in range(WORKERS)), "a guest that runs")
-        lost = next(number for number in range(WORKERS) if cluster.guests(number))
+        lost = wait_for(cluster.busy, "a guest that runs")[0]
         cluster.workers[lost].kill()
         wait_for(lambda: not cluster.guests(lost), "the end of its guest")
         out, err = process.communicate(timeout=SECONDS)
-    assert process.returncode == 1, (out, err)
-    assert out.splitlines()[-1] == "6 cases: 3 ok, 3 timeout"
+    assert process.returncode == 0, (out, err)
+    assert out.splitlines()[-1] == "6 cases: 6 ok"
     found = json.loads((tmp_path / "j.json").read_text())["cases"]
-    assert [case["verdict"] for case in found] == ["timeout"] * 3 + ["ok"] * 3
     assert found[3]["output"] == "hello\n"
-    assert len({case["where"] for case in found}) <= WORKERS
     caches = [tmp_path / f"cache{number}/parcels" for number in range(WORKERS) if number != lost]
-    assert any(len(list(cache.iterdir())) == 2 for cache in caches if cache.exists())
+    assert any(len(list(cache.iterdir())) >= 2 for cache in caches if cache.exists())
 
 
 def a_scheduler_that_goes_is_told(cluster: Cluster, tmp_path: Path) -> None:
     path = file(tmp_path, 'kernel = "spin"\n')
     with start(path, cluster) as process:
-        wait_for(lambda: any(cluster.guests(number) for number in range(WORKERS)), "a guest that runs")
+        wait_for(cluster.busy, "a guest that runs")
         cluster.scheduler.kill()
         out, err = process.communicate(timeout=SECONDS)
     assert process.returncode == 1, (out, err)

@@ -10,16 +10,20 @@ import time
 from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
+from typing import TypeVar
 
 SECONDS = 200.0
 WORKERS = 3
+T = TypeVar("T")
 
 
-def wait_for(condition: Callable[[], object], what: str) -> None:
+def wait_for(condition: Callable[[], T], what: str) -> T:
+    """What `condition` gives once that is true; AssertionError."""
     end = time.monotonic() + SECONDS
-    while not condition():
+    while not (found := condition()):
         assert time.monotonic() < end, what
         time.sleep(0.05)
+    return found
 
 
 class Cluster:
@@ -50,6 +54,10 @@ class Cluster:
         self._stack.callback(process.wait)
         self._stack.callback(process.kill)
         return process
+
+    def busy(self) -> list[int]:
+        """The workers that have guests."""
+        return [number for number in range(WORKERS) if self.guests(number)]
 
     def guests(self, number: int) -> list[int]:
         """The processes of a worker's cases."""
