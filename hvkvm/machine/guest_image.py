@@ -6,19 +6,25 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from hvkvm.errors import ConfigError
+from hvkvm.errors import ConfigError, HvkvmError
+from hvkvm.machine import boot_again
 from hvkvm.machine.config import MachineConfig
 
 if TYPE_CHECKING:
     from hvkvm.kvm.vcpu import Vcpu
     from hvkvm.memory.guest import GuestMemory
+    from hvkvm.state.file import SavedBoot
 
 
 class GuestImage:
-    """What is loaded into guest RAM, at start and again at every reset."""
+    """What is loaded into guest RAM, at start and again at every reset.
 
-    def __init__(self, config: MachineConfig) -> None:
-        self._config = config
+    `boot` is what the file of a saved machine says was booted, for one that goes on from it.
+    """
+
+    def __init__(self, config: MachineConfig, boot: SavedBoot | None = None) -> None:
+        self._boot = boot
+        self._config = config if boot is None else boot_again.configuration(config, boot)
         # One that goes on from a file needs it at its first reset, if at all.
         self._made = config.saved is None
         self._initrd = initial_ramdisk(config) if self._made else None
@@ -28,6 +34,23 @@ class GuestImage:
         if not self._made:
             self._initrd, self._made = initial_ramdisk(self._config), True
         return self._initrd
+
+    def recipe(self) -> SavedBoot | None:
+        """What a file of the machine says of it; None where a reset ends the run. OSError."""
+        if self._config.saved is None and self._boot is None:
+            self._boot = boot_again.recipe(self._config, self._initrd)
+        return self._boot
+
+    def why_not_again(self) -> str:
+        """Why a reset cannot boot it; "" where it can. It reads files for a machine that was saved."""
+        if self._config.saved is None or self._boot is None:
+            return ""
+        try:
+            return boot_again.why_no_kernel(self._boot, self._config.memory) or boot_again.why_no_ramdisk(
+                self._boot, self.initrd()
+            )
+        except (OSError, ValueError, HvkvmError) as error:
+            return str(error)
 
     def load(self, memory: GuestMemory, vcpu: Vcpu) -> str:
         """Write it and set the boot vCPU's registers; returns what was loaded. BootError.

@@ -71,10 +71,14 @@ class GuestConsole(Protocol):
 class Lifecycle:
     """Of one machine. `reboot` says whether a reset starts the guest anew or ends the run.
 
+    `why_no_reset()`, on the I/O loop, says why it cannot this time, and so ends the run; mostly "".
+
     Until `govern` is called there are no parts; that comes once, before `start`.
     """
 
-    def __init__(self, platform: Platform, *, reboot: bool) -> None:
+    def __init__(
+        self, platform: Platform, *, reboot: bool, why_no_reset: Callable[[], str] = lambda: ""
+    ) -> None:
         self.outcome: Outcome | None = None
         """How the run ended; None while it has not."""
         self.started_at: float | None = None
@@ -84,6 +88,7 @@ class Lifecycle:
         self._platform = platform
         self._pid = os.getpid()
         self._reboot = reboot
+        self._why_no_reset = why_no_reset
         # An eventfd, not a threading.Event: finish() is called by signal handlers, which may find the
         # main thread inside wait(), and an Event's lock would then be waited for by its own holder.
         self._ended = EventFd()
@@ -237,6 +242,8 @@ class Lifecycle:
             self.finish(Ending.PANIC, EXIT_PANIC, panic)
         elif not self._reboot:
             self.finish(Ending.RESET, 0, reason)
+        elif why := self._why_no_reset():
+            self.finish(Ending.RESET, 0, f"{reason}; it is not started again: {why}")
         else:
             self.at_rest(self._reset_parts)
 

@@ -82,12 +82,14 @@ class Machine:
 
     def _build(self, saved: Saved | None, observer: Observer, stack: ExitStack) -> Parts:
         config = self.config
-        image = GuestImage(config)
+        image = GuestImage(config, None if saved is None else saved.manifest.config.boot)
         kvm = stack.enter_context(Kvm(config.kvm_path))
         offered = hyperv.choose(kvm, config)
         handlers: exits.Handlers = {}
         self.platform = platform = self._platform(kvm, offered, handlers, saved, observer, stack)
-        self.lifecycle = lifecycle = Lifecycle(platform, reboot=config.reboot)
+        self.lifecycle = lifecycle = Lifecycle(
+            platform, reboot=config.reboot, why_no_reset=image.why_not_again
+        )
         stack.callback(lifecycle.close)
         self.board = board = Board(platform, lifecycle, stack)
         self.hyperv = interface = build.create_hyperv(platform, offered, lifecycle, board.ports, stack)
@@ -131,6 +133,7 @@ class Machine:
             order,
             self.disk_shelf,
             waits=lambda: orders is not None and orders.awaited,
+            recipe=image.recipe,
         )
         stack.callback(saver.close)
         parts = Parts(

@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any
 
 from hvkvm.errors import CapabilityMissing, HvkvmError, StateError
 from hvkvm.machine.outcome import Ending
-from hvkvm.state.file import Manifest, Saved, SavedConfig, Writer
+from hvkvm.state.file import Manifest, Saved, SavedBoot, SavedConfig, Writer
 
 if TYPE_CHECKING:
     from hvkvm.machine.config import MachineConfig
@@ -40,7 +40,8 @@ Done = Callable[[int, str], object]
 class Saver:
     """Saves one machine, one save at a time. `order` has its parts as `Lifecycle` has them.
 
-    `waits()`: whether its guest waits for a command.
+    `waits()`: whether its guest waits for a command. `recipe()`: what it was booted from, on the
+    writing thread.
     """
 
     def __init__(
@@ -53,9 +54,11 @@ class Saver:
         shelf: DiskShelf | None = None,
         *,
         waits: Callable[[], bool] = lambda: False,
+        recipe: Callable[[], SavedBoot | None] = lambda: None,
     ) -> None:
         self._name = name
         self._waits = waits
+        self._recipe = recipe
         self._platform = platform
         self._lifecycle = lifecycle
         self._offered = hyperv.offered
@@ -74,7 +77,11 @@ class Saver:
         if self._busy:
             return False
         if self._platform.config.has_streams:
-            done(0, "what its command reads and writes leads to this run, and would lead nowhere from a file")
+            done(
+                0,
+                "what its command reads and writes leads to this run, and would lead nowhere from a file;"
+                " save a guest before it has its command by `hvkvm warm`",
+            )
             return True
         if self._shelf is not None and (why := self._shelf.why_not_saved()):
             done(0, why)
@@ -166,6 +173,7 @@ class Saver:
             () if self._shelf is None else self._shelf.saved(),
             config.awaits,
             self._waits(),
+            self._recipe(),
         )
         with Writer(path, config.memory, compress=compress) as writer:
             for offset, data in platform.memory.pieces():
@@ -199,9 +207,10 @@ def restored_config(saved: Saved, config: MachineConfig) -> MachineConfig:
         what = "waits for a command" if needs.waits else "does not wait for a command"
         raise StateError(f"{saved.path}: a guest that {what}; go on with `{which}`")
     try:
-        # What was booted (initrd, command) is not known here, so there is nothing that a reset could start.
-        values = {**needs._asdict(), "reboot": False, "disks": ()}
-        del values["waits"]
+        values = {**needs._asdict(), "disks": ()}
+        if needs.boot is None:
+            values["reboot"] = False
+        del values["waits"], values["boot"]
         for key in ("kernel", "firmware"):
             values[key] = Path(values[key]) if values[key] not in ("", "auto") else values[key] or None
         if needs.vmbus == "on":

@@ -33,7 +33,7 @@ from hvkvm.state.codec import plain, restored
 from hvkvm.state.compressed import MAX_PIECE, Packer, Unpacker
 
 MAGIC = b"hvkvm saved VM\n\0"
-FORMAT = 3
+FORMAT = 4
 """Goes up when an older reader would misread the file."""
 
 COMPRESSED = 1
@@ -86,6 +86,25 @@ class SavedDisk(NamedTuple):
     bus: str = "vmbus"
 
 
+class SavedBoot(NamedTuple):
+    """What was booted, by names and marks, for a reset of a machine that goes on from the file."""
+
+    kernel: str
+    kernel_size: int
+    """Bytes."""
+    kernel_changed: int
+    """When it was last written to, in ns since the epoch."""
+    initrd: str
+    command: tuple[str, ...]
+    modules_dir: str
+    modules: tuple[str, ...]
+    busybox: str
+    files: tuple[tuple[str, str], ...]
+    """Pairs of a path in the guest and a file of the host."""
+    ramdisk: bytes
+    """Checksum of the initial RAM disk that was made of it; empty for none."""
+
+
 class SavedConfig(NamedTuple):
     """What a machine must have to go on from a file; all else is the new run's own."""
 
@@ -106,6 +125,8 @@ class SavedConfig(NamedTuple):
     """Whether its init takes its command from the host."""
     waits: bool = False
     """Whether it does so now: a warm guest."""
+    boot: SavedBoot | None = None
+    """None where a reset ends the run."""
 
 
 class Manifest(NamedTuple):

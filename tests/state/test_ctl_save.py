@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import random
 import re
@@ -13,11 +12,11 @@ from typing import Any
 import guest_images
 import pytest
 from running_vm import command_line, environment, running_vm
+from saved_file import rewrite
 
 from hvkvm.errors import StateError
 from hvkvm.machine.config import MachineConfig
 from hvkvm.machine.machine import Machine
-from hvkvm.state import file as state_file
 from hvkvm.state.file import RAM_OFFSET
 
 pytestmark = pytest.mark.kvm
@@ -130,22 +129,6 @@ def test_a_host_that_lacks_what_the_cpu_had_names_it(tmp_path: Path) -> None:
     rewrite(file, more)
     with pytest.raises(StateError, match=r"this host cannot show the guest what its CPU had: .*svm"):
         Machine(MachineConfig(kernel=file, restore=file)).close()
-
-
-def rewrite(file: Path, change: Any) -> None:
-    """Change the manifest, with every checksum right again."""
-    raw = bytearray(file.read_bytes())
-    fields = list(state_file._header.unpack_from(raw))
-    tree = json.loads(raw[fields[4] : fields[4] + fields[5]])
-    change(tree)
-    text = json.dumps(tree).encode()
-    fields[5:8] = len(text), fields[4] + len(text), state_file.checksum(text)
-    head = state_file._header.pack(*fields)
-    with open(file, "r+b") as out:
-        out.write(head + state_file.checksum(head))
-        out.seek(fields[4])
-        out.write(text)
-        out.truncate()
 
 
 def places(tree: Any) -> list[tuple[Any, Any]]:
