@@ -10,8 +10,8 @@ Python in a lab of its own. The firmware part is small, so it runs beside the fi
 in one lab and a process of its own. Called by `scripts/test`; arguments go to pytest.
 
 HVKVM_TEST_PART=NAME runs one part, by the beginning of its name. HVKVM_TEST_WORKERS=N
-sets the workers, and has the parts run one after the other. One thread, but for the one
-that shows what a part beside another prints.
+sets the workers, and has the parts run one after the other. One thread, but for those that
+show what a part beside another prints and collect the next one's tests.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ import sys
 import tempfile
 import threading
 import time
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
@@ -127,7 +128,10 @@ def deadline(part: Part) -> int:
     return int(asked) if part.place == "lab" and asked.isdigit() else DEADLINES[part.place]
 
 
-def collected(marks: str, arguments: list[str]) -> tuple[int, list[str], str]:
+Collected = tuple[int, list[str], str]
+
+
+def collected(marks: str, arguments: list[str]) -> Collected:
     """Ask pytest, here: its status, the tests by name, and what it printed.
 
     It leaves the byte code that labs then need not make: compiling costs many seconds there.
@@ -147,8 +151,11 @@ def environment() -> dict[str, str]:
     return dict(os.environ, PYTHONPATH=path)
 
 
-def run(part: Part, arguments: list[str]) -> int:
-    """Run one part; pytest's status, with 5 for no test where `arguments` chose none."""
+def run(part: Part, arguments: list[str], ahead: Future[Collected] | None = None) -> int:
+    """Run one part; pytest's status, with 5 for no test where `arguments` chose none.
+
+    `ahead` has, or will have, what `collected` says of it.
+    """
     started = time.monotonic()
     tiers, chosen, count = (
         part.tiers,
@@ -156,7 +163,7 @@ def run(part: Part, arguments: list[str]) -> int:
         workers(part.place, len(os.sched_getaffinity(0)), available_memory()),
     )
     if part.place == "lab" or arguments:
-        status, found, text = collected(part.marks, arguments)
+        status, found, text = ahead.result() if ahead else collected(part.marks, arguments)
         if status not in (0, NO_TESTS):
             print(text, flush=True)
             return status
@@ -238,16 +245,20 @@ def run_all(
     passed: list[str] = []
     failed: list[str] = []
     empty: list[str] = []
-    for number, part in enumerate(found):
-        print(f"== {part.name}", flush=True)
-        status = run(part, arguments)
-        if status == NO_TESTS and arguments:
-            empty.append(part.name)
-        else:
-            (failed if status else passed).append(part.name)
-        if other is not None and number == 0:
-            # The next part has labs on every processor.
-            (failed if other.wait() else passed).append(other.part.name)
+    # While the first part runs, not behind it: that would leave all processors but one idle.
+    with ThreadPoolExecutor(1) as pool:
+        later = [part for part in found[1:] if part.place == "lab" and not arguments]
+        ahead = {part: pool.submit(collected, part.marks, arguments) for part in later}
+        for number, part in enumerate(found):
+            print(f"== {part.name}", flush=True)
+            status = run(part, arguments, ahead.get(part))
+            if status == NO_TESTS and arguments:
+                empty.append(part.name)
+            else:
+                (failed if status else passed).append(part.name)
+            if other is not None and number == 0:
+                # The next part has labs on every processor.
+                (failed if other.wait() else passed).append(other.part.name)
     return passed, failed, empty
 
 

@@ -112,7 +112,7 @@ def test_the_last_line_and_the_status_say_how_it_went(
     left = list(statuses)
     monkeypatch.delenv("HVKVM_TEST_PART", raising=False)
     monkeypatch.setattr(suite, "parts", lambda usable, hyperv: pair)
-    monkeypatch.setattr(suite, "run", lambda part, arguments: left.pop(0))
+    monkeypatch.setattr(suite, "run", lambda part, arguments, ahead: left.pop(0))
     assert suite.main(arguments) == status
     assert capsys.readouterr().out.splitlines()[-1] == last
 
@@ -121,7 +121,7 @@ def test_one_part_is_chosen_by_the_beginning_of_its_name(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("HVKVM_TEST_PART", "firm")
-    monkeypatch.setattr(suite, "run", lambda part, arguments: 0)
+    monkeypatch.setattr(suite, "run", lambda part, arguments, ahead: 0)
     assert suite.main([]) == 0
     assert capsys.readouterr().out.splitlines()[-1] == "== passed: firmware (UEFI guests)"
 
@@ -134,7 +134,7 @@ def test_firmware_runs_beside_the_first_part_and_counts(
     # The process beside fails at its start: no such part there.
     found = [suite.Part("one", "one", (), "here"), suite.Part("no such", "no such", (), "lab")]
     monkeypatch.setattr(suite, "parts", lambda usable, hyperv: list(found))
-    monkeypatch.setattr(suite, "run", lambda part, arguments: 0)
+    monkeypatch.setattr(suite, "run", lambda part, arguments, ahead: 0)
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: {0, 1})
     assert suite.main([]) == 1
     out = capfd.readouterr().out
