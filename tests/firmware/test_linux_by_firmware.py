@@ -5,9 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from disk_images import ESP, LINUX, MIB, gpt
-from firmware_guest import fat_disk, firmware_guest, lab_tick
+from disk_images import MIB
+from firmware_guest import firmware_guest, lab_tick
 from guest_artifacts import artifact
+from installed_disk import installed_disk
 from linux_guest import SECONDS, LinuxGuest
 
 from hvkvm.boot import firmware as images
@@ -48,33 +49,18 @@ echo "boot two by $(tail -c +5 /sys/firmware/efi/efivars/LoaderInfo-* | tr -d '\
 poweroff -f
 """
 MODULES = ("nvme", "hv_vmbus", "hv_utils", "hv_storvsc", "hv_netvsc", "efivarfs")
-LOADER = b"timeout 0\ndefault debian\n"
-ENTRY = b"title Debian\nlinux /vmlinuz\ninitrd /initrd\noptions console=ttyS0 quiet\n"
 
 
-def installed_disk(folder: Path) -> Path:
-    """A GPT: an EFI system partition with boot loader, kernel and initramfs, and a second partition."""
-    modules_dir = artifact("HVKVM_GUEST_MODULES")
+def disk_with_linux(folder: Path) -> Path:
+    """An EFI system partition with loader, kernel and initramfs, and a second partition, which is empty."""
     initrd = initramfs.build(
         ("sh", "-c", SCRIPT),
         busybox=artifact("HVKVM_GUEST_BUSYBOX"),
         modules=MODULES,
-        kernel_modules_dir=modules_dir,
+        kernel_modules_dir=artifact("HVKVM_GUEST_MODULES"),
     )
-    files = {
-        "EFI/BOOT/BOOTX64.EFI": artifact("HVKVM_GUEST_BOOT_LOADER").read_bytes(),
-        "loader/loader.conf": LOADER,
-        "loader/entries/debian.conf": ENTRY,
-        "vmlinuz": artifact("HVKVM_GUEST_KERNEL").read_bytes(),
-        "initrd": initrd,
-    }
-    esp = fat_disk(folder / "esp", files, 64).read_bytes()
-    disk = bytearray(len(esp) + 4 * MIB)
-    disk[MIB : MIB + len(esp)] = esp
-    gpt(disk, [(ESP, MIB, len(esp)), (LINUX, MIB + len(esp), MIB)])
-    image = folder / "disk.raw"
-    image.write_bytes(disk)
-    return image
+    kernel = artifact("HVKVM_GUEST_KERNEL")
+    return installed_disk(folder / "disk.raw", kernel, initrd, "console=ttyS0 quiet", MIB)
 
 
 def test_an_installed_disk_boots_reboots_and_powers_off(
@@ -83,7 +69,7 @@ def test_an_installed_disk_boots_reboots_and_powers_off(
     """Nobody names a firmware or a kernel: there is a disk with an EFI system partition."""
     monkeypatch.setattr(images, "OVMF", (artifact("HVKVM_NEWER_FIRMWARE"),))
     config = MachineConfig(
-        disks=(DiskSpec(str(installed_disk(tmp_path))),),
+        disks=(DiskSpec(str(disk_with_linux(tmp_path))),),
         nets=(NicSpec(listen=tmp_path / "wire", mac="02:00:00:00:00:13"),),
         vmbus="on",
         timeout=3 * SECONDS,
