@@ -100,17 +100,22 @@ class Lan:
 
     def datagrams(self, sizes: list[int], port: int = 7007) -> None:
         """UDP there and back, with checksums, in these sizes."""
-        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
-            sock.settimeout(2)
-            for size in sizes:
-                data = os.urandom(size)
-                for _ in range(DATAGRAM_TRIES):  # the guest's program may not be there yet
-                    sock.sendto(data, (GUEST, port))
-                    with suppress(TimeoutError):
-                        if sock.recv(65536) == data:
-                            break
-                else:
-                    raise AssertionError(f"no echo of {size} bytes by UDP")
+        echo((GUEST, port), sizes)
+
+
+def echo(address: tuple[str, int], sizes: list[int], sock: socket.socket | None = None) -> None:
+    """UDP there and back with checksums, in these sizes, to one who sends back all that comes."""
+    with sock or socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
+        sock.settimeout(2)
+        for size in sizes:
+            data = os.urandom(size)
+            for _ in range(DATAGRAM_TRIES):  # the guest's program may not be there yet
+                sock.sendto(data, address)
+                with suppress(TimeoutError):
+                    if sock.recv(65536) == data:
+                        break
+            else:
+                raise AssertionError(f"no echo of {size} bytes by UDP")
 
 
 class Peer:
@@ -146,8 +151,11 @@ class Peer:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._server.close()
+        # Closing alone does not wake who waits in accept.
+        with suppress(OSError):
+            self._server.shutdown(socket.SHUT_RDWR)
         self._thread.join(SECONDS)
+        self._server.close()
 
 
 def _receive(sock: socket.socket) -> str:
