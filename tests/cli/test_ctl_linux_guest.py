@@ -13,12 +13,15 @@ from running_vm import RunningVm, running_vm
 
 pytestmark = [pytest.mark.hyperv, pytest.mark.timeout(1800)]
 
-MODULES = ("hv_vmbus", "hv_utils", "hyperv_keyboard")
+MODULES = ("hv_vmbus", "hv_utils", "hyperv_keyboard", "dummy")
+ADDRESSES = ["10.20.30.40", "fd00:20::40"]
 SYNIC = os.environ.get("HVKVM_SYNIC") or "kernel"
 
 # hv_kvp_daemon and hv_vss_daemon go to the background by themselves.
-SCRIPT = """
+SCRIPT = f"""
 mkdir -p /var/lib/hyperv
+for address in {" ".join(ADDRESSES)}; do ip addr add $address dev dummy0; done
+ip link set dummy0 up
 hv_kvp_daemon; hv_vss_daemon
 until grep -q 'AT Translated Set 2 keyboard' /proc/bus/input/devices; do sleep 0.1; done
 date -s '2001-02-03 04:05:06' >/dev/null
@@ -92,6 +95,8 @@ def use_the_daemons(vm: RunningVm) -> None:
     eventually(vm, lambda: vm.json("inspect")["devices"]["kvp"]["driver"], "kvp")
     release = artifact("HVKVM_GUEST_KERNEL").name.removeprefix("vmlinuz-")
     assert vm.ctl("kvp", "get", "OSBuildNumber") == f"{release}\n"
+    assert set(ADDRESSES) <= set(vm.json("info")["addresses"])
+    assert ADDRESSES[0] in vm.ctl("info")
     assert "ProcessorArchitecture=x86_64\n" in vm.ctl("kvp", "list")
     assert vm.ctl("kvp", "set", "colour", "blue green") == ""
     assert vm.ctl("kvp", "get", "colour") == "blue green\n"
