@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
 import signal
 import subprocess
 from collections.abc import Iterator
@@ -14,6 +15,9 @@ import pytest
 from dask_cluster import SECONDS, WORKERS, Cluster, wait_for
 from running_vm import command_line
 
+from hvkvm.testing.matrix.parcels import CHUNK_BYTES, Store, digest_of
+from hvkvm.testing.matrix.remote import RemoteRun
+from hvkvm.testing.matrix.worker import Booted
 from hvkvm.testing.micro_image import micro_image
 
 pytestmark = [pytest.mark.kvm, pytest.mark.timeout(400)]
@@ -60,9 +64,37 @@ def start(path: Path, cluster: Cluster, *more: object) -> subprocess.Popen[str]:
 
 
 def test_cases_run_on_workers(cluster: Cluster, tmp_path: Path) -> None:
+    what_one_worker_has_travels_to_the_others(cluster, tmp_path)
+    a_guest_that_does_not_become_warm_is_booted(cluster, tmp_path)
     ctrl_c_ends_the_guests_on_the_workers(cluster, tmp_path)
     a_killed_workers_cases_run_elsewhere(cluster, tmp_path)
     a_scheduler_that_goes_is_told(cluster, tmp_path)
+
+
+def what_one_worker_has_travels_to_the_others(cluster: Cluster, tmp_path: Path) -> None:
+    """As a warm guest does, which one worker has made."""
+    made = tmp_path / "made-there"
+    made.write_bytes(os.urandom(CHUNK_BYTES + 12345))
+    digest = digest_of(made)
+    stores = [Store(tmp_path / f"cache{number}/parcels") for number in range(WORKERS)]
+    stores[1].path(digest).parent.mkdir(parents=True)
+    made.rename(stores[1].path(digest))
+    with RemoteRun([], lambda case, result: None, cluster.address, print) as run:
+        assert run._fetch(Booted(digest, CHUNK_BYTES + 12345))
+        assert not run._fetch(Booted("0" * 64, 1))
+        run._send([digest])
+    assert [digest_of(store.path(digest)) for store in stores] == [digest] * WORKERS
+    for store in stores:
+        store.path(digest).unlink()
+
+
+def a_guest_that_does_not_become_warm_is_booted(cluster: Cluster, tmp_path: Path) -> None:
+    commands = "".join(f'[[command]]\nrun = "{name}"\n' for name in ("true", "false"))
+    with start(file(tmp_path, f'kernel = "good"\n{commands}'), cluster) as process:
+        out, err = process.communicate(timeout=SECONDS)
+    assert process.returncode == 1, (out, err)
+    assert out.count("takes no initramfs for a command") == 2
+    assert out.splitlines()[-1] == "2 cases: 2 error"
 
 
 def ctrl_c_ends_the_guests_on_the_workers(cluster: Cluster, tmp_path: Path) -> None:

@@ -5,13 +5,12 @@ uio_hv_generic gives the channel's rings to the program, the test is the host's 
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from contextlib import suppress
-from pathlib import Path
 from typing import Any
 
 import pytest
+from guest_artifacts import artifact
 from linux_programs import ProgramBuildError, program
 
 from hvkvm.testing.kernels import GuestKernel
@@ -38,7 +37,7 @@ with suppress(ProgramBuildError, OSError):
 def test_a_program_of_the_guest_drives_the_tests_device(
     linux_guest: Callable[..., Any], vmbus_device: Callable[..., Any]
 ) -> None:
-    kernel = GuestKernel(Path(os.environ["HVKVM_NEWER_KERNEL"]), Path(os.environ["HVKVM_NEWER_MODULES"]))
+    kernel = GuestKernel(artifact("HVKVM_NEWER_KERNEL"), artifact("HVKVM_NEWER_MODULES"))
     guest = linux_guest(
         "sh",
         "-c",
