@@ -1,9 +1,10 @@
 """From the wire to the guest: frames and RNDIS messages laid into the guest's receive buffer.
 
 A batch of frames goes as one packet of transfer pages, one range and one RNDIS message a frame, so that it
-costs the guest one completion. A frame that is longer than a segment (RSC) is one message too: Linux copies a
-range into a buffer as long as a section, and the sections that we announce hold 64 KiB. Whatever one frame
-holds, a whole vnet header is made out of it: see `netvsp_offload`.
+costs the guest one completion; packets of one TCP stream are one frame (`netvsp_coalesce`). A frame that is
+longer than a segment (RSC) is one message too: Linux copies a range into a buffer as long as a section, and
+the sections that we announce hold 64 KiB. Whatever one frame holds, a whole vnet header is made out of it:
+see `netvsp_offload`.
 
 Owner: the I/O loop. Nothing here raises for what a frame holds, or for what a guest does.
 """
@@ -32,6 +33,7 @@ from hvkvm.abi.virtio_net_hdr import (
 )
 from hvkvm.devices.synth import netvsp_offload as offload
 from hvkvm.devices.synth.netvsp_buffer import GuestBuffer, Pieces
+from hvkvm.devices.synth.netvsp_coalesce import MAX_PACKET_BYTES, coalesced
 from hvkvm.devices.synth.netvsp_rndis import Control
 from hvkvm.net.port import ETHERNET_BYTES, Frame
 from hvkvm.net.segment import finish
@@ -151,9 +153,20 @@ class Receive:
 
     def deliver(self, frames: Sequence[Frame], channel_for: Callable[[Laid], ChannelIo | None]) -> int:
         """Take frames for the guest; how many were taken: sent, or dropped for a reason of the counters."""
-        if self.buffer is None or not self.control.packet_filter:
+        control = self.control
+        if self.buffer is None or not control.packet_filter:
             self.counters.unready += len(frames)
             return len(frames)
+        if len(frames) > 1 and (control.rsc4 or control.rsc6):
+            most = min(self.section - HEADROOM, MAX_PACKET_BYTES + ETHERNET_BYTES)
+            joined, counts = coalesced(
+                frames, four=control.rsc4, six=control.rsc6, most=most, longest=self.max_frame
+            )
+            if len(joined) < len(frames):
+                return sum(counts[: self._deliver(joined, channel_for)])
+        return self._deliver(frames, channel_for)
+
+    def _deliver(self, frames: Sequence[Frame], channel_for: Callable[[Laid], ChannelIo | None]) -> int:
         batch: list[Laid] = []
         dropped: list[tuple[int, str]] = []
         first = size = 0  # of the batch
