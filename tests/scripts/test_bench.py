@@ -24,6 +24,7 @@ from steps import (  # noqa: E402
     bench_table,
     bench_vmbus,
     bench_vmm,
+    bench_warm,
 )
 from steps.bench_vmm import Memory  # noqa: E402
 from steps.distribution import StepError  # noqa: E402
@@ -41,6 +42,12 @@ Rss:                   8 kB
 Private_Dirty:         8 kB
 VmFlags: rd wr mr mw me ac sd
 """
+
+
+def test_pss_and_what_a_copy_wrote_are_read_from_smaps() -> None:
+    smaps = SMAPS.replace("Rss:", "Pss:").replace("/memfd:hvkvm-ram (deleted)", "/tmp/warm")
+    assert bench_warm.kilobytes(smaps.splitlines(keepends=True), "/tmp/warm") == (5108, 5000)
+    assert bench_warm.kilobytes(smaps.splitlines(keepends=True), "/tmp/other") == (5108, 0)
 
 
 def lines_of(kernel: Path, hv: str, devices: tuple[str, ...] = (), synic: str = "auto") -> list[str]:
