@@ -45,6 +45,11 @@ class OverlayImage:
             ) from None
         self._fd = self._file.fileno()
 
+    @property
+    def changed(self) -> bool:
+        """Whether anything was written, so that the base is not the whole of it."""
+        return bool(self._written)
+
     def readv(self, offset: int, buffers: Buffers) -> int:
         cutter = Cutter(buffers)
         done = 0

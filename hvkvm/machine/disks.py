@@ -227,8 +227,11 @@ class Disks:
 
     def why_not_saved(self) -> str:
         """Why no saved machine could go on with these disks; empty if one could."""
+        from hvkvm.block.overlay import OverlayImage
+
         for one in self.attached.values():
-            if isinstance(one.spec, DiskSpec) and one.spec.snapshot and not one.spec.readonly:
+            image = None if one.disk is None else one.disk.image
+            if isinstance(image, OverlayImage) and image.changed:
                 return f"{one.name} has snapshot=on: what the guest wrote to it would not be in the file"
         return ""
 

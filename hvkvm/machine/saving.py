@@ -122,6 +122,8 @@ class Saver:
 
         if self._shelf is None:
             flushed("")
+        elif why := self._shelf.why_not_saved():  # written on the way to rest
+            flushed(why)
         else:
             self._shelf.flush(flushed)
 

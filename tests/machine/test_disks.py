@@ -183,5 +183,9 @@ def test_what_a_saved_machine_had_is_asked_for_again(folder: Path, make: Callabl
 
 def test_what_is_thrown_away_is_not_saved(folder: Path, make: Callable[..., World]) -> None:
     world = make(DiskSpec(str(folder / "a.raw"), snapshot=True))
+    assert world.disks.why_not_saved() == "", "nothing was written yet"
+    disk = world.disks.attached["disk0"].disk
+    assert disk is not None
+    disk.image.writev(0, [memoryview(bytearray(512))])
     assert "disk0 has snapshot=on" in world.disks.why_not_saved()
     assert make(DiskSpec(str(folder / "b.raw"))).disks.why_not_saved() == ""
