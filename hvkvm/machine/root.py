@@ -27,7 +27,8 @@ def find_root(config: MachineConfig) -> Found:
     Nothing is looked for where our own init runs a command. Raises ConfigError where several could be
     the root, and for an image that cannot be read.
     """
-    if not config.disks or config.kernel is None or config.command or config.restore is not None:
+    ours = config.command or config.awaits or config.restore is not None
+    if not config.disks or config.kernel is None or ours:
         return Found(config, "")
     from hvkvm.boot.image import is_linux
     from hvkvm.boot.linux import parameter
@@ -68,7 +69,7 @@ def told(config: MachineConfig) -> RootDevice | None:
 
     The kernel alone knows neither UUID= nor LABEL=, nor any disk while hv_storvsc is a module.
     """
-    if config.command or config.initrd is not None:
+    if config.command or config.awaits or config.initrd is not None:
         return None
     from hvkvm.boot.initramfs import RootDevice
     from hvkvm.boot.linux import last_word, parameter

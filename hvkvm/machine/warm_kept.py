@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from hvkvm.boot import cache
@@ -25,18 +25,28 @@ MOST = 8
 _CPU_FACTS = ("vendor_id", "model name", "flags")
 
 
-def kept(config: MachineConfig) -> Path:
+def find(config: MachineConfig) -> Path | None:
+    """The file of a warm guest made of `config`, if one is kept."""
+    path = _path(config)
+    return path if path.exists() else None
+
+
+def kept(config: MachineConfig, *, on_console: Callable[[bytes], object] | None = None) -> Path:
     """The file of a warm guest made of `config` as `warm` makes it; made now if it is not kept yet.
 
-    Under `boot.cache.root()`, in `warm`, which has the MOST that were made last. Raises what `warm` raises,
-    and OSError where nothing can be written there.
+    Under `boot.cache.root()`, in `warm`, which has the MOST that were made last. `on_console` is as in
+    `warm`. Raises what `warm` raises, and OSError where nothing can be written there.
     """
-    path = cache.root() / "warm" / f"{_key(config)}.state"
+    path = _path(config)
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
-        warm(config, path)
+        warm(config, path, on_console=on_console)
         _forget_old(path.parent)
     return path
+
+
+def _path(config: MachineConfig) -> Path:
+    return cache.root() / "warm" / f"{_key(config)}.state"
 
 
 def _forget_old(folder: Path) -> None:
@@ -58,7 +68,7 @@ def _key(config: MachineConfig) -> str:
 
 
 def _shapes(key: str, field: Field) -> bool:
-    return field.in_saved or field.boot_only or key in ("modules_dir", "busybox")
+    return field.in_saved or field.boot_only or key in ("modules_dir", "busybox", "nets")
 
 
 def _marks(paths: Iterable[Path]) -> list[str]:

@@ -1,9 +1,10 @@
 #!/bin/sh
-# with_page.sh BUSYBOX PORT PAGE HVKVM run OPTIONS...: `hvkvm run` with a user-mode network, where passt works.
+# with_page.sh BUSYBOX PORT PAGE PROGRAM WORD OPTIONS...: `hvkvm run`, or another program that takes its options
+# first, with a user-mode network, where passt works.
 #
 # The file PAGE is then at http://10.0.2.2:PORT/ for the guest, for as long as hvkvm runs. Called by scripts/run,
 # on the machine that runs the guest.
-busybox=$1 port=$2 page=$3 hvkvm=$4
+busybox=$1 port=$2 page=$3 program=$4 word=$5
 shift 5
 
 # Whether passt can have what it needs here: with nobody behind its fd it starts, and ends at once. It is told of
@@ -18,4 +19,4 @@ else
 	# This shell becomes hvkvm, and the server ends with its parent, however that ends.
 	setpriv --pdeathsig KILL "$busybox" httpd -f -p "127.0.0.1:$port" -h "${page%/*}" </dev/null >/dev/null 2>&1 &
 fi
-exec "$hvkvm" run "$@"
+exec "$program" "$word" "$@"

@@ -91,7 +91,14 @@ def test_several_are_one_line_with_the_remedy(config: Maker) -> None:
 
 
 @pytest.mark.parametrize(
-    "fields", [{"append": "root=/dev/sda"}, {"append": "root="}, {"command": ("true",)}, {"disks": ()}]
+    "fields",
+    [
+        {"append": "root=/dev/sda"},
+        {"append": "root="},
+        {"command": ("true",)},
+        {"awaits": True},
+        {"disks": ()},
+    ],
 )
 def test_who_named_a_root_or_runs_a_command_is_left_alone(config: Maker, fields: dict[str, Any]) -> None:
     machine = config(xfs())._replace(**fields)

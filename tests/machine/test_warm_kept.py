@@ -17,7 +17,7 @@ def test_what_shapes_the_guest_is_in_its_key_and_nothing_else(
     monkeypatch.setenv("HVKVM_CACHE", str(tmp_path / "cache"))
     made: list[Path] = []
 
-    def warm(_config: MachineConfig, path: Path) -> int:
+    def warm(_config: MachineConfig, path: Path, on_console: object) -> int:
         made.append(path)
         path.write_bytes(b"warm")
         return 4
@@ -27,7 +27,9 @@ def test_what_shapes_the_guest_is_in_its_key_and_nothing_else(
     kernel.write_bytes(b"kernel")
     tool.write_bytes(b"tool")
     config = MachineConfig(kernel=kernel)
+    assert warm_kept.find(config) is None
     first = warm_kept.kept(config)
+    assert warm_kept.find(config) == first
     assert first.parent == tmp_path / "cache" / "warm"
     for same in (config, config._replace(timeout=5, name="x", control="auto")):
         assert warm_kept.kept(same) == first
