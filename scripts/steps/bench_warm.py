@@ -78,7 +78,7 @@ def kilobytes(lines: Iterable[str], file: str) -> tuple[int, int]:
             inside = line.rstrip("\n").endswith(file)
         elif words[0] == "Pss:":
             pss += int(words[1])
-        elif words[0] == "Private_Dirty:" and inside:
+        elif words[0] == "Anonymous:" and inside:  # copied when it was written to
             written += int(words[1])
     return pss, written
 
@@ -144,8 +144,8 @@ def rows(runs: int, tell: Callable[[str], None], *, suite: str | None = None) ->
     further = f"memory (PSS) of each of {COPIES} copies of a warm guest"
     return [
         Row("process start to the command's output", "ms", middle["copied"], middle[BOOTED], "less", BOOTED),
-        Row("memory (PSS) of one copy of a warm guest", "MiB", one, None),
-        Row(further, "MiB", each, None),
-        Row(f"{further}, less RAM that it wrote", "MiB", each - written, None),
-        Row("save, for each GiB that is not zero", "s", save, None),
+        Row("memory (PSS) of one copy of a warm guest", "MiB", one, None, peer_name=""),
+        Row(further, "MiB", each, None, peer_name=""),
+        Row(f"{further}, less RAM that it wrote", "MiB", each - written, None, peer_name=""),
+        Row("save, for each GiB that is not zero", "s", save, None, peer_name=""),
     ]

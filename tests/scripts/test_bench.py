@@ -45,7 +45,11 @@ VmFlags: rd wr mr mw me ac sd
 
 
 def test_pss_and_what_a_copy_wrote_are_read_from_smaps() -> None:
-    smaps = SMAPS.replace("Rss:", "Pss:").replace("/memfd:hvkvm-ram (deleted)", "/tmp/warm")
+    smaps = (
+        SMAPS.replace("Rss:", "Pss:")
+        .replace("Private_Dirty:", "Anonymous:")
+        .replace("/memfd:hvkvm-ram (deleted)", "/tmp/warm")
+    )
     assert bench_warm.kilobytes(smaps.splitlines(keepends=True), "/tmp/warm") == (5108, 5000)
     assert bench_warm.kilobytes(smaps.splitlines(keepends=True), "/tmp/other") == (5108, 0)
 
