@@ -46,6 +46,7 @@ _MSIX_TABLE = 0x2000
 class Disk(BlockDisk, Protocol):
     """What a controller needs of `block.disk.Disk`."""
 
+    def poll(self) -> None: ...
     def drain(self, done: Callable[[], object]) -> None: ...
     def inspect(self) -> dict[str, object]: ...
     @property
@@ -167,8 +168,11 @@ class Controller:
             self._make_room(completion)
         room = MAX_COMMANDS - sum(queue.in_flight for queue in self.submissions.values())
         self._starved = room < BUDGET
+        before = self.taken
         if self._take_commands(min(BUDGET, room)) and room > 0:
             self._ask()
+        if self.taken != before:
+            self.disk.poll()
         self._update_intx()
 
     def _take_writes(self) -> None:
