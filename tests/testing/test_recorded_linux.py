@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+import os
 import shutil
 import subprocess
 from pathlib import Path
@@ -9,12 +11,15 @@ from pathlib import Path
 import pytest
 from linux_guest import SECONDS, linux_guest
 
+from hvkvm.devices.synth.heartbeat import Heartbeat
 from hvkvm.machine.disk_spec import DiskSpec
 from hvkvm.machine.nic_spec import NicSpec
 from hvkvm.machine.record_spec import RecordSpec
 from hvkvm.record import explain
 from hvkvm.record.dissector import dissector
 from hvkvm.testing.replay import replay
+
+REPLAYS = 100 if os.environ.get("HVKVM_SOAK") else 3
 
 pytestmark = [pytest.mark.hyperv, pytest.mark.timeout(2 * SECONDS)]
 
@@ -42,7 +47,10 @@ def test_a_boot_is_recorded_whole(tmp_path: Path) -> None:
         "ICMSGTYPE_NEGOTIATE",
         "channel opened: heartbeat",
         "cdb_opcode=READ_10",
+        "data_in=READ_TYPE data_transfer_length=0x1000",
         "NVSP_MSG1_TYPE_SEND_RNDIS_PKT",
+        "ndis_msg_type=RNDIS_MSG_INIT_C",
+        "oid=OID_GEN_CURRENT_PACKET_FILTER",
         "HvPostMessage",
     ):
         assert line in text, text
@@ -53,6 +61,13 @@ def test_a_boot_is_recorded_whole(tmp_path: Path) -> None:
     assert played.difference is None, played.difference
     assert played.messages > 20
     assert played.packets > 4
+    data = path.read_bytes()
+    assert {repr(replay(io.BytesIO(data))) for _ in range(REPLAYS)} == {repr(played)}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Heartbeat, "MESSAGE_VERSIONS", ((3, 0),))
+        changed = replay(io.BytesIO(data)).difference
+    assert changed is not None
+    assert "ICMSGTYPE_NEGOTIATE" in changed.recorded
     if shutil.which("tshark") is None:
         pytest.skip("the rest needs tshark (the package of that name)")
     script_file = tmp_path / "hvkvm.lua"
