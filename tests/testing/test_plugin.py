@@ -217,8 +217,14 @@ def test_a_marker_with_a_typing_error_is_refused(pytester: pytest.Pytester) -> N
 
 
 def examples(word: str) -> list[str]:
-    """The Python blocks of docs/testing.md that have `word` in them."""
-    page = (Path(__file__).parents[2] / "docs/testing.md").read_text()
+    """The Python blocks of docs/testing.md that have `word` in them.
+
+    Those of its worked examples are cut from files in tests/examples, which are tests themselves.
+    """
+    page, worked, _ = (
+        (Path(__file__).parents[2] / "docs/testing.md").read_text().partition("## Worked examples")
+    )
+    assert worked
     blocks = [block.partition("```")[0] for block in page.split("```python\n")[1:]]
     return [block for block in blocks if word in block]
 
