@@ -69,12 +69,20 @@ class Lan:
         machine.start()
 
     def up(self) -> None:
-        """Addresses in the guest, and its interface up; waits for the link."""
+        """Addresses in the guest, and its interface up; waits until the host answers.
+
+        A carrier is seen some seconds after the interface is up, and whoever asks for a neighbour gives up
+        after three: a slow guest would say "No route to host" to whom came too early.
+        """
         self.shell.check(
             f"ip addr add {GUEST}/{BITS} dev eth0; echo 0 > /proc/sys/net/ipv6/conf/eth0/accept_dad;"
             f" ip -6 addr add {GUEST6}/64 dev eth0; ip link set eth0 up"
         )
         self.guest.wait_until(lambda: self.nic.control_state.packet_filter, "waiting for the guest's filter")
+        self.guest.wait_until(self._host_answers, "waiting for the host to answer")
+
+    def _host_answers(self) -> bool:
+        return "alive" in self.shell.check(f"ping -c 1 -W 5 {HOST} > /dev/null 2>&1 && echo alive; true")
 
     def ping(self, host: str = HOST, *options: str) -> None:
         """Some pings, every one of which is answered."""
@@ -86,7 +94,7 @@ class Lan:
         with Peer(host, _receive) as peer:
             sent = self.shell.check(
                 f"dd if=/dev/urandom of=/tmp/sent bs=64k count={size >> 16} 2>/dev/null; "
-                f"nc {host} {peer.port} < /tmp/sent; md5sum < /tmp/sent"
+                f"nc {host} {peer.port} < /tmp/sent && md5sum < /tmp/sent"
             )
             assert peer.result() == sent.split()[0], f"other bytes came than {sent}"
 
@@ -94,7 +102,7 @@ class Lan:
         """`size` random bytes over TCP to the guest."""
         data = os.urandom(size)
         with Peer(host, lambda sock: sock.sendall(data)) as peer:
-            found = self.shell.check(f"nc {host} {peer.port} < /dev/null | md5sum")
+            found = self.shell.check(f"nc {host} {peer.port} < /dev/null > /tmp/came && md5sum < /tmp/came")
             peer.result()
             assert found.split()[0] == hashlib.md5(data).hexdigest()
 

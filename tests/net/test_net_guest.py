@@ -114,7 +114,7 @@ class Way:
         with self.peer(serve) as peer:
             sent = self.shell.check(
                 f"dd if=/dev/urandom of=/tmp/sent bs=1k count={size >> 10} 2>/dev/null;"
-                f" nc {self.reach} {peer.port} </tmp/sent; md5sum </tmp/sent"
+                f" nc {self.reach} {peer.port} </tmp/sent && md5sum </tmp/sent"
             )
             assert peer.result() == sent.split()[0]
 
