@@ -80,6 +80,7 @@ def what_one_worker_has_travels_to_the_others(cluster: Cluster, tmp_path: Path) 
     stores[1].path(digest).parent.mkdir(parents=True)
     made.rename(stores[1].path(digest))
     with RemoteRun([], lambda case, result: None, cluster.address, print) as run:
+        run._client.wait_for_workers(WORKERS, timeout=SECONDS)  # they come one after the other
         assert run._fetch(Booted(digest, CHUNK_BYTES + 12345))
         assert not run._fetch(Booted("0" * 64, 1))
         run._send([digest])
