@@ -101,6 +101,7 @@ COMMAND_LINE_LIMIT = 0x10000  # bytes, the closing NUL included
 LOW_RAM_END = 0x9FC00  # conventional memory ends where a BIOS would keep its EBDA
 ACPI_AREA_ADDRESS = 0xE0000  # RSDP first: guests that are told nothing scan from here
 ACPI_AREA_SIZE = 0x20000
+SMBIOS_ADDRESS = 0xF0000  # the entry point, where guests scan for it, and its tables behind it
 GENERATION_ADDRESS = 0xFE000  # the VM generation id, 16 bytes in a page of its own; tables end before it
 GENERATION_SIZE = 16
 RESET_VECTOR_ADDRESS = 0xFFFF0  # F000:FFF0, where a BIOS starts: a guest that jumps there wants a reset

@@ -151,7 +151,7 @@ def build(
         listed.append(place(_waet()))
     xsdt = place(_table(b"XSDT", 1, struct.pack(f"<{len(listed)}Q", *listed)))
     image[: len(_rsdp(xsdt))] = _rsdp(xsdt)
-    if len(image) > board.GENERATION_ADDRESS - board.ACPI_AREA_ADDRESS:
+    if len(image) > board.SMBIOS_ADDRESS - board.ACPI_AREA_ADDRESS:
         raise BootError(f"--cpus {cpus}: more than the ACPI tables can name; give fewer")
     at = fadt - address
     pointers = [Pointer(24, 8), Pointer(at + 36, 4), Pointer(at + 40, 4), Pointer(at + 140, 8)]

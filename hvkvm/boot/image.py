@@ -53,6 +53,7 @@ def load(
     vmbus: bool = True,
     serial_ports: int = 1,
     pci: bool = False,
+    smbios: bytes = b"",
     kaslr: bool = False,
 ) -> Entry:
     """Load `kernel` into guest RAM and say how vCPU 0 starts it.
@@ -62,6 +63,7 @@ def load(
     multiboot one, whose command line is its own program's arguments. `cpus` is
     the number of vCPUs for the ACPI tables, which `acpi` False leaves out, and
     `vmbus` False leaves the VMBus out of them, `serial_ports` are in them, and with `pci` a PCI root.
+    `smbios` is what the guest finds at board.SMBIOS_ADDRESS.
     `kaslr` has a bzImage decompress itself, which is slower but places the
     kernel at random. Raises BootError.
     """
@@ -74,6 +76,8 @@ def load(
             payload = files.enter_context(Payload(initrd))
         head = file.head(_HEAD_SIZE)
         _write_reset_vector(memory)
+        if smbios and memory.size >= board.KERNEL_ADDRESS:
+            memory.write(board.SMBIOS_ADDRESS, smbios)
         if head.startswith(_ELF_MAGIC):
             image = elf.parse(file)
             rsdp = _write_acpi(memory, cpus, vmbus=vmbus, serial_ports=serial_ports, pci=pci) if acpi else 0

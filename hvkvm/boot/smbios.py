@@ -1,19 +1,24 @@
-"""SMBIOS tables: what a guest's inventory says about the machine it is in. Pure. Source: DMTF DSP0134 3.2."""
+"""SMBIOS tables: what a guest's inventory says about the machine it is in. Pure. Source: DMTF DSP0134 3.2.
+
+Firmware takes them by fw_cfg and chooses their address (`build`); where there is none they lie in RAM, where
+a guest scans for them (`placed`).
+"""
 
 from __future__ import annotations
 
 import struct
+from hashlib import sha1
 from typing import NamedTuple
-from uuid import UUID, uuid5
 
 from hvkvm.abi import board
 
 ANCHOR_FILE = "etc/smbios/smbios-anchor"
 TABLES_FILE = "etc/smbios/smbios-tables"
 VENDOR, PRODUCT = "hvkvm", "Virtual Machine"
-_OUR_NAMES = UUID("5a1f2c8e-8d0f-4d4e-9a51-8f9b6d0f7c11")
+_OUR_NAMES = bytes.fromhex("5a1f2c8e8d0f4d4e9a518f9b6d0f7c11")
 _PHYSICAL_ARRAY, _DEVICE, _MAPPING = 0x1000, 0x1100, 0x1300
 _MEGABYTES = 20
+_ANCHOR_ROOM = 32
 _OTHER, _UNKNOWN, _NO_ERROR_INFORMATION = 1, 2, 0xFFFE
 
 
@@ -47,6 +52,15 @@ def build(name: str, cpus: int, memory_size: int, version: str) -> SmbiosFiles:
     return SmbiosFiles(bytes(anchor), tables)
 
 
+def placed(name: str, cpus: int, memory_size: int, version: str) -> bytes:
+    """The entry point and its tables, for `board.SMBIOS_ADDRESS`."""
+    files = build(name, cpus, memory_size, version)
+    anchor = bytearray(files.anchor.ljust(_ANCHOR_ROOM, b"\0"))
+    struct.pack_into("<Q", anchor, 16, board.SMBIOS_ADDRESS + _ANCHOR_ROOM)
+    anchor[5] = (anchor[5] - sum(anchor)) & 0xFF
+    return bytes(anchor) + files.tables
+
+
 def _table(kind: int, handle: int, body: bytes, *strings: str) -> bytes:
     """One structure: strings are numbered from 1 and end in an empty one, so none of them may be empty."""
     text = b"".join(_printable(one) + b"\0" for one in strings) or b"\0"
@@ -66,7 +80,15 @@ def _bios() -> bytes:
 
 def _system(name: str) -> bytes:
     power_switch = 6
-    return struct.pack("<BBBB16sBBB", 1, 2, 3, 4, uuid5(_OUR_NAMES, name).bytes_le, power_switch, 0, 0)
+    return struct.pack("<BBBB16sBBB", 1, 2, 3, 4, _uuid(name), power_switch, 0, 0)
+
+
+def _uuid(name: str) -> bytes:
+    """RFC 9562's version 5, three fields of it little-endian. To import `uuid` takes longer than all this."""
+    made = bytearray(sha1(_OUR_NAMES + name.encode(), usedforsecurity=False).digest()[:16])
+    made[6] = made[6] & 0x0F | 0x50
+    made[8] = made[8] & 0x3F | 0x80
+    return bytes(made[3::-1] + made[5:3:-1] + made[7:5:-1] + made[8:])
 
 
 def _chassis() -> bytes:

@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from hvkvm import __version__
 from hvkvm.errors import ConfigError, HvkvmError
 from hvkvm.machine import boot_again
 from hvkvm.machine.config import MachineConfig
@@ -17,12 +18,13 @@ if TYPE_CHECKING:
 
 
 class GuestImage:
-    """What is loaded into guest RAM, at start and again at every reset.
+    """What is loaded into guest RAM, at start and again at every reset, of the machine called `name`.
 
     `boot` is what the file of a saved machine says was booted, for one that goes on from it.
     """
 
-    def __init__(self, config: MachineConfig, boot: SavedBoot | None = None) -> None:
+    def __init__(self, config: MachineConfig, name: str, boot: SavedBoot | None = None) -> None:
+        self._name = name
         self._boot = boot
         self._config = config if boot is None else boot_again.configuration(config, boot)
         # One that goes on from a file needs it at its first reset, if at all.
@@ -62,6 +64,7 @@ class GuestImage:
             return "firmware"
         from hvkvm.boot.image import load
         from hvkvm.boot.linux import default_cmdline
+        from hvkvm.boot.smbios import placed
 
         entry = load(
             memory,
@@ -74,6 +77,7 @@ class GuestImage:
             vmbus=self._config.vmbus == "on",
             serial_ports=self._config.serial_ports,
             pci=self._config.has_pci,
+            smbios=placed(self._name, self._config.cpus, self._config.memory, __version__),
         )
         entry.apply(vcpu)
         return entry.what

@@ -82,7 +82,7 @@ class Machine:
 
     def _build(self, saved: Saved | None, observer: Observer, stack: ExitStack) -> Parts:
         config = self.config
-        image = GuestImage(config, None if saved is None else saved.manifest.config.boot)
+        image = GuestImage(config, self.name, None if saved is None else saved.manifest.config.boot)
         kvm = stack.enter_context(Kvm(config.kvm_path))
         offered = hyperv.choose(kvm, config)
         handlers: exits.Handlers = {}

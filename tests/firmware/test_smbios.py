@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import struct
+import uuid
 
 from hypothesis import example, given
 from hypothesis import strategies as st
 
+from hvkvm.abi import board
 from hvkvm.boot import smbios
 
 LENGTHS = {0: 26, 1: 27, 3: 22, 4: 48, 16: 23, 17: 40, 19: 31, 32: 11, 127: 4}
@@ -39,3 +41,19 @@ def test_tables_are_well_formed(cpus: int, megabytes: int, name: str) -> None:
     assert (kinds[0], kinds[-1], kinds.count(4), len(handles)) == (0, 127, cpus, len(kinds))
     assert memory == megabytes << 20
     assert made == smbios.build(name, cpus, megabytes << 20, "1.0")
+
+
+def test_a_guest_without_firmware_finds_them_by_scanning() -> None:
+    made, files = smbios.placed("demo", 254, 1 << 40, "1.0"), smbios.build("demo", 254, 1 << 40, "1.0")
+    assert (made[:5], sum(made[: made[6]]) & 0xFF) == (b"_SM3_", 0)
+    length, address = struct.unpack_from("<IQ", made, 12)
+    assert made[address - board.SMBIOS_ADDRESS :] == files.tables[:length] == files.tables
+    assert board.SMBIOS_ADDRESS + len(made) <= board.GENERATION_ADDRESS
+
+
+@given(name=st.text(max_size=48))
+def test_the_uuid_is_version_5_of_the_name(name: str) -> None:
+    made = smbios.build(name, 1, 1 << 30, "1.0").tables
+    system = made.index(struct.pack("<BBH", 1, 27, 0x100))
+    expected = uuid.uuid5(uuid.UUID("5a1f2c8e-8d0f-4d4e-9a51-8f9b6d0f7c11"), name)
+    assert made[system + 8 : system + 24] == expected.bytes_le
