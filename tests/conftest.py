@@ -24,8 +24,9 @@ if TYPE_CHECKING:
 def _set_up_properties() -> None:
     """Properties are about what holds, not how fast: no deadline, no complaint of a slow machine.
 
-    The suite tries the same inputs each time, so that whether a change passes depends on that change alone.
-    `make soak-properties` looks for new ones.
+    The suite tries much the same inputs each time, so that whether a change passes depends on that change:
+    only the constants of whatever modules are loaded, which hypothesis draws from, differ. `make
+    soak-properties` looks for new ones.
     """
     from hypothesis import HealthCheck, settings
 

@@ -60,7 +60,8 @@ class HostileGuest(RuleBasedStateMachine):
         def receive(message: wire.Message) -> None:
             server = self.loop.host.server
             kind = message.kind
-            if kind.type in (wire.INITIATE_CONTACT, wire.UNLOAD):
+            unknown = kind.type == wire.UNLOAD and 0 < server.version < kind.since
+            if kind.type in (wire.INITIATE_CONTACT, wire.UNLOAD) and not unknown:
                 self.asked.clear()
                 self.answered.clear()
             elif server.state is BusState.CONNECTED:
@@ -222,3 +223,13 @@ HostileGuest.TestCase.settings = settings(
     suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
 )
 TestHostileGuest = HostileGuest.TestCase
+
+
+def test_an_unload_that_this_version_lacks_ends_no_request() -> None:
+    state: Any = HostileGuest()
+    state.begin()
+    state.contact(version=vmbus.VERSION_WIN8, packed=0)
+    state.open(gpadl=1, relid=0, split=0, vp_index=0)
+    state.change(gpadl=1, number=wire.UNLOAD, relid=0)
+    state.rest()
+    state.teardown()
