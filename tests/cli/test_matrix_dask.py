@@ -10,6 +10,8 @@ import subprocess
 from collections.abc import Iterator
 from contextlib import ExitStack
 from pathlib import Path
+from queue import SimpleQueue
+from types import SimpleNamespace
 
 import pytest
 from dask_cluster import SECONDS, WORKERS, Cluster, wait_for
@@ -144,3 +146,14 @@ def test_no_scheduler_is_one_line(tmp_path: Path) -> None:
     assert done.returncode == 1
     assert done.stderr.splitlines()[-1].startswith("hvkvm: --dask tcp://127.0.0.1:1: no scheduler answers")
     assert "Traceback" not in done.stderr
+
+
+def test_an_answer_that_was_lost_with_its_worker_is_waited_for_again() -> None:
+    """Dask has the case run once more: it was done, and then it is not."""
+    again: list[object] = []
+    lost = SimpleNamespace(key="k", status="lost", add_done_callback=again.append)
+    run = RemoteRun.__new__(RemoteRun)
+    run._done = SimpleQueue()
+    run._futures = {"k": (lost, 1)}
+    run._take(lost)
+    assert (run._futures, again) == ({"k": (lost, 1)}, [run._done.put])

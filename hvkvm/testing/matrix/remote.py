@@ -136,8 +136,12 @@ class RemoteRun:
         _future, what = self._futures.pop(future.key, (None, None))
         if what is None:
             return
-        if future.status != "finished":
-            if future.status == "error":
+        status = future.status
+        if status in ("pending", "lost"):  # its worker was lost with the answer: Dask runs it once more
+            self._note(future, what)
+            return
+        if status != "finished":
+            if status == "error":
                 error = future.exception()
                 self._lost(what, f"no worker could run it: {type(error).__name__}: {error}")
             else:
