@@ -66,8 +66,8 @@ def test_idle_modes_and_doorbells(boot: BootAgent) -> None:
 def test_waiting_ends_by_the_counter_or_by_cancelling(boot: BootAgent) -> None:
     guest = boot()
     cpu, memory = guest[0], guest.machine.memory
-    memory.write_u64(SCRATCH, 0)
     for operation in ("WAIT_HLT", "WAIT_SPIN"):
+        memory.write_u64(SCRATCH, 0)
         cpu.begin(operation, SCRATCH, 5)
         assert cpu.busy
         memory.write_u64(SCRATCH, 9)
