@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from random import Random
 
 import pytest
 from disk_asker import Asker
 
+from hvkvm.block.image import ImageOptions
+from hvkvm.block.raw import RawImage
 from hvkvm.runtime.io_loop import IoLoop
 from hvkvm.runtime.workers import Workers
 
@@ -44,3 +46,17 @@ def asker(faults: list[BaseException]) -> Iterator[Asker]:
             disk.image.close()
     assert not faults
     assert set(threading.enumerate()) == threads
+
+
+@pytest.fixture
+def opened(tmp_path: Path, request: pytest.FixtureRequest) -> Callable[..., RawImage]:
+    """Opens these bytes as a raw image, for reading, until the test ends."""
+
+    def opened(data: bytes | bytearray, sector: int = 512) -> RawImage:
+        path = tmp_path / "disk"
+        path.write_bytes(data)
+        image = RawImage(path, ImageOptions(read_only=True, sector_size=sector))
+        request.addfinalizer(image.close)
+        return image
+
+    return opened

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Callable
-from pathlib import Path
 
 import pytest
 from disk_images import ESP, LINUX, MIB, gpt, mbr, put
@@ -17,18 +16,6 @@ from hvkvm.block.raw import RawImage
 
 Opener = Callable[..., RawImage]
 SECTOR = 2048
-
-
-@pytest.fixture
-def opened(tmp_path: Path, request: pytest.FixtureRequest) -> Opener:
-    def opened(data: bytes | bytearray, sector: int = 512) -> RawImage:
-        path = tmp_path / "disk"
-        path.write_bytes(data)
-        image = RawImage(path, ImageOptions(read_only=True, sector_size=sector))
-        request.addfinalizer(image.close)
-        return image
-
-    return opened
 
 
 def el_torito(sections: list[tuple[int, int, int]], platform: int = 0) -> bytearray:

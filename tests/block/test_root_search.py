@@ -24,7 +24,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hvkvm.block.file_systems import FileSystem
-from hvkvm.block.image import ImageOptions
 from hvkvm.block.partitions import MAX_ENTRIES, MAX_LOGICAL, partitions
 from hvkvm.block.raw import RawImage
 from hvkvm.block.root_search import Candidate, candidates, likely
@@ -37,18 +36,6 @@ Opener = Callable[..., RawImage]
 @pytest.fixture(scope="module")
 def small_ext4(tmp_path_factory: pytest.TempPathFactory) -> bytes:
     return ext4(tmp_path_factory.mktemp("ext4"), MIB, "roots")
-
-
-@pytest.fixture
-def opened(tmp_path: Path, request: pytest.FixtureRequest) -> Opener:
-    def opened(data: bytes | bytearray, sector: int = 512) -> RawImage:
-        path = tmp_path / "disk"
-        path.write_bytes(data)
-        image = RawImage(path, ImageOptions(read_only=True, sector_size=sector))
-        request.addfinalizer(image.close)
-        return image
-
-    return opened
 
 
 def found(image: RawImage) -> list[str]:

@@ -15,6 +15,7 @@ import guest_images
 import pytest
 from guest_agent import SCRATCH
 from guest_machine import Guest
+from pci_driver import BAR, PciDriver
 
 from hvkvm.abi import nvme, pci
 from hvkvm.machine.config import MachineConfig
@@ -28,7 +29,6 @@ pytestmark = pytest.mark.kvm
 ROM = Path(__file__).parents[1] / "guests/rom.s"
 NV_DATA = UUID("fff12b8d-7696-4c8b-a985-2747075b4f50").bytes_le
 MIB = 1 << 20
-BAR = 0xC0000000
 ADMIN_SQ, ADMIN_CQ, IO_SQ, IO_CQ, SHADOW, EVENTS, DATA = (SCRATCH + 0x1000 * n for n in range(7))
 ENTRIES = 8
 
@@ -79,34 +79,15 @@ def test_the_command_keeps_variables(rom: Path, disk: Path, tmp_path: Path) -> N
         assert variables.read_bytes() == template[:0x1000] + b"\x5a" + template[0x1001:]
 
 
-class Driver:
+class Driver(PciDriver):
     """An NVMe driver whose every access a guest's vCPU makes."""
 
     def __init__(self, guest: Guest) -> None:
-        self.guest = guest
+        super().__init__(guest)
         self.tails = [0, 0]
         self.heads = [0, 0]
         self.phases = [1, 1]
         self.id = 0
-
-    @property
-    def cpu(self) -> Any:
-        return self.guest[0]
-
-    def config(self, offset: int, value: int | None = None, size: int = 4) -> int:
-        """Configuration space of slot 2."""
-        self.cpu.do("OUT", 0xCF8, 4, 1 << 31 | 2 << 11 | offset & 0xFC)
-        port = 0xCFC + (offset & 3)
-        if value is None:
-            return int(self.cpu.do("IN", port, size).value)
-        self.cpu.do("OUT", port, size, value)
-        return value
-
-    def reg(self, offset: int, value: int | None = None, size: int = 4) -> int:
-        if value is None:
-            return int(self.cpu.do("READ", BAR + offset, size).value)
-        self.cpu.do("WRITE", BAR + offset, size, value)
-        return value
 
     def enable(self) -> None:
         assert self.config(pci.PCI_VENDOR_ID) == pci.NVME_DEVICE_ID << 16 | pci.PCI_VENDOR_ID_MICROSOFT

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 from guest_agent import SCRATCH
 from guest_machine import Guest
+from pci_driver import BAR, PciDriver
 
 from hvkvm.abi import pci, virtio
 from hvkvm.devices.pci.virtio import function as places
@@ -19,42 +20,22 @@ from hvkvm.machine.inspect import inspect
 pytestmark = pytest.mark.kvm
 
 MIB = 1 << 20
-BAR = 0xC0000000
 DESCRIPTORS, AVAILABLE, USED, HEADER, DATA = (SCRATCH + 0x1000 * n for n in range(5))
 SIZE = 8
 ACKNOWLEDGE_AND_DRIVER = virtio.VIRTIO_CONFIG_S_ACKNOWLEDGE | virtio.VIRTIO_CONFIG_S_DRIVER
 READY = ACKNOWLEDGE_AND_DRIVER | virtio.VIRTIO_CONFIG_S_FEATURES_OK
 
 
-class Driver:
+class Driver(PciDriver):
     """A virtio driver whose every access to a register a guest's vCPU makes."""
 
     def __init__(self, guest: Guest) -> None:
-        self.guest = guest
+        super().__init__(guest)
         self.next = 0
-
-    @property
-    def cpu(self) -> Any:
-        return self.guest[0]
 
     @property
     def memory(self) -> Any:
         return self.guest.machine.memory
-
-    def config(self, offset: int, value: int | None = None, size: int = 4) -> int:
-        """Configuration space of slot 2."""
-        self.cpu.do("OUT", 0xCF8, 4, 1 << 31 | 2 << 11 | offset & 0xFC)
-        port = 0xCFC + (offset & 3)
-        if value is None:
-            return int(self.cpu.do("IN", port, size).value)
-        self.cpu.do("OUT", port, size, value)
-        return value
-
-    def reg(self, offset: int, value: int | None = None, size: int = 4) -> int:
-        if value is None:
-            return int(self.cpu.do("READ", BAR + offset, size).value)
-        self.cpu.do("WRITE", BAR + offset, size, value)
-        return value
 
     def enable(self) -> None:
         assert self.config(pci.PCI_VENDOR_ID) == 0x1042 << 16 | pci.PCI_VENDOR_ID_REDHAT_QUMRANET
