@@ -30,6 +30,10 @@ class Artifact(NamedTuple):
     what: str
     each_suite: bool = False
     """Whether another suite's differs, and is fetched from there; so it is for what has a `real`."""
+    beside: tuple[str, ...] = ()
+    """Packages that are unpacked into the same folder."""
+    backport: bool = False
+    """Whether it comes from the suite's backports, and only for who asks for it."""
 
 
 def _kernel(tree: Path) -> Path:
@@ -59,6 +63,10 @@ def _boot_loader(tree: Path) -> Path:
 
 def _u_boot(tree: Path) -> Path:
     return _one(tree, "usr/lib/u-boot/qemu-x86/u-boot.rom")
+
+
+def _qemu(tree: Path) -> Path:
+    return _one(tree, "usr/bin/qemu-system-x86_64")
 
 
 def _libc(tree: Path) -> Path:
@@ -93,6 +101,15 @@ ARTIFACTS = {
     ),
     "u-boot": Artifact("u-boot-qemu", None, _u_boot, "U-Boot as firmware, with drivers of its own for disks"),
     "libc": Artifact("libc6", None, _libc, "the folder of libc.so.6 and the loader those need"),
+    "qemu": Artifact(
+        "qemu-system-x86",
+        None,
+        _qemu,
+        "a newer QEMU than this suite has, for a lab with several processors",
+        each_suite=True,
+        beside=("qemu-system-common", "qemu-system-data", "seabios"),
+        backport=True,
+    ),
 }
 
 
@@ -103,6 +120,8 @@ def path(name: str, suite: str | None = None, *, update: bool = False, offline: 
     Raises StepError when it cannot be had.
     """
     artifact = ARTIFACTS[name]
+    if artifact.backport and suite is None:
+        suite = f"{release_codename()}-backports"
     # A busybox is a busybox: one suite's serves kernels of all. So do the daemons.
     suite = (suite or release_codename()) if artifact.real or artifact.each_suite else release_codename()
     noted = cache.root() / "resolved" / f"{suite}-{artifact.package}.json"
@@ -145,7 +164,7 @@ def _fetch(artifact: Artifact, suite: str, noted: Path) -> Path:
     """What `artifact` finds in its package as the archive has it now. Raises StepError."""
     archive = _refreshed(suite)
     package: Package = archive.candidate(artifact.package)
-    parts: list[Package] = []
+    parts = [archive.candidate(name) for name in artifact.beside]
     if artifact.real:
         names = [name for name in package.depends if re.match(artifact.real, name)]
         if not names:

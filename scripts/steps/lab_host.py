@@ -21,10 +21,10 @@ import subprocess
 from collections.abc import Mapping
 from pathlib import Path
 
+from steps import artifacts
 from steps.distribution import StepError
-from steps.lab_image import Image, Plan, image
+from steps.lab_image import QEMU, Image, Plan, image
 
-QEMU = "qemu-system-x86_64"
 CHANNELS = ("terminal", "control", "signals", "stdin", "stdout", "stderr")
 # Patching of kernel code races under the multi-threaded emulation of QEMU before 10: an L1 with two
 # processors there dies of "Oops: int3" in a run in a dozen, with one it does not.
@@ -74,9 +74,23 @@ def default_cpus() -> int:
     return 2 if qemu_version() >= SAFE_SMP_VERSION else 1
 
 
+def program(cpus: int) -> str:
+    """The QEMU that bears `cpus` processors: this machine's, or a newer one that is unpacked beside it.
+
+    Raises StepError where such a one is needed and cannot be had.
+    """
+    if cpus == 1 or qemu_version() >= SAFE_SMP_VERSION:
+        return QEMU
+    try:
+        return str(artifacts.path("qemu"))
+    except StepError as error:
+        own = f"this machine's QEMU {qemu_version()} bears one"
+        raise StepError(f"--cpus {cpus}: {own}, and no newer one can be had: {error}") from error
+
+
 def command_line(plan: Plan, booted: Image, folder: Path, sockets: Mapping[str, int]) -> list[str]:
     """QEMU's argument list. `sockets` gives the listening descriptor of each channel."""
-    line = [QEMU, "-nodefaults", "-no-user-config", "-name", "hvkvm-lab", "-machine", "q35"]
+    line = [plan.qemu, "-nodefaults", "-no-user-config", "-name", "hvkvm-lab", "-machine", "q35"]
     line += ["-accel", "tcg,thread=multi", "-cpu", CPU]
     line += ["-smp", str(plan.cpus), "-m", plan.memory, "-display", "none", "-no-reboot"]
     line += ["-kernel", str(booted.kernel), "-initrd", str(booted.initramfs), "-append", APPEND]

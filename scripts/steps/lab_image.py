@@ -14,6 +14,7 @@ from hvkvm.boot import cache, cpio
 from hvkvm.boot.kmod import ModuleTree
 from steps import artifacts
 
+QEMU = "qemu-system-x86_64"
 INIT = Path(__file__).with_name("lab_init.sh")
 # What the host side of the lab needs, and tun for the tests of networks.
 MODULES = "virtio_pci virtio_console 9pnet_virtio 9p overlay irqbypass kvm kvm_amd tun".split()  # noqa: SIM905
@@ -27,13 +28,17 @@ FOLDERS = "bin dev lower new proc project sys tmp upper"
 
 
 class Plan(NamedTuple):
-    """A lab machine as it was asked for. `suite` None: this machine's own. `fresh`: see `lab_kept`."""
+    """A lab machine as it was asked for. `suite` None: this machine's own. `fresh`: see `lab_kept`.
+
+    `qemu` is the program that emulates it: a name on PATH, or a path.
+    """
 
     suite: str | None
     cpus: int
     memory: str
     writable: tuple[Path, ...] = ()
     fresh: Path | None = None
+    qemu: str = QEMU
 
     def shares(self) -> list[tuple[str, Path]]:
         """(9p tag, folder) of each read-write share."""

@@ -45,6 +45,27 @@ def test_processors_follow_the_emulator_s_version(
     assert lab_host.default_cpus() == cpus
 
 
+def test_more_processors_than_the_emulator_bears_take_a_newer_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    newer = Path("/packages/newer/usr/bin/qemu-system-x86_64")
+    monkeypatch.setattr(artifacts, "path", lambda name: {"qemu": newer}[name])
+    monkeypatch.setattr(lab_host, "qemu_version", lambda: 7)
+    assert lab_host.program(1) == lab_image.QEMU
+    assert lab_host.program(2) == str(newer)
+    assert options(PLAN._replace(cpus=2, qemu=lab_host.program(2))).startswith(f"{newer} ")
+    monkeypatch.setattr(lab_host, "qemu_version", lambda: 10)
+    assert lab_host.program(2) == lab_image.QEMU
+
+
+def test_no_newer_emulator_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    def none(name: str) -> Path:
+        raise StepError(f"no package {name}")
+
+    monkeypatch.setattr(artifacts, "path", none)
+    monkeypatch.setattr(lab_host, "qemu_version", lambda: 7)
+    with pytest.raises(StepError, match=r"--cpus 2: this machine's QEMU 7 bears one, .*: no package qemu"):
+        lab_host.program(2)
+
+
 def test_missing_emulator_names_the_package(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PATH", "/nowhere")
     with pytest.raises(StepError, match="qemu-system-x86"):
