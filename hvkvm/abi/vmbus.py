@@ -27,6 +27,8 @@ VERSION_WIN10_V5_3 = version_number(5, 3)
 VERSION_COPPER = version_number(6, 0)
 
 HOST_VERSIONS = (
+    VERSION_WS2008,
+    VERSION_WIN7,
     VERSION_WIN8,
     VERSION_WIN8_1,
     VERSION_WIN10,
@@ -37,7 +39,7 @@ HOST_VERSIONS = (
     VERSION_WIN10_V5_3,
     VERSION_COPPER,
 )
-"""What our host speaks. Older guests want the shared interrupt page, which 2.4 made superfluous."""
+"""What our host speaks, oldest first: all that there are."""
 
 
 def version_text(version: int) -> str:
@@ -66,6 +68,9 @@ VMBUS_MESSAGE_CONNECTION_ID_4 = 4
 VMBUS_MESSAGE_SINT = 2
 CHANNEL_CONNECTION_ID_BASE = 0x2000
 """A channel's doorbell is this plus its relid: unique, and none of 1 to 4."""
+
+SEND_HALF = 2048
+"""Where the guest's bits begin in the interrupt page of versions before 2.4; the host's are in front."""
 
 VP_INVALID = 0xFFFFFFFF
 """target_vp of a channel whose guest polls and wants no interrupts."""

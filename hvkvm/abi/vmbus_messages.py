@@ -110,7 +110,7 @@ def _row(
     return number
 
 
-_V1, _WIN8_1, _WIN10 = vmbus.VERSION_WS2008, vmbus.VERSION_WIN8_1, vmbus.VERSION_WIN10
+_V1, _WIN10 = vmbus.VERSION_WS2008, vmbus.VERSION_WIN10
 _V4_1, _V5, _V5_3, _V6 = (
     vmbus.VERSION_WIN10_V4_1,
     vmbus.VERSION_WIN10_V5,
@@ -145,7 +145,7 @@ GPADL_CREATED = _row(10, "GPADL_CREATED", TO_GUEST, _V1, "relid:I gpadl:I status
 GPADL_TEARDOWN = _row(11, "GPADL_TEARDOWN", TO_HOST, _V1, "relid:I gpadl:I")
 GPADL_TORNDOWN = _row(12, "GPADL_TORNDOWN", TO_GUEST, _V1, "gpadl:I")
 RELID_RELEASED = _row(13, "RELID_RELEASED", TO_HOST, _V1, "relid:I")
-# interrupt_page holds {msg_sint u8, msg_vtl u8, reserved u16, feature_flags u32} from 5.0 on.
+# interrupt_page: a page before 2.4; {msg_sint u8, msg_vtl u8, reserved u16, feature_flags u32} from 5.0 on.
 INITIATE_CONTACT = _row(
     14,
     "INITIATE_CONTACT",
@@ -163,8 +163,9 @@ VERSION_RESPONSE = _row(
     "supported_features:I",
     "_:4x parent_to_child_monitor:Q child_to_parent_monitor:Q",
 )
-UNLOAD = _row(16, "UNLOAD", TO_HOST, _WIN8_1)
-UNLOAD_RESPONSE = _row(17, "UNLOAD_RESPONSE", TO_GUEST, _WIN8_1)
+# 3.0 brought it, but a host that knows it answers at any version: iPXE leaves a connection of 0.13 by it.
+UNLOAD = _row(16, "UNLOAD", TO_HOST, _V1)
+UNLOAD_RESPONSE = _row(17, "UNLOAD_RESPONSE", TO_GUEST, _V1)
 OPEN_RESERVED_CHANNEL = _row(
     18,
     "OPEN_RESERVED_CHANNEL",

@@ -43,6 +43,8 @@ def bus_lines(bus: Values) -> list[str]:
     """`VmbusHost.snapshot`: the connection, then each channel, and the rings of an open one."""
     complaints = ", ".join(f"{kind} {count}" for kind, count in bus["complaints"].items())
     head = f"vmbus: {bus['state']}, version {bus['version'] or 'none'}, features {bus['features']:#x}"
+    if bus.get("interrupt_page"):
+        head += f", interrupt page {bus['interrupt_page']:#x}"
     head += f", messages to vp {bus['message_vp']} sint {bus['message_sint']}"
     head += f", {bus['from_guest_waiting']} wait from the guest, {bus['to_guest_waiting']} for it"
     gpadls = f"  {bus['gpadls']} GPADLs, {bus['gpadls_unfinished']} of them unfinished"

@@ -68,6 +68,8 @@ class VmbusClient:
     ) -> None:
         self.memory = memory
         self.free_pages = list(free_pages)
+        self.interrupt_page = 0
+        """Its address, while the connection's version has one."""
         self._post = post
         self._ring = ring
         self._next_gpadl = 0xE1E10
@@ -119,13 +121,36 @@ class VmbusClient:
         """INITIATE_CONTACT; forgets all of an earlier connection, as a new kernel does."""
         self.offers.clear()
         self.messages.clear()
-        page = 0x1000
+        page = more.pop("interrupt_page", PAGE)
+        self.interrupt_page = page if version < vmbus.VERSION_WIN8 else 0
+        if self.interrupt_page and self.memory.contains(page, PAGE):
+            self.memory.zero(page, PAGE)
         if version >= vmbus.VERSION_WIN10_V5:
             page = sint | features << 32
         self.version = version
         return self.post(
             wire.INITIATE_CONTACT, version=version, target_vcpu=vp_index, interrupt_page=page, **more
         )
+
+    def _bit(self, half: int, relid: int) -> tuple[int, int]:
+        """Where a channel's bit is in the interrupt page."""
+        return self.interrupt_page + half + relid // 8, 1 << relid % 8
+
+    def mark(self, relid: int) -> None:
+        """Set a channel's bit in the half of the interrupt page that the host looks at."""
+        at, bit = self._bit(vmbus.SEND_HALF, relid)
+        self.memory.write(at, bytes([self.memory.read(at, 1)[0] | bit]))
+
+    def take_marks(self) -> list[int]:
+        """The relids whose bits the host has set, which are cleared."""
+        found = []
+        for relid in range(vmbus.MAX_RELID + 1):
+            at, bit = self._bit(0, relid)
+            byte = self.memory.read(at, 1)[0]
+            if byte & bit:
+                self.memory.write(at, bytes([byte & ~bit]))
+                found.append(relid)
+        return found
 
     def by_interface(self, interface: bytes, index: int = 0) -> GuestChannel:
         """The channel of this type. AssertionError if none was offered."""
@@ -160,7 +185,11 @@ class VmbusClient:
         connection_id = more.get("connection_id") or channel.connection_id
 
         def doorbell() -> None:
-            self._ring(connection_id)
+            if self.version < vmbus.VERSION_WIN7:
+                self.mark(channel.relid)
+                self._ring(vmbus.VMBUS_EVENT_CONNECTION_ID)
+            else:
+                self._ring(connection_id)
 
         channel.io = ChannelIo(reader, writer, doorbell, lambda reason: None, channel.interrupt)
         return self.post(

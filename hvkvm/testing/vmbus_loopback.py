@@ -248,8 +248,11 @@ class Loopback:
     def _deliver_flag(self) -> None:
         key = self._pick(list(self.synic.flags))
         del self.synic.flags[key]
+        relids = [key[2]]
+        if self.client.interrupt_page:
+            relids = [] if key[2] else self.client.take_marks()
         for channel in list(self.client.offers.values()):
-            if channel.relid == key[2]:
+            if channel.relid in relids:
                 channel.interrupt()
 
     def _pick(self, choices: list[Any]) -> Any:

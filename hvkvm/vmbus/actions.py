@@ -25,7 +25,17 @@ class SendMessage(NamedTuple):
 
 
 class DropMessages(NamedTuple):
-    """Forget the messages that were not delivered yet: their connection is over."""
+    """Forget the messages that were not delivered yet, and the interrupt page: their connection is over."""
+
+
+class SharePage(NamedTuple):
+    """A guest of version 0.13 or 1.1 contacts: use the interrupt page at `gpa` until the next `DropMessages`.
+
+    Then call `Server.shared(self, status)`.
+    """
+
+    gpa: int
+    version: int
 
 
 class OpenChannel(NamedTuple):
@@ -33,7 +43,8 @@ class OpenChannel(NamedTuple):
 
     `pages` are PFNs of guest RAM: the guest-to-host ring is `pages[:split]`, the
     other one `pages[split:]`. Interrupts go to `target_vp` (VP_INVALID: none) by
-    event flag `event_flag`, the guest's doorbell is `connection_id`.
+    event flag `event_flag`, the guest's doorbell is `connection_id`; VMBUS_EVENT_CONNECTION_ID is the one of
+    the interrupt page.
     """
 
     channel: Channel
@@ -85,6 +96,7 @@ class TlConnect(NamedTuple):
 Action = (
     SendMessage
     | DropMessages
+    | SharePage
     | OpenChannel
     | CloseChannel
     | RetargetChannel

@@ -23,6 +23,7 @@ from hvkvm.vmbus.open_channel import OPEN_FAILURES, OpenedChannel, SynicUser
 from hvkvm.vmbus.pages import Ram
 from hvkvm.vmbus.pending import Pending
 from hvkvm.vmbus.server import Server
+from hvkvm.vmbus.shared_doorbell import SharedDoorbell
 from hvkvm.vmbus.sub_channels import BoundSubChannels
 from hvkvm.vmbus.tap import Tap
 
@@ -52,6 +53,8 @@ class ChannelDevices:
         self._devices: dict[Channel, Device | StreamDevice] = {}
         self._open: dict[Channel, OpenedChannel] = {}
         self._leaving: deque[Channel] = deque()
+        self.shared = SharedDoorbell(synic, memory, self._rang)
+        """Of versions before 2.4."""
         self._pending = Pending()
         self._closed: dict[Channel, list[Callable[[], object]]] = {}
         self.tap: Tap | None = None
@@ -126,6 +129,7 @@ class ChannelDevices:
             self._soon,
             partial(self.fail, channel),
             self.tap,
+            self.shared.page,
         )
         self._open[channel] = opened
         self._note(channel, "opened")
@@ -160,6 +164,12 @@ class ChannelDevices:
             self._server.reports.add("MODIFYCHANNEL failed", f"{request.channel}: {error}")
             status = vmbus.STATUS_INSUFFICIENT_RESOURCES
         self._server.retargeted(request, status)
+
+    def _rang(self, relid: int) -> None:
+        channel = self._server.channels.by_relid.get(relid)
+        opened = None if channel is None else self._open.get(channel)
+        if opened is not None:
+            opened.ring()
 
     # Letting go.
 
@@ -256,6 +266,7 @@ class ChannelDevices:
 
     def rest(self, done: Callable[[], object]) -> None:
         """Touch no guest memory: `done()` when every device's work in flight has ended."""
+        self.shared.held = True
         for opened in self._open.values():
             opened.io.hold()
         for channel, device in self:
@@ -270,6 +281,7 @@ class ChannelDevices:
 
     def go_on(self) -> None:
         """Undo `rest`."""
+        self.shared.held = False
         for opened in list(self._open.values()):
             opened.resume()
 
@@ -293,5 +305,6 @@ class ChannelDevices:
 
     def end(self) -> None:
         """Close all. vCPU threads and the I/O loop have ended."""
+        self.shared.close()
         for channel in list(self._open):
             self._open.pop(channel).close(lambda: None)

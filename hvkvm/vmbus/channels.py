@@ -54,6 +54,8 @@ class Channels:
         """Whether the guest has asked for offers, so that new ones are told at once."""
         self.guest_signals = False
         """Whether the guest chooses connection ids and event flags when it opens (6.0)."""
+        self.version = 0
+        """The connection's."""
         self._vp_count = vp_count
         self._send: Callable[..., None] = send
         self._emit = emit
@@ -125,12 +127,18 @@ class Channels:
             relid = self._free_relid()
             if relid is None:
                 return
-            channel.relid = channel.event_flag = relid
-            channel.connection_id = vmbus.CHANNEL_CONNECTION_ID_BASE | relid
+            self.number(channel, relid)
             channel.released = False
             channel.state = ChannelState.OFFERED
             self.by_relid[relid] = channel
             self._send(channel.offer_message())
+
+    def number(self, channel: Channel, relid: int) -> None:
+        """Give a channel its relid, and the signals that go with it: see `interrupt_page` for old guests."""
+        channel.relid = relid
+        channel.event_flag = 0 if self.version < vmbus.VERSION_WIN8 else relid
+        own = vmbus.CHANNEL_CONNECTION_ID_BASE | relid
+        channel.connection_id = vmbus.VMBUS_EVENT_CONNECTION_ID if self.version < vmbus.VERSION_WIN7 else own
 
     def _free_relid(self) -> int | None:
         """The next free relid, round robin: an old one comes back as late as possible."""
@@ -264,9 +272,8 @@ class Channels:
         pages = gpadl.ring_pages() if gpadl is not None else None
         channel.ring_gpadl = message["ring_gpadl"]
         channel.split = message["downstream_page_offset"]
-        channel.target_vp = message["target_vp"]
-        channel.event_flag = channel.relid
-        channel.connection_id = vmbus.CHANNEL_CONNECTION_ID_BASE | channel.relid
+        channel.target_vp = self._target(message)
+        self.number(channel, channel.relid)
         if self.guest_signals and "connection_id" in message.values:
             channel.connection_id = message["connection_id"] or channel.connection_id
             channel.event_flag = message["event_flag"]
@@ -291,7 +298,7 @@ class Channels:
             return f"GPADL {message['ring_gpadl']:#x} is no whole pages of this channel"
         if not MIN_RING_PAGES <= message["downstream_page_offset"] <= len(pages) - MIN_RING_PAGES:
             return f"ring split at page {message['downstream_page_offset']} of {len(pages)}"
-        if not self.valid_target(message["target_vp"]):
+        if not self.valid_target(self._target(message)):
             return f"no VP {message['target_vp']}"
         if self.guest_signals and "connection_id" in message.values:
             return self._why_not_signals(channel, message["connection_id"], message["event_flag"])
@@ -306,6 +313,11 @@ class Channels:
         if connection_id <= vmbus.VMBUS_MESSAGE_CONNECTION_ID_4 or connection_id >> 24 or taken:
             return f"connection id {connection_id:#x} is not the guest's to choose"
         return ""
+
+    def _target(self, message: Message) -> int:
+        """The VP that an OPENCHANNEL names; before 2.4 it names none, and the boot VP is meant."""
+        target: int = message["target_vp"]
+        return 0 if self.version < vmbus.VERSION_WIN8 else target
 
     def valid_target(self, vp_index: int) -> bool:
         """Whether a channel may interrupt this VP, or asks for no interrupts."""

@@ -26,6 +26,7 @@ from hvkvm.vmbus.actions import (
     ReleaseGpadl,
     RetargetChannel,
     SendMessage,
+    SharePage,
     TlConnect,
 )
 from hvkvm.vmbus.channel_devices import ChannelDevices
@@ -34,7 +35,7 @@ from hvkvm.vmbus.gpadl import Gpadl
 from hvkvm.vmbus.guard import fault_text
 from hvkvm.vmbus.inbox import Inbox
 from hvkvm.vmbus.offer import Channel
-from hvkvm.vmbus.open_channel import SynicUser
+from hvkvm.vmbus.open_channel import OPEN_FAILURES, SynicUser
 from hvkvm.vmbus.outbox import Outbox
 from hvkvm.vmbus.pages import Ram
 from hvkvm.vmbus.saved_host import HostState, load_host, save_host
@@ -211,8 +212,17 @@ class VmbusHost:
                 self.outbox.append(action)
             case DropMessages():
                 self.outbox.clear()
+                self.devices.shared.close()
                 for left in self._on_leave:
                     self.contain(left)
+            case SharePage(gpa):
+                status = vmbus.STATUS_SUCCESS
+                try:
+                    self.devices.shared.open(gpa)
+                except OPEN_FAILURES as error:
+                    self.server.reports.add("INITIATE_CONTACT failed", str(error))
+                    status = vmbus.STATUS_INSUFFICIENT_RESOURCES
+                self.server.shared(action, status)
             case OpenChannel():
                 self.devices.open(action)
             case CloseChannel(channel):

@@ -71,6 +71,7 @@ class Channel:
         self.offer = offer
         self.relid = 0
         self.connection_id = 0
+        """The guest's doorbell. VMBUS_EVENT_CONNECTION_ID: with a bit of the interrupt page (0.13)."""
         self.event_flag = 0
         self.state = ChannelState.HIDDEN
         self.withdrawn = False
@@ -93,7 +94,7 @@ class Channel:
         return self.state in (ChannelState.OPENING, ChannelState.OPEN, ChannelState.CLOSING)
 
     def offer_message(self) -> bytes:
-        """Its OFFERCHANNEL: dedicated interrupt, no monitor page, so that no shared page is used."""
+        """Its OFFERCHANNEL: no monitor page, and a doorbell of its own where the version has such."""
         offer = self.offer
         return wire.build(
             wire.OFFERCHANNEL,
@@ -106,7 +107,7 @@ class Channel:
             sub_channel_index=offer.sub_channel_index,
             relid=self.relid,
             monitorid=vmbus.MONITOR_ID_NONE,
-            is_dedicated=1,
+            is_dedicated=int(self.connection_id != vmbus.VMBUS_EVENT_CONNECTION_ID),
             connection_id=self.connection_id,
         )
 

@@ -9,11 +9,12 @@ from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, Protocol
 
-from hvkvm.abi.vmbus import VP_INVALID
+from hvkvm.abi.vmbus import VMBUS_EVENT_CONNECTION_ID, VP_INVALID
 from hvkvm.errors import GuestMemoryError, RouteError, Stopped
 from hvkvm.vmbus.actions import OpenChannel
 from hvkvm.vmbus.channel_io import ChannelIo
 from hvkvm.vmbus.device import Device, Done, StreamDevice
+from hvkvm.vmbus.interrupt_page import InterruptPage
 from hvkvm.vmbus.pages import Ram
 from hvkvm.vmbus.ring_reader import RingReader
 from hvkvm.vmbus.ring_writer import RingWriter
@@ -70,6 +71,7 @@ class OpenedChannel:
         call_soon: Callable[..., object],
         on_fault: Callable[[Exception], object],
         tap: Tap | None = None,
+        page: InterruptPage | None = None,
     ) -> None:
         self._channel = request.channel
         self._tap = tap if tap is not None and tap.wants_rings else None
@@ -81,6 +83,8 @@ class OpenedChannel:
         self._on_fault = on_fault
         self._flag = request.event_flag
         self._connection_id = request.connection_id
+        self._page = page
+        self._own_doorbell = request.connection_id != VMBUS_EVENT_CONNECTION_ID
         self._route: Route | None = None
         self._started = False
         self._closed = False
@@ -93,7 +97,7 @@ class OpenedChannel:
         self.retarget(request.target_vp)
         try:
             rung = self._doorbell if self._tap is None else self._tapped_doorbell
-            status = synic.connections.add_event(self._connection_id, rung)
+            status = synic.connections.add_event(self._connection_id, rung) if self._own_doorbell else 0
             if status:
                 raise OSError(-status, f"doorbell {self._connection_id:#x}")
         except BaseException:
@@ -156,6 +160,8 @@ class OpenedChannel:
     def _interrupt(self) -> None:
         if self._tap is not None:
             self._tap.signal(self._channel, TO_GUEST)
+        if self._page is not None:
+            self._page.mark(self._channel.relid)
         if self._route is not None:
             # A guest that switched its event page off hears nothing: its own choice.
             self._route.set_event_flag(self._flag)
@@ -168,6 +174,15 @@ class OpenedChannel:
     def _go_on(self) -> None:
         self._asked = False
         self._doorbell()
+
+    def ring(self) -> None:
+        """The guest has set this channel's bit in the interrupt page: look into the ring soon.
+
+        A turn for each channel, since one doorbell may mean all of them.
+        """
+        if self._tap is not None:
+            self._tap.signal(self._channel, TO_HOST)
+        self._again()
 
     def _tapped_doorbell(self) -> None:
         if self._tap is not None:
@@ -210,7 +225,8 @@ class OpenedChannel:
         """
         self._closed = True
         self.io.abandon()
-        self._synic.connections.remove_event(self._connection_id)
+        if self._own_doorbell:
+            self._synic.connections.remove_event(self._connection_id)
         try:
             self._device.close(done)
         except Exception as error:

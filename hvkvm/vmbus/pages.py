@@ -27,6 +27,8 @@ class Ram(Protocol):
 
     def view(self, gpa: int, n: int) -> memoryview: ...
 
+    def hva(self, gpa: int, n: int) -> int: ...
+
 
 RUN_PAGES = 64
 """Most pages of a run that is not the only one."""

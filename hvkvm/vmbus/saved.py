@@ -81,6 +81,7 @@ class ServerState(NamedTuple):
     version: int
     features: int
     client_id: bytes
+    interrupt_page: int
     target: tuple[int, int]
     offering: bool
     last_relid: int
@@ -97,6 +98,7 @@ def save_server(server: Server) -> ServerState:
         server.version,
         server.features,
         server.client_id,
+        server.interrupt_page,
         server.target,
         channels.offering,
         channels.last_relid,
@@ -135,7 +137,11 @@ def load_server(server: Server, state: ServerState) -> tuple[list[OpenChannel], 
     vp_index, sint = state.target
     if not server.valid_vp(vp_index) or not 0 <= sint < HV_SYNIC_SINT_COUNT:
         raise ValueError(f"its messages go to SINT {sint} of VP {vp_index}, which is not there")
-    server.connect(state.version, state.features, state.client_id, state.target)
+    page = state.interrupt_page
+    old = state.version < vmbus.VERSION_WIN8
+    if server.why_not_page(page) if old else page:
+        raise ValueError(f"its connection has an interrupt page at {page:#x}, which it cannot")
+    server.connect(state.version, state.features, state.client_id, state.target, page)
     channels = server.channels
     channels.offering = state.offering
     channels.last_relid = state.last_relid % (vmbus.MAX_RELID + 1)
@@ -168,8 +174,7 @@ def _place(channels: Channels, saved: SavedChannel) -> Channel | None:
         raise ValueError(f"its channel {offer.name!r} has relid {saved.relid} and is {saved.state[:20]}")
     channel.withdrawn, channel.broken = saved.withdrawn, saved.broken
     if not hidden:
-        channel.relid = channel.event_flag = saved.relid
-        channel.connection_id = vmbus.CHANNEL_CONNECTION_ID_BASE | saved.relid
+        channels.number(channel, saved.relid)
         channel.state = ChannelState.OFFERED
         channels.by_relid[saved.relid] = channel
     return channel if stranger else None

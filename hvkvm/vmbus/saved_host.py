@@ -64,6 +64,8 @@ def load_host(
     _offer_sub_channels(state.server, server, devices)
     opens, strangers = load_server(server, state.server)
     unknown = set(strangers)
+    if server.interrupt_page:
+        devices.shared.open(server.interrupt_page)
     started = frozenset(state.started)
     # A sub-channel's state is in its primary's, which therefore comes first.
     for request in sorted(opens, key=lambda request: request.channel.offer.sub_channel_index):

@@ -1,7 +1,7 @@
 """The control plane of a VMBus host, without I/O: messages in, messages and actions out.
 
 `receive(message)` takes one message of the guest, `take()` gives what must be
-done about it, in order (`actions`). Versions 2.4 to 6.0; a guest may connect
+done about it, in order (`actions`). Versions 0.13 to 6.0; a guest may connect
 anew at any moment, so that a kexec'ed or crashed kernel finds its bus (S62).
 
 A connection is DISCONNECTED, CONNECTED, or RESETTING: devices are told to stop
@@ -25,7 +25,7 @@ from hvkvm.abi.hv_synic import HV_SYNIC_SINT_COUNT
 from hvkvm.abi.vmbus import version_text
 from hvkvm.abi.vmbus_messages import Kind, Message
 from hvkvm.events import NULL_OBSERVER, Observer
-from hvkvm.vmbus.actions import Action, DropMessages, RetargetChannel, SendMessage, TlConnect
+from hvkvm.vmbus.actions import Action, DropMessages, RetargetChannel, SendMessage, SharePage, TlConnect
 from hvkvm.vmbus.channels import Channels
 from hvkvm.vmbus.gpadl import PageCheck
 from hvkvm.vmbus.offer import Channel, Offer
@@ -62,14 +62,18 @@ class Server:
         self.version = 0
         self.features = 0
         self.client_id = b""
+        self.interrupt_page = 0
+        """Its address, for versions before 2.4."""
         self.reports = Reports(observer)
         self.accepts_sockets = False
         """Whether the host handles `TlConnect`; else all are refused."""
+        self._contains = contains
         self._vp_count = vp_count
         self.limit_version(max_version)
         self.trace = trace
         self.target = (0, vmbus.VMBUS_MESSAGE_SINT)
         self._pending: Message | None = None  # what is answered when the reset is done
+        self._sharing: SharePage | None = None  # the contact that waits for its interrupt page
         self.tl_connects: list[TlConnect] = []
         self._out: deque[Action] = deque()
         self.channels = Channels(contains, vp_count, self._send, self._out.append, self.reports)
@@ -186,9 +190,6 @@ class Server:
             self.trace(True, message)
         kind = message.kind
         if kind.type in (wire.INITIATE_CONTACT, wire.UNLOAD):
-            if kind.type == wire.UNLOAD and self.version and self.version < kind.since:
-                self.reports.add("message ignored", f"{kind} at version {version_text(self.version)}")
-                return
             self._pending = message
             self._disconnect()
             self._finish_reset()
@@ -217,6 +218,7 @@ class Server:
     def _disconnect(self) -> None:
         self._out.append(DropMessages())
         self.state = BusState.RESETTING
+        self._sharing, self.interrupt_page = None, 0
         self.tl_connects.clear()
         self.channels.stop_all()
 
@@ -225,7 +227,7 @@ class Server:
             return
         self.channels.hide_all()
         self.state = BusState.DISCONNECTED
-        self.version = self.features = 0
+        self.version = self.features = self.channels.version = 0
         message, self._pending = self._pending, None
         if message is None:
             self.target = (0, vmbus.VMBUS_MESSAGE_SINT)
@@ -251,12 +253,18 @@ class Server:
             why = f"no VTL {vtl}"
         elif bool(message["monitor_page1"]) != bool(message["monitor_page2"]):
             why = "one monitor page of two"
+        elif version < vmbus.VERSION_WIN8:
+            why = self.why_not_page(message["interrupt_page"])
         self.target = (vp_index, sint)
         if why:
             self.reports.add("INITIATE_CONTACT refused", why)
         if why or version not in self.versions:
             state = vmbus.VMBUS_CONNECTION_FAILURE if why else vmbus.VMBUS_CONNECTION_OK
             self._send(wire.VERSION_RESPONSE, version_supported=0, connection_state=state)
+            return
+        if version < vmbus.VERSION_WIN8:
+            self._sharing = SharePage(message["interrupt_page"], version)
+            self._out.append(self._sharing)
             return
         answer = {"version_supported": 1, "msg_conn_id": version}
         if version >= vmbus.VERSION_WIN10_V5:
@@ -268,9 +276,29 @@ class Server:
         self.connect(version, features, client_id, self.target)
         self._send(wire.VERSION_RESPONSE, **answer)
 
-    def connect(self, version: int, features: int, client_id: bytes, target: tuple[int, int]) -> None:
+    def why_not_page(self, gpa: int) -> str:
+        """Why no interrupt page can lie there; empty if one can."""
+        size = vmbus.HV_HYP_PAGE_SIZE
+        return "" if gpa and not gpa % size and self._contains(gpa, size) else f"no page at {gpa:#x}"
+
+    def shared(self, request: SharePage, status: int = vmbus.STATUS_SUCCESS) -> None:
+        """Answer to `SharePage`: the host uses the page, or (status not 0) cannot."""
+        if self._sharing is not request:
+            return
+        self._sharing = None
+        if status:
+            low = vmbus.VMBUS_CONNECTION_LOW_RESOURCES
+            self._send(wire.VERSION_RESPONSE, version_supported=0, connection_state=low)
+            return
+        self.connect(request.version, 0, b"", self.target, request.gpa)
+        self._send(wire.VERSION_RESPONSE, version_supported=1, msg_conn_id=request.version)
+
+    def connect(
+        self, version: int, features: int, client_id: bytes, target: tuple[int, int], page: int = 0
+    ) -> None:
         """Be connected, by a contact or a restore. All of it has been checked."""
         self.state = BusState.CONNECTED
+        self.interrupt_page, self.channels.version = page, version
         self.version, self.features, self.client_id, self.target = version, features, client_id, target
         self.channels.guest_signals = bool(features & vmbus.FEATURE_GUEST_SPECIFIED_SIGNAL_PARAMETERS)
 
@@ -325,6 +353,7 @@ class Server:
             "state": self.state.value,
             "version": version_text(self.version) if self.version else None,
             "features": self.features,
+            "interrupt_page": self.interrupt_page or None,
             "message_vp": self.target[0],
             "message_sint": self.target[1],
             "gpadls": len(gpadls),

@@ -47,6 +47,8 @@ AS_IT_IS: Mutation = (None, ())
 PAGE = 4096
 FIRST_PAGE, PAGES = 64, 960
 """PFNs of the loopback's RAM that rings may lie on."""
+INTERRUPT_PAGE = 0x1000
+"""Its address, for versions that have one."""
 LISTENING = 9
 """The port that a program of the host's listens on."""
 PATH_PORT = 10
@@ -174,6 +176,14 @@ class Bench:
         found = list(self.known.values())
         return found[index % len(found)] if found else None
 
+    def ring(self, channel: Known) -> None:
+        """The channel's doorbell."""
+        page = self.loop.host.server.interrupt_page
+        if page and channel.connection_id == vmbus.VMBUS_EVENT_CONNECTION_ID:
+            at = page + vmbus.SEND_HALF + channel.relid // 8
+            self.loop.memory.write(at, bytes([self.loop.memory.read(at, 1)[0] | 1 << channel.relid % 8]))
+        self.loop.synic.signal(channel.connection_id)
+
     def post(self, payload: bytes, *, kind: int = HVMSG_VMBUS, size: int | None = None) -> int:
         """HvPostMessage of these bytes; the status."""
         payload = payload[:240]
@@ -183,9 +193,15 @@ class Bench:
 
     def do_contact(self, version: int, packed: int, mutation: Mutation) -> None:
         """INITIATE_CONTACT."""
-        page = packed if version >= vmbus.VERSION_WIN10_V5 else 0x1000
+        page = packed if version >= vmbus.VERSION_WIN10_V5 else INTERRUPT_PAGE
         payload = wire.build(wire.INITIATE_CONTACT, version=version, interrupt_page=page)
         self.post(mutated(payload, mutation))
+
+    def do_marks(self, at: int, data: bytes) -> None:
+        """Any bits of the interrupt page, and its doorbell."""
+        data = data[: PAGE - at % PAGE]
+        self.loop.memory.write(INTERRUPT_PAGE + at % PAGE, data)
+        self.loop.synic.signal(vmbus.VMBUS_EVENT_CONNECTION_ID)
 
     def do_message(self, number: int, index: int, gpadl: int, value: int, mutation: Mutation) -> None:
         """A message whose fields mean something, but for the mutation."""
@@ -279,7 +295,7 @@ class Bench:
         rings[0].put(kind, data, trans_id=trans_id, flags=flags)
         rings[0].flush()
         if ring:
-            self.loop.synic.signal(channel.connection_id)
+            self.ring(channel)
 
     def do_burst(self, index: int, count: int, data: bytes) -> None:
         """Many packets, one doorbell."""
@@ -300,7 +316,7 @@ class Bench:
     def do_ring(self, index: int) -> None:
         """HvSignalEvent."""
         if (channel := self.channel(index)) is not None:
-            self.loop.synic.signal(channel.connection_id)
+            self.ring(channel)
 
     def do_serve(self, index: int, status: int, count: int, choice: int, mutation: Mutation) -> None:
         """Read up to `count` packets of the host and answer as a driver does, but for the mutation."""
@@ -318,7 +334,7 @@ class Bench:
             if writer.fits(len(answer)):
                 writer.put(6, answer, trans_id=packet.trans_id)
         writer.flush()
-        self.loop.synic.signal(channel.connection_id)
+        self.ring(channel)
 
     def _answer(self, payload: bytes, status: int, choice: int) -> bytes:
         if len(payload) < ic.ICMSG_HDR + 8:

@@ -69,6 +69,7 @@ class Steps:
             self._churn: 1,
             self._fault: 4,
             self._page: 1,
+            self._marks: 2,
             self._reset: 1,
             self._wait: 6,
             self._turns: 20,
@@ -117,7 +118,8 @@ class Steps:
     # Steps.
 
     def _good_connect(self) -> list[Step]:
-        version = self.random.choice(VERSIONS[3:-1])
+        old = self.random.random() < 0.15
+        version = self.random.choice(vmbus.HOST_VERSIONS[:2] if old else VERSIONS[5:-1])
         return [
             ("contact", version, 2 | self.random.getrandbits(5) << 32, AS_IT_IS),
             ("message", wire.REQUESTOFFERS, 0, 0, 0, AS_IT_IS),
@@ -314,6 +316,10 @@ class Steps:
 
     def _page(self) -> list[Step]:
         return [("page", False), *self._turns(), ("page", True)]
+
+    def _marks(self) -> list[Step]:
+        at = self.random.choice((0, vmbus.SEND_HALF, vmbus.SEND_HALF + 256, self.random.randrange(4096)))
+        return [("marks", at, self.random.choice((b"\xff" * 300, b"\x7e", self._data()[:300])))]
 
     def _reset(self) -> list[Step]:
         return [("reset",), *self._good_connect()]
