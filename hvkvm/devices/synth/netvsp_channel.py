@@ -15,7 +15,7 @@ from collections.abc import Callable
 from typing import NamedTuple, Protocol
 
 from hvkvm.abi import nvsp, rndis
-from hvkvm.abi.ring import VM_PKT_COMP, VM_PKT_DATA_INBAND, Packet
+from hvkvm.abi.ring import VM_PKT_CANCEL_REQUEST, VM_PKT_COMP, VM_PKT_DATA_INBAND, Packet
 from hvkvm.devices.synth.netvsp_send import Send
 from hvkvm.net.port import Frame
 from hvkvm.vmbus.channel_io import ChannelIo
@@ -165,7 +165,7 @@ class NvspChannel:
                 continue
             if packet.type == VM_PKT_COMP:
                 self.nic.completed(packet.trans_id)
-            else:
+            elif packet.type != VM_PKT_CANCEL_REQUEST:  # iPXE's, for frames that it leaves: they have gone
                 self._take(io, packet)
                 if self.io is not io or reader.broken:
                     return
