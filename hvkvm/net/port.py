@@ -160,4 +160,4 @@ class Statistics:
 
 def frame_bytes(frame: Frame) -> int:
     """Bytes of the Ethernet frame, the vnet header not counted."""
-    return sum(map(len, frame)) - VIRTIO_NET_HDR_BYTES
+    return len(frame[1]) if len(frame) == 2 else sum(map(len, frame)) - VIRTIO_NET_HDR_BYTES

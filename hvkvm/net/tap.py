@@ -123,16 +123,16 @@ class TapPort(BasePort):
             handle.remove()
 
     def _readable(self) -> None:
-        fd = self._fd
+        fd, plain, readv = self._fd, not self._vnet_header, os.readv
         frames: list[Frame] = []
         size = 0
         try:
             for slot in self._slots:
-                if self._vnet_header:
-                    count = os.readv(fd, slot) - VIRTIO_NET_HDR_BYTES
-                else:
+                if plain:
                     slot[0][:] = PLAIN
-                    count = os.readv(fd, slot[1:])
+                    count = readv(fd, slot[1:])
+                else:
+                    count = readv(fd, slot) - VIRTIO_NET_HDR_BYTES
                 if count < ETHERNET_BYTES:
                     continue
                 frames.append((slot[0], slot[1][:count]))

@@ -96,6 +96,33 @@ class GuestPages:
             view[:] = data[at : at + len(view)]
             at += len(view)
 
+    def write_all(self, offset: int, parts: Sequence[bytes | memoryview]) -> None:
+        """Write all of `parts`, one behind the other."""
+        only = self.only
+        if only is not None:
+            for part in parts:
+                end = offset + len(part)
+                only[offset:end] = part
+                offset = end
+            return
+        runs = self._runs
+        run, at, left = memoryview(bytearray()), 0, 0
+        for part in parts:
+            data, n = part, len(part)
+            while n > left:
+                if left:
+                    run[at:] = data[:left]
+                    data = data[left:]
+                    n -= left
+                    offset += left
+                index, at = divmod(offset, HV_HYP_PAGE_SIZE)
+                run = runs.get(index) or self._run(index)
+                left = len(run) - at
+            run[at : at + n] = data
+            at += n
+            left -= n
+            offset += n
+
 
 def range_views(
     memory: Ram,

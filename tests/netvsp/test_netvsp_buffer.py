@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import random
+
 from hypothesis import given
 from hypothesis import strategies as st
 
 from hvkvm.devices.synth.netvsp_buffer import Pieces
+from hvkvm.vmbus.pages import GuestPages
 
 STEPS = st.lists(st.tuples(st.sampled_from(["lend", "back", "undo", "twice", "save"]), st.integers(0, 400)))
 
@@ -56,3 +59,34 @@ def test_an_unknown_piece_is_none() -> None:
     assert not pieces.back(1 << 63)
     assert pieces.lend(0, 8) == 1
     assert pieces.next_id == 2
+
+
+class PlainRam:
+    """Pages of RAM."""
+
+    def __init__(self, pages: int) -> None:
+        self._bytes = memoryview(bytearray(pages * 4096))
+
+    def contains(self, gpa: int, n: int) -> bool:
+        return gpa + n <= len(self._bytes)
+
+    def view(self, gpa: int, n: int) -> memoryview:
+        return self._bytes[gpa : gpa + n]
+
+
+@given(
+    st.permutations(range(12)),
+    st.integers(0, 100),
+    st.lists(st.integers(0, 9000), max_size=5),
+)
+def test_what_is_laid_in_parts_lies_as_if_it_were_one(order: list[int], at: int, sizes: list[int]) -> None:
+    whole = random.Random(at).randbytes(sum(sizes))[: 12 * 4096 - at]
+    parts, rest = [], memoryview(whole)
+    for size in sizes:
+        parts.append(rest[:size])
+        rest = rest[size:]
+    for pfns in (order, list(range(12))):  # scattered, and one run
+        ram = PlainRam(12)
+        GuestPages(ram, pfns).write_all(at, parts)
+        lies = b"".join(ram.view(pfn * 4096, 4096) for pfn in pfns)
+        assert lies == bytes(at) + whole + bytes(12 * 4096 - at - len(whole))

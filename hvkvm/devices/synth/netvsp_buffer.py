@@ -11,6 +11,7 @@ Owner: the I/O loop. Nothing here raises for what a guest does.
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Sequence
 
 from hvkvm.abi.vmbus import HV_HYP_PAGE_SIZE
 from hvkvm.vmbus.gpadl import Gpadl
@@ -39,9 +40,9 @@ class GuestBuffer:
         """A copy; the caller keeps it inside `size`."""
         return self._pages.read(self._base + offset, n)
 
-    def write(self, offset: int, data: bytes | memoryview) -> None:
-        """Write all of `data`; the caller keeps it inside `size`."""
-        self._pages.write(self._base + offset, data)
+    def write_all(self, offset: int, parts: Sequence[bytes | memoryview]) -> None:
+        """Write all of `parts`, one behind the other; the caller keeps them inside `size`."""
+        self._pages.write_all(self._base + offset, parts)
 
 
 class Pieces:

@@ -273,11 +273,7 @@ class Receive:
         ranges = []
         for head, views, size in batch:
             ranges.append(TransferRange(size, at))
-            buffer.write(at, head)
-            here = at + len(head)
-            for view in views:
-                buffer.write(here, view)
-                here += len(view)
+            buffer.write_all(at, (head, *views))
             at += (size + 7) & ~7
             payload += size - len(head)
             large += size - len(head) > self.max_frame
