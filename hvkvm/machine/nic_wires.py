@@ -38,6 +38,7 @@ def _layers(io: IoLoop, spec: NicSpec, wire: Wire, observer: Observer) -> Wire:
 
 def _backend(io: IoLoop, spec: NicSpec, observer: Observer) -> Wire:
     mtu = spec.mtu if spec.mtu > 0 else None
+    queues = 1 if spec.has_faults else max(1, spec.queues)  # a faulty wire has one
     if spec.backend == "user":
         from hvkvm.net.user import DEFAULT_MTU, Forward, start_user
 
@@ -59,9 +60,9 @@ def _backend(io: IoLoop, spec: NicSpec, observer: Observer) -> Wire:
     if spec.backend == "create":
         from hvkvm.net.tap_make import NewTap, make_tap
 
-        tap = make_tap(NewTap(spec.name, mtu or DEFAULT_MTU, spec.ip, spec.bridge, spec.netns))
+        tap = make_tap(NewTap(spec.name, mtu or DEFAULT_MTU, spec.ip, spec.bridge, spec.netns, queues))
     elif spec.tap:
-        tap = open_tap(spec.tap, mtu)
+        tap = open_tap(spec.tap, mtu, queues)
     else:
         tap = take_fd(spec.fd, mtu)
     return TapPort(io, tap, observer=observer)

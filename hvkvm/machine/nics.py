@@ -80,12 +80,17 @@ class Nics:
         """The wire that `spec` asks for. ConfigError. Any thread; may block."""
         from hvkvm.machine.nic_wires import open_wire
 
-        return open_wire(self._platform.io, spec, self._platform.observer)
+        return open_wire(self._platform.io, spec._replace(queues=self._queues(spec)), self._platform.observer)
+
+    def _queues(self, spec: NicSpec) -> int:
+        """Most channels of a NIC, and queues of its wire: one a vCPU, unless `spec` says how many."""
+        from hvkvm.net.port import MAX_QUEUES
+
+        return spec.queues if spec.queues > 0 else min(self._platform.config.cpus, MAX_QUEUES)
 
     def add(self, spec: NicSpec, wire: Wire) -> Nic:
         """Give the guest a NIC on `wire`. ConfigError when it cannot be, and then the wire is closed."""
         from hvkvm.devices.synth.netvsp import Netvsp, address_of
-        from hvkvm.net.port import MAX_QUEUES
 
         number = next(n for n in range(MAX_NICS + 1) if f"net{n}" not in self.nics)
         if number == MAX_NICS:
@@ -93,7 +98,7 @@ class Nics:
             raise ConfigError(f"--net: a VM has up to {MAX_NICS} NICs; remove one")
         name = f"net{number}"
         mac = bytes.fromhex(spec.mac.replace(":", "")) if spec.mac else address_of(self._vm_name, number)
-        queues = spec.queues if spec.queues > 0 else min(self._platform.config.cpus, MAX_QUEUES)
+        queues = self._queues(spec)
         try:
             device = Netvsp(self._platform.memory, wire, name=name, address=mac, queues=queues)
             wire.attach(device)

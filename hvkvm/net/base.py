@@ -67,12 +67,12 @@ class BasePort(ABC):
         self._stop_reading()
         done()
 
-    def send(self, frames: Sequence[Frame]) -> int:
+    def send(self, frames: Sequence[Frame], queue: int = 0) -> int:
         """See `Port.send`."""
         if not self.up:
             self.statistics.sent_dropped += len(frames)
             return len(frames)
-        taken = self._transmit(frames)
+        taken = self._transmit(frames, queue)
         if taken < len(frames):
             self.statistics.send_waits += 1
         return taken
@@ -112,7 +112,7 @@ class BasePort(ABC):
     # The backend's.
 
     @abstractmethod
-    def _transmit(self, frames: Sequence[Frame]) -> int:
+    def _transmit(self, frames: Sequence[Frame], queue: int) -> int:
         """Send as many as go; how many went or were dropped. Keep the statistics of what was sent."""
 
     @abstractmethod

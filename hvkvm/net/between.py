@@ -53,9 +53,9 @@ class Between:
         """See `Port.close`."""
         self.below.close()
 
-    def send(self, frames: Sequence[Frame]) -> int:
+    def send(self, frames: Sequence[Frame], queue: int = 0) -> int:
         """See `Port.send`."""
-        return self.below.send(frames)
+        return self.below.send(frames, queue)
 
     def resume(self) -> None:
         """See `Port.resume`."""

@@ -46,9 +46,9 @@ class Capture(Between):
         described = pcapng.interface_description(pcapng.LINKTYPE_ETHERNET, name)
         self._write([pcapng.section_header("hvkvm"), described])
 
-    def send(self, frames: Sequence[Frame]) -> int:
+    def send(self, frames: Sequence[Frame], queue: int = 0) -> int:
         """See `Port.send`. What was taken is written."""
-        taken = self.below.send(frames)
+        taken = self.below.send(frames, queue)
         self._record(frames[:taken], pcapng.OUTBOUND)
         return taken
 

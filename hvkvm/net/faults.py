@@ -171,8 +171,8 @@ class FaultyWire(Between):
         self._quiet()
         super().close()
 
-    def send(self, frames: Sequence[Frame]) -> int:
-        """See `Port.send`. What finds no room further on is held, or lost."""
+    def send(self, frames: Sequence[Frame], queue: int = 0) -> int:
+        """See `Port.send`: one queue for all. What finds no room further on is held, or lost."""
         taken = self._out.take(frames)
         if taken < len(frames):
             self._io.call_soon(super().writable)

@@ -112,8 +112,11 @@ class Port(Protocol):
         """Give back everything that was made on the host. Idempotent; on the loop or after its end."""
         ...
 
-    def send(self, frames: Sequence[Frame]) -> int:
+    def send(self, frames: Sequence[Frame], queue: int = 0) -> int:
         """Take frames of the guest; how many were taken. Fewer: `Receiver.writable` comes later.
+
+        `queue` is the channel of the NIC that they came by, from 0: a port that has several queues itself
+        keeps them apart, and may have room in one while another has none.
 
         A frame that cannot be carried (too short or long, or lying about its offloads) is taken and counted
         as dropped. Never raises for what a frame holds.

@@ -108,7 +108,7 @@ class StreamPort(BasePort):
 
     # Sending.
 
-    def _transmit(self, frames: Sequence[Frame]) -> int:
+    def _transmit(self, frames: Sequence[Frame], queue: int) -> int:
         taken = 0
         self._cut = 0
         while taken < len(frames) and self._sock is not None:

@@ -9,6 +9,7 @@ import errno
 import os
 from collections.abc import Mapping, Sequence
 from fcntl import ioctl
+from functools import partial
 from typing import Any
 
 from hvkvm.abi.if_tun import TUNSETOFFLOAD
@@ -33,7 +34,10 @@ SLOT_BYTES = (VIRTIO_NET_HDR_BYTES + MAX_FRAME_BYTES + 4095) & ~4095
 
 
 class TapPort(BasePort):
-    """The tap interface `tap`, whose fd becomes this port's."""
+    """The tap interface `tap`, whose fds become this port's: one a queue.
+
+    Linux remembers by which queue a flow's frames came, and has those that go back take the same one.
+    """
 
     kind = "tap"
 
@@ -42,12 +46,13 @@ class TapPort(BasePort):
             io, tap.mtu, offloads=ALL_OFFLOADS if tap.vnet_header else NO_OFFLOADS, observer=observer
         )
         self.name = tap.name
-        self._fd = tap.fd
+        self._fds = [tap.fd, *tap.more]
         self._vnet_header = tap.vnet_header
         self._wanted = NO_OFFLOADS
-        self._handle: Any = None
+        self._handles: list[Any] = []
         self._watch: SocketWatch | None = None
-        self._watched: Watched | None = None
+        self._watched: dict[int, Watched] = {}
+        # For all queues: a turn's frames are taken or kept, and nothing is read while some are kept.
         # Pages that no frame reaches stay untouched, and cost nothing.
         pool = memoryview(bytearray(TURN_FRAMES * SLOT_BYTES))
         slots = [pool[at : at + SLOT_BYTES] for at in range(0, len(pool), SLOT_BYTES)]
@@ -56,37 +61,38 @@ class TapPort(BasePort):
     def set_offloads(self, wanted: Offloads) -> None:
         """See `Port.set_offloads`."""
         wanted = wanted.within(self.offloads)
-        if wanted == self._wanted or self._fd < 0:
+        if wanted == self._wanted or not self._fds:
             return
         flags = TUN_F_CSUM if wanted.csum else 0
         flags |= TUN_F_TSO4 | TUN_F_TSO_ECN if wanted.tso4 else 0
         flags |= TUN_F_TSO6 | TUN_F_TSO_ECN if wanted.tso6 else 0
         try:
-            ioctl(self._fd, TUNSETOFFLOAD, flags)
+            ioctl(self._fds[0], TUNSETOFFLOAD, flags)
         except OSError as error:
             self._fail(f"{self.name}: TUNSETOFFLOAD: {error.strerror}")
             return
         self._wanted = wanted
 
     def close(self) -> None:
-        """See `Port.close`. An interface that was made for us goes with its fd."""
+        """See `Port.close`. An interface that was made for us goes with its fds."""
         self._started = False
         self._stop_reading()
         if self._watch is not None:
             self._watch.close()
-            self._watch = self._watched = None
-        fd, self._fd = self._fd, -1
-        if fd >= 0:
-            os.close(fd)
+            self._watch, self._watched = None, {}
+        while self._fds:
+            os.close(self._fds.pop())
 
     def _details(self) -> Mapping[str, object]:
         return {
             "interface": self.name,
+            "queues": len(self._fds),
             "offloads": " ".join(k for k, on in self._wanted._asdict().items() if on),
         }
 
-    def _transmit(self, frames: Sequence[Frame]) -> int:
-        fd, statistics, plain = self._fd, self.statistics, not self._vnet_header
+    def _transmit(self, frames: Sequence[Frame], queue: int) -> int:
+        fd = self._fds[queue % len(self._fds)] if self._fds else -1
+        statistics, plain = self.statistics, not self._vnet_header
         sent = 0
         for frame in frames:
             views = frame[1:] if plain else frame
@@ -95,7 +101,7 @@ class TapPort(BasePort):
             try:
                 count = os.writev(fd, views)
             except BlockingIOError:
-                self._await_room()
+                self._await_room(fd)
                 break
             except OSError as error:
                 if error.errno == errno.EBADFD:
@@ -108,22 +114,22 @@ class TapPort(BasePort):
             sent += 1
         return sent
 
-    def _await_room(self) -> None:
-        if self._watch is None or self._watched is None:
+    def _await_room(self, fd: int) -> None:
+        if self._watch is None:
             self._watch = SocketWatch(self.io)
-            self._watched = self._watch.add(self._fd, lambda _mask: self._writable())
-        self._watched.arm(WRITE)
+        if fd not in self._watched:
+            self._watched[fd] = self._watch.add(fd, lambda _mask: self._writable())
+        self._watched[fd].arm(WRITE)
 
     def _read_on(self) -> None:
-        self._handle = self.io.add_reader(self._fd, self._readable)
+        self._handles = [self.io.add_reader(fd, partial(self._readable, fd)) for fd in self._fds]
 
     def _read_off(self) -> None:
-        handle, self._handle = self._handle, None
-        if handle is not None:
-            handle.remove()
+        while self._handles:
+            self._handles.pop().remove()
 
-    def _readable(self) -> None:
-        fd, plain, readv = self._fd, not self._vnet_header, os.readv
+    def _readable(self, fd: int) -> None:
+        plain, readv = not self._vnet_header, os.readv
         frames: list[Frame] = []
         size = 0
         try:

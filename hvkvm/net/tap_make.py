@@ -14,7 +14,15 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from hvkvm.abi import if_tun
 from hvkvm.errors import ConfigError
-from hvkvm.net.tap_open import DEFAULT_MTU, Tap, check_name, open_tun, prepared, set_interface
+from hvkvm.net.tap_open import (
+    DEFAULT_MTU,
+    Tap,
+    check_name,
+    more_queues,
+    open_tun,
+    prepared,
+    set_interface,
+)
 
 if TYPE_CHECKING:
     from pyroute2 import IPRoute
@@ -31,6 +39,7 @@ class NewTap(NamedTuple):
     addresses: tuple[str, ...] = ()
     bridge: str = ""
     netns: str = ""
+    queues: int = 1
 
 
 def make_tap(wanted: NewTap) -> Tap:
@@ -76,6 +85,7 @@ def _make(wanted: NewTap) -> Tap:
     fd = open_tun(what)
     try:
         flags = if_tun.IFF_TAP | if_tun.IFF_NO_PI | if_tun.IFF_VNET_HDR | if_tun.IFF_TUN_EXCL
+        flags |= if_tun.IFF_MULTI_QUEUE if wanted.queues > 1 else 0
         try:
             name = set_interface(fd, wanted.name or NAMES, flags)
         except OSError as error:
@@ -86,7 +96,8 @@ def _make(wanted: NewTap) -> Tap:
         except NetlinkError as error:
             reason = error.args[1] if len(error.args) > 1 else str(error)
             raise ConfigError(f"{what}: {name}: {reason}; check mtu=, ip= and bridge=") from None
-        return prepared(fd, name, wanted.mtu, vnet_header=True)
+        tap = prepared(fd, name, wanted.mtu, vnet_header=True)
+        return tap._replace(more=more_queues(name, flags, wanted.queues - 1))
     except BaseException:
         os.close(fd)
         raise

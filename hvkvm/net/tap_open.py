@@ -30,10 +30,15 @@ class Tap(NamedTuple):
     name: str
     mtu: int
     vnet_header: bool
+    more: tuple[int, ...] = ()
+    """The fds of further queues, as `fd`."""
 
 
-def open_tap(name: str, mtu: int | None = None) -> Tap:
-    """The interface `name`, which is there. `mtu` overrides the one it has. ConfigError."""
+def open_tap(name: str, mtu: int | None = None, queues: int = 1) -> Tap:
+    """The interface `name`, which is there. `mtu` overrides the one it has. ConfigError.
+
+    Up to `queues` of its queues, if it was made for several: as many as are free.
+    """
     what = f"--net tap={name}"
     check_name(what, name)
     try:
@@ -51,10 +56,11 @@ def open_tap(name: str, mtu: int | None = None) -> Tap:
         except OSError as error:
             if error.errno != errno.EINVAL:
                 raise
-            set_interface(
-                fd, name, flags | if_tun.IFF_MULTI_QUEUE
-            )  # one made for several queues takes no less
-        return prepared(fd, name, mtu or _mtu_of(name), vnet_header=True)
+            # One made for several queues takes no less.
+            flags |= if_tun.IFF_MULTI_QUEUE
+            set_interface(fd, name, flags)
+        tap = prepared(fd, name, mtu or _mtu_of(name), vnet_header=True)
+        return tap._replace(more=more_queues(name, flags, queues - 1))
     except OSError as error:
         os.close(fd)
         raise ConfigError(f"{what}: {reason_of(error, name)}") from None
@@ -92,6 +98,23 @@ def set_interface(fd: int, name: str, flags: int) -> str:
     ioctl(fd, if_tun.TUNSETIFF, request)
     raw, _flags = if_tun.ifreq_flags.unpack(request)
     return str(raw.rstrip(b"\0").decode())
+
+
+def more_queues(name: str, flags: int, count: int) -> tuple[int, ...]:
+    """The fds of up to `count` further queues of `name`, if `flags` say that it has several.
+
+    Fewer if Linux gives no more. In the interface's network namespace.
+    """
+    fds: list[int] = []
+    while flags & if_tun.IFF_MULTI_QUEUE and len(fds) < count:
+        fd = open_tun(f"--net tap={name}")
+        try:
+            set_interface(fd, name, flags & ~if_tun.IFF_TUN_EXCL)
+        except OSError:
+            os.close(fd)
+            break
+        fds.append(fd)
+    return tuple(fds)
 
 
 def open_tun(what: str) -> int:

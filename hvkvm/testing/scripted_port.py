@@ -26,6 +26,8 @@ class ScriptedPort:
         self.mtu = mtu
         self.statistics = Statistics()
         self.sent: list[tuple[bytes, bytes]] = []
+        self.queues: list[int] = []
+        """The queue that each call of `send` named."""
         self.batches: list[int] = []
         """How many frames each call of `send` had."""
         self.room: int | None = None
@@ -60,8 +62,9 @@ class ScriptedPort:
     def close(self) -> None:
         """See `net.port.Port`."""
 
-    def send(self, frames: Sequence[Frame]) -> int:
+    def send(self, frames: Sequence[Frame], queue: int = 0) -> int:
         """See `net.port.Port`."""
+        self.queues.append(queue)
         taken = len(frames) if self.room is None else min(self.room, len(frames))
         self.batches.append(len(frames))
         for frame in frames[:taken]:

@@ -193,7 +193,8 @@ def test_an_interface_that_is_taken_away_is_a_link_that_is_down(loop, tap, netns
 def test_what_was_made_goes_with_a_killed_process(netns):
     code = (
         "from hvkvm.net.tap_make import NewTap, make_tap\n"
-        f"wanted = NewTap(name='mine', netns={netns.name!r}, addresses=({HOST + '/24'!r},), mtu=9000)\n"
+        f"more = dict(netns={netns.name!r}, addresses=({HOST + '/24'!r},), queues=2)\n"
+        "wanted = NewTap(name='mine', mtu=9000, **more)\n"
         "print(make_tap(wanted).mtu)\n"
         "import sys; sys.stdout.flush(); sys.stdin.read()"
     )
@@ -209,15 +210,110 @@ def test_what_was_made_goes_with_a_killed_process(netns):
     assert netns.interfaces() == {"lo"}  # its last fd was closed before it could be waited for
 
 
-def test_a_persistent_interface_is_used_and_left(loop, netns):
+@pytest.mark.parametrize("queues", [1, 3])
+def test_a_persistent_interface_is_used_and_left(loop, netns, queues):
     netns.run("ip", "tuntap", "add", "dev", "kept", "mode", "tap", "multi_queue")
     netns.run("ip", "link", "set", "kept", "mtu", "1400", "up")
-    port = TapPort(loop, netns.do(open_tap, "kept"))
+    port = TapPort(loop, netns.do(open_tap, "kept", None, queues))
     assert port.mtu == 1400
+    assert loop.do(port.inspect)["queues"] == queues
     nic = connect(loop, port)
     nic.wait(lambda n: n.got)  # Linux's own first words on a link that comes up
     loop.do(port.close)
     assert netns.interfaces() == {"lo", "kept"}
+
+
+def test_an_interface_for_one_queue_has_one(loop, netns):
+    netns.run("ip", "tuntap", "add", "dev", "one", "mode", "tap")
+    port = TapPort(loop, netns.do(open_tap, "one", None, 4))
+    assert loop.do(port.inspect)["queues"] == 1
+    loop.do(port.close)
+
+
+class WatchedPort(TapPort):
+    """Remembers by which queue, from 0, each frame came."""
+
+    def __init__(self, *args):
+        super().__init__(*args)
+        self.came = []
+
+    def _readable(self, fd):
+        before = len(self._receiver.got)
+        super()._readable(fd)
+        self.came += [(self._fds.index(fd), frame) for frame in self._receiver.got[before:]]
+
+
+def test_flows_keep_to_their_queues(loop, netns):
+    port = WatchedPort(loop, make_tap(NewTap(netns=netns.name, addresses=(f"{HOST}/24",), queues=3)))
+    try:
+        nic = connect(loop, port)
+        mac = learn(loop, port, nic)
+        with udp_socket(netns, 7) as sock:
+            for flow in range(9):
+                # A NIC may have more channels than the interface has queues.
+                text = b"of flow %d" % flow
+                packet = p.udp(GUEST, HOST, 1000 + flow, 7, text)
+                frame = p.ethernet(mac, p.OURS, 0x800, p.ipv4(GUEST, HOST, 17, packet))
+                assert loop.do(port.send, views(frame), flow) == 1
+                assert sock.recvfrom(100) == (text, (GUEST, 1000 + flow))
+                sock.sendto(b"back" + text, (GUEST, 1000 + flow))
+                nic.frame(lambda f, text=text: f.endswith(b"back" + text))
+        loop.do(lambda: None)  # the turn that brought it has ended
+        back = [(queue, frame[-1] - ord("0")) for queue, frame in port.came if b"backof flow" in frame]
+        assert back == [(flow % 3, flow) for flow in range(9)]
+        assert port.statistics.sent_dropped == 0
+    finally:
+        loop.do(port.close)
+    assert netns.interfaces() == {"lo"}
+
+
+def test_what_a_killed_process_used_is_used_again_without_its_offloads(loop, netns):
+    netns.run("ip", "tuntap", "add", "dev", "kept", "mode", "tap")
+    netns.run("ip", "addr", "add", f"{HOST}/24", "dev", "kept")
+    netns.run("ip", "link", "set", "kept", "up")
+    code = (
+        "import sys\n"
+        "from fcntl import ioctl\n"
+        "from hvkvm.abi.if_tun import TUNSETOFFLOAD\n"
+        "from hvkvm.abi.virtio_net_hdr import TUN_F_CSUM, TUN_F_TSO4\n"
+        "from hvkvm.net.tap_open import open_tap\n"
+        "ioctl(open_tap('kept').fd, TUNSETOFFLOAD, TUN_F_CSUM | TUN_F_TSO4)\n"
+        "print('open'); sys.stdout.flush(); sys.stdin.read()"
+    )
+    process = subprocess.Popen(
+        ["ip", "netns", "exec", netns.name, sys.executable, "-c", code],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout.readline() == "open\n"
+    assert "another program has it" in netns.do(refused, open_tap, "kept")
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    port = TapPort(loop, netns.do(open_tap, "kept"))
+    try:
+        nic = connect(loop, port)
+        learn(loop, port, nic)
+        with udp_socket(netns, 7) as sock:
+            sock.sendto(b"summed", (GUEST, 9))
+            frame = nic.frame(lambda f: f.endswith(b"summed"))
+        assert parse(nic.headers[nic.got.index(frame)]).flags & VIRTIO_NET_HDR_F_NEEDS_CSUM == 0
+        assert frame[34:] == p.udp(HOST, GUEST, 7, 9, b"summed")
+    finally:
+        loop.do(port.close)
+
+
+def test_a_namespace_whose_name_is_taken_away_lasts_as_long_as_its_interface(loop):
+    name = f"hvkvm-gone-{os.getpid()}"
+    subprocess.run(["ip", "netns", "add", name], check=True)
+    try:
+        port = TapPort(loop, make_tap(NewTap(netns=name, addresses=(f"{HOST}/24",), queues=2)))
+    finally:
+        subprocess.run(["ip", "netns", "del", name], check=True)
+    try:
+        learn(loop, port, connect(loop, port))
+    finally:
+        loop.do(port.close)
 
 
 def test_an_fd_without_vnet_header_carries_whole_frames(loop, netns):

@@ -26,7 +26,7 @@ class TestWire(BasePort):
         self.room = room
         self._writable()
 
-    def _transmit(self, frames):
+    def _transmit(self, frames, _queue):
         taken = len(frames) if self.room is None else min(self.room, len(frames))
         if self.room is not None:
             self.room -= taken

@@ -213,9 +213,9 @@ class Netvsp:
         """A piece of the receive buffer is free again. Who completes what is not out is not heeded."""
         self.receive.pieces.back(trans_id)
 
-    def transmit(self, frames: list[Frame]) -> int:
-        """Frames to the wire; how many were taken."""
-        return self.port.send(frames)
+    def transmit(self, frames: list[Frame], queue: int) -> int:
+        """Frames of channel `queue` to the wire; how many were taken."""
+        return self.port.send(frames, queue)
 
     def after(self, io: ChannelIo) -> None:
         """A channel's turn is at its end: what others wait for."""

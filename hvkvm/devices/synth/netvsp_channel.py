@@ -55,7 +55,7 @@ class Nic(Protocol):
 
     def completed(self, trans_id: int) -> None: ...
 
-    def transmit(self, frames: list[Frame]) -> int: ...
+    def transmit(self, frames: list[Frame], queue: int) -> int: ...
 
     def after(self, io: ChannelIo) -> None: ...
 
@@ -226,7 +226,7 @@ class NvspChannel:
         """Give the wire what waits; whether more may be read."""
         frames = self._frames
         if frames and not self._blocked:
-            taken = self.nic.transmit(frames)
+            taken = self.nic.transmit(frames, self.offer.sub_channel_index)
             if taken < len(frames):
                 self._blocked = True
                 del frames[:taken]
