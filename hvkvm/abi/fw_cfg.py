@@ -50,3 +50,18 @@ LOADER_ADD_POINTER = 2
 LOADER_ADD_CHECKSUM = 3
 LOADER_ZONE_HIGH = 1
 LOADER_ZONE_FSEG = 2
+
+RAMFB_FILE = "etc/ramfb"
+RAMFBCfg = struct.Struct(">QIIIII")
+"""addr, fourcc, flags, width, height, stride; big-endian (QEMU hw/display/ramfb.c)."""
+DRM_FORMAT_RGB888 = b"RG24"
+DRM_FORMAT_BGR888 = b"BG24"
+DRM_FORMAT_XRGB8888 = b"XR24"
+DRM_FORMAT_ARGB8888 = b"AR24"
+DRM_FORMAT_XBGR8888 = b"XB24"
+DRM_FORMAT_ABGR8888 = b"AB24"
+DRM_FORMAT_RGBX8888 = b"RX24"
+DRM_FORMAT_RGBA8888 = b"RA24"
+DRM_FORMAT_BGRX8888 = b"BX24"
+DRM_FORMAT_BGRA8888 = b"BA24"
+"""Linux uapi/drm/drm_fourcc.h: the letters of a pixel's components from its high bits to its low ones."""

@@ -25,6 +25,7 @@ EPILOG = """verbs:
   break [KEYS]              break on the serial console; Linux takes the next key as SysRq
   nmi                       interrupt that cannot be masked, for --cpu N or for each
   save FILE                 the whole VM, for hvkvm run --restore FILE; it runs on
+  screenshot FILE.png       what the guest's framebuffer shows
   net list|stats            the NICs; add WIRE, remove NAME, link NAME up|down
   kvp get|set|delete|list   key-value exchange with the guest's daemon
   freeze, thaw              the guest's file systems, for a snapshot
@@ -46,6 +47,7 @@ POOLS = ("external", "guest", "auto")
 WAIT_SECONDS = 300.0
 FREEZE_SECONDS = 60.0
 SAVE_SECONDS = 600.0
+SCREENSHOT_SECONDS = 60.0
 DISK_SECONDS = 60.0
 """An image that is taken away is flushed first."""
 LIST_SECONDS = 2.0
@@ -87,6 +89,8 @@ def verb_parser(verb: str) -> Parser:
         parser.add_argument("file", metavar="FILE", help="where to; one that is there is replaced")
         parser.add_argument("--end", action="store_true", help="end the run at that: for a VM with disks")
         parser.add_argument("--compress", action="store_true", help="by zstd, for keeping: small, and slower")
+    elif verb == "screenshot":
+        parser.add_argument("file", metavar="FILE.png", help="where to; one that is there is replaced")
     elif verb == "nmi":
         parser.add_argument("--cpu", metavar="N", help="for this vCPU only")
     elif verb == "disk":
@@ -286,6 +290,11 @@ def _save(options: Options) -> int:
     return _tell(options, result, lambda result: f"saved to {ctl_text.harmless(result['file'])}")
 
 
+def _screenshot(options: Options) -> int:
+    result = _ask(options, "screenshot", SCREENSHOT_SECONDS, file=os.path.abspath(options.file))
+    return _tell(options, result, ctl_text.screenshot)
+
+
 def _net(options: Options) -> int:
     result = _ask(options, "net", ctl_net.SECONDS, **ctl_net.request(options))
     return _tell(options, result, ctl_net.text_of(options))
@@ -347,6 +356,7 @@ VERBS: dict[str, Callable[[Options], int]] = {
     "break": _break,
     "nmi": _nmi,
     "save": _save,
+    "screenshot": _screenshot,
     "net": _net,
     "kvp": _kvp,
     "freeze": _freeze,

@@ -20,6 +20,7 @@ SUMMARY = {
     "break": "Send a break on the serial console, which Linux takes for the SysRq key.",
     "nmi": "Send a non-maskable interrupt, as a server's NMI button does.",
     "save": "Write the whole VM to FILE; `hvkvm run --restore FILE` goes on from there.",
+    "screenshot": "Write what the guest's framebuffer shows to FILE.png.",
     "net": "List NICs and what went over them; add and remove them, and pull their cables.",
     "kvp": "Read and write the pools of key-value exchange.",
     "freeze": "Freeze the guest's file systems, for a snapshot of its disks.",
@@ -113,6 +114,11 @@ def time(result: dict[str, Any]) -> str:
     return (
         f"host {host}\nguest: {driver}; told to set its clock {sent['sync']} times, {sent['sample']} samples"
     )
+
+
+def screenshot(result: dict[str, Any]) -> str:
+    """One line."""
+    return f"{result['width']} x {result['height']} pixels in {harmless(result['file'])}"
 
 
 def nmi(result: dict[str, Any]) -> str:

@@ -37,10 +37,11 @@ def checks(path: str) -> Iterator[Check]:
     yield _memory()
     yield Check("PASS", "boot disk", "NVMe (--disk), which firmware and Windows both have a driver for")
     yield Check("PASS", "console", "COM1: Emergency Management Services and SAC, where the image has them on")
+    yield Check("PASS", "display", "ramfb, with --hv windows; hvkvm ctl screenshot FILE.png shows it")
     yield Check(
         "WARN",
-        "display",
-        "none: no frame buffer, so Windows' set-up and desktop cannot be seen",
+        "keyboard",
+        "on the VMBus only (--vmbus on, hvkvm ctl keys): firmware reads COM1, and there is no pointer",
         "install elsewhere, turn EMS on there (bcdedit /ems on), and bring the image",
     )
     yield Check(

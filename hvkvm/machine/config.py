@@ -257,6 +257,15 @@ class MachineConfig(NamedTuple):
             checks.firmware_vars,
         ),
     ] = None
+    display: Annotated[
+        Literal["auto", "ramfb", "none"],
+        Field(
+            Choice(("auto", "ramfb", "none")),
+            "--display auto|ramfb|none",
+            "a framebuffer, which `hvkvm ctl screenshot` shows (auto: with --hv windows)",
+            in_saved=True,
+        ),
+    ] = "auto"
     pci: Annotated[bool, Field(OnOff())] = False
     apic_bus_ns: Annotated[int, Field(Number(20), check=checks.apic_bus_ns)] = 0
     record: Annotated[
@@ -309,6 +318,12 @@ class MachineConfig(NamedTuple):
     def has_pci(self) -> bool:
         """Whether the machine has a PCI bus."""
         return self.pci or self.firmware is not None or any(self.bus_of(one) != "vmbus" for one in self.media)
+
+    @property
+    def has_display(self) -> bool:
+        """Whether there is a framebuffer: on demand, and for Windows, which does not run without."""
+        wanted = self.display == "ramfb" or (self.display == "auto" and "windows" in self.hv.split(","))
+        return wanted and self.firmware is not None
 
     @property
     def starts_firmware(self) -> bool:

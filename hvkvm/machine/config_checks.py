@@ -120,6 +120,8 @@ def together(config: Any) -> None:
             raise ConfigError(f"{what}: needs the VMBus host that carries it; add --vmbus on")
     if config.restore is None and config.firmware_vars is not None and not config.starts_firmware:
         raise ConfigError(f"--firmware-vars {config.firmware_vars}: nobody to have them; add --firmware auto")
+    if config.saved is None and config.display == "ramfb" and not config.starts_firmware:
+        raise ConfigError("--display ramfb: firmware sets a framebuffer up; add --firmware auto")
     if config.modules and config.modules_dir is None:
         raise ConfigError("--module: needs --modules-dir, the kernel's lib/modules/VERSION folder")
 

@@ -36,7 +36,7 @@ DEFAULT_SECONDS = 10.0
 WATCH_SECONDS = 0.1
 QUIT_STATUS = 130
 """Exit status of a run that `quit` ended: its command was interrupted."""
-DUMP_JOIN_SECONDS = 5.0
+APART_JOIN_SECONDS = 5.0
 MOST_KEYS = 64
 """Characters that may come with a break."""
 
@@ -56,6 +56,7 @@ class Control:
             "break": self._break,
             "nmi": self._nmi,
             "save": self._save,
+            "screenshot": self._screenshot,
             "wait": self._wait,
             "quit": self._quit,
             "disk": self._disk,
@@ -65,7 +66,7 @@ class Control:
         self._disks: DiskRequests | None = None
         self._waiting: list[tuple[Answer, int | None]] = []
         self._watching = False
-        self._dumper: threading.Thread | None = None
+        self._apart_thread: threading.Thread | None = None
         listening = socket(fileno=listener)
         try:
             self._socket = ControlSocket(listening, self._io, self._handle)
@@ -95,29 +96,56 @@ class Control:
         answer.fail("guest", f"{'it has not happened' if waited else 'no answer'} within {seconds:g} s")
 
     def _dump(self, _request: Request, answer: Answer) -> None:
-        """On a thread of its own: it waits for the vCPUs' threads, and the loop must not."""
-        if self._dumper is not None and self._dumper.is_alive():
-            answer.fail("busy", "another dump is being made; try again")
-            return
-
-        def work() -> None:
+        def work() -> str:
             from hvkvm.machine.dump import describe
 
+            return describe(self._parts)
+
+        self._apart("dump", work, answer)  # it waits for the vCPUs' threads, and the loop must not
+
+    def _screenshot(self, request: Request, answer: Answer) -> None:
+        """Write what the guest's framebuffer shows to "file", an absolute path."""
+        path = _absolute(request)
+        firmware = self._parts.firmware
+        display = None if firmware is None else firmware.display
+        if display is None:
+            answer.fail("absent", "this VM has no framebuffer; start it in firmware with --display ramfb")
+            return
+
+        def work() -> dict[str, Any]:
+            from hvkvm.machine.screenshot import screenshot
+
+            size = screenshot(display, self._parts.platform.memory, path)
+            return {"file": str(path), **size._asdict()}
+
+        self._apart("screenshot", work, answer)
+
+    def _apart(self, what: str, work: Callable[[], object], answer: Answer) -> None:
+        """Answer with what `work()` returns, on a thread of its own. One at a time."""
+        if self._apart_thread is not None and self._apart_thread.is_alive():
+            answer.fail("busy", f"another {self._apart_thread.name} is being made; try again")
+            return
+
+        def run() -> None:
             try:
                 try:
-                    text = describe(self._parts)
+                    result = work()
+                except ValueError as error:
+                    self._io.call_soon(answer.fail, "guest", str(error))
+                except OSError as error:
+                    self._io.call_soon(answer.fail, "guest", f"{error.filename}: {error.strerror}")
                 except Exception as error:
                     self._io.call_soon(answer.fail, "internal", f"{type(error).__name__}: {error}")
                 else:
-                    self._io.call_soon(answer.ok, text)
+                    self._io.call_soon(answer.ok, result)
             except Stopped:
                 return  # the machine ends, and the connection with it
 
-        self._dumper = threading.Thread(target=work, name="dump", daemon=True)
+        self._apart_thread = threading.Thread(target=run, name=what, daemon=True)
         try:
-            start_thread(self._dumper)
+            start_thread(self._apart_thread)
         except HostExhausted as error:
-            self._dumper = None
+            self._apart_thread = None
             answer.fail("busy", str(error))
 
     def _break(self, request: Request, answer: Answer) -> None:
@@ -150,9 +178,7 @@ class Control:
 
         The guest goes on, or with "end" true the run ends. "compress" true makes the file small.
         """
-        path = Path(control_guest.text(request, "file"))
-        if not path.is_absolute() or "\0" in str(path):
-            raise ValueError('"file" is an absolute path')
+        path = _absolute(request)
 
         def saved(size: int, why: str) -> None:
             if why:
@@ -203,12 +229,20 @@ class Control:
 
     def close(self) -> None:
         """Tell those who wait how it ended, and go. The I/O loop has ended. Idempotent."""
-        if self._dumper is not None:
-            self._dumper.join(DUMP_JOIN_SECONDS)
+        if self._apart_thread is not None:
+            self._apart_thread.join(APART_JOIN_SECONDS)
         waiting, self._waiting = self._waiting, []
         for answer, _resets in waiting:
             answer.ok(_end(self._parts.lifecycle))
         self._socket.close()
+
+
+def _absolute(request: Request) -> Path:
+    """The "file" of a request. ValueError."""
+    path = Path(control_guest.text(request, "file"))
+    if not path.is_absolute() or "\0" in str(path):
+        raise ValueError('"file" is an absolute path')
+    return path
 
 
 def _end(lifecycle: Lifecycle) -> dict[str, Any]:

@@ -27,6 +27,7 @@ from hvkvm.machine.firmware_vars import KeptVariables
 from hvkvm.memory.rom import Rom
 
 if TYPE_CHECKING:
+    from hvkvm.devices.ramfb import Ramfb
     from hvkvm.machine.board import Board
     from hvkvm.machine.disk_shelf import DiskShelf
     from hvkvm.machine.guest_image import GuestImage
@@ -39,6 +40,8 @@ class FirmwareState(NamedTuple):
 
     sha256: bytes
     flash: FlashState | None
+    display: bytes | None = None
+    """What the guest has said of its framebuffer; None where it can have none."""
 
 
 class Firmware:
@@ -75,6 +78,9 @@ class Firmware:
         self.rom = Rom(platform.memory, numbers.FIRMWARE_END - len(code), code)
         stack.callback(self.rom.close)
         pci.mmio.add(self.rom.gpa, self.rom.size, WriteProtected())
+        self.display: Ramfb | None = None
+        if config.has_display:
+            self._add_display(board.fw_cfg)
         self._add_files(board.fw_cfg, shelf, machine_name)
         if config.kernel is not None:
             self._add_kernel(board.fw_cfg, config.kernel, image)
@@ -89,6 +95,13 @@ class Firmware:
         self.flash.on_change = self.variables.changed
         stack.callback(self.variables.close)
         self._pci.mmio.add(rom.gpa, rom.size, self.flash)
+
+    def _add_display(self, fw_cfg: FirmwareFwCfg) -> None:
+        from hvkvm.devices.ramfb import Ramfb
+
+        self.display = display = Ramfb()
+        size = len(display.content)
+        fw_cfg.add_writable(keys.RAMFB_FILE, size, lambda: display.content, display.write)
 
     def _add_files(self, fw_cfg: FirmwareFwCfg, shelf: DiskShelf | None, machine_name: str) -> None:
         config = self._platform.config
@@ -152,10 +165,13 @@ class Firmware:
         """See `Part.reset`: code and variables stay as they are."""
         if self.flash is not None:
             self.flash.reset()
+        if self.display is not None:
+            self.display.reset()
 
     def save(self) -> FirmwareState:
         """See `Part.save`."""
-        return FirmwareState(self._sha256, None if self.flash is None else self.flash.save())
+        flash = None if self.flash is None else self.flash.save()
+        return FirmwareState(self._sha256, flash, None if self.display is None else self.display.content)
 
     def load(self, state: FirmwareState) -> None:
         """See `Part.load`."""
@@ -163,13 +179,17 @@ class Firmware:
             raise StateError(f"--firmware {self.path}: not the image that the machine was saved with")
         if (self.flash is None) != (state.flash is None):
             raise StateError(f"{self.name}: --firmware-vars must be given as it was when saved")
-        if self.flash is not None and state.flash is not None:
-            try:
+        if (self.display is None) != (state.display is None):
+            raise StateError(f"{self.name}: a framebuffer on one side only")
+        try:
+            if self.flash is not None and state.flash is not None:
                 self.flash.load(state.flash)
-            except ValueError as error:
-                raise StateError(f"{self.name}: {error}") from None
-            if self.variables is not None:
-                self.variables.changed()
+            if self.display is not None and state.display is not None:
+                self.display.load(state.display)
+        except ValueError as error:
+            raise StateError(f"{self.name}: {error}") from None
+        if self.variables is not None:
+            self.variables.changed()
 
     def end(self, done: Callable[[], object]) -> None:
         """The run ends: keep the variables."""

@@ -147,6 +147,7 @@ class Machine:
             self.disk_shelf,
             saver,
             self.pci,
+            self.firmware,
         )
         self.control = build.create_control(parts, stack)
         return parts

@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from hvkvm.machine.board import Board
     from hvkvm.machine.bus import Bus
     from hvkvm.machine.disk_shelf import DiskShelf
+    from hvkvm.machine.firmware import Firmware
     from hvkvm.machine.hyperv import Hyperv
     from hvkvm.machine.lifecycle import Lifecycle
     from hvkvm.machine.nics import Nics
@@ -34,3 +35,4 @@ class Parts(NamedTuple):
     disk_shelf: DiskShelf | None
     saver: Saver
     pci: Pci | None = None
+    firmware: Firmware | None = None

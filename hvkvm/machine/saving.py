@@ -176,6 +176,7 @@ class Saver:
             config.awaits,
             self._waits(),
             self._recipe(),
+            "ramfb" if config.has_display else "none",
         )
         with Writer(path, config.memory, compress=compress) as writer:
             for offset, data in platform.memory.pieces():

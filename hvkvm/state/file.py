@@ -127,6 +127,7 @@ class SavedConfig(NamedTuple):
     """Whether it does so now: a warm guest."""
     boot: SavedBoot | None = None
     """None where a reset ends the run."""
+    display: str = "none"
 
 
 class Manifest(NamedTuple):

@@ -129,7 +129,25 @@ def test_what_cannot_be_is_an_error(firmware: Firmware) -> None:
         firmware.device.add_file("x" * 56, b"")
 
 
-words = st.integers(0, (1 << 32) - 1) | st.sampled_from((0, 1, 2, 0x1A, 0x19000A, 0xFFFFFFFF))
+def test_a_file_may_be_written_within_its_size(firmware: Firmware) -> None:
+    content = bytearray(b"abcdef")
+
+    def write(offset: int, data: bytes) -> None:
+        content[offset : offset + len(data)] = data
+
+    firmware.device.add_writable("etc/written", 6, lambda: bytes(content), write)
+    size, key = firmware.files()["etc/written"]
+    select = key << 16 | keys.FW_CFG_DMA_CTL_SELECT
+    firmware.ram.write(0x2000, b"123456789")
+    assert firmware.dma(select | keys.FW_CFG_DMA_CTL_WRITE, 2, 0x2000) == 0
+    assert firmware.dma(keys.FW_CFG_DMA_CTL_WRITE, 3, 0x2004) == 0
+    assert firmware.item(key, size) == b"12567f"
+    assert firmware.dma(select | keys.FW_CFG_DMA_CTL_WRITE, 7, 0x2000) == keys.FW_CFG_DMA_CTL_ERROR
+    assert firmware.dma(select | keys.FW_CFG_DMA_CTL_WRITE, 6, SIZE - 5) == keys.FW_CFG_DMA_CTL_ERROR
+    assert bytes(content) == b"12567f"
+
+
+words = st.integers(0, (1 << 32) - 1) | st.sampled_from((0, 1, 2, 0x1A, 0x19000A, 0x210018, 0xFFFFFFFF))
 places = st.integers(0, SIZE + 16) | st.integers(0, (1 << 64) - 1)
 
 
@@ -137,7 +155,10 @@ places = st.integers(0, SIZE + 16) | st.integers(0, (1 << 64) - 1)
 def test_no_descriptor_reaches_beyond_ram_or_raises(steps: list[tuple[int, int, int, int]]) -> None:
     firmware = Firmware()
     firmware.device.add_file("etc/abc", b"abcdef")
+    written: list[tuple[int, bytes]] = []
+    firmware.device.add_writable("etc/ramfb", 28, lambda: bytes(28), lambda *what: written.append(what))
     for control, length, address, at in steps:
         firmware.dma(control, length, address, at)
         assert len(firmware.ram.bytes) == SIZE
         firmware.device.read(1, 1)
+        assert all(offset >= 0 and offset + len(data) <= 28 for offset, data in written)

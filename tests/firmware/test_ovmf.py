@@ -8,9 +8,11 @@ import pytest
 from firmware_guest import FIRMWARES, console_of, fat_disk, firmware_guest, lab_tick, wait_until
 from guest_artifacts import artifact
 from linux_guest import SECONDS
+from png_files import pixels_of
 
 from hvkvm.machine.disk_spec import DiskSpec
 from hvkvm.machine.outcome import Ending
+from hvkvm.machine.screenshot import screenshot
 
 pytestmark = [pytest.mark.hyperv, pytest.mark.firmware]
 
@@ -31,7 +33,7 @@ def test_the_shell_runs_a_script_from_a_disk(tmp_path: Path, firmware: str) -> N
     first = fat_disk(tmp_path / "disk", {"startup.nsh": SCRIPT})
     second = fat_disk(tmp_path / "more", {"virtio.txt": b"read by the firmware's driver"})
     disks = (DiskSpec(str(first)), DiskSpec(str(second), bus="virtio"))
-    with firmware_guest(firmware, memory=256 << 20, disks=disks) as guest:
+    with firmware_guest(firmware, memory=256 << 20, disks=disks, display="ramfb") as guest:
         outcome = guest.finish()
         text = guest.text
         assert "script begins" in text, guest.report()
@@ -41,6 +43,13 @@ def test_the_shell_runs_a_script_from_a_disk(tmp_path: Path, firmware: str) -> N
         for identity in ("8086", "1237", "7113", "1414", "1042"):
             assert identity in text.split("script begins")[1].upper(), identity
         assert outcome.ending is Ending.POWERED_OFF
+        machine = guest.machine
+        assert machine.firmware is not None
+        assert machine.firmware.display is not None
+        width, height = screenshot(machine.firmware.display, machine.memory, tmp_path / "screen.png")
+        assert (width, height) >= (640, 480)
+        _, _, pixels = pixels_of((tmp_path / "screen.png").read_bytes())
+        assert len(set(zip(pixels[::3], pixels[1::3], pixels[2::3], strict=True))) > 1, "the shell's text"
 
 
 COUNTING = b"""@echo -off

@@ -137,6 +137,33 @@ flat:
     cmp $0x5a, %bl
     check $'F'
 5:
+    # The first file of fw_cfg takes 28 bytes: it is a framebuffer's. XR24 at 0x3000, two rows of two pixels.
+    movl $0, 0x2000
+    movl $0x00300000, 0x2004
+    movl $0x58523234, 0x2008
+    movl $0, 0x200c
+    movl $0x02000000, 0x2010
+    movl $0x02000000, 0x2014
+    movl $0x08000000, 0x2018
+    movl $0x18002000, 0x1000
+    movl $0x1c000000, 0x1004
+    movl $0, 0x1008
+    movl $0x00200000, 0x100c
+    mov $0x514, %dx
+    xor %eax, %eax
+    out %eax, %dx
+    mov $0x518, %dx
+    mov $0x00100000, %eax
+    out %eax, %dx
+    mov 0x1000, %ebp
+    test %ebp, %ebp
+    jnz 6f
+    movl $0x00112233, 0x3000
+    movl $0xff445566, 0x3004
+    movl $0x00000000, 0x3008
+    movl $0x00ffffff, 0x300c
+    put $'V'
+6:
     # RAM outlives a reset, and nothing else does.
     cmpl $0x12345678, FLAG
     je 3f
@@ -147,7 +174,12 @@ flat:
 4:  hlt
     jmp 4b
 3:
-    mov $PM + 4, %dx
+    # With a framebuffer it stays, to be looked at.
+    test %ebp, %ebp
+    jnz 7f
+    put $'\n'
+    jmp 4b
+7:  mov $PM + 4, %dx
     mov $0x2000, %ax
     out %ax, %dx
     hlt

@@ -135,6 +135,7 @@ class FirmwareFwCfg(FwCfg):
         del self._items[FW_CFG_MAX_RAM]  # kernel data, for firmware
         self._ram = ram
         self._files: list[tuple[str, int, int]] = []
+        self._writers: dict[int, Callable[[int, bytes], object]] = {}
         self._lock = threading.Lock()
 
     def add_item(self, key: int, content: Content) -> None:
@@ -158,6 +159,16 @@ class FirmwareFwCfg(FwCfg):
         entries = [FILE_ENTRY.pack(length, select, 0, file.encode()) for file, select, length in listed]
         self._items[FW_CFG_FILE_DIR] = struct.pack(">I", len(entries)) + b"".join(entries)
 
+    def add_writable(
+        self, name: str, size: int, content: Callable[[], bytes], on_write: Callable[[int, bytes], object]
+    ) -> None:
+        """Add a file that guests may write, within its `size`: `on_write(offset, data)` on a vCPU's thread.
+
+        One write at a time. ValueError as for `add_file`.
+        """
+        self.add_file(name, content, size)
+        self._writers[self._files[-1][1]] = on_write
+
     def attach(self, bus: PortBus, port: int = FW_CFG_PORT) -> None:
         """Claim the selector, data and DMA ports; ConfigError when one is taken."""
         super().attach(bus, port)
@@ -180,12 +191,21 @@ class FirmwareFwCfg(FwCfg):
                 if control & FW_CFG_DMA_CTL_READ:
                     good = self._copy(address, length)
                 elif control & FW_CFG_DMA_CTL_WRITE:
-                    good = False  # nothing here is written by guests
+                    good = self._store(address, length)
                 elif control & FW_CFG_DMA_CTL_SKIP:
                     self._cursor = min(self._cursor + length, len(self._item))
                 self._ram.write(gpa, struct.pack(">I", 0 if good else FW_CFG_DMA_CTL_ERROR))
             except GuestMemoryError:
                 return  # a descriptor outside RAM: there is nowhere to say so
+
+    def _store(self, gpa: int, length: int) -> bool:
+        """`length` bytes of RAM into an item that guests may write; no byte behind its end."""
+        on_write, cursor = self._writers.get(self._key), self._cursor
+        if on_write is None or length > len(self._item) - cursor or not self._ram.contains(gpa, length):
+            return False
+        self._cursor = cursor + length
+        on_write(cursor, self._ram.read(gpa, length))
+        return True
 
     def _copy(self, gpa: int, length: int) -> bool:
         """`length` bytes of the item into RAM, zeros behind its end."""

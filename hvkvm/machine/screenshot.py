@@ -1,0 +1,40 @@
+"""What the guest's framebuffer shows, as a PNG file."""
+
+from __future__ import annotations
+
+import os
+from contextlib import suppress
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+from hvkvm.observe.png import png
+
+if TYPE_CHECKING:
+    from hvkvm.devices.ramfb import Ram, Ramfb
+
+
+class Size(NamedTuple):
+    """In pixels."""
+
+    width: int
+    height: int
+
+
+def screenshot(display: Ramfb, ram: Ram, path: Path) -> Size:
+    """Write what is shown to `path`, which is replaced when the new file is whole. Blocks; any thread.
+
+    ValueError with the reason where the guest shows nothing; OSError.
+    """
+    picture = display.picture(ram)
+    beside = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        with beside.open("xb") as file:
+            for piece in png(*picture):
+                file.write(piece)
+        os.replace(beside, path)
+    except BaseException as error:
+        if not isinstance(error, FileExistsError):
+            with suppress(OSError):
+                beside.unlink()
+        raise
+    return Size(picture.width, picture.height)

@@ -1,0 +1,116 @@
+"""ramfb: pixels of every format as a picture and as a PNG file, and framebuffers that cannot be."""
+
+from __future__ import annotations
+
+import struct
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from png_files import pixels_of
+
+from hvkvm.devices.ramfb import Ramfb
+from hvkvm.machine.screenshot import screenshot
+
+SIZE = 0x8000
+
+
+class Ram:
+    """Guest memory as far as ramfb knows it; a read outside of it is a fault of ramfb's."""
+
+    def __init__(self) -> None:
+        self.bytes = bytearray(SIZE)
+
+    def contains(self, gpa: int, n: int) -> bool:
+        return gpa >= 0 and n >= 0 and gpa + n <= SIZE
+
+    def read(self, gpa: int, n: int) -> bytes:
+        assert self.contains(gpa, n)
+        return bytes(self.bytes[gpa : gpa + n])
+
+
+def config(
+    fourcc: bytes = b"XR24", address: int = 0x1000, width: int = 5, height: int = 3, stride: int = 0
+) -> bytes:
+    return struct.pack(">QIIIII", address, int.from_bytes(fourcc, "little"), 0, width, height, stride)
+
+
+@pytest.mark.parametrize(
+    "fourcc", ["RG24", "BG24", "XR24", "AR24", "XB24", "AB24", "RX24", "RA24", "BX24", "BA24"]
+)
+@pytest.mark.parametrize("padding", [0, 7])
+def test_every_format_becomes_a_png(tmp_path: Path, fourcc: str, padding: int) -> None:
+    """A name has the components from a pixel's high bits to its low ones: XR24 is X, R, G, B."""
+    names = {"RG24": "RGB", "BG24": "BGR"}.get(fourcc)
+    if names is None:
+        letters = {"X": "XRGB", "A": "XRGB"} if fourcc[1] == "R" else {"X": "XBGR", "A": "XBGR"}
+        names = letters.get(fourcc[0]) or {"R": "RGBX", "B": "BGRX"}[fourcc[0]]
+    colours = [(7 * n & 0xFF, 100 + n, 255 - n) for n in range(15)]
+    ram, display = Ram(), Ramfb()
+    stride = 5 * len(names) + padding
+    for index, colour in enumerate(colours):
+        parts = dict(zip("RGB", colour, strict=True)) | {"X": 0xEE}
+        pixel = bytes(parts[name] for name in reversed(names))
+        at = 0x1000 + index // 5 * stride + index % 5 * len(names)
+        ram.bytes[at : at + len(pixel)] = pixel
+    display.write(0, config(fourcc.encode(), stride=stride if padding else 0))
+    path = tmp_path / "screen.png"
+    path.write_bytes(b"old")
+    assert screenshot(display, ram, path) == (5, 3)
+    assert pixels_of(path.read_bytes()) == (5, 3, b"".join(map(bytes, colours)))
+    assert [one.name for one in tmp_path.iterdir()] == ["screen.png"]
+
+
+@pytest.mark.parametrize(
+    ("content", "why"),
+    [
+        (bytes(28), "has not set up"),
+        (config(width=0), "has not set up"),
+        (config(b"C8  "), "a format that is not known"),
+        (config(width=1 << 14, height=(1 << 11) + 1), "cannot be"),
+        (config(width=(1 << 14) + 1, height=1), "cannot be"),
+        (config(stride=19), "cannot be"),
+        (config(address=SIZE - 59), "not in its RAM"),
+        (config(address=(1 << 64) - 4), "not in its RAM"),
+        (config(stride=(1 << 32) - 1), "not in its RAM"),
+    ],
+)
+def test_what_cannot_be_shown_is_one_line(tmp_path: Path, content: bytes, why: str) -> None:
+    display = Ramfb()
+    display.write(0, content)
+    with pytest.raises(ValueError, match=why) as caught:
+        screenshot(display, Ram(), tmp_path / "screen.png")
+    assert "\n" not in str(caught.value)
+    assert list(tmp_path.iterdir()) == []
+
+
+numbers = st.integers(0, 40) | st.integers(0, (1 << 32) - 1)
+
+
+@given(
+    address=st.integers(0, SIZE) | st.integers(0, (1 << 64) - 1),
+    fourcc=st.sampled_from((b"XR24", b"BA24", b"RG24")) | st.binary(min_size=4, max_size=4),
+    sizes=st.tuples(numbers, numbers, numbers),
+)
+def test_no_framebuffer_reaches_beyond_ram(address: int, fourcc: bytes, sizes: tuple[int, int, int]) -> None:
+    display = Ramfb()
+    display.write(0, config(fourcc, address, *sizes))
+    try:
+        width, height, rows = display.picture(Ram())
+    except ValueError:
+        return
+    assert [len(row) for row in rows] == [3 * width] * height
+
+
+def test_it_is_saved_and_reset() -> None:
+    display, other = Ramfb(), Ramfb()
+    display.write(0, config())
+    display.write(16, struct.pack(">I", 4))
+    other.load(display.content)
+    assert other.picture(Ram()).width == 4
+    other.reset()
+    with pytest.raises(ValueError, match="has not set up"):
+        other.picture(Ram())
+    with pytest.raises(ValueError, match="another size"):
+        other.load(b"")
