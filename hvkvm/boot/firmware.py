@@ -6,8 +6,6 @@ refused in one line (BootError).
 
 from __future__ import annotations
 
-import os
-from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 from uuid import UUID
@@ -81,7 +79,7 @@ def split(path: Path, image: bytes) -> Images:
     An image begins with its variables (OVMF.fd), or they are in a file of their own beside it
     (OVMF_CODE*.fd and OVMF_VARS*.fd).
     """
-    size = _variables_size(image)
+    size = variables_size(image)
     if size:
         return Images(image[size:], image[:size])
     beside = path.with_name(
@@ -92,61 +90,17 @@ def split(path: Path, image: bytes) -> Images:
             f"--firmware-vars: {path} has no room for variables; give an image that has, such as OVMF.fd"
         )
     template = beside.read_bytes()
-    if _variables_size(template) != len(template) or len(image) + len(template) > board.FIRMWARE_LIMIT:
+    if variables_size(template) != len(template) or len(image) + len(template) > board.FIRMWARE_LIMIT:
         raise BootError(f"--firmware-vars: {beside} is no template of variables; name another --firmware")
     return Images(image, template)
 
 
-def _variables_size(image: bytes) -> int:
+def variables_size(image: bytes) -> int:
     """The length of the firmware volume for variables that `image` begins with; 0 if it does not."""
     if image[16:32] != _NV_DATA_GUID or image[40:44] != b"_FVH":
         return 0
     size = int.from_bytes(image[32:40], "little")
     return size if PAGE <= size <= len(image) and size % PAGE == 0 else 0
-
-
-def kept_variables(path: Path, template: bytes) -> bytes:
-    """The variables in `path`, which is made from `template` if it is not there. BootError."""
-    try:
-        with path.open("rb") as file:
-            found = file.read(len(template) + 1)
-    except FileNotFoundError:
-        try:
-            write_variables(path, template)
-        except OSError as error:
-            raise BootError(
-                f"--firmware-vars {path}: {error.strerror}; name a file that can be made"
-            ) from None
-        return template
-    except OSError as error:
-        raise BootError(f"--firmware-vars {path}: {error.strerror}; check the path") from None
-    if len(found) != len(template) or _variables_size(found) != len(template):
-        raise BootError(
-            f"--firmware-vars {path}: not the variables of this firmware, which take {len(template)} bytes;"
-            " name another file, or one that is not there yet"
-        )
-    return found
-
-
-def write_variables(path: Path, content: bytes) -> None:
-    """Replace the file: whoever opens it finds the old variables or the new. Blocks. OSError."""
-    replacement = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        fd = os.open(replacement, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
-        try:
-            with suppress(FileNotFoundError):
-                os.fchmod(fd, path.stat().st_mode & 0o777)
-            view = memoryview(content)
-            while view:
-                view = view[os.write(fd, view) :]
-            os.fsync(fd)
-        finally:
-            os.close(fd)
-        os.replace(replacement, path)
-    except OSError:
-        with suppress(OSError):
-            replacement.unlink()
-        raise
 
 
 class KernelParts(NamedTuple):

@@ -20,6 +20,7 @@ from hvkvm.boot import acpi, smbios, table_loader
 from hvkvm.boot import firmware as images
 from hvkvm.boot.acpi_pci import host_bridge, real_time_clock
 from hvkvm.boot.linux import default_cmdline
+from hvkvm.boot.variables_file import VariablesFile
 from hvkvm.devices.flash import Flash, FlashState, WriteProtected
 from hvkvm.devices.port.fw_cfg import FirmwareFwCfg
 from hvkvm.errors import CapabilityMissing, StateError
@@ -86,12 +87,13 @@ class Firmware:
             self._add_kernel(board.fw_cfg, config.kernel, image)
 
     def _add_flash(self, path: Path, template: bytes, end: int, stack: ExitStack) -> None:
-        content = images.kept_variables(path, template)
         platform = self._platform
-        rom = Rom(platform.memory, end - len(content), content)
+        file = VariablesFile(path, template)
+        stack.callback(file.close)
+        rom = Rom(platform.memory, end - len(file.content), file.content)
         stack.callback(rom.close)
         self.flash = Flash(rom)
-        self.variables = KeptVariables(path, self.flash, platform.io, platform.observer)
+        self.variables = KeptVariables(file, self.flash, platform.io, platform.observer)
         self.flash.on_change = self.variables.changed
         stack.callback(self.variables.close)
         self._pci.mmio.add(rom.gpa, rom.size, self.flash)

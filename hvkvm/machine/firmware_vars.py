@@ -1,8 +1,7 @@
 """Keeps firmware's variables in a file: what the guest's flash holds, written soon after it changes.
 
-Each time the file is replaced as a whole, so whenever this process or its host dies, it holds variables as
-they were at one moment. A worker thread writes; the I/O loop says when. What is written between two such
-moments is lost in a crash, at most DELAY seconds of it and the time that the disk takes.
+A worker thread writes; the I/O loop says when. What the guest writes between two such moments is lost in a
+crash, at most DELAY seconds of it and the time that the disk takes.
 """
 
 from __future__ import annotations
@@ -10,15 +9,14 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 from contextlib import suppress
-from pathlib import Path
 from typing import TYPE_CHECKING
 
-from hvkvm.boot.firmware import write_variables
 from hvkvm.errors import HvkvmError, Stopped
 from hvkvm.events import Observer, Warned
 from hvkvm.runtime.workers import Workers
 
 if TYPE_CHECKING:
+    from hvkvm.boot.variables_file import VariablesFile
     from hvkvm.devices.flash import Flash
     from hvkvm.runtime.io_loop import IoLoop
 
@@ -27,10 +25,10 @@ DELAY = 0.1
 
 
 class KeptVariables:
-    """`flash`'s content in `path`, which has it already."""
+    """`flash`'s content in `file`, which has it already, and is closed with this."""
 
-    def __init__(self, path: Path, flash: Flash, io: IoLoop, observer: Observer) -> None:
-        self.path = path
+    def __init__(self, file: VariablesFile, flash: Flash, io: IoLoop, observer: Observer) -> None:
+        self.file = file
         self._flash = flash
         self._io = io
         self._observer = observer
@@ -65,13 +63,13 @@ class KeptVariables:
         self._queue.submit(self._work, content, self._written)
 
     def _work(self, content: bytes) -> None:
-        write_variables(self.path, content)
+        self.file.replace(content)
 
     def _written(self, content: bytes, outcome: object) -> None:
         self._writing = False
         if isinstance(outcome, BaseException):
             why = getattr(outcome, "strerror", None) or str(outcome)
-            text = f"--firmware-vars {self.path}: {why}: what the guest has changed is not kept"
+            text = f"--firmware-vars {self.file.path}: {why}: what the guest has changed is not kept"
             self._observer.event(Warned("firmware variables", text))
             self._rest()
         else:
@@ -89,6 +87,7 @@ class KeptVariables:
         self._write()
 
     def close(self) -> None:
-        """End the worker. Idempotent."""
+        """End the worker, and let others have the file. Idempotent."""
         with suppress(HvkvmError):
             self._workers.close()
+            self.file.close()

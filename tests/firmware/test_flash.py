@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hvkvm.boot import firmware as images
+from hvkvm.boot.variables_file import VariablesFile
 from hvkvm.devices.flash import BLOCK, Flash, FlashState
 from hvkvm.errors import BootError
 from hvkvm.events import Event, Observer
@@ -136,8 +138,9 @@ class Notes(Observer):
 def kept(tmp_path: Path, io: IoLoop) -> Iterator[Any]:
     guest, notes = Guest(), Notes()
     path = tmp_path / "vars"
-    images.write_variables(path, guest.flash.content)
-    variables = KeptVariables(path, guest.flash, io, notes)
+    path.write_bytes(volume(SIZE))
+    guest.array.bytes[:] = volume(SIZE)
+    variables = KeptVariables(VariablesFile(path, volume(SIZE)), guest.flash, io, notes)
     guest.flash.on_change = variables.changed
     yield guest, variables, notes
     variables.close()
@@ -151,20 +154,21 @@ def keep(io: IoLoop, variables: KeptVariables) -> None:
 
 def test_what_changes_is_in_the_file(kept: Any, io: IoLoop) -> None:
     guest, variables, notes = kept
-    variables.path.chmod(0o640)
+    path = variables.file.path
+    path.chmod(0o640)
     for round_ in range(5):
-        guest.program(100 * round_, b"value")
+        guest.program(100 * (round_ + 1), b"value")
         keep(io, variables)
-        assert variables.path.read_bytes() == guest.flash.content
-    assert variables.path.stat().st_mode & 0o777 == 0o640
-    assert [one.name for one in variables.path.parent.iterdir()] == ["vars"]
+        assert path.read_bytes() == guest.flash.content
+    assert path.stat().st_mode & 0o777 == 0o640
+    assert [one.name for one in path.parent.iterdir()] == ["vars"]
     assert notes.events == []
 
 
 def test_a_file_that_cannot_be_written_is_told_of_and_the_guest_goes_on(kept: Any, io: IoLoop) -> None:
     guest, variables, notes = kept
-    variables.path = variables.path.parent / "gone" / "vars"
-    guest.program(0, b"value")
+    variables.file.path = variables.file.path.parent / "gone" / "vars"
+    guest.program(BLOCK, b"value")
     keep(io, variables)
     assert "not kept" in str(notes.events[0])
 
@@ -197,16 +201,42 @@ def test_or_in_a_file_beside_it(tmp_path: Path) -> None:
 
 def test_the_template_is_copied_once(tmp_path: Path) -> None:
     path = tmp_path / "vars"
-    assert images.kept_variables(path, volume(BLOCK)) == volume(BLOCK)
+    with closing(VariablesFile(path, volume(BLOCK))) as file:
+        assert file.content == path.read_bytes() == volume(BLOCK)
     changed = volume(BLOCK)[:-1] + b"\0"
     path.write_bytes(changed)
-    assert images.kept_variables(path, volume(BLOCK)) == changed
-    for wrong in (b"", CODE, volume(2 * BLOCK)):
+    with closing(VariablesFile(path, volume(BLOCK))) as file:
+        assert file.content == changed
+    for wrong in (b"x", CODE, volume(2 * BLOCK)):
         path.write_bytes(wrong)
         with pytest.raises(BootError, match="not the variables of this firmware"):
-            images.kept_variables(path, volume(BLOCK))
+            VariablesFile(path, volume(BLOCK))
     with pytest.raises(BootError, match="can be made"):
-        images.kept_variables(tmp_path / "none" / "vars", volume(BLOCK))
+        VariablesFile(tmp_path / "none" / "vars", volume(BLOCK))
+    assert [one.name for one in tmp_path.iterdir()] == ["vars"]
+
+
+def test_two_machines_do_not_share_a_file(tmp_path: Path) -> None:
+    """Also not while it is replaced all the time, and with the name of each moment."""
+    path = tmp_path / "vars"
+    with closing(VariablesFile(path, volume(BLOCK))) as file:
+        end = threading.Event()
+
+        def replace() -> None:
+            while not end.is_set():
+                file.replace(volume(BLOCK))
+
+        thread = threading.Thread(target=replace)
+        thread.start()
+        try:
+            for _ in range(200):
+                with pytest.raises(BootError, match="in use by another machine") as caught:
+                    VariablesFile(path, volume(BLOCK))
+                assert "\n" not in str(caught.value)
+        finally:
+            end.set()
+            thread.join()
+    VariablesFile(path, volume(BLOCK)).close()
 
 
 @pytest.mark.parametrize(

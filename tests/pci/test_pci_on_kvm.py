@@ -16,6 +16,8 @@ import pytest
 from guest_agent import SCRATCH
 from guest_machine import Guest
 from pci_driver import BAR, PciDriver
+from png_files import pixels_of
+from running_vm import running_vm
 
 from hvkvm.abi import nvme, pci
 from hvkvm.machine.config import MachineConfig
@@ -67,7 +69,7 @@ def test_the_command_keeps_variables(rom: Path, disk: Path, tmp_path: Path) -> N
     rom.write_bytes(template + rom.read_bytes())
     variables = tmp_path / "vars"
     words = ["run", "--quiet", "--firmware", str(rom), "--firmware-vars", str(variables)]
-    words += ["--disk", str(disk), "--hv", "none", "--memory", "64M", "--timeout", "100"]
+    words += ["--disk", f"{disk},snapshot=on", "--hv", "none", "--memory", "64M", "--timeout", "100"]
     for _ in range(2):
         done = subprocess.run(
             [sys.executable, "-m", "hvkvm", *words],
@@ -77,6 +79,35 @@ def test_the_command_keeps_variables(rom: Path, disk: Path, tmp_path: Path) -> N
         )
         assert (done.stdout, done.stderr, done.returncode) == (b"RPETBNUWDF" * 2, b"", 0)
         assert variables.read_bytes() == template[:0x1000] + b"\x5a" + template[0x1001:]
+    with running_vm(tmp_path, *words[1:], "--display", "ramfb") as vm:
+        vm.wait_for("RPETBNUWDFV")
+        done = subprocess.run([sys.executable, "-m", "hvkvm", *words], capture_output=True, check=False)
+        why = f"hvkvm: --firmware-vars {variables}: in use by another machine; give each a file of its own\n"
+        assert (done.stderr.decode(), done.returncode) == (why, 2)
+        vm.ctl("quit")
+
+
+def test_a_framebuffer_is_seen_by_ctl(rom: Path, disk: Path, tmp_path: Path) -> None:
+    words = ["--quiet", "--firmware", rom, "--disk", disk, "--hv", "none", "--memory", "64M", "--display"]
+    picture = tmp_path / "screen.png"
+    with running_vm(tmp_path, *words, "ramfb") as vm:
+        vm.wait_for("RPETBNUWDV" * 2)
+        assert vm.ctl("screenshot", picture) == f"2 x 2 pixels in {picture}\n"
+        shown = 2, 2, bytes.fromhex("112233 445566 000000 ffffff")
+        assert pixels_of(picture.read_bytes()) == shown
+        assert "nowhere" in vm.ctl("screenshot", tmp_path / "nowhere" / "x.png", status=1)
+        saved = tmp_path / "saved"
+        vm.ctl("save", "--end", saved)
+        vm.finish()
+    picture.unlink()
+    with running_vm(tmp_path, "--quiet", "--restore", saved) as vm:
+        vm.wait_until_listening()
+        vm.ctl("screenshot", picture)
+        assert pixels_of(picture.read_bytes()) == shown
+        vm.ctl("quit")
+    with running_vm(tmp_path, *words, "none") as vm:
+        assert vm.finish() == 0
+        assert vm.text == "RPETBNUWD" * 2
 
 
 class Driver(PciDriver):
