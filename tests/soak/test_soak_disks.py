@@ -36,8 +36,9 @@ ROOT = Path(__file__).parents[2]
         ("tests/scsi/test_scsi_hostile.py::test_a_storm_of_commands", {"HVKVM_SCSI_COMMANDS": 10_000_000}),
         ("tests/storvsp/test_storvsp_hostile.py::test_a_storm", {"HVKVM_STORVSP_STEPS": 1_500_000}),
         ("tests/storvsp/test_storvsp_saved.py", {"HVKVM_SAVED_SEEDS": 1000}),
+        ("tests/pci/test_storms.py", {"HVKVM_PCI_STEPS": 2_000_000}),
     ],
-    ids=["damage", "crash", "killed", "patterns", "scsi", "storvsp", "saved"],
+    ids=["damage", "crash", "killed", "patterns", "scsi", "storvsp", "saved", "pci"],
 )
 def test_long(tests: str, lengths: dict[str, int]) -> None:
     environment = os.environ | {name: str(max(1, round(n * SCALE))) for name, n in lengths.items()}
