@@ -18,7 +18,7 @@ from hvkvm.devices.pci.bus import BusState, PciBus
 from hvkvm.devices.pci.config_ports import Mechanism1
 from hvkvm.devices.pci.nvme.saved import ControllerState
 from hvkvm.devices.pci.power import PmBlocks
-from hvkvm.devices.pci.virtio.transport import VirtioState
+from hvkvm.devices.pci.virtio.saved import VirtioState
 from hvkvm.errors import StateError
 from hvkvm.machine.pci_kvm import Bell, MsiRoutes
 

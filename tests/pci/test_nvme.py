@@ -100,7 +100,7 @@ def test_a_full_completion_queue_waits_for_the_guest(guest: NvmeGuest) -> None:
             guest.put(1, guest.command(READ, nsid=1))
         guest.ring(1)
         guest.loop.settle()
-    queue = guest.device.submissions[1]
+    queue = guest.device.queues.submissions[1]
     assert queue.in_flight == 2 * (ENTRIES - 1), "they wait for room"
     seen = 0
     for _ in range(5):

@@ -227,7 +227,7 @@ def test_a_reset_of_the_machine_takes_the_controller_back(boot: Callable[..., Gu
     again.enable()
     assert driver.guest.machine.pci is not None
     (controller,) = driver.guest.machine.pci.controllers.values()
-    assert set(controller.submissions) == {0}
+    assert set(controller.queues.submissions) == {0}
 
 
 @pytest.fixture

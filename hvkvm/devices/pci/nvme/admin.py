@@ -12,6 +12,7 @@ from hvkvm.abi import nvme
 from hvkvm.devices.pci.nvme import identify
 from hvkvm.devices.pci.nvme.io_commands import Answer, Command, Namespace
 from hvkvm.devices.pci.nvme.prp import PAGE, Memory, PrpError, copy_out
+from hvkvm.devices.pci.nvme.queue_table import QueueTable
 from hvkvm.devices.pci.nvme.queues import Completion, Shadow, Submission
 
 MAX_IO_QUEUES = 32
@@ -41,14 +42,8 @@ class Owner(Protocol):
     serial: str
     read_only: bool
     vectors: int
-    submissions: dict[int, Submission]
-    completions: dict[int, Completion]
+    queues: QueueTable
 
-    def add_submission(self, queue: Submission) -> None: ...
-    def add_completion(self, queue: Completion) -> None: ...
-    def delete_submission(self, queue: Submission, done: Callable[[], object]) -> None: ...
-    def delete_completion(self, queue: Completion) -> None: ...
-    def use_shadow(self, shadow: Shadow) -> None: ...
     def keep_open(self) -> None: ...
     def counters(self) -> tuple[int, int, int, int]: ...
 
@@ -119,7 +114,7 @@ class Admin:
         owner = self._owner
         qid, entries, status = self._queue(command)
         vector = command.cdw11 >> 16
-        if not status and qid in owner.completions:
+        if not status and qid in owner.queues.completions:
             status = nvme.NVME_SC_QID_INVALID
         if not status and vector >= owner.vectors:
             status = nvme.NVME_SC_INVALID_VECTOR
@@ -129,15 +124,15 @@ class Admin:
             answer(status | _DNR, 0)
             return
         interrupts = bool(command.cdw11 & nvme.NVME_CQ_IRQ_ENABLED)
-        owner.add_completion(Completion(qid, command.prp1, entries, vector, interrupts=interrupts))
+        owner.queues.add_completion(Completion(qid, command.prp1, entries, vector, interrupts=interrupts))
         answer(nvme.NVME_SC_SUCCESS, 0)
 
     def _create_sq(self, command: Command, answer: Answer) -> None:
         owner = self._owner
         qid, entries, status = self._queue(command)
-        if not status and qid in owner.submissions:
+        if not status and qid in owner.queues.submissions:
             status = nvme.NVME_SC_QID_INVALID
-        completion = owner.completions.get(command.cdw11 >> 16)
+        completion = owner.queues.completions.get(command.cdw11 >> 16)
         if not status and (completion is None or completion.id == 0):
             status = nvme.NVME_SC_CQ_INVALID
         if not status and not owner.memory.contains(command.prp1, entries * nvme.SQE_SIZE):
@@ -145,24 +140,24 @@ class Admin:
         if status or completion is None:
             answer(status | _DNR, 0)
             return
-        owner.add_submission(Submission(qid, command.prp1, entries, completion))
+        owner.queues.add_submission(Submission(qid, command.prp1, entries, completion))
         answer(nvme.NVME_SC_SUCCESS, 0)
 
     def _delete_sq(self, command: Command, answer: Answer) -> None:
-        queue = self._owner.submissions.get(command.cdw10 & 0xFFFF)
+        queue = self._owner.queues.submissions.get(command.cdw10 & 0xFFFF)
         if queue is None or queue.id == 0 or queue.deleting:
             answer(nvme.NVME_SC_QID_INVALID | _DNR, 0)
         else:
-            self._owner.delete_submission(queue, lambda: answer(nvme.NVME_SC_SUCCESS, 0))
+            self._owner.queues.delete_submission(queue, lambda: answer(nvme.NVME_SC_SUCCESS, 0))
 
     def _delete_cq(self, command: Command, answer: Answer) -> None:
-        queue = self._owner.completions.get(command.cdw10 & 0xFFFF)
+        queue = self._owner.queues.completions.get(command.cdw10 & 0xFFFF)
         if queue is None or queue.id == 0:
             answer(nvme.NVME_SC_QID_INVALID | _DNR, 0)
         elif queue.users:
             answer(nvme.NVME_SC_INVALID_QUEUE | _DNR, 0)
         else:
-            self._owner.delete_completion(queue)
+            self._owner.queues.delete_completion(queue)
             answer(nvme.NVME_SC_SUCCESS, 0)
 
     def _doorbell_buffer(self, command: Command, answer: Answer) -> None:
@@ -177,7 +172,7 @@ class Admin:
         ):
             answer(nvme.NVME_SC_INVALID_FIELD | _DNR, 0)
             return
-        self._owner.use_shadow(Shadow(shadow, event))
+        self._owner.queues.use_shadow(Shadow(shadow, event))
         answer(nvme.NVME_SC_SUCCESS, 0)
 
     # Everything that is only told.

@@ -12,9 +12,7 @@ A controller reset waits until no worker uses guest memory any more, and says so
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable
-from contextlib import suppress
 from functools import partial
 from typing import Any, Protocol
 
@@ -23,13 +21,15 @@ from hvkvm.block.request import Op, Request, Result
 from hvkvm.devices.pci import msix
 from hvkvm.devices.pci.function import Bar, Function, Identity
 from hvkvm.devices.pci.nvme.admin import MAX_IO_QUEUES, Admin, command_of
+from hvkvm.devices.pci.nvme.answers import Answers
 from hvkvm.devices.pci.nvme.bells import BellMaker, Bells
 from hvkvm.devices.pci.nvme.io_commands import BlockDisk, Command, Namespace
 from hvkvm.devices.pci.nvme.prp import Memory
-from hvkvm.devices.pci.nvme.queues import MAX_IN_FLIGHT, Completion, Shadow, Submission
+from hvkvm.devices.pci.nvme.queue_table import QueueTable
+from hvkvm.devices.pci.nvme.queues import MAX_IN_FLIGHT, Completion, Submission
 from hvkvm.devices.pci.nvme.registers import Registers
 from hvkvm.devices.pci.nvme.saved import ControllerState, queues_of
-from hvkvm.errors import Stopped
+from hvkvm.devices.pci.turn import Turn
 from hvkvm.memory.atomics import fence
 from hvkvm.runtime.protocols import Deferrer
 
@@ -39,7 +39,6 @@ MAX_COMMANDS = 1024
 """Of all queues together that may be unanswered: each may hold views of 257 guest pages."""
 VECTORS = MAX_IO_QUEUES + 1
 _BAR = Bar(0, 0x4000)
-_LOOKS = 4
 _MSIX_TABLE = 0x2000
 
 
@@ -88,32 +87,33 @@ class Controller:
         )
         self.msix = msix.Msix(self.function, VECTORS, router)
         self.function.on_write = lambda _offset, _size: self.msix.control_written()
-        self.on_intx: Callable[[bool], object] | None = None
-        """Drives the INTx of the slot that it is in."""
-        self.submissions: dict[int, Submission] = {}
-        self.completions: dict[int, Completion] = {}
+        self._turns = Turn(io, self._turn)
+        self._registers = Registers()
+        self._bells = Bells(make_bell, self._turn)
+        self.queues = QueueTable(memory, self._bells)
+        self._answers = Answers(memory, self.queues, self._registers, self.msix, io, self._turns.ask)
         self.admin = Admin(self)
         self.namespace = Namespace(disk, sector_size, memory)
         self.disk = disk
-        self._io = io
-        self._registers = Registers()
-        self._lock = threading.Lock()
-        self._turn_asked = False
         self._base: int | None = None
         # The loop's own.
         self._csts = 0
         self._stopped = True
         self._draining = False
         self._shutting = False
-        self._shadow: Shadow | None = None
-        self._bells = Bells(make_bell, self._turn)
-        self._dirty: set[Completion] = set()
-        self._signal_asked = False
         self._first = 0
-        self._starved = False
         self._open = False
         self.taken = 0
         """Commands taken so far."""
+
+    @property
+    def on_intx(self) -> Callable[[bool], object] | None:
+        """Drives the INTx of the slot that it is in."""
+        return self._answers.on_intx
+
+    @on_intx.setter
+    def on_intx(self, drive: Callable[[bool], object]) -> None:
+        self._answers.on_intx = drive
 
     # What a vCPU does.
 
@@ -133,47 +133,36 @@ class Controller:
         """Note it, and ask for a turn."""
         if offset < nvme.REGISTERS_SIZE:
             if self._registers.write(offset, size, value):
-                self._ask()
+                self._turns.ask()
         elif nvme.NVME_REG_DBS <= offset < _MSIX_TABLE:
             if self._registers.ring(offset, size, value):
-                self._ask()
+                self._turns.ask()
         elif offset >= _MSIX_TABLE and offset - _MSIX_TABLE < msix.BAR_SIZE:
             self.msix.write(offset - _MSIX_TABLE, size, value)
 
     def moved(self, _bar: Bar, gpa: int | None) -> None:
         """See `PciDevice.moved`: the loop moves the bells."""
         self._base = gpa
-        self._ask()
-
-    def _ask(self) -> None:
-        """Have one turn come. Any thread."""
-        with self._lock:
-            if self._turn_asked:
-                return
-            self._turn_asked = True
-        with suppress(Stopped):
-            self._io.call_soon(self._turn)
+        self._turns.ask()
 
     # The loop's turn.
 
     def _turn(self) -> None:
-        with self._lock:
-            self._turn_asked = False
         if self._stopped:
             return
         self._take_writes()
         if not self._csts & nvme.NVME_CSTS_RDY or self._draining or not self.function.is_master:
             return
-        for completion in list(self.completions.values()):
-            self._make_room(completion)
-        room = MAX_COMMANDS - sum(queue.in_flight for queue in self.submissions.values())
-        self._starved = room < BUDGET
+        for completion in list(self.queues.completions.values()):
+            self._answers.make_room(completion)
+        room = MAX_COMMANDS - self.queues.in_flight
+        self._answers.starved = room < BUDGET
         before = self.taken
         if self._take_commands(min(BUDGET, room)) and room > 0:
-            self._ask()
+            self._turns.ask()
         if self.taken != before:
             self.disk.poll()
-        self._update_intx()
+        self._answers.update_line()
 
     def _take_writes(self) -> None:
         """Act on what vCPUs have written since."""
@@ -186,24 +175,22 @@ class Controller:
             self._shut_down()
         for index, value in doorbells.items():
             self._rung(index, value)
-        if self._bells.base != self._base:
-            with_shadow = [queue.id for queue in self.submissions.values() if queue.shadow is not None]
-            self._bells.move(self._base, with_shadow)
+        self.queues.move_bells(self._base)
 
     def _rung(self, index: int, value: int) -> None:
         queue: Submission | Completion | None
         if index & 1:
-            queue = self.completions.get(index >> 1)
+            queue = self.queues.completions.get(index >> 1)
             if queue is not None and value < queue.size:
                 queue.head = value
         else:
-            queue = self.submissions.get(index >> 1)
+            queue = self.queues.submissions.get(index >> 1)
             if queue is not None and value < queue.size:
                 queue.tail = value
 
     def _take_commands(self, budget: int) -> bool:
         """Take up to `budget` commands; whether there are more."""
-        queues = list(self.submissions.values())
+        queues = list(self.queues.submissions.values())
         self._first += 1
         more = False
         for at in range(len(queues)):
@@ -217,7 +204,7 @@ class Controller:
                 budget -= 1
                 self.taken += 1
                 self._perform(queue, command_of(raw))
-                if self.submissions.get(queue.id) is not queue:
+                if self.queues.submissions.get(queue.id) is not queue:
                     break
         return more
 
@@ -236,7 +223,7 @@ class Controller:
         return queue.head != queue.tail
 
     def _perform(self, queue: Submission, command: Command) -> None:
-        answer = partial(self._answer, queue, command.id)
+        answer = partial(self._answers.give, queue, command.id)
         if queue.id == 0:
             self._open = False
             self.admin.perform(command, answer)
@@ -248,146 +235,6 @@ class Controller:
     def keep_open(self) -> None:
         """The command just being performed gets no answer now: an asynchronous event request."""
         self._open = True
-
-    # Answers.
-
-    def _answer(self, queue: Submission, command_id: int, status: int, result: int) -> None:
-        if self.submissions.get(queue.id) is not queue:
-            return  # of a life before a reset
-        if queue.deleting:
-            queue.in_flight -= 1
-            if not queue.in_flight and queue.on_empty is not None:
-                queue.on_empty()
-            return
-        completion = queue.completion
-        entry = result, queue.head, queue.id, command_id, status
-        if completion.waiting or completion.full:
-            completion.waiting.append((queue, entry))
-            self._make_room(completion)
-        else:
-            self._post(completion, queue, entry)
-
-    def _post(self, completion: Completion, queue: Submission, entry: tuple[int, int, int, int, int]) -> None:
-        completion.post(self.memory, entry)
-        if queue.in_flight == MAX_IN_FLIGHT or self._starved:
-            self._ask()
-        queue.in_flight -= 1
-        self._dirty.add(completion)
-        if not self._signal_asked:
-            self._signal_asked = True
-            self._io.call_soon(self._signal)
-
-    def _make_room(self, completion: Completion) -> None:
-        """See how far the guest has read, and post what waited for that."""
-        shadow = completion.shadow
-        if shadow is not None:
-            head = self.memory.read_u32(shadow.value)
-            if completion.waiting or (completion.interrupts and not self.msix.enabled):
-                head = self._hear_of_more(shadow, head)
-            else:  # nobody needs to hear of it
-                self.memory.write_u32(shadow.event, head - 1 & 0xFFFF)
-            if head < completion.size:
-                completion.head = head
-        while completion.waiting and not completion.full:
-            queue, entry = completion.waiting.popleft()
-            self._post(completion, queue, entry)
-
-    def _hear_of_more(self, shadow: Shadow, head: int) -> int:
-        """Have the guest ring when it has read further: an answer waits for room, or INTx for its end.
-
-        It writes its head first and looks at our event index second, so who has written that looks once more.
-        """
-        for _ in range(_LOOKS):
-            self.memory.write_u32(shadow.event, head & 0xFFFF)
-            fence()
-            seen, head = head, self.memory.read_u32(shadow.value)
-            if seen == head:
-                return head
-        self._ask()  # it reads on all the time: once more in the next turn
-        return head
-
-    def _signal(self) -> None:
-        """One interrupt for each completion queue with something new."""
-        self._signal_asked = False
-        dirty, self._dirty = self._dirty, set()
-        if self.msix.enabled:
-            for completion in dirty:
-                if completion.interrupts:
-                    self.msix.raise_vector(completion.vector)
-        self._update_intx()
-
-    def _update_intx(self) -> None:
-        if self.on_intx is None or self.msix.enabled:
-            return
-        wanted = any(
-            queue.interrupts and queue.unseen and not self._registers.mask >> min(queue.vector, 31) & 1
-            for queue in self.completions.values()
-        )
-        self.on_intx(wanted)
-
-    # Queues come and go.
-
-    def add_completion(self, queue: Completion) -> None:
-        """A completion queue that the guest has made."""
-        queue.shadow = self._shadow_of(2 * queue.id + 1)
-        self.completions[queue.id] = queue
-        self._start_shadow(queue.shadow)
-
-    def add_submission(self, queue: Submission) -> None:
-        """A submission queue that the guest has made."""
-        queue.shadow = self._shadow_of(2 * queue.id)
-        self.submissions[queue.id] = queue
-        self._start_shadow(queue.shadow)
-        if queue.shadow is not None:
-            self._bells.add(queue.id)
-
-    def delete_submission(self, queue: Submission, done: Callable[[], object]) -> None:
-        """Take nothing more from it; `done()` when all that was taken is done with."""
-        queue.deleting = True
-        completion = queue.completion
-        kept = [one for one in completion.waiting if one[0] is not queue]
-        queue.in_flight -= len(completion.waiting) - len(kept)
-        completion.waiting.clear()
-        completion.waiting.extend(kept)
-
-        def finish() -> None:
-            completion.users -= 1
-            del self.submissions[queue.id]
-            self._bells.drop(queue.id)
-            done()
-
-        if queue.in_flight:
-            queue.on_empty = finish
-        else:
-            finish()
-
-    def delete_completion(self, queue: Completion) -> None:
-        """Forget a completion queue that nobody uses."""
-        del self.completions[queue.id]
-        self._dirty.discard(queue)
-
-    def use_shadow(self, pages: Shadow) -> None:
-        """Doorbell Buffer Config: every I/O queue's doorbells are in these pages from now on."""
-        self._shadow = pages
-        for submission in self.submissions.values():
-            submission.shadow = self._shadow_of(2 * submission.id)
-            if submission.shadow is not None:
-                self.memory.write_u32(submission.shadow.value, submission.tail)
-                self._bells.add(submission.id)
-        for completion in self.completions.values():
-            completion.shadow = self._shadow_of(2 * completion.id + 1)
-            if completion.shadow is not None:
-                self.memory.write_u32(completion.shadow.value, completion.head)
-
-    def _shadow_of(self, index: int) -> Shadow | None:
-        if self._shadow is None or index < 2:  # the admin queues ring as ever
-            return None
-        return Shadow(self._shadow.value + 4 * index, self._shadow.event + 4 * index)
-
-    def _start_shadow(self, shadow: Shadow | None) -> None:
-        if shadow is not None:
-            self.memory.write_u32(shadow.value, 0)
-            self.memory.write_u32(shadow.event, 0)
 
     # Enable, reset, shut down.
 
@@ -403,20 +250,16 @@ class Controller:
             self._csts = nvme.NVME_CSTS_CFS
             return
         completion = Completion(0, registers.acq, sizes[1], 0, interrupts=True)
-        self.completions[0] = completion
-        self.submissions[0] = Submission(0, registers.asq, sizes[0], completion)
+        self.queues.add_completion(completion)
+        self.queues.add_submission(Submission(0, registers.asq, sizes[0], completion))
         self._csts = nvme.NVME_CSTS_RDY
 
     def _forget(self) -> None:
         """Drop queues and features: what is in flight is answered to nobody."""
-        self.submissions.clear()
-        self.completions.clear()
-        self._dirty.clear()
-        self._shadow = None
+        self.queues.forget()
         self._shutting = False
         self.admin.reset()
-        self._bells.drop_all()
-        self._update_intx()
+        self._answers.forget()
 
     def _begin_reset(self) -> None:
         self._forget()
@@ -427,7 +270,7 @@ class Controller:
         if self._draining:
             self._draining = False
             self._csts = 0
-            self._ask()
+            self._turns.ask()
 
     def _shut_down(self) -> None:
         """Make everything stable, then say so."""
@@ -444,11 +287,8 @@ class Controller:
     def start(self) -> None:
         """Go on; interrupts that may have been lost in a save come again."""
         self._stopped = False
-        self._dirty.update(queue for queue in self.completions.values() if queue.unseen)
-        if self._dirty and not self._signal_asked:
-            self._signal_asked = True
-            self._io.call_soon(self._signal)
-        self._ask()
+        self._answers.signal_unseen()
+        self._turns.ask()
 
     def stop(self, done: Callable[[], object]) -> None:
         """Take no more; `done()` when everything taken is answered and no worker has guest memory."""
@@ -457,7 +297,7 @@ class Controller:
             self._stopped = True
 
         def rested() -> None:
-            self._signal()
+            self._answers.signal()
             done()
 
         self.disk.drain(rested)
@@ -492,26 +332,21 @@ class Controller:
             registers.asq,
             registers.acq,
             registers.mask,
-            tuple(queue.save() for queue in self.submissions.values()),
-            tuple(queue.save() for queue in self.completions.values()),
+            tuple(queue.save() for queue in self.queues.submissions.values()),
+            tuple(queue.save() for queue in self.queues.completions.values()),
             dict(self.admin.features),
             tuple(self.admin.events),
-            () if self._shadow is None else tuple(self._shadow),
+            () if self.queues.shadow is None else tuple(self.queues.shadow),
             self.msix.save(),
         )
 
     def load(self, state: ControllerState) -> None:
         """Take it, behind the function's registers. ValueError for what cannot be."""
-        completions, submissions, shadow = queues_of(state, self.memory, VECTORS)
+        queues = queues_of(state, self.memory, VECTORS)
         self._registers.load(state.cc, state.aqa, state.asq, state.acq, state.interrupt_mask)
         self._csts = state.csts & 0x3F
         self._shutting = bool(self._csts & nvme.NVME_CSTS_SHST_CMPLT)
-        self._shadow = shadow
-        self.completions, self.submissions = completions, submissions
-        for submission in submissions.values():
-            submission.shadow = self._shadow_of(2 * submission.id)
-        for completion in completions.values():
-            completion.shadow = self._shadow_of(2 * completion.id + 1)
+        self.queues.load(*queues)
         for which, value in state.features.items():
             if which in self.admin.features:
                 self.admin.features[which] = value & 0xFFFFFFFF
@@ -524,7 +359,7 @@ class Controller:
             "csts": f"{self._csts:#x}",
             "queues": {
                 str(queue.id): f"{queue.size} entries, {queue.in_flight} in flight"
-                for queue in list(self.submissions.values())
+                for queue in list(self.queues.submissions.values())
             },
             "bells": len(self._bells),
             "commands": self.taken,

@@ -17,16 +17,20 @@ import threading
 from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
-from typing import NamedTuple, Protocol
+from typing import Protocol
 
 from hvkvm.abi import virtio
 from hvkvm.devices.pci import msix
 from hvkvm.devices.pci.function import Bar, Function
+from hvkvm.devices.pci.turn import Turn
 from hvkvm.devices.pci.virtio import function as places
+from hvkvm.devices.pci.virtio import saved
+from hvkvm.devices.pci.virtio.bells import BellMaker, Bells
 from hvkvm.devices.pci.virtio.function import VirtioFunction
-from hvkvm.devices.pci.virtio.registers import SIZE, QueueState, Registers
-from hvkvm.devices.pci.virtio.ring import Broken, Chain, Memory, Place, Positions, Ring
-from hvkvm.errors import GuestMemoryError, Stopped
+from hvkvm.devices.pci.virtio.registers import SIZE, Registers
+from hvkvm.devices.pci.virtio.ring import Broken, Chain, Memory, Place, Ring
+from hvkvm.devices.pci.virtio.saved import VirtioState
+from hvkvm.errors import GuestMemoryError
 from hvkvm.runtime.protocols import Deferrer
 
 BUDGET = 64
@@ -60,27 +64,6 @@ class Device(Protocol):
         ...
 
     def inspect(self) -> dict[str, object]: ...
-
-
-class Closable(Protocol):
-    def close(self) -> object: ...
-
-
-BellMaker = Callable[[int, int, Callable[[], object]], Closable]
-"""bell(gpa, size, rang): has `rang()` called on the loop when the guest writes `size` bytes. OSError."""
-
-
-class VirtioState(NamedTuple):
-    """Registers and queues. Nothing is in flight."""
-
-    status: int
-    driver_features: int
-    selects: tuple[int, int, int]
-    """device_feature_select, driver_feature_select, queue_select."""
-    config_vector: int
-    isr: int
-    queues: tuple[QueueState, ...]
-    msix: msix.MsixState
 
 
 _FEATURES = (
@@ -118,24 +101,21 @@ class Transport:
         self.broken = ""
         """How the last driver broke the rules, for people."""
         self._memory = memory
-        self._io = io
-        self._make_bell = make_bell
+        self._turns = Turn(io, self._turn)
+        self._signals = Turn(io, self._signal)
         self._lock = threading.Lock()
         self._line_lock = threading.Lock()
         self._registers = Registers(device.features | _FEATURES, device.queue_sizes, function.vectors)
         self._rings: dict[int, Ring] = {}
         self._in_flight = 0
         self._resetting = False
-        self._turn_asked = False
         self._base: int | None = None
         self._isr = 0
         # The loop's own.
         self._stopped = True
         self._first = 0
-        self._bells: dict[int, Closable] = {}
-        self._bells_base: int | None = None
+        self._bells = Bells(make_bell, self._turn)
         self._dirty: set[int] = set()
-        self._signal_asked = False
 
     # What a vCPU does.
 
@@ -146,7 +126,7 @@ class Transport:
     def moved(self, _bar: Bar, gpa: int | None) -> None:
         """See `PciDevice.moved`: the loop moves the bells."""
         self._base = gpa
-        self._ask()
+        self._turns.ask()
 
     def read(self, offset: int, size: int) -> int:
         """Registers, ISR status (which reading clears), device configuration, MSI-X."""
@@ -169,7 +149,7 @@ class Transport:
         """Registers, notifications, MSI-X; the device's configuration cannot be written."""
         area, at = offset & -places.AREA, offset & places.AREA - 1
         if area == places.NOTIFY:
-            self._ask()
+            self._turns.ask()
         elif area == places.MSIX_TABLE:
             self.msix.write(at, size, value)
         elif area == places.COMMON:
@@ -181,7 +161,7 @@ class Transport:
                 else:
                     self._registers.write(at, size, value)
             self._update_line()
-            self._ask()
+            self._turns.ask()
 
     def _set_status(self, value: int) -> None:
         registers = self._registers
@@ -215,20 +195,10 @@ class Transport:
         self._isr = 0
         self._resetting = False
 
-    def _ask(self) -> None:
-        """Have one turn come. Any thread."""
-        with self._lock:
-            if self._turn_asked:
-                return
-            self._turn_asked = True
-        with suppress(Stopped):
-            self._io.call_soon(self._turn)
-
     # The loop's turn.
 
     def _turn(self) -> None:
         with self._lock:
-            self._turn_asked = False
             taken, more = self._take() if not self._stopped else ([], False)
             self._in_flight += len(taken)
         for index, chain in taken:
@@ -236,9 +206,11 @@ class Transport:
         if taken:
             self.taken += len(taken)
             self.device.flush_answers()
-        self._keep_bells()
+        with self._lock:
+            base, ringing = self._base, set(self._rings)
+        self._bells.keep(base, ringing)
         if more:
-            self._ask()
+            self._turns.ask()
 
     def _take(self) -> tuple[list[tuple[int, Chain]], bool]:
         """Requests of all queues in rotation, and whether there are more. Under the lock."""
@@ -292,15 +264,12 @@ class Transport:
                 return
             self._rings[index].put(head, written)
         self._dirty.add(index)
-        if not self._signal_asked:
-            self._signal_asked = True
-            self._io.call_soon(self._signal)
+        self._signals.ask()
         if was_full:
-            self._ask()
+            self._turns.ask()
 
     def _signal(self) -> None:
         """Show the driver what was answered in this turn: one interrupt a queue at most."""
-        self._signal_asked = False
         dirty, self._dirty = self._dirty, set()
         vectors = []
         with self._lock:
@@ -322,29 +291,6 @@ class Transport:
             if self.on_intx is not None:
                 self.on_intx(bool(self._isr) and not self.msix.enabled)
 
-    # Bells.
-
-    def _keep_bells(self) -> None:
-        """An ioeventfd for each enabled queue, where the BAR is now."""
-        with self._lock:
-            wanted = set(self._rings) if self._base is not None else set()
-            base = self._base
-        if base != self._bells_base:
-            self._drop_bells()
-            self._bells_base = base
-        if base is None or self._make_bell is None or wanted == set(self._bells):
-            return
-        for index in set(self._bells) - wanted:
-            self._bells.pop(index).close()
-        for index in wanted - set(self._bells):
-            with suppress(OSError):  # without one, each notification is an exit
-                at = base + places.NOTIFY + places.NOTIFY_MULTIPLIER * index
-                self._bells[index] = self._make_bell(at, 2, self._turn)
-
-    def _drop_bells(self) -> None:
-        while self._bells:
-            self._bells.popitem()[1].close()
-
     # The machine.
 
     def start(self) -> None:
@@ -357,7 +303,7 @@ class Transport:
                 if vector != virtio.VIRTIO_MSI_NO_VECTOR:
                     self.msix.raise_vector(vector)
         self._update_line()
-        self._ask()
+        self._turns.ask()
 
     def stop(self, done: Callable[[], object]) -> None:
         """Take no more; `done()` when everything taken is answered and no worker has guest memory."""
@@ -371,58 +317,27 @@ class Transport:
 
     def reset(self) -> None:
         """Power-on state. Only while stopped."""
-        self._drop_bells()
+        self._bells.drop()
         self.msix.reset()
         with self._lock:
             self._in_flight = 0
             self._forget()
-            self._base = self._bells_base = None
+            self._base = None
         self._dirty.clear()
 
     def close(self) -> None:
         """Give back every bell and route. Nothing runs any more."""
-        self._drop_bells()
+        self._bells.drop()
         self.msix.close()
 
     def save(self) -> VirtioState:
         """All that the guest could tell apart. Only while stopped."""
-        registers = self._registers
-        queues = []
-        for index, queue in enumerate(registers.queues):
-            ring = self._rings.get(index)
-            positions = Positions(0, 0) if ring is None else ring.positions
-            queues.append(QueueState(queue.size, queue.vector, queue.enabled, *queue.place[1:], *positions))
-        return VirtioState(
-            registers.status,
-            registers.driver_features,
-            (registers.feature_select, registers.driver_select, registers.queue_select),
-            registers.config_vector,
-            self._isr,
-            tuple(queues),
-            self.msix.save(),
-        )
+        return saved.saved(self._registers, self._rings, self._isr, self.msix.save())
 
     def load(self, state: VirtioState) -> None:
         """Take it, behind the function's registers. ValueError for what cannot be."""
-        registers = self._registers
-        if len(state.queues) != len(registers.queues):
-            raise ValueError("its virtio device has another number of queues")
-        registers.status = state.status & 0xFF
-        registers.driver_features = state.driver_features & registers.features
-        selects = [one & 0xFFFFFFFF for one in state.selects]
-        registers.feature_select, registers.driver_select, registers.queue_select = selects
-        registers.config_vector = state.config_vector & 0xFFFF
+        self._rings = saved.load(state, self._registers, self._ring)
         self._isr = state.isr & 0xFF
-        self._rings.clear()
-        for index, (queue, saved) in enumerate(zip(registers.queues, state.queues, strict=True)):
-            queue.load(saved)
-            if queue.enabled:
-                try:
-                    ring = self._ring(queue.place)
-                except GuestMemoryError as error:
-                    raise ValueError(f"its virtqueue {index} is nowhere: {error}") from None
-                ring.go_on(Positions(saved.taken, saved.used))
-                self._rings[index] = ring
         self.msix.load(state.msix)
 
     def inspect(self) -> dict[str, object]:
