@@ -11,6 +11,7 @@ from linux_guest import SECONDS
 from png_files import pixels_of
 
 from hvkvm.machine.disk_spec import DiskSpec
+from hvkvm.machine.machine import Machine
 from hvkvm.machine.outcome import Ending
 from hvkvm.machine.screenshot import screenshot
 
@@ -33,7 +34,8 @@ def test_the_shell_runs_a_script_from_a_disk(tmp_path: Path, firmware: str) -> N
     first = fat_disk(tmp_path / "disk", {"startup.nsh": SCRIPT})
     second = fat_disk(tmp_path / "more", {"virtio.txt": b"read by the firmware's driver"})
     disks = (DiskSpec(str(first)), DiskSpec(str(second), bus="virtio"))
-    with firmware_guest(firmware, memory=256 << 20, disks=disks, display="ramfb") as guest:
+    display = "ramfb" if firmware == "newer" else "none"
+    with firmware_guest(firmware, memory=256 << 20, disks=disks, display=display) as guest:
         outcome = guest.finish()
         text = guest.text
         assert "script begins" in text, guest.report()
@@ -43,13 +45,18 @@ def test_the_shell_runs_a_script_from_a_disk(tmp_path: Path, firmware: str) -> N
         for identity in ("8086", "1237", "7113", "1414", "1042"):
             assert identity in text.split("script begins")[1].upper(), identity
         assert outcome.ending is Ending.POWERED_OFF
-        machine = guest.machine
-        assert machine.firmware is not None
-        assert machine.firmware.display is not None
-        width, height = screenshot(machine.firmware.display, machine.memory, tmp_path / "screen.png")
-        assert (width, height) >= (640, 480)
-        _, _, pixels = pixels_of((tmp_path / "screen.png").read_bytes())
-        assert len(set(zip(pixels[::3], pixels[1::3], pixels[2::3], strict=True))) > 1, "the shell's text"
+        if display == "ramfb":
+            shows_text(guest.machine, tmp_path / "screen.png")
+
+
+def shows_text(machine: Machine, picture: Path) -> None:
+    """On the framebuffer that the firmware's driver has set up; RAM outlives the run."""
+    assert machine.firmware is not None
+    assert machine.firmware.display is not None
+    width, height = screenshot(machine.firmware.display, machine.memory, picture)
+    assert (width, height) >= (640, 480)
+    _, _, pixels = pixels_of(picture.read_bytes())
+    assert len(set(zip(pixels[::3], pixels[1::3], pixels[2::3], strict=True))) > 1
 
 
 COUNTING = b"""@echo -off
