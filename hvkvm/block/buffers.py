@@ -10,6 +10,8 @@ import os
 from collections.abc import Sequence
 from mmap import mmap
 
+from hvkvm.memory.page_vector import PageVector
+
 Buffers = Sequence[memoryview]
 
 IOV_MAX = 1024
@@ -22,6 +24,8 @@ ZEROS = memoryview(mmap(-1, ZERO_BYTES)).toreadonly()
 
 def size_of(buffers: Buffers) -> int:
     """The bytes in all of them."""
+    if type(buffers) is PageVector:
+        return buffers.size
     return sum(map(len, buffers))
 
 
@@ -70,6 +74,10 @@ class Cutter:
 
 def read_fully(fd: int, buffers: Buffers, offset: int) -> int:
     """Fill `buffers` from `offset`, in as many calls as it takes; less only at the file's end. OSError."""
+    if type(buffers) is PageVector:
+        done = buffers.read(fd, offset)
+        if done == buffers.size:
+            return done
     return _fully(os.preadv, fd, buffers, offset, 0)
 
 
@@ -78,6 +86,10 @@ def write_fully(fd: int, buffers: Buffers, offset: int, flags: int = 0) -> int:
 
     `flags` are those of pwritev2: os.RWF_DSYNC.
     """
+    if type(buffers) is PageVector:
+        done = buffers.write(fd, offset, flags)
+        if done == buffers.size:
+            return done
     return _fully(os.pwritev, fd, buffers, offset, flags)
 
 

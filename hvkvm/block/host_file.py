@@ -19,6 +19,7 @@ from pathlib import Path
 
 from hvkvm.block.buffers import ZEROS, Buffers, Cutter, read_fully, size_of, write_fully, zeros
 from hvkvm.errors import ImageError
+from hvkvm.memory.page_vector import PageVector
 
 _KEEP_SIZE = 1
 _PUNCH_HOLE = 2
@@ -86,6 +87,8 @@ class HostFile:
         if not self._now_works:
             return -1
         try:
+            if type(buffers) is PageVector:
+                return buffers.read(self.fd, offset, os.RWF_NOWAIT)
             return os.preadv(self.fd, buffers, offset, os.RWF_NOWAIT)
         except BlockingIOError:
             return 0
@@ -192,6 +195,8 @@ class HostFile:
 
     def _aligned(self, buffers: Buffers) -> bool:
         mask = self.alignment - 1
+        if type(buffers) is PageVector:
+            return not (buffers.offset | buffers.size) & mask
         return not any(len(one) & mask or _address_of(one) & mask for one in buffers)
 
     def _find_alignment(self) -> int:

@@ -26,10 +26,12 @@ from hvkvm.abi.ring import (
 )
 from hvkvm.abi.storvsp import Srb
 from hvkvm.abi.vmbus import HV_HYP_PAGE_SIZE
+from hvkvm.block.buffers import Buffers
 from hvkvm.block.request import Request
 from hvkvm.devices.scsi.command import Command, Reply
 from hvkvm.devices.synth.storvsp_io import DiskIo
 from hvkvm.errors import GuestMemoryError
+from hvkvm.memory.page_vector import page_vector
 from hvkvm.vmbus.channel_io import ChannelIo
 from hvkvm.vmbus.device import Done
 from hvkvm.vmbus.guard import Guard
@@ -290,7 +292,7 @@ class StorvspChannel:
         if not self._controller.execute(srb, command):
             self.end(io, packet, wire.completion(payload, wire.SRB_STATUS_INVALID_LUN, 0, 0))
 
-    def _buffers(self, srb: Srb, packet: Packet) -> list[memoryview] | None:
+    def _buffers(self, srb: Srb, packet: Packet) -> Buffers | None:
         """The guest's pages for the data; None if it names none, too few, or what is no RAM."""
         if not srb.length or srb.data_in not in (wire.READ_TYPE, wire.WRITE_TYPE):
             return []
@@ -302,7 +304,10 @@ class StorvspChannel:
         try:
             if one.offset + srb.length <= HV_HYP_PAGE_SIZE:
                 return [self._page(one.pfns[0])[one.offset : one.offset + srb.length]]
-            return range_views(self._memory, one.pfns, one.offset, srb.length, self._page)
+            pfns = one.pfns[: one.offset + srb.length + HV_HYP_PAGE_SIZE - 1 >> 12]
+            return page_vector(self._memory, pfns, one.offset, srb.length) or range_views(
+                self._memory, pfns, one.offset, srb.length, self._page
+            )
         except GuestMemoryError:
             return None
 
