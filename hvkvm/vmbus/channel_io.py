@@ -10,7 +10,7 @@ Owner: the I/O loop. Nothing here raises for guest bytes.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 from hvkvm.abi.ring import VM_PKT_COMP, VM_PKT_DATA_INBAND, Packet
 from hvkvm.vmbus.ring_reader import RingReader
@@ -149,6 +149,13 @@ class ChannelIo:
             return self.writer.put(kind, payload, trans_id=trans_id, flags=flags, header=header)
         with self:
             return self.writer.put(kind, payload, trans_id=trans_id, flags=flags, header=header)
+
+    def send_all(self, kind: int, packets: Iterable[tuple[int, bytes]]) -> int:
+        """Send short packets, of which each is a transaction id and a payload; how many there was room for.
+
+        Inside a batch only. What had no room waits for `send`, which has the guest tell of room.
+        """
+        return 0 if self._on_broken is None else self.writer.put_all(kind, packets)
 
     def fits(self, payload_bytes: int, header_bytes: int = 0) -> bool:
         """Whether such a packet can ever lie in the guest's ring; for `send` that is the caller's duty."""

@@ -6,7 +6,7 @@ Nothing here raises for what the peer writes.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 from hvkvm.abi.ring import (
     DESCRIPTOR_BYTES,
@@ -96,6 +96,41 @@ class RingWriter(RingEnd):
         if self.words[WORD_PENDING_SEND_SZ]:
             self.words[WORD_PENDING_SEND_SZ] = 0
         return True
+
+    def put_all(self, kind: int, packets: Iterable[tuple[int, bytes]]) -> int:
+        """Write packets of these transaction ids and payloads, by one write; how many there was room for.
+
+        For many short ones: the list may be longer than the ring. Nobody is asked for room; `put` does that.
+        """
+        if self.broken:
+            return 0
+        if self._reserved:
+            self._reserved = []
+        free = self._free()
+        if free is None:
+            return 0
+        start, size, count = self._at, self.size, 0
+        at, parts = start, []
+        for trans_id, payload in packets:
+            n = len(payload)
+            eights = DESCRIPTOR_BYTES + n + 7 >> 3
+            need = eights * 8 + TRAILER_BYTES
+            if need >= free:
+                break
+            free -= need
+            parts.append(descriptor.pack(kind, DESCRIPTOR_BYTES >> 3, eights, 0, trans_id))
+            parts.append(payload)
+            parts.append(_PADDING[-n % 8] + trailer.pack(0, at))
+            at += need
+            if at >= size:
+                at -= size
+            count += 1
+        if count:
+            self._at = self._write(start, b"".join(parts))
+            self.packets += count
+            if self.words[WORD_PENDING_SEND_SZ]:
+                self.words[WORD_PENDING_SEND_SZ] = 0
+        return count
 
     def _ask_for_room(self, need: int) -> int | None:
         """Tell the peer what we wait for, then look again: it may have read before it could see that.

@@ -51,6 +51,41 @@ def test_views_of_a_raw_packet_are_the_payload(memory: GuestMemory) -> None:
 
 
 @settings(deadline=None)
+@given(
+    st.lists(st.lists(st.binary(max_size=200), max_size=40), max_size=20), st.sampled_from(sorted(LAYOUTS))
+)
+def test_a_batch_is_as_many_packets_as_have_room(
+    memory: GuestMemory, batches: list[list[bytes]], name: str
+) -> None:
+    together, reader = ends(memory, LAYOUTS[name])
+    single, _reader = ends(memory, [50 + n for n in range(len(LAYOUTS[name]))])
+    for number, batch in enumerate(batches):
+        wanted = [(number << 8 | at, payload) for at, payload in enumerate(batch)]
+        count = together.put_all(layout.VM_PKT_COMP, wanted)
+        fitted = 0
+        for trans_id, payload in wanted:
+            if not single.put(layout.VM_PKT_COMP, payload, trans_id=trans_id):
+                break
+            fitted += 1
+        assert (count, together.position) == (fitted, single.position)
+        together.flush()
+        single.flush()
+        for trans_id, payload in wanted[:count] if number % 2 else wanted[: count // 2]:
+            packet = reader.get()
+            assert packet is not None
+            assert (packet.trans_id, packet.payload[: len(payload)]) == (trans_id, payload)
+        while reader.get() is not None:
+            pass
+        reader.publish()
+        single.words[layout.WORD_READ_INDEX] = single.words[layout.WORD_WRITE_INDEX]
+    assert not reader.broken
+    assert together.packets == single.packets
+    together.words[layout.WORD_READ_INDEX] = 3
+    assert together.put_all(layout.VM_PKT_COMP, [(1, b"")]) == 0
+    assert together.broken
+
+
+@settings(deadline=None)
 @given(st.lists(st.one_of(st.binary(max_size=700), st.none()), max_size=60))
 def test_a_ring_is_a_bounded_queue(memory: GuestMemory, steps: list[bytes | None]) -> None:
     """Bytes put a packet, None takes one; what comes out is what went in, in order, and never overfull."""

@@ -236,8 +236,14 @@ class StorvspChannel:
     def _send(self, io: ChannelIo) -> None:
         done = self._done
         while done:
+            count = io.send_all(VM_PKT_COMP, done)
+            if count == len(done):
+                done.clear()
+                break
+            for _ in range(count):
+                done.popleft()
             trans_id, payload = done[0]
-            if not io.send(payload, kind=VM_PKT_COMP, trans_id=trans_id):
+            if not io.send(payload, kind=VM_PKT_COMP, trans_id=trans_id):  # asks for room
                 return
             done.popleft()
         while self._notices and io.send(wire.notice(self._notices[0])):
