@@ -71,6 +71,43 @@ def test_many_in_flight_are_each_answered_once(asker: Asker, file: Path) -> None
     assert sum(one["requests"] for one in report["operations"].values()) == 5 * 65
 
 
+def test_what_the_cache_holds_is_answered_inside_of_begin(asker: Asker, file: Path) -> None:
+    image = RawImage(file)
+    readv = image.readv
+    image.readv_now = readv  # type: ignore[method-assign]  # not every file system can
+    disk = asker.disk(image)
+    page = page_buffer(4096)
+
+    def ask(op: Op, offset: int) -> list[Result]:
+        """What `begin` has answered when it returns; what comes later goes to `late`."""
+        results: list[Result] = []
+        began: list[list[Result]] = []
+        late.clear()
+
+        def begin() -> None:
+            disk.begin(Request(op, offset, [page], lambda one: (results.append(one), late.set())))
+            began.append(list(results))
+
+        asker.wait(lambda done: (begin(), done()))
+        assert late.wait(SECONDS)
+        assert len(results) == 1
+        return began[0] or [results[0]._replace(detail="later")]
+
+    late = threading.Event()
+    assert ask(Op.READ, 8192) == [Result(Status.OK, 4096)]
+    assert bytes(page) == file.read_bytes()[8192:12288]
+    assert ask(Op.WRITE, 0)[0].detail == "later"
+    image.readv_now = lambda _offset, _buffers: 0  # type: ignore[method-assign]
+    assert ask(Op.READ, 8192)[0] == Result(Status.OK, 4096, "later")
+    image.readv_now = readv  # type: ignore[method-assign]
+    report = disk.inspect()
+    assert report["answered_on_loop"] == 1
+    assert report["operations"]["read"]["requests"] == 2
+    assert report["operations"]["read"]["bytes"] == 8192
+    asker.wait(disk.stop)
+    assert ask(Op.READ, 8192)[0].status is Status.CANCELLED
+
+
 def test_what_cannot_be_is_refused_by_name(asker: Asker, file: Path) -> None:
     disk = asker.disk(RawImage(file))
     page = page_buffer(4096)

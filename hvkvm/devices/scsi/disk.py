@@ -104,7 +104,7 @@ class ScsiDisk(Unit):
             request.op = Op.WRITE
             request.fua = bool(flags & scsi.FUA)
         request.offset = lba * sector
-        disk.submit(request)
+        disk.begin(request)
         return True
 
     def drain(self, done: Callable[[], object]) -> None:
