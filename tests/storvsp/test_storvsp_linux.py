@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from hashlib import md5
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 
 import pytest
 from linux_guest import LinuxGuest, linux_guest
+from linux_programs import program
 from linux_shell import SHELL, Shell
 from nbd_servers import qemu_nbd, serving
 
@@ -21,6 +23,7 @@ from hvkvm.machine.disk_spec import CdromSpec, DiskSpec
 pytestmark = [pytest.mark.hyperv, pytest.mark.timeout(1800)]
 
 MIB = 1 << 20
+VERIFY_MILLISECONDS = 60_000 if os.environ.get("HVKVM_SOAK") else 1500
 MODULES = ("hv_vmbus", "hv_utils", "hv_storvsc", "sd_mod", "sr_mod")
 EXPECTED = re.compile(
     r"Power-on or device reset occurred|SRSO|Speculative|RETBleed|Spectre|MDS|TAA|MMIO|unpatched|nocrs"
@@ -54,6 +57,14 @@ def hosts(shell: Shell) -> tuple[int, int]:
     return first, 1 - first
 
 
+def verify(shell: Shell, name: str) -> None:
+    """Four jobs of depth 32 find what they wrote, while parts are flushed, discarded and zeroed."""
+    told = shell.check(f"/verify /dev/{name} 4 32 {MIB} {VERIFY_MILLISECONDS}")
+    found = re.findall(r"^verify: job \d: (\d+) writes (\d+) reads (\d+) flushes", told, re.MULTILINE)
+    assert len(found) == 4, told
+    assert all(int(writes) for writes, _reads, _flushes in found), told
+
+
 def use_file_system(shell: Shell, device: str) -> None:
     """Make one, fill it, find it again after a mount, and throw it away."""
     shell.check(f"mke2fs -q /dev/{device} 2>/dev/null || mke2fs /dev/{device} >/dev/null")
@@ -84,6 +95,9 @@ def test_disks_of_every_kind(tmp_path: Path, synic: str, kernel: str) -> None:
     create_vhdx(vhdx, VhdxOptions(64 * MIB))
     random_file(other, 32 * MIB, 2)
     medium = random_file(iso, 3 * MIB, 3)
+    small = [tmp_path / f"small{number}.raw" for number in range(4)]
+    for number, file in enumerate(small):
+        file.write_bytes(bytes([number + 1]) * MIB)
     socket = tmp_path / "nbd"
     with serving(qemu_nbd(other, socket), socket):
         disks = (
@@ -91,8 +105,10 @@ def test_disks_of_every_kind(tmp_path: Path, synic: str, kernel: str) -> None:
             DiskSpec(str(vhdx)),
             DiskSpec(f"nbd:unix:{socket}", lun=7),
             DiskSpec(str(iso), "raw", readonly=True, controller=1),
+            *(DiskSpec(str(file), controller=1) for file in small),
         )
         settings: dict[str, Any] = {"disks": disks, "cdroms": (CdromSpec(str(iso)),), "cpus": 4}
+        settings["files"] = {"/verify": program("verify")}
         with linux_guest(SHELL, kernel=kernel, synic=synic, modules=MODULES, **settings) as guest:
             guest.start()
             shell = Shell(guest).ready()
@@ -105,7 +121,11 @@ def test_disks_of_every_kind(tmp_path: Path, synic: str, kernel: str) -> None:
             assert shell.check(f"md5sum /dev/{read_only}").split()[0] == digest(medium)
             assert shell.check(f"cat /sys/block/{read_only}/ro").strip() == "1"
             assert shell.check("md5sum /dev/sr0").split()[0] == digest(medium)
+            for number in range(len(small)):
+                name = name_of(shell, second, 1 + number)
+                assert shell.check(f"tail -c 2 /dev/{name} | od -An -tx1").split() == [f"0{number + 1}"] * 2
             for name in names:
+                verify(shell, name)
                 use_file_system(shell, name)
             see_sub_channels(guest, shell, names[0])
             come_and_go(guest, shell, tmp_path, first)
