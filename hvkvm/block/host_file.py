@@ -25,6 +25,7 @@ _KEEP_SIZE = 1
 _PUNCH_HOLE = 2
 _ZERO_RANGE = 16
 _BLKSSZGET = 0x1268
+_TMPFS_MAGIC = 0x01021994
 
 # CDLL gives the GIL away: a discard may take seconds.
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -63,6 +64,8 @@ class HostFile:
             os.close(self.fd)
             raise
         self._now_works = not direct
+        # tmpfs has no RWF_NOWAIT, and needs none: its files are the page cache.
+        self._now_flags = 0 if _in_memory(self.fd) else os.RWF_NOWAIT
         self._sync_error: OSError | None = None
 
     def size(self) -> int:
@@ -88,8 +91,8 @@ class HostFile:
             return -1
         try:
             if type(buffers) is PageVector:
-                return buffers.read(self.fd, offset, os.RWF_NOWAIT)
-            return os.preadv(self.fd, buffers, offset, os.RWF_NOWAIT)
+                return buffers.read(self.fd, offset, self._now_flags)
+            return os.preadv(self.fd, buffers, offset, self._now_flags)
         except BlockingIOError:
             return 0
         except OSError:
@@ -229,6 +232,12 @@ class HostFile:
                     ) from None
                 if error.errno not in _CANNOT and error.errno != errno.ENOLCK:
                     raise ImageError(f"{self.path}: cannot be locked: {error.strerror}") from None
+
+
+def _in_memory(fd: int) -> bool:
+    """Whether the file lies in a tmpfs, where reading waits for nothing but what was swapped out."""
+    found = (ctypes.c_long * 32)()  # struct statfs has 120 bytes, and begins with f_type
+    return not _libc.fstatfs(fd, found) and found[0] == _TMPFS_MAGIC
 
 
 def _round_up(n: int, to: int) -> int:

@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 from random import Random
+from tempfile import NamedTemporaryFile
 
 import pytest
 from disk_asker import page_buffer, read
@@ -189,6 +190,24 @@ def test_a_snapshot_leaves_the_base_alone_and_nothing_behind(file: Path, tmp_pat
     assert list(folder.iterdir()) == []
     image.close()
     assert file.read_bytes() == data
+
+
+def test_a_file_in_memory_is_read_without_a_worker() -> None:
+    shm = Path("/dev/shm")
+    if (
+        subprocess.run(["stat", "-fc", "%T", shm], capture_output=True, text=True, check=True).stdout
+        != "tmpfs\n"
+    ):
+        pytest.skip("no tmpfs at /dev/shm")
+    with NamedTemporaryFile(dir=shm) as file:
+        file.write(b"\1" * 8192)
+        file.flush()
+        image = RawImage(Path(file.name))
+        view = page_buffer(4096)
+        assert image.readv_now(4096, [view]) == 4096
+        assert view == b"\1" * 4096
+        assert image.readv_now(8192, [view]) == 0
+        image.close()
 
 
 def test_a_snapshot_without_a_place_says_so(file: Path) -> None:
