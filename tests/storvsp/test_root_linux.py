@@ -49,14 +49,14 @@ def root_disk(folder: Path) -> Path:
     return disk
 
 
-def machine_of(disk: Path, socket: Path) -> Machine:
+def machine_of(disk: Path, socket: Path, synic: str) -> Machine:
     config = MachineConfig(
         kernel=artifact("HVKVM_GUEST_KERNEL"),
         modules_dir=artifact("HVKVM_GUEST_MODULES"),
         busybox=artifact("HVKVM_GUEST_BUSYBOX"),
         modules=("hv_utils",),
         append="quiet",
-        synic="kernel",
+        synic=synic,
         vmbus="on",
         disks=(DiskSpec(str(disk)),),
         control=str(socket),
@@ -65,9 +65,10 @@ def machine_of(disk: Path, socket: Path) -> Machine:
     return Machine(config)
 
 
-def test_root_is_found_survives_a_reset_and_is_clean_after_a_shutdown(tmp_path: Path) -> None:
+@pytest.mark.parametrize("synic", ["kernel", "user"])
+def test_root_is_found_survives_a_reset_and_is_clean_after_a_shutdown(tmp_path: Path, synic: str) -> None:
     disk, socket = root_disk(tmp_path), tmp_path / "ctl"
-    with machine_of(disk, socket) as machine:
+    with machine_of(disk, socket, synic) as machine:
         assert machine.root_note.startswith(f'root file system: ext4 "small-root" on {disk}, UUID=')
         guest = LinuxGuest(machine)
         guest.start()
