@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from random import Random
 from typing import Any
 
 import pytest
@@ -28,6 +29,43 @@ def awake(driver: StorvscDriver, lun: int = 0) -> None:
     assert (answer.srb_status, answer.scsi_status, answer.moved) == (CHECKED, scsi.CHECK_CONDITION, 0)
     assert (answer.sense[2], answer.sense[12]) == (scsi.UNIT_ATTENTION, scsi.POWER_ON.asc)
     assert driver.execute(bytes(6), lun=lun).srb_status == SUCCESS
+
+
+def test_long_transfers_of_scattered_pages(bench: Any) -> None:
+    world = bench()
+    driver = world.start()
+    awake(driver)
+    memory, random = world.loop.memory, Random(1)
+    pages, offset = random.sample(range(800, 1000), 65), 1536
+    length = 64 * PAGE
+    for pfn in pages:
+        memory.write(pfn * PAGE, random.randbytes(PAGE))
+    data = b"".join(memory.read(pfn * PAGE, PAGE) for pfn in pages)[offset : offset + length]
+    sent = driver.execute(
+        rw(scsi.WRITE_10, 8, length // 512),
+        pages=pages,
+        offset=offset,
+        length=length,
+        data_in=wire.WRITE_TYPE,
+    )
+    assert (sent.srb_status, sent.moved) == (SUCCESS, length)
+    assert world.paths[0].read_bytes()[8 * 512 : 8 * 512 + length] == data
+    for pfn in pages:
+        memory.write(pfn * PAGE, b"\xa5" * PAGE)
+    random.shuffle(pages)
+    got = driver.execute(rw(scsi.READ_10, 8, length // 512), pages=pages, offset=offset, length=length)
+    assert (got.srb_status, got.moved) == (SUCCESS, length)
+    there = b"".join(memory.read(pfn * PAGE, PAGE) for pfn in pages)
+    rest = PAGE - offset
+    assert there == b"\xa5" * offset + data + b"\xa5" * rest
+    # VERIFY with data, WRITE SAME and UNMAP take theirs from such lists, too.
+    compared = bytes((scsi.VERIFY, 2)) + rw(scsi.READ_10, 8, length // 512)[2:]
+    assert (
+        driver.execute(
+            compared, pages=pages, offset=offset, length=length, data_in=wire.WRITE_TYPE
+        ).srb_status
+        == SUCCESS
+    )
 
 
 @pytest.mark.parametrize("version", wire.VERSIONS)
@@ -149,6 +187,18 @@ LIES: list[tuple[str, dict[str, Any]]] = [
     ("a range too short", {"ranges": [GpaRange(256, 0, (900,))]}),
     ("no RAM", {"ranges": [GpaRange(512, 0, (1 << 40,))]}),
     ("beyond RAM", {"ranges": [GpaRange(512, 3900, (1023, 1024))]}),
+    (
+        "much of it beyond RAM",
+        {"ranges": [GpaRange(20 * PAGE, 0, tuple(range(1000, 1040, 2)))], "length": 20},
+    ),
+    (
+        "the last of all",
+        {"ranges": [GpaRange(20 * PAGE, 0, (*range(900, 938, 2), (1 << 52) - 1))], "length": 20},
+    ),
+    (
+        "no page at all",
+        {"ranges": [GpaRange(20 * PAGE, 0, (*range(900, 938, 2), (1 << 64) - 1))], "length": 20},
+    ),
 ]
 
 
@@ -157,8 +207,11 @@ def test_a_guest_that_lies_of_its_pages_gets_an_error(bench: Any, lie: dict[str,
     world = bench()
     driver = world.start()
     awake(driver)
-    payload = wire.request(Srb(0, 0, 0, rw(scsi.READ_10, 0, 1), wire.READ_TYPE, 512, 0))
-    assert driver.send(payload, 77, **lie)
+    ranges = {name: value for name, value in lie.items() if name != "length"}
+    pages = lie.get("length", 0)
+    cdb = rw(scsi.READ_10, 0, 8 * pages or 1)
+    payload = wire.request(Srb(0, 0, 0, cdb, wire.READ_TYPE, pages * PAGE or 512, 0))
+    assert driver.send(payload, 77, **ranges)
     world.loop.run()
     answer = driver.finished(77)
     assert answer is not None

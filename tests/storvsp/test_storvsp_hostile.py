@@ -79,7 +79,10 @@ class Hostile:
             return self.random.randbytes(8 * self.random.randrange(6))
         ranges = []
         for _ in range(1 if self.random.random() < 0.9 else self.random.randrange(4)):
-            length, offset = self.random.choice((1, 24, 511, 512, 4096, 20000)), self.random.randrange(4096)
+            length, offset = (
+                self.random.choice((1, 24, 511, 512, 4096, 20000, 80000)),
+                self.random.randrange(4096),
+            )
             need = (length + offset + PAGE - 1) // PAGE
             if self.random.random() < 0.05:
                 need, length = max(1, need - 1), self.random.choice((length, 0xFFFFFFFF))
@@ -102,14 +105,14 @@ class Hostile:
             if cdb[0] in (scsi.READ_10, scsi.WRITE_10):
                 cdb[1:10] = bytes(9)
                 cdb[2:6] = random.randrange(DISK_BYTES // 512 + 2).to_bytes(4, "big")
-                cdb[8] = random.randrange(12)
+                cdb[8] = random.randrange(12) if random.random() < 0.8 else 128
         srb = Srb(
             random.choice((0, 0, 0, 0, 0, 1, 255)),
             random.choice((0, 0, 0, 0, 1, 255)),
             0 if random.random() < 0.9 else random.randrange(256),
             bytes(cdb[: random.choice((0, 6, 10, 12, 16, 16, 16))]),
             random.choice((0, 1, 1, 1, 2, 77)),
-            random.choice((0, 1, 24, 512, 512, 4096, 8192, 0xFFFFFFFF)),
+            random.choice((0, 1, 24, 512, 512, 4096, 8192, 65536, 0xFFFFFFFF)),
             random.randrange(256),
         )
         raw = bytearray(wire.request(srb))
