@@ -9,7 +9,9 @@ from __future__ import annotations
 from typing import Protocol
 
 from hvkvm.abi.nvme import NVME_SC_DATA_XFER_ERROR, NVME_SC_PRP_INVALID_OFFSET, NVME_STATUS_DNR
+from hvkvm.block.buffers import Buffers
 from hvkvm.errors import GuestMemoryError
+from hvkvm.memory.page_vector import page_vector
 
 PAGE = 4096
 _ENTRY = 8
@@ -35,7 +37,7 @@ class PrpError(Exception):
         self.status = status | NVME_STATUS_DNR
 
 
-def buffers(memory: Memory, prp1: int, prp2: int, length: int) -> list[memoryview]:
+def buffers(memory: Memory, prp1: int, prp2: int, length: int) -> Buffers:
     """`length` bytes in guest memory. Neighbouring pages make one view. Raises PrpError."""
     if prp1 & 3:
         raise PrpError(NVME_SC_PRP_INVALID_OFFSET)
@@ -55,31 +57,42 @@ def buffers(memory: Memory, prp1: int, prp2: int, length: int) -> list[memoryvie
         raise PrpError(NVME_SC_DATA_XFER_ERROR) from None
 
 
-def _listed(memory: Memory, prp1: int, first: int, at: int, left: int) -> list[memoryview]:
-    if at & _ENTRY - 1:
-        raise PrpError(NVME_SC_PRP_INVALID_OFFSET)
+def _listed(memory: Memory, prp1: int, first: int, at: int, left: int) -> Buffers:
+    pages = _pages(memory, at, -(-left // PAGE))
+    pfns = [prp1 // PAGE, *[page // PAGE for page in pages]]
+    vector = page_vector(memory, pfns, prp1 % PAGE, first + left)
+    if vector is not None:
+        return vector
     found: list[memoryview] = []
     start, end = prp1, prp1 + first
-    while left:
+    for page in pages:
+        if page != end:
+            found.append(memory.view(start, end - start))
+            start = page
+        size = min(PAGE, left)
+        end = page + size
+        left -= size
+    found.append(memory.view(start, end - start))
+    return found
+
+
+def _pages(memory: Memory, at: int, count: int) -> list[int]:
+    """The `count` pages of the list that begins at `at`."""
+    if at & _ENTRY - 1:
+        raise PrpError(NVME_SC_PRP_INVALID_OFFSET)
+    found: list[int] = []
+    while count:
         # A list goes on in another page where its last entry in this one is not the data's last.
         room = (PAGE - at % PAGE) // _ENTRY
-        pages = -(-left // PAGE)
-        count = min(room, pages)
-        entries = memoryview(memory.read(at, count * _ENTRY)).cast("Q").tolist()
-        if pages > room:
+        entries = memoryview(memory.read(at, min(room, count) * _ENTRY)).cast("Q").tolist()
+        if count > room:
             at = entries.pop()
             if at % PAGE:  # so only the first page of a list can be without entries of its own
                 raise PrpError(NVME_SC_PRP_INVALID_OFFSET)
-        for page in entries:
-            if page % PAGE:
-                raise PrpError(NVME_SC_PRP_INVALID_OFFSET)
-            if page != end:
-                found.append(memory.view(start, end - start))
-                start = page
-            size = min(PAGE, left)
-            end = page + size
-            left -= size
-    found.append(memory.view(start, end - start))
+        found += entries
+        count -= len(entries)
+    if any(page % PAGE for page in found):
+        raise PrpError(NVME_SC_PRP_INVALID_OFFSET)
     return found
 
 
