@@ -18,7 +18,7 @@ from virtio_guest import AVAILABLE, DESCRIPTORS, HEADERS, SIZE, STATUS, TABLE, U
 from hvkvm.abi import fw_cfg, nvme, pci, virtio
 from hvkvm.devices.flash import BLOCK, Flash
 from hvkvm.devices.pci.board_functions import PowerManagement, host_bridge, isa_bridge
-from hvkvm.devices.pci.nvme.controller import MAX_COMMANDS
+from hvkvm.devices.pci.nvme.controller import MAX_COMMANDS, VECTORS
 from hvkvm.devices.pci.virtio import function as places
 from hvkvm.devices.pci.virtio.transport import MAX_IN_FLIGHT
 from hvkvm.devices.port.bus import PortBus
@@ -100,7 +100,7 @@ def bars(random: Random, steps: int, routes: Any, board_of: Any) -> None:
         if not step % LOOK:
             bases.clear()
             assert len(board.mmio.ranges()) <= 2
-            assert all(len(one.open_now) <= 16 for one in lines)
+            assert all(len(one.open_now) <= VECTORS for one in lines)
             for slot in slots:
                 board.write(slot, pci.PCI_BASE_ADDRESS_0, 0xC000_0000 + 0x10_0000 * slot)
                 board.write(slot, pci.PCI_COMMAND, ON, 2)
