@@ -52,6 +52,10 @@ class Guest(NamedTuple):
     """What it is on under QEMU: virtio-blk, virtio-scsi or nvme."""
     tap: str = ""
     """A tap interface of the host: hv_netvsc under hvkvm, virtio-net without vhost under QEMU."""
+    firmware: Path | None = None
+    """What is started instead of a kernel; then `kernel` is not looked at."""
+    config: Path | None = None
+    """hvkvm's TOML file, for what has no flag: nothing else of this is looked at then."""
 
 
 def linux_append(vmm: str) -> str:
@@ -63,6 +67,8 @@ def linux_append(vmm: str) -> str:
 
 def command_line(vmm: str, guest: Guest) -> list[str]:
     """How `vmm` ("hvkvm", "hvkvm-user", "qemu-" and a machine type) boots `guest`. StepError without QEMU."""
+    if guest.config is not None and vmm == HVKVM:
+        return [str(PROJECT / ".venv/bin/hvkvm"), "run", "--quiet", "--config", str(guest.config)]
     if vmm in (HVKVM, HVKVM_USER):
         words = [str(PROJECT / ".venv/bin/hvkvm"), "run", "--kernel", str(guest.kernel), "--quiet", "--json"]
         words += ["--memory", f"{guest.memory}M"]
@@ -81,7 +87,8 @@ def command_line(vmm: str, guest: Guest) -> list[str]:
     words = [_qemu(), "-nodefaults", "-no-user-config", "-accel", "kvm", "-cpu", cpu, "-display", "none"]
     words += ["-object", f"memory-backend-memfd,id=ram,size={guest.memory}M,share=on"]
     words += ["-machine", f"{machine},memory-backend=ram", "-m", f"{guest.memory}M"]
-    words += ["-serial", "stdio", "-no-reboot", "-kernel", str(guest.kernel)]
+    words += ["-serial", "stdio", "-no-reboot"]
+    words += ["-bios", str(guest.firmware)] if guest.firmware else ["-kernel", str(guest.kernel)]
     words += ["-initrd", str(guest.initrd)] if guest.initrd else []
     words += ["-append", guest.append] if guest.append else []
     if guest.disk is not None:

@@ -8,6 +8,7 @@ import threading
 from pathlib import Path
 
 import pytest
+from guest_artifacts import artifact
 
 PROJECT = Path(__file__).resolve().parent.parent.parent
 if str(PROJECT / "scripts") not in sys.path:
@@ -16,6 +17,7 @@ if str(PROJECT / "scripts") not in sys.path:
 from steps import (  # noqa: E402
     bench_console,
     bench_count,
+    bench_firmware,
     bench_guest,
     bench_measure,
     bench_network,
@@ -237,3 +239,13 @@ def test_each_vmm_gets_the_disk() -> None:
         assert "file=d.raw" in words
         assert "virtio-scsi-pci -device scsi-hd,drive=d" in words
         assert "nvme,serial=1,drive=d" in bench_vmm.command_line("qemu-q35", guest._replace(qemu_disk="nvme"))
+
+
+@pytest.mark.kvm
+@pytest.mark.parametrize("vmm", ["hvkvm", "qemu-pc"])
+def test_firmware_is_started_under_both(vmm: str, tmp_path: Path) -> None:
+    """U-Boot, which any KVM runs, to the line that says how much memory it found."""
+    if vmm != "hvkvm" and shutil.which("qemu-system-x86_64") is None:
+        pytest.skip("QEMU is not installed")
+    started = bench_firmware.once(vmm, artifact("HVKVM_GUEST_U_BOOT"), tmp_path, "DRAM:")
+    assert started.seconds > 0
