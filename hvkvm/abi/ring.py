@@ -74,7 +74,7 @@ class GpaRange(NamedTuple):
 
 
 class TransferRange(NamedTuple):
-    """Part of a transfer-page packet: bytes in the buffer that both sides agreed on, by offset."""
+    """Bytes of a buffer, by offset: the one that both sides agreed on, or the pages that a packet names."""
 
     length: int
     offset: int
@@ -128,10 +128,11 @@ def parse_gpa_direct(packet: Packet, max_bytes: int) -> list[GpaRange] | None:
     return ranges
 
 
-def parse_gpa_range(header: bytes, max_bytes: int) -> GpaRange | None:
+def parse_gpa_range(header: bytes, max_bytes: int) -> TransferRange | None:
     """The one range of a GPA-direct packet of at most `max_bytes`; None for none, several or a bad one.
 
-    As `parse_gpa_direct`, for protocols in which a second range has no meaning.
+    As `parse_gpa_direct`, for protocols in which a second range has no meaning. Its offset is one into the
+    first of the pages, whose numbers `gpa_pages` and `gpa_pfns` have: as many as the range takes are there.
     """
     if len(header) < _gpa_one.size:
         return None
@@ -139,9 +140,19 @@ def parse_gpa_range(header: bytes, max_bytes: int) -> GpaRange | None:
     need = (offset + length + 4095) >> 12
     if count != 1 or offset >= 4096 or not 0 < length <= max_bytes or need * 8 > len(header) - _gpa_one.size:
         return None
-    if need == 1:
-        return GpaRange(length, offset, _gpa_page.unpack_from(header, _gpa_one.size))
-    return GpaRange(length, offset, Struct(f"<{need}Q").unpack_from(header, _gpa_one.size))
+    return TransferRange(length, offset)
+
+
+def gpa_pages(header: bytes, count: int) -> bytes:
+    """The first `count` page numbers of the range, 8 bytes each, as they stand there."""
+    return header[_gpa_one.size : _gpa_one.size + 8 * count]
+
+
+def gpa_pfns(header: bytes, count: int) -> tuple[int, ...]:
+    """The same as integers."""
+    if count == 1:
+        return _gpa_page.unpack_from(header, _gpa_one.size)
+    return Struct(f"<{count}Q").unpack_from(header, _gpa_one.size)
 
 
 def transfer_page_header(set_id: int, ranges: list[TransferRange], *, owns_set: bool = False) -> bytes:

@@ -18,11 +18,12 @@ import errno
 import os
 from array import array
 from collections.abc import Callable, Iterator, Sequence
-from ctypes import c_char, c_int, c_int64, c_ssize_t, c_void_p, get_errno
-from functools import cache
-from typing import Protocol, overload
+from ctypes import c_int, c_int64, c_ssize_t, c_void_p, get_errno
+from functools import lru_cache
+from typing import NamedTuple, Protocol, overload
 
 from hvkvm.errors import GuestMemoryError
+from hvkvm.memory.guest import RamRegion
 from hvkvm.memory.mapping import PAGE_SIZE
 
 LEAST_PAGES = 16
@@ -32,6 +33,7 @@ MOST_PAGES = 1024
 """Linux takes no more buffers in one call (UIO_MAXIOV)."""
 
 _SHIFT = PAGE_SIZE.bit_length() - 1
+_TOP = 1 << 63
 
 # CDLL gives the GIL away: the call may take seconds.
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -41,6 +43,8 @@ _Call = Callable[[int, int, int, int, int], int]
 class Ram(Protocol):
     """What is needed of guest memory."""
 
+    @property
+    def regions(self) -> Sequence[RamRegion]: ...
     def view(self, gpa: int, n: int) -> memoryview: ...
 
 
@@ -60,31 +64,48 @@ _preadv2 = _call("preadv2")
 _pwritev2 = _call("pwritev2")
 
 
-@cache
-def _ones() -> int:
-    """A 1 in every 64 bits, for MOST_PAGES of them."""
-    return ((1 << 64 * MOST_PAGES) - 1) // ((1 << 64) - 1)
+class _Lanes(NamedTuple):
+    """For integers that have a number in each 64 bits: 1, 2**63, and 0, 1, 2 ... in all of them."""
+
+    ones: int
+    tops: int
+    counted: int
+    buffers: array[int]
+    """Addresses yet to be filled in, and the length of a page for each."""
+
+
+@lru_cache(maxsize=64)  # a guest chooses how many
+def _lanes(count: int) -> _Lanes:
+    ones = ((1 << 64 * count) - 1) // ((1 << 64) - 1)
+    counted = int.from_bytes(array("Q", range(count)).tobytes(), "little")
+    return _Lanes(ones, ones << 63, counted, array("Q", (0, PAGE_SIZE)) * count)
+
+
+def _inside(numbers: int, lanes: _Lanes, first: int, end: int) -> bool:
+    """Whether each number is at least `first` and less than `end`, both less than 2**63."""
+    tops = lanes.tops
+    if numbers & tops or (numbers + (_TOP - end) * lanes.ones) & tops:
+        return False
+    return not first or (numbers + (_TOP - first) * lanes.ones) & tops == tops
 
 
 class PageVector(Sequence[memoryview]):
-    """`length` bytes that begin `offset` bytes into the first of the pages `pfns`, which hold that many."""
+    """`length` bytes that begin `offset` bytes into the first of some pages of `region`."""
 
-    __slots__ = ("_base", "_iovec", "_keep", "_pfns", "_views", "offset", "size")
+    __slots__ = ("_base", "_iovec", "_keep", "_pages", "_views", "offset", "size")
 
-    def __init__(self, pages: memoryview, low: int, pfns: Sequence[int], offset: int, length: int) -> None:
-        # `pages` are those from `low` up to the highest of `pfns`.
-        count = len(pfns)
-        self._keep = pages
-        self._base = low
-        self._pfns = pfns
+    def __init__(
+        self, region: RamRegion, whole: memoryview, pages: bytes, addresses: bytes, offset: int, length: int
+    ) -> None:
+        count = len(pages) >> 3
+        self._keep = whole
+        self._base = region.gpa
+        self._pages = pages
         self._views: list[memoryview] | None = None
         self.offset = offset
         self.size = length
-        first = ctypes.addressof(c_char.from_buffer(pages))
-        numbers = int.from_bytes(array("Q", pfns).tobytes(), "little") << _SHIFT
-        numbers += (first - (low << _SHIFT)) * (_ones() >> 64 * (MOST_PAGES - count))
-        self._iovec = iovec = array("Q", (0, PAGE_SIZE)) * count
-        iovec[::2] = array("Q", numbers.to_bytes(8 * count, "little"))
+        self._iovec = iovec = _lanes(count).buffers[:]
+        iovec[::2] = array("Q", addresses)
         iovec[0] += offset
         iovec[1] = PAGE_SIZE - offset
         iovec[-1] -= count * PAGE_SIZE - offset - length
@@ -112,8 +133,8 @@ class PageVector(Sequence[memoryview]):
         views = self._views
         if views is None:
             views, keep, left, at = [], self._keep, self.size, self.offset
-            for pfn in self._pfns:
-                start = (pfn - self._base << _SHIFT) + at
+            for pfn in array("Q", self._pages):
+                start = (pfn << _SHIFT) - self._base + at
                 n = min(left, PAGE_SIZE - at)
                 views.append(keep[start : start + n])
                 left -= n
@@ -132,22 +153,29 @@ class PageVector(Sequence[memoryview]):
         return iter(self._pieces())
 
     def __len__(self) -> int:
-        return len(self._pfns)
+        return len(self._pages) >> 3
 
 
-def page_vector(memory: Ram, pfns: Sequence[int], offset: int, length: int) -> PageVector | None:
-    """None where memoryviews do as well, or must do: for few pages, for neighbours, and outside of RAM.
+def page_vector(memory: Ram, pages: bytes, offset: int, length: int) -> PageVector | None:
+    """`pages` are page numbers of 8 bytes each; `length` ends in the last of them.
 
-    `length` ends in the last of the pages.
+    None where memoryviews do as well, or must do: for few pages, for neighbours, for those on both sides of
+    the hole below 4 GiB, and for what is no RAM.
     """
-    count = len(pfns)
+    count = len(pages) >> 3
     if not LEAST_PAGES <= count <= MOST_PAGES or _preadv2 is None or _pwritev2 is None:
         return None
-    low, high = min(pfns), max(pfns)
-    if high - low == count - 1:  # most likely one run
+    numbers = int.from_bytes(pages, "little")
+    lanes = _lanes(count)
+    first = int.from_bytes(pages[:8], "little")
+    if numbers == first * lanes.ones + lanes.counted:
         return None
-    try:
-        pages = memory.view(low << _SHIFT, high - low + 1 << _SHIFT)
-    except GuestMemoryError:
-        return None
-    return PageVector(pages[:], low, pfns, offset, length)
+    for region in memory.regions:
+        if _inside(numbers, lanes, region.gpa >> _SHIFT, region.end >> _SHIFT):
+            try:
+                whole = memory.view(region.gpa, region.size)[:]
+            except GuestMemoryError:  # it is closed
+                return None
+            addresses = (numbers << _SHIFT) + (region.hva - region.gpa) * lanes.ones
+            return PageVector(region, whole, pages, addresses.to_bytes(8 * count, "little"), offset, length)
+    return None

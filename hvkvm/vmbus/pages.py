@@ -18,10 +18,14 @@ from typing import Protocol
 
 from hvkvm.abi.vmbus import HV_HYP_PAGE_SIZE
 from hvkvm.errors import GuestMemoryError
+from hvkvm.memory.guest import RamRegion
 
 
 class Ram(Protocol):
     """What is needed of `memory.guest.GuestMemory`."""
+
+    @property
+    def regions(self) -> Sequence[RamRegion]: ...
 
     def contains(self, gpa: int, n: int) -> bool: ...
 

@@ -22,6 +22,8 @@ from hvkvm.abi.ring import (
     VM_PKT_DATA_USING_GPA_DIRECT,
     VMBUS_DATA_PACKET_FLAG_COMPLETION_REQUESTED,
     Packet,
+    gpa_pages,
+    gpa_pfns,
     parse_gpa_range,
 )
 from hvkvm.abi.storvsp import Srb
@@ -31,7 +33,7 @@ from hvkvm.block.request import Request
 from hvkvm.devices.scsi.command import Command, Reply
 from hvkvm.devices.synth.storvsp_io import DiskIo
 from hvkvm.errors import GuestMemoryError
-from hvkvm.memory.page_vector import page_vector
+from hvkvm.memory.page_vector import LEAST_PAGES, page_vector
 from hvkvm.vmbus.channel_io import ChannelIo
 from hvkvm.vmbus.device import Done
 from hvkvm.vmbus.guard import Guard
@@ -307,13 +309,16 @@ class StorvspChannel:
         one = parse_gpa_range(packet.header, MAX_BYTES)
         if one is None or one.length < srb.length:
             return None
+        header, offset, length = packet.header, one.offset, srb.length
         try:
-            if one.offset + srb.length <= HV_HYP_PAGE_SIZE:
-                return [self._page(one.pfns[0])[one.offset : one.offset + srb.length]]
-            pfns = one.pfns[: one.offset + srb.length + HV_HYP_PAGE_SIZE - 1 >> 12]
-            return page_vector(self._memory, pfns, one.offset, srb.length) or range_views(
-                self._memory, pfns, one.offset, srb.length, self._page
-            )
+            if offset + length <= HV_HYP_PAGE_SIZE:
+                return [self._page(gpa_pfns(header, 1)[0])[offset : offset + length]]
+            count = offset + length + HV_HYP_PAGE_SIZE - 1 >> 12
+            if count >= LEAST_PAGES:
+                vector = page_vector(self._memory, gpa_pages(header, count), offset, length)
+                if vector is not None:
+                    return vector
+            return range_views(self._memory, gpa_pfns(header, count), offset, length, self._page)
         except GuestMemoryError:
             return None
 

@@ -6,12 +6,15 @@ boundary ends the command. The work is bounded by the length, which the caller h
 
 from __future__ import annotations
 
+from array import array
+from collections.abc import Sequence
 from typing import Protocol
 
 from hvkvm.abi.nvme import NVME_SC_DATA_XFER_ERROR, NVME_SC_PRP_INVALID_OFFSET, NVME_STATUS_DNR
 from hvkvm.block.buffers import Buffers
 from hvkvm.errors import GuestMemoryError
-from hvkvm.memory.page_vector import page_vector
+from hvkvm.memory.guest import RamRegion
+from hvkvm.memory.page_vector import LEAST_PAGES, page_vector
 
 PAGE = 4096
 _ENTRY = 8
@@ -20,6 +23,8 @@ _ENTRY = 8
 class Memory(Protocol):
     """What a controller needs of guest memory; each call raises GuestMemoryError for what is no RAM."""
 
+    @property
+    def regions(self) -> Sequence[RamRegion]: ...
     def contains(self, gpa: int, n: int) -> bool: ...
     def read(self, gpa: int, n: int) -> bytes: ...
     def write(self, gpa: int, data: bytes | bytearray | memoryview) -> None: ...
@@ -59,10 +64,11 @@ def buffers(memory: Memory, prp1: int, prp2: int, length: int) -> Buffers:
 
 def _listed(memory: Memory, prp1: int, first: int, at: int, left: int) -> Buffers:
     pages = _pages(memory, at, -(-left // PAGE))
-    pfns = [prp1 // PAGE, *[page // PAGE for page in pages]]
-    vector = page_vector(memory, pfns, prp1 % PAGE, first + left)
-    if vector is not None:
-        return vector
+    if len(pages) >= LEAST_PAGES:
+        pfns = array("Q", [prp1 // PAGE, *[page // PAGE for page in pages]])
+        vector = page_vector(memory, pfns.tobytes(), prp1 % PAGE, first + left)
+        if vector is not None:
+            return vector
     found: list[memoryview] = []
     start, end = prp1, prp1 + first
     for page in pages:
