@@ -185,6 +185,15 @@ class MachineConfig(NamedTuple):
             in_saved=True,
         ),
     ] = ()
+    cloud_init: Annotated[
+        Path | None,
+        Field(
+            PathName(),
+            "--cloud-init DIR",
+            "a medium with DIR's user-data and meta-data, for an image that runs cloud-init",
+            boot_only=True,
+        ),
+    ] = None
     vsock: Annotated[
         Path | None,
         Field(

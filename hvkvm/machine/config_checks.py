@@ -113,6 +113,9 @@ def together(config: Any) -> None:
     if config.saved is None and config.nets and config.vmbus == "off":
         what = f"--net {config.nets[0].text}"
         raise ConfigError(f"{what}: needs the VMBus host that carries it; add --vmbus on")
+    if config.cloud_init is not None and not config.starts_firmware and config.vmbus == "off":
+        what = f"--cloud-init {config.cloud_init}"
+        raise ConfigError(f"{what}: needs the VMBus host that carries its drive; add --vmbus on")
     for flag, media in (("--disk", config.disks), ("--cdrom", config.cdroms)):
         wanted = [one for one in media if config.bus_of(one) == "vmbus"]
         if wanted and config.vmbus == "off":

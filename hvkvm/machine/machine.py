@@ -64,6 +64,10 @@ class Machine:
             saved = None if file is None else stack.enter_context(Saved(file))
             if saved is not None:
                 self.config = saving.restored_config(saved, config)
+            if self.config.cloud_init is not None:
+                from hvkvm.machine.cloud_init import with_seed
+
+                self.config = with_seed(self.config)
             self.boot_note = ""
             """Why it starts in firmware that nobody named, for its user; mostly nothing."""
             if self.config.kernel is None and self.config.starts_firmware:
