@@ -267,7 +267,9 @@ def known_flags() -> set[str]:
         "--no-dashboard",
         "--rm",
         "--group-add",
-    }  # probe.py's, dask's, docker's
+        "--inquiry",
+        "--all",
+    }  # probe.py's, dask's, docker's, sdparm's
     return found | of_others
 
 
