@@ -100,6 +100,13 @@ class _PlayedGuest(VmbusClient):
         self.said: deque[bytes] = deque()
         self._player = player
 
+    def contacts(self, message: wire.Message) -> None:
+        """The guest contacts: its interrupt page is clear, if its version has one."""
+        page = message["interrupt_page"] if message["version"] < vmbus.VERSION_WIN8 else 0
+        self.interrupt_page = page if self.memory.contains(page, vmbus.HV_HYP_PAGE_SIZE) else 0
+        if self.interrupt_page:
+            self.memory.zero(page, vmbus.HV_HYP_PAGE_SIZE)
+
     def deliver(self, payload: bytes) -> None:
         """See VmbusClient."""
         self.said.append(payload)
@@ -171,6 +178,8 @@ class _Player(Loopback):
             found.type, found.payload, trans_id=found.trans_id, flags=found.flags, header=found.header
         )
         ends.writer.flush()
+        if channel.connection_id == vmbus.VMBUS_EVENT_CONNECTION_ID:
+            self.guest.mark(entry.relid)
         self.synic.signal(channel.connection_id)
         self.run()
         return put
@@ -261,6 +270,8 @@ class _Replay:
                 raise ValueError("a message of the guest in it is none")
             if message.kind.type == wire.OPENCHANNEL:
                 player.prepare(message)
+            elif message.kind.type == wire.INITIATE_CONTACT:
+                player.guest.contacts(message)
             player.post(entry.data)
             player.run()
             self._messages += 1

@@ -20,6 +20,7 @@ from hvkvm.devices.synth.heartbeat import Heartbeat
 from hvkvm.devices.synth.keyboard import Keyboard
 from hvkvm.devices.synth.shutdown import Shutdown
 from hvkvm.devices.synth.timesync import TimeSync
+from hvkvm.record import explain
 from hvkvm.record.recorder import Recorder
 from hvkvm.testing.device import ScriptedDevice
 from hvkvm.testing.replay import replay
@@ -41,7 +42,9 @@ class _Clock:
         return self.extra + (0 if self.loop is None else int(self.loop.now * 1e9))
 
 
-def recording(path: Path, monkeypatch: pytest.MonkeyPatch, seed: int = 1) -> None:
+def recording(
+    path: Path, monkeypatch: pytest.MonkeyPatch, seed: int = 1, version: int = vmbus.VERSION_WIN10_V5_3
+) -> None:
     """A guest with a heartbeat, a clock, a keyboard and a device of a test."""
     clock = _Clock()
     monkeypatch.setattr("hvkvm.record.recorder.time_ns", clock)
@@ -57,7 +60,7 @@ def recording(path: Path, monkeypatch: pytest.MonkeyPatch, seed: int = 1) -> Non
     ):
         loop.host.add(device)
     echo.offer(loop)
-    loop.connect(vmbus.VERSION_WIN10_V5_3)
+    loop.connect(version)
     for channel in list(loop.client.offers.values()):
         loop.open(channel, out_pages=4, in_pages=4)
     loop.client.by_interface(vmbus.HV_KBD_GUID).opened.send(b"\1\0\0\0\0\0\1\0", trans_id=5)
@@ -79,7 +82,7 @@ def recording(path: Path, monkeypatch: pytest.MonkeyPatch, seed: int = 1) -> Non
     loop.run()
     loop.client.release(loop.client.by_interface(vmbus.guid(KIND)))
     loop.run()
-    loop.client.contact(vmbus.VERSION_WIN10_V5_3)  # as a kexec'ed kernel does
+    loop.client.contact(version)  # as a kexec'ed kernel does
     loop.run()
     loop.close()
     recorder.close()
@@ -118,6 +121,20 @@ def test_any_order_of_events_is_replayed(tmp_path: Path, monkeypatch: pytest.Mon
     recording(tmp_path / "r", monkeypatch, seed)
     result = replay(io.BytesIO((tmp_path / "r").read_bytes()))
     assert result.difference is None, result.difference
+
+
+@pytest.mark.parametrize("version", vmbus.HOST_VERSIONS[:2], ids=vmbus.version_text)
+def test_old_guests_are_replayed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, version: int) -> None:
+    """Those whose channels are signalled by an interrupt page."""
+    recording(tmp_path / "r", monkeypatch, version=version)
+    data = (tmp_path / "r").read_bytes()
+    result = replay(io.BytesIO(data))
+    assert result.difference is None, result.difference
+    assert result.packets > 12
+    shown = list(explain.lines(io.BytesIO(data)))
+    assert any(f"INITIATE_CONTACT version={vmbus.version_text(version)} " in line for line in shown)
+    assert any("interrupt_page=0x1000" in line for line in shown)
+    assert sum("heartbeat: signal" in line for line in shown) > 2
 
 
 def test_a_change_of_a_device_is_found(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
