@@ -69,6 +69,10 @@ def _qemu(tree: Path) -> Path:
     return _one(tree, "usr/bin/qemu-system-x86_64")
 
 
+def _ipxe(tree: Path) -> Path:
+    return _one(tree, "usr/lib/ipxe/ipxe-amd64.efi", "usr/lib/ipxe/ipxe.efi", "boot/ipxe.efi")
+
+
 def _libc(tree: Path) -> Path:
     return _one(tree, "lib/*/libc.so.6", "usr/lib/*/libc.so.6").parent
 
@@ -100,6 +104,9 @@ ARTIFACTS = {
         "systemd-boot-efi", None, _boot_loader, "systemd-boot, which UEFI firmware starts from a disk"
     ),
     "u-boot": Artifact("u-boot-qemu", None, _u_boot, "U-Boot as firmware, with drivers of its own for disks"),
+    "ipxe": Artifact(
+        "ipxe", None, _ipxe, "iPXE as a UEFI program, with a VMBus driver of its own", each_suite=True
+    ),
     "libc": Artifact("libc6", None, _libc, "the folder of libc.so.6 and the loader those need"),
     "qemu": Artifact(
         "qemu-system-x86",
@@ -209,6 +216,8 @@ NEWER_VARIABLES = {
     "HVKVM_NEWER_KERNEL": "guest-kernel",
     "HVKVM_NEWER_MODULES": "guest-modules",
     "HVKVM_NEWER_FIRMWARE": "firmware",
+    # The one before reads no script from the disk that it is started from.
+    "HVKVM_NEWER_IPXE": "ipxe",
     # The lab of the firmware's tests: its KVM can slow the guest's ticks, and older ones cannot.
     "HVKVM_NEWER_LAB_KERNEL": "lab-kernel",
     "HVKVM_NEWER_LAB_MODULES": "lab-modules",
