@@ -167,7 +167,8 @@ class Netvsp:
         known = state.version in (0, *nvsp.NVSP_VERSIONS) and MIN_MTU <= state.mtu <= MAX_MTU
         if not known or len(state.waiting) > MAX_CONTROL_WAITING or not 0 <= state.receive_set <= 0xFFFF:
             raise ValueError(f"the NIC {self.name} has agreed on what it cannot")
-        self.agreed.version, self._told_link = state.version, state.told_link
+        self.agreed.agree(state.version)
+        self._told_link = state.told_link
         self.agreed.set_mtu(state.mtu)
         self.receive.vlan_marks = state.vlan_marks
         if state.receive_gpadl is not None:

@@ -13,7 +13,7 @@ from typing import Any
 from hvkvm.abi import nvsp
 from hvkvm.abi.ring import Packet
 from hvkvm.devices.synth.netvsp_buffer import GuestBuffer
-from hvkvm.devices.synth.netvsp_receive import Receive
+from hvkvm.devices.synth.netvsp_receive import MAX_RANGES, Receive
 from hvkvm.devices.synth.netvsp_send import SECTION_BYTES, Send
 from hvkvm.net.port import ETHERNET_BYTES, MAX_MTU, MIN_MTU, VLAN_BYTES
 from hvkvm.vmbus.channel_io import ChannelIo
@@ -51,7 +51,7 @@ class Agreement:
 
     def clear(self) -> None:
         """As a NIC that no driver has taken."""
-        self.version = 0
+        self.agree(0)
         self.subchannels = 0
         """How many a guest was promised."""
         self.unoffered = False
@@ -60,6 +60,13 @@ class Agreement:
         self._receive.vlan_marks = False
         self._send.buffer = None
         self.set_mtu(min(self._wire_mtu, DEFAULT_MTU))
+
+    def agree(self, version: int) -> None:
+        """The guest speaks this NVSP version; 0 for none yet."""
+        self.version = version
+        # iPXE, the guest of NVSP 1 that we know, takes the frames of a packet last first, and its TCP asks
+        # for each of them again.
+        self._receive.ranges = 1 if version == nvsp.NVSP_PROTOCOL_VERSION_1 else MAX_RANGES
 
     def offer_sub_channels(self, io: ChannelIo) -> None:
         """Behind the answer that says how many: a table of where to send, and the offers."""
@@ -117,7 +124,7 @@ class Agreement:
         status = nvsp.NVSP_STAT_SUCCESS if best else nvsp.NVSP_STAT_PROTOCOL_UNSUPPORTED
         if self.version:
             best, status = 0, nvsp.NVSP_STAT_FAIL
-        self.version = self.version or best
+        self.agree(self.version or best)
         return nvsp.init_complete.pack(nvsp.NVSP_MSG_TYPE_INIT_COMPLETE, best, MAX_MDL_CHAIN, status)
 
     def _ndis_version(self, _major: int, _minor: int) -> None:

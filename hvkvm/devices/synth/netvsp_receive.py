@@ -112,6 +112,8 @@ class Receive:
         """Whether the guest takes VLAN tags as marks."""
         self.max_frame = 0
         """Longest frame of the guest's MTU, with a VLAN tag."""
+        self.ranges = MAX_RANGES
+        """Most frames of a packet for this guest."""
         self.waiting: deque[bytes] = deque()
         """Messages for the guest that wait for room."""
         self._most = 0  # bytes of a packet, after its first frame
@@ -181,7 +183,7 @@ class Receive:
             if io is None:
                 dropped.append((index, "unready"))
                 continue
-            if batch and (io is not on or len(batch) == MAX_RANGES or size + laid.size > self._most):
+            if batch and (io is not on or len(batch) >= self.ranges or size + laid.size > self._most):
                 if on is None or not self._send(on, _DATA, batch):
                     taken = first
                     break
