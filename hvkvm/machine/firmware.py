@@ -177,10 +177,11 @@ class Firmware:
 
     def load(self, state: FirmwareState) -> None:
         """See `Part.load`."""
-        if state.sha256 != self._sha256:
-            raise StateError(f"--firmware {self.path}: not the image that the machine was saved with")
+        # First: an image whose variables are apart is another one.
         if (self.flash is None) != (state.flash is None):
             raise StateError(f"{self.name}: --firmware-vars must be given as it was when saved")
+        if state.sha256 != self._sha256:
+            raise StateError(f"--firmware {self.path}: not the image that the machine was saved with")
         if (self.display is None) != (state.display is None):
             raise StateError(f"{self.name}: a framebuffer on one side only")
         try:

@@ -84,7 +84,19 @@ def test_the_command_keeps_variables(rom: Path, disk: Path, tmp_path: Path) -> N
         done = subprocess.run([sys.executable, "-m", "hvkvm", *words], capture_output=True, check=False)
         why = f"hvkvm: --firmware-vars {variables}: in use by another machine; give each a file of its own\n"
         assert (done.stderr.decode(), done.returncode) == (why, 2)
+        saved = tmp_path / "saved"
+        vm.ctl("save", "--end", saved)
+        vm.finish()
+    # What is saved has the variables, and whoever goes on from it keeps them in a file of its own.
+    own = tmp_path / "own-vars"
+    with running_vm(tmp_path, "--quiet", "--restore", saved) as vm:
+        assert vm.finish() == 2
+        assert "--firmware-vars must be given as it was when saved" in vm.error_text
+    with running_vm(tmp_path, "--quiet", "--restore", saved, "--firmware-vars", own) as vm:
+        vm.wait_until_listening()
         vm.ctl("quit")
+        vm.finish()
+    assert own.read_bytes() == variables.read_bytes()
 
 
 def test_a_framebuffer_is_seen_by_ctl(rom: Path, disk: Path, tmp_path: Path) -> None:
