@@ -33,8 +33,8 @@ WIDTH = 4
 HANG_SECONDS = 10.0
 """A request that takes longer is told of."""
 
-NOW_BYTES = 128 << 10
-"""Larger reads go to a worker: copying them would keep the loop from its other work."""
+NOW_BYTES = 2 << 20
+"""Bytes that are read on the loop in a turn, the rest by workers: more would keep it from its other work."""
 
 LOOK_SECONDS = 0.01
 """So often it is looked whether quick requests wait behind one that is not."""
@@ -88,6 +88,7 @@ class Disk:
         self._watching = False
         self._told: set[Request] = set()
         self._skip = self._skips = 0
+        self._now_left = NOW_BYTES
         self._read_now = True
         self._read_now_count = 0
         self._read = Result(Status.OK)
@@ -115,7 +116,7 @@ class Disk:
             self._answer(request, refusal)
             return
         op = request.op
-        if op is Op.READ and self._read_now and request.length <= NOW_BYTES and self._try_now(request):
+        if op is Op.READ and self._read_now and request.length <= self._now_left and self._try_now(request):
             return
         if request.fua or (op is not Op.READ and op is not Op.WRITE):
             self._hand_over()  # workers begin in the order of submission
@@ -134,7 +135,7 @@ class Disk:
         What can be answered at once is, inside of this call: a device that takes many requests in a turn is
         spared what `submit` needs to answer later.
         """
-        if request.op is Op.READ and self._read_now and not self._skip and request.length <= NOW_BYTES:
+        if request.op is Op.READ and self._read_now and not self._skip and request.length <= self._now_left:
             if self._stopped:
                 self.submit(request)
                 return
@@ -151,6 +152,7 @@ class Disk:
 
     def poll(self) -> None:
         """A batch was submitted: have workers begin, and answer now what has been answered on the loop."""
+        self._now_left = NOW_BYTES
         if self._together:
             self._hand_over()
         if self._ready:
@@ -293,6 +295,7 @@ class Disk:
 
     def _readv_now(self, request: Request) -> int:
         """How many bytes could be read without waiting; if not all, a worker has to read it."""
+        self._now_left -= request.length
         try:
             n = self.image.readv_now(request.offset, request.buffers)
         except Exception:
@@ -313,6 +316,7 @@ class Disk:
             self._io.call_soon(self._deliver, cancelled=self._deliver)
 
     def _deliver(self) -> None:
+        self._now_left = NOW_BYTES
         ready, self._ready = self._ready, deque()
         try:
             while ready:

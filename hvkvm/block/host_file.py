@@ -17,7 +17,7 @@ import struct
 from mmap import PAGESIZE, mmap
 from pathlib import Path
 
-from hvkvm.block.buffers import ZEROS, Buffers, Cutter, read_fully, size_of, write_fully, zeros
+from hvkvm.block.buffers import IOV_MAX, ZEROS, Buffers, Cutter, read_fully, size_of, write_fully, zeros
 from hvkvm.errors import ImageError
 from hvkvm.memory.page_vector import PageVector
 
@@ -89,6 +89,8 @@ class HostFile:
         """As `readv` for what the page cache holds: fewer bytes where it does not, -1 if never here."""
         if not self._now_works:
             return -1
+        if len(buffers) > IOV_MAX:
+            return 0
         try:
             if type(buffers) is PageVector:
                 return buffers.read(self.fd, offset, self._now_flags)

@@ -14,7 +14,7 @@ import pytest
 from disk_asker import SECONDS, Asker, page_buffer
 
 from hvkvm.block.buffers import Buffers
-from hvkvm.block.disk import Disk
+from hvkvm.block.disk import NOW_BYTES, Disk
 from hvkvm.block.image import ImageOptions
 from hvkvm.block.raw import RawImage
 from hvkvm.block.request import Op, Request, Result, Status, failure
@@ -106,6 +106,32 @@ def test_what_the_cache_holds_is_answered_inside_of_begin(asker: Asker, file: Pa
     assert report["operations"]["read"]["bytes"] == 8192
     asker.wait(disk.stop)
     assert ask(Op.READ, 8192)[0].status is Status.CANCELLED
+
+
+def test_a_turn_reads_so_much_on_the_loop_and_workers_the_rest(asker: Asker, file: Path) -> None:
+    image = RawImage(file)
+    image.readv_now = image.readv  # type: ignore[method-assign]  # not every file system can
+    disk = asker.disk(image)
+    buffers = [page_buffer(MIB) for _ in range(6)]
+    inside: list[int] = []
+    came = threading.Semaphore(0)
+
+    def turns(done: Callable[[], object]) -> None:
+        for turn in range(2):
+            before = len(results)
+            for buffer in buffers[3 * turn : 3 * turn + 3]:
+                disk.begin(Request(Op.READ, 0, [buffer], lambda one: (results.append(one), came.release())))
+            inside.append(len(results) - before)
+            disk.poll()
+        done()
+
+    results: list[Result] = []
+    asker.wait(turns)
+    for _ in buffers:
+        assert came.acquire(timeout=SECONDS)
+    assert inside == [NOW_BYTES // MIB] * 2
+    assert results == [Result(Status.OK, MIB)] * 6
+    assert all(buffer == file.read_bytes() for buffer in buffers)
 
 
 def test_what_cannot_be_is_refused_by_name(asker: Asker, file: Path) -> None:
