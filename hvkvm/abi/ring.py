@@ -49,6 +49,9 @@ _gpa_range = Struct("<II")
 _gpa_one = Struct("<IIII")
 _gpa_page = Struct("<Q")
 
+_tuple = tuple.__new__
+"""Makes a NamedTuple in a third of the time that calling its class takes."""
+
 
 class Packet(NamedTuple):
     """One packet, copied out of the ring: `header` is what is between descriptor and payload."""
@@ -140,7 +143,7 @@ def parse_gpa_range(header: bytes, max_bytes: int) -> TransferRange | None:
     need = (offset + length + 4095) >> 12
     if count != 1 or offset >= 4096 or not 0 < length <= max_bytes or need * 8 > len(header) - _gpa_one.size:
         return None
-    return TransferRange(length, offset)
+    return _tuple(TransferRange, (length, offset))
 
 
 def gpa_pages(header: bytes, count: int) -> bytes:

@@ -103,6 +103,10 @@ CDB_OFFSET = _BODY + 16
 """Where the CDB stands in a packet."""
 
 
+_tuple = tuple.__new__
+"""Makes a NamedTuple in a third of the time that calling its class takes."""
+
+
 class Srb(NamedTuple):
     """A SCSI request of the guest's (vmscsi_request): each field is the guest's word."""
 
@@ -140,7 +144,7 @@ def parse_srb(payload: bytes) -> Srb | None:
     ) = _request.unpack_from(payload, _BODY)
     if not 1 <= cdb_length <= len(cdb):
         return None
-    return Srb(path, target, lun, cdb[:cdb_length], data_in, length, port)
+    return _tuple(Srb, (path, target, lun, cdb[:cdb_length], data_in, length, port))
 
 
 class Address(NamedTuple):

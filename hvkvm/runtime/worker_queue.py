@@ -21,6 +21,9 @@ from hvkvm.errors import Stopped
 _WAITS = 8.0
 """A job that takes so many times as long as what is between two jobs waits for the host."""
 
+_tuple = tuple.__new__
+"""Makes a NamedTuple in a third of the time that calling its class takes."""
+
 _SURE = 8
 """So many jobs in a row make a queue narrow, at most so many make it wide again."""
 
@@ -73,7 +76,7 @@ class WorkerQueue:
         self, work: Callable[[Any], object], items: Sequence[object], done: Callable[[Any, Any], object]
     ) -> None:
         """As `submit`, for each of `items`: of all or, with Stopped, of none."""
-        jobs = [Job(work, item, done, False) for item in items]
+        jobs = [_tuple(Job, (work, item, done, False)) for item in items]
         self._submit(jobs, 0 if self.narrow and self._serving else 1 if self.narrow else len(jobs))
 
     def _submit(self, jobs: list[Job], workers: int) -> None:

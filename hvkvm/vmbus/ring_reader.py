@@ -24,6 +24,9 @@ from hvkvm.vmbus.ring import MAX_PACKET_BYTES, RingEnd
 
 _LEAST = DESCRIPTOR_BYTES + TRAILER_BYTES
 
+_tuple = tuple.__new__
+"""Makes a NamedTuple in a third of the time that calling its class takes."""
+
 
 class RawPacket:
     """A packet whose payload still lies in the ring: valid until `RingReader.publish`.
@@ -106,7 +109,7 @@ class RingReader(RingEnd):
         self._at = (end + TRAILER_BYTES) % self.size
         self.packets += 1
         split = offset - DESCRIPTOR_BYTES
-        return Packet(kind, flags, trans_id, rest[:split], rest[split:])
+        return _tuple(Packet, (kind, flags, trans_id, rest[:split], rest[split:]))
 
     def get_raw(self, front: int = 0) -> RawPacket | None:
         """The next packet without copying its payload, but for its first `front` bytes (or all, if fewer).
