@@ -210,8 +210,8 @@ def complies(shell: Shell, name: str) -> None:
 def verifies(shell: Shell, name: str) -> None:
     """fio writes patterns and finds them, while a part of the disk is discarded and zeroed over and over."""
     shell.check(
-        f"rm -f /tmp/done /tmp/ended; (while [ ! -e /tmp/done ]; do blkdiscard -o 64M -l 16M /dev/{name};"
-        f" blkdiscard -z -o 96M -l 1M /dev/{name}; sleep 0.1; done; touch /tmp/ended) &"
+        f"rm -f /tmp/done /tmp/ended; ( (while [ ! -e /tmp/done ]; do blkdiscard -o 64M -l 16M /dev/{name};"
+        f" blkdiscard -z -o 96M -l 1M /dev/{name}; sleep 0.1; done; touch /tmp/ended) &)"
     )
     fio = f"fio --eta=never --filename=/dev/{name} /tmp/job --output=/tmp/fio.log"
     shell.check(f"{fio} || {{ cat /tmp/fio.log; false; }}", STRESS_SECONDS + 1800)
