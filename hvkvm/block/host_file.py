@@ -16,6 +16,7 @@ import stat
 import struct
 from mmap import PAGESIZE, mmap
 from pathlib import Path
+from time import monotonic
 
 from hvkvm.block.buffers import IOV_MAX, ZEROS, Buffers, Cutter, read_fully, size_of, write_fully, zeros
 from hvkvm.errors import ImageError
@@ -26,6 +27,9 @@ _PUNCH_HOLE = 2
 _ZERO_RANGE = 16
 _BLKSSZGET = 0x1268
 _TMPFS_MAGIC = 0x01021994
+
+SWAPPED_SECONDS = 0.02
+"""A read from memory that takes longer has waited for the swap."""
 
 # CDLL gives the GIL away: a discard may take seconds.
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -64,8 +68,7 @@ class HostFile:
             os.close(self.fd)
             raise
         self._now_works = not direct
-        # tmpfs has no RWF_NOWAIT, and needs none: its files are the page cache.
-        self._now_flags = 0 if _in_memory(self.fd) else os.RWF_NOWAIT
+        self._in_memory = _in_memory(self.fd)
         self._sync_error: OSError | None = None
 
     def size(self) -> int:
@@ -92,14 +95,27 @@ class HostFile:
         if len(buffers) > IOV_MAX:
             return 0
         try:
+            if self._in_memory:
+                return self._read_memory(offset, buffers)
             if type(buffers) is PageVector:
-                return buffers.read(self.fd, offset, self._now_flags)
-            return os.preadv(self.fd, buffers, offset, self._now_flags)
+                return buffers.read(self.fd, offset, os.RWF_NOWAIT)
+            return os.preadv(self.fd, buffers, offset, os.RWF_NOWAIT)
         except BlockingIOError:
             return 0
         except OSError:
             self._now_works = False  # a file system without it; the error itself comes again from readv
             return -1
+
+    def _read_memory(self, offset: int, buffers: Buffers) -> int:
+        """In a tmpfs, which has no RWF_NOWAIT, and needs none: until it turns out that it was swapped out."""
+        began = monotonic()
+        if type(buffers) is PageVector:
+            n = buffers.read(self.fd, offset)
+        else:
+            n = os.preadv(self.fd, buffers, offset)
+        if monotonic() - began > SWAPPED_SECONDS:
+            self._now_works = False
+        return n
 
     def writev(self, offset: int, buffers: Buffers, *, stable: bool = False) -> int:
         """Write all of `buffers`; with `stable` they are on the device afterwards. OSError."""

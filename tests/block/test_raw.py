@@ -192,13 +192,14 @@ def test_a_snapshot_leaves_the_base_alone_and_nothing_behind(file: Path, tmp_pat
     assert file.read_bytes() == data
 
 
-def test_a_file_in_memory_is_read_without_a_worker() -> None:
+def test_a_file_in_memory_is_read_without_a_worker(monkeypatch: pytest.MonkeyPatch) -> None:
     shm = Path("/dev/shm")
     if (
         subprocess.run(["stat", "-fc", "%T", shm], capture_output=True, text=True, check=True).stdout
         != "tmpfs\n"
     ):
         pytest.skip("no tmpfs at /dev/shm")
+    monkeypatch.setattr(host_file, "SWAPPED_SECONDS", 1000.0)
     with NamedTemporaryFile(dir=shm) as file:
         file.write(b"\1" * 8192)
         file.flush()
@@ -207,6 +208,9 @@ def test_a_file_in_memory_is_read_without_a_worker() -> None:
         assert image.readv_now(4096, [view]) == 4096
         assert view == b"\1" * 4096
         assert image.readv_now(8192, [view]) == 0
+        monkeypatch.setattr(host_file, "SWAPPED_SECONDS", -1.0)
+        assert image.readv_now(4096, [view]) == 4096
+        assert image.readv_now(4096, [view]) == -1, "the loop would wait for the swap again and again"
         image.close()
 
 
