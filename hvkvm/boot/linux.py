@@ -40,8 +40,8 @@ DEFAULT_ARGUMENTS: tuple[tuple[str, str], ...] = (
 )
 """A recommended start of every Linux command line, each with its reason.
 
-`quiet` belongs to it when boot time counts more than the log: each character
-on COM1 is an exit. Not in it: `pci=off` (vPCI needs PCI), and i8042, VGA and
+`quiet` belongs to it when nobody reads the console: each character on COM1 is an
+exit, and they take half of a boot. Not in it: `pci=off` (vPCI needs PCI), and i8042, VGA and
 RTC switches (the FADT already says that those are not there).
 """
 
@@ -52,6 +52,22 @@ def default_cmdline(serial_ports: int = 1) -> str:
     if serial_ports > 1:
         words.append(f"8250.nr_uarts={serial_ports}")  # the last one wins
     return " ".join(words)
+
+
+_CHOOSES_MESSAGES = {
+    "quiet",
+    "debug",
+    "loglevel",
+    "ignore_loglevel",
+    "earlyprintk",
+    "earlycon",
+    "initcall_debug",
+}
+
+
+def chooses_messages(cmdline: str) -> bool:
+    """Whether a word of `cmdline` is about how many of its messages Linux prints."""
+    return any(word.partition("=")[0] in _CHOOSES_MESSAGES for word in _words(cmdline))
 
 
 def resets_by_triple_fault(cmdline: str) -> str:

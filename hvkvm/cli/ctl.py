@@ -25,6 +25,7 @@ EPILOG = """verbs:
   break [KEYS]              break on the serial console; Linux takes the next key as SysRq
   nmi                       interrupt that cannot be masked, for --cpu N or for each
   save FILE                 the whole VM, for hvkvm run --restore FILE; it runs on
+  dmesg                     a Linux guest's kernel log, read from its RAM
   screenshot FILE.png       what the guest's framebuffer shows
   net list|stats            the NICs; add WIRE, remove NAME, link NAME up|down
   kvp get|set|delete|list   key-value exchange with the guest's daemon
@@ -50,6 +51,8 @@ SAVE_SECONDS = 600.0
 SCREENSHOT_SECONDS = 60.0
 DISK_SECONDS = 60.0
 """An image that is taken away is flushed first."""
+DMESG_SECONDS = 60.0
+"""All RAM that the guest has written is searched."""
 LIST_SECONDS = 2.0
 ADDRESS_SECONDS = 2.0
 MOST_SECONDS = 24 * 3600.0
@@ -290,6 +293,12 @@ def _save(options: Options) -> int:
     return _tell(options, result, lambda result: f"saved to {ctl_text.harmless(result['file'])}")
 
 
+def _dmesg(options: Options) -> int:
+    return _tell(
+        options, _ask(options, "dmesg", DMESG_SECONDS), lambda result: ctl_text.dmesg(result["lines"])
+    )
+
+
 def _screenshot(options: Options) -> int:
     result = _ask(options, "screenshot", SCREENSHOT_SECONDS, file=os.path.abspath(options.file))
     return _tell(options, result, ctl_text.screenshot)
@@ -356,6 +365,7 @@ VERBS: dict[str, Callable[[Options], int]] = {
     "break": _break,
     "nmi": _nmi,
     "save": _save,
+    "dmesg": _dmesg,
     "screenshot": _screenshot,
     "net": _net,
     "kvp": _kvp,

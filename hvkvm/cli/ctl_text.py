@@ -20,6 +20,7 @@ SUMMARY = {
     "break": "Send a break on the serial console, which Linux takes for the SysRq key.",
     "nmi": "Send a non-maskable interrupt, as a server's NMI button does.",
     "save": "Write the whole VM to FILE; `hvkvm run --restore FILE` goes on from there.",
+    "dmesg": "Show a Linux guest's kernel log, read from its RAM: also of a guest that hangs.",
     "screenshot": "Write what the guest's framebuffer shows to FILE.png.",
     "net": "List NICs and what went over them; add and remove them, and pull their cables.",
     "kvp": "Read and write the pools of key-value exchange.",
@@ -114,6 +115,13 @@ def time(result: dict[str, Any]) -> str:
     return (
         f"host {host}\nguest: {driver}; told to set its clock {sent['sync']} times, {sent['sample']} samples"
     )
+
+
+def dmesg(lines: list[tuple[float, str]]) -> str:
+    """A line each, as dmesg prints them."""
+    from hvkvm.observe.kernel_log import Line
+
+    return "\n".join(str(Line(seconds, text)) for seconds, text in lines)
 
 
 def screenshot(result: dict[str, Any]) -> str:

@@ -49,6 +49,22 @@ def with_command_io(config: MachineConfig, options: Any) -> MachineConfig:
     return config._replace(command_io="terminal" if terminal else "streams")
 
 
+def with_quiet_boot(config: MachineConfig, options: Any) -> MachineConfig:
+    """`config` whose Linux prints no more than errors on a console that nobody is shown.
+
+    Each character there is an exit, and together they take half of a boot. Nothing is lost: a run
+    that fails shows the end of the kernel's log, read from RAM.
+    """
+    boots = config.command and config.kernel is not None and config.warm is None and config.restore is None
+    if not boots or options.console:
+        return config
+    from hvkvm.boot.linux import chooses_messages
+
+    if chooses_messages(config.append):
+        return config
+    return config._replace(append=f"{config.append} quiet".strip())
+
+
 def signals_for(config: MachineConfig) -> tuple[signal.Signals, ...]:
     """The signals that a run of `config` takes over."""
     numbers = (*ENDING_SIGNALS, signal.SIGQUIT)
@@ -108,15 +124,22 @@ class Front(ABC):
         board = self.machine.board
         return sum(serial.output.overruns for serial in (board.serial, *board.command_ports))
 
-    def last_lines(self, outcome: Outcome) -> list[str]:
-        """Lines of the console that explain `outcome` and were not shown."""
+    def last_lines(self, outcome: Outcome) -> dict[str, list[str]]:
+        """What explains `outcome` and was not shown: lines of the console and of Linux's log, by name.
+
+        Before the machine is closed.
+        """
         if self._shows_console or outcome.ending not in (
             Ending.PANIC,
             Ending.TRIPLE_FAULT,
             Ending.KVM_ERROR,
         ):
-            return []
-        return self.machine.board.tail.lines(TAIL_LINES)
+            return {}
+        from hvkvm.machine import kernel_log
+
+        console = self.machine.board.tail.lines(TAIL_LINES)
+        log = kernel_log.last_lines(self.machine.platform, TAIL_LINES, console)
+        return {"the guest's console, at its end": console, "the guest's kernel log, at its end": log}
 
     def begin(self) -> None:
         """Take the terminal, or whatever it reads, before the machine starts."""
@@ -322,9 +345,9 @@ def window_size() -> tuple[int, int]:
     return 24, 80
 
 
-def tell_last_lines(front: Front, outcome: Outcome, teller: Teller) -> None:
-    """Print what `Front.last_lines` has to standard error."""
-    lines = front.last_lines(outcome)
-    if lines:
-        shown = "".join(f"  | {line}\n" for line in lines)
-        teller.write(f"hvkvm: the guest's console, at its end:\n{shown}", always=True)
+def tell_last_lines(found: dict[str, list[str]], teller: Teller) -> None:
+    """Print what `Front.last_lines` found to standard error."""
+    for name, lines in found.items():
+        if lines:
+            shown = "".join(f"  | {line}\n" for line in lines)
+            teller.write(f"hvkvm: {name}:\n{shown}", always=True)

@@ -158,10 +158,10 @@ def main(arguments: list[str]) -> int:
     # What is made before the guest runs is there to stay: looking for garbage in it is time lost.
     gc.disable()
     try:
-        from hvkvm.cli.front import with_command_io
+        from hvkvm.cli.front import with_command_io, with_quiet_boot
 
         config, options = config_from(arguments)
-        return run_machine(with_command_io(config, options), options)
+        return run_machine(with_quiet_boot(with_command_io(config, options), options), options)
     finally:
         gc.enable()
 
@@ -211,6 +211,7 @@ def run_machine(config: MachineConfig, options: Any) -> int:
             end = None if config.timeout is None else monotonic() + config.timeout
             outcome, report = _attend(machine, signals, status, teller, end, front)
             front.take_rest(outcome)
+            last_lines = {} if options.json else front.last_lines(outcome)
             machine.close()  # a reader who takes his time holds no guest RAM
             status.clear()
             lost = front.send_last_output(signals, patience(outcome, end))
@@ -220,8 +221,7 @@ def run_machine(config: MachineConfig, options: Any) -> int:
             teller.say(f"{lost} bytes of the guest's output are lost: {front.why_lost()}")
         if report:
             teller.write(f"{report}\n", always=True)
-        if not options.json:
-            tell_last_lines(front, outcome, teller)
+        tell_last_lines(last_lines, teller)
         _conclude(machine, outcome, monotonic() - began, options, teller)
         told_to_end = outcome.ending in (Ending.QUIT, Ending.TIMEOUT)
         told = teller.close(DRAIN_SECONDS if told_to_end else CLOSE_SECONDS)

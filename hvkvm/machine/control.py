@@ -16,7 +16,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hvkvm.errors import HostExhausted, Stopped
+from hvkvm.errors import HostExhausted, HvkvmError, Stopped
 from hvkvm.machine import control_guest, inspect
 from hvkvm.machine.control_net import NetControl
 from hvkvm.machine.outcome import Ending
@@ -53,6 +53,7 @@ class Control:
             "info": lambda _request, answer: answer.ok(inspect.info(parts)),
             "inspect": lambda _request, answer: answer.ok(inspect.inspect(parts)),
             "dump": self._dump,
+            "dmesg": self._dmesg,
             "break": self._break,
             "nmi": self._nmi,
             "save": self._save,
@@ -103,6 +104,16 @@ class Control:
 
         self._apart("dump", work, answer)  # it waits for the vCPUs' threads, and the loop must not
 
+    def _dmesg(self, _request: Request, answer: Answer) -> None:
+        """The lines of the guest's kernel log, as [seconds, text]."""
+
+        def work() -> dict[str, Any]:
+            from hvkvm.machine.kernel_log import kernel_log
+
+            return {"lines": kernel_log(self._parts.platform)}
+
+        self._apart("dmesg", work, answer)
+
     def _screenshot(self, request: Request, answer: Answer) -> None:
         """Write what the guest's framebuffer shows to "file", an absolute path."""
         path = _absolute(request)
@@ -130,7 +141,7 @@ class Control:
             try:
                 try:
                     result = work()
-                except ValueError as error:
+                except (ValueError, HvkvmError) as error:
                     self._io.call_soon(answer.fail, "guest", str(error))
                 except OSError as error:
                     self._io.call_soon(answer.fail, "guest", f"{error.filename}: {error.strerror}")

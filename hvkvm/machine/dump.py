@@ -8,7 +8,7 @@ from __future__ import annotations
 from time import monotonic
 from typing import TYPE_CHECKING
 
-from hvkvm.machine import dump_vcpu, inspect
+from hvkvm.machine import dump_vcpu, inspect, kernel_log
 from hvkvm.observe import bus_text
 
 if TYPE_CHECKING:
@@ -18,7 +18,7 @@ CONSOLE_LINES = 12
 
 
 def describe(parts: Parts) -> str:
-    """Several lines: each vCPU's state, registers and exits, the SynIC's queues, the last console lines."""
+    """Several lines: vCPUs and their exits, the SynIC's queues, last lines of console and kernel log."""
     lines = []
     platform, lifecycle, partition = parts.platform, parts.lifecycle, parts.hyperv.partition
     elapsed = 0.0 if lifecycle.started_at is None else monotonic() - lifecycle.started_at
@@ -34,4 +34,7 @@ def describe(parts: Parts) -> str:
     tail = parts.board.tail.lines(CONSOLE_LINES)
     lines.append("console: no output yet" if not tail else "console, last lines:")
     lines += [f"  | {line}" for line in tail]
+    if log := kernel_log.last_lines(platform, CONSOLE_LINES, tail):
+        lines.append("kernel log, last lines:")
+        lines += [f"  | {line}" for line in log]
     return "\n".join(lines)

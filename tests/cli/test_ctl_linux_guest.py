@@ -26,7 +26,9 @@ hv_kvp_daemon; hv_vss_daemon
 until grep -q 'AT Translated Set 2 keyboard' /proc/bus/input/devices; do sleep 0.1; done
 date -s '2001-02-03 04:05:06' >/dev/null
 stty -F /dev/tty1 -echo
-echo guest-ready year $(date +%Y)
+boot=$(cat /proc/sys/kernel/random/boot_id)
+echo "boot <$boot>" >/dev/kmsg
+echo "guest-ready year $(date +%Y) boot <$boot>"
 read -r line </dev/tty1
 echo "typed <$line>"
 while [ $(date +%Y) = 2001 ]; do sleep 0.2; done
@@ -89,6 +91,18 @@ def see_the_guest(vm: RunningVm) -> None:
     assert "vcpu0: " in vm.ctl("dump")
     assert "synthetic timer 0: config " in vm.ctl("dump")
     assert "hvkvm: init" in vm.ctl("dump")
+    see_its_log(vm)
+    assert "kernel log, last lines:" in vm.ctl("dump")
+
+
+def see_its_log(vm: RunningVm) -> None:
+    """Read out of RAM, where the logs of boots before this one may lie too; none of it was on the console."""
+    boot = vm.text.split("boot <")[-1].split(">")[0]
+    lines = vm.ctl("dmesg").splitlines()
+    assert lines[0].startswith("[    0.000000] Linux version 6.")
+    assert any("hv_vmbus: Vmbus version:5.3" in line for line in lines)
+    assert [line.split("boot <")[1] for line in lines if "boot <" in line] == [f"{boot}>"]
+    assert "Linux version" not in vm.text
 
 
 def use_the_daemons(vm: RunningVm) -> None:
@@ -132,6 +146,7 @@ def test_a_linux_guest_is_operated_from_outside(tmp_path: Path) -> None:
         assert "refuses to hibernate" in vm.ctl("hibernate", status=1)
         assert vm.ctl("reboot", "--wait") == "the guest was reset (1 resets)\n"
         vm.wait_for("guest-ready", count=2)
+        see_its_log(vm)
         # The kernel's own answer to these keys is to restart: they came by scan code, prefix and all.
         assert vm.ctl("keys", "--press", "ctrl-alt-delete") == "6 key events sent\n"
         vm.wait_for("guest-ready", count=3)

@@ -15,6 +15,7 @@ from hvkvm.boot import firmware as images
 from hvkvm.boot import initramfs
 from hvkvm.machine.config import MachineConfig
 from hvkvm.machine.disk_spec import DiskSpec
+from hvkvm.machine.kernel_log import kernel_log
 from hvkvm.machine.machine import Machine
 from hvkvm.machine.nic_spec import NicSpec
 from hvkvm.machine.outcome import Ending
@@ -85,3 +86,7 @@ def test_an_installed_disk_boots_reboots_and_powers_off(
         assert "boot two by systemd-boot" in guest.text, guest.report()
         assert outcome.ending is Ending.POWERED_OFF
         assert machine.resets == 1
+        # Both boots left a log in this RAM, wherever each kernel had moved itself to: it is the second one's.
+        log = [line.text for line in kernel_log(machine.platform)]
+        assert log[0].startswith("Linux version 6."), log
+        assert log[-1] == "reboot: Power down", log
