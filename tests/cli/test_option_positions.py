@@ -27,6 +27,7 @@ VALUES = {
 WORDS: dict[str, list[list[str]]] = {
     "ctl break": [[], ["h"], ["-"]],
     "ctl save": [["FILE"], ["-"]],
+    "ctl screenshot": [["FILE.png"]],
     "disk info": [["FILE"]],
     "disk create": [["FILE"], ["FILE", "1G"]],
     "disk convert": [["FROM", "TO"]],
