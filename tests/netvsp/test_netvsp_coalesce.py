@@ -93,11 +93,16 @@ def test_it_is_told_as_a_large_packet() -> None:
     )
 
 
-def test_large_packets_are_joined_up_to_the_bound() -> None:
+@pytest.mark.parametrize("version", [4, 6])
+def test_large_packets_are_joined_up_to_the_bound(version: int) -> None:
     large = VnetHeader(VIRTIO_NET_HDR_F_NEEDS_CSUM, VIRTIO_NET_HDR_GSO_TCPV4, 66, 1448, 34, 16).pack()
-    frames = [tcp(4, n * 30_000, bytes(30_000)) for n in range(5)]
+    frames = [tcp(version, n * 30_000, bytes([n]) * 30_000, flags=ACK | PSH * (n == 2)) for n in range(5)]
     found = joined(*frames, header=large)
-    assert [count for _frame, count in found] == [2, 2, 1]
+    assert found == [
+        (tcp(version, 0, b"\0" * 30_000 + b"\1" * 30_000), 2),
+        (tcp(version, 60_000, b"\2" * 30_000 + b"\3" * 30_000, flags=ACK | PSH), 2),
+        (frames[4], 1),
+    ]
     assert [count for _frame, count in joined(*frames, header=large, most=29_000)] == [1] * 5
 
 

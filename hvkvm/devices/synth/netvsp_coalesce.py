@@ -20,9 +20,8 @@ from hvkvm.abi.virtio_net_hdr import (
     VIRTIO_NET_HDR_F_NEEDS_CSUM,
     VIRTIO_NET_HDR_GSO_TCPV4,
     VIRTIO_NET_HDR_GSO_TCPV6,
-    VnetHeader,
+    virtio_net_hdr_v1,
 )
-from hvkvm.net.checksum import checksum
 from hvkvm.net.port import ETHERNET_BYTES, Frame
 
 MAX_PACKET_BYTES = 65535
@@ -65,10 +64,10 @@ def coalesced(
     """
     made: list[Frame] = []
     counts: list[int] = []
-    rest: list[memoryview] = []  # the data of the packets behind the first
     opening: Frame = ()
-    first: _Part | None = None
-    key = mask = data = outside = count = following = size = push = 0
+    rest: list[memoryview] = []  # the data of the packets behind the opening one
+    first: _Part | None = None  # the packet with which the stream began that may go on
+    key = mask = data = outside = count = following = segment = size = push = 0
     summed: int | None = None
     fields = _FIELDS[34]
     for frame in frames:
@@ -76,7 +75,7 @@ def coalesced(
         if first is not None and len(frame) == 2 and frame[0][0] & _VOUCHED:
             view = frame[1]
             whole = len(view)
-            if data < whole <= most - size + data and (whole <= longest or frame[0][1]):
+            if data < whole and (whole <= longest or frame[0][1]):
                 head = view[:data].tobytes()
                 length, one, other, sequence, flags = fields.unpack_from(head)
                 if (
@@ -85,11 +84,17 @@ def coalesced(
                     and int.from_bytes(head, "big") & mask == key
                     and (summed is None or (length + one + other) % 0xFFFF == summed)
                 ):
-                    rest.append(view[data:])
-                    count += 1
-                    size += whole - data
                     following = (sequence + whole - data) & 0xFFFFFFFF
-                    push |= flags & _PSH
+                    if size + whole - data <= most:
+                        rest.append(view[data:])
+                        count += 1
+                        size += whole - data
+                        push |= flags & _PSH
+                        continue
+                    made.append(_joined(opening, rest, first, segment, size, push) if rest else opening)
+                    counts.append(count)
+                    opening, rest, count = frame, [], 1
+                    segment, size, push = whole - data, whole, flags & _PSH
                     continue
         part = _part(frame, four, six, longest)
         if first is not None:
@@ -101,7 +106,7 @@ def coalesced(
                 following = (following + part.size - data) & 0xFFFFFFFF
                 push |= part.push
                 continue
-            made.append(_joined(opening, rest, first, size, push) if rest else opening)
+            made.append(_joined(opening, rest, first, segment, size, push) if rest else opening)
             counts.append(count)
         first = part
         if part is None:
@@ -110,10 +115,10 @@ def coalesced(
         else:
             key, mask, transport, data, size, sequence, push, summed = part
             opening, rest, count = frame, [], 1
-            fields, outside = _FIELDS[transport], _OUTSIDE[transport]
+            fields, outside, segment = _FIELDS[transport], _OUTSIDE[transport], size - data
             following = (sequence + size - data) & 0xFFFFFFFF
     if first is not None:
-        made.append(_joined(opening, rest, first, size, push) if rest else opening)
+        made.append(_joined(opening, rest, first, segment, size, push) if rest else opening)
         counts.append(count)
     return made, counts
 
@@ -174,6 +179,7 @@ _FIELDS = {34: Struct(">16xHH4xH12xI5xB"), 54: Struct(">18xHBB36xI5xB")}
 """IP length, two words that are IPv4's identification and checksum, sequence number, flags."""
 _OUTSIDE = {34: ETHERNET_BYTES, 54: ETHERNET_BYTES + 40}
 """The bytes of a frame that its IP length does not count."""
+_be16 = Struct(">H")
 
 
 def _behind(frame: Frame, skip: int) -> list[memoryview]:
@@ -186,24 +192,27 @@ def _behind(frame: Frame, skip: int) -> list[memoryview]:
     return views
 
 
-def _joined(opening: Frame, rest: list[memoryview], first: _Part, size: int, push: int) -> Frame:
-    """One frame of `size` bytes: the opening one, and the data of those behind it."""
+def _joined(
+    opening: Frame, rest: list[memoryview], first: _Part, segment: int, size: int, push: int
+) -> Frame:
+    """One frame of `size` bytes: the opening one, with `segment` bytes of data, and the data behind it."""
     begin = opening[1]
     head = bytearray(begin[:_COPIED])
     at = first.transport
-    if at == 34:
-        head[16:18] = (size - ETHERNET_BYTES).to_bytes(2, "big")
-        head[24:26] = b"\0\0"
-        head[24:26] = checksum(head[14:34]).to_bytes(2, "big")
+    if first.summed is not None:
+        length = size - ETHERNET_BYTES
+        _be16.pack_into(head, 16, length)
+        # What a checksum is made of, but for these, is the same for all packets of the stream.
+        _be16.pack_into(head, 24, (first.summed - length - (head[18] << 8 | head[19])) % 0xFFFF)
         kind = VIRTIO_NET_HDR_GSO_TCPV4
     else:
-        head[18:20] = (size - ETHERNET_BYTES - 40).to_bytes(2, "big")
+        _be16.pack_into(head, 18, size - ETHERNET_BYTES - 40)
         kind = VIRTIO_NET_HDR_GSO_TCPV6
     head[at + 13] |= push
-    header = VnetHeader(
-        VIRTIO_NET_HDR_F_NEEDS_CSUM, kind, first.data, first.size - first.data, at, _CHECKSUM_OFFSET
+    header = virtio_net_hdr_v1.pack(
+        VIRTIO_NET_HDR_F_NEEDS_CSUM, kind, first.data, segment, at, _CHECKSUM_OFFSET, 0
     )
-    views = [memoryview(header.pack()), memoryview(head)]
+    views = [memoryview(header), memoryview(head)]
     if len(begin) > _COPIED:
         views.append(begin[_COPIED:])
     return [*views, *opening[2:], *rest]
