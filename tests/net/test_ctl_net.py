@@ -114,12 +114,14 @@ def test_a_bad_flag_leaves_nothing(tmp_path: Path) -> None:
 
 @needs_taps
 def test_a_tap_is_made_with_what_was_asked_for_and_goes_with_its_nic(tmp_path: Path, netns) -> None:
-    words = f"create,netns={netns.name},ip=198.51.100.1/24,mtu=9000"
+    words = f"create,netns={netns.name},ip=198.51.100.1/24,mtu=9000,queues=3"
     with running_vm(tmp_path, *options("--net", words)) as vm:
         vm.wait_until_listening()
         (shown,) = json.loads(netns.run("ip", "-j", "addr", "show", "hvkvm0"))
         assert shown["mtu"] == 9000
         assert "198.51.100.1" in [address.get("local") for address in shown["addr_info"]]
+        (nic,) = vm.json("net", "stats")
+        assert nic["wire"]["queues"] == 3
         vm.ctl("net", "add", f"create,netns={netns.name},name=other")
         assert netns.interfaces() == {"lo", "hvkvm0", "other"}
         vm.ctl("net", "remove", "net0")
