@@ -68,6 +68,19 @@ def test_what_was_agreed_and_set_is_there_afterwards(lan: Make) -> None:
     assert [data[:6] for data, _ in net.inject(group + frame(1)[6:], bytes([1]) + frame(1)[1:])] == [group]
 
 
+def test_an_mtu_that_is_said_too_late_changes_nothing(lan: Make) -> None:
+    """The receive buffer is cut into sections for the one before, here and in the machine that goes on."""
+    net = lan()
+    driver = net.driver.start(receive_pages=64)
+    driver.channel.io.send(nvsp.ndis_config.pack(nvsp.NVSP_MSG2_TYPE_SEND_NDIS_CONFIG, 65535, 0, 0))
+    net.loop.run()
+    assert net.nic.agreed.mtu == 1500
+    net.go_on_with_another()
+    net.loop.run()
+    assert net.inject(frame(1)) == [(frame(1), {})]
+    assert net.complaints == {}
+
+
 @pytest.mark.parametrize(
     "change",
     [

@@ -131,7 +131,8 @@ class Agreement:
         """Nothing hangs on it."""
 
     def _config(self, mtu: int, _reserved: int, capabilities: int) -> None:
-        self.set_mtu(min(max(mtu - ETHERNET_BYTES, MIN_MTU), MAX_MTU))
+        if self._receive.buffer is None:  # else it is cut into sections for the MTU that was said before
+            self.set_mtu(min(max(mtu - ETHERNET_BYTES, MIN_MTU), MAX_MTU))
         self._receive.vlan_marks = bool(capabilities & nvsp.NDIS_CONFIG_IEEE8021Q)
 
     def _lend_receive(self, gpadl_id: int, set_id: int) -> bytes:
