@@ -32,6 +32,11 @@ To the guest:
 
 from __future__ import annotations
 
+from typing import Literal
+
+CommandIo = Literal["console", "streams", "terminal"]
+"""Where a command's input and output lead: the console, streams of its own, a terminal of its own."""
+
 VSOCK_CONTROL = 0x68766B00
 VSOCK_INPUT = 0x68766B01
 VSOCK_OUTPUT = 0x68766B02

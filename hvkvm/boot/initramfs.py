@@ -17,23 +17,19 @@ import shlex
 import stat
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 from hvkvm.abi.elf import ELF64_EHDR, ELF64_IDENT, ELF64_PHDR, EM_X86_64, PT_INTERP, Ehdr, Phdr
+from hvkvm.abi.guest_command import CommandIo
 from hvkvm.boot import cache, cpio, guest_exit, guest_orders, guest_scripts, guest_vsock
 from hvkvm.boot.kmod import ModuleTree
 from hvkvm.errors import BootError
-
-"""What a stock kernel needs to use the synthetic devices."""
 
 ROOT_MODULES = ("hv_vmbus", "hv_storvsc", "sd_mod")
 """What finds a root file system on a disk of ours."""
 
 VSOCK_MODULE = "hv_sock"
 """Linux's AF_VSOCK over VMBus."""
-
-CommandIo = Literal["console", "streams", "terminal"]
-"""Where a command's input and output lead: the console, streams of its own, a terminal of its own."""
 
 
 class RootDevice(NamedTuple):

@@ -68,9 +68,10 @@ def with_quiet_boot(config: MachineConfig, options: Any) -> MachineConfig:
 def signals_for(config: MachineConfig) -> tuple[signal.Signals, ...]:
     """The signals that a run of `config` takes over."""
     numbers = (*ENDING_SIGNALS, signal.SIGQUIT)
-    if not config.command:
+    if not config.command and config.restore is None:
         return numbers
-    return (*numbers, *COMMAND_SIGNALS, *((signal.SIGWINCH,) if config.command_io == "terminal" else ()))
+    resized = config.command_io == "terminal" or config.restore is not None  # whose file says what runs
+    return (*numbers, *COMMAND_SIGNALS, *((signal.SIGWINCH,) if resized else ()))
 
 
 def front_for(machine: Machine, options: Any) -> Front:
@@ -90,8 +91,8 @@ class Front(ABC):
         self._shows_console = shows_console
 
     def signal(self, number: int) -> bool:
-        """Pass a signal on; whether the guest gets it, so that it ends nothing here."""
-        return False
+        """Pass a signal on; whether the guest gets it, or nobody need, so that it ends nothing here."""
+        return number == signal.SIGWINCH
 
     def take_rest(self, outcome: Outcome) -> None:
         """Take the last output of a run that has ended, and stop the machine."""

@@ -28,6 +28,7 @@ from hvkvm.devices.port.serial_state import SerialState
 from hvkvm.devices.port.testdev_state import TestdevState
 from hvkvm.errors import CapabilityMissing, StateError
 from hvkvm.kvm.irqfd import Irqfd
+from hvkvm.machine.command_way import CommandState
 from hvkvm.machine.outcome import Ending
 
 if TYPE_CHECKING:
@@ -51,6 +52,8 @@ class BoardState(NamedTuple):
     fw_cfg: FwCfgState
     cmos: CmosState
     testdev: TestdevState | None
+    command: CommandState | None
+    """None where nobody has a command's streams."""
 
 
 class Board:
@@ -67,6 +70,10 @@ class Board:
         self.on_first_output: Callable[[], None] | None = None
         self.on_reset: Callable[[], object] | None = None
         """Called when the devices are reset. vCPUs paused."""
+        self.command_state: Callable[[], CommandState | None] = lambda: None
+        """What a saved machine has of a command's streams; whoever has them sets it."""
+        self.command_loaded: CommandState | None = None
+        """What the file of the machine had of them."""
         self._sink: Callable[[bytes], object] | None = None
         self.testdev: HypervTestdev | None = None
         self._rtc: Rtc | None = None
@@ -250,6 +257,7 @@ class Board:
             self.fw_cfg.save(),
             self.cmos.save(),
             None if self.testdev is None else self.testdev.save(),
+            self.command_state(),
         )
 
     def load(self, state: BoardState) -> None:
@@ -273,6 +281,7 @@ class Board:
         self.sleep.load(state.control_block)
         self.pci_ports.load(state.reset_control)
         self.fw_cfg.load(state.fw_cfg)
+        self.command_loaded = state.command
 
     def reset(self) -> None:
         """Power-on state of every device; the SynIC's users give their routes up (S7). vCPUs paused."""

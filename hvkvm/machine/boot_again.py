@@ -22,9 +22,9 @@ _PIECE = 1 << 20
 def recipe(config: MachineConfig, ramdisk: bytes | Path | None) -> SavedBoot | None:
     """How to boot what `config` boots, with `ramdisk`; None where a reset cannot. OSError.
 
-    Not with firmware, and not for a guest that takes its command from the host.
+    Not with firmware.
     """
-    if config.kernel is None or config.firmware is not None or config.awaits or config.has_streams:
+    if config.kernel is None or config.firmware is not None:
         return None
     mark = config.kernel.stat()
     return SavedBoot(
@@ -42,7 +42,10 @@ def recipe(config: MachineConfig, ramdisk: bytes | Path | None) -> SavedBoot | N
 
 
 def configuration(config: MachineConfig, boot: SavedBoot) -> MachineConfig:
-    """`config`, of a machine that goes on from a file, with what the file says was booted."""
+    """`config`, of a machine that goes on from a file, with what the file says was booted.
+
+    A warm guest's is as it was booted then, to wait for its command.
+    """
     return config._replace(
         kernel=Path(boot.kernel),
         initrd=_path(boot.initrd),
@@ -52,6 +55,14 @@ def configuration(config: MachineConfig, boot: SavedBoot) -> MachineConfig:
         busybox=_path(boot.busybox),
         files=tuple((guest, Path(host)) for guest, host in boot.files),
     )
+
+
+def handed_command(config: MachineConfig, booted: MachineConfig) -> MachineConfig:
+    """`booted`, of `configuration`, with the command and files that `config` has for a warm guest."""
+    if not booted.awaits or not config.command:
+        return booted
+    files = {**dict(booted.files), **dict(config.files)}
+    return booted._replace(awaits=False, command=config.command, files=tuple(files.items()))
 
 
 def why_no_kernel(boot: SavedBoot, room: int) -> str:

@@ -18,6 +18,7 @@ from hvkvm.devices.synth.kvp import Kvp
 from hvkvm.devices.synth.shutdown import Shutdown
 from hvkvm.devices.synth.timesync import TimeSync
 from hvkvm.devices.synth.vsock import Vsock
+from hvkvm.devices.synth.vsock_saved import SavedStream
 from hvkvm.devices.synth.vss import Vss
 from hvkvm.errors import StateError
 from hvkvm.machine.config import VMBUS_VERSIONS
@@ -36,11 +37,12 @@ D = TypeVar("D", bound=Device | StreamDevice)
 
 
 class BusState(NamedTuple):
-    """The host, and each device. Streams of hvsock are not kept: they are reset when the guest goes on."""
+    """The host, and each device. Of hvsock's streams a command's are kept; others are reset in the guest."""
 
     host: HostState
     devices: dict[str, Any]
     """By name, in the order in which they were added: the device's own `State`."""
+    streams: tuple[SavedStream, ...]
 
 
 class BusDevice(NamedTuple):
@@ -120,7 +122,7 @@ class Bus:
             for name, entry in self.devices.items()
             if isinstance(entry.device, SavedDevice)
         }
-        return BusState(self.host.save(), states)
+        return BusState(self.host.save(), states, self.vsock.save())
 
     def load(self, state: BusState) -> None:
         """See `Part.load`. The machine has to have the devices that were saved, and no others."""
@@ -138,6 +140,7 @@ class Bus:
             for name, device in here.items()
         }
         try:
+            states |= self.vsock.restore(state.streams)
             self.host.load(state.host, states)
         except (ValueError, *OPEN_FAILURES) as error:
             raise StateError(f"{self.name}: {error}") from None

@@ -7,7 +7,9 @@ input is read as the guest has room for it; standard output and error go to
 with a terminal has a serial port for it, which is `backends.console.Console`'s, and
 only control here.
 
-A guest that is reset runs its command again, and connects again.
+A guest that is reset runs its command again, and connects again. One that goes on from a
+file finds here what it had: `CommandState` says how far it had come, the serial ports or the
+bus have the streams. What it had sent by then was shown by the run that saved it.
 
 Owner: the main thread makes and closes it; what else is any thread's says so;
 the rest runs on the I/O loop.
@@ -22,12 +24,14 @@ from typing import TYPE_CHECKING
 
 from hvkvm.errors import Stopped
 from hvkvm.machine.command_serial import CommandSerial
+from hvkvm.machine.command_way import CommandState
 
 if TYPE_CHECKING:
     from hvkvm.backends.host_input import HostInput
     from hvkvm.backends.output import Output
     from hvkvm.machine.board import Board
     from hvkvm.machine.bus import Bus
+    from hvkvm.machine.command_vsock import CommandVsock
     from hvkvm.machine.command_way import Way
     from hvkvm.runtime.io_loop import IoLoop
     from hvkvm.runtime.timers import Timer
@@ -65,14 +69,34 @@ class Command:
         self.in_line = False
         """Whether what came last of standard error has no newline at its end."""
         self._unanswered: Timer | None = None
-        self._ways: list[Way] = [CommandSerial(board.command_ports, source, self._took, self._heard)]
+        self._serial = CommandSerial(board.command_ports, source, self._took, self._heard)
+        self._vsock: CommandVsock | None = None
+        self._ways: list[Way] = [self._serial]
         if bus is not None and source is not None:
             from hvkvm.machine.command_vsock import CommandVsock
 
-            self._ways.append(CommandVsock(io, bus.vsock, source, self._took, self._heard))
+            self._vsock = CommandVsock(io, bus.vsock, source, self._took, self._heard)
+            self._ways.append(self._vsock)
         for name, output in self._outputs.items():
             self._connect(name, output)
         board.on_reset = self._reset
+        board.command_state = self.save
+        if board.command_loaded is not None:
+            self._go_on(board.command_loaded)
+
+    def save(self) -> CommandState:
+        """How far it has come. The machine is at rest."""
+        serial, (line, unsent) = self._serial, (b"", b"") if self._vsock is None else self._vsock.left()
+        return CommandState(self._started, serial.connected, serial.asked, serial.lines.begun, line, unsent)
+
+    def _go_on(self, state: CommandState) -> None:
+        """Be where the run was that saved the guest. Before this one runs."""
+        self._started = state.started
+        self._serial.go_on(connected=state.serial, asked=state.asked, line=state.serial_line)
+        if self._vsock is not None:
+            self._vsock.go_on(state.vsock_line, state.unsent)
+        if state.started and not self._outputs:
+            self.tell_window()
 
     def _connect(self, name: str, output: Output) -> None:
         def hold(held: bool) -> None:

@@ -38,34 +38,50 @@ class CommandSerial:
         self._source = source
         self._input = streams
         self._on_line = on_line
-        self._connected = False
-        self._lines = Lines(self._line)
+        self.connected = False
+        """Whether the guest came this way."""
+        self.asked = False
+        """Whether it waits for a piece of input."""
+        self.lines = Lines(self._line)
         self._outputs = {}
-        self._control.output.sink = self._lines.add
+        self._control.output.sink = self.lines.add
         if source is not None:
             streams.output.sink = partial(self._take, took, "out")
             errors.output.sink = partial(self._take, took, "err")
             self._outputs = {"out": streams.output, "err": errors.output}
 
     def _take(self, took: Callable[[str, bytes], object], name: str, data: bytes) -> None:
-        self._connected = True  # each port has batches of its own: control may still wait for its turn
+        self.connected = True  # each port has batches of its own: control may still wait for its turn
         took(name, data)
 
     def _line(self, line: bytes) -> None:
-        self._connected = True
+        self.connected = True
         if line == b"input":
             # A guest that asks and does not read what it got has no room: it is not answered.
             if self._source is not None and self._input.rx_room() >= _HEAD_BYTES + SERIAL_PIECE:
-                self._source.request(SERIAL_PIECE, self._give)
+                self._ask()
         else:
             self._on_line(line)
 
+    def _ask(self) -> None:
+        if self._source is not None:
+            self.asked = True
+            self._source.request(SERIAL_PIECE, self._give)
+
+    def go_on(self, *, connected: bool, asked: bool, line: bytes) -> None:
+        """Be where another run was that saved its guest."""
+        self.connected = connected
+        self.lines.begin(line)
+        if asked:
+            self._ask()
+
     def _give(self, data: bytes) -> None:
+        self.asked = False
         self._input.feed(b"%d\n%b" % (len(data), data))
 
     def send_control(self, line: bytes) -> None:
         """Send a line, if the guest came this way; one that does not read them loses some."""
-        if self._connected and self._control.rx_room() >= len(line):
+        if self.connected and self._control.rx_room() >= len(line):
             self._control.feed(line)
 
     def hold(self, name: str, held: bool) -> None:
@@ -80,8 +96,8 @@ class CommandSerial:
 
     def reset(self) -> None:
         """The guest has gone; the ports are reset by the board."""
-        self._connected = False
-        self._lines.clear()
+        self.connected = self.asked = False
+        self.lines.clear()
 
     def close(self) -> None:
         """Nothing to let go of."""

@@ -65,14 +65,26 @@ class CommandVsock:
         self._vsock = vsock
         self._source = source
         self._took = took
-        self._lines = Lines(on_line)
+        self.lines = Lines(on_line)
         self._streams = {port: _Stream() for port in (abi.VSOCK_CONTROL, abi.VSOCK_INPUT, *_OUTPUTS)}
         self._held: set[str] = set()
         self._unsent = b""
+        self._left = (b"", b"")
         self._rest: Callable[[], None] | None = None
         self._watch = SocketWatch(io)
         for port in self._streams:
             vsock.listen(port, partial(self._connected, port))
+
+    def go_on(self, line: bytes, unsent: bytes) -> None:
+        """Be where another run was that saved its guest, whose streams come when the machine goes on.
+
+        `line` is the beginning of one of control; `unsent` is input that found no room in a socket.
+        """
+        self._left = line, unsent[:PIECE]
+
+    def left(self) -> tuple[bytes, bytes]:
+        """What `go_on` takes."""
+        return self.lines.begun, self._unsent
 
     def _connected(self, port: int, sock: socket.socket) -> None:
         """The guest's init has connected one; again only if it started anew."""
@@ -90,11 +102,15 @@ class CommandVsock:
             return
         stream.sock = sock
         if port == abi.VSOCK_INPUT:
-            self._unsent = b""
-            self._source.request(PIECE, self._give_input)
+            self._unsent = self._left[1]
+            if self._unsent:
+                self._send_input()
+            else:
+                self._source.request(PIECE, self._give_input)
         else:
             if port == abi.VSOCK_CONTROL:
-                self._lines.clear()
+                self.lines.clear()
+                self.lines.begin(self._left[0])
             stream.watched.arm(READ)
 
     # --- control ---------------------------------------------------------------------------------
@@ -104,7 +120,7 @@ class CommandVsock:
         data = self._receive(stream)
         if data and stream.watched is not None:
             stream.watched.arm(READ)
-            self._lines.add(data)
+            self.lines.add(data)
 
     def send_control(self, line: bytes) -> None:
         """Send a line, if the guest came this way; one that does not read them loses some."""
@@ -221,6 +237,7 @@ class CommandVsock:
         """The guest has gone, and its connections with it."""
         for stream in self._streams.values():
             stream.close()
+        self._left = (b"", b"")
         self._held.clear()
 
     def close(self) -> None:

@@ -3,9 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from hvkvm.abi.guest_command import MAX_LINE_BYTES
+
+
+class CommandState(NamedTuple):
+    """How far a run and its guest had come with a command's streams, for the run that goes on from a file."""
+
+    started: bool
+    """Whether the command had begun."""
+    serial: bool
+    """Whether the guest came over serial ports."""
+    asked: bool
+    """Whether it waits for a piece of standard input there."""
+    serial_line: bytes
+    """The beginning of a line of control over serial ports that has no end yet."""
+    vsock_line: bytes
+    """And over vsock."""
+    unsent: bytes
+    """Input that was read, and found no room in the socket of a vsock stream."""
 
 
 class Way(Protocol):
@@ -44,6 +61,15 @@ class Lines:
         for line in lines:
             if len(line) < MAX_LINE_BYTES:
                 self._on_line(line)
+
+    @property
+    def begun(self) -> bytes:
+        """The line that has no end yet."""
+        return self._open
+
+    def begin(self, data: bytes) -> None:
+        """Go on behind `data`, which `begun` had."""
+        self._open = data[: MAX_LINE_BYTES + 1].replace(b"\n", b"")
 
     def clear(self) -> None:
         """Forget a line that has no end yet."""

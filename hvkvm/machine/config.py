@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple, get_args
 
-from hvkvm.abi.guest_command import SERIAL_PORTS
+from hvkvm.abi.guest_command import SERIAL_PORTS, CommandIo
 from hvkvm.abi.vmbus import HOST_VERSIONS, version_text
 from hvkvm.errors import ConfigError
 from hvkvm.machine import config_checks as checks
@@ -38,7 +38,6 @@ if TYPE_CHECKING:
     from hvkvm.machine.record_spec import RecordSpec
 
 Who = Literal["auto", "kernel", "user"]
-CommandIo = Literal["console", "streams", "terminal"]
 WHO = get_args(Who)
 VMBUS_VERSIONS = tuple(map(version_text, HOST_VERSIONS))
 

@@ -20,13 +20,16 @@ if TYPE_CHECKING:
 class GuestImage:
     """What is loaded into guest RAM, at start and again at every reset, of the machine called `name`.
 
-    `boot` is what the file of a saved machine says was booted, for one that goes on from it.
+    `boot` is what the file of a saved machine says was booted, for one that goes on from it. A copy of a
+    warm guest that is reset boots for its command, like a guest that was never warm.
     """
 
     def __init__(self, config: MachineConfig, name: str, boot: SavedBoot | None = None) -> None:
         self._name = name
         self._boot = boot
         self._config = config if boot is None else boot_again.configuration(config, boot)
+        self._again = boot_again.handed_command(config, self._config)
+        self._handed_files = config.warm is not None and bool(config.files)
         # One that goes on from a file needs it at its first reset, if at all.
         self._made = config.saved is None
         self._initrd = initial_ramdisk(config) if self._made else None
@@ -34,23 +37,29 @@ class GuestImage:
     def initrd(self) -> bytes | Path | None:
         """The initial RAM disk, made now if it was not needed before. ConfigError."""
         if not self._made:
-            self._initrd, self._made = initial_ramdisk(self._config), True
+            self._initrd, self._made = initial_ramdisk(self._again), True
         return self._initrd
 
     def recipe(self) -> SavedBoot | None:
         """What a file of the machine says of it; None where a reset ends the run. OSError."""
         if self._config.saved is None and self._boot is None:
             self._boot = boot_again.recipe(self._config, self._initrd)
-        return self._boot
+        return None if self._handed_files else self._boot
 
     def why_not_again(self) -> str:
         """Why a reset cannot boot it; "" where it can. It reads files for a machine that was saved."""
         if self._config.saved is None or self._boot is None:
             return ""
         try:
-            return boot_again.why_no_kernel(self._boot, self._config.memory) or boot_again.why_no_ramdisk(
-                self._boot, self.initrd()
-            )
+            why = boot_again.why_no_kernel(self._boot, self._config.memory)
+            if not (why or self._made):
+                booted = initial_ramdisk(self._config)
+                why = boot_again.why_no_ramdisk(self._boot, booted)
+                if not why and self._again is self._config:
+                    self._initrd, self._made = booted, True
+                elif not why:
+                    self.initrd()
+            return why
         except (OSError, ValueError, HvkvmError) as error:
             return str(error)
 

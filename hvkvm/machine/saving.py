@@ -16,8 +16,9 @@ from contextlib import suppress
 from pathlib import Path
 from queue import Empty, SimpleQueue
 from time import time
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args
 
+from hvkvm.abi.guest_command import CommandIo
 from hvkvm.errors import CapabilityMissing, HvkvmError, StateError
 from hvkvm.machine.outcome import Ending
 from hvkvm.state.file import Manifest, Saved, SavedBoot, SavedConfig, Writer
@@ -76,13 +77,6 @@ class Saver:
         """
         if self._busy:
             return False
-        if self._platform.config.has_streams:
-            done(
-                0,
-                "what its command reads and writes leads to this run, and would lead nowhere from a file;"
-                " save a guest before it has its command by `hvkvm warm`",
-            )
-            return True
         if self._shelf is not None and (why := self._shelf.why_not_saved()):
             done(0, why)
             return True
@@ -177,6 +171,8 @@ class Saver:
             self._waits(),
             self._recipe(),
             "ramfb" if config.has_display else "none",
+            config.command,
+            config.command_io,
         )
         with Writer(path, config.memory, compress=compress) as writer:
             for offset, data in platform.memory.pieces():
@@ -213,6 +209,9 @@ def restored_config(saved: Saved, config: MachineConfig) -> MachineConfig:
         values = {**needs._asdict(), "disks": ()}
         if needs.boot is None:
             values["reboot"] = False
+        command, command_io = values.pop("command"), values.pop("command_io")
+        if command_io not in get_args(CommandIo):
+            raise ValueError(f"a command's streams lead nowhere: {command_io[:20]!r}")
         del values["waits"], values["boot"]
         for key in ("kernel", "firmware"):
             values[key] = Path(values[key]) if values[key] not in ("", "auto") else values[key] or None
@@ -224,7 +223,9 @@ def restored_config(saved: Saved, config: MachineConfig) -> MachineConfig:
             from hvkvm.machine.saved_disks import specs_of
 
             values["disks"], values["cdroms"] = specs_of(needs.disks)
-        return config._replace(**values).validate()
+        restored = config._replace(**values).validate()
+        # A warm guest's copy has its own.
+        return restored if needs.waits else restored._replace(command=command, command_io=command_io)
     except (HvkvmError, ValueError) as error:
         raise StateError(f"{where}: {error}") from None
 

@@ -33,7 +33,7 @@ from hvkvm.state.codec import plain, restored
 from hvkvm.state.compressed import MAX_PIECE, Packer, Unpacker
 
 MAGIC = b"hvkvm saved VM\n\0"
-FORMAT = 4
+FORMAT = 5
 """Goes up when an older reader would misread the file."""
 
 COMPRESSED = 1
@@ -128,6 +128,9 @@ class SavedConfig(NamedTuple):
     boot: SavedBoot | None = None
     """None where a reset ends the run."""
     display: str = "none"
+    command: tuple[str, ...] = ()
+    """What runs in it, or was handed to it: its streams, or its terminal, are then the next run's."""
+    command_io: str = "console"
 
 
 class Manifest(NamedTuple):

@@ -8,6 +8,7 @@ import socket
 import threading
 import zlib
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from time import monotonic, sleep
 
@@ -24,7 +25,7 @@ from hvkvm.machine import command
 from hvkvm.machine.command import Command
 from hvkvm.machine.command_serial import CommandSerial
 from hvkvm.machine.command_vsock import CommandVsock
-from hvkvm.machine.command_way import Lines
+from hvkvm.machine.command_way import CommandState, Lines
 from hvkvm.runtime.io_loop import IoLoop
 
 SECONDS = 30.0
@@ -235,6 +236,23 @@ def test_control_goes_both_ways_and_a_guest_that_starts_anew_is_served(streams) 
     os.close(reading)
 
 
+def test_input_that_found_no_room_and_a_begun_line_go_on_with_the_next_run(streams) -> None:
+    reading, writing = os.pipe()
+    host = streams(reading)
+    host.io.call_soon(host.way.go_on, b"rea", b"left over, ")
+    guest = host.vsock.connect(abi.VSOCK_INPUT)
+    os.write(writing, b"and new")
+    os.close(writing)
+    got = b""
+    while piece := guest.recv(100):
+        got += piece
+    assert got == b"left over, and new"
+    control = host.vsock.connect(abi.VSOCK_CONTROL)
+    control.sendall(b"dy\n")
+    assert host.lines.get(timeout=SECONDS) == b"ready"
+    os.close(reading)
+
+
 def test_a_reader_who_is_slow_gets_everything(io: IoLoop) -> None:
     """Output holds the guest up, and lets it go on."""
     reading, writing = os.pipe()
@@ -334,6 +352,21 @@ def test_serial_input_comes_when_it_is_asked_for_and_every_byte_of_it(serial_gue
         assert guest.ask() == b""
 
 
+def test_serial_input_that_was_asked_for_comes_from_the_next_run(serial_guest) -> None:
+    reading, writing = os.pipe()
+    idle, unused = os.pipe()
+    first = serial_guest(idle)
+    first.write(2, b"input\n")
+    wait_until(lambda: first.way.asked)
+    second = serial_guest(reading)
+    second.io.call_soon(partial(second.way.go_on, connected=True, asked=first.way.asked, line=b""))
+    os.write(writing, b"typed")
+    assert second.read(0, int(second.read_line(0))) == b"typed"
+    assert not second.way.asked
+    for fd in (reading, writing, idle, unused):
+        os.close(fd)
+
+
 def test_serial_output_is_byte_exact_and_apart(serial_guest) -> None:
     guest = serial_guest()
     data = bytes(range(256)) * 8
@@ -370,6 +403,8 @@ class Board:
     def __init__(self, io: IoLoop) -> None:
         self.command_ports = [Serial16550(UnconnectedLine(), lambda _data: None, io) for _ in range(3)]
         self.on_reset: Callable[[], object] | None = None
+        self.command_loaded: CommandState | None = None
+        self.command_state: Callable[[], CommandState | None] = lambda: None
 
     def note_output(self) -> None:
         pass
@@ -417,6 +452,26 @@ def test_a_guest_that_starts_anew_has_no_command_yet(signalled: tuple[Board, Com
     wait_until(lambda: not made.started)
     sleep(0.6)
     assert silences == []
+
+
+def test_a_command_goes_on_with_another_run(signalled: tuple[Board, Command, list[str]]) -> None:
+    """Whose signals it gets, and whose line of control may have begun with the run before."""
+    board, made, _silences = signalled
+    board.say(b"signa")
+    sleep(0.1)
+    wait_until(lambda: made.save().serial_line == b"signa")
+    assert board.command_state() == made.save() == CommandState(True, True, False, b"signa", b"", b"")
+    other = Board(made._io)  # type: ignore[arg-type]
+    other.command_loaded = made.save()
+    silences: list[str] = []
+    second = Command(made._io, other, None)  # type: ignore[arg-type]
+    assert second.started
+    assert second.signal("INT", lambda: silences.append("INT"))
+    wait_until(lambda: other.command_ports[2].read(5, 1) & 1)
+    other.say(b"led\n")
+    sleep(1)
+    assert silences == []
+    second.close()
 
 
 def test_output_says_as_well_that_the_command_has_started(io: IoLoop) -> None:

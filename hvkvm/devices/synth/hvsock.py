@@ -20,6 +20,9 @@ What was written before a close arrives, whoever closes first and when:
 A turn moves a bounded number of packets; all connections of a service share
 the service's turn (`runtime.rotation`).
 
+A connection can be saved and go on in another machine, where its program is another one. What had left
+the guest's ring is the former program's; what that had sent, and the guest has yet to get, goes along.
+
 `vsock.Vsock` makes these. Owner: the I/O loop.
 """
 
@@ -72,6 +75,17 @@ class Counters(NamedTuple):
     def plus(self, other: Counters) -> Counters:
         """The sum, field by field."""
         return Counters(*map(add, self, other))
+
+
+class HvsockState(NamedTuple):
+    """What the guest could tell apart, and `unsent`: what its program had sent and is not in the ring yet."""
+
+    guest_done: bool
+    host_done: bool
+    told_guest: bool
+    end_at: int
+    """Where the guest's ring has the empty packet."""
+    unsent: bytes
 
 
 class HvsockConnection:
@@ -128,6 +142,23 @@ class HvsockConnection:
         except BaseException:
             self._watched.remove()
             raise
+
+    State = HvsockState
+
+    def save(self) -> HvsockState:
+        """See `vmbus.device.SavedDevice`."""
+        unsent = self._host.unread() if not self._host_done else b""
+        return HvsockState(self._guest_done, self._host_done, self._told_guest, self._end_at, unsent)
+
+    def load(self, io: ChannelIo | None, state: HvsockState) -> None:
+        """See `vmbus.device.SavedDevice`. Whoever made it has put `unsent` into the socket's other end."""
+        if io is None:
+            return  # the guest is about to accept
+        self._guest_done, self._host_done = state.guest_done, state.host_done
+        self._told_guest, self._end_at = state.told_guest, state.end_at & 0xFFFF_FFFF
+        self.opened(io)
+        if self._guest_done:
+            self._linger((-1, -1))
 
     # vmbus.device.StreamDevice
 

@@ -10,6 +10,9 @@ from __future__ import annotations
 import socket
 from contextlib import suppress
 
+MAX_UNREAD = 1 << 20
+"""Bytes; more than the system lets a socket hold that nobody made larger."""
+
 
 class HostEnd:
     """`sock` is made non-blocking; who made this closes it."""
@@ -30,6 +33,13 @@ class HostEnd:
             return bool(self.sock.recv(1, socket.MSG_PEEK))
         except OSError:
             return False
+
+    def unread(self) -> bytes:
+        """What the program has sent and was not read yet; it stays there."""
+        try:
+            return self.sock.recv(MAX_UNREAD, socket.MSG_PEEK)
+        except OSError:
+            return b""
 
     def leave(self) -> None:
         """Nobody will read the socket's other end."""

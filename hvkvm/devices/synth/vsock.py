@@ -16,14 +16,16 @@ from __future__ import annotations
 import os
 import socket
 from collections.abc import Callable
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
 from hvkvm.abi import hvsock as abi
 from hvkvm.abi import vmbus
-from hvkvm.devices.synth.hvsock import HvsockConnection
+from hvkvm.devices.synth.hvsock import HvsockConnection, HvsockState
 from hvkvm.devices.synth.vsock_caller import Caller
 from hvkvm.devices.synth.vsock_connections import Connections
+from hvkvm.devices.synth.vsock_saved import SavedStream, check, offer_to_port, saved_streams
 from hvkvm.devices.synth.vsock_socket import ListeningSocket, connect
 from hvkvm.errors import Stopped
 from hvkvm.events import NULL_OBSERVER, Observer
@@ -197,20 +199,8 @@ class Vsock:
             self._refused += 1
             self._host.refuse_connect(request)
             return
-        offer = Offer(
-            request.service_id,
-            request.endpoint_id,
-            f"vsock to host port {port}",
-            flags=abi.OFFER_FLAGS,
-            user_defined=abi.offer_parameters(to_guest=False, silo_id=request.silo_id),
-        )
-
-        def opened(connection: HvsockConnection) -> None:
-            handed = self.connections.handed.pop(connection, None)
-            if handed is not None:
-                self._hand_over(handed, port)
-
-        connection = self.connections.make(offer, sock, opened, guest_waits=True)
+        offer = offer_to_port(port, request.endpoint_id, request.silo_id)
+        connection = self.connections.make(offer, sock, partial(self._opened, port), guest_waits=True)
         if connection is None:
             if theirs is not None:
                 theirs.close()
@@ -237,6 +227,11 @@ class Vsock:
         del self._retries[id(request)]
         self._guest_connects(request, retries)
 
+    def _opened(self, port: int, connection: HvsockConnection) -> None:
+        handed = self.connections.handed.pop(connection, None)
+        if handed is not None:
+            self._hand_over(handed, port)
+
     def _hand_over(self, sock: socket.socket, port: int) -> None:
         """The guest has accepted: the other end is the listener's. Its error ends this connection."""
         listener = self._listeners.get(port)
@@ -248,6 +243,39 @@ class Vsock:
         except Exception as error:
             self._reports.add("vsock", f"the listener of port {port} failed: {type(error).__name__}: {error}")
             sock.close()
+
+    # A saved machine.
+
+    def save(self) -> tuple[SavedStream, ...]:
+        """The streams that go on in another machine. At rest."""
+        return saved_streams(self.connections.live)
+
+    def restore(self, streams: tuple[SavedStream, ...]) -> dict[int, HvsockState]:
+        """Make what `save` gave, before the bus is loaded; their states, by their id(). ValueError.
+
+        Who listens to a port when the machine goes on gets its stream.
+        """
+        check(streams)
+        return {id(made): stream.state for stream in streams if (made := self._restored(stream)) is not None}
+
+    def _restored(self, stream: SavedStream) -> HvsockConnection | None:
+        ours, theirs = socket.socketpair()
+        theirs.setblocking(False)
+        with suppress(OSError):
+            theirs.send(stream.state.unsent)
+
+        def opened(connection: HvsockConnection) -> None:
+            # When the machine runs: nobody listens yet.
+            self._io.call_soon(self._opened, stream.port, connection)
+
+        offer = offer_to_port(stream.port, stream.endpoint)
+        connection = self.connections.make(offer, ours, opened, guest_waits=True)
+        if connection is None:
+            theirs.close()
+            return None
+        self.connections.handed[connection] = theirs
+        self.connections.live[connection] = self._host.add(connection)
+        return connection
 
     # Ends.
 
