@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import random
 import re
+from collections.abc import Callable
 from pathlib import Path
 from time import sleep
 
@@ -15,48 +16,90 @@ from hvkvm.machine.config import MachineConfig
 from hvkvm.machine.machine import Machine
 from hvkvm.machine.outcome import Ending
 
-pytestmark = [pytest.mark.hyperv, pytest.mark.timeout(900)]
-
 SOAK = bool(os.environ.get("HVKVM_SOAK"))
+pytestmark = [pytest.mark.hyperv, pytest.mark.timeout(0 if SOAK else 900)]
 LINES = 300
-SCRIPT = rf"""
+SHORT_LINES = 20
+
+
+def script(lines: int) -> str:
+    """Counts, says what the kernel complained of, and ends with status 5."""
+    return rf"""
 i=0
-while [ $i -lt {LINES} ]; do i=$((i + 1)); echo "line $i"; usleep 20000; done
+while [ $i -lt {lines} ]; do i=$((i + 1)); echo "line $i"; usleep 20000; done
 dmesg | grep -E 'WARNING: CPU|BUG:|Oops|stall|soft lockup|hung_task|Watchdog' | sed 's/^/complaint: /'
 echo the end
 exit 5
 """
 
 
-@pytest.mark.parametrize(
-    ("synic", "cpus"), [("kernel", 2), ("user", 1), *([("kernel", 1), ("user", 2)] if SOAK else [])]
-)
+SCRIPT, SHORT = script(LINES), script(SHORT_LINES)
+
+
+MOMENTS = int(os.environ.get("HVKVM_SOAK_MOMENTS", "50"))
+"""So many moments of boots in a soak, of each kind of machine."""
+
+
+def settings_of(file: Path, before: Machine) -> MachineConfig:
+    """What goes on from `file`, for as long as `before` had."""
+    return MachineConfig(kernel=file, restore=file, timeout=before.config.timeout)
+
+
+def judge(machine: Machine, output: bytearray, lines: int) -> None:
+    """Have it run to its end, which is as it would have been without all this."""
+    outcome = LinuxGuest(machine, output).finish()
+    text = bytes(output).decode(errors="replace").replace("\r\n", "\n")
+    # By its command's end, which writes an I/O port in user mode: the task state is whole, too.
+    assert (outcome.ending, outcome.status) == (Ending.COMMAND_EXITED, 5), text[-3000:]
+    assert "the end" in text
+    counted = [int(number) for number in re.findall(r"^line (\d+)$", text, re.MULTILINE)]
+    assert counted == list(range(1, lines + 1)), text[-3000:]
+    assert "complaint" not in text, text[-3000:]
+
+
+def carried_on(guest: LinuxGuest, file: Path, rounds: int, pause: Callable[[], float]) -> tuple[Machine, int]:
+    """Save it `rounds` times, `pause()` seconds apart, for another to go on; the last, and how often."""
+    machine, output = guest.machine, guest.output
+    for done in range(rounds):
+        sleep(pause())
+        if machine.outcome is not None:
+            return machine, done
+        machine.save(file)
+        machine.close()
+        machine = Machine(settings_of(file, machine))
+        machine.board.attach_sink(output.extend)
+        machine.start()
+    return machine, rounds
+
+
+@pytest.mark.parametrize(("synic", "cpus"), [("kernel", 2), ("user", 1)])
 def test_linux_goes_on_wherever_it_was_saved(synic: str, cpus: int, tmp_path: Path) -> None:
-    rounds = 50 if SOAK else 6
     chance = random.Random(cpus)
-    file = tmp_path / "vm"
     with linux_guest(SCRIPT, synic=synic, cpus=cpus, append="") as guest:
         guest.start()
-        machine, output = guest.machine, guest.output
+        machine, _rounds = carried_on(guest, tmp_path / "vm", 6, lambda: chance.random() * 3)
         try:
-            for _ in range(rounds):
-                sleep(chance.random() * 3)
-                if machine.outcome is not None:
-                    break
-                machine.save(file)
-                machine.close()
-                settings = MachineConfig(kernel=file, restore=file, timeout=guest.machine.config.timeout)
-                machine = Machine(settings)
-                machine.board.attach_sink(output.extend)
-                machine.start()
-            told = LinuxGuest(machine, output)
-            outcome = told.finish()
+            judge(machine, guest.output, LINES)
         finally:
             machine.close()
-        text = bytes(output).decode(errors="replace").replace("\r\n", "\n")
-        # By its command's end, which writes an I/O port in user mode: the task state is whole, too.
-        assert (outcome.ending, outcome.status) == (Ending.COMMAND_EXITED, 5), text[-3000:]
-        assert "the end" in text
-        counted = [int(number) for number in re.findall(r"^line (\d+)$", text, re.MULTILINE)]
-        assert counted == list(range(1, LINES + 1)), text[-3000:]
-        assert "complaint" not in text, text[-3000:]
+
+
+@pytest.mark.skipif(not SOAK, reason="a long run: set HVKVM_SOAK=1 or use make soak-state")
+@pytest.mark.parametrize("cpus", [1, 4])
+@pytest.mark.parametrize("synic", ["kernel", "user"])
+def test_a_boot_goes_on_from_each_of_many_moments(synic: str, cpus: int, tmp_path: Path) -> None:
+    """Several of each boot, close together, up to its first lines."""
+    seed = int(os.environ.get("HVKVM_SOAK_SEED", "1"))
+    moments = 0
+    while moments < MOMENTS:
+        chance = random.Random(f"{seed} {moments}")
+        with linux_guest(SHORT, synic=synic, cpus=cpus, append="") as guest:
+            guest.start()
+            file = tmp_path / "vm"
+            machine, saved = carried_on(guest, file, 12, lambda: chance.random() * 0.5)  # noqa: B023
+            try:
+                judge(machine, guest.output, SHORT_LINES)
+            finally:
+                machine.close()
+        moments += max(saved, 1)
+        print(f"{synic}, {cpus} vCPUs: {moments} moments", flush=True)
