@@ -11,6 +11,7 @@ from typing import NamedTuple
 from uuid import UUID
 
 from hvkvm.abi import board
+from hvkvm.abi.elf import ELFMAG
 from hvkvm.boot.e820 import E820_TYPE_RAM, E820_TYPE_RESERVED, E820Entry, boot_params_table
 from hvkvm.errors import BootError
 
@@ -55,7 +56,7 @@ def read(path: Path) -> bytes:
         raise BootError(
             f"--firmware {path}: {len(image)} bytes are no firmware image; give one of whole 4 KiB pages"
         )
-    if image.startswith(b"\x7fELF"):
+    if image.startswith(ELFMAG):
         raise BootError(f"--firmware {path}: is an ELF file; give a flat image, or the ELF as --kernel")
     if not any(image[-16:]) or image[-16:] == b"\xff" * 16:
         raise BootError(

@@ -12,6 +12,7 @@ from contextlib import ExitStack
 from pathlib import Path
 
 from hvkvm.abi import board
+from hvkvm.abi.elf import ELFMAG
 from hvkvm.boot import acpi as acpi_tables
 from hvkvm.boot import bootparams, elf, linux, multiboot, pvh
 from hvkvm.boot.entry import Entry
@@ -20,7 +21,6 @@ from hvkvm.boot.layout import GuestRam
 from hvkvm.errors import BootError
 
 _HEAD_SIZE = 64 << 10
-_ELF_MAGIC = b"\x7fELF"
 
 # What people hand over by mistake: (offset, bytes, what it is, remedy).
 _LOOKALIKES: tuple[tuple[int, bytes, str, str], ...] = (
@@ -78,7 +78,7 @@ def load(
         _write_reset_vector(memory)
         if smbios and memory.size >= board.KERNEL_ADDRESS:
             memory.write(board.SMBIOS_ADDRESS, smbios)
-        if head.startswith(_ELF_MAGIC):
+        if head.startswith(ELFMAG):
             image = elf.parse(file)
             rsdp = _write_acpi(memory, cpus, vmbus=vmbus, serial_ports=serial_ports, pci=pci) if acpi else 0
             return _load_elf(memory, image, head, payload, line, own, rsdp)
@@ -125,7 +125,7 @@ def is_linux(kernel: Path) -> bool:
     """Whether `kernel` takes an initramfs: a bzImage, a 64-bit or PVH ELF, not a multiboot one. BootError."""
     with KernelFile(kernel, "--kernel") as file:
         head = file.head(_HEAD_SIZE)
-        if head.startswith(_ELF_MAGIC):
+        if head.startswith(ELFMAG):
             image = elf.parse(file)
             return image.bits == 64 or image.pvh_entry() is not None
         return bootparams.parse_header(head) is not None

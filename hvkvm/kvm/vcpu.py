@@ -16,11 +16,11 @@ from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from ctypes import sizeof
 from functools import partial
-from struct import Struct
 from typing import TYPE_CHECKING, NoReturn
 
 from hvkvm.abi import kvm_requests as rq
 from hvkvm.abi.kvm import KVM_CAP_HYPERV_CPUID, KVM_CAP_NESTED_STATE, KVM_CAP_XSAVE2, KVM_EXIT_INTR
+from hvkvm.abi.kvm_cpu_structs import MSR_ENTRY
 from hvkvm.abi.kvm_structs import (
     kvm_cpuid_entry2,
     kvm_debugregs,
@@ -28,6 +28,7 @@ from hvkvm.abi.kvm_structs import (
     kvm_interrupt,
     kvm_lapic_state,
     kvm_mp_state,
+    kvm_msrs,
     kvm_msrs_of,
     kvm_nested_state,
     kvm_regs,
@@ -52,8 +53,7 @@ _KVM_RUN = rq.KVM_RUN.number
 _MAX_IO_MSRS = 255  # one KVM_GET_MSRS or KVM_SET_MSRS takes fewer than the kernel's MAX_IO_MSRS, 256
 _PLAIN_XSAVE = 4096
 _NESTED_HEADER = 128
-_MSR_TABLE = 8  # struct kvm_msrs before its entries
-_MSR_ENTRY = Struct("<I4xQ")  # struct kvm_msr_entry: a hundred of them by ctypes' fields take milliseconds
+_MSR_TABLE = kvm_msrs.entries.offset
 
 
 class Vcpu(Handle):
@@ -225,11 +225,11 @@ class Vcpu(Handle):
         while pairs and not (stop and refused):
             batch = pairs[:_MAX_IO_MSRS]
             table = kvm_msrs_of(len(batch))(nmsrs=len(batch))
-            for at, pair in zip(range(_MSR_TABLE, sizeof(table), _MSR_ENTRY.size), batch, strict=True):
-                _MSR_ENTRY.pack_into(table, at, *pair)
+            for at, pair in zip(range(_MSR_TABLE, sizeof(table), MSR_ENTRY.size), batch, strict=True):
+                MSR_ENTRY.pack_into(table, at, *pair)
             # KVM stops at the first MSR it refuses and returns how many it did: that is no error to ioctl(2).
             done = door.ioctl(self.fd, request, table, f"vCPU {self.index}")
-            accepted += _MSR_ENTRY.iter_unpack(bytes(table)[_MSR_TABLE : _MSR_TABLE + done * _MSR_ENTRY.size])
+            accepted += MSR_ENTRY.iter_unpack(bytes(table)[_MSR_TABLE : _MSR_TABLE + done * MSR_ENTRY.size])
             if done < len(batch):
                 refused.append(batch[done][0])
                 done += 1

@@ -27,6 +27,7 @@ from hvkvm.abi.tlfs import (
     HV_X64_MSR_EOM,
     HVCALL_SIGNAL_EVENT,
 )
+from hvkvm.abi.x86 import EFER_LMA
 from hvkvm.errors import CapabilityMissing, HvkvmError
 from hvkvm.events import NULL_OBSERVER, Observer
 from hvkvm.hyperv.cpuid import restore_order
@@ -42,7 +43,6 @@ if TYPE_CHECKING:
     from hvkvm.memory.guest import GuestMemory
 
 _CODE_AND_FAST = HV_HYPERCALL_CODE_MASK | HV_HYPERCALL_FAST_BIT
-_EFER_LMA = 1 << 10
 _NO_DEBUGGER = 0
 """SYNDBG status with no success bit: nobody is attached."""
 
@@ -192,7 +192,7 @@ class KernelSynic:
         regs, sregs = vcpu.regs(), vcpu.sregs()
         gpa = (
             regs.rdx
-            if sregs.efer & _EFER_LMA and sregs.cs.l
+            if sregs.efer & EFER_LMA and sregs.cs.l
             else (regs.rbx & 0xFFFFFFFF) << 32 | regs.rcx & 0xFFFFFFFF
         )
         return (control, param) if param == gpa else (control | HV_HYPERCALL_FAST_BIT, param)
