@@ -14,7 +14,6 @@ from __future__ import annotations
 import contextlib
 import os
 import shlex
-import stat
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
@@ -22,6 +21,7 @@ from typing import NamedTuple
 from hvkvm.abi.elf import ELF64_EHDR, ELF64_IDENT, ELF64_PHDR, EM_X86_64, PT_INTERP, Ehdr, Phdr
 from hvkvm.abi.guest_command import CommandIo
 from hvkvm.boot import cache, cpio, guest_exit, guest_orders, guest_scripts, guest_vsock
+from hvkvm.boot.command_files import pack_files, programs, read
 from hvkvm.boot.kmod import ModuleTree
 from hvkvm.errors import BootError
 
@@ -71,7 +71,7 @@ def build(
 ) -> bytes:
     """The initramfs that runs `command`, or an interactive shell when it is None or empty.
 
-    With `awaits` it runs none, but waits for what `orders` makes (see `machine.orders`).
+    With `awaits` it runs none, but waits for what `command_files.orders` makes.
 
     `modules` are loaded in order with all they depend on, out of
     `kernel_modules_dir` (lib/modules/<version>, or an unpacked kernel package).
@@ -87,7 +87,7 @@ def build(
     optional = (VSOCK_MODULE,) if vsock and streams and kernel_modules_dir is not None else ()
     begin = {"init": guest_scripts.START + guest_scripts.AWAIT} if awaits else {}
     if not awaits:
-        begin = _programs(command, command_io, vsock=vsock, terminal_type=terminal_type)
+        begin = programs(command, command_io, vsock=vsock, terminal_type=terminal_type)
         begin["init"] = guest_scripts.START + begin.pop("begin")
     pieces = [_base(busybox)]
     if wanted or optional:
@@ -116,56 +116,8 @@ def build_root(
     return b"".join(pieces)
 
 
-def orders(
-    command: Sequence[str] | None,
-    *,
-    files: Mapping[str, bytes | Path] | None = None,
-    command_io: CommandIo = "console",
-    vsock: bool = False,
-    terminal_type: str | None = None,
-) -> bytes:
-    """The archive that an init built with `awaits` unpacks, to run `command`. As for `build`. BootError."""
-    begin = _programs(command, command_io, vsock=vsock, terminal_type=terminal_type)
-    return pack_files(files or {}, begin)
-
-
-def pack_files(files: Mapping[str, bytes | Path], programs: Mapping[str, str] | None = None) -> bytes:
-    """An archive of `files` as `build` takes them and of executable `programs`. BootError."""
-    entries = [
-        cpio.regular(name, text.encode(errors="surrogateescape"), 0o755)
-        for name, text in (programs or {}).items()
-    ]
-    entries += [_file(name, source) for name, source in files.items()]
-    return cpio.pack(cpio.with_parents(entries))
-
-
-def _programs(
-    command: Sequence[str] | None, command_io: CommandIo, *, vsock: bool, terminal_type: str | None
-) -> dict[str, str]:
-    """What runs `command`, by its guest paths; `begin` is where the init goes on."""
-    line = f"exec {shlex.join(command)}" if command else "echo 'hvkvm: a shell; exit ends the guest'\nexec sh"
-    if command_io == "terminal" and command and terminal_type:
-        line = f"export TERM={shlex.quote(terminal_type)}\n{line}"
-    programs = {"command": f"{line}\n"}
-    if not command or command_io == "console":
-        programs |= {"begin": guest_scripts.CONSOLE_BEGIN, "session": guest_scripts.CONSOLE_SESSION}
-    elif command_io == "terminal":
-        programs |= {
-            "begin": guest_scripts.SERIAL_BEGIN,
-            "session": guest_scripts.TERMINAL_SESSION,
-            "terminal": guest_scripts.TERMINAL,
-        }
-    else:
-        programs |= {
-            "begin": guest_scripts.VSOCK_BEGIN if vsock else guest_scripts.SERIAL_BEGIN,
-            "session": guest_scripts.STREAM_SESSION,
-            "launch": guest_scripts.LAUNCH,
-        }
-    return programs
-
-
 def _base(busybox: Path) -> bytes:
-    program = _read(busybox)
+    program = read(busybox)
     if not is_static_elf(program):
         raise BootError(f"{busybox}: not a static 64-bit program; the busybox-static package has one")
     entries = [cpio.directory(name) for name in _FOLDERS.split()]
@@ -178,20 +130,6 @@ def _base(busybox: Path) -> bytes:
     entries.append(cpio.regular("etc/udhcpc/default.script", guest_scripts.DHCP.encode(), 0o755))
     entries += [cpio.symlink(f"bin/{name}", "busybox") for name in _APPLETS.split()]
     return cpio.pack(cpio.with_parents(entries))
-
-
-def _file(name: str, source: bytes | Path) -> cpio.Entry:
-    if isinstance(source, bytes):
-        return cpio.regular(name, source)
-    data = _read(source)
-    return cpio.regular(name, data, stat.S_IMODE(os.stat(source).st_mode))
-
-
-def _read(path: Path) -> bytes:
-    try:
-        return path.read_bytes()
-    except OSError as error:
-        raise BootError(f"{path}: {error.strerror}") from error
 
 
 def is_static_elf(program: bytes) -> bool:

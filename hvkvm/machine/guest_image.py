@@ -120,10 +120,11 @@ def initial_ramdisk(config: MachineConfig) -> bytes | Path | None:
             )
         return config.initrd
     from hvkvm.boot import initramfs
+    from hvkvm.boot.command_files import pack_files
 
     if not (config.command or config.awaits) and (config.initrd is not None or told_root):
         _check_needs_no_command(config)
-        archive = initramfs.pack_files(dict(config.files))
+        archive = pack_files(dict(config.files))
     else:
         archive = initramfs.build(
             config.command or None,

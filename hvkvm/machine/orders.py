@@ -82,9 +82,9 @@ class Orders:
 
 
 def _archive(config: MachineConfig) -> bytes:
-    from hvkvm.boot import initramfs
+    from hvkvm.boot import command_files
 
-    archive = initramfs.orders(
+    archive = command_files.orders(
         config.command,
         files=dict(config.files),
         command_io=config.command_io,

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from hvkvm.abi import guest_command
 from hvkvm.abi.board import GUEST_EXIT_PORT
-from hvkvm.boot import guest_exit, guest_orders, guest_scripts, guest_vsock, initramfs
+from hvkvm.boot import command_files, guest_exit, guest_orders, guest_scripts, guest_vsock, initramfs
 from hvkvm.boot.kmod import ModuleTree
 from hvkvm.errors import BootError
 
@@ -232,7 +232,7 @@ def test_an_init_that_waits_has_no_command_and_finds_it_in_its_orders(busybox: P
     assert (waits / "init").read_text().endswith(". /begin\n")
     assert (waits / "bin/guest-orders").read_bytes() == guest_orders.program()
     assert not (waits / "command").exists()
-    orders = initramfs.orders(["a b", "c"], files={"/opt/x": tool}, command_io="streams")
+    orders = command_files.orders(["a b", "c"], files={"/opt/x": tool}, command_io="streams")
     handed = unpack(orders, tmp_path / "handed")
     whole = unpack(initramfs.build(["a b", "c"], busybox=busybox, command_io="streams"), tmp_path / "whole")
     assert sorted(path.name for path in handed.iterdir()) == ["begin", "command", "launch", "opt", "session"]
