@@ -40,7 +40,16 @@ class BootError(ConfigError):
 
 
 class StateError(ConfigError):
-    """A saved machine cannot be used: damaged, foreign, made by a newer hvkvm, or in need of another host."""
+    """A saved machine cannot be used: damaged, foreign, made by a newer hvkvm, or in need of another host.
+
+    Its text may quote a file that anybody made: it is one line, as a terminal shows it, of bounded length.
+    """
+
+    MAX_CHARACTERS = 800
+
+    def __init__(self, text: str) -> None:
+        shown = text[: self.MAX_CHARACTERS] + "..." * (len(text) > self.MAX_CHARACTERS)
+        super().__init__("".join(c if c.isprintable() else repr(c)[1:-1] for c in shown))
 
 
 class KvmUnavailable(HvkvmError):

@@ -123,7 +123,7 @@ def test_the_runs_of_a_saved_command_show_together_what_one_run_would(way: str, 
                 run.wait_for(words, behind=bytes(out))
             run.save(file)
             out += run.out
-            err += run.err
+            err += run.err.removesuffix(f"hvkvm: quit: saved to {file}\n".encode())
         source = ("--restore", file)
     with running(tmp_path, *source) as run:
         run.type(b"more\nand more\n")

@@ -176,8 +176,9 @@ def test_a_changed_file_is_refused_in_one_line_or_loads(saved: Path, tmp_path: P
         raise
     finally:
         fuzzer.close()
-    assert fuzzer.refused > number // 10
-    assert fuzzer.loaded > number // 50
+    done = number - SEED + 1
+    assert fuzzer.refused >= done // 10
+    assert fuzzer.loaded >= done // 50
     assert len(os.listdir("/proc/self/fd")) == fds
     print(
         f"{number - SEED + 1} changes: {fuzzer.refused} refused, {fuzzer.loaded} loaded, {fuzzer.whole} whole"
