@@ -128,6 +128,16 @@ static void done_with(uint32_t first, uint32_t blocks)
 	memset(busy + first, 0, blocks);
 }
 
+/* What was discarded or zeroed is the job's again; 0, as nothing is away now. */
+static uint32_t came_back(uint32_t first, uint32_t blocks, int zero)
+{
+	for (uint32_t at = 0; at < blocks; at++)
+		generations[first + at] = zero ? 0 : UNKNOWN;
+	done_with(first, blocks);
+	zero ? zeroes++ : discards++;
+	return 0;
+}
+
 static void work(int depth, uint32_t total, uint64_t milliseconds)
 {
 	static struct slot slots[MOST_DEPTH];
@@ -227,16 +237,14 @@ static void work(int depth, uint32_t total, uint64_t milliseconds)
 			}
 			done_with(one->first, one->blocks);
 		}
-		if (now() >= end && !in_flight && away_blocks)
-			fcntl(from[0], F_SETFL, 0);
-		if (away_blocks && read(from[0], &byte, 1) == 1) {
-			for (uint32_t at = 0; at < away_blocks; at++)
-				generations[away_first + at] = zero ? 0 : UNKNOWN;
-			done_with(away_first, away_blocks);
-			away_blocks = 0;
-			zero ? zeroes++ : discards++;
-		}
+		if (away_blocks && read(from[0], &byte, 1) == 1)
+			away_blocks = came_back(away_first, away_blocks, zero);
 	}
+	fcntl(from[0], F_SETFL, 0);
+	if (away_blocks && read(from[0], &byte, 1) != 1)
+		fail("the process that discards");
+	if (away_blocks)
+		came_back(away_first, away_blocks, zero);
 	close(to[1]);
 	if (waitpid(child, &in_flight, 0) != child || in_flight)
 		fail("the process that discards");
