@@ -1,4 +1,4 @@
-"""The ACPI tables: RSDP, XSDT, FADT, FACS, MADT, with PCI WAET, and a DSDT that holds COM1 and VMBus.
+"""The ACPI tables: RSDP, XSDT, FADT, FACS, MADT, with PCI WAET and SPCR, and a DSDT with COM1 and VMBus.
 
 Why: without ACPI a guest finds neither its other CPUs nor the VMBus, and cannot
 power off. Called by the loaders through `boot.image`. Pure: `build` returns
@@ -35,6 +35,9 @@ _ALIGN = 64  # FACS demands it; the others do not mind
 
 HEADER_SIZE = 36
 FADT_SIZE = 276
+_FADT_MINOR = 5
+_MADT_REVISION = 6
+"""The one that belongs to a FADT of revision 6.5."""
 
 MADT_LOCAL_APIC = 0
 MADT_IO_APIC = 1
@@ -64,6 +67,11 @@ ACPI_FADT_RESET_REGISTER = 1 << 10
 
 WAET_PM_TIMER_GOOD = 1 << 1
 """Windows emulated devices table. Without it Windows 8 and later distrust a timer like a PIIX4's."""
+
+_SPCR_8259, _SPCR_IO_APIC = 1 << 0, 1 << 1
+_SPCR_115200 = 7
+_SPCR_VT_UTF8 = 2
+"""Serial port console redirection table, revision 2 (Microsoft)."""
 
 _SYSTEM_IO = 1
 _NO_C2 = 0xFFF  # a latency above 100 us says: no such state (C3: above 1000)
@@ -148,7 +156,7 @@ def build(
     madt = place(_madt(cpus))
     listed = [fadt, madt]
     if fixed.is_pc:
-        listed.append(place(_waet()))
+        listed += [place(_waet()), place(_spcr())]
     xsdt = place(_table(b"XSDT", 1, struct.pack(f"<{len(listed)}Q", *listed)))
     image[: len(_rsdp(xsdt))] = _rsdp(xsdt)
     if len(image) > board.SMBIOS_ADDRESS - board.ACPI_AREA_ADDRESS:
@@ -203,7 +211,7 @@ def _gas(port: int, width: int, access: int) -> bytes:
 
 
 def _fadt(facs: int, dsdt: int, fixed: FixedHardware) -> bytes:
-    """FADT revision 6.0. Each register is given in both its old and its X_ form, and they agree."""
+    """FADT revision 6.5. Each register is given in both its old and its X_ form, and they agree."""
     fadt = bytearray(FADT_SIZE - HEADER_SIZE)
 
     def put(offset: int, code: str, *values: int) -> None:
@@ -228,13 +236,14 @@ def _fadt(facs: int, dsdt: int, fixed: FixedHardware) -> bytes:
     )
     fadt[116 - HEADER_SIZE : 128 - HEADER_SIZE] = _gas(board.RESET_PORT, 8, 1)
     put(128, "B", board.RESET_VALUE)
+    put(131, "B", _FADT_MINOR)
     put(140, "Q", dsdt)  # X_FIRMWARE_CTRL stays 0: Linux would list the FACS twice
     # Access size word: Linux would split a dword access to the two event registers anyway.
     fadt[148 - HEADER_SIZE : 160 - HEADER_SIZE] = _gas(fixed.base, 8 * board.PM1A_EVT_SIZE, 2)
     fadt[172 - HEADER_SIZE : 184 - HEADER_SIZE] = _gas(control, 8 * board.PM1A_CNT_SIZE, 2)
     put(80, "I", board.GPE0_PORT)
     put(92, "B", board.GPE0_SIZE)
-    fadt[220 - HEADER_SIZE : 232 - HEADER_SIZE] = _gas(board.GPE0_PORT, 8 * board.GPE0_SIZE, 2)
+    fadt[220 - HEADER_SIZE : 232 - HEADER_SIZE] = _gas(board.GPE0_PORT, 8 * board.GPE0_SIZE, 1)
     if fixed.is_pc:
         put(76, "I", fixed.base + PM_TIMER_OFFSET)
         put(91, "B", board.PM_TMR_SIZE)
@@ -245,6 +254,16 @@ def _fadt(facs: int, dsdt: int, fixed: FixedHardware) -> bytes:
 def _waet() -> bytes:
     """What Windows need not work around: its PM timer may be read once. The RTC is not spoken of."""
     return _table(b"WAET", 1, struct.pack("<I", WAET_PM_TIMER_GOOD))
+
+
+def _spcr() -> bytes:
+    """The serial port for consoles: where Windows' Emergency Management Services look for COM1."""
+    body = struct.pack("<B3x", 0)  # a whole 16550
+    body += _gas(board.COM1_PORT, 8, 1)
+    body += struct.pack("<BBI", _SPCR_8259 | _SPCR_IO_APIC, board.COM1_IRQ, board.COM1_IRQ)
+    body += struct.pack("<BBBBB", _SPCR_115200, 0, 1, 0, _SPCR_VT_UTF8)  # no parity, 1 stop bit
+    body += struct.pack("<xHHBBBIB4x", 0xFFFF, 0xFFFF, 0, 0, 0, 0, 0)  # no PCI device
+    return _table(b"SPCR", 2, body)
 
 
 def _madt(cpus: int) -> bytes:
@@ -264,7 +283,7 @@ def _madt(cpus: int) -> bytes:
     body += struct.pack("<BBBHB", MADT_LOCAL_APIC_NMI, 6, _ALL_UIDS_8, 0, 1)
     if cpus - 1 > LAST_XAPIC_ID:
         body += struct.pack("<BBHIB3x", MADT_LOCAL_X2APIC_NMI, 12, 0, _ALL_UIDS_32, 1)
-    return _table(b"APIC", 5, bytes(body))
+    return _table(b"APIC", _MADT_REVISION, bytes(body))
 
 
 def _dsdt(

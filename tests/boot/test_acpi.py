@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from hvkvm.abi import board
 from hvkvm.boot import acpi
+from hvkvm.boot.acpi_pci import host_bridge, real_time_clock
 from hvkvm.errors import BootError
 
 MIB = 1 << 20
@@ -23,9 +24,19 @@ class Tables:
     """Follows the pointers as a guest does."""
 
     def __init__(
-        self, cpus: int = 2, memory: int = 512 * MIB, *, vmbus: bool = True, serial_ports: int = 1
+        self,
+        cpus: int = 2,
+        memory: int = 512 * MIB,
+        *,
+        vmbus: bool = True,
+        serial_ports: int = 1,
+        pci: bool = False,
     ) -> None:
-        self.built = acpi.build(cpus, memory, vmbus=vmbus, serial_ports=serial_ports)
+        fixed = acpi.FixedHardware(is_pc=pci)
+        devices = (host_bridge(memory), real_time_clock()) if pci else ()
+        self.built = acpi.build(
+            cpus, memory, vmbus=vmbus, serial_ports=serial_ports, fixed=fixed, devices=devices
+        )
         self.rsdp = self.bytes_at(self.built.rsdp, 36)
         self.xsdt = self.table(struct.unpack_from("<Q", self.rsdp, 24)[0])
         pointers = struct.unpack(f"<{(len(self.xsdt) - 36) // 8}Q", self.xsdt[36:])
@@ -75,7 +86,7 @@ def test_every_checksum_and_header(cpus: int, gib: int, vmbus: bool) -> None:
 
 def test_fadt_names_the_boards_ports() -> None:
     fadt = Tables().by_name["FACP"]
-    assert (len(fadt), fadt[8]) == (276, 6)
+    assert (len(fadt), fadt[8], fadt[131]) == (276, 6, 5)
     assert struct.unpack_from("<H", fadt, 46)[0] == board.SCI_IRQ
     assert struct.unpack_from("<I", fadt, 48)[0] == 0  # SMI_CMD: ACPI mode from reset
     assert struct.unpack_from("<II", fadt, 56) == (board.PM1A_EVT_PORT, 0)
@@ -85,7 +96,7 @@ def test_fadt_names_the_boards_ports() -> None:
     assert struct.unpack_from("<BBBBQ", fadt, 172) == (1, 16, 0, 2, board.PM1A_CNT_PORT)
     assert struct.unpack_from("<II", fadt, 80) == (board.GPE0_PORT, 0)
     assert fadt[92:94] == bytes([board.GPE0_SIZE, 0])
-    assert struct.unpack_from("<BBBBQ", fadt, 220) == (1, 32, 0, 2, board.GPE0_PORT)
+    assert struct.unpack_from("<BBBBQ", fadt, 220) == (1, 32, 0, 1, board.GPE0_PORT)
     assert struct.unpack_from("<BBBBQB", fadt, 116) == (1, 8, 0, 1, board.RESET_PORT, board.RESET_VALUE)
     (boot_arch,) = struct.unpack_from("<H", fadt, 109)
     assert boot_arch == acpi.ACPI_FADT_NO_VGA | acpi.ACPI_FADT_NO_CMOS_RTC  # no legacy, no 8042; MSI works
@@ -140,6 +151,15 @@ def test_dsdt_without_vmbus_has_no_bus_and_no_windows() -> None:
     assert b"COM2" not in dsdt
 
 
+def test_the_serial_console_is_com1() -> None:
+    """Where Windows' Emergency Management Services look for it: SPCR, revision 2."""
+    spcr = Tables(pci=True).by_name["SPCR"]
+    assert (len(spcr), spcr[8], spcr[36]) == (80, 2, 0)
+    assert struct.unpack_from("<BBBBQ", spcr, 40) == (1, 8, 0, 1, board.COM1_PORT)
+    assert struct.unpack_from("<BBIB", spcr, 52) == (3, board.COM1_IRQ, board.COM1_IRQ, 7)
+    assert struct.unpack_from("<HH", spcr, 64) == (0xFFFF, 0xFFFF), "no PCI device"
+
+
 def test_more_serial_ports_are_in_the_dsdt_where_a_pc_has_them(tmp_path: Path) -> None:
     (tmp_path / "DSDT.dat").write_bytes(Tables(serial_ports=4).by_name["DSDT"])
     iasl(tmp_path, "-d", "DSDT.dat")
@@ -166,9 +186,10 @@ def iasl(folder: Path, *arguments: str) -> str:
 
 
 @pytest.mark.parametrize("vmbus", [True, False])
-@pytest.mark.parametrize("cpus", [1, 300])
-def test_iasl_reads_and_recompiles_every_table(tmp_path: Path, cpus: int, vmbus: bool) -> None:
-    tables = Tables(cpus, 6 << 30, vmbus=vmbus)
+@pytest.mark.parametrize(("cpus", "pci"), [(1, False), (300, False), (2, True)])
+def test_iasl_reads_and_recompiles_every_table(tmp_path: Path, cpus: int, vmbus: bool, pci: bool) -> None:
+    tables = Tables(cpus, 6 << 30 if not pci else 512 * MIB, vmbus=vmbus, pci=pci)
+    assert ({"WAET", "SPCR"} <= set(tables.by_name)) is pci
     everything = {**tables.by_name, "XSDT": tables.xsdt, "FACS": tables.facs}
     for name, content in everything.items():
         (tmp_path / f"{name}.dat").write_bytes(content)
@@ -181,7 +202,8 @@ def test_iasl_reads_and_recompiles_every_table(tmp_path: Path, cpus: int, vmbus:
             again[28:36] = content[28:36]
             assert bytes(again) == content
     source = (tmp_path / "DSDT.dsl").read_text()
-    assert ("0x0000000400000000, // Range Minimum" in source) is vmbus
+    if not pci:
+        assert ("0x0000000400000000, // Range Minimum" in source) is vmbus
     assert ('Name (_CID, "VMBus")' in source) is vmbus
     assert 'Name (_CID, "VM_Gen_Counter")' in source
     address = f"0x{board.GENERATION_ADDRESS:08X}"

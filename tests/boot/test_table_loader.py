@@ -98,7 +98,7 @@ def test_the_window_for_bars_is_where_firmware_places_them(memory: int, window: 
     assert mem32_window(memory) == window
 
 
-@pytest.mark.parametrize("name", ["FACP", "APIC", "WAET", "XSDT", "FACS"])
+@pytest.mark.parametrize("name", ["FACP", "APIC", "WAET", "SPCR", "XSDT", "FACS"])
 def test_iasl_reads_the_tables_of_a_machine_with_pci(tmp_path: Path, name: str) -> None:
     iasl = shutil.which("iasl")
     if iasl is None:

@@ -54,6 +54,7 @@ class PowerManagement(Function):
                 pci.PCI_DEVICE_ID_INTEL_82371AB_3,
                 pci.PCI_CLASS_BRIDGE_OTHER,
                 revision=_PM_REVISION,
+                pin=1,  # Linux says by itself that it is IRQ 9
             ),
             extra=[
                 (pci.PMBA, base.to_bytes(4, "little"), pci.PMBA_MASK.to_bytes(4, "little")),
