@@ -239,6 +239,40 @@ def test_saved_it_goes_on_as_if_nothing_had_been(guest: NvmeGuest, new_routes: A
     other.device.close()
 
 
+def self_test_log(guest: NvmeGuest) -> bytes:
+    words = ((564 // 4 - 1) << 16 | nvme.NVME_LOG_DEVICE_SELF_TEST,)
+    assert guest.do(nvme.NVME_ADMIN_GET_LOG_PAGE, prp1=DATA, cdw=words) == (0, 0)
+    return guest.memory.read(DATA, 564)
+
+
+def test_it_tests_itself(guest: NvmeGuest) -> None:
+    """What a test finds is in its log, newest first; one runs at a time, and may be ended."""
+    start = nvme.NVME_ADMIN_DEV_SELF_TEST
+    assert self_test_log(guest) == bytes(4) + (b"\x0f" + bytes(27)) * 20
+    assert guest.do(start, nsid=1, cdw=(1,)) == (0, 0)
+    assert [request.op for request in guest.disk.seen] == [Op.READ] * 3
+    guest.disk.status = Status.ERROR
+    assert guest.do(start, nsid=0xFFFFFFFF, cdw=(2,)) == (0, 0)
+    guest.disk.status, guest.disk.held = Status.OK, True
+    assert guest.do(start, cdw=(1,)) == (0, 0)
+    assert guest.do(start, cdw=(1,)) == (nvme.NVME_SC_SELT_TEST_IN_PROGRESS, 0)
+    assert self_test_log(guest)[0] == 1
+    assert guest.do(start, cdw=(0xF,)) == (0, 0)
+    guest.disk.held = False
+    guest.disk.release()
+    guest.loop.settle()
+    for wrong in ({"cdw": (3,)}, {"cdw": (1,), "nsid": 2}):
+        assert guest.do(start, **wrong)[0] != 0
+    found = self_test_log(guest)
+    results = [found[4 + 28 * index] for index in range(4)]
+    assert (found[0], results) == (0, [0x11, 0x27, 0x10, 0x0F])
+    assert struct.unpack_from("<I", found, 4 + 28 * 2 + 12) == (1,)
+    for _ in range(25):
+        assert guest.do(start, cdw=(1,)) == (0, 0)
+    found = self_test_log(guest)
+    assert {found[4 + 28 * index] for index in range(20)} == {0x10}
+
+
 def test_a_state_that_cannot_be_is_refused(guest: NvmeGuest) -> None:
     guest.make_queues()
     guest.device.stop(lambda: None)

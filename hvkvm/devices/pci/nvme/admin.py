@@ -14,6 +14,7 @@ from hvkvm.devices.pci.nvme.io_commands import Answer, Command, Namespace
 from hvkvm.devices.pci.nvme.prp import PAGE, Memory, PrpError, copy_out
 from hvkvm.devices.pci.nvme.queue_table import QueueTable
 from hvkvm.devices.pci.nvme.queues import Completion, Shadow, Submission
+from hvkvm.devices.pci.nvme.self_test import SelfTest
 
 MAX_IO_QUEUES = 32
 """Pairs of queues for I/O."""
@@ -43,6 +44,7 @@ class Owner(Protocol):
     read_only: bool
     vectors: int
     queues: QueueTable
+    self_test: SelfTest
 
     def keep_open(self) -> None: ...
     def counters(self) -> tuple[int, int, int, int]: ...
@@ -66,6 +68,7 @@ class Admin:
             nvme.NVME_ADMIN_SET_FEATURES: self._set_features,
             nvme.NVME_ADMIN_GET_FEATURES: self._get_features,
             nvme.NVME_ADMIN_GET_LOG_PAGE: self._log,
+            nvme.NVME_ADMIN_DEV_SELF_TEST: self._self_test,
             nvme.NVME_ADMIN_DBBUF: self._doorbell_buffer,
         }
 
@@ -175,6 +178,21 @@ class Admin:
         self._owner.queues.use_shadow(Shadow(shadow, event))
         answer(nvme.NVME_SC_SUCCESS, 0)
 
+    def _self_test(self, command: Command, answer: Answer) -> None:
+        """Begin a test, which is looked for in its log, or end it."""
+        code, test = command.cdw10 & 0xF, self._owner.self_test
+        if command.nsid not in (0, 1, nvme.NVME_NSID_ALL):
+            answer(nvme.NVME_SC_INVALID_NS | _DNR, 0)
+        elif code == nvme.NVME_ST_CODE_ABORT:
+            test.abort()
+            answer(nvme.NVME_SC_SUCCESS, 0)
+        elif code not in (nvme.NVME_ST_CODE_SHORT, nvme.NVME_ST_CODE_EXTENDED):
+            answer(nvme.NVME_SC_INVALID_FIELD | _DNR, 0)
+        elif test.start(code, command.nsid):
+            answer(nvme.NVME_SC_SUCCESS, 0)
+        else:
+            answer(nvme.NVME_SC_SELT_TEST_IN_PROGRESS, 0)
+
     # Everything that is only told.
 
     def _identify(self, command: Command, answer: Answer) -> None:
@@ -248,6 +266,8 @@ class Admin:
             data = identify.smart(*self._owner.counters())
         elif which == nvme.NVME_LOG_FW_SLOT:
             data = identify.firmware_slots()
+        elif which == nvme.NVME_LOG_DEVICE_SELF_TEST:
+            data = self._owner.self_test.log()
         else:
             answer(nvme.NVME_SC_INVALID_LOG_PAGE | _DNR, 0)
             return

@@ -29,6 +29,7 @@ from hvkvm.devices.pci.nvme.queue_table import QueueTable
 from hvkvm.devices.pci.nvme.queues import MAX_IN_FLIGHT, Completion, Submission
 from hvkvm.devices.pci.nvme.registers import Registers
 from hvkvm.devices.pci.nvme.saved import ControllerState, queues_of
+from hvkvm.devices.pci.nvme.self_test import SelfTest
 from hvkvm.devices.pci.turn import Turn
 from hvkvm.memory.atomics import fence
 from hvkvm.runtime.protocols import Deferrer
@@ -94,6 +95,7 @@ class Controller:
         self._answers = Answers(memory, self.queues, self._registers, self.msix, io, self._turns.ask)
         self.admin = Admin(self)
         self.namespace = Namespace(disk, sector_size, memory)
+        self.self_test = SelfTest(disk, sector_size)
         self.disk = disk
         self._base: int | None = None
         # The loop's own.
@@ -259,6 +261,7 @@ class Controller:
         self.queues.forget()
         self._shutting = False
         self.admin.reset()
+        self.self_test.reset()
         self._answers.forget()
 
     def _begin_reset(self) -> None:
@@ -338,6 +341,7 @@ class Controller:
             tuple(self.admin.events),
             () if self.queues.shadow is None else tuple(self.queues.shadow),
             self.msix.save(),
+            tuple(self.self_test.results),
         )
 
     def load(self, state: ControllerState) -> None:
@@ -351,6 +355,7 @@ class Controller:
             if which in self.admin.features:
                 self.admin.features[which] = value & 0xFFFFFFFF
         self.admin.events[:] = [one & 0xFFFF for one in state.events[:4]]
+        self.self_test.load(state.self_tests)
         self.msix.load(state.msix)
 
     def inspect(self) -> dict[str, object]:

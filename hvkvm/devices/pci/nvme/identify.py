@@ -33,8 +33,10 @@ def controller(serial: str) -> bytes:
     put(77, "B", MDTS)
     put(80, "I", nvme.NVME_VS_1_4)
     put(111, "B", nvme.NVME_CTRL_CNTRLTYPE_IO)
-    put(256, "HBBB", nvme.NVME_CTRL_OACS_DBBUF_SUPP, ABORT_LIMIT, ASYNC_EVENT_LIMIT, 0b11)  # FRMW: one slot
+    optional = nvme.NVME_CTRL_OACS_DBBUF_SUPP | nvme.NVME_CTRL_OACS_SELF_TEST_SUPP
+    put(256, "HBBB", optional, ABORT_LIMIT, ASYNC_EVENT_LIMIT, 0b11)  # FRMW: one slot
     put(266, "HH", _WARNING_KELVIN, _CRITICAL_KELVIN)
+    put(316, "HB", 1, 1)  # EDSTT: a minute at most; DSTO: one self-test at a time
     put(512, "BB", nvme.NVME_NVM_IOSQES * 0x11, nvme.NVME_NVM_IOCQES * 0x11)
     put(516, "I", 1)  # NN
     put(520, "H", nvme.NVME_CTRL_ONCS_DSM | nvme.NVME_CTRL_ONCS_WRITE_ZEROES)

@@ -34,6 +34,7 @@ class ControllerState(NamedTuple):
     shadow: tuple[int, ...]
     """Two addresses, or nothing."""
     msix: msix.MsixState
+    self_tests: tuple[tuple[int, int, int], ...] = ()
 
 
 def queues_of(
