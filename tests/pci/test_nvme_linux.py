@@ -11,9 +11,12 @@ from linux_guest import linux_guest
 
 from hvkvm.machine.disk_spec import DiskSpec
 
-pytestmark = pytest.mark.hyperv
+SOAK = bool(os.environ.get("HVKVM_SOAK"))
+pytestmark = [pytest.mark.hyperv, pytest.mark.timeout(0 if SOAK else 900)]
 
 MIB = 1 << 20
+ROUNDS = 100 if SOAK else 2
+"""How often a disk's function is removed and found again, and its driver taken off and put on."""
 SCRIPT = """
 wait_for() { while ! [ -b $1 ]; do sleep 0.1; done; }
 test_disk() {
@@ -25,12 +28,20 @@ test_disk() {
     echo 3 > /proc/sys/vm/drop_caches
     dd if=$disk bs=64k skip=16 count=48 2>/dev/null | cmp - /tmp/data && echo $3 the same
     md5sum < $disk | sed "s/^/$3 after /"
-    for round in $ROUNDS; do
+    round=0
+    while [ $round -lt $ROUNDS ]; do
         echo 1 > /sys/bus/pci/devices/$slot/remove
         while [ -b $disk ]; do sleep 0.1; done
         echo 1 > /sys/bus/pci/rescan
         wait_for $disk
+        driver=$(readlink -f /sys/bus/pci/devices/$slot/driver)
+        echo $slot > $driver/unbind
+        while [ -b $disk ]; do sleep 0.1; done
+        echo $slot > $driver/bind
+        wait_for $disk
+        round=$((round + 1))
     done
+    echo $3 rounds $round
     echo 3 > /proc/sys/vm/drop_caches
     dd if=$disk bs=64k skip=16 count=48 2>/dev/null | cmp - /tmp/data && echo $3 still the same
 }
@@ -63,9 +74,9 @@ def test_linux_reads_writes_and_rescans(tmp_path: Path, way: str) -> None:
         DiskSpec(str(images[0]), bus="nvme", serial="one"),
         DiskSpec(str(images[1]), bus="virtio", serial="two"),
     )
-    rounds, append = ("1 2 3", "quiet") if way == "msix" else ("", "quiet pci=nomsi")
+    rounds, append = (ROUNDS, "quiet") if way == "msix" else (0, "quiet pci=nomsi")
     with linux_guest(
-        f'ROUNDS="{rounds}"\n{SCRIPT}',
+        f"ROUNDS={rounds}\n{SCRIPT}",
         modules=("virtio_pci", "virtio_blk"),
         vmbus="off",
         disks=disks,
@@ -80,6 +91,7 @@ def test_linux_reads_writes_and_rescans(tmp_path: Path, way: str) -> None:
         for image, content, name in zip(images, first, ("nvme", "virtio"), strict=True):
             assert any(hashlib.md5(content).hexdigest() in line for line in lines), "what was there is read"
             assert f"{name} the same" in lines, guest.report()
+            assert f"{name} rounds {rounds}" in lines, guest.report()
             assert f"{name} still the same" in lines, guest.report()
             after = hashlib.md5(image.read_bytes()).hexdigest()
             assert any(line.startswith(f"{name} after {after}") for line in lines), guest.report()
