@@ -117,7 +117,7 @@ def nvme_queues(random: Random, steps: int, routes: Any, _board: Any) -> None:
         which = random.randrange(16)
         if which < 10:
             queue = random.randrange(2)
-            opcode = random.choice((*range(14), 0x7C, random.randrange(256)))
+            opcode = random.choice((*range(14), 0x14, 0x7C, random.randrange(256)))
             words = tuple(random.choice((0x70001, 0x30003, word(random, 32))) for _ in range(6))
             nsid = random.choice((1, 1, 1, 0, 0xFFFFFFFF))
             guest.put(
