@@ -45,7 +45,6 @@ def test_a_program_of_the_guest_drives_the_tests_device(
         kernel=kernel,
         modules=["hv_vmbus", "uio_hv_generic"],
         files={"/bin/uio_echo": program("uio_echo")},
-        append="quiet",
     )
     device = vmbus_device(TYPE, instance=INSTANCE, name="ours")
     device.offer(guest)

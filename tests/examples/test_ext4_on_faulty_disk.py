@@ -76,7 +76,7 @@ def made(folder: Path) -> tuple[bytes, dict[str, str]]:
 def test_ext4_meets_faults(linux_guest: Callable[..., Any], disk: Callable[..., Any], tmp_path: Path) -> None:
     data, sectors = made(tmp_path)
     faulty = disk("16M", content=data, faults=FAULTS.format(**sectors, seconds=SLOW_SECONDS))
-    guest = linux_guest("sh", "-c", SCRIPT, disks=[faulty], modules=["ext4"], append="quiet")
+    guest = linux_guest("sh", "-c", SCRIPT, disks=[faulty], modules=["ext4"])
     guest.start()
     # Its end is not waited for: it would write back what it cannot any more.
     said = guest.wait_for_stdout("that is all\n").splitlines()

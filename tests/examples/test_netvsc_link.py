@@ -36,7 +36,7 @@ def frame(peer: socket.socket) -> bytes:
 
 def test_the_link_goes_down_and_up(linux_guest: Callable[..., Any], net: Callable[[str], Any]) -> None:
     with tempfile.TemporaryDirectory() as folder:
-        guest = linux_guest("sh", "-c", SCRIPT, nets=[net(f"listen={folder}/wire")], append="quiet")
+        guest = linux_guest("sh", "-c", SCRIPT, nets=[net(f"listen={folder}/wire")])
         guest.start()
         for flap in range(1, FLAPS + 1):
             with socket.socket(socket.AF_UNIX) as peer:

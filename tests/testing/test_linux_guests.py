@@ -62,7 +62,7 @@ def test_a_stock_driver_meets_a_faulty_host(
         until ! [ -e $drivers/{instance} ]; do sleep 0.2; done
         echo gone
     """
-    guest = linux_guest("sh", "-c", script, modules=["hv_vmbus", "hyperv_keyboard", "evdev"], append="quiet")
+    guest = linux_guest("sh", "-c", script, modules=["hv_vmbus", "hyperv_keyboard", "evdev"])
     device.offer(guest)
     guest.start()
     device.expect(keyboard.protocol_request.pack(1, keyboard.SYNTH_KBD_VERSION))
@@ -85,3 +85,6 @@ def test_a_stock_driver_meets_a_faulty_host(
     result = guest.run()
     assert result.stdout.splitlines()[-1] == "gone"
     assert result.status == 0
+    assert result.dmesg[0].startswith("[    0.000000] Linux version ")
+    assert any("hv_vmbus: Vmbus version:" in line for line in result.dmesg)
+    assert "Linux version" not in result.console
