@@ -53,7 +53,7 @@ soak-nics: setup
 soak-state: setup
 	@HVKVM_SOAK=1 $(PYTHON) -m pytest -v -m "not hyperv" -o timeout=0 tests/state $(ARGS)
 	@HVKVM_SOAK=1 HVKVM_REQUIRE=hyperv scripts/lab --timeout 0 -- $(PYTHON) -m pytest -v -m hyperv -o timeout=0 \
-		tests/state $(ARGS)
+		tests/state tests/cli/test_saved_command_linux.py $(ARGS)
 
 # Two processors, so that what runs side by side does, and the tests of the suite that need it.
 soak-synic: setup
