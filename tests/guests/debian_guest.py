@@ -22,7 +22,7 @@ ON_REQUEST = pytest.mark.skipif(
     not (os.environ.get("HVKVM_DISTRO") or os.environ.get("HVKVM_SOAK")),
     reason="HVKVM_DISTRO=1 boots whole distributions, HVKVM_SOAK=1 works them for long",
 )
-"""These tests take many minutes in the lab, and have not all been seen to pass there yet."""
+"""Each of these tests takes minutes in the lab: one to six on two processors that had other work."""
 MASKED = " ".join(
     f"systemd.mask={unit}"
     for unit in (
