@@ -137,7 +137,10 @@ def _device(memory_size: int) -> bytes:
         0,
         0,
     )
-    return head + struct.pack("<IHHHH", extended, 0, 0, 0, 0)
+    dram, volatile_memory = 3, 1 << 3
+    # Since SMBIOS 3.2: what it is made of, and how much of it forgets. No makers, nothing that lasts.
+    since_3_2 = struct.pack("<BHBHHHHQQQQ", dram, volatile_memory, 0, 0, 0, 0, 0, 0, memory_size, 0, 0)
+    return head + struct.pack("<IHHHH", extended, 0, 0, 0, 0) + since_3_2
 
 
 def _mapping(start: int, size: int) -> bytes:

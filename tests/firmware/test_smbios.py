@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from hvkvm.abi import board
 from hvkvm.boot import smbios
 
-LENGTHS = {0: 26, 1: 27, 3: 22, 4: 48, 16: 23, 17: 40, 19: 31, 32: 11, 127: 4}
+LENGTHS = {0: 26, 1: 27, 3: 22, 4: 48, 16: 23, 17: 84, 19: 31, 32: 11, 127: 4}
 
 
 @example(cpus=1, megabytes=8, name="\0")
