@@ -9,14 +9,14 @@ from __future__ import annotations
 import hashlib
 import os
 import socket
-import struct
-import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
+from random import Random
 from typing import Any
 
 from linux_guest import SECONDS, LinuxGuest, linux_guest
+from linux_peer import Peer, echo, received
 from linux_programs import program
 from linux_shell import SHELL, Shell
 
@@ -31,9 +31,6 @@ HOST, GUEST, BITS = "10.99.0.1", "10.99.0.2", 24
 HOST6, GUEST6 = "fd00:99::1", "fd00:99::2"
 MODULES = ("hv_vmbus", "hv_utils", "hv_netvsc")
 MTU = 9000
-DATAGRAM_TRIES = 20
-SOL_PACKET, PACKET_AUXDATA, TP_STATUS_VLAN_VALID = 263, 8, 1 << 4
-"""linux/if_packet.h: what a raw socket tells beside a frame."""
 
 
 class Lan:
@@ -79,6 +76,17 @@ class Lan:
             f" ip -6 addr add {GUEST6}/64 dev eth0; ip link set eth0 up"
         )
         self.guest.wait_until(lambda: self.nic.control_state.packet_filter, "waiting for the guest's filter")
+        self.answered()
+
+    def carrier(self, up: bool) -> None:
+        """Wait until the guest sees its link come up, or go down."""
+        self.guest.wait_until(
+            lambda: self.shell.check("cat /sys/class/net/eth0/carrier") == str(int(up)),
+            f"waiting for carrier {up}",
+        )
+
+    def answered(self) -> None:
+        """Wait until the host answers."""
         self.guest.wait_until(self._host_answers, "waiting for the host to answer")
 
     def _host_answers(self) -> bool:
@@ -91,7 +99,7 @@ class Lan:
 
     def from_guest(self, size: int, host: str = HOST) -> None:
         """`size` random bytes over TCP from the guest: what arrives is what was sent."""
-        with Peer(host, _receive) as peer:
+        with Peer(host, received) as peer:
             sent = self.shell.check(
                 f"dd if=/dev/urandom of=/tmp/sent bs=64k count={size >> 16} 2>/dev/null; "
                 f"nc {host} {peer.port} < /tmp/sent && md5sum < /tmp/sent"
@@ -106,108 +114,68 @@ class Lan:
             peer.result()
             assert found.split()[0] == hashlib.md5(data).hexdigest()
 
+    def stream_from_guest(self, size: int, host: str = HOST) -> None:
+        """As `from_guest`, for sizes that neither end could keep."""
+        with Peer(host, received) as peer:
+            self.shell.check(
+                "[ -p /tmp/copy ] || mkfifo /tmp/copy; md5sum < /tmp/copy > /tmp/sum & summer=$!"
+            )
+            self.shell.check(
+                f"dd if=/dev/urandom bs=64k count={size >> 16} 2> /dev/null | tee /tmp/copy"
+                f" | nc {host} {peer.port}",
+                6 * SECONDS,
+            )
+            sent = self.shell.check("wait $summer; cat /tmp/sum")
+            assert peer.result() == sent.split()[0], f"other bytes came than {sent}"
+
+    def stream_to_guest(self, size: int, host: str = HOST) -> None:
+        """As `to_guest`, for sizes that neither end could keep."""
+        digest = hashlib.md5()
+
+        def serve(sock: socket.socket) -> None:
+            random, left = Random(size), size
+            while left:
+                data = random.randbytes(min(left, 1 << 20))
+                digest.update(data)
+                sock.sendall(data)
+                left -= len(data)
+
+        with Peer(host, serve) as peer:
+            found = self.shell.check(f"nc {host} {peer.port} < /dev/null | md5sum", 6 * SECONDS)
+            peer.result()
+            assert found.split()[0] == digest.hexdigest()
+
+    @contextmanager
+    def toggling(self) -> Iterator[None]:
+        """Meanwhile what the NIC does by itself goes off and on, some times a second."""
+        settings = ("lro=0 rx=0", "rx=1 lro=1", "tso=0", "tx=0", "tx=1 sg=1 tso=1", "gro=0", "gro=1")
+        steps = "; ".join(f"nic eth0 {one} > /dev/null || exit 1; usleep 150000" for one in settings)
+        self.shell.check(f"while [ ! -e /tmp/enough ]; do {steps}; done & toggler=$!")
+        yield
+        self.shell.check("touch /tmp/enough; wait $toggler && rm /tmp/enough")
+        settled = self.shell.check("nic eth0").split()
+        assert {"lro=1", "tso=1"} <= set(settled), settled
+
     def datagrams(self, sizes: list[int], port: int = 7007) -> None:
         """UDP there and back, with checksums, in these sizes."""
         echo((GUEST, port), sizes)
 
 
-def echo(address: tuple[str, int], sizes: list[int], sock: socket.socket | None = None) -> None:
-    """UDP there and back with checksums, in these sizes, to one who sends back all that comes."""
-    with sock or socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
-        sock.settimeout(2)
-        for size in sizes:
-            data = os.urandom(size)
-            for _ in range(DATAGRAM_TRIES):  # the guest's program may not be there yet
-                sock.sendto(data, address)
-                with suppress(TimeoutError):
-                    if sock.recv(65536) == data:
-                        break
-            else:
-                raise AssertionError(f"no echo of {size} bytes by UDP")
-
-
-class Peer:
-    """A TCP server on the host for one connection, which `serve(socket)` has."""
-
-    def __init__(self, host: str, serve: Callable[[socket.socket], Any]) -> None:
-        family = socket.AF_INET6 if ":" in host else socket.AF_INET
-        self._server = socket.create_server((host, 0), family=family)
-        self._server.settimeout(SECONDS)
-        self.port = self._server.getsockname()[1]
-        self._results: list[Any] = []
-        self._thread = threading.Thread(target=self._run, args=(serve,))
-        self._thread.start()
-
-    def _run(self, serve: Callable[[socket.socket], Any]) -> None:
-        try:
-            sock, _address = self._server.accept()
-            with sock:
-                sock.settimeout(SECONDS)
-                self._results.append(serve(sock))
-        except OSError as error:
-            self._results.append(error)
-
-    def result(self) -> Any:
-        """What `serve` returned, when it has."""
-        self._thread.join()
-        found = self._results[0]
-        if isinstance(found, OSError):
-            raise found
-        return found
-
-    def __enter__(self) -> Peer:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        # Closing alone does not wake who waits in accept.
-        with suppress(OSError):
-            self._server.shutdown(socket.SHUT_RDWR)
-        self._thread.join(SECONDS)
-        self._server.close()
-
-
-def _receive(sock: socket.socket) -> str:
-    digest = hashlib.md5()
-    while data := sock.recv(1 << 18):
-        digest.update(data)
-    return digest.hexdigest()
-
-
-class RawTap:
-    """Hears the frames on the host's end of a wire, with their VLAN tags."""
-
-    def __init__(self, wire: Wire) -> None:
-        self._sock = socket.socket(socket.AF_PACKET, socket.SOCK_RAW, socket.htons(3))
-        self._sock.setsockopt(SOL_PACKET, PACKET_AUXDATA, 1)
-        self._sock.bind((wire.inspect()["interface"], 3))
-        self._sock.setblocking(False)
-
-    def tags(self) -> set[int]:
-        """The VLANs that were heard so far."""
-        found = set()
-        with suppress(BlockingIOError):
-            while True:
-                _data, control, _flags, _address = self._sock.recvmsg(65536, 256)
-                for level, kind, data in control:
-                    if level == SOL_PACKET and kind == PACKET_AUXDATA:
-                        status, *_rest, tci, _tpid = struct.unpack("IIIHHHH", data[:20])
-                        if status & TP_STATUS_VLAN_VALID:
-                            found.add(tci & 0xFFF)
-        return found
-
-    def __enter__(self) -> RawTap:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._sock.close()
-
-
 @contextmanager
-def guest_lan(*, queues: int = 1, modules: tuple[str, ...] = MODULES, **options: Any) -> Iterator[Lan]:
-    """A guest that runs, with an interface eth0 that is up, on a tap interface made for it."""
+def guest_lan(
+    *,
+    queues: int = 1,
+    modules: tuple[str, ...] = MODULES,
+    faults: Mapping[str, Any] | None = None,
+    **options: Any,
+) -> Iterator[Lan]:
+    """A guest that runs, with an interface eth0 that is up, on a tap interface made for it.
+
+    `faults` are `NicSpec`'s: what the wire does to frames.
+    """
     files = {"/bin/nic": program("nic"), **options.pop("files", {})}
     addresses = (f"{HOST}/{BITS}", f"{HOST6}/64")
-    nets = (NicSpec(backend="create", ip=addresses, mtu=MTU, queues=queues),)
+    nets = (NicSpec(backend="create", ip=addresses, mtu=MTU, queues=queues, **faults or {}),)
     with linux_guest(SHELL, modules=modules, files=files, nets=nets, **options) as guest:
         lan = Lan(guest)
         guest.start()

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 
 import pytest
 from linux_guest import SECONDS, LinuxGuest, linux_guest
-from linux_lan import Peer, echo
+from linux_peer import Peer, echo
 from linux_programs import ProgramBuildError, program
 from linux_shell import SHELL, Shell
 

@@ -61,10 +61,7 @@ def test_linux_has_a_network(kernel: str, synic: str) -> None:
         # The link, and the driver under load.
         for plugged in (False, True) * FLAPS:
             lan.guest.call(lan.wire.plug, plugged)
-            lan.guest.wait_until(
-                lambda want=plugged: shell.check("cat /sys/class/net/eth0/carrier") == str(int(want)),
-                f"waiting for carrier {plugged}",
-            )
+            lan.carrier(plugged)
         lan.ping()
         for _ in range(RELOADS):
             shell.check(f"ping -q -i 0.01 {HOST} > /dev/null 2>&1 & true")
