@@ -124,7 +124,7 @@ def start_user(
     ours, theirs = socket.socketpair()
     try:
         process = subprocess.Popen(
-            [program, *_arguments(theirs.fileno(), mtu, forwards, known_options)],
+            [program, *arguments(["--fd", str(theirs.fileno())], mtu, forwards, known_options)],
             stdin=subprocess.DEVNULL,
             stdout=subprocess.DEVNULL,
             stderr=subprocess.PIPE,
@@ -149,8 +149,9 @@ def start_user(
         raise
 
 
-def _arguments(fd: int, mtu: int, forwards: tuple[Forward, ...], known: str) -> list[str]:
-    made = ["--foreground", "--quiet", "--fd", str(fd), "--mtu", str(mtu)]
+def arguments(where: list[str], mtu: int, forwards: tuple[Forward, ...], known: str) -> list[str]:
+    """passt's: `where` it finds its guest, and what `--help` says that it knows."""
+    made = ["--foreground", "--quiet", *where, "--mtu", str(mtu)]
     # Without it an older one tells syslog alone; a newer one has no such option, and needs none.
     made += ["--stderr"] if "--stderr" in known else []
     made += ["-a", GUEST, "-n", str(PREFIX), "-g", GATEWAY, "-a", GUEST6, "-g", GATEWAY6, "-M", GATEWAY_MAC]

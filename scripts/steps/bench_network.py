@@ -1,9 +1,9 @@
-"""A stock Linux on a tap interface: hv_netvsc of hvkvm beside QEMU's virtio-net, without vhost.
+"""A stock Linux on a tap interface, or behind passt: hv_netvsc of hvkvm beside QEMU's virtio-net.
 
-One boot each. The host's kernel is the peer, and this process its programs: it sends, receives and asks, and
-holds the watch. Called by `scripts/bench`, or by itself:
+One boot each, without vhost. The host's kernel is the peer, and this process its programs: it sends, receives
+and asks, and holds the watch. Called by `scripts/bench`, or by itself:
 
-    .venv/bin/python scripts/steps/bench_network.py [hvkvm|hvkvm-user|virtio-net]...
+    .venv/bin/python scripts/steps/bench_network.py [hvkvm|hvkvm-user|virtio-net|passt]...
 
 Needs root, for a tap interface of its own. A figure, not a test.
 """
@@ -19,22 +19,30 @@ import time
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
+from shutil import which
 from typing import NamedTuple
 
 PROJECT = Path(__file__).resolve().parent.parent.parent
 _FOLDERS = (str(PROJECT), str(PROJECT / "scripts"), str(PROJECT / "tests/guests"))
 sys.path[:0] = [path for path in _FOLDERS if path not in sys.path]
 
-from linux_programs import program  # noqa: E402
-
-from steps import artifacts, bench_vmm  # noqa: E402
+from hvkvm.net import user  # noqa: E402
+from steps import artifacts, bench_vmm, bench_wires  # noqa: E402
 from steps.bench_table import Row  # noqa: E402
 from steps.bench_vmm import HVKVM, HVKVM_USER  # noqa: E402
+from steps.bench_wires import (  # noqa: E402
+    BEHIND_PASST,
+    BITS,
+    HOST,
+    ON_TAP,
+    TCP_PORT,
+    UDP_PORT,
+    Wire,
+    passt,
+)
 from steps.distribution import StepError, say  # noqa: E402
 
 TAP = "hvkvm-bench"
-HOST, GUEST, BITS = "10.97.0.1", "10.97.0.2", 24
-TCP_PORT, UDP_PORT = 9000, 7007
 SECONDS = 3.0
 """How long each stream goes."""
 WARM_UP = 0.5
@@ -42,8 +50,6 @@ WARM_UP = 0.5
 DEADLINE = 300.0
 PEER = "virtio-net"
 WINDOW = 32
-_MODULES = ("hv_netvsc", "virtio_pci", "virtio_net")
-_PLAIN = "/nic eth0 tso=0 tx=0 gro=0 lro=0 rx=0 > /dev/null"
 STEPS = ("TCP from the guest", "TCP to the guest", "UDP, 64 bytes there and back", f"UDP, {WINDOW} under way")
 STREAMS = STEPS[:2]
 PLAIN = " without offload"
@@ -58,28 +64,13 @@ class Step(NamedTuple):
     calls: float | None
 
 
-def script() -> str:
-    """What the guest runs: it comes up, says so, and does what the host asks over TCP."""
-    return "\n".join(
-        [
-            "until ip link show eth0 > /dev/null 2>&1; do usleep 100000; done",
-            f"ip addr add {GUEST}/{BITS} dev eth0; ip link set eth0 up",
-            f"/nic udp {UDP_PORT} &",
-            f"until ping -c 1 -W 1 {HOST} > /dev/null; do :; done",
-            "echo bench ready",
-            f"while word=$(nc {HOST} {TCP_PORT} < /dev/null); do case $word in",
-            f"from) /nic source {HOST} {TCP_PORT + 1};; to) /nic sink {HOST} {TCP_PORT + 1};;",
-            f"plain) {_PLAIN};; end) break;; esac; done",
-        ]
-    )
-
-
 class Host:
     """The host's programs."""
 
-    def __init__(self) -> None:
-        self._words = socket.create_server((HOST, TCP_PORT))
-        self._streams = socket.create_server((HOST, TCP_PORT + 1))
+    def __init__(self, wire: Wire) -> None:
+        self._wire = wire
+        self._words = socket.create_server((wire.bind, TCP_PORT))
+        self._streams = socket.create_server((wire.bind, TCP_PORT + 1))
         for server in (self._words, self._streams):
             server.settimeout(DEADLINE)
 
@@ -112,7 +103,7 @@ class Host:
         """Datagrams that come back, `window` under way, in SECONDS."""
         done = 0
         with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
-            sock.connect((GUEST, UDP_PORT))
+            sock.connect(self._wire.udp)
             sock.settimeout(0.5)
             end = time.monotonic() + SECONDS
             under_way = 0
@@ -154,20 +145,24 @@ def _measured(running: bench_vmm.Running, work: Callable[[], float], unit: float
     )
 
 
-def measure(vmm: str, initrd: Path, *, suite: str | None = None) -> dict[str, Step]:
-    """One boot of "hvkvm", "hvkvm-user" or PEER; the steps by name. StepError."""
+def measure(
+    vmm: str, initrd: Path, wire: Wire, net: str = "", *, suite: str | None = None
+) -> dict[str, Step]:
+    """The steps by name of one boot of "hvkvm", "hvkvm-user" or PEER, on the tap or on `net`. StepError."""
     name = vmm if vmm in (HVKVM, HVKVM_USER) else "qemu-q35"
     append = bench_vmm.linux_append(name)
-    guest = bench_vmm.Guest(artifacts.path("guest-kernel", suite), initrd, append, tap=TAP)
+    guest = bench_vmm.Guest(
+        artifacts.path("guest-kernel", suite), initrd, append, tap="" if net else TAP, net=net
+    )
     steps: dict[str, Step] = {}
-    host = Host()
+    host = Host(wire)
     try:
         with bench_vmm.Running(name, guest, deadline=DEADLINE) as running:
             lines = (line for _at, line in running.lines())
             if not any(line == "bench ready" for line in lines):
                 raise StepError(f"{vmm}: no network: {running.stop()[-500:]}")
             threading.Thread(target=lambda: list(lines), daemon=True).start()
-            for plain in (False, True):
+            for plain in (False,) if net else (False, True):
                 if plain:
                     host.say("plain")
                 for step, word in zip(STREAMS, ("from", "to"), strict=True):
@@ -187,31 +182,41 @@ def _tap(*words: str) -> None:
         raise StepError(f"ip {' '.join(words)}: {done.stderr.strip()}; needs root and the tun module")
 
 
+def behind_passt(tell: Callable[[str], None], *, suite: str | None = None) -> dict[str, dict[str, Step]]:
+    """hvkvm and PEER, each behind a passt of its own; none where there is no passt."""
+    found: dict[str, dict[str, Step]] = {}
+    if which(user.PROGRAM) is None:
+        return found
+    with tempfile.TemporaryDirectory(prefix="hvkvm-bench-") as name:
+        folder = Path(name)
+        folder.chmod(0o777)  # passt does not stay root
+        initrd = bench_wires.initrd(folder, BEHIND_PASST, suite)
+        tell("network behind passt: hvkvm")
+        address, port = BEHIND_PASST.udp
+        net = f"user,forward=udp:{address}:{port}-{UDP_PORT}"
+        found[HVKVM] = measure(HVKVM, initrd, BEHIND_PASST, net, suite=suite)
+        path = folder / "passt"
+        tell(f"network behind passt: {PEER}")
+        with passt(path):
+            net = f"stream,id=n,server=off,addr.type=unix,addr.path={path}"
+            found[PEER] = measure(PEER, initrd, BEHIND_PASST, net, suite=suite)
+    return {vmm: {f"passt: {step}": its for step, its in steps.items()} for vmm, steps in found.items()}
+
+
 def every(
     vmms: tuple[str, ...], tell: Callable[[str], None], *, suite: str | None = None
 ) -> dict[str, dict[str, Step]]:
     """Each of `vmms`, one after the other on the same tap interface."""
-    from hvkvm.boot import initramfs
-
     _tap("tuntap", "add", "dev", TAP, "mode", "tap", "vnet_hdr")
     try:
         _tap("addr", "add", f"{HOST}/{BITS}", "dev", TAP)
         _tap("link", "set", TAP, "up")
         with tempfile.TemporaryDirectory(prefix="hvkvm-bench-") as folder:
-            initrd = Path(folder) / "initramfs"
-            initrd.write_bytes(
-                initramfs.build(
-                    ["sh", "-c", script()],
-                    busybox=artifacts.path("busybox"),
-                    modules=_MODULES,
-                    kernel_modules_dir=artifacts.path("guest-modules", suite),
-                    files={"/nic": program("nic")},
-                )
-            )
+            initrd = bench_wires.initrd(Path(folder), ON_TAP, suite)
             found = {}
             for vmm in vmms:
                 tell(f"network: {vmm}")
-                found[vmm] = measure(vmm, initrd, suite=suite)
+                found[vmm] = measure(vmm, initrd, ON_TAP, suite=suite)
             return found
     finally:
         _tap("link", "del", TAP)
@@ -219,15 +224,17 @@ def every(
 
 def rows(vmms: tuple[str, ...], tell: Callable[[str], None], *, suite: str | None = None) -> list[Row]:
     """hvkvm's `vmms` and QEMU's, as rows of the table."""
-    return rows_of(every((*vmms, PEER), tell, suite=suite))
+    return rows_of(every((*vmms, PEER), tell, suite=suite)) + rows_of(behind_passt(tell, suite=suite))
 
 
 def rows_of(found: dict[str, dict[str, Step]]) -> list[Row]:
     """Three rows a step and peer."""
-    own, *peers = found
     made: list[Row] = []
+    if not found:
+        return made
+    own, *peers = found
     for name, mine in found[own].items():
-        stream = name.startswith("TCP")
+        stream = "TCP" in name
         for peer in peers:
             its = found[peer][name]
             scale, unit, each = (1e6, "MB/s", "/MiB") if stream else (1, "1/s", "/trip")
@@ -242,7 +249,10 @@ def main() -> int:
     from steps import bench_table
 
     bench_vmm.ensure_debugfs()
-    print(bench_table.table(rows_of(every(tuple(sys.argv[1:]) or (HVKVM, HVKVM_USER, PEER), say))))
+    wanted = tuple(sys.argv[1:]) or (HVKVM, HVKVM_USER, PEER, "passt")
+    taps = tuple(vmm for vmm in wanted if vmm != "passt")
+    made = rows_of(every(taps, say)) if taps else []
+    print(bench_table.table(made + (rows_of(behind_passt(say)) if "passt" in wanted else [])))
     return 0
 
 

@@ -56,6 +56,8 @@ class Guest(NamedTuple):
     """What is started instead of a kernel; then `kernel` is not looked at."""
     config: Path | None = None
     """hvkvm's TOML file, for what has no flag: nothing else of this is looked at then."""
+    net: str = ""
+    """Another network: what stands behind hvkvm's --net, or behind QEMU's -netdev, whose id is n."""
 
 
 def linux_append(vmm: str) -> str:
@@ -79,7 +81,8 @@ def command_line(vmm: str, guest: Guest) -> list[str]:
         if guest.disk is not None:
             words += ["--vmbus", "on"] if guest.disk_bus == "vmbus" else []
             words += ["--disk", f"{guest.disk},bus={guest.disk_bus}"]
-        words += ["--vmbus", "on", "--net", f"tap={guest.tap}"] if guest.tap else []
+        net = guest.net or (f"tap={guest.tap}" if guest.tap else "")
+        words += ["--vmbus", "on", "--net", net] if net else []
         return words + ([] if guest.hyperv else ["--hv", "none"])
     machine = vmm.removeprefix("qemu-")
     # On a KVM without Hyper-V QEMU 7.2 may not start with -cpu host; a plain CPU model does for port exits.
@@ -96,9 +99,9 @@ def command_line(vmm: str, guest: Guest) -> list[str]:
         controller = ["-device", "virtio-scsi-pci"] if guest.qemu_disk == "virtio-scsi" else []
         kinds = {"virtio-scsi": "scsi-hd", "nvme": "nvme,serial=1"}
         words += [*controller, "-device", f"{kinds.get(guest.qemu_disk, 'virtio-blk-pci')},drive=d"]
-    if guest.tap:
-        words += ["-netdev", f"tap,id=n,ifname={guest.tap},script=no,downscript=no,vhost=off"]
-        words += ["-device", "virtio-net-pci,netdev=n,romfile="]
+    net = guest.net or (f"tap,id=n,ifname={guest.tap},script=no,downscript=no,vhost=off" if guest.tap else "")
+    if net:
+        words += ["-netdev", net, "-device", "virtio-net-pci,netdev=n,romfile="]
     if guest.testdev:
         words += ["-device", "isa-debug-exit,iobase=0xf4,iosize=4"]
         words += ["-device", "hyperv-testdev"] if guest.hyperv else []

@@ -225,6 +225,9 @@ def test_networks_are_compared_step_by_step() -> None:
     assert {row.unit for row in rows if row.better} == {"MB/s", "1/s"}
     for vmm, words in (("hvkvm", "--net tap=t"), ("qemu-q35", "ifname=t,script=no,downscript=no,vhost=off")):
         assert words in " ".join(bench_vmm.command_line(vmm, bench_vmm.Guest(Path("k"), tap="t")))
+    for vmm, words in (("hvkvm", "--net user"), ("qemu-q35", "-netdev user -device virtio-net-pci,netdev=n")):
+        assert words in " ".join(bench_vmm.command_line(vmm, bench_vmm.Guest(Path("k"), net="user")))
+    assert bench_network.rows_of({}) == []  # no passt
 
 
 def test_each_vmm_gets_the_disk() -> None:
