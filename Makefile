@@ -64,7 +64,8 @@ soak-synic: setup
 
 soak-linux: setup
 	@HVKVM_SOAK=1 HVKVM_REQUIRE=hyperv scripts/lab --timeout 0 -- $(PYTHON) -m pytest -v -m hyperv \
-		tests/vmbus tests/netvsp tests/net tests/storvsp tests/state/test_saved_linux.py tests/distro $(ARGS)
+		tests/vmbus tests/netvsp tests/net tests/storvsp tests/state/test_saved_linux.py tests/distro \
+		tests/firmware/test_ipxe.py $(ARGS)
 
 abi: setup ## take the layout table anew from this machine's kernel headers
 	$(PYTHON) kvm_headers/probe.py --write

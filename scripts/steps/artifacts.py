@@ -216,8 +216,6 @@ NEWER_VARIABLES = {
     "HVKVM_NEWER_KERNEL": "guest-kernel",
     "HVKVM_NEWER_MODULES": "guest-modules",
     "HVKVM_NEWER_FIRMWARE": "firmware",
-    # The one before reads no script from the disk that it is started from.
-    "HVKVM_NEWER_IPXE": "ipxe",
     # The lab of the firmware's tests: its KVM can slow the guest's ticks, and older ones cannot.
     "HVKVM_NEWER_LAB_KERNEL": "lab-kernel",
     "HVKVM_NEWER_LAB_MODULES": "lab-modules",
@@ -226,6 +224,8 @@ NEWER_VARIABLES = {
 NEWEST_VARIABLES = {
     "HVKVM_NEWEST_KERNEL": "guest-kernel",
     "HVKVM_NEWEST_MODULES": "guest-modules",
+    # Those before boot nothing from a NIC that has no EFI device of its own, as one on the VMBus.
+    "HVKVM_NEWEST_IPXE": "ipxe",
 }
 _NEWER_SUITES = {"bullseye": "bookworm", "bookworm": "trixie"}
 NEWEST_SUITE = "sid"

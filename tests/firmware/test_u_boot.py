@@ -9,6 +9,7 @@ import pytest
 from firmware_guest import fat_disk
 from guest_artifacts import artifact
 from linux_guest import LinuxGuest
+from u_boot import TIMES, Console
 
 from hvkvm.machine.config import MachineConfig
 from hvkvm.machine.disk_spec import DiskSpec
@@ -16,33 +17,11 @@ from hvkvm.machine.machine import Machine
 
 pytestmark = [pytest.mark.kvm, pytest.mark.timeout(600)]
 
-PROMPT = "\n=> "
 MEMORY = 256 << 20
-TIMES = 300.0
 COLOUR = re.compile(r"\x1b\[[0-9;]*m")
 NO_NIC = {"simple network protocol"}
 TIMING = {"event services", "task priority levels", "watchdog timer"}
 """These count timer events, and a slow or busy host has them late."""
-
-
-class Console:
-    """Its command line."""
-
-    def __init__(self, guest: LinuxGuest) -> None:
-        self._guest = guest
-        self._prompts = 0
-
-    def until_prompt(self) -> str:
-        """What came up to the next prompt."""
-        self._prompts += 1
-        guest = self._guest
-        guest.wait_until(lambda: guest.text.count(PROMPT) >= self._prompts, "U-Boot's prompt", TIMES)
-        return guest.text.split(PROMPT)[self._prompts - 1]
-
-    def run(self, command: str) -> str:
-        """A command's output."""
-        self._guest.type(command)
-        return self.until_prompt()
 
 
 def test_u_boot_reads_disks_on_nvme_and_virtio(tmp_path: Path) -> None:
@@ -59,10 +38,8 @@ def test_u_boot_reads_disks_on_nvme_and_virtio(tmp_path: Path) -> None:
     with Machine(config) as machine:
         guest = LinuxGuest(machine)
         guest.start()
-        guest.wait_until(lambda: "stop autoboot" in guest.text, "U-Boot's countdown", TIMES)
-        guest.press(b" ")
         console = Console(guest)
-        assert f"DRAM:  {MEMORY >> 20} MiB" in console.until_prompt()
+        assert f"DRAM:  {MEMORY >> 20} MiB" in console.stop_autoboot()
         found = console.run("pci")
         for identity in ("0x1237", "0x7113", "0x00a9", "0x1042"):
             assert identity in found, found
