@@ -16,8 +16,8 @@ from steps import artifacts
 
 QEMU = "qemu-system-x86_64"
 INIT = Path(__file__).with_name("lab_init.sh")
-# What the host side of the lab needs, and tun for the tests of networks.
-MODULES = "virtio_pci virtio_console 9pnet_virtio 9p overlay irqbypass kvm kvm_amd tun".split()  # noqa: SIM905
+# What the host side of the lab needs, and tun and bridge for the tests of networks.
+MODULES = "virtio_pci virtio_console 9pnet_virtio 9p overlay irqbypass kvm kvm_amd tun bridge".split()  # noqa: SIM905
 # kvm_amd wants it only for SEV, and some kernels link it in.
 OPTIONAL = ["ccp"]
 APPLETS = (

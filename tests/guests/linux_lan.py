@@ -9,8 +9,9 @@ from __future__ import annotations
 import hashlib
 import os
 import socket
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -156,26 +157,40 @@ class Lan:
         settled = self.shell.check("nic eth0").split()
         assert {"lro=1", "tso=1"} <= set(settled), settled
 
+    @contextmanager
+    def load(self) -> Iterator[None]:
+        """Datagrams that nobody waits for, some hundred a second each way, whether there is a NIC or not."""
+        enough = threading.Event()
+
+        def send() -> None:
+            with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
+                while not enough.wait(0.004):
+                    with suppress(OSError):
+                        sock.sendto(bytes(1400), (GUEST, 9))
+
+        thread = threading.Thread(target=send)
+        thread.start()
+        try:
+            self.shell.check(
+                f"while usleep 10000; do ping -q -i 0.005 -s 1400 {HOST}; done > /dev/null 2>&1 & load=$!"
+            )
+            yield
+            self.shell.check("kill $load; killall ping; true")
+        finally:
+            enough.set()
+            thread.join()
+
     def datagrams(self, sizes: list[int], port: int = 7007) -> None:
         """UDP there and back, with checksums, in these sizes."""
         echo((GUEST, port), sizes)
 
 
 @contextmanager
-def guest_lan(
-    *,
-    queues: int = 1,
-    modules: tuple[str, ...] = MODULES,
-    faults: Mapping[str, Any] | None = None,
-    **options: Any,
-) -> Iterator[Lan]:
-    """A guest that runs, with an interface eth0 that is up, on a tap interface made for it.
-
-    `faults` are `NicSpec`'s: what the wire does to frames.
-    """
+def guest_lan(*, queues: int = 1, modules: tuple[str, ...] = MODULES, **options: Any) -> Iterator[Lan]:
+    """A guest that runs, with an interface eth0 that is up, on a tap interface made for it."""
     files = {"/bin/nic": program("nic"), **options.pop("files", {})}
     addresses = (f"{HOST}/{BITS}", f"{HOST6}/64")
-    nets = (NicSpec(backend="create", ip=addresses, mtu=MTU, queues=queues, **faults or {}),)
+    nets = (NicSpec(backend="create", ip=addresses, mtu=MTU, queues=queues),)
     with linux_guest(SHELL, modules=modules, files=files, nets=nets, **options) as guest:
         lan = Lan(guest)
         guest.start()

@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import threading
+from contextlib import contextmanager
 from time import monotonic
 
 import pytest
@@ -168,8 +169,9 @@ class Netns:
         return {line.split(": ")[1].split("@")[0] for line in shown.splitlines()}
 
 
-@pytest.fixture
-def netns():
+@contextmanager
+def made_netns():
+    """A network namespace that is gone afterwards."""
     space = Netns(f"hvkvm-test-{os.getpid()}-{next(_numbers)}")
     subprocess.run(["ip", "netns", "add", space.name], check=True)
     try:
@@ -177,3 +179,9 @@ def netns():
         yield space
     finally:
         subprocess.run(["ip", "netns", "del", space.name], check=True)
+
+
+@pytest.fixture
+def netns():
+    with made_netns() as space:
+        yield space

@@ -15,6 +15,8 @@ from typing import Any
 import pytest
 from guest_artifacts import artifact
 from linux_guest import LinuxGuest, linux_guest
+from linux_pair import OPEN, see_ping, send
+from linux_pair import PORT as BACK
 from linux_shell import SHELL, Shell
 
 from hvkvm.boot import initramfs
@@ -32,10 +34,8 @@ pytestmark = [
 ]
 MODULES = ("hv_vmbus", "hv_utils", "hv_netvsc")
 OURS, ITS, SECOND = "10.96.0.1", "10.96.0.2", "10.96.0.3"
-TO, BACK = 98, 99
+TO = 98
 KIB = 1 << 10
-# busybox's nc ends when its peer has closed its half, so the one that receives keeps its own open.
-OPEN = "[ -p /tmp/open ] || mkfifo /tmp/open; exec 7<>/tmp/open"
 # It sends back what it was sent, and waits to be ended.
 QEMU_SCRIPT = f"""
 until ip link show eth0 >/dev/null 2>&1; do usleep 10000; done
@@ -117,23 +117,6 @@ def started(guest: LinuxGuest, address: str) -> Shell:
 
 def await_carrier(shell: Shell, up: bool) -> None:
     shell.check(f"until [ $(cat /sys/class/net/eth0/carrier) = {int(up)} ]; do usleep 10000; done")
-
-
-def see_ping(shell: Shell, address: str) -> None:
-    found = shell.check(f"ping -c 3 -i 0.2 -W 20 {address}")
-    assert " 0% packet loss" in found, found
-
-
-def send(sender: Shell, receiver: Shell, reach: str) -> None:
-    """Random bytes over TCP."""
-    receiver.check(f"{OPEN}; nc -l -p {BACK} <&7 >/tmp/came & listener=$!")
-    receiver.check(f"until netstat -ltn | grep -q :{BACK}; do usleep 10000; done")
-    sent = sender.check(
-        f"dd if=/dev/urandom of=/tmp/sent bs=1k count=256 2>/dev/null; nc {reach} {BACK} </tmp/sent;"
-        " md5sum </tmp/sent"
-    )
-    receiver.check("wait $listener")
-    assert receiver.check("md5sum </tmp/came").split()[0] == sent.split()[0]
 
 
 def test_ours_and_qemus_and_another_of_ours_share_a_wire(tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ import pytest
 from guest_artifacts import artifact
 from linux_guest import KERNELS
 from linux_lan import HOST, HOST6, MODULES, Lan, guest_lan
+from linux_pair import see_two_on_a_bridge
 from linux_peer import Peer, RawTap
 from linux_programs import ProgramBuildError, program
 from linux_shell import SHELL
@@ -19,7 +20,7 @@ from linux_vmbus import see_no_complaints
 
 from hvkvm.abi import rndis
 from hvkvm.boot import initramfs
-from tests.net.conftest import needs_taps
+from tests.net.conftest import made_netns, needs_taps
 
 SOAK = bool(os.environ.get("HVKVM_SOAK"))
 LIFE = 7200 if SOAK else 1800
@@ -109,6 +110,8 @@ def test_a_guest_of_two_processors_is_saved_and_kexecs_with_traffic(tmp_path: Pa
             peer.result()
             want = hashlib.md5(data).hexdigest()
             lan.guest.wait_until(lambda: shell.check("md5sum < /tmp/got").split()[0] == want, "the rest")
+        with made_netns() as space:
+            see_two_on_a_bridge(tmp_path / "saved2", space)
         assert lan.nic.inspect()["channels"] == 2
         lan.ping()
 
