@@ -30,7 +30,7 @@ def settings(*, vmbus: bool) -> list[object]:
 
 
 def make(file: Path, *options: object) -> None:
-    line = command_line("warm", *options, "--timeout", SECONDS, "-o", file)
+    line = command_line("warm", *options, "--append", "quiet", "--timeout", SECONDS, "-o", file)
     done = subprocess.run(line, capture_output=True, text=True, timeout=SECONDS, check=False)
     assert done.returncode == 0, done
     assert f"{file}: a warm guest, " in done.stderr
