@@ -202,8 +202,10 @@ class GuestMemory:
         """RAM under any overlay, for saving: what may not be zero, as (offset, bytes), in order.
 
         Offsets count RAM's bytes without the hole below 4 GiB; pieces are whole pages,
-        of at most 1 MiB. While no vCPU runs. OSError.
+        of at most 1 MiB. While no vCPU runs, for a copy of one moment. OSError; GuestMemoryError once closed.
         """
+        if self._low_end < 0:
+            raise GuestMemoryError(0, self.size)
         base = 0
         for mapping in self._maps:
             for start, end in mapping.stretches():

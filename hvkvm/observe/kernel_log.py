@@ -97,13 +97,16 @@ def _notes(ram: Ram) -> Iterator[_Note]:
 
 def _marks(ram: Ram) -> Iterator[int]:
     """Where a page begins as the note does."""
-    for offset, piece in ram.pieces():
-        at = piece.find(_MARK)
-        while at >= 0:
-            if at % _PAGE == _NAME_AT:
-                place = offset + at - _NAME_AT
-                yield place if place < RAM_LOW_LIMIT else place - RAM_LOW_LIMIT + RAM_HIGH_BASE
-            at = piece.find(_MARK, at + 1)
+    try:
+        for offset, piece in ram.pieces():
+            at = piece.find(_MARK)
+            while at >= 0:
+                if at % _PAGE == _NAME_AT:
+                    place = offset + at - _NAME_AT
+                    yield place if place < RAM_LOW_LIMIT else place - RAM_LOW_LIMIT + RAM_HIGH_BASE
+                at = piece.find(_MARK, at + 1)
+    except (GuestMemoryError, OSError) as error:
+        raise NoKernelLog(f"the guest's RAM cannot be read: {error}") from None
 
 
 class _Note:

@@ -99,7 +99,11 @@ def _tell_when_asked() -> None:
 
         for thing in gc.get_objects():
             if isinstance(thing, Parts):
-                os.write(_STDERR, f"{describe(thing)}\n".encode())
+                try:
+                    text = describe(thing)
+                except Exception as error:  # it would end in whatever test runs
+                    text = f"{thing.name} cannot be described: {error!r}"
+                os.write(_STDERR, f"{text}\n".encode())
 
     signal.signal(signal.SIGUSR2, describe_machines)
     # Written without the interpreter's help, so that a main thread that is stuck shows too.

@@ -239,6 +239,8 @@ def test_close_revokes_views_and_unmaps() -> None:
     assert not memory.contains(0, 1)
     with pytest.raises(GuestMemoryError):
         memory.read(0, 1)
+    with pytest.raises(GuestMemoryError):
+        next(memory.pieces())
 
 
 def test_what_cannot_be_revoked_falls_on_zero_pages_until_dropped() -> None:

@@ -1,0 +1,41 @@
+"""A machine is described at any time of its life: who asks does not know how far it has come."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from guest_machine import Guest
+
+from hvkvm.machine.config import MachineConfig
+from hvkvm.machine.dump import describe
+from hvkvm.machine.kernel_log import kernel_log
+from hvkvm.machine.machine import Machine
+from hvkvm.observe.kernel_log import NoKernelLog
+
+
+@pytest.mark.kvm
+@pytest.mark.parametrize("saved", [False, True])
+def test_before_its_start_while_it_runs_stopped_and_closed(saved: bool, tmp_path: Path) -> None:
+    guest = Guest(cpus=2, synic="user")
+    machine = guest.machine
+    try:
+        guest.start()
+        if saved:
+            file = tmp_path / "saved"
+            machine.save(file)
+            machine.close()
+            machine = Machine(MachineConfig(restore=file))
+        texts = [describe(machine.parts)]
+        if not saved:
+            machine.stop()
+        texts.append(describe(machine.parts))
+    finally:
+        machine.close()
+    texts.append(describe(machine.parts))
+    for text in texts:
+        assert "vcpu1: " in text
+        assert "kernel log" not in text
+    assert "vcpu1: ended" in texts[-1] or saved
+    with pytest.raises(NoKernelLog, match="RAM cannot be read"):
+        kernel_log(machine.platform)
