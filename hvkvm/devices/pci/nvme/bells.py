@@ -7,17 +7,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from contextlib import suppress
-from typing import Protocol
 
 from hvkvm.abi import nvme
-
-
-class Closable(Protocol):
-    def close(self) -> object: ...
-
-
-BellMaker = Callable[[int, int, Callable[[], object]], Closable]
-"""bell(gpa, size, rang): has `rang()` called on the loop when the guest writes `size` bytes. OSError."""
+from hvkvm.devices.pci.bell import BellMaker, Closable
 
 
 class Bells:

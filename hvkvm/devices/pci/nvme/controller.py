@@ -19,10 +19,11 @@ from typing import Any, Protocol
 from hvkvm.abi import nvme, pci
 from hvkvm.block.request import Op, Request, Result
 from hvkvm.devices.pci import msix
+from hvkvm.devices.pci.bell import BellMaker
 from hvkvm.devices.pci.function import Bar, Function, Identity
 from hvkvm.devices.pci.nvme.admin import MAX_IO_QUEUES, Admin, command_of
 from hvkvm.devices.pci.nvme.answers import Answers
-from hvkvm.devices.pci.nvme.bells import BellMaker, Bells
+from hvkvm.devices.pci.nvme.bells import Bells
 from hvkvm.devices.pci.nvme.io_commands import BlockDisk, Command, Namespace
 from hvkvm.devices.pci.nvme.prp import Memory
 from hvkvm.devices.pci.nvme.queue_table import QueueTable

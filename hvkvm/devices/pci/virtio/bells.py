@@ -4,17 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import suppress
-from typing import Protocol
 
+from hvkvm.devices.pci.bell import BellMaker, Closable
 from hvkvm.devices.pci.virtio import function as places
-
-
-class Closable(Protocol):
-    def close(self) -> object: ...
-
-
-BellMaker = Callable[[int, int, Callable[[], object]], Closable]
-"""bell(gpa, size, rang): has `rang()` called on the loop when the guest writes `size` bytes. OSError."""
 
 
 class Bells:

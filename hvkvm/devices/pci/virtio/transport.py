@@ -21,11 +21,12 @@ from typing import Protocol
 
 from hvkvm.abi import virtio
 from hvkvm.devices.pci import msix
+from hvkvm.devices.pci.bell import BellMaker
 from hvkvm.devices.pci.function import Bar, Function
 from hvkvm.devices.pci.turn import Turn
 from hvkvm.devices.pci.virtio import function as places
 from hvkvm.devices.pci.virtio import saved
-from hvkvm.devices.pci.virtio.bells import BellMaker, Bells
+from hvkvm.devices.pci.virtio.bells import Bells
 from hvkvm.devices.pci.virtio.function import VirtioFunction
 from hvkvm.devices.pci.virtio.registers import SIZE, Registers
 from hvkvm.devices.pci.virtio.ring import Broken, Chain, Memory, Place, Ring
