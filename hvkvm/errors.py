@@ -11,6 +11,11 @@ import errno
 import os
 
 
+def harmless(text: str) -> str:
+    """`text` of a guest or of a file without anything that a terminal would obey."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
 class HvkvmError(Exception):
     """Base of all hvkvm errors; `exit_status` is what the command returns."""
 
@@ -49,7 +54,7 @@ class StateError(ConfigError):
 
     def __init__(self, text: str) -> None:
         shown = text[: self.MAX_CHARACTERS] + "..." * (len(text) > self.MAX_CHARACTERS)
-        super().__init__("".join(c if c.isprintable() else repr(c)[1:-1] for c in shown))
+        super().__init__(harmless(shown))
 
 
 class KvmUnavailable(HvkvmError):

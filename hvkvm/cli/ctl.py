@@ -10,7 +10,7 @@ from hvkvm.cli import ctl_net, ctl_text
 from hvkvm.cli.arguments import Parser, split_words
 from hvkvm.cli.ctl_client import MissingKey, Vm, find
 from hvkvm.cli.output import show
-from hvkvm.errors import ConfigError, HvkvmError, VmGone
+from hvkvm.errors import ConfigError, HvkvmError, VmGone, harmless
 from hvkvm.observe import control_path
 
 EPILOG = """verbs:
@@ -290,7 +290,7 @@ def _nmi(options: Options) -> int:
 def _save(options: Options) -> int:
     file = os.path.abspath(options.file)
     result = _ask(options, "save", SAVE_SECONDS, file=file, end=options.end, compress=options.compress)
-    return _tell(options, result, lambda result: f"saved to {ctl_text.harmless(result['file'])}")
+    return _tell(options, result, lambda result: f"saved to {harmless(result['file'])}")
 
 
 def _dmesg(options: Options) -> int:

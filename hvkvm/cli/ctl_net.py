@@ -7,8 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 from hvkvm.cli.arguments import Parser
-from hvkvm.cli.ctl_text import harmless
-from hvkvm.errors import ConfigError
+from hvkvm.errors import ConfigError, harmless
 
 SECONDS = 30.0
 """A guest that holds its NIC is waited for when that is taken away."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from hvkvm.errors import harmless
 from hvkvm.observe.bus_text import inspect_lines
 
 SUMMARY = {
@@ -31,13 +32,8 @@ SUMMARY = {
 }
 
 
-def harmless(text: str) -> str:
-    """`text` of a guest without anything that a terminal would obey."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
-
-
 def harmless_lines(text: str) -> str:
-    """The same of several lines."""
+    """`harmless`, of several lines."""
     return "\n".join(map(harmless, text.split("\n")))
 
 
