@@ -18,7 +18,7 @@ from itertools import islice
 from typing import NamedTuple, Protocol
 
 from hvkvm.abi.board import RAM_HIGH_BASE, RAM_LOW_LIMIT
-from hvkvm.errors import GuestMemoryError, HvkvmError
+from hvkvm.errors import GuestMemoryError, HvkvmError, harmless
 
 MOST_LINES = 20_000
 MOST_CHARACTERS = 1 << 19
@@ -64,8 +64,7 @@ class Line(NamedTuple):
 
     def __str__(self) -> str:
         """As dmesg prints it, without anything that a terminal would obey."""
-        text = "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in self.text)
-        return f"[{self.seconds:12.6f}] {text}"
+        return f"[{self.seconds:12.6f}] {harmless(self.text)}"
 
 
 def read(ram: Ram, cr3s: Iterable[int] = ()) -> list[Line]:
@@ -77,9 +76,11 @@ def read(ram: Ram, cr3s: Iterable[int] = ()) -> list[Line]:
     notes = list(_notes(ram))
     if not notes:
         raise NoKernelLog("no Linux in this RAM has left a VMCOREINFO note")
+    if len(notes) > 1:  # only then are the vCPUs asked: one that is stuck takes long not to answer
+        roots = [cr3 & _FRAME for cr3 in cr3s]
+        notes.sort(key=lambda note: not note.is_under(roots))
     why = NoKernelLog("")
-    roots = [cr3 & _FRAME for cr3 in cr3s]
-    for note in sorted(notes, key=lambda note: not note.is_under(roots)):
+    for note in notes:
         try:
             return note.log()
         except NoKernelLog as error:
@@ -161,8 +162,8 @@ class _Note:
 
     def _walk(self, root: int, address: int) -> int:
         """The guest-physical address of `address` under the page table `root`."""
-        table = root
-        for level in range(self._levels, 0, -1):
+        table, level = root, self._levels
+        while True:
             shift = 3 + 9 * level
             entry = int.from_bytes(_bytes(self._ram, table + (address >> shift & 511) * 8, 8), "little")
             if not entry & _PRESENT:
@@ -170,8 +171,7 @@ class _Note:
             if level == 1 or (level < 4 and entry & _HUGE):
                 below = (1 << shift) - 1
                 return (entry & _FRAME & ~below) | (address & below)
-            table = entry & _FRAME
-        raise AssertionError("unreachable")  # pragma: no cover
+            table, level = entry & _FRAME, level - 1
 
     def _at(self, address: int, n: int) -> bytes:
         """`n` bytes at an address of the kernel's."""

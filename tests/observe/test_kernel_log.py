@@ -172,6 +172,14 @@ def test_the_kernel_that_runs_is_chosen_of_two() -> None:
     assert read(ram, [0x1234_5000_0000])[0].text == "the one before"
 
 
+def test_where_one_kernel_was_no_vcpu_is_asked() -> None:
+    ram = Ram()
+    Kernel(ram).print("alone", 0)
+    asked = iter([TABLES])
+    assert read(ram, asked)[0].text == "alone"
+    assert list(asked) == [TABLES]
+
+
 def test_what_is_no_linux_is_said() -> None:
     with pytest.raises(NoKernelLog, match="no Linux"):
         read(Ram())
