@@ -9,6 +9,7 @@ from random import Random
 import pytest
 from crash_log import contents_of, crashes, recording
 from disk_asker import read
+from told_stable import Told
 
 from hvkvm.block import host_file
 from hvkvm.block.vhdx.create import VhdxOptions, create_vhdx
@@ -20,34 +21,6 @@ SECTOR = 512
 STEPS = int(os.environ.get("HVKVM_CRASH_STEPS", "14"))
 SEEDS = int(os.environ.get("HVKVM_CRASH_SEEDS", "1"))
 VARIANTS = int(os.environ.get("HVKVM_CRASH_VARIANTS", "1"))
-
-
-class Told:
-    """What a guest was told: for each sector the versions that it may find, and when that was so."""
-
-    def __init__(self) -> None:
-        self.written: dict[int, list[tuple[int, bytes]]] = {}
-        """By sector: after how many steps of the log it was begun to be written, and with what; in order."""
-        self.stable: list[tuple[int, dict[int, int]]] = []
-        """After so many steps, so many versions of each sector were written and flushed."""
-
-    def begin(self, step: int, sector: int, data: bytes) -> None:
-        self.written.setdefault(sector, []).append((step, data))
-
-    def flushed(self, step: int, versions: dict[int, int]) -> None:
-        self.stable.append((step, versions))
-
-    def versions(self) -> dict[int, int]:
-        return {sector: len(versions) for sector, versions in self.written.items()}
-
-    def allowed(self, step: int, sector: int, first: bytes) -> set[bytes]:
-        """What `sector` may hold after a crash when `step` steps were begun."""
-        flushed = 0
-        for when, versions in self.stable:
-            if when <= step:
-                flushed = max(flushed, versions.get(sector, 0))
-        versions = [first, *(data for began, data in self.written[sector] if began < step)]
-        return set(versions[flushed:])
 
 
 def run(image: VhdxImage, told: Told, random: Random, now, number: int) -> None:  # type: ignore[no-untyped-def]
@@ -118,10 +91,11 @@ def test_a_crash_at_any_write_loses_nothing_flushed(
             whole = read(again, 0, SIZE)
         finally:
             again.close()
+        stable = told.stable_at(step)
         for sector in told.written:
             at = slice(sector * SECTOR, (sector + 1) * SECTOR)
             found = whole[at]
-            assert found in told.allowed(step, sector, first[at]), (
+            assert found in told.allowed(step, sector, first[at], stable.get(sector, 0)), (
                 f"crash after step {step} of {len(log)}: sector {sector} has {found[:40]!r}"
             )
         checked += 1
