@@ -217,7 +217,7 @@ class HostFile:
     def _aligned(self, buffers: Buffers) -> bool:
         mask = self.alignment - 1
         if type(buffers) is PageVector:
-            return not (buffers.offset | buffers.size) & mask
+            return buffers.is_aligned(self.alignment)
         return not any(len(one) & mask or _address_of(one) & mask for one in buffers)
 
     def _find_alignment(self) -> int:

@@ -1,4 +1,4 @@
-"""Guest pages as the kernel's own list of buffers (struct iovec), for one preadv or pwritev.
+"""Guest pages, or pieces of RAM, as the kernel's list of buffers (struct iovec), for one preadv or pwritev.
 
 Why: a request of 1 MiB names 256 pages, which are mostly no neighbours. A memoryview of each, and the
 buffer that Python takes of each for the call, cost more time than the kernel's copy of the data. Here the
@@ -81,6 +81,23 @@ def _lanes(count: int) -> _Lanes:
     return _Lanes(ones, ones << 63, counted, array("Q", (0, PAGE_SIZE)) * count)
 
 
+_PAIR_TOP = 1 << 127
+
+
+class _Pairs(NamedTuple):
+    """For integers that have a number in each 128 bits: 1, 2**127, and the lower 64 bits in all of them."""
+
+    ones: int
+    tops: int
+    low: int
+
+
+@lru_cache(maxsize=64)  # a guest chooses how many
+def _pairs(count: int) -> _Pairs:
+    ones = ((1 << 128 * count) - 1) // ((1 << 128) - 1)
+    return _Pairs(ones, ones << 127, ones * ((1 << 64) - 1))
+
+
 def _inside(numbers: int, lanes: _Lanes, first: int, end: int) -> bool:
     """Whether each number is at least `first` and less than `end`, both less than 2**63."""
     tops = lanes.tops
@@ -90,25 +107,21 @@ def _inside(numbers: int, lanes: _Lanes, first: int, end: int) -> bool:
 
 
 class PageVector(Sequence[memoryview]):
-    """`length` bytes that begin `offset` bytes into the first of some pages of `region`."""
+    """`size` bytes in pieces of `region`: `iovec` has the address and the length of each."""
 
-    __slots__ = ("_base", "_iovec", "_keep", "_pages", "_views", "offset", "size")
+    __slots__ = ("_hva", "_iovec", "_keep", "_views", "size")
 
-    def __init__(
-        self, region: RamRegion, whole: memoryview, pages: bytes, addresses: bytes, offset: int, length: int
-    ) -> None:
-        count = len(pages) >> 3
+    def __init__(self, region: RamRegion, whole: memoryview, iovec: array[int], size: int) -> None:
+        self._hva = region.hva
         self._keep = whole
-        self._base = region.gpa
-        self._pages = pages
+        self._iovec = iovec
         self._views: list[memoryview] | None = None
-        self.offset = offset
-        self.size = length
-        self._iovec = iovec = _lanes(count).buffers[:]
-        iovec[::2] = array("Q", addresses)
-        iovec[0] += offset
-        iovec[1] = PAGE_SIZE - offset
-        iovec[-1] -= count * PAGE_SIZE - offset - length
+        self.size = size
+
+    def is_aligned(self, alignment: int) -> bool:
+        """Whether all addresses and lengths are multiples of it, a power of two."""
+        iovec = self._iovec
+        return not int.from_bytes(iovec.tobytes(), "little") & (alignment - 1) * _lanes(len(iovec)).ones
 
     def read(self, fd: int, position: int, flags: int = 0) -> int:
         """preadv2 to all of it: how many bytes. OSError."""
@@ -132,13 +145,9 @@ class PageVector(Sequence[memoryview]):
     def _pieces(self) -> list[memoryview]:
         views = self._views
         if views is None:
-            views, keep, left, at = [], self._keep, self.size, self.offset
-            for pfn in array("Q", self._pages):
-                start = (pfn << _SHIFT) - self._base + at
-                n = min(left, PAGE_SIZE - at)
-                views.append(keep[start : start + n])
-                left -= n
-                at = 0
+            keep, hva, iovec = self._keep, self._hva, self._iovec
+            starts = [address - hva for address in iovec[::2]]
+            views = [keep[at : at + n] for at, n in zip(starts, iovec[1::2], strict=True)]
             self._views = views
         return views
 
@@ -153,7 +162,7 @@ class PageVector(Sequence[memoryview]):
         return iter(self._pieces())
 
     def __len__(self) -> int:
-        return len(self._pages) >> 3
+        return len(self._iovec) >> 1
 
 
 def page_vector(memory: Ram, pages: bytes, offset: int, length: int) -> PageVector | None:
@@ -172,10 +181,46 @@ def page_vector(memory: Ram, pages: bytes, offset: int, length: int) -> PageVect
         return None
     for region in memory.regions:
         if _inside(numbers, lanes, region.gpa >> _SHIFT, region.end >> _SHIFT):
-            try:
-                whole = memory.view(region.gpa, region.size)[:]
-            except GuestMemoryError:  # it is closed
+            whole = _whole(memory, region)
+            if whole is None:
                 return None
             addresses = (numbers << _SHIFT) + (region.hva - region.gpa) * lanes.ones
-            return PageVector(region, whole, pages, addresses.to_bytes(8 * count, "little"), offset, length)
+            iovec = lanes.buffers[:]
+            iovec[::2] = array("Q", addresses.to_bytes(8 * count, "little"))
+            iovec[0] += offset
+            iovec[1] = PAGE_SIZE - offset
+            iovec[-1] -= count * PAGE_SIZE - offset - length
+            return PageVector(region, whole, iovec, length)
     return None
+
+
+def piece_vector(memory: Ram, pieces: int, count: int) -> PageVector | None:
+    """`count` pieces of RAM as one long integer: 64 bits each of address and length, the first one lowest.
+
+    A length has 32 bits. None where memoryviews do as well, or must do, as with `page_vector`.
+    """
+    if not LEAST_PAGES <= count <= MOST_PAGES or _preadv2 is None or _pwritev2 is None:
+        return None
+    pairs = _pairs(count)
+    addresses = pieces & pairs.low
+    ends = addresses + (pieces >> 64 & pairs.low)
+    for region in memory.regions:
+        # A pair has room for a carry, so that no address can reach the next one's.
+        if (addresses + (_PAIR_TOP - region.gpa) * pairs.ones) & pairs.tops != pairs.tops:
+            continue
+        if (ends + (_PAIR_TOP - 1 - region.end) * pairs.ones) & pairs.tops:
+            continue
+        whole = _whole(memory, region)
+        if whole is None:
+            return None
+        iovec = array("Q", (pieces + (region.hva - region.gpa) * pairs.ones).to_bytes(16 * count, "little"))
+        return PageVector(region, whole, iovec, sum(iovec[1::2]))
+    return None
+
+
+def _whole(memory: Ram, region: RamRegion) -> memoryview | None:
+    """All of a region, which stays mapped for as long as the view lives."""
+    try:
+        return memory.view(region.gpa, region.size)[:]
+    except GuestMemoryError:  # it is closed
+        return None

@@ -77,10 +77,19 @@ class VirtioBlk:
         readable, writable = chain.readable, chain.writable
         if readable and writable and len(readable[0]) == _HEADER and len(writable[-1]) == 1:
             # As every driver cuts it.
-            answer = _Answer(writable[:-1], writable[-1], done)
             kind, sector = virtio.virtio_blk_outhdr.unpack_from(readable[0])
+            data = chain.data
+            if data is not None and kind == (
+                virtio.VIRTIO_BLK_T_IN if chain.data_writable else virtio.VIRTIO_BLK_T_OUT
+            ):
+                answer = _Answer(data if chain.data_writable else (), writable[-1], done)
+                self._begin(kind, sector * _SECTOR, data, answer)
+                return
+            chain.spread()
+            answer = _Answer(writable[:-1], writable[-1], done)
             self._begin(kind, sector * _SECTOR, readable[1:], answer)
         else:
+            chain.spread()
             self._perform_cut(chain, done)
 
     def _perform_cut(self, chain: Chain, done: Done) -> None:
@@ -145,7 +154,7 @@ class _Answer:
 
     __slots__ = ("_done", "_status", "data")
 
-    def __init__(self, data: list[memoryview], status: memoryview, done: Done) -> None:
+    def __init__(self, data: Buffers, status: memoryview, done: Done) -> None:
         self.data = data
         self._status = status
         self._done = done

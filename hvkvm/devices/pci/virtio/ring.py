@@ -9,11 +9,15 @@ Owner: the I/O loop; `Ring(...)` is made by the vCPU thread that enables the que
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple, Protocol
 
 from hvkvm.abi import virtio
+from hvkvm.devices.pci.virtio.table import LEAST_BYTES, whole_table
 from hvkvm.errors import GuestMemoryError
 from hvkvm.memory.atomics import fence
+from hvkvm.memory.guest import RamRegion
+from hvkvm.memory.page_vector import PageVector
 
 DESC = virtio.vring_desc.size
 USED = virtio.vring_used_elem.size
@@ -22,6 +26,8 @@ USED = virtio.vring_used_elem.size
 class Memory(Protocol):
     """What a ring needs of guest memory; each call raises GuestMemoryError for what is no RAM."""
 
+    @property
+    def regions(self) -> Sequence[RamRegion]: ...
     def read(self, gpa: int, n: int) -> bytes: ...
     def view(self, gpa: int, n: int) -> memoryview: ...
 
@@ -47,14 +53,33 @@ class Positions(NamedTuple):
 
 
 class Chain:
-    """One request: the buffers that the device reads, then those that it writes."""
+    """One request: the buffers that the device reads, then those that it writes.
 
-    __slots__ = ("head", "readable", "writable")
+    Where `data` is something, it has the buffers between the first and the last; `data_writable` says which
+    of both kinds.
+    """
+
+    __slots__ = ("data", "data_writable", "head", "readable", "writable")
 
     def __init__(self, head: int) -> None:
         self.head = head
         self.readable: list[memoryview] = []
         self.writable: list[memoryview] = []
+        self.data: PageVector | None = None
+        self.data_writable = False
+
+    @property
+    def pieces(self) -> int:
+        """How many buffers there are."""
+        return len(self.readable) + len(self.writable) + (0 if self.data is None else len(self.data))
+
+    def spread(self) -> None:
+        """Have all buffers in the two lists."""
+        data, self.data = self.data, None
+        if data is not None and self.data_writable:
+            self.writable[:0] = [piece for piece in data if piece]
+        elif data is not None:
+            self.readable += [piece for piece in data if piece]
 
 
 class Ring:
@@ -123,6 +148,8 @@ class Ring:
                 if not length or length % DESC or length > DESC * self.size:
                     raise Broken(f"an indirect table of {length} bytes")
                 table, limit = self._memory.read(address, length), length // DESC
+                if length >= LEAST_BYTES and self._whole(chain, table):
+                    return chain
                 index, indirect = 0, True
                 continue
             if flags & virtio.VRING_DESC_F_WRITE:
@@ -135,6 +162,16 @@ class Ring:
             if not flags & virtio.VRING_DESC_F_NEXT:
                 return chain
         raise Broken("a chain without end")
+
+    def _whole(self, chain: Chain, table: bytes) -> bool:
+        """Take an indirect table at once, if it is as drivers of disks lay it."""
+        found = whole_table(self._memory, table) if not chain.readable and not chain.writable else None
+        if found is None:
+            return False
+        chain.readable.append(self._memory.view(*found.header))
+        chain.writable.append(self._memory.view(*found.status))
+        chain.data, chain.data_writable = found.data, found.writable
+        return True
 
     def more(self) -> bool:
         """Ask to hear of the next chain, and look once more: True if there is one already.

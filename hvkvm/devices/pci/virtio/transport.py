@@ -235,7 +235,7 @@ class Transport:
                         if ring.more():
                             continue
                         break
-                    segments += 1 + len(chain.readable) + len(chain.writable)
+                    segments += 1 + chain.pieces
                     taken.append((index, chain))
             except Broken as error:
                 self.broken = str(error)
