@@ -7,7 +7,7 @@ import random
 import re
 from collections.abc import Callable
 from pathlib import Path
-from time import sleep
+from time import monotonic, sleep
 
 import pytest
 from linux_guest import LinuxGuest, linux_guest
@@ -57,19 +57,23 @@ def judge(machine: Machine, output: bytearray, lines: int) -> None:
     assert "complaint" not in text, text[-3000:]
 
 
-def carried_on(guest: LinuxGuest, file: Path, rounds: int, pause: Callable[[], float]) -> tuple[Machine, int]:
-    """Save it `rounds` times, `pause()` seconds apart, for another to go on; the last, and how often."""
+def carried_on(
+    guest: LinuxGuest, file: Path, pause: Callable[[], float], more: Callable[[int], bool]
+) -> tuple[Machine, int]:
+    """Save it while `more(saves)`, `pause()` seconds apart; the last machine, and how often it was."""
     machine, output = guest.machine, guest.output
-    for done in range(rounds):
+    saves = 0
+    while more(saves):
         sleep(pause())
         if machine.outcome is not None:
-            return machine, done
+            break
         machine.save(file)
         machine.close()
         machine = Machine(settings_of(file, machine))
         machine.board.attach_sink(output.extend)
         machine.start()
-    return machine, rounds
+        saves += 1
+    return machine, saves
 
 
 @pytest.mark.parametrize(("synic", "cpus"), [("kernel", 2), ("user", 1)])
@@ -77,7 +81,9 @@ def test_linux_goes_on_wherever_it_was_saved(synic: str, cpus: int, tmp_path: Pa
     chance = random.Random(cpus)
     with linux_guest(SCRIPT, synic=synic, cpus=cpus, append="") as guest:
         guest.start()
-        machine, _rounds = carried_on(guest, tmp_path / "vm", 6, lambda: chance.random() * 3)
+        machine, _rounds = carried_on(
+            guest, tmp_path / "vm", lambda: chance.random() * 3, lambda saves: saves < 6
+        )
         try:
             judge(machine, guest.output, LINES)
         finally:
@@ -88,18 +94,36 @@ def test_linux_goes_on_wherever_it_was_saved(synic: str, cpus: int, tmp_path: Pa
 @pytest.mark.parametrize("cpus", [1, 4])
 @pytest.mark.parametrize("synic", ["kernel", "user"])
 def test_a_boot_goes_on_from_each_of_many_moments(synic: str, cpus: int, tmp_path: Path) -> None:
-    """Several of each boot, close together, up to its first lines."""
+    """Many of each boot, from its first instruction until its script counts."""
     seed = int(os.environ.get("HVKVM_SOAK_SEED", "1"))
-    moments = 0
-    while moments < MOMENTS:
-        chance = random.Random(f"{seed} {moments}")
+    ends = monotonic() + float(os.environ.get("HVKVM_SOAK_SECONDS", "inf"))
+    moments = boots = 0
+    while moments < MOMENTS and monotonic() < ends:
+        chance = random.Random(f"{seed} {boots}")
         with linux_guest(SHORT, synic=synic, cpus=cpus, append="") as guest:
             guest.start()
-            file = tmp_path / "vm"
-            machine, saved = carried_on(guest, file, 12, lambda: chance.random() * 0.5)  # noqa: B023
+            boot = Boot(guest.output)
+            machine, saved = carried_on(guest, tmp_path / "vm", chance.random, boot.goes_on)
             try:
                 judge(machine, guest.output, SHORT_LINES)
             finally:
                 machine.close()
-        moments += max(saved, 1)
-        print(f"{synic}, {cpus} vCPUs: {moments} moments", flush=True)
+        moments, boots = moments + max(saved, 1), boots + 1
+        print(f"{synic}, {cpus} vCPUs: {moments} moments, {boots} boots; this at {boot.seen}", flush=True)
+
+
+class Boot:
+    """How far a boot has come, by its console."""
+
+    def __init__(self, output: bytearray) -> None:
+        self._output = output
+        self.seen: list[str] = []
+        """The kernel's time of its last line at each save."""
+
+    def goes_on(self, saves: int) -> bool:
+        """Whether it has not come to its script's lines yet."""
+        text = bytes(self._output)
+        stamps = re.findall(rb"\[ *(\d+\.\d)\d*\]", text)
+        if saves:
+            self.seen.append(stamps[-1].decode() if stamps else "-")
+        return b"line 3" not in text
