@@ -88,7 +88,7 @@ def save_machine(config: MachineConfig, options: Any) -> int:
     ):
         if options.console:
             machine.board.attach_sink(lambda data: teller.write(data.decode(errors="replace"), always=True))
-        size = save_when_warm(machine, options.output)
+        size = save_when_warm(machine.parts, options.output)
         live = not (options.quiet or options.console)
         status = StatusLine(machine, teller, enabled=live, what=STATUS_LINE)
         status.start()

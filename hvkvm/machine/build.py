@@ -1,13 +1,14 @@
 """The platform of a machine, built in the order KVM demands.
 
 VM, interrupt chips, memory, every vCPU in vp_index order with its CPUID; the
-SynIC and the devices come on top. Called by `Machine` on the thread that owns it;
-each step pushes its undoing on the stack.
+SynIC and the devices come on top. Called by `assembly` on the thread that makes the
+machine; each step pushes its undoing on the stack.
 """
 
 from __future__ import annotations
 
 import errno
+from collections.abc import Callable
 from contextlib import ExitStack
 from typing import TYPE_CHECKING
 
@@ -19,19 +20,28 @@ from hvkvm.abi.kvm import (
     KVM_PIT_SPEAKER_DUMMY,
 )
 from hvkvm.errors import CapabilityMissing, ConfigError
+from hvkvm.kvm.gsi import GsiTable
 from hvkvm.kvm.system import Kvm
 from hvkvm.kvm.vm import Vm
 from hvkvm.machine.config import MachineConfig
 from hvkvm.machine.hyperv import Hyperv
+from hvkvm.machine.platform import Platform
+from hvkvm.machine.vcpus import create_vcpus
 from hvkvm.memory.guest import GuestMemory, RamSource
+from hvkvm.runtime.io_loop import IoLoop
+from hvkvm.runtime.vcpu_thread import VcpuThread
+from hvkvm.runtime.vcpus import VcpuGroup
 from hvkvm.state.file import RAM_OFFSET, Saved
 
 if TYPE_CHECKING:
     from hvkvm.devices.port.bus import PortBus
+    from hvkvm.events import Observer
+    from hvkvm.hyperv.features import FeatureSet
     from hvkvm.machine.board import Board
     from hvkvm.machine.bus import Bus
     from hvkvm.machine.control_door import ControlDoor
     from hvkvm.machine.disk_shelf import DiskShelf
+    from hvkvm.machine.exits import Handlers
     from hvkvm.machine.firmware import Firmware
     from hvkvm.machine.guest_image import GuestImage
     from hvkvm.machine.hyperv import Enlightenments
@@ -40,8 +50,8 @@ if TYPE_CHECKING:
     from hvkvm.machine.orders import Orders
     from hvkvm.machine.parts import Parts
     from hvkvm.machine.pci import Pci
-    from hvkvm.machine.platform import Platform
 
+OnFault = Callable[[BaseException, str], None]
 KVM_CAP_X86_APIC_BUS_CYCLES_NS = 237  # newer than the headers that the ABI table was taken from
 _NEEDED = (
     (KVM_CAP_IMMEDIATE_EXIT, "KVM_CAP_IMMEDIATE_EXIT", "Linux 4.13"),
@@ -87,6 +97,33 @@ def create_memory(vm: Vm, config: MachineConfig, saved: Saved | None, stack: Exi
         raise ConfigError(
             f"--memory {config.memory >> 20}M: the host refuses it ({error.strerror}); ask for less"
         ) from error
+
+
+def create_platform(
+    kvm: Kvm,
+    config: MachineConfig,
+    saved: Saved | None,
+    features: FeatureSet,
+    handlers: Handlers,
+    on_fault: OnFault,
+    observer: Observer,
+    stack: ExitStack,
+) -> Platform:
+    """What the parts stand on; `handlers` may be filled later, before a vCPU runs. ConfigError, OSError.
+
+    `on_fault(error, detail)` hears on its thread of an error that ends a vCPU's or the I/O loop's.
+    """
+    vm = create_vm(kvm, config, stack)
+    memory = create_memory(vm, config, saved, stack)
+    vcpus = create_vcpus(kvm, vm, config, features)
+
+    def vcpu_failed(thread: VcpuThread, error: BaseException) -> None:
+        on_fault(error, f"{thread.name}: {error}")
+
+    io = IoLoop(on_fault=lambda error: on_fault(error, f"I/O loop: {type(error).__name__}: {error}"))
+    stack.callback(io.stop)
+    threads = [VcpuThread(vcpu, handlers, on_fault=vcpu_failed, name=f"vcpu{vcpu.index}") for vcpu in vcpus]
+    return Platform(config, kvm, vm, memory, vcpus, threads, VcpuGroup(threads), GsiTable(vm), io, observer)
 
 
 def create_hyperv(

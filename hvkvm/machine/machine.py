@@ -1,4 +1,4 @@
-"""The machine: puts the parts together and owns their lifetime.
+"""The machine: its parts put together, and their lifetime.
 
 `with Machine(config) as machine: outcome = machine.run()`. Building opens
 /dev/kvm, makes RAM, vCPUs, interrupt chips, the SynIC and the devices, and
@@ -17,32 +17,20 @@ from __future__ import annotations
 
 import os
 from contextlib import ExitStack
-from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING
 
-from hvkvm.errors import HvkvmError, exhausted
+from hvkvm.errors import HvkvmError
 from hvkvm.events import NULL_OBSERVER, Observer, limited
 from hvkvm.hyperv.partition import Partition
-from hvkvm.kvm.gsi import GsiTable
-from hvkvm.kvm.system import Kvm
-from hvkvm.machine import build, exits, hyperv, saving
-from hvkvm.machine.board import Board
+from hvkvm.machine import build, saving
+from hvkvm.machine.assembly import assemble
+from hvkvm.machine.completion import completed
 from hvkvm.machine.config import MachineConfig
-from hvkvm.machine.guest_image import GuestImage
 from hvkvm.machine.host_limits import make_room_for_files, named_when_exhausted
-from hvkvm.machine.lifecycle import Lifecycle
-from hvkvm.machine.outcome import EXIT_MACHINE_FAULT, Ending, Outcome
-from hvkvm.machine.part import Part
-from hvkvm.machine.parts import Parts
-from hvkvm.machine.platform import Platform
-from hvkvm.machine.processors import Processors
-from hvkvm.machine.vcpus import create_vcpus
+from hvkvm.machine.outcome import Ending, Outcome
 from hvkvm.memory.guest import GuestMemory
-from hvkvm.runtime.io_loop import IoLoop
-from hvkvm.runtime.vcpu_thread import VcpuThread
-from hvkvm.runtime.vcpus import VcpuGroup
 from hvkvm.state.file import Saved
 
 if TYPE_CHECKING:
@@ -64,137 +52,20 @@ class Machine:
             saved = None if file is None else stack.enter_context(Saved(file))
             if saved is not None:
                 self.config = saving.restored_config(saved, config)
-            if self.config.cloud_init is not None:
-                from hvkvm.machine.cloud_init import with_seed
-
-                self.config = with_seed(self.config)
-            self.boot_note = ""
-            """Why it starts in firmware that nobody named, for its user; mostly nothing."""
-            if self.config.kernel is None and self.config.starts_firmware:
-                from hvkvm.machine.boot_choice import choose
-
-                self.config, self.boot_note = choose(self.config)
-            self.root_note = ""
-            """What was found out about the guest's root file system, for its user; mostly nothing."""
-            if self.config.disks:
-                from hvkvm.machine.root import find_root
-
-                self.config, self.root_note = find_root(self.config)
+            self.config, self.boot_note, self.root_note = completed(self.config)
             make_room_for_files(self.config.cpus)
-            self.parts = self._build(saved, limited(observer), stack)
+            self.parts = parts = assemble(self.config, self.name, saved, limited(observer), stack)
+            self.control = build.create_control(parts, stack)
             self._stack = stack.pop_all()
-
-    def _build(self, saved: Saved | None, observer: Observer, stack: ExitStack) -> Parts:
-        config = self.config
-        image = GuestImage(config, self.name, None if saved is None else saved.manifest.config.boot)
-        kvm = stack.enter_context(Kvm(config.kvm_path))
-        offered = hyperv.choose(kvm, config)
-        handlers: exits.Handlers = {}
-        self.platform = platform = self._platform(kvm, offered, handlers, saved, observer, stack)
-        self.lifecycle = lifecycle = Lifecycle(
-            platform, reboot=config.reboot, why_no_reset=image.why_not_again
-        )
-        stack.callback(lifecycle.close)
-        self.board = board = Board(platform, lifecycle, stack)
-        self.hyperv = interface = build.create_hyperv(platform, offered, lifecycle, board.ports, stack)
-        handlers |= exits.handlers(board, lifecycle, platform.memory, config.append) | interface.handlers()
-        board.add_optional_devices(config.devices, interface)
-        self.bus = build.create_bus(platform, interface, stack)
-        self.nics = build.create_nics(platform, self.bus, self.name, stack, saved)
-        self.pci = build.create_pci(platform, board, stack)
-        self.disk_shelf = build.create_disks(platform, self.bus, self.pci, stack)
-        self.firmware = build.create_firmware(
-            platform, board, self.pci, self.disk_shelf, image, self.name, stack
-        )
-        if self.firmware is not None:
-            lifecycle.at_end(self.firmware.end)
-        if self.disk_shelf is not None:
-            lifecycle.at_end(self.disk_shelf.end)
-        if config.record:
-            from hvkvm.machine.recording import record
-
-            record(platform, interface, self.bus, stack)
-        if config.timeline is not None:
-            from hvkvm.machine.recording import draw, moved
-
-            so_far = partial(moved, self.disk_shelf, self.nics)
-            draw(platform, board, self.bus, config.timeline, stack, so_far)
-        processors = Processors(platform, image)
-        optional = (self.nics, self.bus, self.firmware, self.pci)
-        order: list[Part] = [board, *(part for part in optional if part is not None), interface, processors]
-        lifecycle.govern(order, board)
-        if saved is None:
-            processors.boot()
-        else:
-            saving.load(saved, order, self.disk_shelf)
-        board.renew_generation(tell=saved is not None)
-        self.orders = orders = build.create_orders(platform, board, stack)
-        saver = saving.Saver(
-            self.name,
-            platform,
-            lifecycle,
-            interface,
-            order,
-            self.disk_shelf,
-            waits=lambda: orders is not None and orders.awaited,
-            recipe=image.recipe,
-        )
-        stack.callback(saver.close)
-        parts = Parts(
-            self.name,
-            platform,
-            lifecycle,
-            interface,
-            board,
-            self.bus,
-            self.nics,
-            self.disk_shelf,
-            saver,
-            self.pci,
-            self.firmware,
-        )
-        self.control = build.create_control(parts, stack)
-        return parts
+        self.platform, self.lifecycle = parts.platform, parts.lifecycle
+        self.board, self.hyperv, self.bus, self.nics = parts.board, parts.hyperv, parts.bus, parts.nics
+        self.disk_shelf, self.pci, self.firmware = parts.disk_shelf, parts.pci, parts.firmware
+        self.orders = parts.orders
 
     @property
     def disks(self) -> Disks | None:
         """Its disks and DVD drives; None while it has had none."""
         return None if self.disk_shelf is None else self.disk_shelf.disks
-
-    def _platform(
-        self,
-        kvm: Kvm,
-        offered: hyperv.Enlightenments,
-        handlers: exits.Handlers,
-        saved: Saved | None,
-        observer: Observer,
-        stack: ExitStack,
-    ) -> Platform:
-        config = self.config
-        vm = build.create_vm(kvm, config, stack)
-        memory = build.create_memory(vm, config, saved, stack)
-        vcpus = create_vcpus(kvm, vm, config, offered.features)
-        io = IoLoop(on_fault=self._loop_fault)
-        stack.callback(io.stop)
-        threads = [
-            VcpuThread(vcpu, handlers, on_fault=self._vcpu_fault, name=f"vcpu{vcpu.index}") for vcpu in vcpus
-        ]
-        group = VcpuGroup(threads)
-        return Platform(config, kvm, vm, memory, vcpus, threads, group, GsiTable(vm), io, observer)
-
-    def _vcpu_fault(self, thread: VcpuThread, error: BaseException) -> None:
-        self._end_by(error, f"{thread.name}: {error}")
-
-    def _loop_fault(self, error: BaseException) -> None:
-        self._end_by(error, f"I/O loop: {type(error).__name__}: {error}")
-
-    def _end_by(self, error: BaseException, detail: str) -> None:
-        """Name the end that an error on a thread of the machine's makes: the host's want, or a fault."""
-        what = exhausted(error)
-        if what is None:
-            self.finish(Ending.KVM_ERROR, EXIT_MACHINE_FAULT, detail)
-        else:
-            self.finish(Ending.HOST_EXHAUSTED, EXIT_MACHINE_FAULT, what)
 
     # Running it.
 

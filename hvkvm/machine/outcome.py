@@ -5,6 +5,8 @@ from __future__ import annotations
 from enum import Enum
 from typing import NamedTuple
 
+from hvkvm.errors import exhausted
+
 
 class Ending(Enum):
     """Why the machine stopped; the value is the word shown to the user and in JSON."""
@@ -49,3 +51,11 @@ class Outcome(NamedTuple):
     def __str__(self) -> str:
         tail = f": {self.detail}" if self.detail else ""
         return f"{self.ending.value}{tail}"
+
+
+def of_fault(error: BaseException, detail: str) -> Outcome:
+    """The end that an `error` on a thread of the machine's makes: the host's want, or a fault in `detail`."""
+    what = exhausted(error)
+    if what is None:
+        return Outcome(Ending.KVM_ERROR, EXIT_MACHINE_FAULT, detail)
+    return Outcome(Ending.HOST_EXHAUSTED, EXIT_MACHINE_FAULT, what)

@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from hvkvm.machine.hyperv import Hyperv
     from hvkvm.machine.lifecycle import Lifecycle
     from hvkvm.machine.nics import Nics
+    from hvkvm.machine.orders import Orders
     from hvkvm.machine.pci import Pci
     from hvkvm.machine.platform import Platform
     from hvkvm.machine.saving import Saver
@@ -36,3 +37,5 @@ class Parts(NamedTuple):
     saver: Saver
     pci: Pci | None = None
     firmware: Firmware | None = None
+    orders: Orders | None = None
+    """What a warm guest is handed, where it is one or is made one."""

@@ -1,12 +1,13 @@
 """Has a machine's bus recorded and its run drawn, where the configuration asks for it.
 
-Made by `Machine` when its parts are there and before vCPUs run; closed when they have ended.
+Made by `assembly` when its parts are there and before vCPUs run; closed when they have ended.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import ExitStack
+from functools import partial
 from time import monotonic
 from typing import TYPE_CHECKING
 
@@ -23,6 +24,23 @@ if TYPE_CHECKING:
     from hvkvm.machine.hyperv import Hyperv
     from hvkvm.machine.nics import Nics
     from hvkvm.machine.platform import Platform
+
+
+def watch(
+    platform: Platform,
+    hyperv: Hyperv,
+    board: Board,
+    bus: Bus | None,
+    shelf: DiskShelf | None,
+    nics: Nics | None,
+    stack: ExitStack,
+) -> None:
+    """Record and draw whatever the configuration names a file for. ConfigError."""
+    config = platform.config
+    if config.record:
+        record(platform, hyperv, bus, stack)
+    if config.timeline is not None:
+        draw(platform, board, bus, config.timeline, stack, partial(moved, shelf, nics))
 
 
 def record(platform: Platform, hyperv: Hyperv, bus: Bus | None, stack: ExitStack) -> None:

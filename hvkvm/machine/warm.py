@@ -17,6 +17,7 @@ from hvkvm.events import NULL_OBSERVER, Observer
 from hvkvm.machine.config import MachineConfig
 from hvkvm.machine.machine import Machine
 from hvkvm.machine.outcome import Ending, Outcome
+from hvkvm.machine.parts import Parts
 
 TAIL_LINES = 10
 
@@ -47,28 +48,28 @@ def warm(
     with Machine(config._replace(awaits=True), observer=observer) as machine:
         if on_console is not None:
             machine.board.attach_sink(on_console)
-        size = save_when_warm(machine, path)
+        size = save_when_warm(machine.parts, path)
         outcome = machine.run()
         if outcome.ending is not Ending.SAVED:
             raise NotWarm(outcome, machine.board.tail.lines(TAIL_LINES))
         return size()
 
 
-def save_when_warm(machine: Machine, path: Path) -> Callable[[], int]:
-    """Have `machine`, made with `awaits` and not started yet, saved to `path` once its guest waits.
+def save_when_warm(parts: Parts, path: Path) -> Callable[[], int]:
+    """Have a machine, made with `awaits` and not started yet, saved to `path` once its guest waits.
 
     That ends its run: as SAVED, and then the returned function says how big the file is, in bytes, or
     with what went wrong.
     """
-    assert machine.orders is not None
+    assert parts.orders is not None
     sizes = [0]
 
     def done(size: int, why: str) -> None:
         sizes.append(size)
         if why:
-            machine.finish(Ending.NOT_SAVED, 1, why)
+            parts.lifecycle.finish(Ending.NOT_SAVED, 1, why)
         else:
-            machine.finish(Ending.SAVED, 0, str(path))
+            parts.lifecycle.finish(Ending.SAVED, 0, str(path))
 
-    machine.orders.on_awaited = lambda: machine.parts.saver.save(path, done, end=True)
+    parts.orders.on_awaited = lambda: parts.saver.save(path, done, end=True)
     return lambda: sizes[-1]
