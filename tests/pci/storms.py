@@ -18,7 +18,8 @@ from virtio_guest import AVAILABLE, DESCRIPTORS, HEADERS, SIZE, STATUS, TABLE, U
 from hvkvm.abi import fw_cfg, nvme, pci, virtio
 from hvkvm.devices.flash import BLOCK, Flash
 from hvkvm.devices.pci.board_functions import PowerManagement, host_bridge, isa_bridge
-from hvkvm.devices.pci.nvme.controller import MAX_COMMANDS, VECTORS
+from hvkvm.devices.pci.nvme.controller import MAX_COMMANDS
+from hvkvm.devices.pci.nvme.function import VECTORS
 from hvkvm.devices.pci.virtio import function as places
 from hvkvm.devices.pci.virtio.transport import MAX_IN_FLIGHT
 from hvkvm.devices.port.bus import PortBus

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from nvme_guest import ADMIN_CQ, DATA, ENTRIES, EVENTS, IO_CQ, IO_SQ, MIB, SECTORS, SHADOW, NvmeGuest, ram
 
-from hvkvm.abi import nvme
+from hvkvm.abi import nvme, pci
 from hvkvm.block.request import Op, Status
 from hvkvm.devices.pci.nvme.controller import MAX_COMMANDS, ControllerState
 from hvkvm.devices.pci.nvme.prp import PrpError, buffers
@@ -91,6 +91,25 @@ def test_interrupts_are_msix_or_a_line(guest: NvmeGuest) -> None:
     function.write(function.capability_offsets[0x11] + 2, 2, 0x8000)
     assert guest.io(READ) == 0
     assert guest.routes.sent == [(0xFEE00000, 0x55)]
+
+
+def test_interrupts_by_plain_msi_heed_the_controllers_masks(guest: NvmeGuest) -> None:
+    guest.make_queues(vector=3)
+    function = guest.device.function
+    at = function.capability_offsets[pci.PCI_CAP_ID_MSI]
+    function.write(at + pci.PCI_MSI_ADDRESS_LO, 4, 0xFEE00000)
+    function.write(at + pci.PCI_MSI_DATA_64, 2, 0x60)
+    function.write(at + pci.PCI_MSI_FLAGS, 2, pci.PCI_MSI_FLAGS_ENABLE | 2 << 4)
+    assert guest.io(READ) == 0
+    assert guest.routes.sent == [(0xFEE00000, 0x63)]
+    guest.reg(nvme.NVME_REG_INTMS, 1 << 3)
+    assert [guest.io(READ), guest.io(READ)] == [0, 0]
+    assert len(guest.routes.sent) == 1
+    guest.reg(nvme.NVME_REG_INTMC, 1 << 3)
+    guest.loop.settle()
+    assert len(guest.routes.sent) == 2, "once for what came meanwhile"
+    assert guest.do(nvme.NVME_ADMIN_IDENTIFY, cdw=(1,))[0] == 0
+    assert guest.routes.sent[2:] == [(0xFEE00000, 0x60)]
 
 
 def test_a_full_completion_queue_waits_for_the_guest(guest: NvmeGuest) -> None:
@@ -329,10 +348,13 @@ entries = st.tuples(
     st.sampled_from((DATA, IO_SQ, IO_CQ, SHADOW, 1 << 41, DATA + 4)) | st.integers(0, 2**64 - 1),
 )
 noise = st.tuples(st.just("ram"), st.integers(0, 0x7FFFF), st.binary(min_size=1, max_size=64))
+config = st.tuples(
+    st.just("config"), st.integers(0x20, 0x40).map(lambda n: 2 * n), st.integers(0, 0xFFFF) | st.just(0x8001)
+)
 others = st.sampled_from((("bell",), ("rest",), ("hold",), ("release",), ("moved",)))
 
 
-@given(steps=st.lists(registers | entries | noise | others, max_size=40))
+@given(steps=st.lists(registers | entries | noise | config | others, max_size=40))
 def test_a_hostile_driver_gets_answers_or_nothing(new_routes: Any, steps: list[Any]) -> None:
     """Nothing raises, nothing grows, the loop comes to rest, and it can be reset after all."""
     guest = NvmeGuest(new_routes())
@@ -346,6 +368,8 @@ def test_a_hostile_driver_gets_answers_or_nothing(new_routes: Any, steps: list[A
             _kind, queue, opcode, words, prp = step
             guest.put(queue, guest.command(opcode, nsid=1, prp1=prp, prp2=prp, cdw=words))
             guest.ring(queue)
+        elif step[0] == "config":
+            guest.device.function.write(step[1], 2, step[2])
         elif step[0] == "ram":
             guest.memory.write(step[1], step[2])
         elif step[0] == "bell":

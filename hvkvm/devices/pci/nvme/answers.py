@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from hvkvm.devices.pci import msix
+from hvkvm.devices.pci.messages import Messages
 from hvkvm.devices.pci.nvme.prp import Memory
 from hvkvm.devices.pci.nvme.queue_table import QueueTable
 from hvkvm.devices.pci.nvme.queues import MAX_IN_FLIGHT, Completion, Shadow, Submission
@@ -30,7 +30,7 @@ class Answers:
         memory: Memory,
         queues: QueueTable,
         registers: Registers,
-        vectors: msix.Msix,
+        messages: Messages,
         io: Deferrer,
         more: Callable[[], object],
     ) -> None:
@@ -41,7 +41,7 @@ class Answers:
         self._memory = memory
         self._queues = queues
         self._registers = registers
-        self._msix = vectors
+        self._messages = messages
         self._more = more
         self._dirty: set[Completion] = set()
         self._signals = Turn(io, self.signal)
@@ -76,7 +76,7 @@ class Answers:
         shadow = completion.shadow
         if shadow is not None:
             head = self._memory.read_u32(shadow.value)
-            if completion.waiting or (completion.interrupts and not self._msix.enabled):
+            if completion.waiting or (completion.interrupts and not self._messages.enabled):
                 head = self._hear_of_more(shadow, head)
             else:  # nobody needs to hear of it
                 self._memory.write_u32(shadow.event, head - 1 & 0xFFFF)
@@ -103,11 +103,15 @@ class Answers:
     def signal(self) -> None:
         """One interrupt for each completion queue with something new."""
         dirty, self._dirty = self._dirty, set()
-        if self._msix.enabled:
-            there = self._queues.completions
+        if self._messages.enabled:
+            there, plain = self._queues.completions, self._messages.plain
             for completion in dirty:
-                if completion.interrupts and there.get(completion.id) is completion:
-                    self._msix.raise_vector(completion.vector)
+                if not completion.interrupts or there.get(completion.id) is not completion:
+                    continue
+                if plain and self._masked(completion):
+                    self._dirty.add(completion)  # until the guest unmasks it
+                else:
+                    self._messages.raise_vector(completion.vector)
         self.update_line()
 
     def signal_unseen(self) -> None:
@@ -121,12 +125,22 @@ class Answers:
         self._dirty.clear()
         self.update_line()
 
+    def settle(self) -> None:
+        """The end of a turn: what was masked may be so no more."""
+        if self._dirty:
+            self._signals.ask()
+        self.update_line()
+
+    def _masked(self, completion: Completion) -> bool:
+        """By the controller's own masks, which MSI-X has nothing to do with."""
+        return bool(self._registers.mask >> min(completion.vector, 31) & 1)
+
     def update_line(self) -> None:
-        """INTx, for a guest without MSI-X."""
-        if self.on_intx is None or self._msix.enabled:
+        """INTx, for a guest without messages."""
+        if self.on_intx is None or self._messages.enabled:
             return
         wanted = any(
-            queue.interrupts and queue.unseen and not self._registers.mask >> min(queue.vector, 31) & 1
+            queue.interrupts and queue.unseen and not self._masked(queue)
             for queue in self._queues.completions.values()
         )
         self.on_intx(wanted)

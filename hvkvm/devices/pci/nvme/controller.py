@@ -16,32 +16,31 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any, Protocol
 
-from hvkvm.abi import nvme, pci
+from hvkvm.abi import nvme
 from hvkvm.block.request import Op, Request, Result
-from hvkvm.devices.pci import msix
+from hvkvm.devices.pci import msi, msix
 from hvkvm.devices.pci.bell import BellMaker
-from hvkvm.devices.pci.function import Bar, Function, Identity
-from hvkvm.devices.pci.nvme.admin import MAX_IO_QUEUES, Admin, command_of
+from hvkvm.devices.pci.function import Bar
+from hvkvm.devices.pci.messages import Messages
+from hvkvm.devices.pci.nvme.admin import Admin
 from hvkvm.devices.pci.nvme.answers import Answers
 from hvkvm.devices.pci.nvme.bells import Bells
+from hvkvm.devices.pci.nvme.function import MSIX_TABLE, VECTORS, nvme_function
+from hvkvm.devices.pci.nvme.intake import Intake
 from hvkvm.devices.pci.nvme.io_commands import BlockDisk, Command, Namespace
 from hvkvm.devices.pci.nvme.prp import Memory
 from hvkvm.devices.pci.nvme.queue_table import QueueTable
-from hvkvm.devices.pci.nvme.queues import MAX_IN_FLIGHT, Completion, Submission
+from hvkvm.devices.pci.nvme.queues import Completion, Submission
 from hvkvm.devices.pci.nvme.registers import Registers
 from hvkvm.devices.pci.nvme.saved import ControllerState, queues_of
 from hvkvm.devices.pci.nvme.self_test import SelfTest
 from hvkvm.devices.pci.turn import Turn
-from hvkvm.memory.atomics import fence
 from hvkvm.runtime.protocols import Deferrer
 
 BUDGET = 64
 """Commands taken in one turn."""
 MAX_COMMANDS = 1024
 """Of all queues together that may be unanswered: each may hold views of 257 guest pages."""
-VECTORS = MAX_IO_QUEUES + 1
-_BAR = Bar(0, 0x4000)
-_MSIX_TABLE = 0x2000
 
 
 class Disk(BlockDisk, Protocol):
@@ -75,25 +74,16 @@ class Controller:
         self.memory = memory
         self.read_only = read_only
         self.vectors = VECTORS
-        self.function = Function(
-            Identity(
-                pci.PCI_VENDOR_ID_MICROSOFT,
-                pci.NVME_DEVICE_ID,
-                pci.PCI_CLASS_STORAGE_EXPRESS,
-                subsystem_vendor=pci.PCI_VENDOR_ID_MICROSOFT,
-                subsystem=pci.NVME_DEVICE_ID,
-                pin=1,
-            ),
-            bars=[_BAR],
-            capabilities=[msix.capability(VECTORS, 0, _MSIX_TABLE, _MSIX_TABLE + msix.PBA_OFFSET)],
-        )
+        self.function = nvme_function()
         self.msix = msix.Msix(self.function, VECTORS, router)
-        self.function.on_write = lambda _offset, _size: self.msix.control_written()
+        self.messages = Messages(self.msix, msi.Msi(self.function, router))
+        self.function.on_write = lambda _offset, _size: self._control_written()
         self._turns = Turn(io, self._turn)
         self._registers = Registers()
         self._bells = Bells(make_bell, self._turn)
         self.queues = QueueTable(memory, self._bells)
-        self._answers = Answers(memory, self.queues, self._registers, self.msix, io, self._turns.ask)
+        self._answers = Answers(memory, self.queues, self._registers, self.messages, io, self._turns.ask)
+        self.intake = Intake(memory, self.queues, self._perform)
         self.admin = Admin(self)
         self.namespace = Namespace(disk, sector_size, memory)
         self.self_test = SelfTest(disk, sector_size)
@@ -104,10 +94,7 @@ class Controller:
         self._stopped = True
         self._draining = False
         self._shutting = False
-        self._first = 0
         self._open = False
-        self.taken = 0
-        """Commands taken so far."""
 
     @property
     def on_intx(self) -> Callable[[bool], object] | None:
@@ -128,8 +115,8 @@ class Controller:
         """Registers; doorbells read as 0."""
         if offset < nvme.REGISTERS_SIZE:
             return self._registers.read(offset, size, self._csts)
-        if offset >= _MSIX_TABLE and offset - _MSIX_TABLE < msix.BAR_SIZE:
-            return self.msix.read(offset - _MSIX_TABLE, size)
+        if offset >= MSIX_TABLE and offset - MSIX_TABLE < msix.BAR_SIZE:
+            return self.msix.read(offset - MSIX_TABLE, size)
         return 0
 
     def write(self, offset: int, size: int, value: int) -> None:
@@ -137,11 +124,15 @@ class Controller:
         if offset < nvme.REGISTERS_SIZE:
             if self._registers.write(offset, size, value):
                 self._turns.ask()
-        elif nvme.NVME_REG_DBS <= offset < _MSIX_TABLE:
+        elif nvme.NVME_REG_DBS <= offset < MSIX_TABLE:
             if self._registers.ring(offset, size, value):
                 self._turns.ask()
-        elif offset >= _MSIX_TABLE and offset - _MSIX_TABLE < msix.BAR_SIZE:
-            self.msix.write(offset - _MSIX_TABLE, size, value)
+        elif offset >= MSIX_TABLE and offset - MSIX_TABLE < msix.BAR_SIZE:
+            self.msix.write(offset - MSIX_TABLE, size, value)
+
+    def _control_written(self) -> None:
+        self.messages.control_written()
+        self._turns.ask()  # what INTx has said goes by messages now, or the other way
 
     def moved(self, _bar: Bar, gpa: int | None) -> None:
         """See `PciDevice.moved`: the loop moves the bells."""
@@ -160,12 +151,12 @@ class Controller:
             self._answers.make_room(completion)
         room = MAX_COMMANDS - self.queues.in_flight
         self._answers.starved = room < BUDGET
-        before = self.taken
-        if self._take_commands(min(BUDGET, room)) and room > 0:
+        before = self.intake.taken
+        if self.intake.take(min(BUDGET, room)) and room > 0:
             self._turns.ask()
-        if self.taken != before:
+        if self.intake.taken != before:
             self.disk.poll()
-        self._answers.update_line()
+        self._answers.settle()
 
     def _take_writes(self) -> None:
         """Act on what vCPUs have written since."""
@@ -176,54 +167,8 @@ class Controller:
             self._enable()
         if self._registers.cc & nvme.NVME_CC_SHN_MASK and not self._shutting:
             self._shut_down()
-        for index, value in doorbells.items():
-            self._rung(index, value)
+        self.intake.rung(doorbells)
         self.queues.move_bells(self._base)
-
-    def _rung(self, index: int, value: int) -> None:
-        queue: Submission | Completion | None
-        if index & 1:
-            queue = self.queues.completions.get(index >> 1)
-            if queue is not None and value < queue.size:
-                queue.head = value
-        else:
-            queue = self.queues.submissions.get(index >> 1)
-            if queue is not None and value < queue.size:
-                queue.tail = value
-
-    def _take_commands(self, budget: int) -> bool:
-        """Take up to `budget` commands; whether there are more."""
-        queues = list(self.queues.submissions.values())
-        self._first += 1
-        more = False
-        for at in range(len(queues)):
-            queue = queues[(self._first + at) % len(queues)]
-            while self._has_more(queue):
-                raw = queue.take(self.memory) if budget else None
-                if raw is None:
-                    # One at its limit goes on when an answer was posted.
-                    more = more or (queue.in_flight < MAX_IN_FLIGHT and not queue.deleting)
-                    break
-                budget -= 1
-                self.taken += 1
-                self._perform(queue, command_of(raw))
-                if self.queues.submissions.get(queue.id) is not queue:
-                    break
-        return more
-
-    def _has_more(self, queue: Submission) -> bool:
-        if queue.head != queue.tail:
-            return True
-        shadow = queue.shadow
-        if shadow is None:
-            return False
-        # Say up to where we have looked, then look once more: who rings does it in the other order.
-        self.memory.write_u32(shadow.event, queue.tail)
-        fence()
-        tail = self.memory.read_u32(shadow.value)
-        if tail < queue.size:
-            queue.tail = tail
-        return queue.head != queue.tail
 
     def _perform(self, queue: Submission, command: Command) -> None:
         answer = partial(self._answers.give, queue, command.id)
@@ -309,7 +254,7 @@ class Controller:
     def reset(self) -> None:
         """Power-on state. Only while stopped."""
         self._forget()
-        self.msix.reset()
+        self.messages.reset()
         self._draining = False
         self._csts = 0
         self._registers.reset()
@@ -318,7 +263,7 @@ class Controller:
     def close(self) -> None:
         """Give back every bell and route. Nothing runs any more."""
         self._bells.drop_all()
-        self.msix.close()
+        self.messages.close()
 
     def counters(self) -> tuple[int, int, int, int]:
         """Units read and written (thousands of 512 bytes), reads and writes: for the SMART log."""
@@ -343,6 +288,7 @@ class Controller:
             () if self.queues.shadow is None else tuple(self.queues.shadow),
             self.msix.save(),
             tuple(self.self_test.results),
+            self.messages.msi.save(),
         )
 
     def load(self, state: ControllerState) -> None:
@@ -358,6 +304,7 @@ class Controller:
         self.admin.events[:] = [one & 0xFFFF for one in state.events[:4]]
         self.self_test.load(state.self_tests)
         self.msix.load(state.msix)
+        self.messages.msi.load(state.msi)
 
     def inspect(self) -> dict[str, object]:
         """Registers, queues and the disk."""
@@ -368,6 +315,6 @@ class Controller:
                 for queue in list(self.queues.submissions.values())
             },
             "bells": len(self._bells),
-            "commands": self.taken,
+            "commands": self.intake.taken,
             "disk": self.disk.inspect(),
         }

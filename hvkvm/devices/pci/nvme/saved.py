@@ -35,6 +35,8 @@ class ControllerState(NamedTuple):
     """Two addresses, or nothing."""
     msix: msix.MsixState
     self_tests: tuple[tuple[int, int, int], ...] = ()
+    msi: int = 0
+    """Messages that are pending."""
 
 
 def queues_of(
