@@ -18,7 +18,10 @@ COM_PORTS = ((COM1_PORT, COM1_IRQ), (0x2F8, 3), (0x3E8, 4), (0x2E8, 3))
 
 CMOS_PORT = 0x70  # index, data
 CMOS_SIZE = 2
+PIT_IRQ = 0
 RTC_IRQ = 8
+
+HPET_ADDRESS = 0xFED00000  # a PC's; only on a machine that is asked to have one
 
 I8042_COMMAND_PORT = 0x64  # only the reset pulse (0xFE) is kept; FADT says that there is no 8042
 

@@ -1,4 +1,4 @@
-"""The ACPI tables: RSDP, XSDT, FADT, FACS, MADT, with PCI WAET and SPCR, and a DSDT with COM1 and VMBus.
+"""The ACPI tables: RSDP, XSDT, FADT, FACS, MADT, those of a PC, and a DSDT with COM1 and VMBus.
 
 Why: without ACPI a guest finds neither its other CPUs nor the VMBus, and cannot
 power off. Called by the loaders through `boot.image`. Pure: `build` returns
@@ -9,7 +9,7 @@ What is left out on purpose, because each costs a guest boot time or a driver:
 - a PM timer (PM_TMR_BLK 0, optional since ACPI 5.0A), where there is no PCI: a port exit
   for every read; guests have the Hyper-V reference time, or the TSC. Firmware wants one.
 - CPU devices (ACPI0007): the MADT suffices, and no cpuidle driver is bound.
-- HPET, 8042, and without PCI an RTC (PNP0B00): not on the board. FADT says so, and
+- 8042, without PCI an RTC (PNP0B00), unless asked for an HPET: not on the board. FADT says so, and
   Linux then skips their probes. It reads the time of day from CMOS regardless
   (mach_get_cmos_time, up to a second of retries when nobody answers), which is
   why the board has CMOS_PORT.
@@ -25,15 +25,12 @@ from typing import NamedTuple
 
 from hvkvm.abi import board
 from hvkvm.abi.pci import PM_TIMER_OFFSET
-from hvkvm.boot import aml
+from hvkvm.boot import acpi_pc, aml
+from hvkvm.boot.acpi_table import HEADER_SIZE, OEM_ID, checksum, port_address, table
 from hvkvm.errors import BootError
 
-_OEM_ID = b"HVKVM "
-_CREATOR = b"HVKV"
-_REVISION = 1
 _ALIGN = 64  # FACS demands it; the others do not mind
 
-HEADER_SIZE = 36
 FADT_SIZE = 276
 _FADT_MINOR = 5
 _MADT_REVISION = 6
@@ -62,18 +59,9 @@ ACPI_FADT_WBINVD = 1 << 0
 ACPI_FADT_C1_SUPPORTED = 1 << 2
 ACPI_FADT_POWER_BUTTON = 1 << 4  # clear: the power button is PM1's own; set it would be a DSDT device
 ACPI_FADT_SLEEP_BUTTON = 1 << 5  # set: no sleep button in PM1 (and none in the DSDT)
-ACPI_FADT_FIXED_RTC = 1 << 6  # set: RTC wake is not in PM1
+ACPI_FADT_FIXED_RTC = 1 << 6  # set: the RTC's alarm is no event of PM1
 ACPI_FADT_RESET_REGISTER = 1 << 10
 
-WAET_PM_TIMER_GOOD = 1 << 1
-"""Windows emulated devices table. Without it Windows 8 and later distrust a timer like a PIIX4's."""
-
-_SPCR_8259, _SPCR_IO_APIC = 1 << 0, 1 << 1
-_SPCR_115200 = 7
-_SPCR_VT_UTF8 = 2
-"""Serial port console redirection table, revision 2 (Microsoft)."""
-
-_SYSTEM_IO = 1
 _NO_C2 = 0xFFF  # a latency above 100 us says: no such state (C3: above 1000)
 
 
@@ -98,6 +86,7 @@ class FixedHardware(NamedTuple):
     base: int = board.PM1A_EVT_PORT
     is_pc: bool = False
     """A machine with PCI: it has a PM timer and an RTC."""
+    has_hpet: bool = False
 
 
 DEFAULT_FIXED = FixedHardware()
@@ -141,11 +130,11 @@ def build(
     image = bytearray(_ALIGN)  # room for the RSDP, which is written last
     checksums = [Checksum(8, 0, 20), Checksum(32, 0, 36)]
 
-    def place(table: bytes) -> int:
+    def place(made: bytes) -> int:
         image.extend(bytes(-len(image) % _ALIGN))
         at = len(image)
-        image.extend(table)
-        checksums.append(Checksum(at + 9, at, len(table)))
+        image.extend(made)
+        checksums.append(Checksum(at + 9, at, len(made)))
         return address + at
 
     facs = place(_facs())
@@ -156,8 +145,10 @@ def build(
     madt = place(_madt(cpus))
     listed = [fadt, madt]
     if fixed.is_pc:
-        listed += [place(_waet()), place(_spcr())]
-    xsdt = place(_table(b"XSDT", 1, struct.pack(f"<{len(listed)}Q", *listed)))
+        listed += [place(acpi_pc.waet()), place(acpi_pc.spcr())]
+    if fixed.has_hpet:
+        listed.append(place(acpi_pc.hpet_table()))
+    xsdt = place(table(b"XSDT", 1, struct.pack(f"<{len(listed)}Q", *listed)))
     image[: len(_rsdp(xsdt))] = _rsdp(xsdt)
     if len(image) > board.SMBIOS_ADDRESS - board.ACPI_AREA_ADDRESS:
         raise BootError(f"--cpus {cpus}: more than the ACPI tables can name; give fewer")
@@ -167,47 +158,17 @@ def build(
     return AcpiTables(address, bytes(image), tuple(pointers), tuple(checksums))
 
 
-def _checksum(data: bytes | bytearray) -> int:
-    return -sum(data) & 0xFF
-
-
-def _table(signature: bytes, revision: int, body: bytes) -> bytes:
-    """A table with the standard header around `body`."""
-    table = bytearray(
-        struct.pack(
-            "<4sIBB6s8sI4sI",
-            signature,
-            HEADER_SIZE + len(body),
-            revision,
-            0,
-            _OEM_ID,
-            b"HVKVM" + signature[:3],
-            _REVISION,
-            _CREATOR,
-            _REVISION,
-        )
-    )
-    table += body
-    table[9] = _checksum(table)
-    return bytes(table)
-
-
 def _rsdp(xsdt: int) -> bytes:
-    first = bytearray(struct.pack("<8sB6sBI", b"RSD PTR ", 0, _OEM_ID, 2, 0))
-    first[8] = _checksum(first)
+    first = bytearray(struct.pack("<8sB6sBI", b"RSD PTR ", 0, OEM_ID, 2, 0))
+    first[8] = checksum(first)
     whole = bytearray(first + struct.pack("<IQB3x", 36, xsdt, 0))
-    whole[32] = _checksum(whole)
+    whole[32] = checksum(whole)
     return bytes(whole)
 
 
 def _facs() -> bytes:
     # Version 2, no waking vector, no hardware signature: this board neither sleeps nor hibernates itself.
     return struct.pack("<4sI4x4x4x4x8xB31x", b"FACS", 64, 2)
-
-
-def _gas(port: int, width: int, access: int) -> bytes:
-    """Generic Address Structure of an I/O port: `width` in bits, `access` 1 byte, 2 word, 3 dword."""
-    return struct.pack("<BBBBQ", _SYSTEM_IO, width, 0, access, port)
 
 
 def _fadt(facs: int, dsdt: int, fixed: FixedHardware) -> bytes:
@@ -231,39 +192,24 @@ def _fadt(facs: int, dsdt: int, fixed: FixedHardware) -> bytes:
         ACPI_FADT_WBINVD
         | ACPI_FADT_C1_SUPPORTED
         | ACPI_FADT_SLEEP_BUTTON
-        | ACPI_FADT_FIXED_RTC
+        | (0 if fixed.is_pc else ACPI_FADT_FIXED_RTC)
         | ACPI_FADT_RESET_REGISTER,
     )
-    fadt[116 - HEADER_SIZE : 128 - HEADER_SIZE] = _gas(board.RESET_PORT, 8, 1)
+    fadt[116 - HEADER_SIZE : 128 - HEADER_SIZE] = port_address(board.RESET_PORT, 8, 1)
     put(128, "B", board.RESET_VALUE)
     put(131, "B", _FADT_MINOR)
     put(140, "Q", dsdt)  # X_FIRMWARE_CTRL stays 0: Linux would list the FACS twice
     # Access size word: Linux would split a dword access to the two event registers anyway.
-    fadt[148 - HEADER_SIZE : 160 - HEADER_SIZE] = _gas(fixed.base, 8 * board.PM1A_EVT_SIZE, 2)
-    fadt[172 - HEADER_SIZE : 184 - HEADER_SIZE] = _gas(control, 8 * board.PM1A_CNT_SIZE, 2)
+    fadt[148 - HEADER_SIZE : 160 - HEADER_SIZE] = port_address(fixed.base, 8 * board.PM1A_EVT_SIZE, 2)
+    fadt[172 - HEADER_SIZE : 184 - HEADER_SIZE] = port_address(control, 8 * board.PM1A_CNT_SIZE, 2)
     put(80, "I", board.GPE0_PORT)
     put(92, "B", board.GPE0_SIZE)
-    fadt[220 - HEADER_SIZE : 232 - HEADER_SIZE] = _gas(board.GPE0_PORT, 8 * board.GPE0_SIZE, 1)
+    fadt[220 - HEADER_SIZE : 232 - HEADER_SIZE] = port_address(board.GPE0_PORT, 8 * board.GPE0_SIZE, 1)
     if fixed.is_pc:
         put(76, "I", fixed.base + PM_TIMER_OFFSET)
         put(91, "B", board.PM_TMR_SIZE)
-        fadt[208 - HEADER_SIZE : 220 - HEADER_SIZE] = _gas(fixed.base + PM_TIMER_OFFSET, 32, 3)
-    return _table(b"FACP", 6, bytes(fadt))
-
-
-def _waet() -> bytes:
-    """What Windows need not work around: its PM timer may be read once. The RTC is not spoken of."""
-    return _table(b"WAET", 1, struct.pack("<I", WAET_PM_TIMER_GOOD))
-
-
-def _spcr() -> bytes:
-    """The serial port for consoles: where Windows' Emergency Management Services look for COM1."""
-    body = struct.pack("<B3x", 0)  # a whole 16550
-    body += _gas(board.COM1_PORT, 8, 1)
-    body += struct.pack("<BBI", _SPCR_8259 | _SPCR_IO_APIC, board.COM1_IRQ, board.COM1_IRQ)
-    body += struct.pack("<BBBBB", _SPCR_115200, 0, 1, 0, _SPCR_VT_UTF8)  # no parity, 1 stop bit
-    body += struct.pack("<xHHBBBIB4x", 0xFFFF, 0xFFFF, 0, 0, 0, 0, 0)  # no PCI device
-    return _table(b"SPCR", 2, body)
+        fadt[208 - HEADER_SIZE : 220 - HEADER_SIZE] = port_address(fixed.base + PM_TIMER_OFFSET, 32, 3)
+    return table(b"FACP", 6, bytes(fadt))
 
 
 def _madt(cpus: int) -> bytes:
@@ -283,7 +229,7 @@ def _madt(cpus: int) -> bytes:
     body += struct.pack("<BBBHB", MADT_LOCAL_APIC_NMI, 6, _ALL_UIDS_8, 0, 1)
     if cpus - 1 > LAST_XAPIC_ID:
         body += struct.pack("<BBHIB3x", MADT_LOCAL_X2APIC_NMI, 12, 0, _ALL_UIDS_32, 1)
-    return _table(b"APIC", _MADT_REVISION, bytes(body))
+    return table(b"APIC", _MADT_REVISION, bytes(body))
 
 
 def _dsdt(
@@ -300,7 +246,7 @@ def _dsdt(
     if events:
         told = aml.notify("\\_SB.VGID", 0x80)
         terms.append(aml.scope("\\_GPE", aml.method(f"_E{board.GPE_GENERATION:02X}", told)))
-    return _table(b"DSDT", 2, b"".join(terms))
+    return table(b"DSDT", 2, b"".join(terms))
 
 
 def _serial(index: int) -> bytes:

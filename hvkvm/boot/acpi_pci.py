@@ -7,6 +7,7 @@ four pins of the IOAPIC, level-triggered and active low, as `abi.pci.gsi_of` say
 from __future__ import annotations
 
 from hvkvm.abi import board, pci
+from hvkvm.abi.hpet import HPET_SIZE
 from hvkvm.boot import aml
 from hvkvm.errors import ConfigError
 
@@ -23,6 +24,12 @@ def mem32_window(memory_size: int) -> tuple[int, int]:
     if base >= pci.MEM32_LIMIT:
         raise ConfigError("no room is left for PCI below 4 GiB")
     return base, pci.MEM32_LIMIT - base
+
+
+def devices(memory_size: int, *, hpet: bool) -> list[bytes]:
+    r"""For \_SB of a machine with PCI, and with `hpet` an HPET. ConfigError."""
+    found = [host_bridge(memory_size), real_time_clock()]
+    return [*found, event_timer()] if hpet else found
 
 
 def host_bridge(memory_size: int) -> bytes:
@@ -56,6 +63,17 @@ def real_time_clock() -> bytes:
                 aml.io_ports(board.CMOS_PORT, board.CMOS_SIZE), aml.irq_no_flags(board.RTC_IRQ)
             ),
         ),
+    )
+
+
+def event_timer() -> bytes:
+    r"""\_SB.HPET. Its interrupts are no resources of it: a timer says which pins it may have."""
+    resources = aml.resource_template(aml.fixed_memory(board.HPET_ADDRESS, HPET_SIZE))
+    return aml.device(
+        "HPET",
+        aml.name("_HID", aml.eisa_id("PNP0103")),
+        aml.name("_UID", aml.ZERO),
+        aml.name("_CRS", resources),
     )
 
 

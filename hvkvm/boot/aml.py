@@ -25,6 +25,7 @@ _AND_OP = b"\x7b"
 _OR_OP = b"\x7d"
 _DEVICE_OP = b"\x5b\x82"
 
+_LARGE_FIXED_MEMORY = 0x86
 _LARGE_DWORD_ADDRESS = 0x87
 _LARGE_WORD_ADDRESS = 0x88
 _LARGE_QWORD_ADDRESS = 0x8A
@@ -163,6 +164,11 @@ def io_ports(port: int, length: int) -> bytes:
 def irq_no_flags(irq: int) -> bytes:
     """IRQNoFlags () {irq}: an edge-triggered, active-high ISA interrupt, 0 to 15."""
     return struct.pack("<BH", 0x22, 1 << irq)
+
+
+def fixed_memory(base: int, size: int) -> bytes:
+    """Memory32Fixed (ReadOnly, base, size): registers that a device has for itself."""
+    return struct.pack("<BHBII", _LARGE_FIXED_MEMORY, 9, 0, base, size)
 
 
 def dword_memory(base: int, size: int) -> bytes:

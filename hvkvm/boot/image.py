@@ -53,6 +53,7 @@ def load(
     vmbus: bool = True,
     serial_ports: int = 1,
     pci: bool = False,
+    hpet: bool = False,
     smbios: bytes = b"",
     kaslr: bool = False,
 ) -> Entry:
@@ -62,11 +63,18 @@ def load(
     multiboot-1 ELF32. `defaults` is put before `cmdline` for every kernel but a
     multiboot one, whose command line is its own program's arguments. `cpus` is
     the number of vCPUs for the ACPI tables, which `acpi` False leaves out, and
-    `vmbus` False leaves the VMBus out of them, `serial_ports` are in them, and with `pci` a PCI root.
+    `vmbus` False leaves the VMBus out of them, `serial_ports` are in them, with `pci` a PCI root,
+    and with `hpet` an HPET.
     `smbios` is what the guest finds at board.SMBIOS_ADDRESS.
     `kaslr` has a bzImage decompress itself, which is slower but places the
     kernel at random. Raises BootError.
     """
+
+    def write_tables() -> int:
+        if not acpi:
+            return 0
+        return _write_acpi(memory, cpus, vmbus=vmbus, serial_ports=serial_ports, pci=pci, hpet=hpet)
+
     own = _encode(cmdline)
     line = _encode(f"{defaults} {cmdline}".strip())
     with ExitStack() as files:
@@ -80,12 +88,11 @@ def load(
             memory.write(board.SMBIOS_ADDRESS, smbios)
         if head.startswith(ELFMAG):
             image = elf.parse(file)
-            rsdp = _write_acpi(memory, cpus, vmbus=vmbus, serial_ports=serial_ports, pci=pci) if acpi else 0
-            return _load_elf(memory, image, head, payload, line, own, rsdp)
+            return _load_elf(memory, image, head, payload, line, own, write_tables())
         header = bootparams.parse_header(head)
         if header is None:
             raise _not_a_kernel(file, head)
-        rsdp = _write_acpi(memory, cpus, vmbus=vmbus, serial_ports=serial_ports, pci=pci) if acpi else 0
+        rsdp = write_tables()
         return linux.load_bzimage(memory, file, header, initrd=payload, cmdline=line, rsdp=rsdp, kaslr=kaslr)
 
 
@@ -104,16 +111,16 @@ def _write_reset_vector(memory: GuestRam) -> None:
         memory.write(board.RESET_VECTOR_ADDRESS, _RESET_VECTOR)
 
 
-def _write_acpi(memory: GuestRam, cpus: int, *, vmbus: bool, serial_ports: int, pci: bool) -> int:
+def _write_acpi(memory: GuestRam, cpus: int, *, vmbus: bool, serial_ports: int, pci: bool, hpet: bool) -> int:
     """Put the tables into RAM; the RSDP's address."""
     if memory.size < board.ACPI_AREA_ADDRESS + board.ACPI_AREA_SIZE:
         return 0  # the loaders refuse so small a machine, in their own words
     devices: list[bytes] = []
     if pci:
-        from hvkvm.boot.acpi_pci import host_bridge, real_time_clock
+        from hvkvm.boot import acpi_pci
 
-        devices += [host_bridge(memory.size), real_time_clock()]
-    fixed = acpi_tables.FixedHardware(is_pc=pci)
+        devices += acpi_pci.devices(memory.size, hpet=hpet)
+    fixed = acpi_tables.FixedHardware(is_pc=pci, has_hpet=hpet)
     tables = acpi_tables.build(
         cpus, memory.size, vmbus=vmbus, serial_ports=serial_ports, devices=devices, fixed=fixed
     )

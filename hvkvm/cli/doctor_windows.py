@@ -38,6 +38,7 @@ def checks(path: str) -> Iterator[Check]:
     yield Check("PASS", "boot disk", "NVMe (--disk), which firmware and Windows both have a driver for")
     yield Check("PASS", "console", "COM1: Emergency Management Services and SAC, where the image has them on")
     yield Check("PASS", "display", "ramfb, with --hv windows; hvkvm ctl screenshot FILE.png shows it")
+    yield Check("PASS", "timers", "Hyper-V's and the PM timer; a High Precision Event Timer with --hpet on")
     yield Check(
         "WARN",
         "keyboard",

@@ -76,7 +76,8 @@ class Board:
         """What the file of the machine had of them."""
         self._sink: Callable[[bytes], object] | None = None
         self.testdev: HypervTestdev | None = None
-        self._rtc: Rtc | None = None
+        self.rtc: Rtc | None = None
+        """On a machine with PCI."""
         self.ports = PortBus(platform.observer)
         self.ports.expect(quiet_ports())
         self.mmio = _mmio(platform)
@@ -138,6 +139,8 @@ class Board:
         self.sleep = AcpiControlBlock(lambda: lifecycle.finish(Ending.POWERED_OFF, 0), off_types)
         sci = SharedLine(lambda level: platform.vm.irq_line(board.SCI_IRQ, int(level)))
         self.power = AcpiEventBlock(sci.add())
+        if self.rtc is not None:
+            self.rtc.on_alarm = self.power.raise_alarm
         self.gpe = AcpiGpeBlock(sci.add())
         self.gpe.attach(self.ports)
         if not has_pci:  # else a function of the PCI bus says where they are
@@ -154,9 +157,9 @@ class Board:
 
         line = Irqfd(platform.vm, board.RTC_IRQ)
         stack.callback(line.close)
-        self._rtc = Rtc(platform.io, line.signal)
-        self._rtc.tell_memory(platform.config.memory)
-        return self._rtc
+        self.rtc = Rtc(platform.io, line.signal)
+        self.rtc.tell_memory(platform.config.memory)
+        return self.rtc
 
     def renew_generation(self, *, tell: bool) -> None:
         """Give the guest another VM generation id, and `tell` it. Before it runs, or while it is at rest.
@@ -235,13 +238,13 @@ class Board:
 
     def start(self) -> None:
         """See `Part.start`."""
-        if self._rtc is not None:
-            self._rtc.start()
+        if self.rtc is not None:
+            self.rtc.start()
 
     def stop(self, done: Callable[[], object]) -> None:
         """See `Part.stop`: what the guest printed last is on its way."""
-        if self._rtc is not None:
-            self._rtc.stop()
+        if self.rtc is not None:
+            self.rtc.stop()
         self.flush()
         done()
 
@@ -292,8 +295,8 @@ class Board:
         self.sleep.reset()
         self.pci_ports.load(0)
         self.fw_cfg.reset()
-        if self._rtc is not None:
-            self._rtc.reset()
+        if self.rtc is not None:
+            self.rtc.reset()
         if self._coalesced is not None:
             self._coalesced.reset()
         else:

@@ -274,6 +274,15 @@ class MachineConfig(NamedTuple):
             in_saved=True,
         ),
     ] = "auto"
+    hpet: Annotated[
+        Literal["on", "off"],
+        Field(
+            Choice(("on", "off")),
+            "--hpet on|off",
+            "a High Precision Event Timer, on a machine with PCI (off)",
+            in_saved=True,
+        ),
+    ] = "off"
     pci: Annotated[bool, Field(OnOff())] = False
     apic_bus_ns: Annotated[int, Field(Number(20), check=checks.apic_bus_ns)] = 0
     record: Annotated[
@@ -325,7 +334,8 @@ class MachineConfig(NamedTuple):
     @property
     def has_pci(self) -> bool:
         """Whether the machine has a PCI bus."""
-        return self.pci or self.firmware is not None or any(self.bus_of(one) != "vmbus" for one in self.media)
+        asked = self.pci or self.hpet == "on" or self.firmware is not None
+        return asked or any(self.bus_of(one) != "vmbus" for one in self.media)
 
     @property
     def has_display(self) -> bool:

@@ -16,9 +16,8 @@ from hvkvm import __version__
 from hvkvm.abi import board as numbers
 from hvkvm.abi import fw_cfg as keys
 from hvkvm.abi.kvm import KVM_CAP_READONLY_MEM
-from hvkvm.boot import acpi, smbios, table_loader
+from hvkvm.boot import acpi, acpi_pci, smbios, table_loader
 from hvkvm.boot import firmware as images
-from hvkvm.boot.acpi_pci import host_bridge, real_time_clock
 from hvkvm.boot.linux import default_cmdline
 from hvkvm.boot.variables_file import VariablesFile
 from hvkvm.devices.flash import Flash, FlashState, WriteProtected
@@ -141,14 +140,15 @@ class Firmware:
 
     def _tables(self) -> table_loader.LoaderFiles:
         config = self._platform.config
-        fixed = acpi.FixedHardware(self._pci.pm_base, is_pc=True)
+        hpet = config.hpet == "on"
+        fixed = acpi.FixedHardware(self._pci.pm_base, is_pc=True, has_hpet=hpet)
 
         def build(address: int) -> acpi.AcpiTables:
             return acpi.build(
                 config.cpus,
                 config.memory,
                 serial_ports=config.serial_ports,
-                devices=[host_bridge(config.memory), real_time_clock()],
+                devices=acpi_pci.devices(config.memory, hpet=hpet),
                 fixed=fixed,
                 address=address,
                 generation=False,  # its page is the firmware's own here

@@ -86,6 +86,7 @@ class GuestImage:
             vmbus=self._config.vmbus == "on",
             serial_ports=self._config.serial_ports,
             pci=self._config.has_pci,
+            hpet=self._config.hpet == "on",
             smbios=placed(self._name, self._config.cpus, self._config.memory, __version__),
         )
         entry.apply(vcpu)

@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from hvkvm.abi import board as numbers
 from hvkvm.abi import pci
+from hvkvm.abi.hpet import HPET_SIZE
+from hvkvm.devices.hpet_timer import HpetState
 from hvkvm.devices.mmio_bus import MmioBus
 from hvkvm.devices.pci.board_functions import PowerManagement, host_bridge, isa_bridge
 from hvkvm.devices.pci.bus import BusState, PciBus
@@ -25,6 +27,7 @@ from hvkvm.machine.pci_kvm import Bell, MsiRoutes
 if TYPE_CHECKING:
     from hvkvm.block.image import Image
     from hvkvm.devices.faulty_requests import Disk
+    from hvkvm.devices.hpet import Hpet
     from hvkvm.devices.pci.nvme.controller import Controller
     from hvkvm.devices.pci.virtio.transport import Transport
     from hvkvm.machine.board import Board
@@ -42,6 +45,7 @@ class PciState(NamedTuple):
     pm_timer: int
     nvme: dict[int, ControllerState]
     virtio: dict[int, VirtioState] = {}
+    hpet: HpetState | None = None
 
 
 class Pci:
@@ -74,6 +78,26 @@ class Pci:
         """NVMe controllers by slot."""
         self.virtio: dict[int, Transport] = {}
         """virtio devices by slot."""
+        self.hpet: Hpet | None = None
+        if platform.config.hpet == "on":
+            self.hpet = self._add_hpet(board)
+
+    def _add_hpet(self, board: Board) -> Hpet:
+        """It stands outside of PCI, but only on machines that are PCs as far as that."""
+        from hvkvm.devices.hpet import Hpet
+        from hvkvm.machine.pci_kvm import PitPlace
+
+        platform, rtc = self._platform, board.rtc
+        pit = PitPlace(platform.vm)
+
+        def on_legacy(on: bool) -> None:
+            pit.give_up(on)
+            if rtc is not None:
+                rtc.replaced = on
+
+        hpet = Hpet(platform.io, lambda gsi, level: platform.vm.irq_line(gsi, int(level)), on_legacy)
+        self.mmio.add(numbers.HPET_ADDRESS, HPET_SIZE, hpet)
+        return hpet
 
     def add_nvme(self, disk: Disk, image: Image, *, name: str, serial: str) -> tuple[int, Controller]:
         """Plug in an NVMe controller with `disk` before the machine starts: its slot, and it. ConfigError."""
@@ -135,9 +159,13 @@ class Pci:
         """See `Part.start`."""
         for device in self._devices:
             device.start()
+        if self.hpet is not None:
+            self.hpet.start()
 
     def stop(self, done: Callable[[], object]) -> None:
         """See `Part.stop`: every device has answered what it took."""
+        if self.hpet is not None:
+            self.hpet.stop()
         left = len(self._devices)
         if not left:
             done()
@@ -158,24 +186,32 @@ class Pci:
         for device in self._devices:
             device.reset()
         self.bus.reset()
+        if self.hpet is not None:
+            self.hpet.reset()
         self.blocks.move(self._pm.base)
 
     def save(self) -> PciState:
         """See `Part.save`."""
         controllers = {slot: one.save() for slot, one in self.controllers.items()}
         virtio = {slot: one.save() for slot, one in self.virtio.items()}
-        return PciState(self._ports.address, self.bus.save(), self.blocks.timer.count, controllers, virtio)
+        hpet = None if self.hpet is None else self.hpet.save()
+        timer = self.blocks.timer.count
+        return PciState(self._ports.address, self.bus.save(), timer, controllers, virtio, hpet)
 
     def load(self, state: PciState) -> None:
         """See `Part.load`."""
         try:
             if set(state.nvme) != set(self.controllers) or set(state.virtio) != set(self.virtio):
                 raise ValueError("other disks were there when it was saved")
+            if (self.hpet is None) != (state.hpet is None):
+                raise ValueError("--hpet must be as it was when it was saved")
             self.bus.load(state.bus)
             for slot, controller in self.controllers.items():
                 controller.load(state.nvme[slot])
             for slot, device in self.virtio.items():
                 device.load(state.virtio[slot])
+            if self.hpet is not None and state.hpet is not None:
+                self.hpet.load(state.hpet)
         except ValueError as error:
             raise StateError(f"{self.name}: {error}") from None
         self._ports.address = state.address
@@ -186,4 +222,7 @@ class Pci:
         """What sits where, and each device."""
         nvme = {f"{slot:02x}": one.inspect() for slot, one in self.controllers.items()}
         virtio = {f"{slot:02x}": one.inspect() for slot, one in self.virtio.items()}
-        return {"functions": self.bus.inspect(), "nvme": nvme, "virtio": virtio}
+        found: dict[str, object] = {"functions": self.bus.inspect(), "nvme": nvme, "virtio": virtio}
+        if self.hpet is not None:
+            found["hpet"] = self.hpet.inspect()
+        return found

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
+from hvkvm.abi.kvm import KVM_PIT_FLAGS_HPET_LEGACY
 from hvkvm.kvm.doorbell import IoEventFd
 from hvkvm.kvm.irqfd import Irqfd
 
@@ -49,6 +50,21 @@ class MsiLine:
         self._irqfd.deassign()
         self._table.release(self._gsi)
         self._irqfd.close()
+
+
+class PitPlace:
+    """Has KVM's PIT give up IRQ 0, which an HPET has then, and take it again."""
+
+    def __init__(self, vm: Vm) -> None:
+        self._vm = vm
+
+    def give_up(self, given_up: bool) -> None:
+        """Any thread. What counts goes on counting."""
+        state = self._vm.get_pit2()
+        wanted = state.flags & ~KVM_PIT_FLAGS_HPET_LEGACY | (KVM_PIT_FLAGS_HPET_LEGACY if given_up else 0)
+        if state.flags != wanted:
+            state.flags = wanted
+            self._vm.set_pit2(state)
 
 
 class MsiRoutes:

@@ -173,6 +173,7 @@ class Saver:
             "ramfb" if config.has_display else "none",
             config.command,
             config.command_io,
+            config.hpet,
         )
         with Writer(path, config.memory, compress=compress) as writer:
             for offset, data in platform.memory.pieces():

@@ -131,6 +131,7 @@ class SavedConfig(NamedTuple):
     command: tuple[str, ...] = ()
     """What runs in it, or was handed to it: its streams, or its terminal, are then the next run's."""
     command_io: str = "console"
+    hpet: str = "off"
 
 
 class Manifest(NamedTuple):

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from hvkvm.abi import board
 from hvkvm.boot import acpi
-from hvkvm.boot.acpi_pci import host_bridge, real_time_clock
+from hvkvm.boot.acpi_pci import devices
 from hvkvm.errors import BootError
 
 MIB = 1 << 20
@@ -33,9 +33,9 @@ class Tables:
         pci: bool = False,
     ) -> None:
         fixed = acpi.FixedHardware(is_pc=pci)
-        devices = (host_bridge(memory), real_time_clock()) if pci else ()
+        terms = devices(memory, hpet=False) if pci else ()
         self.built = acpi.build(
-            cpus, memory, vmbus=vmbus, serial_ports=serial_ports, fixed=fixed, devices=devices
+            cpus, memory, vmbus=vmbus, serial_ports=serial_ports, fixed=fixed, devices=terms
         )
         self.rsdp = self.bytes_at(self.built.rsdp, 36)
         self.xsdt = self.table(struct.unpack_from("<Q", self.rsdp, 24)[0])

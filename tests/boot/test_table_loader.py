@@ -11,17 +11,17 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from hvkvm.abi import board, hpet
 from hvkvm.boot import acpi, table_loader
-from hvkvm.boot.acpi_pci import host_bridge, mem32_window, real_time_clock
+from hvkvm.boot.acpi_pci import devices, mem32_window
 
 MIB = 1 << 20
 
 
 def build(address: int, cpus: int = 2, memory: int = 512 * MIB, base: int = 0xB000) -> acpi.AcpiTables:
-    fixed = acpi.FixedHardware(base, is_pc=True)
-    return acpi.build(
-        cpus, memory, devices=[host_bridge(memory), real_time_clock()], fixed=fixed, address=address
-    )
+    """Those of a machine that has everything."""
+    fixed = acpi.FixedHardware(base, is_pc=True, has_hpet=True)
+    return acpi.build(cpus, memory, devices=devices(memory, hpet=True), fixed=fixed, address=address)
 
 
 def carried_out(files: table_loader.LoaderFiles, tables_at: int) -> tuple[bytes, bytes]:
@@ -86,6 +86,20 @@ def test_the_pm_timer_is_said_to_be_good_where_there_is_one() -> None:
     assert b"WAET" not in acpi.build(1, 512 * MIB).image
 
 
+def test_the_hpet_is_where_the_board_has_it_if_it_was_asked_for() -> None:
+    """As Linux's acpi_parse_hpet() reads it."""
+    image = build(0xE0000).image
+    at = image.index(b"HPET", image.index(b"APIC"))
+    block, space, _width, _offset, _access, address, number, tick = struct.unpack_from(
+        "<IBBBBQBH", image, at + 36
+    )
+    assert (space, address, number, tick) == (0, board.HPET_ADDRESS, 0, hpet.MIN_TICK)
+    assert (block, sum(image[at : at + 56]) & 0xFF) == (hpet.CAPABILITIES, 0)
+    fixed = acpi.FixedHardware(is_pc=True)
+    other = acpi.build(1, 512 * MIB, devices=devices(512 * MIB, hpet=False), fixed=fixed).image
+    assert b"HPET" not in other
+
+
 @pytest.mark.parametrize(
     ("memory", "window"),
     [
@@ -98,13 +112,13 @@ def test_the_window_for_bars_is_where_firmware_places_them(memory: int, window: 
     assert mem32_window(memory) == window
 
 
-@pytest.mark.parametrize("name", ["FACP", "APIC", "WAET", "SPCR", "XSDT", "FACS"])
+@pytest.mark.parametrize("name", ["FACP", "APIC", "WAET", "SPCR", "HPET", "XSDT", "FACS"])
 def test_iasl_reads_the_tables_of_a_machine_with_pci(tmp_path: Path, name: str) -> None:
     iasl = shutil.which("iasl")
     if iasl is None:
         pytest.skip("iasl (package acpica-tools) is not installed")
     made = build(0xE0000)
-    at = made.image.index(name.encode(), 36)
+    at = next(at for at in range(0, len(made.image), 64) if made.image[at : at + 4] == name.encode())
     length = int.from_bytes(made.image[at + 4 : at + 8], "little")
     (tmp_path / "table.dat").write_bytes(made.image[at : at + length])
     done = subprocess.run(
@@ -125,7 +139,7 @@ def test_iasl_reads_the_root_bridge(tmp_path: Path) -> None:
     (tmp_path / "dsdt.dat").write_bytes(made.image[at : at + length])
     subprocess.run([iasl, "-d", "dsdt.dat"], cwd=tmp_path, check=True, capture_output=True)
     text = (tmp_path / "dsdt.dsl").read_text()
-    for words in ("WordBusNumber", "0x80000000", "PNP0A03", "PNP0B00", "_PRT", "Package (0x7C)"):
+    for words in ("WordBusNumber", "0x80000000", "PNP0A03", "PNP0B00", "PNP0103", "_PRT", "Package (0x7C)"):
         assert words in text, words
     again = subprocess.run([iasl, "dsdt.dsl"], cwd=tmp_path, capture_output=True, text=True, check=False)
     assert "0 Errors" in again.stdout + again.stderr, again.stdout

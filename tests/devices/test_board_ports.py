@@ -201,6 +201,23 @@ def test_the_power_button_holds_the_sci_until_it_is_acknowledged(bus):
     assert bus.read(board.PM1A_EVT_PORT, 2) == 0
 
 
+def test_an_alarm_shares_the_sci_with_the_power_button(bus):
+    levels = []
+    events = AcpiEventBlock(levels.append)
+    events.attach(bus)
+    bus.write(board.PM1A_EVT_PORT + 2, 2, 0x500)
+    events.raise_alarm()
+    events.press_power_button()
+    saved = events.save()
+    assert (levels, saved.status) == ([True], 0x500)
+    bus.write(board.PM1A_EVT_PORT, 2, 0x100)
+    assert levels == [True]
+    bus.write(board.PM1A_EVT_PORT, 2, 0x400)
+    assert levels == [True, False]
+    events.load(saved)
+    assert levels == [True, False, True]
+
+
 def test_enabling_one_byte_leaves_the_other(bus):
     events = AcpiEventBlock()
     events.attach(bus)

@@ -135,6 +135,24 @@ def test_an_alarm_at_a_time(mode: int) -> None:
     assert world.interrupts == 1, "it comes once a day"
 
 
+def test_an_alarm_is_an_event_of_acpi_too_and_only_that_beside_an_hpet() -> None:
+    world = World()
+    alarms: list[float] = []
+    world.device.on_alarm = lambda: alarms.append(world.now)
+    world.device.replaced = True
+    for register in (1, 3, 5):
+        world.w(register, 0xFF)  # each second
+    world.wait(3)
+    assert alarms == [], "nobody has it on"
+    world.w(B, B_24H | RTC_AIE)
+    world.wait(1)
+    assert (len(alarms), world.interrupts) == (1, 0)
+    assert world.r(C) & (RTC_AF | RTC_IRQF) == RTC_AF | RTC_IRQF
+    world.device.replaced = False
+    world.wait(1)
+    assert (len(alarms), world.interrupts) == (2, 1)
+
+
 def test_an_alarm_that_does_not_care() -> None:
     world = World()
     for register, value in ((1, 0x30), (3, 0xC0), (5, 0xFF)):

@@ -1,4 +1,4 @@
-"""Linux's own drivers on what a machine with PCI has: NVMe and virtio by MSI-X and by INTx, the RTC."""
+"""Linux's own drivers on what a machine with PCI has: NVMe and virtio by MSI-X, MSI and INTx, RTC, HPET."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 from linux_guest import linux_guest
 
+from hvkvm.abi import pci
+from hvkvm.devices.pci.function import Function
 from hvkvm.machine.disk_spec import DiskSpec
 
 SOAK = bool(os.environ.get("HVKVM_SOAK"))
@@ -45,27 +47,39 @@ test_disk() {
     echo 3 > /proc/sys/vm/drop_caches
     dd if=$disk bs=64k skip=16 count=48 2>/dev/null | cmp - /tmp/data && echo $3 still the same
 }
+nvme_in() { until ls -d $1/nvme/nvme*/nvme*n1 2>/dev/null; do sleep 0.1; done | sed 's,.*/,,'; }
+PLAIN=/sys/bus/pci/devices/0000:00:04.0
 dd if=/dev/urandom of=/tmp/data bs=64k count=48 2>/dev/null
-wait_for /dev/nvme0n1
+nvme=$(nvme_in /sys/bus/pci/devices/0000:00:02.0)
 wait_for /dev/vda
-cat /sys/class/nvme/nvme0/serial /sys/block/vda/serial
+cat /sys/class/nvme/${nvme%n1}/serial /sys/block/vda/serial
 echo
-test_disk /dev/nvme0n1 0000:00:02.0 nvme
+test_disk /dev/$nvme 0000:00:02.0 nvme
 test_disk /dev/vda 0000:00:03.0 virtio
 echo discard $(cat /sys/block/vda/queue/discard_max_bytes) $(cat /sys/block/vda/queue/write_zeroes_max_bytes)
-grep -c 'PCI-MSI.*nvme0q' /proc/interrupts | sed 's/^/nvme vectors /'
+grep -c "PCI-MSI.*${nvme%n1}q" /proc/interrupts | sed 's/^/nvme vectors /'
 grep -c 'PCI-MSI.*virtio.-req' /proc/interrupts | sed 's/^/virtio vectors /'
 grep -cE 'IO-APIC.*fasteoi.*(nvme|virtio)' /proc/interrupts | sed 's/^/lines /'
+echo clocks $(cat /sys/devices/system/clocksource/clocksource0/available_clocksource)
 echo rtc $(cat /sys/class/rtc/rtc0/name)
 echo +2 > /sys/class/rtc/rtc0/wakealarm
-until grep -qE ' 8: +[1-9].*rtc0' /proc/interrupts; do sleep 0.1; done
+until grep -qE '( 8: +[1-9].*rtc0| 9: +[1-9].*acpi)' /proc/interrupts; do sleep 0.1; done
 echo the alarm came
+if [ -d $PLAIN ]; then
+    disk=/dev/$(nvme_in $PLAIN)
+    name=${disk#/dev/}
+    echo plain $(cat $PLAIN/msi_irqs/*) $(grep -c "PCI-MSI.*${name%n1}q" /proc/interrupts)
+    dd if=/tmp/data of=$disk bs=64k conv=fsync 2>/dev/null
+    echo 3 > /proc/sys/vm/drop_caches
+    dd if=$disk bs=64k count=48 2>/dev/null | cmp - /tmp/data && echo plain the same
+fi
 dmesg | grep -iE '(nvme|virtio|vda).*(error|timeout|fail|bogus|nobody cared)' || echo nothing bad
 """
 
 
 @pytest.mark.parametrize("way", ["msix", "intx"])
 def test_linux_reads_writes_and_rescans(tmp_path: Path, way: str) -> None:
+    """By INTx it has an HPET, too; by messages a second controller, whose MSI-X nobody sees."""
     images = [tmp_path / "nvme", tmp_path / "virtio"]
     first = [os.urandom(8 * MIB) for _ in images]
     for image, content in zip(images, first, strict=True):
@@ -74,14 +88,23 @@ def test_linux_reads_writes_and_rescans(tmp_path: Path, way: str) -> None:
         DiskSpec(str(images[0]), bus="nvme", serial="one"),
         DiskSpec(str(images[1]), bus="virtio", serial="two"),
     )
-    rounds, append = (ROUNDS, "quiet") if way == "msix" else (0, "quiet pci=nomsi")
+    rounds, append, more = 0, "quiet pci=nomsi", "on"
+    if way == "msix":
+        rounds, append, more = ROUNDS, "quiet", "off"
+        plain = tmp_path / "plain"
+        plain.write_bytes(bytes(8 * MIB))
+        disks = (*disks, DiskSpec(str(plain), bus="nvme", serial="three"))
     with linux_guest(
         f"ROUNDS={rounds}\n{SCRIPT}",
         modules=("virtio_pci", "virtio_blk"),
         vmbus="off",
         disks=disks,
         append=append,
+        hpet=more,
     ) as guest:
+        assert guest.machine.pci is not None
+        if way == "msix":
+            hide_msix(guest.machine.pci.controllers[4].function)
         guest.start()
         guest.wait_for("nothing bad")
         assert guest.finish().status == 0
@@ -97,13 +120,25 @@ def test_linux_reads_writes_and_rescans(tmp_path: Path, way: str) -> None:
             assert any(line.startswith(f"{name} after {after}") for line in lines), guest.report()
         assert "rtc rtc_cmos" in [line.split(" 00")[0] for line in lines], guest.report()
         assert "the alarm came" in lines
+        (clocks,) = [line.split() for line in lines if line.startswith("clocks ")]
+        assert ("hpet" in clocks) is (way == "intx")
         counts = ("nvme vectors 2", "virtio vectors 1", "lines 0")
-        if way == "intx":
+        if way == "msix":
+            counts = (*counts, "plain msi 1", "plain the same")
+        else:
+            hpet = guest.machine.pci.hpet
+            assert hpet is not None
+            assert hpet.inspect()["legacy"]
+            assert hpet.interrupts[0], "timer 0 ticked in the PIT's place"
             counts = ("nvme vectors 0", "virtio vectors 0", "lines 2")
         for count in counts:
             assert count in lines, guest.report()
-        pci = guest.machine.pci
-        assert pci is not None
-        (controller,), (device,) = pci.controllers.values(), pci.virtio.values()
-        assert controller.taken > 20
+        controller, device = guest.machine.pci.controllers[2], guest.machine.pci.virtio[3]
+        assert controller.intake.taken > 20
         assert device.taken > 20
+
+
+def hide_msix(function: Function) -> None:
+    """Have its list of capabilities begin behind MSI-X, as on a controller that has MSI only."""
+    for space in (function.config, function._power_on):
+        space[pci.PCI_CAPABILITY_LIST] = function.capability_offsets[pci.PCI_CAP_ID_MSI]

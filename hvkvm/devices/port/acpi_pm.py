@@ -1,8 +1,8 @@
 """The ACPI fixed hardware that the FADT promises: PM1a event and control blocks.
 
 Power-off is SLP_EN with the sleep type that the DSDT's \\_S5 names. The power
-button is the one event: it raises the SCI while both its status and enable bits
-are set. The board has no SMI command port, so SCI_EN is always on, and no PM timer
+button is an event, and so is the alarm of an RTC: each raises the SCI while both its
+status and enable bits are set. The board has no SMI command port, so SCI_EN is always on, and no PM timer
 where there is no PCI. Register calls come from vCPU threads, `press_power_button` from any.
 """
 
@@ -28,7 +28,9 @@ if TYPE_CHECKING:
     from hvkvm.devices.port.bus import PortBus
 
 PM1_STS_PWRBTN = 1 << 8
-PM1_EN_PWRBTN = 1 << 8
+PM1_STS_RTC = 1 << 10
+_EVENTS = PM1_STS_PWRBTN | PM1_STS_RTC
+"""Both have their enable bit at the same place."""
 _PM1_EN_MASK = 0x0721  # TMR, GBL, PWRBTN, SLPBTN, RTC: what ACPI 4.8.4.1 defines and lets be written
 
 
@@ -79,7 +81,7 @@ class AcpiEventBlock:
     def load(self, state: AcpiEventState) -> None:
         """Put them back, and the SCI to the level that follows: the IOAPIC does not know who drives it."""
         with self._lock:
-            self._status, self._enable = state.status & PM1_STS_PWRBTN, state.enable & _PM1_EN_MASK
+            self._status, self._enable = state.status & _EVENTS, state.enable & _PM1_EN_MASK
             self._update(even_if_the_same=True)
 
     def press_power_button(self) -> None:
@@ -88,8 +90,14 @@ class AcpiEventBlock:
             self._status |= PM1_STS_PWRBTN
             self._update()
 
+    def raise_alarm(self) -> None:
+        """The RTC's alarm is due. Linux takes it from here where an HPET has the RTC's own interrupt."""
+        with self._lock:
+            self._status |= PM1_STS_RTC
+            self._update()
+
     def _update(self, *, even_if_the_same: bool = False) -> None:
-        level = bool(self._status & self._enable & PM1_EN_PWRBTN)
+        level = bool(self._status & self._enable & _EVENTS)
         if (even_if_the_same or level != self._level) and self._set_sci is not None:
             self._set_sci(level)
         self._level = level

@@ -55,6 +55,10 @@ class Rtc(Cmos):
         self._timer: TimerHandle | None = None
         self._asked = False
         self._running = False
+        self.on_alarm: Callable[[], object] | None = None
+        """Called when an alarm is due that the guest has on. The loop."""
+        self.replaced = False
+        """Whether an HPET has IRQ 8 now: then alarms and the like show in register C only."""
         self._seen = 0.0  # up to when the loop has looked, by the guest's clock
 
     def read(self, offset: int, size: int) -> int:
@@ -154,7 +158,10 @@ class Rtc(Cmos):
             if flags & self._ram[RTC_REG_B] & _ENABLES:
                 flags |= RTC_IRQF
             self._ram[RTC_REG_C] = flags
-        if flags & ~was & RTC_IRQF:
+            alarm = flags & ~was & RTC_AF and self._ram[RTC_REG_B] & RTC_AIE
+        if alarm and self.on_alarm is not None:
+            self.on_alarm()
+        if flags & ~was & RTC_IRQF and not self.replaced:
             self._interrupt()
         self._arm()
 
