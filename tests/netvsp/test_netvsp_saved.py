@@ -105,7 +105,14 @@ def test_what_no_nic_was_is_refused(lan: Make, change: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize(
     "change",
-    [{"address": b"12"}, {"multicast": (b"1",)}, {"scaling": True}, {"key": b"1"}, {"packet_filter": -1}],
+    [
+        {"address": b"12"},
+        {"multicast": (b"1",)},
+        {"scaling": True},
+        {"scaling": True, "table": (0,)},
+        {"key": b"1"},
+        {"packet_filter": -1},
+    ],
 )
 def test_settings_that_no_guest_made_are_refused(lan: Make, change: dict[str, Any]) -> None:
     net = lan()

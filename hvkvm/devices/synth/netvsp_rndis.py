@@ -93,7 +93,8 @@ class Control:
         bad = len(state.multicast) > MAX_MULTICAST or len(state.address) != _MAC_BYTES
         bad = bad or any(len(one) != _MAC_BYTES for one in state.multicast)
         bad = bad or len(state.key) not in (0, ndis.HASH_KEY_BYTES) or not 0 <= state.packet_filter < 1 << 32
-        bad = bad or len(state.table) > ndis.INDIRECTION_ENTRIES or (state.scaling and not state.table)
+        bad = bad or len(state.table) > ndis.INDIRECTION_ENTRIES
+        bad = bad or (state.scaling and not (state.table and state.key))
         if bad:
             raise ValueError("the NIC's settings are none that a guest can have made")
         self.initialized, self.packet_filter = state.initialized, state.packet_filter

@@ -1,7 +1,8 @@
 """Which channel a received frame takes: Toeplitz hash of addresses and ports, and the guest's table.
 
-Why a table of tables: the hash of a byte at a place is the same each time, so a frame costs a look-up and an
-exclusive or for each byte. Pure; any thread.
+A stream's packets all have the same hash, so that the last ones are kept: a frame costs a look-up. Tables that
+made each of them quick cost the loop 6 ms for each key, which a guest may set as often as it likes. Owner: the
+I/O loop.
 """
 
 from __future__ import annotations
@@ -11,34 +12,36 @@ from hvkvm.net.checksum import IPPROTO_TCP, IPPROTO_UDP
 from hvkvm.net.port import ETHERNET_BYTES
 
 _IPV4_BYTES, _IPV6_BYTES = 20, 40
-_INPUT_BYTES = 36
-"""Two IPv6 addresses and two ports."""
+_KNOWN = 1024
+"""Most hashes that are kept; then all are forgotten."""
 
 
 class Toeplitz:
     """The hash with one key of 40 bytes."""
 
-    __slots__ = ("_tables", "key")
+    __slots__ = ("_known", "_number", "key")
 
     def __init__(self, key: bytes) -> None:
         self.key = key
-        number = int.from_bytes(key, "big")
-        bits = len(key) * 8
-        self._tables = []
-        for at in range(_INPUT_BYTES):
-            # The 32 bits of the key that stand from each bit of this byte on.
-            windows = [number >> (bits - 32 - at * 8 - bit) & 0xFFFFFFFF for bit in range(8)]
-            table = [0] * 256
-            for value in range(1, 256):
-                low = value & -value
-                table[value] = table[value ^ low] ^ windows[8 - low.bit_length()]
-            self._tables.append(table)
+        self._number = int.from_bytes(key, "big")
+        self._known: dict[bytes, int] = {}
 
     def hash(self, data: bytes) -> int:
         """Of at most 36 bytes, 32 bits."""
-        found = 0
-        for table, byte in zip(self._tables, data, strict=False):
-            found ^= table[byte]
+        found = self._known.get(data)
+        if found is None:
+            found = 0
+            # Of each bit that is set, the 32 bits of the key that stand from its place on.
+            first = len(self.key) * 8 - 32
+            for at, byte in enumerate(data):
+                window = self._number >> first - at * 8 - 7 & 0x7FFFFFFFFF
+                for bit in range(8):
+                    if byte >> bit & 1:
+                        found ^= window >> bit
+            found &= 0xFFFFFFFF
+            if len(self._known) >= _KNOWN:
+                self._known.clear()
+            self._known[data] = found
         return found
 
 
