@@ -1,5 +1,6 @@
 /*
  * nic IFACE [rx|tx|sg|tso|gro|lro=0|1]...   set what a NIC does by itself; with none, tell
+ * nic IFACE rx-gro-hw=0|1                   the same by the feature's name, where the NIC has it (virtio-net)
  * nic udp PORT                              send every datagram back to where it came from
  * nic join IFACE GROUP PORT                 join an IPv4 group, print the first datagram that comes
  * nic source|sink HOST PORT                 send, or take, a TCP stream until the other end closes
@@ -45,8 +46,48 @@ static int ethtool(int fd, const char *iface, unsigned int command, unsigned int
 	return 0;
 }
 
+#define NAMED 512 /* features that a kernel may have */
+
+/* By the name that the kernel gives it. A NIC without the feature leaves it alone, which is no failure. */
+static int set_named(int fd, const char *iface, const char *name, int on)
+{
+	static struct {
+		struct ethtool_gstrings head;
+		char names[NAMED][ETH_GSTRING_LEN];
+	} told;
+	static struct {
+		struct ethtool_sfeatures head;
+		struct ethtool_set_features_block blocks[NAMED / 32];
+	} wanted;
+	struct {
+		struct ethtool_sset_info head;
+		unsigned int count;
+	} sets = { { .cmd = ETHTOOL_GSSET_INFO, .sset_mask = 1ULL << ETH_SS_FEATURES }, 0 };
+	struct ifreq request = { .ifr_data = (void *)&sets };
+	unsigned int i;
+
+	strncpy(request.ifr_name, iface, IFNAMSIZ - 1);
+	if (ioctl(fd, SIOCETHTOOL, &request) || !sets.count || sets.count > NAMED)
+		return -1;
+	told.head = (struct ethtool_gstrings){ ETHTOOL_GSTRINGS, ETH_SS_FEATURES, sets.count };
+	request.ifr_data = (void *)&told;
+	if (ioctl(fd, SIOCETHTOOL, &request))
+		return -1;
+	for (i = 0; i < sets.count && strncmp(told.names[i], name, ETH_GSTRING_LEN); i++)
+		;
+	if (i == sets.count)
+		return -1;
+	wanted.head = (struct ethtool_sfeatures){ ETHTOOL_SFEATURES, (sets.count + 31) / 32 };
+	wanted.blocks[i / 32].valid = 1U << i % 32;
+	wanted.blocks[i / 32].requested = (unsigned int)!!on << i % 32;
+	request.ifr_data = (void *)&wanted;
+	return ioctl(fd, SIOCETHTOOL, &request) < 0 ? -1 : 0;
+}
+
 static int set(int fd, const char *iface, const char *setting)
 {
+	if (!strncmp(setting, "rx-gro-hw=", 10))
+		return set_named(fd, iface, "rx-gro-hw", atoi(setting + 10)) ? fail(setting) : 0;
 	for (size_t i = 0; i < COUNT; i++) {
 		size_t length = strlen(features[i].name);
 		unsigned int data = 0;
