@@ -1,8 +1,8 @@
 """Which channel a received frame takes: Toeplitz hash of addresses and ports, and the guest's table.
 
-A stream's packets all have the same hash, so that the last ones are kept: a frame costs a look-up. Tables that
-made each of them quick cost the loop 6 ms for each key, which a guest may set as often as it likes. Owner: the
-I/O loop.
+A stream's packets all have the same hash, and the last ones are kept, so that a frame costs a look-up. Tables
+would make each hash quick, but cost the loop 6 ms a key, and a guest may set one as often as it likes. Owner:
+the I/O loop.
 """
 
 from __future__ import annotations
