@@ -1,4 +1,7 @@
-"""Linux's own driver on our NIC, with the lab's kernel at the other end of the wire."""
+"""Linux's own driver on our NIC, with the lab's kernel at the other end of the wire.
+
+A soak pulls the cable HVKVM_NET_FLAPS times (100) and loads the driver anew HVKVM_NET_RELOADS times (50).
+"""
 
 from __future__ import annotations
 
@@ -16,7 +19,8 @@ from hvkvm.abi import nvsp
 pytestmark = [pytest.mark.hyperv, pytest.mark.timeout(1800)]
 MIB = 1 << 20
 SOAK = bool(os.environ.get("HVKVM_SOAK"))
-FLAPS, RELOADS = (100, 50) if SOAK else (2, 2)
+FLAPS = int(os.environ.get("HVKVM_NET_FLAPS", "100" if SOAK else "2"))
+RELOADS = int(os.environ.get("HVKVM_NET_RELOADS", "50" if SOAK else "2"))
 
 # Tests are collected outside before the lab has started: compiled there it is quick, and kept.
 with suppress(ProgramBuildError, OSError):
