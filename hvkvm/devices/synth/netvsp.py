@@ -82,7 +82,8 @@ class Netvsp:
         self.send = Send(memory)
         self._channels: dict[int, NvspChannel] = {0: NvspChannel(self, self._offer(0))}
         self._saved: dict[int, ChannelState] = {}
-        self._wanted: Offloads | None = None
+        self._settled: tuple[bool, bool] | None = None
+        """What the port was told of the guest's RSC, over IPv4 and IPv6."""
         self.agreed = Agreement(memory, self.send, self.receive, port.mtu, self._queues, self.fail)
         self._clear()
 
@@ -185,7 +186,7 @@ class Netvsp:
         for index, channel in self._channels.items():
             channel.saved = self._saved.pop(index, None)
         self._scaling_changed()
-        self._wanted = None  # the port is new, and is told when the guest goes on
+        self._settled = None  # the port is new, and is told when the guest goes on
 
     # netvsp_channel.Nic
 
@@ -221,22 +222,22 @@ class Netvsp:
     def after(self, io: ChannelIo) -> None:
         """A channel's turn is at its end: what others wait for."""
         primary = self._channels[0].io
-        if primary is not None and not primary.broken:
+        offers = io is primary and self.agreed.unoffered
+        if (offers or self.receive.waiting) and primary is not None and not primary.broken:
             with primary:
                 self.receive.pump(primary)
-                if io is primary:
-                    self.agreed.offer_sub_channels(io)
+                if offers:
+                    self.agreed.offer_sub_channels(primary)
         self._settle_offloads()
         if self._starved:
             self._starved = False
             self.port.resume()
 
     def _settle_offloads(self) -> None:
-        control = self.control_state
-        wanted = Offloads(control.rsc4 or control.rsc6, control.rsc4, control.rsc6).within(self.port.offloads)
-        if wanted != self._wanted:
-            self._wanted = wanted
-            self.port.set_offloads(wanted)
+        four, six = self.control_state.rsc4, self.control_state.rsc6
+        if (four, six) != self._settled:
+            self._settled = four, six
+            self.port.set_offloads(Offloads(four or six, four, six).within(self.port.offloads))
 
     def _scaling_changed(self) -> None:
         control = self.control_state
