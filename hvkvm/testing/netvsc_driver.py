@@ -253,6 +253,17 @@ class NetvscDriver:
         self.loop.client.free_pages += [one.pfns[0] for one in ranges]
         return ident
 
+    def lay(self, index: int, data: bytes) -> None:
+        """Lay bytes into a section of the send buffer."""
+        at = index * 6144
+        for offset in range(0, len(data), 512):
+            part = data[offset : offset + 512]
+            page, inside = divmod(at + offset, PAGE)
+            first = part[: PAGE - inside]
+            self.loop.memory.write(self.send_pages[page] * PAGE + inside, first)
+            if len(first) < len(part):
+                self.loop.memory.write(self.send_pages[page + 1] * PAGE, part[len(first) :])
+
     def send_section(
         self,
         index: int,
@@ -262,14 +273,7 @@ class NetvscDriver:
         channel: GuestChannel | None = None,
     ) -> int:
         """RNDIS messages by a section of the send buffer, and what goes on in pages."""
-        at = index * 6144
-        for offset in range(0, len(data), 512):
-            part = data[offset : offset + 512]
-            page, inside = divmod(at + offset, PAGE)
-            first = part[: PAGE - inside]
-            self.loop.memory.write(self.send_pages[page] * PAGE + inside, first)
-            if len(first) < len(part):
-                self.loop.memory.write(self.send_pages[page + 1] * PAGE, part[len(first) :])
+        self.lay(index, data)
         message = self.rndis(nvsp.RMC_DATA, index, len(data))
         if not rest:
             return self.post(message, wants=True, channel=channel)

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Callable
+from random import Random
 from typing import Any
 
 import pytest
 
-from hvkvm.abi import rndis
+from hvkvm.abi import nvsp, rndis
+from hvkvm.abi.ring import VM_PKT_DATA_INBAND, Packet
 from hvkvm.abi.virtio_net_hdr import (
     VIRTIO_NET_HDR_F_DATA_VALID,
     VIRTIO_NET_HDR_F_NEEDS_CSUM,
@@ -204,3 +206,35 @@ def test_the_hash_is_the_one_that_is_published() -> None:
     assert hash_input(packet(6, 17, b"")) == V6 + struct.pack(">HH", 1000, 2000)
     assert hash_input(spoil(frame, 20, b"\x00\x07")) == V4
     assert hash_input(bytes(60)) == b""
+
+
+def test_the_short_way_is_the_long_one(lan: Make) -> None:
+    """A message as most are makes the same frame on either way, whatever is wrong with it."""
+    net = lan()
+    driver = net.driver.start()
+    send, random, quick = net.nic.send, Random(12), 0
+    for _ in range(3000):
+        body = packet(
+            random.choice([4, 6]), random.choice([6, 17]), random.randbytes(random.choice([0, 9, 900]))
+        )
+        csum = random.choice([rndis.CSUM_TX_TCP, rndis.CSUM_TX_UDP]) | rndis.CSUM_TX_IPV4
+        marks = [(rndis.TCPIP_CHKSUM_PKTINFO, csum)] * random.choice([0, 1, 1])
+        marks += [(rndis.NBL_HASH_VALUE, 5)] * random.choice([0, 0, 1])
+        data = bytearray(data_message(body, marks, pad=random.choice([0, 0, 4])))
+        for _ in range(random.choice([0, 0, 1, 3])):
+            at = random.randrange(0, min(len(data), 140))
+            data[at] = random.choice([0, 1, 4, 12, 16, 36, 44, 60, 0x20, 255, random.randrange(256)])
+        driver.lay(0, bytes(data))
+        size = random.choice([len(data)] * 9 + [len(data) - 1])
+        payload = driver.rndis(nvsp.RMC_DATA, 0, size)
+        packed = Packet(VM_PKT_DATA_INBAND, 1, 1, b"", payload)
+        short = send.quick(packed)
+        if short is not None:
+            found = send.bytes_of(packed)
+            assert not isinstance(found, str)
+            long = send.frames_of(*found)
+            assert not isinstance(long, str)
+            assert [b"".join(one) for one in long] == [b"".join(short)]
+            assert long[0][0] == short[0]
+            quick += 1
+    assert quick > 1000

@@ -196,6 +196,11 @@ class NvspChannel:
 
     def _rndis(self, io: ChannelIo, packet: Packet) -> None:
         send = self.nic.send
+        quick = send.quick(packet) if io.pointed is None else None
+        if quick is not None:
+            self._waiting.append(Waiting(packet.trans_id, packet.wants_completion, 1))
+            self._frames.append(quick)
+            return
         found = send.bytes_of(packet)
         if isinstance(found, str):
             self.fail(found)
@@ -234,6 +239,7 @@ class NvspChannel:
                 self._frames = []
             self.nic.send.counters.frames += taken
             waiting = self._waiting
+            gone: list[tuple[int, bytes]] = []
             while taken:
                 first = waiting[0]
                 if first.frames > taken:
@@ -242,12 +248,18 @@ class NvspChannel:
                 taken -= first.frames
                 waiting.popleft()
                 if first.wants:
-                    self._complete(io, first.trans_id, _COMPLETE)
+                    gone.append((first.trans_id, _COMPLETE))
+            self._complete_all(io, gone)
         return not self._owed and len(self._waiting) < MAX_WAITING
 
     def _complete(self, io: ChannelIo, trans_id: int, payload: bytes) -> None:
         if self._owed or not self._answer(io, trans_id, payload):
             self._owed.append((trans_id, payload))
+
+    def _complete_all(self, io: ChannelIo, gone: list[tuple[int, bytes]]) -> None:
+        done = io.writer.put_all(VM_PKT_COMP, gone) if len(gone) > 1 and not self._owed else 0
+        for trans_id, payload in gone[done:]:
+            self._complete(io, trans_id, payload)
 
     def _answer(self, io: ChannelIo, trans_id: int, payload: bytes) -> bool:
         # Inside a batch, so that the writer itself will do. Rings that are too small were refused.

@@ -68,6 +68,10 @@ def outgoing(front: bytearray, size: int, info: dict[int, int]) -> bytes | None:
     if kind == ETH_P_8021Q:
         kind = front[16] << 8 | front[17]
         ip += 4
+    elif kind == ETH_P_IP and not lso and front[ip] == 0x45 and not csum & rndis.CSUM_TX_IP_HEADER:
+        quick = _plain_ipv4(front, size, csum)
+        if quick is not None:
+            return quick
     if kind == ETH_P_IP:
         header = (front[ip] & 15) * 4 if len(front) > ip else 0
         if header < _IPV4_BYTES or ip + header > len(front):
@@ -82,6 +86,23 @@ def outgoing(front: bytearray, size: int, info: dict[int, int]) -> bytes | None:
     if lso:
         return _large(front, size, lso, ip, version, l4)
     return _checked(front, size, csum, ip, version, l4, protocol)
+
+
+def _plain_ipv4(front: bytearray, size: int, csum: int) -> bytes | None:
+    """As `_checked`, for a frame without VLAN tag or IP options, as most are; None: ask that one."""
+    wanted = _PLAIN_IPV4.get(csum & (rndis.CSUM_TX_TCP | rndis.CSUM_TX_UDP))
+    if wanted is None:
+        return None
+    protocol, least, field, header = wanted
+    if len(front) < _L4 + least:
+        return None
+    length, fragment, found, source, destination = _ipv4_words.unpack_from(front, ETHERNET_BYTES)
+    length -= _IPV4_BYTES
+    if found != protocol or fragment & 0x3FFF or length < least or _L4 + length > size:
+        return None
+    total = source + destination + protocol + length
+    _be16.pack_into(front, field, (total - 1) % 0xFFFF + 1)
+    return header
 
 
 def _l4_of_ipv6(front: bytearray, ip: int, csum: int, lso: int) -> int:
@@ -146,6 +167,22 @@ def _large(front: bytearray, size: int, lso: int, ip: int, version: int, l4: int
         if front[l4 + 13] & _TCP_CWR:
             kind |= VIRTIO_NET_HDR_GSO_ECN
     return virtio_net_hdr_v1.pack(VIRTIO_NET_HDR_F_NEEDS_CSUM, kind, headers, mss, l4, TCP_CHECKSUM, 1)
+
+
+_L4 = ETHERNET_BYTES + _IPV4_BYTES
+_ipv4_words = Struct(">2xH2xHxB2xII")
+"""Total length, fragment, protocol, addresses."""
+
+
+def _for_ipv4(protocol: int, least: int, offset: int) -> tuple[int, int, int, bytes]:
+    flags, none = VIRTIO_NET_HDR_F_NEEDS_CSUM, VIRTIO_NET_HDR_GSO_NONE
+    return protocol, least, _L4 + offset, virtio_net_hdr_v1.pack(flags, none, 0, 0, _L4, offset, 1)
+
+
+_PLAIN_IPV4 = {
+    rndis.CSUM_TX_TCP: _for_ipv4(IPPROTO_TCP, _TCP_BYTES, TCP_CHECKSUM),
+    rndis.CSUM_TX_UDP: _for_ipv4(IPPROTO_UDP, _UDP_BYTES, UDP_CHECKSUM),
+}
 
 
 def received_marks(flags: int, csum_offset: int, kind: int) -> int:

@@ -87,6 +87,39 @@ class Send:
         total = len(blob) + sum(map(len, views))
         return b"".join((blob, *_front(views))), views, total
 
+    def quick(self, packet: Packet) -> Frame | None:
+        """The frame of a packet as most are: one RNDIS message, all of it in a section of the send buffer.
+
+        None for any other, and for one that is to be dropped or refused: that is for `bytes_of`, `frames_of`.
+        """
+        if packet.type != VM_PKT_DATA_INBAND:
+            return None
+        _type, channel, index, size = _rndis_pkt.unpack_from(packet.payload)
+        buffer = self.buffer
+        if channel != nvsp.RMC_DATA or buffer is None or not _packet_size <= size <= SECTION_BYTES:
+            return None
+        if (index + 1) * SECTION_BYTES > buffer.size:
+            return None
+        blob = buffer.read(index * SECTION_BYTES, size)
+        kind, length, data, n, _o, _ol, _on, ppi, marks, _vc, _rsvd = rndis.packet.unpack_from(blob)
+        data += rndis.BODY
+        if kind != rndis.RNDIS_MSG_PACKET or length != size or data < _packet_size + marks or data + n > size:
+            return None
+        info: dict[int, int] = {}
+        if marks:
+            if ppi != _MARKS or marks % rndis.VALUE_INFO_BYTES or marks > _MOST_MARKS:
+                return None
+            for one, mark, offset, value in rndis.value_info.iter_unpack(
+                blob[_packet_size : _packet_size + marks]
+            ):
+                if one != rndis.VALUE_INFO_BYTES or offset != rndis.per_packet_info.size:
+                    return None
+                info[mark] = value
+        frame = self._frame(blob, [], data, n, info)
+        if frame is not None:
+            self.counters.packets += 1
+        return frame
+
     def _views(self, header: bytes) -> list[memoryview] | str:
         """The pages that a packet lists, neighbours as one: `abi.ring.parse_gpa_direct` in one go."""
         if not 24 <= len(header) <= MAX_RANGES * 64:
@@ -188,6 +221,9 @@ class Send:
 
 _rndis_pkt = Struct("<IIII")
 _packet_size = rndis.packet.size
+_MARKS = rndis.packet.size - rndis.BODY
+"""Where Linux puts the marks: at once behind the message's head."""
+_MOST_MARKS = 4 * rndis.VALUE_INFO_BYTES
 
 
 def _take(views: list[memoryview], n: int) -> bytes:
