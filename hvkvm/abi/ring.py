@@ -9,6 +9,7 @@ valid, and raise nothing.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from struct import Struct
 from typing import NamedTuple
 
@@ -44,6 +45,8 @@ MAX_PAGES = 8192
 
 _xfer_header = Struct("<HBBI")
 _xfer_range = Struct("<II")
+_TRANSFERS: dict[int, Struct] = {}
+"""Header and ranges by how many there are; their maker has a bound."""
 _gpa_header = Struct("<II")
 _gpa_range = Struct("<II")
 _gpa_one = Struct("<IIII")
@@ -163,6 +166,15 @@ def transfer_page_header(set_id: int, ranges: list[TransferRange], *, owns_set: 
     parts = [_xfer_header.pack(set_id, int(owns_set), 0, len(ranges))]
     parts.extend(_xfer_range.pack(one.length, one.offset) for one in ranges)
     return b"".join(parts)
+
+
+def transfer_ranges(set_id: int, words: Sequence[int]) -> bytes:
+    """As `transfer_page_header`, of lengths and offsets in turn: for those who make many."""
+    count = len(words) >> 1
+    made = _TRANSFERS.get(count)
+    if made is None:
+        made = _TRANSFERS[count] = Struct(f"{_xfer_header.format}{2 * count}I")
+    return made.pack(set_id, 0, 0, count, *words)
 
 
 def parse_transfer_pages(packet: Packet, set_id: int, buffer_bytes: int) -> list[TransferRange] | None:

@@ -47,14 +47,21 @@ def finish(header: VnetHeader, frame: bytes) -> list[bytes]:
     return []
 
 
-def _summed(header: VnetHeader, frame: bytes) -> list[bytes]:
-    start, at = header.csum_start, header.csum_start + header.csum_offset
+def summed(start: int, offset: int, frame: bytearray) -> bytearray | None:
+    """`frame` with the checksum of what begins at `start`, put `offset` bytes behind; None for a lie."""
+    at = start + offset
     if start < ETHERNET_BYTES or at + 2 > len(frame):
-        return []
-    found = checksum(memoryview(frame)[start:])
-    if found == 0 and header.csum_offset == _UDP_CHECKSUM_OFFSET:
+        return None
+    found = checksum(frame[start:])
+    if found == 0 and offset == _UDP_CHECKSUM_OFFSET:
         found = 0xFFFF
-    return [frame[:at] + _u16.pack(found) + frame[at + 2 :]]
+    _u16.pack_into(frame, at, found)
+    return frame
+
+
+def _summed(header: VnetHeader, frame: bytes) -> list[bytes]:
+    whole = summed(header.csum_start, header.csum_offset, bytearray(frame))
+    return [] if whole is None else [bytes(whole)]
 
 
 def _cut(header: VnetHeader, frame: bytes, version: int) -> list[bytes]:

@@ -13,14 +13,14 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Sequence
+from struct import Struct
 from typing import NamedTuple
 
 from hvkvm.abi import nvsp, rndis
 from hvkvm.abi.ring import (
     VM_PKT_DATA_USING_XFER_PAGES,
     VMBUS_DATA_PACKET_FLAG_COMPLETION_REQUESTED,
-    TransferRange,
-    transfer_page_header,
+    transfer_ranges,
 )
 from hvkvm.abi.virtio_net_hdr import (
     VIRTIO_NET_HDR_F_DATA_VALID,
@@ -28,7 +28,6 @@ from hvkvm.abi.virtio_net_hdr import (
     VIRTIO_NET_HDR_GSO_ECN,
     VIRTIO_NET_HDR_GSO_TCPV4,
     VIRTIO_NET_HDR_GSO_TCPV6,
-    parse,
     virtio_net_hdr_v1,
 )
 from hvkvm.devices.synth import netvsp_offload as offload
@@ -36,7 +35,7 @@ from hvkvm.devices.synth.netvsp_buffer import GuestBuffer, Pieces
 from hvkvm.devices.synth.netvsp_coalesce import MAX_PACKET_BYTES, coalesced
 from hvkvm.devices.synth.netvsp_rndis import Control
 from hvkvm.net.port import ETHERNET_BYTES, Frame
-from hvkvm.net.segment import finish
+from hvkvm.net.segment import summed
 from hvkvm.vmbus.channel_io import ChannelIo
 
 MAX_RANGES = 32
@@ -65,6 +64,10 @@ _CONTROL = nvsp.rndis_pkt.pack(
     nvsp.NVSP_MSG1_TYPE_SEND_RNDIS_PKT, nvsp.RMC_CONTROL, nvsp.NETVSC_INVALID_INDEX, 0
 )
 _PPI_OFFSET = _packet.size - rndis.BODY
+_VOUCHED = _packet.size + rndis.VALUE_INFO_BYTES
+_vouched = Struct("<IIII12xII8xIIII")
+"""A `rndis.packet` with one `rndis.value_info`, as most frames have."""
+_tuple = tuple.__new__
 _GSO_FAMILY = {VIRTIO_NET_HDR_GSO_TCPV4: 4, VIRTIO_NET_HDR_GSO_TCPV6: 6}
 
 
@@ -95,6 +98,28 @@ def section_bytes(buffer: int, mtu: int) -> int:
     if buffer >= LARGE_BUFFER:
         return LARGE_SECTION
     return (mtu + ETHERNET_BYTES + 4 + HEADROOM + 7) & ~7
+
+
+def _marked(size: int, marks: Sequence[tuple[int, int]]) -> tuple[int, bytes]:
+    """The head of an RNDIS message of a frame of `size` bytes: how long it is, and itself."""
+    infos = len(marks) * rndis.VALUE_INFO_BYTES
+    data = _packet.size + infos
+    head = _packet.pack(
+        rndis.RNDIS_MSG_PACKET,
+        data + size,
+        data - rndis.BODY,
+        size,
+        0,
+        0,
+        0,
+        _PPI_OFFSET if infos else 0,
+        infos,
+        0,
+        0,
+    )
+    for mark, value in marks:
+        head += rndis.value_info.pack(rndis.VALUE_INFO_BYTES, mark, rndis.per_packet_info.size, value)
+    return data, head
 
 
 class Receive:
@@ -204,7 +229,7 @@ class Receive:
 
     def _laid(self, frame: Frame) -> Laid | str:
         """How a frame goes to the guest, or the counter of why it does not."""
-        flags, gso, _hdr, _mss, _start, offset, _n = virtio_net_hdr_v1.unpack(frame[0])
+        flags, gso, _hdr, _mss, start, offset, _n = virtio_net_hdr_v1.unpack(frame[0])
         views = frame[1:]
         first = views[0]
         if len(first) < HEADERS and len(views) > 1:
@@ -214,7 +239,9 @@ class Receive:
         if size < ETHERNET_BYTES:
             return "malformed"
         control = self.control
-        if not control.wants(bytes(first[:6])):
+        destination = first[:6].tobytes()
+        directed = control.packet_filter & rndis.NDIS_PACKET_TYPE_DIRECTED
+        if (not directed or destination != control.address) and not control.wants(destination):
             return "filtered"
         if gso:
             family = _GSO_FAMILY.get(gso & ~VIRTIO_NET_HDR_GSO_ECN)
@@ -225,61 +252,62 @@ class Receive:
             return "too_long"
         elif flags & VIRTIO_NET_HDR_F_NEEDS_CSUM:
             # A guest that looks at checksums itself (ethtool rx off) does not tell us.
-            whole = finish(parse(frame[0]), b"".join(views))
-            if not whole:
+            whole = summed(start, offset, bytearray().join(views))
+            if whole is None:
                 return "malformed"
-            views = (memoryview(whole[0]),)
-            first = views[0]
+            first = memoryview(whole)
+            views = (first,)
         kind = first[12] << 8 | first[13]
-        marks: list[tuple[int, int]] = []
+        vouched = flags & (VIRTIO_NET_HDR_F_NEEDS_CSUM | VIRTIO_NET_HDR_F_DATA_VALID)
         if kind == offload.ETH_P_8021Q and self.vlan_marks and size >= ETHERNET_BYTES + 4:
             tag = first[14] << 8 | first[15]
-            marks.append((rndis.IEEE_8021Q_INFO, tag >> 13 | (tag >> 12 & 1) << 3 | (tag & 0xFFF) << 4))
+            marks = [(rndis.IEEE_8021Q_INFO, tag >> 13 | (tag >> 12 & 1) << 3 | (tag & 0xFFF) << 4)]
             kind = first[16] << 8 | first[17]
             views = (first[:12], first[16:], *views[1:])
             size -= 4
-        if flags & (VIRTIO_NET_HDR_F_NEEDS_CSUM | VIRTIO_NET_HDR_F_DATA_VALID):
-            marks.append((rndis.TCPIP_CHKSUM_PKTINFO, offload.received_marks(flags, offset, kind)))
-        infos = len(marks) * rndis.VALUE_INFO_BYTES
-        data = _packet.size + infos
-        head = _packet.pack(
-            rndis.RNDIS_MSG_PACKET,
-            data + size,
-            data - rndis.BODY,
-            size,
-            0,
-            0,
-            0,
-            _PPI_OFFSET if infos else 0,
-            infos,
-            0,
-            0,
-        )
-        for mark, value in marks:
-            head += rndis.value_info.pack(rndis.VALUE_INFO_BYTES, mark, rndis.per_packet_info.size, value)
+            if vouched:
+                marks.append((rndis.TCPIP_CHKSUM_PKTINFO, offload.received_marks(flags, offset, kind)))
+            data, head = _marked(size, marks)
+        elif vouched:
+            data = _VOUCHED
+            value = offload.received_marks(flags, offset, kind)
+            head = _vouched.pack(
+                rndis.RNDIS_MSG_PACKET,
+                data + size,
+                data - rndis.BODY,
+                size,
+                _PPI_OFFSET,
+                rndis.VALUE_INFO_BYTES,
+                rndis.VALUE_INFO_BYTES,
+                rndis.TCPIP_CHKSUM_PKTINFO,
+                rndis.per_packet_info.size,
+                value,
+            )
+        else:
+            data, head = _marked(size, ())
         if data + size > self.section:
             return "too_long"
-        return Laid(head, views, data + size)
+        return _tuple(Laid, (head, views, data + size))
 
     def _send(self, io: ChannelIo, message: bytes, batch: Sequence[Laid]) -> bool:
         """Lay a batch into the buffer and send the packet that says where: False if there is no room."""
         buffer, pieces = self.buffer, self.pieces
         if buffer is None:
             return False
-        need = sum([(laid.size + 7) & ~7 for laid in batch])
+        need = sum([(laid[2] + 7) & ~7 for laid in batch])
         start, room = pieces.room(need)
         if room < need:
             return False
         at = start
         payload = large = 0
-        ranges = []
+        ranges: list[int] = []
         for head, views, size in batch:
-            ranges.append(TransferRange(size, at))
+            ranges += size, at
             buffer.write_all(at, (head, *views))
             at += (size + 7) & ~7
             payload += size - len(head)
             large += size - len(head) > self.max_frame
-        header = transfer_page_header(self.set_id, ranges)
+        header = transfer_ranges(self.set_id, ranges)
         ident = pieces.lend(start, need)
         if not io.fits(len(message), len(header)):
             self._broken("a ring that holds no packet for the guest")
