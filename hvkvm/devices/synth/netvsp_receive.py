@@ -44,7 +44,7 @@ MAX_RANGES = 32
 MAX_CONTROL_WAITING = 32
 """Answers and indications that may wait for room; Linux waits for each before it asks anew."""
 
-BATCH_BYTES = 1 << 17
+BATCH_BYTES = 1 << 19
 """Most bytes of a packet, after the first frame."""
 
 HEADERS = 64
@@ -151,7 +151,7 @@ class Receive:
             return False
         self.buffer, self.set_id = buffer, set_id
         self.section, self.sections = section, buffer.size // section
-        self._most = min(BATCH_BYTES, buffer.size // 4)
+        self._most = min(BATCH_BYTES, buffer.size // 8)
         # Ids go on: what the guest completes late must not be taken for what was sent anew.
         self.pieces = Pieces(buffer.size, self.sections, self.pieces.next_id)
         return True
