@@ -13,7 +13,8 @@ before the observer that it was given: no module limits its own.
 from __future__ import annotations
 
 import threading
-from typing import NamedTuple
+
+from hvkvm.tuples import NamedTuple
 
 
 class Warned(NamedTuple):

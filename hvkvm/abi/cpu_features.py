@@ -9,7 +9,7 @@ Sources: arch/x86/include/asm/cpufeatures.h and kernel/cpu/scattered.c, Intel SD
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from hvkvm.tuples import NamedTuple
 
 
 class CpuidBit(NamedTuple):

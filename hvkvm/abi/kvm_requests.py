@@ -8,9 +8,10 @@ in `kvm_structs`, one line here, one method on the handle that owns the fd.
 from __future__ import annotations
 
 from ctypes import c_uint64, sizeof
-from typing import Any, NamedTuple
+from typing import Any
 
 from hvkvm.abi import kvm_structs as s
+from hvkvm.tuples import NamedTuple
 
 KVMIO = 0xAE
 

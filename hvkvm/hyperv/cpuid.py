@@ -8,13 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from ctypes import addressof, c_uint16
-from typing import TYPE_CHECKING, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from hvkvm.abi import tlfs
 from hvkvm.abi.hv_synic import HV_SYNIC_SINT_COUNT, HV_SYNIC_SINT_RESET, HV_SYNIC_VERSION_1
 from hvkvm.abi.kvm import KVM_CAP_HYPERV_ENFORCE_CPUID, KVM_CAP_HYPERV_ENLIGHTENED_VMCS
 from hvkvm.abi.kvm_structs import kvm_cpuid_entry2
 from hvkvm.hyperv.enlightenments import ALWAYS, BY_NAME, REGISTERS
+from hvkvm.tuples import NamedTuple
 
 if TYPE_CHECKING:
     from hvkvm.hyperv.features import FeatureSet

@@ -7,13 +7,14 @@ them). Data only; `features` reads requests and resolves them against a host,
 
 from __future__ import annotations
 
-from typing import Literal, NamedTuple
+from typing import Literal
 
 from hvkvm.abi import tlfs
 from hvkvm.abi.tlfs import HYPERV_CPUID_ENLIGHTMENT_INFO as INFO
 from hvkvm.abi.tlfs import HYPERV_CPUID_FEATURES as FEATURES
 from hvkvm.abi.tlfs import HYPERV_CPUID_NESTED_FEATURES as NESTED
 from hvkvm.abi.tlfs import HYPERV_CPUID_SYNDBG_PLATFORM_CAPABILITIES as SYNDBG
+from hvkvm.tuples import NamedTuple
 
 REGISTERS = ("eax", "ebx", "ecx", "edx")
 

@@ -10,11 +10,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from types import MappingProxyType
-from typing import Literal, NamedTuple
+from typing import Literal
 
 from hvkvm.abi.tlfs import HV_SPINLOCK_RETRY_NEVER
 from hvkvm.errors import ConfigError
 from hvkvm.hyperv.enlightenments import ALIASES, BY_NAME, ENLIGHTENMENTS, VERSION_FIELDS
+from hvkvm.tuples import NamedTuple
 
 Base = Literal["list", "host-model", "windows", "passthrough", "none"]
 

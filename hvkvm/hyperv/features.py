@@ -8,7 +8,7 @@ there is a vCPU. Errors are one line: the flag, the reason, the remedy.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 from hvkvm.abi import kvm as abi_kvm
 from hvkvm.abi import tlfs
@@ -26,6 +26,7 @@ from hvkvm.hyperv.enlightenments import (
 )
 from hvkvm.hyperv.feature_text import FeatureRequest as FeatureRequest
 from hvkvm.hyperv.feature_text import parse_features as parse_features
+from hvkvm.tuples import NamedTuple
 
 if TYPE_CHECKING:
     from hvkvm.kvm.system import Kvm

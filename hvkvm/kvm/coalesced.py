@@ -11,11 +11,12 @@ Owner of a zone: the thread that made it. The ring is read on any thread, under 
 from __future__ import annotations
 
 from ctypes import sizeof
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 from hvkvm.abi.kvm import KVM_CAP_COALESCED_MMIO, KVM_CAP_COALESCED_PIO
 from hvkvm.abi.kvm_structs import kvm_coalesced_mmio, kvm_coalesced_mmio_ring, kvm_coalesced_mmio_ring_of
 from hvkvm.errors import CapabilityMissing
+from hvkvm.tuples import NamedTuple
 
 if TYPE_CHECKING:
     from types import TracebackType

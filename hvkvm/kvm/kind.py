@@ -9,7 +9,8 @@ Any thread.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import NamedTuple
+
+from hvkvm.tuples import NamedTuple
 
 HARDWARE_MODULES = {"kvm_intel": "vmx", "kvm_amd": "svm"}
 REMEDY = (

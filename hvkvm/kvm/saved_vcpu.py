@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Sequence
-from typing import NamedTuple, TypeVar
+from typing import TypeVar
 
 from hvkvm.abi.kvm_structs import (
     kvm_cpuid_entry2,
@@ -22,6 +22,7 @@ from hvkvm.abi.kvm_structs import (
 )
 from hvkvm.kvm.vcpu import Vcpu
 from hvkvm.kvm.vcpu_state import MSR_IA32_TSC, VcpuState, capture, restore
+from hvkvm.tuples import NamedTuple
 
 S = TypeVar("S", bound=ctypes.Structure)
 

@@ -17,7 +17,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from functools import cache
-from typing import NamedTuple
 
 from hvkvm.abi.kvm_structs import (
     kvm_debugregs,
@@ -31,6 +30,7 @@ from hvkvm.abi.kvm_structs import (
 from hvkvm.abi.tlfs import HV_X64_MSR_COUNT, HV_X64_MSR_FIRST
 from hvkvm.kvm.kind import probe
 from hvkvm.kvm.vcpu import Vcpu
+from hvkvm.tuples import NamedTuple
 
 MSR_IA32_TSC = 0x10
 

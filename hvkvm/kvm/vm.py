@@ -12,7 +12,6 @@ import ctypes
 import os
 from collections.abc import Iterable, Sequence
 from threading import Lock
-from typing import NamedTuple
 
 from hvkvm.abi import kvm_requests as rq
 from hvkvm.abi.kvm import (
@@ -43,6 +42,7 @@ from hvkvm.abi.kvm_structs import (
 from hvkvm.kvm import ioctl as door
 from hvkvm.kvm.handle import Handle
 from hvkvm.kvm.vcpu import Vcpu
+from hvkvm.tuples import NamedTuple
 
 _OLD_MEMORY_SLOTS = 32  # what KVM had before it could be asked
 _ENABLE_CAP = rq.KVM_ENABLE_CAP._replace(scope="vm")

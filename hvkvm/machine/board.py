@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from contextlib import ExitStack
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 from hvkvm.abi import board
 from hvkvm.backends.console_tail import ConsoleTail
@@ -30,6 +30,7 @@ from hvkvm.errors import CapabilityMissing, StateError
 from hvkvm.kvm.irqfd import Irqfd
 from hvkvm.machine.command_way import CommandState
 from hvkvm.machine.outcome import Ending
+from hvkvm.tuples import NamedTuple
 
 if TYPE_CHECKING:
     from hvkvm.backends.console import Console

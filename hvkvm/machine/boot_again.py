@@ -9,7 +9,7 @@ Called by whoever makes the machine, by the thread that writes a save, and on th
 
 from __future__ import annotations
 
-from hashlib import blake2b
+from _blake2 import blake2b  # of `hashlib`, which loads OpenSSL: every run would have that at its start
 from pathlib import Path
 
 from hvkvm.errors import HvkvmError

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple, Protocol
+from typing import Protocol
 
 from hvkvm.abi.guest_command import MAX_LINE_BYTES
+from hvkvm.tuples import NamedTuple
 
 
 class CommandState(NamedTuple):

@@ -5,7 +5,9 @@ Owner: whoever makes the machine. May block: images are opened for reading. Only
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
+
+from hvkvm.tuples import NamedTuple
 
 if TYPE_CHECKING:
     from hvkvm.machine.config import MachineConfig

@@ -9,7 +9,7 @@ flag, the reason and the remedy, whichever way the value came in.
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple, get_args
+from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args
 
 from hvkvm.abi.guest_command import SERIAL_PORTS, CommandIo
 from hvkvm.abi.vmbus import HOST_VERSIONS, version_text
@@ -31,6 +31,7 @@ from hvkvm.machine.config_kinds import (
     Words,
 )
 from hvkvm.machine.config_words import Structured
+from hvkvm.tuples import NamedTuple
 
 if TYPE_CHECKING:
     from hvkvm.machine.disk_spec import CdromSpec, DiskSpec

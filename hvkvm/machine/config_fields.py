@@ -14,10 +14,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from hvkvm.errors import ConfigError
 from hvkvm.machine.config_kinds import Check, Kind
+from hvkvm.tuples import NamedTuple
 
 
 class Field(NamedTuple):

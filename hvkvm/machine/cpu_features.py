@@ -11,12 +11,12 @@ Pure: CPUID entries in, new entries out. Any thread.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import NamedTuple
 
 from hvkvm.abi.cpu_features import BITS, MADE_BY_LINUX, CpuidBit
 from hvkvm.abi.cpu_needs import LEAF_NEEDS, NEEDS
 from hvkvm.abi.kvm_structs import kvm_cpuid_entry2
 from hvkvm.errors import CapabilityMissing, ConfigError
+from hvkvm.tuples import NamedTuple
 
 _NOT_OURS = {
     "apic": "the machine's interrupt controllers are KVM's",

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import ExitStack
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 from hvkvm.errors import ConfigError, HvkvmError, StateError
 from hvkvm.hyperv.features import FeatureSet, parse_features, resolve
@@ -21,6 +21,7 @@ from hvkvm.hyperv.partition import Partition
 from hvkvm.hyperv.usermode.features import Choice, for_user_synic
 from hvkvm.hyperv.usermode.features import choose as choose_synic
 from hvkvm.machine.vcpus import guest_features
+from hvkvm.tuples import NamedTuple
 
 if TYPE_CHECKING:
     from hvkvm.hyperv.synic.seam import Synic

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from enum import Enum
-from typing import NamedTuple
 
 from hvkvm.errors import exhausted
+from hvkvm.tuples import NamedTuple
 
 
 class Ending(Enum):

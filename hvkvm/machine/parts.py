@@ -6,7 +6,9 @@ and tests takes a `Machine`.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
+
+from hvkvm.tuples import NamedTuple
 
 if TYPE_CHECKING:
     from hvkvm.machine.board import Board

@@ -6,7 +6,9 @@ It is there before any part, and has no guest-visible state but RAM.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
+
+from hvkvm.tuples import NamedTuple
 
 if TYPE_CHECKING:
     from hvkvm.events import Observer

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 from hvkvm.abi.kvm import KVM_IRQCHIP_IOAPIC, KVM_IRQCHIP_PIC_MASTER, KVM_IRQCHIP_PIC_SLAVE
 from hvkvm.abi.kvm_structs import kvm_clock_data, kvm_irqchip, kvm_pit_state2
@@ -18,6 +18,7 @@ from hvkvm.kvm.saved_vcpu import SavedVcpu, cpuid_of, load_vcpu, save_vcpu
 from hvkvm.kvm.vcpu_state import state_msrs
 from hvkvm.machine.cpu_features import shown
 from hvkvm.machine.reset import PowerOnState
+from hvkvm.tuples import NamedTuple
 
 if TYPE_CHECKING:
     from hvkvm.machine.guest_image import GuestImage

@@ -10,9 +10,10 @@ from __future__ import annotations
 
 import heapq
 import threading
-from typing import NamedTuple, Protocol
+from typing import Protocol
 
 from hvkvm.errors import HvkvmError
+from hvkvm.tuples import NamedTuple
 
 
 class NoSlotLeft(HvkvmError):

@@ -22,7 +22,9 @@ from __future__ import annotations
 import ctypes
 import sys
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any
+
+from hvkvm.tuples import NamedTuple
 
 FREE_THREADED = not getattr(sys, "_is_gil_enabled", lambda: True)()
 """Whether threads run Python code at the same time, so that a store and the load behind it need a fence."""

@@ -17,7 +17,6 @@ import ctypes
 import os
 from collections.abc import Iterator
 from types import TracebackType
-from typing import NamedTuple
 
 from hvkvm.abi.board import RAM_HIGH_BASE, RAM_LOW_LIMIT
 from hvkvm.errors import GuestMemoryError
@@ -25,6 +24,7 @@ from hvkvm.memory.address_space import AddressSpace, SlotOwner
 from hvkvm.memory.mapping import PAGE_SIZE, Mapping, punch, sealed_memfd
 from hvkvm.memory.overlay_stacks import OverlayStacks
 from hvkvm.memory.private import PrivateMapping
+from hvkvm.tuples import NamedTuple
 
 # The GIL stays held: `close()` on another thread cannot unmap the target halfway. Without a GIL the order of
 # closing alone sees to that: who may write has ended before.

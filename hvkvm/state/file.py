@@ -20,17 +20,18 @@ from __future__ import annotations
 import errno
 import json
 import os
+from _blake2 import blake2b  # of `hashlib`, which loads OpenSSL: every run would have that at its start
 from collections.abc import Iterator
 from contextlib import suppress
-from hashlib import blake2b
 from pathlib import Path
 from struct import Struct
-from typing import Any, NamedTuple
+from typing import Any
 
 from hvkvm.errors import StateError
 from hvkvm.memory.mapping import PAGE_SIZE, sealed_memfd
 from hvkvm.state.codec import plain, restored
 from hvkvm.state.compressed import MAX_PIECE, Packer, Unpacker
+from hvkvm.tuples import NamedTuple
 
 MAGIC = b"hvkvm saved VM\n\0"
 FORMAT = 5

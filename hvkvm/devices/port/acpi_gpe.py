@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 from hvkvm.abi.board import GPE0_EVENTS, GPE0_PORT, GPE0_SIZE
+from hvkvm.tuples import NamedTuple
 
 if TYPE_CHECKING:
     from hvkvm.devices.port.bus import PortBus

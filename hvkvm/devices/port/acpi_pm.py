@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 from hvkvm.abi.board import (
     PM1_CNT_SCI_EN,
@@ -23,6 +23,7 @@ from hvkvm.abi.board import (
     PM1A_EVT_SIZE,
     S5_SLP_TYP,
 )
+from hvkvm.tuples import NamedTuple
 
 if TYPE_CHECKING:
     from hvkvm.devices.port.bus import PortBus

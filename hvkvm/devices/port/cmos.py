@@ -12,9 +12,10 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 from hvkvm.abi.board import CMOS_PORT, CMOS_SIZE, RAM_LOW_LIMIT
+from hvkvm.tuples import NamedTuple
 
 if TYPE_CHECKING:
     from hvkvm.devices.port.bus import PortBus

@@ -14,7 +14,7 @@ from __future__ import annotations
 import struct
 import threading
 from collections.abc import Callable
-from typing import TYPE_CHECKING, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from hvkvm.abi.board import FW_CFG_DMA_PORT, FW_CFG_DMA_SIZE, FW_CFG_PORT, FW_CFG_SIZE
 from hvkvm.abi.fw_cfg import (
@@ -39,6 +39,7 @@ from hvkvm.abi.fw_cfg import (
     FW_CFG_VERSION_DMA,
 )
 from hvkvm.errors import GuestMemoryError
+from hvkvm.tuples import NamedTuple
 
 if TYPE_CHECKING:
     from hvkvm.devices.port.bus import PortBus

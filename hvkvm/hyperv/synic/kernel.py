@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterable, Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 from hvkvm.abi.kvm import (
     KVM_CAP_HYPERV_EVENTFD,
@@ -35,6 +35,7 @@ from hvkvm.hyperv.synic.kernel_line import KernelLine, KernelSignalPath
 from hvkvm.hyperv.synic.vp import VpState, VpSynic
 from hvkvm.memory.overlay import OverlayPage
 from hvkvm.runtime.protocols import EdgeWatcher, VpThread
+from hvkvm.tuples import NamedTuple
 
 if TYPE_CHECKING:
     from hvkvm.kvm.gsi import GsiTable

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import errno
 import threading
-from typing import NamedTuple
 
 from hvkvm.abi.hv_synic import (
     HV_SYNIC_CONTROL_ENABLE,
@@ -21,6 +20,7 @@ from hvkvm.abi.hv_synic import (
 from hvkvm.errors import HvkvmError
 from hvkvm.events import NULL_OBSERVER, Observer, SynicPageMoved, Warned
 from hvkvm.hyperv.synic.pages import EventFlagsPage, MessagePage, Overlay, SynicPage
+from hvkvm.tuples import NamedTuple
 
 
 class VpState(NamedTuple):

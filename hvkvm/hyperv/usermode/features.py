@@ -5,12 +5,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from typing import TYPE_CHECKING, Literal
 
 from hvkvm.abi import kvm as abi_kvm
 from hvkvm.abi import tlfs
 from hvkvm.errors import CapabilityMissing
 from hvkvm.hyperv.features import FeatureSet, HostFeatures
+from hvkvm.tuples import NamedTuple
 
 if TYPE_CHECKING:
     from hvkvm.kvm.system import Kvm
