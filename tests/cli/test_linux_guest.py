@@ -54,6 +54,8 @@ def test_a_command_runs_under_all_enlightenments_and_returns_its_status(linux: B
     assert "Hypervisor detected: Microsoft Hyper-V" in result.stdout
     assert "Using hypercall for remote TLB flush" in result.stdout
     assert "DMI: hvkvm Virtual Machine" in result.stdout
+    assert "PCI: Using configuration type 1" in result.stdout, "though nobody is there, and so"
+    assert "PCI: Fatal" not in result.stdout
     if host_counts_by_tsc():
         assert "clocksource hyperv_clocksource_tsc_page" in result.stdout
     version = artifact("HVKVM_GUEST_KERNEL").name.removeprefix("vmlinuz-")

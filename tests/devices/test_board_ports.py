@@ -121,16 +121,29 @@ def test_cf9_resets(bus, resets, value):
     assert resets == ["PciConfigPorts"]
 
 
-def test_a_pci_probe_finds_nothing_and_resets_nothing(bus, resets):
-    for address in (0x80000000, 0x80000400, 0xFFFFFFFF):
+def test_a_pci_probe_finds_mechanism_1_and_nobody_and_resets_nothing(bus, resets):
+    """As Linux's pci_check_type1(), which wants the address back, and a scan behind it."""
+    bus.write(0xCFB, 1, 1)
+    for address in (0x80000000, 0x80000400, 0x80FFFFFC):
         bus.write(0xCF8, 4, address)
-        assert bus.read(0xCF8, 4) == 0xFFFFFFFF
+        assert bus.read(0xCF8, 4) == address
         assert bus.read(0xCFC, 2) == 0xFFFF
         assert bus.read(0xCFE, 1) == 0xFF
     bus.write(0xCF8, 1, 0xFF)
     bus.write(0xCF8, 2, 0xFFFF)
     bus.write(0xCFA, 1, 0xFF)
+    assert bus.read(0xCF8, 4) == address
     assert resets == []
+
+
+def test_configuration_address_and_reset_control_are_saved():
+    ports, other = PciConfigPorts(lambda: None), PciConfigPorts(lambda: None)
+    ports.write(0, 4, 0xFFFFFFFF)
+    ports.write(1, 1, 0x02)
+    other.load(ports.save())
+    assert (other.address, other.read(1, 1), other.save()) == (0x80FFFFFC, 0x02, ports.save())
+    other.load(0)
+    assert (other.read(0, 4), other.read(1, 1)) == (0, 0)
 
 
 @pytest.mark.parametrize(("value", "count"), [(0xFE, 1), (0xF0, 1), (0xFF, 0), (0xAA, 0), (0xD1, 0)])

@@ -19,7 +19,6 @@ if TYPE_CHECKING:
     from hvkvm.devices.pci.function import Function
 
 _DATA = pci.PCI_CONFIG_DATA - pci.PCI_CONFIG_ADDRESS
-_ADDRESS_BITS = 0x80FFFFFC
 
 
 class Mechanism1(PciConfigPorts):
@@ -28,21 +27,9 @@ class Mechanism1(PciConfigPorts):
     def __init__(self, on_reset: Callable[[], None]) -> None:
         super().__init__(on_reset)
         self.bus: PciBus | None = None
-        self._address = 0
-
-    @property
-    def address(self) -> int:
-        """What was written to 0xcf8 last."""
-        return self._address
-
-    @address.setter
-    def address(self, value: int) -> None:
-        self._address = value & _ADDRESS_BITS
 
     def read(self, offset: int, size: int) -> int:
         """The address, the reset control register, or bytes of configuration space."""
-        if offset == 0 and size == 4:
-            return self._address
         if offset < _DATA:
             return super().read(offset, size)
         at = self._selected(offset)
@@ -50,9 +37,7 @@ class Mechanism1(PciConfigPorts):
 
     def write(self, offset: int, size: int, value: int) -> None:
         """Name a register, ask for a reset, or write configuration space."""
-        if offset == 0 and size == 4:
-            self.address = value
-        elif offset < _DATA:
+        if offset < _DATA:
             super().write(offset, size, value)
         else:
             at = self._selected(offset)
@@ -61,7 +46,7 @@ class Mechanism1(PciConfigPorts):
 
     def _selected(self, offset: int) -> tuple[Function, int] | None:
         """The function and register that a data port leads to now; None where nobody is."""
-        address = self._address
+        address = self.address
         if self.bus is None or not address & pci.PCI_CONFIG_ENABLE or address >> 16 & 0xFF:
             return None
         function = self.bus.function(address >> 11 & 0x1F, address >> 8 & 7)

@@ -2,8 +2,7 @@
 
 `on_reset` runs on the writing vCPU's thread, perhaps more than once, and must
 not wait for that thread. 0xcf9 lies amid the PCI configuration ports, so one
-device has all eight: it says that there is no PCI, at once, and a 32-bit
-configuration address is never mistaken for a reset.
+device has all eight, and a 32-bit configuration address is never mistaken for a reset.
 """
 
 from __future__ import annotations
@@ -20,6 +19,7 @@ I8042_DATA_PORT = 0x60
 SYSTEM_CONTROL_A_PORT = 0x92
 PCI_CONFIG_PORT = 0xCF8
 PCI_CONFIG_SIZE = 8
+_ADDRESS_BITS = 0x80FFFFFC
 
 _CF9 = RESET_PORT - PCI_CONFIG_PORT
 _CF9_RESET_CPU = 1 << 2
@@ -29,34 +29,50 @@ _PORT92_A20 = 1 << 1
 
 
 class PciConfigPorts:
-    """0xcf8-0xcff: the reset control register, and the answer "no PCI here" around it."""
+    """0xcf8-0xcff: PCI's configuration ports with nobody behind them; the reset control register amid them.
+
+    The address reads back as it was written, as behind every host bridge, or Linux says on the console that
+    it is fatal to have none. All ones are read of every function.
+    """
 
     def __init__(self, on_reset: Callable[[], None]) -> None:
         self._on_reset = on_reset
         self._control = 0
+        self._address = 0
+
+    @property
+    def address(self) -> int:
+        """What was written to 0xcf8 last. One register for the whole machine: guests take turns."""
+        return self._address
+
+    @address.setter
+    def address(self, value: int) -> None:
+        self._address = value & _ADDRESS_BITS
 
     def attach(self, bus: PortBus) -> None:
         """Claim the eight ports; ConfigError when one is taken."""
         bus.add(PCI_CONFIG_PORT, PCI_CONFIG_SIZE, self)
 
     def save(self) -> int:
-        """The reset control register."""
-        return self._control
+        """The reset control register, and above its eight bits the address."""
+        return self._control | self._address << 8
 
     def load(self, value: int) -> None:
-        """Put it back; resets nothing. Power-on is 0."""
+        """Put both back; resets nothing. Power-on is 0."""
         self._control = value & 0xFF & ~_CF9_RESET_CPU
+        self.address = value >> 8
 
     def read(self, offset: int, size: int) -> int:
-        """The reset control register, or all ones.
-
-        CONFIG_ADDRESS does not read back, so a guest's probe ends after one try.
-        """
+        """The address, the reset control register, or all ones."""
+        if offset == 0 and size == 4:
+            return self._address
         return self._control if offset == _CF9 and size == 1 else -1
 
     def write(self, offset: int, size: int, value: int) -> None:
-        """Reset on bit 2 of a byte written to 0xcf9."""
-        if offset == _CF9 and size == 1:
+        """Name a register, or reset on bit 2 of a byte written to 0xcf9."""
+        if offset == 0 and size == 4:
+            self.address = value
+        elif offset == _CF9 and size == 1:
             self._control = value & ~_CF9_RESET_CPU
             if value & _CF9_RESET_CPU:
                 self._on_reset()
