@@ -7,8 +7,7 @@ Reset (device_status = 0) is done at once where no request is in flight, since f
 else status reads as it was until the last worker has let go of guest memory. So no completion of a life
 before a reset meets a queue of the next one.
 
-Locks: `_lock` for registers, queues and counts; `_line_lock` for the level of INTx, held while the bus is
-told. Neither is held when the other is taken, and the bus calls nothing of ours that takes `_line_lock`.
+`_lock` is for registers, queues and counts; the interrupts have locks of their own.
 """
 
 from __future__ import annotations
@@ -17,7 +16,6 @@ import threading
 from collections.abc import Callable
 from contextlib import suppress
 from functools import partial
-from typing import Protocol
 
 from hvkvm.abi import virtio
 from hvkvm.devices.pci import msix
@@ -27,7 +25,9 @@ from hvkvm.devices.pci.turn import Turn
 from hvkvm.devices.pci.virtio import function as places
 from hvkvm.devices.pci.virtio import saved
 from hvkvm.devices.pci.virtio.bells import Bells
+from hvkvm.devices.pci.virtio.device import Device
 from hvkvm.devices.pci.virtio.function import VirtioFunction
+from hvkvm.devices.pci.virtio.interrupts import Interrupts
 from hvkvm.devices.pci.virtio.registers import SIZE, Registers
 from hvkvm.devices.pci.virtio.ring import Broken, Chain, Memory, Place, Ring
 from hvkvm.devices.pci.virtio.saved import VirtioState
@@ -40,31 +40,6 @@ SEGMENTS = 1024
 """Buffers of the requests taken in one turn, give or take one request."""
 MAX_IN_FLIGHT = 256
 """Requests of one device that may be unanswered."""
-
-
-class Device(Protocol):
-    """What is behind the transport. Owner: the I/O loop, but for `config`, which any thread reads."""
-
-    kind: int
-    class_code: int
-    features: int
-    """Offered beside those of the transport."""
-    queue_sizes: tuple[int, ...]
-    config: bytes
-
-    def perform(self, chain: Chain, done: Callable[[int], object]) -> None:
-        """Carry a request out; `done(written)` once, here or later. Nothing is raised."""
-        ...
-
-    def flush_answers(self) -> None:
-        """Answer now what can be: the end of a turn."""
-        ...
-
-    def drain(self, done: Callable[[], object]) -> None:
-        """`done()` on the loop once no worker uses guest memory."""
-        ...
-
-    def inspect(self) -> dict[str, object]: ...
 
 
 _FEATURES = (
@@ -95,8 +70,7 @@ class Transport:
         self.msix = msix.Msix(function, function.vectors, router)
         function.region = self
         function.on_msix = self.msix.control_written
-        self.on_intx: Callable[[bool], object] | None = None
-        """Drives the INTx of the slot that it is in."""
+        self._interrupts = Interrupts(self.msix)
         self.taken = 0
         """Requests taken so far."""
         self.broken = ""
@@ -105,18 +79,25 @@ class Transport:
         self._turns = Turn(io, self._turn)
         self._signals = Turn(io, self._signal)
         self._lock = threading.Lock()
-        self._line_lock = threading.Lock()
         self._registers = Registers(device.features | _FEATURES, device.queue_sizes, function.vectors)
         self._rings: dict[int, Ring] = {}
         self._in_flight = 0
         self._resetting = False
         self._base: int | None = None
-        self._isr = 0
         # The loop's own.
         self._stopped = True
         self._first = 0
         self._bells = Bells(make_bell, self._turn)
         self._dirty: set[int] = set()
+
+    @property
+    def on_intx(self) -> Callable[[bool], object] | None:
+        """Drives the INTx of the slot that it is in."""
+        return self._interrupts.on_intx
+
+    @on_intx.setter
+    def on_intx(self, drive: Callable[[bool], object]) -> None:
+        self._interrupts.on_intx = drive
 
     # What a vCPU does.
 
@@ -136,10 +117,7 @@ class Transport:
             with self._lock:
                 return self._registers.read(at, size)
         if area == places.ISR and not at:
-            with self._lock:
-                isr, self._isr = self._isr, 0
-            self._update_line()
-            return isr
+            return self._interrupts.take_isr()
         if area == places.DEVICE:
             return int.from_bytes(self.device.config[at : at + size], "little")
         if area == places.MSIX_TABLE:
@@ -161,7 +139,7 @@ class Transport:
                     self._enable(value)
                 else:
                     self._registers.write(at, size, value)
-            self._update_line()
+            self._interrupts.update_line()
             self._turns.ask()
 
     def _set_status(self, value: int) -> None:
@@ -193,7 +171,7 @@ class Transport:
         """The end of a reset. Under the lock; nothing is in flight."""
         self._registers.reset()
         self._rings.clear()
-        self._isr = 0
+        self._interrupts.isr = 0
         self._resetting = False
 
     # The loop's turn.
@@ -278,19 +256,9 @@ class Transport:
                 ring = self._rings.get(index)  # a reset may have come in between
                 if ring is not None and not self._resetting and ring.publish():
                     vectors.append(self._registers.queues[index].vector)
-            if vectors and not self.msix.enabled:
-                self._isr |= virtio.VIRTIO_PCI_ISR_QUEUE
-        if not self.msix.enabled:
-            self._update_line()
-            return
-        for vector in vectors:
-            if vector != virtio.VIRTIO_MSI_NO_VECTOR:
-                self.msix.raise_vector(vector)
-
-    def _update_line(self) -> None:
-        with self._line_lock:
-            if self.on_intx is not None:
-                self.on_intx(bool(self._isr) and not self.msix.enabled)
+            if vectors:
+                self._interrupts.note()
+        self._interrupts.raise_vectors(vectors)
 
     # The machine.
 
@@ -299,11 +267,7 @@ class Transport:
         self._stopped = False
         with self._lock:
             vectors = [self._registers.queues[index].vector for index in self._rings]
-        if self.msix.enabled:
-            for vector in vectors:
-                if vector != virtio.VIRTIO_MSI_NO_VECTOR:
-                    self.msix.raise_vector(vector)
-        self._update_line()
+        self._interrupts.raise_vectors(vectors)
         self._turns.ask()
 
     def stop(self, done: Callable[[], object]) -> None:
@@ -333,12 +297,12 @@ class Transport:
 
     def save(self) -> VirtioState:
         """All that the guest could tell apart. Only while stopped."""
-        return saved.saved(self._registers, self._rings, self._isr, self.msix.save())
+        return saved.saved(self._registers, self._rings, self._interrupts.isr, self.msix.save())
 
     def load(self, state: VirtioState) -> None:
         """Take it, behind the function's registers. ValueError for what cannot be."""
         self._rings = saved.load(state, self._registers, self._ring)
-        self._isr = state.isr & 0xFF
+        self._interrupts.isr = state.isr
         self.msix.load(state.msix)
 
     def inspect(self) -> dict[str, object]:
