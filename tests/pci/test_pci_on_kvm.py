@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import struct
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -13,9 +12,9 @@ from uuid import UUID
 
 import guest_images
 import pytest
-from guest_agent import SCRATCH
 from guest_machine import Guest
-from pci_driver import BAR, PciDriver
+from nvme_driver import ADMIN_CQ, DATA, EVENTS, SHADOW, Driver
+from pci_driver import BAR
 from png_files import pixels_of
 from running_vm import running_vm
 
@@ -31,8 +30,6 @@ pytestmark = pytest.mark.kvm
 ROM = Path(__file__).parents[1] / "guests/rom.s"
 NV_DATA = UUID("fff12b8d-7696-4c8b-a985-2747075b4f50").bytes_le
 MIB = 1 << 20
-ADMIN_SQ, ADMIN_CQ, IO_SQ, IO_CQ, SHADOW, EVENTS, DATA = (SCRATCH + 0x1000 * n for n in range(7))
-ENTRIES = 8
 
 
 @pytest.fixture
@@ -120,72 +117,6 @@ def test_a_framebuffer_is_seen_by_ctl(rom: Path, disk: Path, tmp_path: Path) -> 
     with running_vm(tmp_path, *words, "none") as vm:
         assert vm.finish() == 0
         assert vm.text == "RPETBNUWD" * 2
-
-
-class Driver(PciDriver):
-    """An NVMe driver whose every access a guest's vCPU makes."""
-
-    def __init__(self, guest: Guest) -> None:
-        super().__init__(guest)
-        self.tails = [0, 0]
-        self.heads = [0, 0]
-        self.phases = [1, 1]
-        self.id = 0
-
-    def enable(self) -> None:
-        assert self.config(pci.PCI_VENDOR_ID) == pci.NVME_DEVICE_ID << 16 | pci.PCI_VENDOR_ID_MICROSOFT
-        self.config(pci.PCI_BASE_ADDRESS_0, BAR)
-        self.config(pci.PCI_COMMAND, pci.PCI_COMMAND_MEMORY | pci.PCI_COMMAND_MASTER, 2)
-        self.reg(nvme.NVME_REG_AQA, (ENTRIES - 1) * 0x10001)
-        self.reg(nvme.NVME_REG_ASQ, ADMIN_SQ, 8)
-        self.reg(nvme.NVME_REG_ACQ, ADMIN_CQ, 8)
-        self.reg(nvme.NVME_REG_CC, 0x00460001)
-        self.guest.until(
-            lambda: self.reg(nvme.NVME_REG_CSTS) == nvme.NVME_CSTS_RDY, "the controller is ready"
-        )
-
-    def begin(
-        self,
-        queue: int,
-        opcode: int,
-        *,
-        nsid: int = 0,
-        prp1: int = DATA,
-        prp2: int = 0,
-        cdw: tuple[int, ...] = (),
-    ) -> None:
-        """Submit a command; who rings is the caller's business."""
-        self.id += 1
-        words = (*cdw, *[0] * (6 - len(cdw)))
-        raw = struct.pack("<BBHI8xQQQ6I", opcode, 0, self.id, nsid, 0, prp1, prp2, *words)
-        self.guest.machine.memory.write((ADMIN_SQ, IO_SQ)[queue] + 64 * self.tails[queue], raw)
-        self.tails[queue] = (self.tails[queue] + 1) % ENTRIES
-
-    def take(self, queue: int) -> int:
-        """Wait for the next completion, and its status."""
-        memory = self.guest.machine.memory
-        at = (ADMIN_CQ, IO_CQ)[queue] + 16 * self.heads[queue] + 12
-        phase = self.phases[queue]
-        self.guest.until(lambda: memory.read_u32(at) >> 16 & 1 == phase, "a completion comes")
-        self.heads[queue] = (self.heads[queue] + 1) % ENTRIES
-        self.phases[queue] ^= not self.heads[queue]
-        return memory.read_u32(at) >> 17
-
-    def do(self, queue: int, opcode: int, **more: Any) -> int:
-        self.begin(queue, opcode, **more)
-        self.reg(nvme.NVME_REG_DBS + 8 * queue, self.tails[queue])
-        status = self.take(queue)
-        self.reg(nvme.NVME_REG_DBS + 8 * queue + 4, self.heads[queue])
-        return status
-
-    def make_queues(self) -> None:
-        size = (ENTRIES - 1) << 16 | 1
-        assert self.do(0, nvme.NVME_ADMIN_CREATE_CQ, prp1=IO_CQ, cdw=(size, 1)) == 0
-        assert self.do(0, nvme.NVME_ADMIN_CREATE_SQ, prp1=IO_SQ, cdw=(size, 1 << 16 | 1)) == 0
-
-    def read(self, sector: int, sectors: int = 8) -> bytes:
-        assert self.do(1, nvme.NVME_CMD_READ, nsid=1, cdw=(sector, 0, sectors - 1)) == 0
-        return self.guest.machine.memory.read(DATA, 512 * sectors)
 
 
 def exits(guest: Guest) -> int:
@@ -281,6 +212,30 @@ def test_saved_and_restored_the_driver_notices_nothing(
     driver.reg(nvme.NVME_REG_DBS + 8, driver.tails[1])
     assert driver.take(1) == 0
     assert memory.read(DATA, 4096) == content[4096:8192]
+
+
+def test_what_is_in_flight_in_a_save_is_answered_once(
+    boot_agent: Callable[..., Guest], disk: Path, tmp_path: Path, chain: Callable[[Driver], Driver]
+) -> None:
+    """Four reads that a fault holds back for ten minutes: a machine that comes to rest has them aborted."""
+    slow = tmp_path / "slow.toml"
+    slow.write_text('[[fault]]\ndo = "delay"\nop = "read"\nseconds = 600\n')
+    disks = (DiskSpec(str(disk), bus="nvme", faults=slow),)
+    driver = Driver(boot_agent(hv="none", synic="auto", disks=disks))
+    driver.enable()
+    driver.make_queues()
+    for number in range(4):
+        driver.begin(1, nvme.NVME_CMD_READ, nsid=1, prp1=DATA + 0x1000 * number, cdw=(8 * number, 0, 7))
+    driver.reg(nvme.NVME_REG_DBS + 8, driver.tails[1])
+    assert driver.guest.machine.pci is not None
+    (controller,) = driver.guest.machine.pci.controllers.values()
+    driver.guest.until(lambda: controller.queues.in_flight == 4, "four reads are in flight")
+    driver = chain(driver)
+    assert [driver.take(1) for _ in range(4)] == [nvme.NVME_SC_ABORT_REQ] * 4
+    driver.reg(nvme.NVME_REG_DBS + 12, driver.heads[1])
+    for sector in (0, 256):
+        start = 512 * sector
+        assert driver.read(sector) == disk.read_bytes()[start : start + 4096], "no answer is left over"
 
 
 def test_a_machine_without_pci_imports_none_of_it() -> None:
