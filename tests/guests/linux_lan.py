@@ -10,7 +10,7 @@ import hashlib
 import os
 import socket
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from random import Random
@@ -186,11 +186,20 @@ class Lan:
 
 
 @contextmanager
-def guest_lan(*, queues: int = 1, modules: tuple[str, ...] = MODULES, **options: Any) -> Iterator[Lan]:
-    """A guest that runs, with an interface eth0 that is up, on a tap interface made for it."""
+def guest_lan(
+    *,
+    queues: int = 1,
+    modules: tuple[str, ...] = MODULES,
+    faults: Mapping[str, Any] | None = None,
+    **options: Any,
+) -> Iterator[Lan]:
+    """A guest that runs, with an interface eth0 that is up, on a tap interface made for it.
+
+    `faults` are those of the wire, by `NicSpec`'s names.
+    """
     files = {"/bin/nic": program("nic"), **options.pop("files", {})}
     addresses = (f"{HOST}/{BITS}", f"{HOST6}/64")
-    nets = (NicSpec(backend="create", ip=addresses, mtu=MTU, queues=queues),)
+    nets = (NicSpec(backend="create", ip=addresses, mtu=MTU, queues=queues, **(faults or {})),)
     with linux_guest(SHELL, modules=modules, files=files, nets=nets, **options) as guest:
         lan = Lan(guest)
         guest.start()
