@@ -67,6 +67,25 @@ def test_several_messages_in_a_section_and_one_that_goes_on_in_pages(lan: Make) 
     assert [one for one, _ in driver.completions].count(ident) == 1
 
 
+def test_a_guest_that_wants_others_than_before_gets_those(lan: Make) -> None:
+    net = lan(mtu=9000)
+    driver = net.driver.start(mtu=9000)
+    ours, other = frame(), frame(to=bytes.fromhex("020304050608"))
+
+    def came(filter_: int, *frames: bytes) -> list[bytes]:
+        driver.set(rndis.RNDIS_OID_GEN_CURRENT_PACKET_FILTER, filter_.to_bytes(4, "little"))
+        return [data for data, _marks in net.inject(*frames, *frames)]
+
+    assert came(rndis.NDIS_PACKET_TYPE_DIRECTED, ours, other) == [ours, ours]
+    assert came(rndis.NDIS_PACKET_TYPE_PROMISCUOUS, ours, other) == [ours, other] * 2
+    assert came(rndis.NDIS_PACKET_TYPE_BROADCAST, ours, other) == []
+    assert came(rndis.NDIS_PACKET_TYPE_DIRECTED, ours, frame(9000)) == [ours, frame(9000)] * 2
+    tagged = ours[:12] + bytes.fromhex("81000005") + ours[12:]
+    for told, got in ((0, tagged), (nvsp.NDIS_CONFIG_IEEE8021Q, ours)):
+        driver.post(nvsp.ndis_config.pack(nvsp.NVSP_MSG2_TYPE_SEND_NDIS_CONFIG, 9014, 0, told))
+        assert [data for data, _marks in net.inject(tagged, tagged)] == [got, got]
+
+
 def test_a_full_wire_holds_completions_back_and_loses_nothing(lan: Make) -> None:
     net = lan()
     driver = net.driver.start()

@@ -91,6 +91,7 @@ class Netvsp:
         """As a NIC that no driver has taken."""
         self._told_link: bool | None = None
         self._starved = False
+        self.receive.forget()
         self.control_state.clear()
         self.agreed.clear()
 
@@ -204,6 +205,7 @@ class Netvsp:
     def control(self, _io: ChannelIo, message: bytes) -> None:
         """An RNDIS control message."""
         before = self.control_state.packet_filter
+        self.receive.forget()
         answer = self.control_state.handle(message)
         if answer is not None:
             self.receive.tell(answer)

@@ -134,6 +134,7 @@ class Agreement:
         if self._receive.buffer is None:  # else it is cut into sections for the MTU that was said before
             self.set_mtu(min(max(mtu - ETHERNET_BYTES, MIN_MTU), MAX_MTU))
         self._receive.vlan_marks = bool(capabilities & nvsp.NDIS_CONFIG_IEEE8021Q)
+        self._receive.forget()
 
     def _lend_receive(self, gpadl_id: int, set_id: int) -> bytes:
         buffer = self.buffer(gpadl_id) if self.version and self._receive.buffer is None else None

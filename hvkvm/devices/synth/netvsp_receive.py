@@ -68,6 +68,7 @@ _VOUCHED = _packet.size + rndis.VALUE_INFO_BYTES
 _vouched = Struct("<IIII12xII8xIIII")
 """A `rndis.packet` with one `rndis.value_info`, as most frames have."""
 _tuple = tuple.__new__
+_MOST_KNOWN = 64
 _GSO_FAMILY = {VIRTIO_NET_HDR_GSO_TCPV4: 4, VIRTIO_NET_HDR_GSO_TCPV6: 6}
 
 
@@ -142,6 +143,9 @@ class Receive:
         self.waiting: deque[bytes] = deque()
         """Messages for the guest that wait for room."""
         self._most = 0  # bytes of a packet, after its first frame
+        self._known: dict[tuple[bytes, bytes, int], tuple[bytes, int]] = {}
+        """Heads of messages, and their bytes, by vnet header, Ethernet header and size of frames to which
+        nothing is done: those of a stream are all the same."""
         self._broken = broken
 
     def lend(self, buffer: GuestBuffer, set_id: int, mtu: int) -> bool:
@@ -149,6 +153,7 @@ class Receive:
         section = section_bytes(buffer.size, mtu)
         if section * MIN_SECTIONS > buffer.size:
             return False
+        self.forget()
         self.buffer, self.set_id = buffer, set_id
         self.section, self.sections = section, buffer.size // section
         self._most = min(BATCH_BYTES, buffer.size // 8)
@@ -161,6 +166,10 @@ class Receive:
         self.buffer = None
         self.waiting.clear()
         self.pieces = Pieces(0, 0, self.pieces.next_id)
+
+    def forget(self) -> None:
+        """The guest may have changed what it wants to have."""
+        self._known.clear()
 
     # RNDIS messages.
 
@@ -229,9 +238,13 @@ class Receive:
 
     def _laid(self, frame: Frame) -> Laid | str:
         """How a frame goes to the guest, or the counter of why it does not."""
-        flags, gso, _hdr, _mss, start, offset, _n = virtio_net_hdr_v1.unpack(frame[0])
         views = frame[1:]
         first = views[0]
+        outside = frame[0].tobytes(), first[:ETHERNET_BYTES].tobytes(), len(first)
+        known = self._known.get(outside) if len(views) == 1 else None
+        if known is not None:
+            return _tuple(Laid, (known[0], views, known[1]))
+        flags, gso, _hdr, _mss, start, offset, _n = virtio_net_hdr_v1.unpack(outside[0])
         if len(first) < HEADERS and len(views) > 1:
             views = (memoryview(b"".join(views)),)
             first = views[0]
@@ -287,6 +300,10 @@ class Receive:
             data, head = _marked(size, ())
         if data + size > self.section:
             return "too_long"
+        if views[0] is frame[1] and len(views) == 1 and not gso:
+            if len(self._known) >= _MOST_KNOWN:
+                self._known.clear()
+            self._known[outside] = head, data + size
         return _tuple(Laid, (head, views, data + size))
 
     def _send(self, io: ChannelIo, message: bytes, batch: Sequence[Laid]) -> bool:
