@@ -143,9 +143,9 @@ class Receive:
         self.waiting: deque[bytes] = deque()
         """Messages for the guest that wait for room."""
         self._most = 0  # bytes of a packet, after its first frame
-        self._known: dict[tuple[bytes, bytes, int], tuple[bytes, int]] = {}
-        """Heads of messages, and their bytes, by vnet header, Ethernet header and size of frames to which
-        nothing is done: those of a stream are all the same."""
+        self._known: dict[tuple[bytes, bytes, int], tuple[bytes, int, tuple[int, int] | None]] = {}
+        """Heads of messages, their bytes, and where to sum what to, by vnet header, Ethernet header and size
+        of frames to which no more is done: those of a stream are all the same."""
         self._broken = broken
 
     def lend(self, buffer: GuestBuffer, set_id: int, mtu: int) -> bool:
@@ -243,7 +243,14 @@ class Receive:
         outside = frame[0].tobytes(), first[:ETHERNET_BYTES].tobytes(), len(first)
         known = self._known.get(outside) if len(views) == 1 else None
         if known is not None:
-            return _tuple(Laid, (known[0], views, known[1]))
+            head, size, sums = known
+            if sums is not None:
+                whole = summed(*sums, bytearray(first))
+                if whole is None:
+                    return "malformed"
+                views = (memoryview(whole),)
+            return _tuple(Laid, (head, views, size))
+        sums = None
         flags, gso, _hdr, _mss, start, offset, _n = virtio_net_hdr_v1.unpack(outside[0])
         if len(first) < HEADERS and len(views) > 1:
             views = (memoryview(b"".join(views)),)
@@ -265,6 +272,7 @@ class Receive:
             return "too_long"
         elif flags & VIRTIO_NET_HDR_F_NEEDS_CSUM:
             # A guest that looks at checksums itself (ethtool rx off) does not tell us.
+            sums = start, offset
             whole = summed(start, offset, bytearray().join(views))
             if whole is None:
                 return "malformed"
@@ -300,10 +308,10 @@ class Receive:
             data, head = _marked(size, ())
         if data + size > self.section:
             return "too_long"
-        if views[0] is frame[1] and len(views) == 1 and not gso:
+        if len(frame) == 2 and first is views[0] and (sums or first is frame[1]) and not gso:
             if len(self._known) >= _MOST_KNOWN:
                 self._known.clear()
-            self._known[outside] = head, data + size
+            self._known[outside] = head, data + size, sums
         return _tuple(Laid, (head, views, data + size))
 
     def _send(self, io: ChannelIo, message: bytes, batch: Sequence[Laid]) -> bool:
