@@ -14,15 +14,16 @@ import signal
 import socket
 import subprocess
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from typing import Any, NamedTuple
 
 from hvkvm.abi.virtio_net_hdr import VALID
 from hvkvm.errors import ConfigError
 from hvkvm.events import NULL_OBSERVER, Observer
-from hvkvm.net.port import ALL_OFFLOADS
+from hvkvm.net.port import ALL_OFFLOADS, Frame
 from hvkvm.net.stream import LENGTH_BYTES, StreamPort
+from hvkvm.net.tcp_help import TcpHelp
 from hvkvm.runtime.protocols import Loop
 
 PROGRAM = "passt"
@@ -58,6 +59,7 @@ class UserPort(StreamPort):
         # passt looks at no checksum, and makes a stream's bytes of a TCP packet of whatever length.
         super().__init__(io, mtu, offloads=ALL_OFFLOADS, header=VALID, observer=observer)
         self.process = process
+        self._help = TcpHelp(io, self.send)
         self._said = b""
         self._listening: Any = None
         self.lost = self._ended
@@ -68,8 +70,22 @@ class UserPort(StreamPort):
         io.call_soon(self._watch_words)
         self.connected(sock)
 
+    def stop(self, done: Callable[[], object]) -> None:
+        """See `Port.stop`."""
+        self._help.stop()
+        super().stop(done)
+
     def _details(self) -> Mapping[str, object]:
-        return {"passt": self.process.pid, "guest": f"{GUEST}/{PREFIX}", "gateway": GATEWAY}
+        shown = {"passt": self.process.pid, "guest": f"{GUEST}/{PREFIX}", "gateway": GATEWAY}
+        return {**shown, **self._help.inspect()}
+
+    def _transmit(self, frames: Sequence[Frame], queue: int) -> int:
+        taken = super()._transmit(frames, queue)
+        self._help.from_guest(frames[:taken])
+        return taken
+
+    def _read(self, frames: Sequence[Frame]) -> Sequence[Frame]:
+        return self._help.from_passt(frames)
 
     def _watch_words(self) -> None:
         if self.process.stderr is not None and not self.process.stderr.closed:
@@ -94,6 +110,7 @@ class UserPort(StreamPort):
 
     def _end_process(self) -> None:
         """passt ends by itself, its socket being closed; one that does not is killed."""
+        self._help.stop()
         self._listen_no_more()
         if self.process.stderr is not None:
             self.process.stderr.close()

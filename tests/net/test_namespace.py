@@ -12,6 +12,7 @@ import shutil
 import socket
 import subprocess
 import threading
+from time import sleep
 
 import pytest
 
@@ -84,8 +85,17 @@ def digest(sock):
     return found.hexdigest()
 
 
-def upload(netns, file, reach, listen):
-    port, result = serve(listen, digest)
+def slow_digest(sock):
+    """The same of a server that is busy with other things too, for 32 to 64 pauses a MiB."""
+    found = hashlib.md5()
+    while data := sock.recv(1 << 15):
+        found.update(data)
+        sleep(0.001)
+    return found.hexdigest()
+
+
+def upload(netns, file, reach, listen, answer=digest):
+    port, result = serve(listen, answer)
     netns.run("sh", "-c", f"busybox nc {reach} {port} <{file}")
     assert result() == hashlib.md5(file.read_bytes()).hexdigest()
 
@@ -153,6 +163,23 @@ def test_passt_carries_tcp_and_udp_both_ways(loop, netns, tmp_path):
             there.sendto(text + b" and answer", address)
             assert here.recv(100) == b"question and answer"
         assert user.statistics.sent_dropped == 0
+    finally:
+        loop.do(tap.close)
+        loop.do(user.close)
+
+
+@pytest.mark.skipif(shutil.which("passt") is None, reason="no passt; make setup installs it")
+def test_passt_loses_nothing_of_an_upload_to_a_server_with_pauses(loop, netns, tmp_path):
+    """passt drops what its socket has no room for, and does not tell of room: see net/tcp_help.py."""
+    tap = TapPort(loop, make_tap(NewTap(netns=netns.name, addresses=(f"{GUEST}/24",))))
+    user = start_user(loop)
+    try:
+        join(loop, tap, user)
+        file = tmp_path / "data"
+        file.write_bytes(os.urandom(16 * MIB))
+        upload(netns, file, GATEWAY, "127.0.0.1", slow_digest)
+        shown = loop.do(user.inspect)
+        assert shown["sent_bytes"] < 1.5 * 16 * MIB, "much was sent again"
     finally:
         loop.do(tap.close)
         loop.do(user.close)
