@@ -12,6 +12,7 @@ import ctypes
 import errno
 import fcntl
 import os
+import resource
 import stat
 import struct
 from mmap import PAGESIZE, mmap
@@ -29,7 +30,10 @@ _BLKSSZGET = 0x1268
 _TMPFS_MAGIC = 0x01021994
 
 SWAPPED_SECONDS = 0.02
-"""A read from memory that takes longer has waited for the swap."""
+"""A read from memory that takes longer may have waited for the swap, or for a processor."""
+
+SUSPECTED = 256
+"""So many reads after such a one are watched: whether one that takes as long comes from a device."""
 
 # CDLL gives the GIL away: a discard may take seconds.
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -69,6 +73,7 @@ class HostFile:
             raise
         self._now_works = not direct
         self._in_memory = _in_memory(self.fd)
+        self._suspected = 0
         self._sync_error: OSError | None = None
 
     def size(self) -> int:
@@ -107,14 +112,24 @@ class HostFile:
             return -1
 
     def _read_memory(self, offset: int, buffers: Buffers) -> int:
-        """In a tmpfs, which has no RWF_NOWAIT, and needs none: until it turns out that it was swapped out."""
+        """In a tmpfs, which has no RWF_NOWAIT, and needs none: until it turns out that it was swapped out.
+
+        Where others want the processor a read may take as long, which says nothing. What comes from the swap
+        is read from a device by this thread: that is looked at only behind a slow read, since it costs time.
+        """
+        before = -1
+        if self._suspected:
+            self._suspected -= 1
+            before = _blocks_read()
         began = monotonic()
         if type(buffers) is PageVector:
             n = buffers.read(self.fd, offset)
         else:
             n = os.preadv(self.fd, buffers, offset)
         if monotonic() - began > SWAPPED_SECONDS:
-            self._now_works = False
+            if before >= 0 and _blocks_read() > before:
+                self._now_works = False
+            self._suspected = SUSPECTED
         return n
 
     def writev(self, offset: int, buffers: Buffers, *, stable: bool = False) -> int:
@@ -256,6 +271,11 @@ def _in_memory(fd: int) -> bool:
     """Whether the file lies in a tmpfs, where reading waits for nothing but what was swapped out."""
     found = (ctypes.c_long * 32)()  # struct statfs has 120 bytes, and begins with f_type
     return not _libc.fstatfs(fd, found) and found[0] == _TMPFS_MAGIC
+
+
+def _blocks_read() -> int:
+    """How much this thread has read from devices."""
+    return resource.getrusage(resource.RUSAGE_THREAD).ru_inblock
 
 
 def _round_up(n: int, to: int) -> int:

@@ -6,6 +6,7 @@ import errno
 import os
 import subprocess
 import sys
+from itertools import count
 from pathlib import Path
 from random import Random
 from tempfile import NamedTemporaryFile
@@ -209,6 +210,10 @@ def test_a_file_in_memory_is_read_without_a_worker(monkeypatch: pytest.MonkeyPat
         assert view == b"\1" * 4096
         assert image.readv_now(8192, [view]) == 0
         monkeypatch.setattr(host_file, "SWAPPED_SECONDS", -1.0)
+        for _ in range(3):
+            assert image.readv_now(4096, [view]) == 4096, "a slow read may have waited for a processor"
+        blocks = count()
+        monkeypatch.setattr(host_file, "_blocks_read", lambda: next(blocks))
         assert image.readv_now(4096, [view]) == 4096
         assert image.readv_now(4096, [view]) == -1, "the loop would wait for the swap again and again"
         image.close()
