@@ -3,8 +3,8 @@
 Order: requests run at once with one another and end in any order, as on a real disk. A FLUSH covers every
 write whose `done` was called before the flush was submitted; who needs more waits for the `done`.
 
-A read that the host's page cache can answer is answered on the loop, in one system call and with no other
-thread; everything else goes to a worker, and what is submitted in one turn goes together.
+What the host's page cache can do at once is done on the loop (`now`); everything else goes to a worker, and
+what is submitted in one turn goes together.
 
 What hangs: while a worker is in the kernel with a guest's pages, nobody can take them back. So a request
 that hangs is not answered, but named: `inspect()` has it, and the observer hears of it once.
@@ -19,7 +19,9 @@ from collections.abc import Callable
 from time import monotonic
 from typing import Protocol
 
+from hvkvm.block.counter import Counter
 from hvkvm.block.image import Image
+from hvkvm.block.now import NOW_BYTES, ReadWay, Turn, Way, WriteWay
 from hvkvm.block.perform import perform
 from hvkvm.block.request import Op, Request, Result, Status, failure
 from hvkvm.errors import Stopped
@@ -33,28 +35,12 @@ WIDTH = 4
 HANG_SECONDS = 10.0
 """A request that takes longer is told of."""
 
-NOW_BYTES = 2 << 20
-"""Bytes that are read on the loop in a turn, the rest by workers: more would keep it from its other work."""
-
 LOOK_SECONDS = 0.01
 """So often it is looked whether quick requests wait behind one that is not."""
-
-MAX_SKIP = 64
-"""After misses of the page cache so many reads at most go to a worker without being tried on the loop."""
 
 
 class Loop(Deferrer, Delayer, Protocol):
     """What a disk needs of the I/O loop."""
-
-
-class Counter:
-    """What a disk did of one kind: requests, bytes, failures, seconds from submit to done."""
-
-    __slots__ = ("bytes", "failed", "requests", "seconds")
-
-    def __init__(self) -> None:
-        self.requests = self.bytes = self.failed = 0
-        self.seconds = 0.0
 
 
 class Disk:
@@ -87,13 +73,10 @@ class Disk:
         self._waiting_for_rest: list[Callable[[], object]] = []
         self._watching = False
         self._told: set[Request] = set()
-        self._skip = self._skips = 0
-        self._now_left = NOW_BYTES
-        self._read_now = True
-        self._read_now_count = 0
-        self._read = Result(Status.OK)
         self.counters: dict[Op, Counter] = {op: Counter() for op in Op}
-        self._reads = self.counters[Op.READ]
+        self._turn = Turn()
+        self.reads_now = ReadWay(image, self._turn, self.counters[Op.READ])
+        self.writes_now = WriteWay(image, self._turn, self.counters[Op.WRITE])
 
     @property
     def size(self) -> int:
@@ -116,7 +99,9 @@ class Disk:
             self._answer(request, refusal)
             return
         op = request.op
-        if op is Op.READ and self._read_now and request.length <= self._now_left and self._try_now(request):
+        way = self._way_of(request)
+        if way is not None and way.move(request.offset, request.buffers, request.length):
+            self._answer(request, way.result)
             return
         if request.fua or (op is not Op.READ and op is not Op.WRITE):
             self._hand_over()  # workers begin in the order of submission
@@ -135,24 +120,20 @@ class Disk:
         What can be answered at once is, inside of this call: a device that takes many requests in a turn is
         spared what `submit` needs to answer later.
         """
-        if request.op is Op.READ and self._read_now and not self._skip and request.length <= self._now_left:
-            if self._stopped:
-                self.submit(request)
-                return
-            n = self._readv_now(request)
-            if n == request.length:
-                read = self._read
-                if n != read.transferred:
-                    read = self._read = Result(Status.OK, n)
-                self._reads.requests += 1
-                self._reads.bytes += n
-                request.done(read)
-                return
-        self.submit(request)
+        way = self._way_of(request)
+        if (
+            way is not None
+            and not self._stopped
+            and way.move(request.offset, request.buffers, request.length)
+        ):
+            way.tally(1, request.length)
+            request.done(way.result)
+        else:
+            self.submit(request)
 
     def poll(self) -> None:
         """A batch was submitted: have workers begin, and answer now what has been answered on the loop."""
-        self._now_left = NOW_BYTES
+        self._turn.left = NOW_BYTES
         if self._together:
             self._hand_over()
         if self._ready:
@@ -232,7 +213,7 @@ class Disk:
             "waiting": len(self._queue) + len(self._together),
             "oldest": f"{flying[0]} for {now - flying[0].began:.1f} s" if flying else None,
             "hung": [str(one) for one in flying if now - one.began > self._hang_seconds],
-            "answered_on_loop": self._read_now_count,
+            "answered_on_loop": self.reads_now.count + self.writes_now.count,
             "operations": {
                 op.value: {
                     "requests": one.requests,
@@ -283,31 +264,11 @@ class Disk:
         if self._looking:
             self._io.call_later(LOOK_SECONDS, self._look)
 
-    def _try_now(self, request: Request) -> bool:
-        if self._skip:
-            self._skip -= 1
-            return False
-        n = self._readv_now(request)
-        if n == request.length:
-            self._answer(request, Result(Status.OK, n))
-            return True
-        return False
-
-    def _readv_now(self, request: Request) -> int:
-        """How many bytes could be read without waiting; if not all, a worker has to read it."""
-        self._now_left -= request.length
-        try:
-            n = self.image.readv_now(request.offset, request.buffers)
-        except Exception:
-            n = 0  # the worker meets the same, and names it
-        if n == request.length:
-            self._skips = 0
-            self._read_now_count += 1
-            return n
-        if n < 0:
-            self._read_now = False
-        self._skip = self._skips = min(MAX_SKIP, 2 * self._skips + 1)
-        return n
+    def _way_of(self, request: Request) -> Way | None:
+        """How it may be done on the loop."""
+        if request.op is Op.READ:
+            return self.reads_now
+        return self.writes_now if request.op is Op.WRITE and not request.fua else None
 
     def _answer(self, request: Request, result: Result) -> None:
         ready = self._ready
@@ -316,7 +277,7 @@ class Disk:
             self._io.call_soon(self._deliver, cancelled=self._deliver)
 
     def _deliver(self) -> None:
-        self._now_left = NOW_BYTES
+        self._turn.left = NOW_BYTES
         ready, self._ready = self._ready, deque()
         try:
             while ready:

@@ -74,6 +74,9 @@ class OverlayImage:
                 return 0
         return self.base.readv_now(offset, buffers)
 
+    def writev_now(self, offset: int, buffers: Buffers) -> int:
+        return -1
+
     def writev(self, offset: int, buffers: Buffers, *, fua: bool = False) -> int:
         done = write_fully(self._fd, buffers, offset)
         self._mark(offset, done)

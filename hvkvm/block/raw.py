@@ -49,6 +49,9 @@ class RawImage:
     def writev(self, offset: int, buffers: Buffers, *, fua: bool = False) -> int:
         return self.file.writev(offset, buffers, stable=fua)
 
+    def writev_now(self, offset: int, buffers: Buffers) -> int:
+        return self.file.writev_now(offset, buffers)
+
     def flush(self) -> None:
         if not self.read_only:
             self.file.sync()

@@ -96,12 +96,19 @@ def test_what_the_cache_holds_is_answered_inside_of_begin(asker: Asker, file: Pa
     late = threading.Event()
     assert ask(Op.READ, 8192) == [Result(Status.OK, 4096)]
     assert bytes(page) == file.read_bytes()[8192:12288]
+    image.writev_now = lambda _offset, _buffers: -1  # type: ignore[method-assign]
     assert ask(Op.WRITE, 0)[0].detail == "later"
+    image.writev_now = image.writev  # type: ignore[method-assign]
+    assert ask(Op.WRITE, 0)[0].detail == "later", "it never can"
+    disk.writes_now.works = True
+    for _ in range(4):  # not tried for a while
+        found = ask(Op.WRITE, 4096)
+    assert found == [Result(Status.OK, 4096)]
     image.readv_now = lambda _offset, _buffers: 0  # type: ignore[method-assign]
     assert ask(Op.READ, 8192)[0] == Result(Status.OK, 4096, "later")
     image.readv_now = readv  # type: ignore[method-assign]
     report = disk.inspect()
-    assert report["answered_on_loop"] == 1
+    assert report["operations"]["write"]["requests"] == 6
     assert report["operations"]["read"]["requests"] == 2
     assert report["operations"]["read"]["bytes"] == 8192
     asker.wait(disk.stop)

@@ -193,7 +193,7 @@ def test_a_snapshot_leaves_the_base_alone_and_nothing_behind(file: Path, tmp_pat
     assert file.read_bytes() == data
 
 
-def test_a_file_in_memory_is_read_without_a_worker(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_file_in_memory_is_read_and_written_without_a_worker(monkeypatch: pytest.MonkeyPatch) -> None:
     shm = Path("/dev/shm")
     if (
         subprocess.run(["stat", "-fc", "%T", shm], capture_output=True, text=True, check=True).stdout
@@ -209,6 +209,8 @@ def test_a_file_in_memory_is_read_without_a_worker(monkeypatch: pytest.MonkeyPat
         assert image.readv_now(4096, [view]) == 4096
         assert view == b"\1" * 4096
         assert image.readv_now(8192, [view]) == 0
+        assert image.writev_now(0, [page_buffer(4096, b"\2")]) == 4096
+        assert Path(file.name).read_bytes() == b"\2" * 4096 + b"\1" * 4096
         monkeypatch.setattr(host_file, "SWAPPED_SECONDS", -1.0)
         for _ in range(3):
             assert image.readv_now(4096, [view]) == 4096, "a slow read may have waited for a processor"

@@ -45,7 +45,7 @@ class FlushLog:
         number = next(self._numbers)
         self.steps.append(Step(number, False, did, stable))
         found = call()
-        self.steps.append(Step(number, True, did, stable, void=found is False))
+        self.steps.append(Step(number, True, did, stable, void=found in (False, -1)))
         return found
 
 
@@ -54,6 +54,7 @@ def recording(monkeypatch: pytest.MonkeyPatch, fd_of: Callable[[], int]) -> Iter
     """What is done to the fd of `fd_of()` meanwhile, by HostFile, on any thread."""
     log = FlushLog()
     write, sync, fallocate = host_file.write_fully, host_file.os.fdatasync, host_file.HostFile._fallocate
+    write_now = host_file.HostFile.writev_now
 
     def write_fully(fd: int, buffers, offset: int, flags: int = 0) -> int:  # type: ignore[no-untyped-def]
         if fd != fd_of():
@@ -73,8 +74,16 @@ def recording(monkeypatch: pytest.MonkeyPatch, fd_of: Callable[[], int]) -> Iter
         did = Did("punch", offset, length=length)
         return log.around(lambda: fallocate(self, mode, offset, length), did)
 
+    def writev_now(self: host_file.HostFile, offset: int, buffers) -> int:  # type: ignore[no-untyped-def]
+        if self.fd != fd_of():
+            return write_now(self, offset, buffers)
+        did = Did("write", offset, b"".join(buffers))
+        # What it does in part a worker does again, and a crash between both may leave any part of it.
+        return log.around(lambda: write_now(self, offset, buffers), did)
+
     with monkeypatch.context() as patch:
         patch.setattr(host_file, "write_fully", write_fully)
+        patch.setattr(host_file.HostFile, "writev_now", writev_now)
         patch.setattr(host_file.os, "fdatasync", fdatasync)
         patch.setattr(host_file.HostFile, "_fallocate", allocate)
         yield log

@@ -78,7 +78,16 @@ class LoopbackWorkers:
 class Bench:
     """`loop` with the controller `device`, on which disks 0, 1, ... lie; `driver` once `start` is called."""
 
-    def __init__(self, folder: Path, *, disks: int = 1, vp_count: int = 4, seed: int | None = None) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        disks: int = 1,
+        vp_count: int = 4,
+        seed: int | None = None,
+        now: bool = False,
+    ) -> None:
+        self.now = now
         self.loop = Loopback(vp_count=vp_count, random=None if seed is None else Random(seed))
         self.workers = LoopbackWorkers(self.loop)
         self.paths = [folder / f"disk{number}" for number in range(disks)]
@@ -97,11 +106,12 @@ class Bench:
         return device
 
     def unit(self, path: Path) -> ScsiDisk:
-        """A disk on the file `path`, read by workers alone: a guest cannot tell, and a test can hold them."""
+        """A disk on the file `path`; not `now`, by workers alone: no guest can tell, a test can hold them."""
         if path not in self.images:
             self.images[path] = RawImage(path, ImageOptions())
         image = self.images[path]
-        image.readv_now = lambda _offset, _buffers: -1  # type: ignore[method-assign]
+        if not self.now:
+            image.readv_now = image.writev_now = lambda _offset, _buffers: -1  # type: ignore[method-assign]
         return ScsiDisk(Disk(image, self.workers, self.workers), f"serial{path.name}")  # type: ignore[arg-type]
 
     def start(self, **options: Any) -> StorvscDriver:

@@ -10,7 +10,7 @@ from random import Random
 from typing import Any
 
 import pytest
-from linux_guest import LinuxGuest, linux_guest
+from linux_guest import SECONDS, LinuxGuest, linux_guest
 from linux_programs import program
 from linux_shell import SHELL, Shell
 from nbd_servers import qemu_nbd, serving
@@ -18,6 +18,8 @@ from nbd_servers import qemu_nbd, serving
 from hvkvm.block.image import ImageOptions
 from hvkvm.block.open_image import open_image
 from hvkvm.block.vhdx.create import VhdxOptions, create_vhdx
+from hvkvm.cli import ctl_disk
+from hvkvm.cli.ctl_client import Vm
 from hvkvm.machine.disk_spec import CdromSpec, DiskSpec
 
 pytestmark = [pytest.mark.hyperv, pytest.mark.timeout(1800)]
@@ -109,6 +111,7 @@ def test_disks_of_every_kind(tmp_path: Path, synic: str, kernel: str) -> None:
         )
         settings: dict[str, Any] = {"disks": disks, "cdroms": (CdromSpec(str(iso)),), "cpus": 4}
         settings["files"] = {"/verify": program("verify")}
+        settings["control"] = str(tmp_path / "ctl")
         with linux_guest(SHELL, kernel=kernel, synic=synic, modules=MODULES, **settings) as guest:
             guest.start()
             shell = Shell(guest).ready()
@@ -129,6 +132,7 @@ def test_disks_of_every_kind(tmp_path: Path, synic: str, kernel: str) -> None:
                 use_file_system(shell, name)
             see_sub_channels(guest, shell, names[0])
             come_and_go(guest, shell, tmp_path, first)
+            change_medium(shell, tmp_path)
             no_complaints(shell)
             shell.send("exit 0")
             assert guest.finish().clean
@@ -174,3 +178,22 @@ def come_and_go(guest: LinuxGuest, shell: Shell, folder: Path, host: int) -> Non
     shell.check(f"until [ ! -e /sys/block/{name} ]; do sleep 0.1; done")
     guest.wait_until(lambda: gone, "the image to be closed")
     assert gone[0].status.name == "OK"
+
+
+def change_medium(shell: Shell, folder: Path) -> None:
+    """The guest sees its medium go, as by the drive's button, and reads the next: `hvkvm ctl disk`."""
+    iso = folder / "next.iso"
+    data = random_file(iso, MIB, 6)
+
+    def ask(what: str, *words: str) -> Any:
+        vm = Vm(folder / "ctl")
+        try:
+            return vm.ask("disk", SECONDS, **ctl_disk.request(what, list(words), cdrom=False, force=False))
+        finally:
+            vm.close()
+
+    ask("eject", "cdrom0")
+    shell.check("until ! head -c 2048 /dev/sr0 >/dev/null 2>&1; do sleep 0.1; done")
+    ask("insert", "cdrom0", str(iso))
+    shell.check(f"until md5sum /dev/sr0 2>/dev/null | grep {digest(data)}; do sleep 0.1; done")
+    assert shell.check("cat /sys/block/sr0/size").strip() == str(MIB // 512)

@@ -69,6 +69,9 @@ class NbdImage:
     def readv_now(self, offset: int, buffers: Buffers) -> int:
         return -1
 
+    def writev_now(self, offset: int, buffers: Buffers) -> int:
+        return -1
+
     def writev(self, offset: int, buffers: Buffers, *, fua: bool = False) -> int:
         cutter = Cutter(buffers)
         n = size_of(buffers)

@@ -169,6 +169,9 @@ class VhdxImage:
 
     # Writing.
 
+    def writev_now(self, offset: int, buffers: Buffers) -> int:
+        return -1
+
     def writev(self, offset: int, buffers: Buffers, *, fua: bool = False) -> int:
         self.flusher.begin()
         n = size_of(buffers)
