@@ -189,6 +189,14 @@ def completion(payload: bytes, srb_status: int, scsi_status: int, moved: int, se
     )
 
 
+def plain_completion(port: int, target: int, lun: int, cdb_length: int, data_in: int, moved: int) -> bytes:
+    """As `completion` of a request on path 0 that went well, by its own fields."""
+    return _completion.pack(
+        COMPLETE_IO, 0, STATUS_SUCCESS, 52, SRB_STATUS_SUCCESS, 0,
+        port, 0, target, lun, cdb_length, 0, data_in, 0, moved, b"",
+    )  # fmt: skip
+
+
 def answer(status: int, body: bytes = b"") -> bytes:
     """The COMPLETE_IO for anything else."""
     return (_head.pack(COMPLETE_IO, 0, status) + body).ljust(PACKET_BYTES, b"\0")

@@ -84,6 +84,11 @@ class Disk:
         return self.image.size
 
     @property
+    def stopped(self) -> bool:
+        """Whether it takes no requests."""
+        return self._stopped
+
+    @property
     def in_flight(self) -> int:
         """Requests that are not answered yet."""
         return len(self._in_flight)

@@ -111,6 +111,20 @@ class RingReader(RingEnd):
         split = offset - DESCRIPTOR_BYTES
         return _tuple(Packet, (kind, flags, trans_id, rest[:split], rest[split:]))
 
+    def waiting(self, most: int) -> bytes:
+        """A copy of up to `most` bytes that wait, not beyond the end of the data area; none if broken.
+
+        For who takes many packets of one kind at once: `took` says what of it was taken, whole packets that
+        were checked as `get` does.
+        """
+        available = self._available()
+        return self._read(self._at, min(available, most, self.size - self._at)) if available else b""
+
+    def took(self, packets: int, size: int) -> None:
+        """So many packets of what `waiting` gave were taken, of so many bytes with their trailers."""
+        self._at = (self._at + size) % self.size
+        self.packets += packets
+
     def get_raw(self, front: int = 0) -> RawPacket | None:
         """The next packet without copying its payload, but for its first `front` bytes (or all, if fewer).
 

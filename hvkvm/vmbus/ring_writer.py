@@ -7,6 +7,8 @@ Nothing here raises for what the peer writes.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from functools import lru_cache
+from struct import Struct
 
 from hvkvm.abi.ring import (
     DESCRIPTOR_BYTES,
@@ -28,6 +30,12 @@ from hvkvm.vmbus.ring import MAX_PACKET_BYTES, RingEnd
 SHORT_PAYLOAD = 1024
 
 _PADDING = tuple(map(bytes, range(8)))
+
+
+@lru_cache(maxsize=256)
+def _whole_packet(payload: int) -> Struct:
+    """Descriptor, a payload of so many bytes with its padding, trailer: one call for all of them."""
+    return Struct(f"{descriptor.format}{payload}s{-payload % 8}x{trailer.format.removeprefix('<')}")
 
 
 class RingWriter(RingEnd):
@@ -111,6 +119,7 @@ class RingWriter(RingEnd):
             return 0
         start, size, count = self._at, self.size, 0
         at, parts = start, []
+        length, whole = -1, _whole_packet(0)
         for trans_id, payload in packets:
             n = len(payload)
             eights = DESCRIPTOR_BYTES + n + 7 >> 3
@@ -118,9 +127,9 @@ class RingWriter(RingEnd):
             if need >= free:
                 break
             free -= need
-            parts.append(descriptor.pack(kind, DESCRIPTOR_BYTES >> 3, eights, 0, trans_id))
-            parts.append(payload)
-            parts.append(_PADDING[-n % 8] + trailer.pack(0, at))
+            if n != length:
+                length, whole = n, _whole_packet(n)
+            parts.append(whole.pack(kind, DESCRIPTOR_BYTES >> 3, eights, 0, trans_id, payload, 0, at))
             at += need
             if at >= size:
                 at -= size

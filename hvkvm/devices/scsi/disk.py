@@ -16,6 +16,7 @@ from hvkvm.devices.scsi.command import Command, Rejected
 from hvkvm.devices.scsi.inquiry import Identity
 from hvkvm.devices.scsi.medium import MAX_TRANSFER, answer, checked, read_or_write
 from hvkvm.devices.scsi.mode import DISK_PAGES, ModePages
+from hvkvm.devices.scsi.plain import Plain
 from hvkvm.devices.scsi.provisioning import (
     MAX_DESCRIPTORS,
     MAX_SAME_BYTES,
@@ -106,6 +107,13 @@ class ScsiDisk(Unit):
         request.offset = lba * sector
         disk.begin(request)
         return True
+
+    def plain(self) -> Plain | None:
+        disk = self.disk
+        if self.disturbed or not self._started or disk.stopped:
+            return None
+        writes = None if disk.image.read_only else disk.writes_now
+        return Plain(self._sector, disk.size // self._sector, disk.reads_now, writes)
 
     def drain(self, done: Callable[[], object]) -> None:
         self.disk.drain(done)

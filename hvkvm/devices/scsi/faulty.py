@@ -51,6 +51,9 @@ class FaultyDisk(ScsiDisk):
     def begin(self, cdb: bytes, request: Request) -> bool:
         return False  # the plan is asked of every command
 
+    def plain(self) -> None:
+        return None
+
     def execute(self, command: Command) -> None:
         """As a disk does, or as the plan says."""
         rule = None if len(self._held) >= MAX_HELD else self.plan.choose(command.cdb)

@@ -14,6 +14,7 @@ from hvkvm.block.request import Request
 from hvkvm.devices.scsi.command import Command, Rejected, Reply
 from hvkvm.devices.scsi.inquiry import Identity, standard_inquiry, vpd_page
 from hvkvm.devices.scsi.mode import ModePages
+from hvkvm.devices.scsi.plain import Plain
 from hvkvm.errors import StateError
 
 MAX_ATTENTIONS = 8
@@ -76,6 +77,10 @@ class Unit:
         `request` has its buffers, all that the guest sent or wants, and its `done`; the rest is set here.
         """
         return False
+
+    def plain(self) -> Plain | None:
+        """What it does at once just now; None if every command is to go by `begin` or `execute`."""
+        return None
 
     def attention(self, sense: Sense) -> None:
         """Tell the guest with its next command."""

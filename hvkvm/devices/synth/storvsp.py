@@ -18,6 +18,7 @@ from hvkvm.abi.storvsp import Srb
 from hvkvm.abi.vmbus import VMBUS_CHANNEL_ENUMERATE_DEVICE_INTERFACE
 from hvkvm.block.request import Request
 from hvkvm.devices.scsi.command import Command
+from hvkvm.devices.scsi.plain import Plain
 from hvkvm.devices.scsi.saved import UnitState, load_unit, save_unit
 from hvkvm.devices.scsi.target import Bus
 from hvkvm.devices.scsi.unit import Unit
@@ -123,6 +124,11 @@ class Storvsp:
         """Have a disk do it if it is a plain READ or WRITE; False, and nothing was done, if it is not."""
         unit = self._bus.get(srb.target, srb.lun)
         return unit is not None and not srb.path and unit.begin(srb.cdb, request)
+
+    def plain(self, target: int, lun: int) -> Plain | None:
+        """What a disk on path 0 does at once; None if there is none that would."""
+        unit = self._bus.get(target, lun)
+        return None if unit is None else unit.plain()
 
     def execute(self, srb: Srb, command: Command) -> bool:
         """Have the unit do it; False if nobody answers for that address.

@@ -31,7 +31,9 @@ from hvkvm.abi.vmbus import HV_HYP_PAGE_SIZE
 from hvkvm.block.buffers import Buffers
 from hvkvm.block.request import Request
 from hvkvm.devices.scsi.command import Command, Reply
+from hvkvm.devices.scsi.plain import Plain
 from hvkvm.devices.synth.storvsp_io import DiskIo
+from hvkvm.devices.synth.storvsp_plain import take_plain
 from hvkvm.errors import GuestMemoryError
 from hvkvm.memory.page_vector import LEAST_PAGES, page_vector
 from hvkvm.vmbus.channel_io import ChannelIo
@@ -99,6 +101,10 @@ class Controller(Protocol):
 
     def begin(self, srb: Srb, request: Request) -> bool:
         """Have a disk do it if it is a plain READ or WRITE; False, and nothing was done, if it is not."""
+        ...
+
+    def plain(self, target: int, lun: int) -> Plain | None:
+        """What the disk there does at once; None if there is none that would."""
         ...
 
     def execute(self, srb: Srb, command: Command) -> bool:
@@ -191,7 +197,12 @@ class StorvspChannel:
     def _receive(self, io: ChannelIo) -> None:
         reader, size = io.reader, 0
         reader.mask()
-        for _ in range(BUDGET):
+        taken = 0
+        if self._controller.ready:
+            most = min(BUDGET, MAX_IN_FLIGHT - self.in_flight.count - len(self._done))
+            taken = take_plain(reader, most, self._controller.plain, self._page, self._done)
+            self.requests += taken
+        for _ in range(BUDGET - taken):
             if self.in_flight.count + len(self._done) >= MAX_IN_FLIGHT:
                 return  # masked as it is: what is done next brings us back
             packet = reader.get()
