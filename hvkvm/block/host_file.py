@@ -12,14 +12,13 @@ import ctypes
 import errno
 import fcntl
 import os
-import resource
 import stat
 import struct
 from mmap import PAGESIZE, mmap
 from pathlib import Path
-from time import monotonic
 
-from hvkvm.block.buffers import IOV_MAX, ZEROS, Buffers, Cutter, read_fully, size_of, write_fully, zeros
+from hvkvm.block.buffers import ZEROS, Buffers, Cutter, read_fully, size_of, write_fully, zeros
+from hvkvm.block.file_now import FileNow
 from hvkvm.errors import ImageError
 from hvkvm.memory.page_vector import PageVector
 
@@ -27,13 +26,6 @@ _KEEP_SIZE = 1
 _PUNCH_HOLE = 2
 _ZERO_RANGE = 16
 _BLKSSZGET = 0x1268
-_TMPFS_MAGIC = 0x01021994
-
-SWAPPED_SECONDS = 0.02
-"""A read from memory that takes longer may have waited for the swap, or for a processor."""
-
-SUSPECTED = 256
-"""So many reads after such a one are watched: whether one that takes as long comes from a device."""
 
 # CDLL gives the GIL away: a discard may take seconds.
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -71,9 +63,8 @@ class HostFile:
         except BaseException:
             os.close(self.fd)
             raise
-        self._now_works = self._now_writes = not direct
-        self._in_memory = _in_memory(self.fd)
-        self._suspected = 0
+        self.now = FileNow(self.fd, able=not direct)
+        """What the page cache does at once; the I/O loop's."""
         self._sync_error: OSError | None = None
 
     def size(self) -> int:
@@ -92,68 +83,6 @@ class HostFile:
                     at += len(buffer)
             return got
         return read_fully(self.fd, buffers, offset)
-
-    def readv_now(self, offset: int, buffers: Buffers) -> int:
-        """As `readv` for what the page cache holds: fewer bytes where it does not, -1 if never here."""
-        if not self._now_works:
-            return -1
-        if len(buffers) > IOV_MAX:
-            return 0
-        try:
-            if self._in_memory:
-                return self._use_memory(offset, buffers)
-            if type(buffers) is PageVector:
-                return buffers.read(self.fd, offset, os.RWF_NOWAIT)
-            return os.preadv(self.fd, buffers, offset, os.RWF_NOWAIT)
-        except BlockingIOError:
-            return 0
-        except OSError:
-            self._now_works = False  # a file system without it; the error itself comes again from readv
-            return -1
-
-    def writev_now(self, offset: int, buffers: Buffers) -> int:
-        """As `writev` for what the page cache takes at once: fewer bytes where it does not, -1 if never here.
-
-        That is a tmpfs, and file systems that have RWF_NOWAIT for such writes: XFS and Btrfs.
-        """
-        if not self._now_writes or not self._now_works:
-            return -1
-        if len(buffers) > IOV_MAX:
-            return 0
-        try:
-            if self._in_memory:
-                return self._use_memory(offset, buffers, write=True)
-            if type(buffers) is PageVector:
-                return buffers.write(self.fd, offset, os.RWF_NOWAIT)
-            return os.pwritev(self.fd, buffers, offset, os.RWF_NOWAIT)
-        except BlockingIOError:
-            return 0
-        except OSError as error:
-            if error.errno in _CANNOT:
-                self._now_writes = False
-                return -1
-            return 0  # a full disk: it comes again from writev
-
-    def _use_memory(self, offset: int, buffers: Buffers, *, write: bool = False) -> int:
-        """Read or write in a tmpfs, which has no RWF_NOWAIT, and needs none until it is swapped out.
-
-        Where others want the processor a read may take as long, which says nothing. What comes from the swap
-        is read from a device by this thread: that is looked at only behind a slow read, since it costs time.
-        """
-        before = -1
-        if self._suspected:
-            self._suspected -= 1
-            before = _blocks_read()
-        began = monotonic()
-        if type(buffers) is PageVector:
-            n = buffers.write(self.fd, offset) if write else buffers.read(self.fd, offset)
-        else:
-            n = os.pwritev(self.fd, buffers, offset) if write else os.preadv(self.fd, buffers, offset)
-        if monotonic() - began > SWAPPED_SECONDS:
-            if before >= 0 and _blocks_read() > before:
-                self._now_works = False
-            self._suspected = SUSPECTED
-        return n
 
     def writev(self, offset: int, buffers: Buffers, *, stable: bool = False) -> int:
         """Write all of `buffers`; with `stable` they are on the device afterwards. OSError."""
@@ -288,17 +217,6 @@ class HostFile:
                     ) from None
                 if error.errno not in _CANNOT and error.errno != errno.ENOLCK:
                     raise ImageError(f"{self.path}: cannot be locked: {error.strerror}") from None
-
-
-def _in_memory(fd: int) -> bool:
-    """Whether the file lies in a tmpfs, where reading waits for nothing but what was swapped out."""
-    found = (ctypes.c_long * 32)()  # struct statfs has 120 bytes, and begins with f_type
-    return not _libc.fstatfs(fd, found) and found[0] == _TMPFS_MAGIC
-
-
-def _blocks_read() -> int:
-    """How much this thread has read from devices."""
-    return resource.getrusage(resource.RUSAGE_THREAD).ru_inblock
 
 
 def _round_up(n: int, to: int) -> int:

@@ -44,13 +44,13 @@ class RawImage:
         return self.file.readv(offset, buffers)
 
     def readv_now(self, offset: int, buffers: Buffers) -> int:
-        return self.file.readv_now(offset, buffers)
+        return self.file.now.readv(offset, buffers)
 
     def writev(self, offset: int, buffers: Buffers, *, fua: bool = False) -> int:
         return self.file.writev(offset, buffers, stable=fua)
 
     def writev_now(self, offset: int, buffers: Buffers) -> int:
-        return self.file.writev_now(offset, buffers)
+        return self.file.now.writev(offset, buffers)
 
     def flush(self) -> None:
         if not self.read_only:

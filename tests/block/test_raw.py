@@ -14,7 +14,7 @@ from tempfile import NamedTemporaryFile
 import pytest
 from disk_asker import page_buffer, read
 
-from hvkvm.block import host_file
+from hvkvm.block import file_now, host_file
 from hvkvm.block.image import ImageOptions
 from hvkvm.block.open_image import open_image
 from hvkvm.block.overlay import OverlayImage
@@ -200,7 +200,7 @@ def test_a_file_in_memory_is_read_and_written_without_a_worker(monkeypatch: pyte
         != "tmpfs\n"
     ):
         pytest.skip("no tmpfs at /dev/shm")
-    monkeypatch.setattr(host_file, "SWAPPED_SECONDS", 1000.0)
+    monkeypatch.setattr(file_now, "SLOW_SECONDS", 1000.0)
     with NamedTemporaryFile(dir=shm) as file:
         file.write(b"\1" * 8192)
         file.flush()
@@ -211,11 +211,16 @@ def test_a_file_in_memory_is_read_and_written_without_a_worker(monkeypatch: pyte
         assert image.readv_now(8192, [view]) == 0
         assert image.writev_now(0, [page_buffer(4096, b"\2")]) == 4096
         assert Path(file.name).read_bytes() == b"\2" * 4096 + b"\1" * 4096
-        monkeypatch.setattr(host_file, "SWAPPED_SECONDS", -1.0)
+        monkeypatch.setattr(file_now, "SLOW_SECONDS", -1.0)
         for _ in range(3):
             assert image.readv_now(4096, [view]) == 4096, "a slow read may have waited for a processor"
+        monkeypatch.setattr(file_now, "PAUSE", 0.0)
+        assert image.writev_now(4096, [view]) == 4096
+        monkeypatch.setattr(file_now, "PAUSE", 1e9)
+        assert image.writev_now(4096, [view]) == 4096
+        assert image.writev_now(4096, [view]) == 0, "no more for a while after a slow write"
         blocks = count()
-        monkeypatch.setattr(host_file, "_blocks_read", lambda: next(blocks))
+        monkeypatch.setattr(file_now, "_blocks_read", lambda: next(blocks))
         assert image.readv_now(4096, [view]) == 4096
         assert image.readv_now(4096, [view]) == -1, "the loop would wait for the swap again and again"
         image.close()

@@ -16,6 +16,7 @@ import pytest
 from crash_log import SECTOR, Contents, Did
 
 from hvkvm.block import host_file
+from hvkvm.block.file_now import FileNow
 
 T = TypeVar("T")
 
@@ -54,7 +55,7 @@ def recording(monkeypatch: pytest.MonkeyPatch, fd_of: Callable[[], int]) -> Iter
     """What is done to the fd of `fd_of()` meanwhile, by HostFile, on any thread."""
     log = FlushLog()
     write, sync, fallocate = host_file.write_fully, host_file.os.fdatasync, host_file.HostFile._fallocate
-    write_now = host_file.HostFile.writev_now
+    write_now = FileNow.writev
 
     def write_fully(fd: int, buffers, offset: int, flags: int = 0) -> int:  # type: ignore[no-untyped-def]
         if fd != fd_of():
@@ -74,7 +75,7 @@ def recording(monkeypatch: pytest.MonkeyPatch, fd_of: Callable[[], int]) -> Iter
         did = Did("punch", offset, length=length)
         return log.around(lambda: fallocate(self, mode, offset, length), did)
 
-    def writev_now(self: host_file.HostFile, offset: int, buffers) -> int:  # type: ignore[no-untyped-def]
+    def writev_now(self: FileNow, offset: int, buffers) -> int:  # type: ignore[no-untyped-def]
         if self.fd != fd_of():
             return write_now(self, offset, buffers)
         did = Did("write", offset, b"".join(buffers))
@@ -83,7 +84,7 @@ def recording(monkeypatch: pytest.MonkeyPatch, fd_of: Callable[[], int]) -> Iter
 
     with monkeypatch.context() as patch:
         patch.setattr(host_file, "write_fully", write_fully)
-        patch.setattr(host_file.HostFile, "writev_now", writev_now)
+        patch.setattr(FileNow, "writev", writev_now)
         patch.setattr(host_file.os, "fdatasync", fdatasync)
         patch.setattr(host_file.HostFile, "_fallocate", allocate)
         yield log

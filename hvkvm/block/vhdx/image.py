@@ -116,7 +116,7 @@ class VhdxImage:
         if entry is None:
             return 0
         if entry & STATE_MASK == FULLY_PRESENT:
-            return self.file.readv_now((entry & OFFSET_MASK) + within, buffers)
+            return self.file.now.readv((entry & OFFSET_MASK) + within, buffers)
         if entry & STATE_MASK == PARTIALLY_PRESENT or self.parent is not None:
             return 0
         clear(buffers)
