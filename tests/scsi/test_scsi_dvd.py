@@ -127,8 +127,8 @@ def test_a_medium_that_changes(ask: Scsi, drive: DvdDrive, file: Path, tmp_path:
     drive.insert(ask.disk(other, sector_size=2048, read_only=True))
     with pytest.raises(ValueError, match="eject it first"):
         drive.insert(drive.disk)  # type: ignore[arg-type]
-    assert ask.sense(drive, READY) == scsi.MEDIUM_CHANGED
     assert ask.good(drive, EVENT, 8)[4:6] == bytes((mmc.EVENT_NEW_MEDIA, 2))
+    assert ask.sense(drive, READY) == scsi.MEDIUM_CHANGED, "who polls for events has not taken the news"
     assert ask.good(drive, bytes((0x25,)) + bytes(9), 8)[:4] == bytes((0, 0, 0, 6))
     ask.good(drive, bytes((0x1E, 0, 0, 0, 1, 0)))
     assert drive.eject(force=True) is not None

@@ -132,8 +132,8 @@ def test_disks_of_every_kind(tmp_path: Path, synic: str, kernel: str) -> None:
                 use_file_system(shell, name)
             see_sub_channels(guest, shell, names[0])
             come_and_go(guest, shell, tmp_path, first)
-            change_medium(shell, tmp_path)
             no_complaints(shell)
+            change_medium(shell, tmp_path)
             shell.send("exit 0")
             assert guest.finish().clean
     assert raw.read_bytes()[1080:1082] == b"\x53\xef", "the file system's magic is not in the raw file"

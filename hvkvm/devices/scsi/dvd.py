@@ -41,6 +41,9 @@ class DvdState(NamedTuple):
 class DvdDrive(Unit):
     """A drive with the medium `disk`, or none."""
 
+    always = Unit.always | {scsi.GET_CONFIGURATION, scsi.GET_EVENT_STATUS_NOTIFICATION}
+    """MMC-6: who polls for events does not take the news from who uses the medium."""
+
     State = DvdState
 
     def __init__(self, disk: Disk | None, serial: str, product: str = "VIRTUAL-DVD") -> None:

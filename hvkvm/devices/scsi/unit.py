@@ -28,6 +28,9 @@ _ALWAYS = frozenset((scsi.INQUIRY, scsi.REPORT_LUNS, scsi.REQUEST_SENSE))
 class Unit:
     """A unit of `device_type`; subclasses add to `handlers`, and have `modes`."""
 
+    always: frozenset[int] = _ALWAYS
+    """Commands that are answered as usual while a unit attention waits, which stays."""
+
     State: type[Any]
     """A NamedTuple that `state.codec` can write; it stands beside the subclass."""
 
@@ -60,7 +63,7 @@ class Unit:
             command.done(Reply(scsi.BUSY))
             return
         try:
-            if self._attentions and (not cdb or cdb[0] not in _ALWAYS):
+            if self._attentions and (not cdb or cdb[0] not in self.always):
                 raise Rejected(self._attentions.pop(0))
             if handler is None:
                 raise Rejected(scsi.INVALID_OPCODE)
