@@ -19,7 +19,8 @@ from hvkvm.abi.ring import Packet
 from hvkvm.abi.vmbus import GUID_BYTES, VMBUS_CHANNEL_ENUMERATE_DEVICE_INTERFACE
 from hvkvm.devices.synth.netvsp_agreement import Agreement
 from hvkvm.devices.synth.netvsp_channel import ChannelState, NvspChannel
-from hvkvm.devices.synth.netvsp_receive import MAX_CONTROL_WAITING, Laid, Receive
+from hvkvm.devices.synth.netvsp_laid import Laid
+from hvkvm.devices.synth.netvsp_receive import MAX_CONTROL_WAITING, Receive
 from hvkvm.devices.synth.netvsp_rndis import Control, ControlState, NicFacts
 from hvkvm.devices.synth.netvsp_rss import Toeplitz, hash_input
 from hvkvm.devices.synth.netvsp_send import Send
