@@ -108,8 +108,9 @@ def test_wrong_calls(kind: Any) -> None:
 
 def test_a_field_without_default_behind_one_that_has_it() -> None:
     fields = {"__annotations__": {"first": "int", "second": "int"}, "first": 1}
+    maker: Any = type(tuples.NamedTuple)
     with pytest.raises(TypeError, match="without a default"):
-        type(tuples.NamedTuple)("Wrong", (tuples.NamedTuple,), fields)
+        maker("Wrong", (tuples.NamedTuple,), fields)
 
 
 def test_none_and_one() -> None:
