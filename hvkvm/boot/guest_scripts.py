@@ -149,12 +149,15 @@ fi
 exec 3<>/dev/ttyS3 4<>/dev/ttyS1
 stty raw -echo 115200 <&3
 guest-orders >/dev/null && way=memory || way=serial
+# What a session with streams makes, and any other does not mind: done here it costs no copy anything.
+mkfifo /run/in /run/out /run/err
+[ ! -c /dev/ttyS2 ] || stty raw -echo 115200 </dev/ttyS2 && : >/run/prepared
 echo "warm $way" >&3
 read -r verb now seed <&3
 # Each copy goes on here, and makes the time and its random numbers its own.
 orders() {
 	case $way in
-	memory) guest-orders ;;
+	memory) exec guest-orders ;;
 	serial)
 		date -s "@$now" >/dev/null
 		echo "$seed" >/dev/urandom
@@ -166,7 +169,7 @@ orders() {
 		;;
 	esac
 }
-if ! orders | (cd / && cpio -idu 2>/run/orders); then
+if ! orders | (cd / && exec cpio -idu 2>/run/orders); then
 	cat /run/orders
 	echo "hvkvm: the command cannot be taken"
 	exit 1
@@ -179,7 +182,7 @@ exec 3>&- 4>&-
 STREAM_SESSION = (
     rf"""# fd 3 leads to the host, and so do 4 and 5 where they are serial ports.
 : >/run/started
-mkfifo /run/in /run/out /run/err
+[ -p /run/in ] || mkfifo /run/in /run/out /run/err
 
 pieces() {{
 	while echo input >&3 && read -r size && [ "$size" -gt 0 ] && head -c "$size"; do :; done
@@ -215,7 +218,8 @@ vsock)
 	err=$!
 	;;
 serial)
-	for line in 3 4 5; do stty raw -echo 115200 <&$line; done
+	[ -e /run/prepared ] && lines=4 || lines='3 4 5'
+	for line in $lines; do stty raw -echo 115200 <&$line; done
 	pieces <&4 >/run/in &
 	cat </run/out >&4 &
 	out=$!
