@@ -20,7 +20,7 @@ from hvkvm.abi.tlfs import (
 )
 from hvkvm.errors import HvkvmError, KvmIoctlError
 from hvkvm.hyperv.usermode.clock import MSR_IA32_TSC
-from hvkvm.kvm.exits import exit_name
+from hvkvm.kvm.exit_names import exit_name
 
 if TYPE_CHECKING:
     from hvkvm.kvm.vcpu import Vcpu

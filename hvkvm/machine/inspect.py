@@ -73,7 +73,7 @@ def inspect(parts: Parts) -> dict[str, Any]:
 
 def exit_counts(platform: Platform) -> dict[str, int]:
     """Exits of all vCPUs so far, by the C name of the reason. Any thread."""
-    from hvkvm.kvm.exits import exit_name
+    from hvkvm.kvm.exit_names import exit_name
 
     total: Counter[str] = Counter()
     for thread in platform.threads:
@@ -82,7 +82,7 @@ def exit_counts(platform: Platform) -> dict[str, int]:
 
 
 def _vcpu(thread: VcpuThread) -> dict[str, Any]:
-    from hvkvm.kvm.exits import exit_name
+    from hvkvm.kvm.exit_names import exit_name
 
     exits = {exit_name(reason): count for reason, count in list(thread.exit_counts.items())}
     last = [exit_name(reason) for reason in list(thread.last_exits)]

@@ -88,7 +88,7 @@ def draw(
     moved: Callable[[], dict[str, int]],
 ) -> None:
     """Collect what `--timeline` draws, and write it when the machine is closed. ConfigError."""
-    from hvkvm.kvm.exits import exit_name
+    from hvkvm.kvm.exit_names import exit_name
     from hvkvm.record.timeline import Timeline
 
     try:

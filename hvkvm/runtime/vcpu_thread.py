@@ -213,7 +213,7 @@ class VcpuThread:
         """What the thread is doing, for a dump."""
         phase = self._phase
         if phase >= 0:
-            from hvkvm.kvm.exits import exit_name
+            from hvkvm.kvm.exit_names import exit_name
 
             return f"handling {exit_name(phase)}"
         if phase == _DRAINING:
