@@ -11,6 +11,7 @@ import ctypes.util
 import shutil
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 
 from hvkvm.abi import kvm as abi
 from hvkvm.cli.arguments import Parser
@@ -20,6 +21,7 @@ from hvkvm.errors import CapabilityMissing, HvkvmError, KvmUnavailable
 from hvkvm.kvm.kind import probe
 from hvkvm.kvm.system import Kvm
 
+SHMEM_ENABLED = Path("/sys/kernel/mm/transparent_hugepage/shmem_enabled")
 NEEDED = (
     ("KVM_CAP_IRQCHIP", "the in-kernel interrupt controllers"),
     ("KVM_CAP_IRQ_ROUTING", "GSI routes"),
@@ -64,6 +66,7 @@ def checks(path: str) -> Iterator[Check]:
             yield Check("PASS", tool, found)
         else:
             yield Check("WARN", tool, f"not found; needed for {purpose}", remedy)
+    yield huge_pages()
     try:
         kvm = Kvm(path)
     except KvmUnavailable as error:
@@ -75,6 +78,21 @@ def checks(path: str) -> Iterator[Check]:
         yield carrier(probe())
         yield from _capabilities(kvm)
         yield _cpuid(kvm)
+
+
+def huge_pages(setting: Path = SHMEM_ENABLED) -> Check:
+    """Whether guests' memory, which is shared, may lie in pages of 2 MiB."""
+    name = "huge pages"
+    try:
+        chosen = setting.read_text().partition("[")[2].partition("]")[0]
+    except OSError:
+        return Check("WARN", name, "this kernel has none for shared memory", "CONFIG_TRANSPARENT_HUGEPAGE=y")
+    if chosen in ("never", "deny"):
+        detail = (
+            f"shmem_enabled is {chosen}: guests' memory is in pages of 4 KiB, so they fault and walk more"
+        )
+        return Check("WARN", name, detail, f"echo advise >{setting}")
+    return Check("PASS", name, f"shmem_enabled is {chosen}")
 
 
 def _capabilities(kvm: Kvm) -> Iterator[Check]:

@@ -83,6 +83,7 @@ class GuestMemory:
                     continue
                 if source is None:
                     mapping = Mapping(self.fd, offset, length, align=HUGE_PAGE_SIZE)
+                    mapping.prefer_huge_pages()
                 else:
                     mapping = PrivateMapping(source.fd, source.offset + offset, length, align=HUGE_PAGE_SIZE)
                 self._maps.append(mapping)

@@ -5,10 +5,12 @@ from __future__ import annotations
 import json
 import subprocess
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+from hvkvm.cli.doctor import huge_pages
 from hvkvm.hyperv.features import HostFeatures
 from hvkvm.hyperv.usermode.features import choose, user_host
 from hvkvm.kvm.system import Kvm
@@ -61,6 +63,19 @@ def test_doctor_says_which_synic_and_why(hvkvm: Hvkvm) -> None:
     assert check["verdict"] == "PASS"
     assert choice.why in check["detail"]
     assert ("in user space" in check["detail"].partition(":")[0]) == (choice.synic == "user")
+
+
+@pytest.mark.parametrize(
+    ("setting", "verdict"),
+    [("always within_size [advise] never", "PASS"), ("always advise [never] deny", "WARN"), (None, "WARN")],
+)
+def test_doctor_says_whether_guests_get_huge_pages(tmp_path: Path, setting: str | None, verdict: str) -> None:
+    file = tmp_path / "shmem_enabled"
+    if setting is not None:
+        file.write_text(setting)
+    check = huge_pages(file)
+    assert check.verdict == verdict
+    assert bool(check.remedy) == (verdict == "WARN")
 
 
 def test_doctor_has_a_checklist_for_windows(hvkvm: Hvkvm) -> None:

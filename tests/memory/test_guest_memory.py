@@ -159,6 +159,17 @@ def test_clearing_fresh_memory_takes_none(big: GuestMemory) -> None:
     assert os.fstat(big.fd).st_blocks <= before
 
 
+def test_huge_pages_are_asked_for(big: GuestMemory) -> None:
+    """Where the kernel may give them is its setting; `hg` in VmFlags is MADV_HUGEPAGE."""
+    with open("/proc/self/smaps") as maps:
+        text = maps.read()
+    if "THPeligible" not in text:
+        pytest.skip("this kernel has no transparent huge pages")
+    for region in big.regions:
+        about = text.partition(f"{region.hva:x}-")[2].partition("VmFlags:")[2].partition("\n")[0]
+        assert "hg" in about.split()
+
+
 @given(at=st.integers(0, 24), value=st.integers(0, 2**64 - 1))
 def test_words_are_little_endian_at_any_alignment(big: GuestMemory, at: int, value: int) -> None:
     for base in (0, HIGH):
