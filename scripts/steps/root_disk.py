@@ -32,7 +32,7 @@ _SYSTEM = (
     "systemd-sysv udev dbus libpam-systemd login passwd linux-image-cloud-amd64 initramfs-tools kmod"
     " hyperv-daemons openssh-server e2fsprogs logsave iproute2 iputils-ping procps less"
 )
-_FOR_TESTS = "xfsprogs btrfs-progs fio sg3-utils sdparm ethtool"
+_FOR_TESTS = "xfsprogs btrfs-progs fio sg3-utils sdparm ethtool pciutils nvme-cli"
 """What tests of disks and networks use in the guest; it makes the disk a tenth larger."""
 PACKAGES = (*_SYSTEM.split(), *_FOR_TESTS.split())
 
