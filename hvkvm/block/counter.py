@@ -11,3 +11,8 @@ class Counter:
     def __init__(self) -> None:
         self.requests = self.bytes = self.failed = 0
         self.seconds = 0.0
+
+    def inspect(self) -> dict[str, object]:
+        """By these names."""
+        seconds = round(self.seconds, 6)
+        return {"requests": self.requests, "bytes": self.bytes, "failed": self.failed, "seconds": seconds}

@@ -16,17 +16,15 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable
-from time import monotonic
-from typing import Protocol
 
 from hvkvm.block.counter import Counter
+from hvkvm.block.flying import Flying, Loop
 from hvkvm.block.image import Image
 from hvkvm.block.now import NOW_BYTES, ReadWay, Turn, Way, WriteWay
 from hvkvm.block.perform import perform
 from hvkvm.block.request import Op, Request, Result, Status, failure
 from hvkvm.errors import Stopped
-from hvkvm.events import NULL_OBSERVER, Observer, Warned
-from hvkvm.runtime.protocols import Deferrer, Delayer
+from hvkvm.events import NULL_OBSERVER, Observer
 from hvkvm.runtime.workers import Workers
 
 WIDTH = 4
@@ -37,10 +35,6 @@ HANG_SECONDS = 10.0
 
 LOOK_SECONDS = 0.01
 """So often it is looked whether quick requests wait behind one that is not."""
-
-
-class Loop(Deferrer, Delayer, Protocol):
-    """What a disk needs of the I/O loop."""
 
 
 class Disk:
@@ -63,16 +57,12 @@ class Disk:
         """Called on the loop after the size has changed."""
         self._io = io
         self._queue = workers.queue(width, name)
-        self._observer = observer
         self._hang_seconds = hang_seconds
-        self._in_flight: set[Request] = set()
+        self._flying = Flying(io, name, observer, hang_seconds)
         self._ready: deque[tuple[Request, Result]] = deque()
         self._together: list[Request] = []
         self._looking = False
         self._stopped: bool = False
-        self._waiting_for_rest: list[Callable[[], object]] = []
-        self._watching = False
-        self._told: set[Request] = set()
         self.counters: dict[Op, Counter] = {op: Counter() for op in Op}
         self._turn = Turn()
         self.reads_now = ReadWay(image, self._turn, self.counters[Op.READ])
@@ -91,15 +81,12 @@ class Disk:
     @property
     def in_flight(self) -> int:
         """Requests that are not answered yet."""
-        return len(self._in_flight)
+        return len(self._flying)
 
     def submit(self, request: Request) -> None:
         """Begin it; its `done` is called later, never in here. Until then its buffers belong to the disk."""
         refusal = self._refusal(request)
-        request.began = monotonic()
-        self._in_flight.add(request)
-        if not self._watching:
-            self._watch()
+        self._flying.begin(request)
         if refusal is not None:
             self._answer(request, refusal)
             return
@@ -158,8 +145,7 @@ class Disk:
 
     def drain(self, done: Callable[[], object]) -> None:
         """`done()` on the loop once no request is in flight; whoever submits more makes it wait for them."""
-        self._waiting_for_rest.append(done)
-        self._check_rest()
+        self._flying.when_none(done)
 
     def close(self, done: Callable[[Result], object]) -> None:
         """Give back what has not begun as CANCELLED, end the rest, make all stable, close the image.
@@ -207,27 +193,14 @@ class Disk:
 
     def inspect(self) -> dict[str, object]:
         """Its image, what it did, and what it is at."""
-        now = monotonic()
-        flying = list(self._in_flight)
-        flying.sort(key=lambda one: one.began)
         return {
             "name": self.name,
             "image": self.image.inspect(),
             "read_only": self.image.read_only,
-            "in_flight": len(flying),
+            **self._flying.inspect(),
             "waiting": len(self._queue) + len(self._together),
-            "oldest": f"{flying[0]} for {now - flying[0].began:.1f} s" if flying else None,
-            "hung": [str(one) for one in flying if now - one.began > self._hang_seconds],
             "answered_on_loop": self.reads_now.count + self.writes_now.count,
-            "operations": {
-                op.value: {
-                    "requests": one.requests,
-                    "bytes": one.bytes,
-                    "failed": one.failed,
-                    "seconds": round(one.seconds, 6),
-                }
-                for op, one in self.counters.items()
-            },
+            "operations": {op.value: one.inspect() for op, one in self.counters.items()},
         }
 
     # On the loop.
@@ -295,37 +268,17 @@ class Disk:
 
     def _finished(self, request: Request, outcome: object) -> None:
         result = outcome if type(outcome) is Result else _as_result(outcome)
-        self._in_flight.discard(request)
+        seconds = self._flying.end(request)
         counter = self.counters[request.op]
         counter.requests += 1
         counter.bytes += result.transferred
-        counter.seconds += monotonic() - request.began
+        counter.seconds += seconds
         if result.status is not Status.OK:
             counter.failed += 1
         try:
             request.done(result)
         finally:
-            if self._waiting_for_rest:
-                self._check_rest()
-
-    def _check_rest(self) -> None:
-        if not self._in_flight:
-            waiting, self._waiting_for_rest = self._waiting_for_rest, []
-            for done in waiting:
-                self._io.call_soon(done, cancelled=done)
-
-    def _watch(self) -> None:
-        """Look every so often whether a request hangs; only while there are any."""
-        now = monotonic()
-        self._told &= self._in_flight
-        for request in self._in_flight - self._told:
-            if now - request.began > self._hang_seconds:
-                self._told.add(request)
-                text = f"{self.name}: the host has not answered a {request} for {now - request.began:.0f} s"
-                self._observer.event(Warned("disk hangs", text))
-        self._watching = bool(self._in_flight)
-        if self._watching:
-            self._io.call_later(self._hang_seconds / 2, self._watch)
+            self._flying.look()
 
     # On a worker.
 
