@@ -160,7 +160,7 @@ def test_a_made_up_file_is_refused_in_one_line_or_runs(tmp_path: Path) -> None:
     whole = file.read_bytes()
     refused = 0
     fds = len(os.listdir("/proc/self/fd"))
-    for _ in range(3000 if SOAK else 60):
+    for _ in range(3000 if SOAK else 24):
         file.write_bytes(b"")  # a new file for each: the last may still be mapped
         file.unlink()
         with open(file, "wb") as out:
@@ -181,5 +181,5 @@ def test_a_made_up_file_is_refused_in_one_line_or_runs(tmp_path: Path) -> None:
             refused += 1
             assert "\n" not in str(error)
             assert re.match(rf"{re.escape(str(file))}|vCPUs|board|VMBus|Hyper-V interface", str(error)), error
-    assert refused > 20
+    assert refused > 5
     assert len(os.listdir("/proc/self/fd")) == fds
