@@ -1,6 +1,6 @@
 # The doors of the project; each does one thing and says so.
-PYTHON := .venv/bin/python
-CMD ?= $(PYTHON) -m hvkvm doctor
+VENV_PYTHON := .venv/bin/python
+CMD ?= $(VENV_PYTHON) -m hvkvm doctor
 SOURCES := hvkvm tests scripts kvm_headers
 
 .PHONY: help setup run debian test check bench soak soak-properties soak-disks soak-vmbus soak-nics soak-state soak-synic soak-linux abi site lab clean
@@ -28,8 +28,8 @@ check: setup ## style, types, import directions, dead code, the ABI table
 	MYPYPATH=scripts .venv/bin/mypy --strict scripts/root-disk
 	MYPYPATH=scripts .venv/bin/mypy --strict scripts/steps/suite.py scripts/steps/suite_plugin.py
 	.venv/bin/lint-imports
-	$(PYTHON) scripts/steps/dead_code.py
-	$(PYTHON) kvm_headers/probe.py --check
+	$(VENV_PYTHON) scripts/steps/dead_code.py
+	$(VENV_PYTHON) kvm_headers/probe.py --check
 
 bench: setup ## measure hvkvm beside QEMU (ARGS="--runs 3 --only boot --json")
 	@scripts/bench $(ARGS)
@@ -37,38 +37,38 @@ bench: setup ## measure hvkvm beside QEMU (ARGS="--runs 3 --only boot --json")
 soak: soak-properties soak-disks soak-vmbus soak-nics soak-state soak-synic soak-linux ## the long runs: properties, disks, VMBus, NICs, saved VMs, SynIC, Linux (ARGS: pytest's)
 
 soak-properties: setup
-	@for round in $$(seq $${ROUNDS:-20}); do HVKVM_SOAK=1 $(PYTHON) -m pytest -q -n 2 -m "hypothesis and not hyperv" \
+	@for round in $$(seq $${ROUNDS:-20}); do HVKVM_SOAK=1 $(VENV_PYTHON) -m pytest -q -n 2 -m "hypothesis and not hyperv" \
 		--hypothesis-seed=$$(od -An -N4 -tu4 /dev/urandom | tr -d ' ') tests $(ARGS) || exit 1; done
 
 soak-disks: setup
-	@HVKVM_SOAK=1 $(PYTHON) -m pytest -v tests/soak/test_soak_disks.py $(ARGS)
+	@HVKVM_SOAK=1 $(VENV_PYTHON) -m pytest -v tests/soak/test_soak_disks.py $(ARGS)
 
 soak-vmbus: setup
-	@HVKVM_SOAK=1 $(PYTHON) -m pytest -v tests/soak/test_soak_vmbus.py $(ARGS)
+	@HVKVM_SOAK=1 $(VENV_PYTHON) -m pytest -v tests/soak/test_soak_vmbus.py $(ARGS)
 
 soak-nics: setup
-	@HVKVM_SOAK=1 $(PYTHON) -m pytest -v tests/soak/test_soak_netvsp.py $(ARGS)
-	@HVKVM_NET_ENDINGS=200 $(PYTHON) -m pytest -v tests/net/test_endings.py $(ARGS)
+	@HVKVM_SOAK=1 $(VENV_PYTHON) -m pytest -v tests/soak/test_soak_netvsp.py $(ARGS)
+	@HVKVM_NET_ENDINGS=200 $(VENV_PYTHON) -m pytest -v tests/net/test_endings.py $(ARGS)
 
 soak-state: setup
-	@HVKVM_SOAK=1 $(PYTHON) -m pytest -v -m "not hyperv" -o timeout=0 tests/state $(ARGS)
-	@HVKVM_SOAK=1 HVKVM_REQUIRE=hyperv scripts/lab --timeout 0 -- $(PYTHON) -m pytest -v -m hyperv -o timeout=0 \
+	@HVKVM_SOAK=1 $(VENV_PYTHON) -m pytest -v -m "not hyperv" -o timeout=0 tests/state $(ARGS)
+	@HVKVM_SOAK=1 HVKVM_REQUIRE=hyperv scripts/lab --timeout 0 -- $(VENV_PYTHON) -m pytest -v -m hyperv -o timeout=0 \
 		tests/state tests/cli/test_saved_command_linux.py $(ARGS)
 
 # Two processors, so that what runs side by side does, and the tests of the suite that need it.
 soak-synic: setup
-	@HVKVM_SOAK=1 HVKVM_REQUIRE=hyperv scripts/lab --cpus 2 --timeout 0 -- $(PYTHON) -m pytest -v \
+	@HVKVM_SOAK=1 HVKVM_REQUIRE=hyperv scripts/lab --cpus 2 --timeout 0 -- $(VENV_PYTHON) -m pytest -v \
 		tests/soak/test_soak_synic.py tests/soak/test_soak_command.py $(ARGS)
-	@HVKVM_REQUIRE=hyperv scripts/lab --cpus 2 --timeout 0 -- $(PYTHON) -m pytest -q -m "hyperv or kvm" \
+	@HVKVM_REQUIRE=hyperv scripts/lab --cpus 2 --timeout 0 -- $(VENV_PYTHON) -m pytest -q -m "hyperv or kvm" \
 		tests/synic tests/hyperv_user tests/runtime tests/kvm $(ARGS)
 
 soak-linux: setup
-	@HVKVM_SOAK=1 HVKVM_REQUIRE=hyperv scripts/lab --timeout 0 -- $(PYTHON) -m pytest -v -m hyperv \
+	@HVKVM_SOAK=1 HVKVM_REQUIRE=hyperv scripts/lab --timeout 0 -- $(VENV_PYTHON) -m pytest -v -m hyperv \
 		tests/vmbus tests/netvsp tests/net tests/storvsp tests/state/test_saved_linux.py tests/distro \
 		tests/firmware/test_ipxe.py $(ARGS)
 
 abi: setup ## take the layout table anew from this machine's kernel headers
-	$(PYTHON) kvm_headers/probe.py --write
+	$(VENV_PYTHON) kvm_headers/probe.py --write
 
 site: setup ## the documentation as a web site, in build/site
 	.venv/bin/mkdocs build --quiet

@@ -220,3 +220,11 @@ def test_the_entry_heeds_what_is_required(tmp_path: Path) -> None:
     assert "not run" not in refused.stdout
     if shutil.which("shellcheck"):
         subprocess.run(["shellcheck", ENTRY], check=True)
+
+
+def test_make_hands_on_the_python_that_setup_is_told_to_take() -> None:
+    """scripts/setup says to set PYTHON, so no variable of make's own may have that name."""
+    line = ["make", "-s", "--eval", 'told: ; @echo "$$PYTHON"', "told"]
+    environment = dict(os.environ, PYTHON="/opt/python3.13")
+    done = subprocess.run(line, cwd=ROOT, env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout == "/opt/python3.13\n"
