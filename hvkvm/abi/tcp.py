@@ -5,7 +5,8 @@
 
 from __future__ import annotations
 
-FIN, SYN, RST, ACK = 0x01, 0x02, 0x04, 0x10
+IPPROTO_TCP = 6
+FIN, SYN, RST, PSH, ACK, CWR = 0x01, 0x02, 0x04, 0x08, 0x10, 0x80
 TCP_BYTES = 20
 """Of a header without options."""
 DEEPEST_BYTES = 14 + 40 + TCP_BYTES
@@ -14,7 +15,6 @@ DEEPEST_BYTES = 14 + 40 + TCP_BYTES
 SEQUENCE, ACKNOWLEDGEMENT, DATA_OFFSET, FLAGS, WINDOW, CHECKSUM = 4, 8, 12, 13, 14, 16
 
 _IPV4_AT, _IPV6_AT = 14 + 20, 14 + 40
-_IPPROTO_TCP = 6
 _END_OF_OPTIONS, _NO_OPERATION, _WINDOW_SCALE = 0, 1, 3
 MAX_WINDOW_SCALE = 14
 
@@ -26,20 +26,25 @@ def tcp_header(frame: bytes | memoryview) -> int:
         return 0
     if frame[12] == 0x08 and frame[13] == 0x00:
         whole = not (frame[20] & 0x3F or frame[21])
-        return _IPV4_AT if frame[14] == 0x45 and frame[23] == _IPPROTO_TCP and whole else 0
+        return _IPV4_AT if frame[14] == 0x45 and frame[23] == IPPROTO_TCP and whole else 0
     if frame[12] == 0x86 and frame[13] == 0xDD:
-        return _IPV6_AT if size >= DEEPEST_BYTES and frame[20] == _IPPROTO_TCP else 0
+        return _IPV6_AT if size >= DEEPEST_BYTES and frame[20] == IPPROTO_TCP else 0
     return 0
+
+
+def address_bytes(at: int) -> int:
+    """The size of an IP address in a frame whose TCP header `tcp_header` found there."""
+    return 4 if at == _IPV4_AT else 16
 
 
 def sender_and_receiver(frame: bytes | memoryview, at: int) -> bytes:
     """Both addresses and both ports, as they stand in the frame."""
-    return bytes(frame[at - (8 if at == _IPV4_AT else 32) : at + 4])
+    return bytes(frame[at - 2 * address_bytes(at) : at + 4])
 
 
 def receiver_and_sender(frame: bytes | memoryview, at: int) -> bytes:
     """The same in the order of the frames that go the other way."""
-    size = 4 if at == _IPV4_AT else 16
+    size = address_bytes(at)
     middle = at - size
     return b"".join(
         (frame[middle:at], frame[middle - size : middle], frame[at + 2 : at + 4], frame[at : at + 2])

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 from struct import Struct
 
-IPPROTO_TCP = 6
+from hvkvm.abi.tcp import IPPROTO_TCP as IPPROTO_TCP
+
 IPPROTO_UDP = 17
 
 _length_protocol = Struct(">II")

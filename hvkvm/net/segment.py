@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from struct import Struct
 
+from hvkvm.abi import tcp as tcp_at
 from hvkvm.abi.virtio_net_hdr import (
     VIRTIO_NET_HDR_F_NEEDS_CSUM,
     VIRTIO_NET_HDR_GSO_ECN,
@@ -26,13 +27,6 @@ _VLAN_TYPES = (b"\x81\x00", b"\x88\xa8")
 _UDP_CHECKSUM_OFFSET = 6
 _u16 = Struct(">H")
 _u32 = Struct(">I")
-
-_TCP_SEQUENCE = 4
-_TCP_DATA_OFFSET = 12
-_TCP_FLAGS = 13
-_TCP_CHECKSUM = 16
-_TCP_BYTES = 20
-_FIN, _PSH, _CWR = 0x01, 0x08, 0x80
 
 
 def finish(header: VnetHeader, frame: bytes) -> list[bytes]:
@@ -71,29 +65,31 @@ def _cut(header: VnetHeader, frame: bytes, version: int) -> list[bytes]:
         ip += VLAN_BYTES
     tcp, size = header.csum_start, header.gso_size
     ip_bytes = 20 if version == 4 else 40
-    if tcp < ip + ip_bytes or tcp + _TCP_BYTES > len(frame) or frame[ip] >> 4 != version or not size:
+    if tcp < ip + ip_bytes or tcp + tcp_at.TCP_BYTES > len(frame) or frame[ip] >> 4 != version or not size:
         return []
     if version == 4 and (tcp != ip + (frame[ip] & 0xF) * 4 or frame[ip + 9] != IPPROTO_TCP):
         return []
-    data = tcp + (frame[tcp + _TCP_DATA_OFFSET] >> 4) * 4
-    if data < tcp + _TCP_BYTES or data > len(frame) or len(frame) - data > size * MAX_SEGMENTS:
+    data = tcp + (frame[tcp + tcp_at.DATA_OFFSET] >> 4) * 4
+    if data < tcp + tcp_at.TCP_BYTES or data > len(frame) or len(frame) - data > size * MAX_SEGMENTS:
         return []
 
     addresses = frame[ip + 12 : ip + 20] if version == 4 else frame[ip + 8 : ip + 40]
     front, transport, payload = bytearray(frame[:tcp]), bytearray(frame[tcp:data]), memoryview(frame)[data:]
-    flags = transport[_TCP_FLAGS]
-    (sequence,) = _u32.unpack_from(transport, _TCP_SEQUENCE)
+    flags = transport[tcp_at.FLAGS]
+    (sequence,) = _u32.unpack_from(transport, tcp_at.SEQUENCE)
     (identity,) = _u16.unpack_from(front, ip + 4)
-    transport[_TCP_CHECKSUM : _TCP_CHECKSUM + 2] = bytes(2)
+    transport[tcp_at.CHECKSUM : tcp_at.CHECKSUM + 2] = bytes(2)
 
     segments = []
     for number, at in enumerate(range(0, len(payload) or 1, size)):
         part = payload[at : at + size]
         last = at + size >= len(payload)
-        transport[_TCP_FLAGS] = flags & ~(0 if last else _FIN | _PSH) & ~(_CWR if number else 0)
-        _u32.pack_into(transport, _TCP_SEQUENCE, (sequence + at) & 0xFFFFFFFF)
+        transport[tcp_at.FLAGS] = (
+            flags & ~(0 if last else tcp_at.FIN | tcp_at.PSH) & ~(tcp_at.CWR if number else 0)
+        )
+        _u32.pack_into(transport, tcp_at.SEQUENCE, (sequence + at) & 0xFFFFFFFF)
         packet = transport + part
-        _u16.pack_into(packet, _TCP_CHECKSUM, transport_checksum(addresses, IPPROTO_TCP, packet))
+        _u16.pack_into(packet, tcp_at.CHECKSUM, transport_checksum(addresses, IPPROTO_TCP, packet))
         if version == 4:
             _u16.pack_into(front, ip + 2, tcp - ip + len(packet))
             _u16.pack_into(front, ip + 4, (identity + number) & 0xFFFF)

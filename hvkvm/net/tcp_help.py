@@ -19,7 +19,7 @@ from time import monotonic
 
 from hvkvm.abi import tcp
 from hvkvm.abi.virtio_net_hdr import VALID
-from hvkvm.net.checksum import IPPROTO_TCP, checksum, transport_checksum
+from hvkvm.net.checksum import checksum, transport_checksum
 from hvkvm.net.port import Frame
 from hvkvm.runtime.protocols import Delayer, TimerHandle
 
@@ -224,9 +224,9 @@ def question(answer: bytes, at: int, guest: bytes) -> bytes:
     segment = bytearray(answer[at + 2 : at + 4] + answer[at : at + 2])
     segment += (sequence & 0xFFFFFFFF).to_bytes(4, "big") + guest[:4]
     segment += bytes((tcp.TCP_BYTES // 4 << 4, tcp.ACK)) + guest[6:8] + bytes(4)
-    size = 4 if at == 34 else 16
+    size = tcp.address_bytes(at)
     addresses = answer[at - size : at] + answer[at - 2 * size : at - size]
-    found = transport_checksum(addresses, IPPROTO_TCP, segment)
+    found = transport_checksum(addresses, tcp.IPPROTO_TCP, segment)
     segment[tcp.CHECKSUM : tcp.CHECKSUM + 2] = found.to_bytes(2, "big")
     ip = bytearray(answer[14 : at - 2 * size])
     if size == 4:

@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from struct import Struct
 from typing import NamedTuple
 
+from hvkvm.abi.tcp import ACK, IPPROTO_TCP, PSH
 from hvkvm.abi.virtio_net_hdr import (
     VIRTIO_NET_HDR_F_DATA_VALID,
     VIRTIO_NET_HDR_F_NEEDS_CSUM,
@@ -32,8 +33,6 @@ _COPIED = 128
 """The first packet's bytes that are copied, for its headers are changed."""
 _VOUCHED = VIRTIO_NET_HDR_F_NEEDS_CSUM | VIRTIO_NET_HDR_F_DATA_VALID
 _IPV4, _IPV6 = b"\x08\x00", b"\x86\xdd"
-_TCP = 6
-_ACK, _PSH = 0x10, 0x08
 _CHECKSUM_OFFSET = 16
 
 
@@ -89,12 +88,12 @@ def coalesced(
                         rest.append(view[data:])
                         count += 1
                         size += whole - data
-                        push |= flags & _PSH
+                        push |= flags & PSH
                         continue
                     made.append(_joined(opening, rest, first, segment, size, push) if rest else opening)
                     counts.append(count)
                     opening, rest, count = frame, [], 1
-                    segment, size, push = whole - data, whole, flags & _PSH
+                    segment, size, push = whole - data, whole, flags & PSH
                     continue
         part = _part(frame, four, six, longest)
         if first is not None:
@@ -134,7 +133,7 @@ def _part(frame: Frame, four: bool, six: bool, longest: int) -> _Part | None:
     summed = None
     if kind == _IPV4:
         # No options, and no fragment; a header whose checksum is wrong must not become right.
-        if not four or head[14] != 0x45 or head[23] != _TCP or head[20] & 0x3F or head[21]:
+        if not four or head[14] != 0x45 or head[23] != IPPROTO_TCP or head[20] & 0x3F or head[21]:
             return None
         if int.from_bytes(head[14:34], "big") % 0xFFFF:
             return None
@@ -142,14 +141,14 @@ def _part(frame: Frame, four: bool, six: bool, longest: int) -> _Part | None:
         length, ident, check, _sequence, _flags = _FIELDS[34].unpack_from(head)
         summed = (length + ident + check) % 0xFFFF
     elif kind == _IPV6:
-        if not six or head[14] >> 4 != 6 or head[20] != _TCP or len(head) < 74:
+        if not six or head[14] >> 4 != 6 or head[20] != IPPROTO_TCP or len(head) < 74:
             return None
         at, size = 54, ETHERNET_BYTES + 40 + (head[18] << 8 | head[19])
     else:
         return None
     data = at + (head[at + 12] >> 4) * 4
     flags = head[at + 13]
-    if flags & ~_PSH != _ACK or not at + 20 <= data <= len(head) or size <= data:
+    if flags & ~PSH != ACK or not at + 20 <= data <= len(head) or size <= data:
         return None
     whole = len(first) if len(frame) == 2 else sum(map(len, frame[1:]))
     if whole != size or (not header[1] and size > longest):
@@ -157,7 +156,7 @@ def _part(frame: Frame, four: bool, six: bool, longest: int) -> _Part | None:
     mask = _MASKS[at][data - at]
     key = int.from_bytes(head[:data], "big") & mask
     sequence = int.from_bytes(head[at + 4 : at + 8], "big")
-    return _Part(key, mask, at, data, size, sequence, flags & _PSH, summed)
+    return _Part(key, mask, at, data, size, sequence, flags & PSH, summed)
 
 
 def _mask(at: int, length: int) -> int:
@@ -167,7 +166,7 @@ def _mask(at: int, length: int) -> int:
     for begin, end in ((16, 20), (24, 26)) if at == 34 else ((18, 20),):
         same[begin:end] = bytes(end - begin)
     same[at + 4 : at + 8] = bytes(4)
-    same[at + 13] = 0xFF & ~_PSH
+    same[at + 13] = 0xFF & ~PSH
     same[at + 16 : at + 18] = b"\0\0"
     return int.from_bytes(same, "big")
 
