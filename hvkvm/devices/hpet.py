@@ -13,13 +13,12 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable
-from contextlib import suppress
 from typing import Protocol
 
 from hvkvm.abi import hpet
 from hvkvm.abi.board import PIT_IRQ, RTC_IRQ
 from hvkvm.devices.hpet_timer import ALL, Comparator, HpetState, TimerState
-from hvkvm.errors import Stopped
+from hvkvm.devices.turn import Turn
 from hvkvm.runtime.protocols import Deferrer, Delayer, TimerHandle
 
 LEAST_SECONDS = 0.0001
@@ -55,7 +54,7 @@ class Hpet:
         self._offset = 0  # counter less host ticks while it counts, else the counter itself
         self._timers = [Comparator() for _ in range(hpet.TIMERS)]
         self._held: set[int] = set()  # pins that a level keeps up
-        self._asked = False
+        self._turn = Turn(io, self._look)
         # The loop's own.
         self._handle: TimerHandle | None = None
         self._running = False
@@ -95,7 +94,7 @@ class Hpet:
             self._settle(now)
             self._change(at, value << shift & mask, mask, now)
             self._drive()
-        self._ask()
+        self._turn.ask()
 
     def _change(self, at: int, value: int, mask: int, now: int) -> None:
         if at == hpet.HPET_CFG:
@@ -176,21 +175,12 @@ class Hpet:
 
     # The loop.
 
-    def _ask(self) -> None:
-        with self._lock:
-            if self._asked:
-                return
-            self._asked = True
-        with suppress(Stopped):
-            self._io.call_soon(self._look)
-
     def _look(self) -> None:
         """Send what is due, and come again when the next one is."""
         if self._handle is not None:
             self._handle.cancel()
             self._handle = None
         with self._lock:
-            self._asked = False
             if not self._running:
                 return
             now = self._now
@@ -206,7 +196,7 @@ class Hpet:
     def start(self) -> None:
         """Interrupts come. The loop, or before it runs."""
         self._running = True
-        self._ask()
+        self._turn.ask()
 
     def stop(self) -> None:
         """None comes, though the counter goes on. The loop."""

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from contextlib import suppress
 from typing import Protocol
 
 from hvkvm.devices.port.cmos import (
@@ -26,7 +25,7 @@ from hvkvm.devices.port.cmos import (
     Cmos,
     CmosState,
 )
-from hvkvm.errors import Stopped
+from hvkvm.devices.turn import Turn
 from hvkvm.runtime.protocols import Deferrer, Delayer, TimerHandle
 
 RTC_PIE, RTC_AIE, RTC_UIE = 0x40, 0x20, 0x10  # register B
@@ -53,7 +52,7 @@ class Rtc(Cmos):
         self._io = io
         self._interrupt = interrupt
         self._timer: TimerHandle | None = None
-        self._asked = False
+        self._turn = Turn(io, self._arm)
         self._running = False
         self.on_alarm: Callable[[], object] | None = None
         """Called when an alarm is due that the guest has on. The loop."""
@@ -76,19 +75,19 @@ class Rtc(Cmos):
             if self._index == RTC_REG_B and value & RTC_SET:
                 with self._lock:
                     self._ram[RTC_REG_B] &= ~RTC_UIE
-            self._ask()
+            self._turn.ask()
 
     def load(self, state: CmosState) -> None:
         """As `Cmos.load`."""
         super().load(state)
-        self._ask()
+        self._turn.ask()
 
     def reset(self) -> None:
         """A reset of the machine switches interrupts off; the clock goes on."""
         with self._lock:
             self._ram[RTC_REG_B] &= ~_ENABLES
             self._ram[RTC_REG_C] = 0
-        self._ask()
+        self._turn.ask()
 
     def start(self) -> None:
         """The machine runs: interrupts come. The loop."""
@@ -101,14 +100,6 @@ class Rtc(Cmos):
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
-
-    def _ask(self) -> None:
-        with self._lock:
-            if self._asked:
-                return
-            self._asked = True
-        with suppress(Stopped):
-            self._io.call_soon(self._arm)
 
     # On the loop.
 
@@ -127,7 +118,6 @@ class Rtc(Cmos):
     def _arm(self) -> None:
         """Set the timer to what comes next of what the guest has on."""
         with self._lock:
-            self._asked = False
             enabled = self._ram[RTC_REG_B] & _ENABLES
             now = self._seen = self._now
             delays = []

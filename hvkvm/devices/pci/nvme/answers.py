@@ -12,7 +12,7 @@ from hvkvm.devices.pci.nvme.prp import Memory
 from hvkvm.devices.pci.nvme.queue_table import QueueTable
 from hvkvm.devices.pci.nvme.queues import MAX_IN_FLIGHT, Completion, Shadow, Submission
 from hvkvm.devices.pci.nvme.registers import Registers
-from hvkvm.devices.pci.turn import Turn
+from hvkvm.devices.turn import Turn
 from hvkvm.memory.atomics import fence
 from hvkvm.runtime.protocols import Deferrer
 

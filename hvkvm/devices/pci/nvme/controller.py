@@ -34,7 +34,7 @@ from hvkvm.devices.pci.nvme.queues import Completion, Submission
 from hvkvm.devices.pci.nvme.registers import Registers
 from hvkvm.devices.pci.nvme.saved import ControllerState, queues_of
 from hvkvm.devices.pci.nvme.self_test import SelfTest
-from hvkvm.devices.pci.turn import Turn
+from hvkvm.devices.turn import Turn
 from hvkvm.runtime.protocols import Deferrer
 
 BUDGET = 64

@@ -21,7 +21,6 @@ from hvkvm.abi import virtio
 from hvkvm.devices.pci import msix
 from hvkvm.devices.pci.bell import BellMaker
 from hvkvm.devices.pci.function import Bar, Function
-from hvkvm.devices.pci.turn import Turn
 from hvkvm.devices.pci.virtio import function as places
 from hvkvm.devices.pci.virtio import saved
 from hvkvm.devices.pci.virtio.bells import Bells
@@ -31,6 +30,7 @@ from hvkvm.devices.pci.virtio.interrupts import Interrupts
 from hvkvm.devices.pci.virtio.registers import SIZE, Registers
 from hvkvm.devices.pci.virtio.ring import Broken, Chain, Memory, Place, Ring
 from hvkvm.devices.pci.virtio.saved import VirtioState
+from hvkvm.devices.turn import Turn
 from hvkvm.errors import GuestMemoryError
 from hvkvm.runtime.protocols import Deferrer
 
