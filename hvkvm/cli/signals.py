@@ -1,20 +1,26 @@
-"""Signals as things to read: the handler notes the number, the main thread acts when it waits.
+"""Signals as things to read: they come through a pipe, and the main thread acts when it waits.
 
-A Python signal handler runs between any two instructions of the main thread,
-also halfway through starting the machine. So it does nothing but leave a note.
+A Python signal handler runs between any two instructions of the main thread, also
+halfway through starting the machine. And it runs only when the main thread executes
+Python again: a signal that comes after its last look and before `poll` has begun, or
+that the kernel gives to another thread, would leave it asleep. So the handlers do
+nothing; the interpreter's own C handler writes the number into a pipe
+(`signal.set_wakeup_fd`), which ends a `poll` at any moment and on any thread.
 Owner: the main thread.
 """
 
 from __future__ import annotations
 
+import os
 import select
 import signal
 from collections import deque
 from collections.abc import Iterable
+from contextlib import suppress
 from time import monotonic
 from types import FrameType
 
-from hvkvm.kvm.irqfd import EventFd
+_PIECE = 4096
 
 
 def _hang_up_is_ignored(number: signal.Signals) -> bool:
@@ -22,45 +28,54 @@ def _hang_up_is_ignored(number: signal.Signals) -> bool:
     return number == signal.SIGHUP and signal.getsignal(number) is signal.SIG_IGN
 
 
+def _leave_to_the_pipe(_number: int, _frame: FrameType | None) -> None:
+    """A handler must be there, or the interpreter would not write the number."""
+
+
 class Signals:
-    """Takes `numbers` over until closed. `wait` returns them one at a time."""
+    """Takes `numbers` over until closed. `wait` returns them one at a time, in the order they came."""
 
     def __init__(self, numbers: Iterable[signal.Signals]) -> None:
         self._noted: deque[int] = deque()
-        self._wake = EventFd()
+        self._reader, self._writer = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
+        self._wakeup_before = signal.set_wakeup_fd(self._writer, warn_on_full_buffer=False)
         self._before = {
-            number: signal.signal(number, self._note) for number in numbers if not _hang_up_is_ignored(number)
+            number: signal.signal(number, _leave_to_the_pipe)
+            for number in numbers
+            if not _hang_up_is_ignored(number)
         }
-
-    def _note(self, number: int, _frame: FrameType | None) -> None:
-        self._noted.append(number)
-        self._wake.signal()
 
     def wait(self, fd: int, timeout: float | None) -> int | None:
         """The next signal; None once `fd` is readable or `timeout` seconds have passed."""
         poller = select.poll()
         poller.register(fd, select.POLLIN)
-        poller.register(self._wake.fd, select.POLLIN)
+        poller.register(self._reader, select.POLLIN)
         end = None if timeout is None else monotonic() + timeout
         while True:
+            self._take()
             if self._noted:
                 return self._noted.popleft()
-            self._wake.drain()
-            if self._noted:
-                continue  # noted between the look and the drain
             left = None if end is None else max(0.0, end - monotonic()) * 1000
-            ready = poller.poll(left)
-            if self._noted:
-                continue
-            if not ready or any(number == fd for number, _events in ready):
+            ready = dict(poller.poll(left))
+            if self._reader not in ready and (fd in ready or not ready):
                 return None
+
+    def _take(self) -> None:
+        """Read what has come. Signals that others handle (SIGTSTP, SIGCHLD) leave their numbers here too."""
+        with suppress(BlockingIOError):
+            while data := os.read(self._reader, _PIECE):
+                self._noted.extend(number for number in data if number in self._before)
 
     def close(self) -> None:
         """Give every signal back. Idempotent."""
         for number, before in self._before.items():
             signal.signal(number, before if before is not None else signal.SIG_DFL)
         self._before.clear()
-        self._wake.close()
+        if self._reader >= 0:
+            signal.set_wakeup_fd(self._wakeup_before)
+            os.close(self._reader)
+            os.close(self._writer)
+            self._reader = self._writer = -1
 
     def __enter__(self) -> Signals:
         return self
