@@ -11,7 +11,7 @@ from typing import Any
 
 import guest_images
 import pytest
-from running_vm import SECONDS, command_line, running_vm
+from running_vm import SECONDS, command_line, environment, running_vm
 
 from hvkvm.abi import vmbus
 from hvkvm.cli.top import Look, lines, parse
@@ -88,17 +88,17 @@ def test_a_vm_is_looked_at_until_it_ends(tmp_path: Path) -> None:
     )
     with running_vm(tmp_path, *options) as vm:
         vm.wait_until_listening()
-        environment = {**os.environ, "XDG_RUNTIME_DIR": str(vm.runtime), "TERM": "xterm"}
+        within = {**environment(vm.runtime), "TERM": "xterm"}
         command = command_line("top", "--interval", "0.1", "--count", "2")
         done = subprocess.run(
-            command, env=environment, capture_output=True, text=True, check=False, timeout=SECONDS
+            command, env=within, capture_output=True, text=True, check=False, timeout=SECONDS
         )
         assert (done.returncode, done.stderr) == (0, "")
         assert done.stdout.count("one: up ") == 2
         assert done.stdout.count("vcpu1 ") == 2
         assert "\x1b" not in done.stdout
         master, slave = pty.openpty()
-        shown = subprocess.Popen(command_line("top", "--interval", "0.1"), env=environment, stdout=slave)
+        shown = subprocess.Popen(command_line("top", "--interval", "0.1"), env=within, stdout=slave)
         os.close(slave)
         data = b""
         while data.count(b"\x1b[H\x1b[2J") < 2:
