@@ -34,7 +34,7 @@ from hvkvm.state.compressed import MAX_PIECE, Packer, Unpacker
 from hvkvm.tuples import NamedTuple
 
 MAGIC = b"hvkvm saved VM\n\0"
-FORMAT = 5
+FORMAT = 6
 """Goes up when an older reader would misread the file."""
 
 COMPRESSED = 1
@@ -60,7 +60,7 @@ class Extent(NamedTuple):
 
     offset: int
     size: int
-    checksum: bytes
+    checksum: int
     stored: int
     """How many bytes of the file it takes: less than `size` where it is compressed."""
 
@@ -148,8 +148,18 @@ class Manifest(NamedTuple):
 
 
 def checksum(data: bytes | memoryview) -> bytes:
-    """What the header and each extent keep of bytes."""
+    """What the header keeps of itself and of the manifest."""
     return blake2b(data, digest_size=_DIGEST).digest()
+
+
+def ram_checksum(data: bytes) -> int:
+    """What an extent keeps of its bytes: CRC-32, since anything stronger takes most of a save's time.
+
+    It is there for disks and copies that damage a file: who makes one up can put any checksum right.
+    """
+    from zlib import crc32  # a run that saves nothing has no use for it
+
+    return crc32(data)
 
 
 class Writer:
@@ -178,7 +188,7 @@ class Writer:
                 stored, place = self._packer.pack(piece), self._end
             _write_all(self._fd, memoryview(stored), place)
             self._end += len(stored)
-            self._extents.append(Extent(offset + at, size, checksum(piece), len(stored)))
+            self._extents.append(Extent(offset + at, size, ram_checksum(piece), len(stored)))
 
     def commit(self, manifest: Manifest, parts: dict[str, Any]) -> int:
         """Write the rest and rename; returns the file's size in bytes, holes included."""
@@ -262,7 +272,7 @@ class Saved:
             for extent in self.manifest.extents:
                 frame = _read_exactly(self.fd, at, extent.stored)
                 data = None if frame is None else unpacker.unpack(frame, extent.size)
-                if data is None or checksum(data) != extent.checksum:
+                if data is None or ram_checksum(data) != extent.checksum:
                     raise StateError(
                         f"{self.path}: guest RAM at {extent.offset:#x}+{extent.size:#x} is damaged"
                     )
@@ -284,7 +294,7 @@ class Saved:
         """Read all of RAM and compare its checksums. StateError naming the first damaged piece."""
         for extent in self.manifest.extents:
             data = _read_exactly(self.fd, RAM_OFFSET + extent.offset, extent.size)
-            if data is None or checksum(data) != extent.checksum:
+            if data is None or ram_checksum(data) != extent.checksum:
                 raise StateError(f"{self.path}: guest RAM at {extent.offset:#x}+{extent.size:#x} is damaged")
 
     def close(self) -> None:

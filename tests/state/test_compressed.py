@@ -93,7 +93,7 @@ def test_extents_of_impossible_sizes_are_refused(tmp_path: Path) -> None:
         extents[0]._replace(stored=-1),
         extents[0]._replace(stored=1 << 40),
         extents[0]._replace(size=RAM),
-        extents[0]._replace(checksum=b""),
+        extents[0]._replace(checksum=-1),
     ):
         with Writer(file, RAM, compress=True) as writer:
             writer.write_ram(0, contents()[:MAX_PIECE])
