@@ -1,8 +1,8 @@
 """The register state in which the boot vCPU starts, and the tables that state points to.
 
 A loader returns an `Entry`; `machine` applies it to vCPU 0 before it first
-runs, from the thread that owns that vCPU. The other vCPUs need nothing: they
-wait for INIT and SIPI. Source: Linux Documentation/arch/x86/boot.rst (64-bit
+runs, from the thread that owns that vCPU. The other vCPUs need their memory types
+alone: they wait for INIT and SIPI. Source: Linux Documentation/arch/x86/boot.rst (64-bit
 boot protocol), the PVH and multiboot-1 specifications (flat protected mode).
 """
 
@@ -18,11 +18,14 @@ from hvkvm.abi import board
 from hvkvm.abi.x86 import (
     EFER_LMA,
     EFER_LME,
+    MTRR_DEF_TYPE_E,
+    MTRR_TYPE_WRBACK,
     X86_CR0_ET,
     X86_CR0_PE,
     X86_CR0_PG,
     X86_CR4_PAE,
     X86_EFLAGS_FIXED,
+    MSR_MTRRdefType,
 )
 from hvkvm.boot.layout import GuestRam
 
@@ -88,6 +91,16 @@ class Entry(NamedTuple):
         for register, value in self.registers.items():
             setattr(regs, register, value)
         vcpu.set_regs(regs)
+
+
+def make_memory_cacheable(vcpu: Vcpu) -> None:
+    """Turn the MTRRs of `vcpu` on, with write-back for everything; thread: the vCPU's owner.
+
+    Firmware would have done so. Left as at power-on they are off: Linux has no /proc/mtrr then, and
+    6.1 no PAT either. Every vCPU needs it, or Linux says that the CPUs are set up apart. Where the CPU
+    has no MTRRs KVM may refuse, and nothing is lost. Raises KvmIoctlError for what else goes wrong.
+    """
+    vcpu.set_writable_msrs({MSR_MTRRdefType: MTRR_DEF_TYPE_E | MTRR_TYPE_WRBACK})
 
 
 def write_tables(memory: GuestRam, mode: Mode) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -63,14 +64,15 @@ class GuestImage:
         except (OSError, ValueError, HvkvmError) as error:
             return str(error)
 
-    def load(self, memory: GuestMemory, vcpu: Vcpu) -> str:
-        """Write it and set the boot vCPU's registers; returns what was loaded. BootError.
+    def load(self, memory: GuestMemory, vcpus: Sequence[Vcpu]) -> str:
+        """Write it and set the registers of the boot vCPU, the first; returns what was loaded. BootError.
 
         Memory is left as it is: a reset does not clear RAM. With firmware there is nothing to
         load: the vCPU starts in the ROM as it is at power-on.
         """
         if self._config.firmware is not None or self._config.kernel is None:
             return "firmware"
+        from hvkvm.boot.entry import make_memory_cacheable
         from hvkvm.boot.image import load
         from hvkvm.boot.linux import default_cmdline
         from hvkvm.boot.smbios import placed
@@ -89,7 +91,9 @@ class GuestImage:
             hpet=self._config.hpet == "on",
             smbios=placed(self._name, self._config.cpus, self._config.memory, __version__),
         )
-        entry.apply(vcpu)
+        entry.apply(vcpus[0])
+        for vcpu in vcpus:
+            make_memory_cacheable(vcpu)
         return entry.what
 
 

@@ -63,7 +63,7 @@ class Processors:
 
     def boot(self) -> None:
         """Load the image, and set the registers to start it. Raises BootError."""
-        self._image.load(self._platform.memory, self._platform.vcpus[0])
+        self._image.load(self._platform.memory, self._platform.vcpus)
 
     def reset(self) -> None:
         """See `Part.reset`: power-on registers, and the image loaded afresh; other RAM stays as it is."""

@@ -20,6 +20,7 @@ from hvkvm.abi.kvm import (
     KVM_MP_STATE_HALTED,
     KVM_PIT_SPEAKER_DUMMY,
 )
+from hvkvm.abi.x86 import MTRR_DEF_TYPE_E, MTRR_TYPE_WRBACK, MSR_MTRRdefType
 from hvkvm.errors import KvmIoctlError
 from hvkvm.events import Event, Observer
 from hvkvm.kvm.system import Kvm
@@ -226,11 +227,12 @@ def test_a_guest_finds_the_registers_after_a_reset_as_at_power_on(boot_agent: Ca
     guest = boot_agent(cpus=2, hv="passthrough", synic="user")
     far = 1 << 55  # cycles: half a year at least
     written = {0x3B: far, 0x174: 0x1234, 0x277: 0x0606_0606_0606_0606, 0x2FF: 0xC00, 0x200: 0x12_3006}
-    found = {}
+    found, first = {}, {}
     for cpu in guest.agent.cpus:
         assert cpu.rdmsr(MSR_IA32_TSC) < far
         for index, value in written.items():
             before = cpu.do("RDMSR", index)
+            first[cpu.index, index] = before.value
             if before.fault is None and cpu.do("WRMSR", index, value).fault is None:
                 found[cpu.index, index] = cpu.rdmsr(index)
         cpu.wrmsr(MSR_IA32_TSC, 3 * far)
@@ -238,7 +240,11 @@ def test_a_guest_finds_the_registers_after_a_reset_as_at_power_on(boot_agent: Ca
     boots = guest.agent.boots
     guest.machine.lifecycle.request_reset("test")
     guest.agent.await_online(boots + 1)
-    for index, _ in found:
+    for index in {index for _, index in found}:
         values = [cpu.rdmsr(index) for cpu in guest.agent.cpus]
         assert not set(values) & set(written.values()), hex(index)
+        assert index == 0x3B or values == [first[cpu.index, index] for cpu in guest.agent.cpus], hex(index)
+    for cpu in guest.agent.cpus:  # as firmware leaves it, on every one alike
+        if (cpu.index, MSR_MTRRdefType) in found:
+            assert cpu.rdmsr(MSR_MTRRdefType) == MTRR_DEF_TYPE_E | MTRR_TYPE_WRBACK
     assert all(cpu.rdmsr(MSR_IA32_TSC) < far for cpu in guest.agent.cpus)
