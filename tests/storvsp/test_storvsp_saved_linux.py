@@ -72,6 +72,26 @@ def in_flight_now(machine: Machine) -> int:
     return int(sum(device.inspect()["in_flight"].values()))
 
 
+def watch_rest(machine: Machine, at_rest: list[tuple[int, int, int]]) -> None:
+    """Have each save tell what the guest waits for as the controller comes to rest: requests that the disks
+    have, and bytes of both rings that nobody has read yet."""
+    if machine.bus is None:
+        return
+    device: Any = machine.bus.devices["scsi0"].device
+    rest = device.rest
+
+    def counted(done: Any) -> None:
+        ios = [channel._io for channel in device._channels.values() if channel._io is not None]
+        rings = [
+            sum((end.words[0] - end.words[1]) % end.size for end in ends)
+            for ends in ([io.reader for io in ios], [io.writer for io in ios])
+        ]
+        at_rest.append((sum(device.inspect()["in_flight"].values()), rings[0], rings[1]))
+        rest(done)
+
+    device.rest = counted
+
+
 def caught_in_flight(machine: Machine, seconds: float = 5.0) -> int:
     """How many requests are in flight, at a moment when some are; 0 if none came in that time."""
     deadline = monotonic() + seconds
@@ -98,6 +118,7 @@ def test_requests_in_flight_are_neither_lost_nor_doubled(where: str, tmp_path: P
         modules = ("nvme", "virtio_pci", "virtio_blk")
         settings = {"vmbus": "off"}
     in_flight = 0
+    at_rest: list[tuple[int, int, int]] = []
     script = f"WHERE={where}\n{SCRIPT}"
     with linux_guest(script, cpus=2, modules=modules, disks=disks, **settings) as guest:
         guest.start()
@@ -106,6 +127,7 @@ def test_requests_in_flight_are_neither_lost_nor_doubled(where: str, tmp_path: P
         try:
             for _ in range(SAVES):
                 sleep(chance.random())
+                watch_rest(machine, at_rest)
                 in_flight += caught_in_flight(machine)
                 machine.save(file, end=True)
                 machine.close()
@@ -125,6 +147,7 @@ def test_requests_in_flight_are_neither_lost_nor_doubled(where: str, tmp_path: P
         assert "complaint" not in text, text[-3000:]
         rounds = [int(number) for number in re.findall(r"^round (\d+)$", text, re.MULTILINE)]
         assert rounds == list(range(1, len(rounds) + 1)), text[-3000:]
+        print(f"{SAVES} saves, {in_flight} requests seen just before; at rest: {at_rest}")
         assert in_flight, "nothing was ever in flight when the guest was saved: the test shows nothing"
     checked = subprocess.run(["fsck.ext4", "-fn", str(first)], capture_output=True, text=True, check=False)
     assert checked.returncode == 0, checked.stdout
