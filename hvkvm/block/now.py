@@ -8,6 +8,8 @@ Owner: the I/O loop.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from hvkvm.block.buffers import Buffers
 from hvkvm.block.counter import Counter
 from hvkvm.block.image import Image
@@ -66,6 +68,31 @@ class Way:
             self.works = False
         self._skip = self._skips = min(MAX_SKIP, 2 * self._skips + 1)
         return False
+
+    def move_each(self, offsets: Sequence[int], buffers: Sequence[Buffers], length: int) -> int:
+        """Move requests of `length` bytes each, up to the first that is not moved: how many were.
+
+        As so many calls of `move`; that one is not tried again by the caller without need.
+        """
+        if not self.works or self._skip:
+            return 0
+        most = self._turn.left // length
+        call = self._call
+        n = 0
+        try:
+            for offset, one in zip(offsets[:most], buffers, strict=False):
+                if call(offset, one) != length:
+                    break
+                n += 1
+        except Exception:  # it comes again where it is named
+            pass
+        self._turn.left -= n * length
+        if n:
+            self._skips = 0
+            self.count += n
+            if length != self.result.transferred:
+                self.result = Result(Status.OK, length)
+        return n
 
     def tally(self, requests: int, size: int) -> None:
         """So many requests of so many bytes in all are answered."""

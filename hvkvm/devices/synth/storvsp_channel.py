@@ -200,7 +200,7 @@ class StorvspChannel:
         taken = 0
         if self._controller.ready:
             most = min(BUDGET, MAX_IN_FLIGHT - self.in_flight.count - len(self._done))
-            taken = take_plain(reader, most, self._controller.plain, self._page, self._done)
+            taken = take_plain(reader, most, self._controller.plain, self._pages, self._page, self._done)
             self.requests += taken
         for _ in range(BUDGET - taken):
             if self.in_flight.count + len(self._done) >= MAX_IN_FLIGHT:

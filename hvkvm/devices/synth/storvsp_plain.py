@@ -12,9 +12,11 @@ Owner: the I/O loop. Nothing here raises for guest bytes.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import lru_cache
+from itertools import repeat
 from struct import Struct
+from typing import NamedTuple
 
 from hvkvm.abi import scsi
 from hvkvm.abi import storvsp as wire
@@ -30,30 +32,60 @@ from hvkvm.errors import GuestMemoryError
 from hvkvm.vmbus.ring_reader import RingReader
 
 _PAYLOAD_EIGHTS = wire.PACKET_BYTES // 8
-_FRONT = Struct("<HHHHQ4xIIIQ")
-"""The descriptor, and the GPA-direct header of one range, up to its first page."""
+_FRONT = Struct("<8sQ16sQ")
+"""The descriptor, in it the transaction id; the GPA-direct header of one range, up to its first page."""
 _LEAST_EIGHTS = _FRONT.size // 8
+_head = Struct("<HHHH")
+_range = Struct("<4xIII")
+_srb = Struct("<I8x4xBBBBBBBxIBB")
+"""The payload up to the LBA."""
+_back = Struct(">BHB")
+"""Behind the LBA: group number, blocks, control."""
 _REFUSED = scsi.PROTECT_MASK | scsi.FUA
 _LONGEST_CDB = 16
+
+
+class _Kind(NamedTuple):
+    """What packets have in common that differ in their transaction id, page and LBA alone."""
+
+    way: Way
+    sector: int
+    last: int
+    """The last LBA at which such a request ends on the disk."""
+    offset: int
+    """Into the page."""
+    length: int
+    completion: bytes
+
+
+class _Run(NamedTuple):
+    """Packets of one kind, one behind the other."""
+
+    kind: _Kind
+    trans_ids: list[int]
+    offsets: list[int]
+    buffers: list[tuple[memoryview]]
 
 
 @lru_cache(maxsize=16)  # a guest chooses
 def _layout(eights: int) -> Struct:
     """A packet whose payload begins so many eights of bytes behind its own beginning, with its trailer."""
     pages = eights * 8 - _FRONT.size
-    return Struct(f"{_FRONT.format}{pages}xI8x4xBBBBBBBxIBB8s6x20x8x")
+    return Struct(f"{_FRONT.format}{pages}x{_srb.size}s4s{_back.size}s6x20x8x")
 
 
 def take_plain(
     reader: RingReader,
     most: int,
     plain: Callable[[int, int], Plain | None],
+    pages: Mapping[int, memoryview],
     page: Callable[[int], memoryview],
     done: deque[tuple[int, bytes]],
 ) -> int:
     """Take up to `most` requests that stand first in the ring, their completions into `done`; how many.
 
-    `plain(target, lun)` is what a disk does at once, `page(pfn)` a view of a guest's page.
+    `plain(target, lun)` is what a disk does at once. `pages` has views of the guest's pages, of which some
+    may not be good any more; `page(pfn)` makes one.
     """
     waiting = reader.waiting(most * 512)
     if len(waiting) < _FRONT.size:
@@ -67,56 +99,99 @@ def take_plain(
         return 0
     layout = _layout(first_eights)
     step = layout.size
-    n = min(len(waiting) // step, most)
-    taken = sector = sectors = 0
-    whole = memoryview(waiting)[: n * step]
-    where, disk = -1, None
-    way: Way | None
-    for (
-        kind, eights, total, flags, trans_id, ranges, room, offset, pfn, operation,
-        port, path, target, lun, cdb_length, _sense, data_in, length, code, cdb_flags, rest,
-    ) in layout.iter_unpack(whole):  # fmt: skip
-        if (
-            kind != VM_PKT_DATA_USING_GPA_DIRECT
-            or eights != first_eights
-            or total != first_total
-            or operation != wire.EXECUTE_SRB
-            or ranges != 1
-            or not flags & VMBUS_DATA_PACKET_FLAG_COMPLETION_REQUESTED
-            or path
-            or not scsi.cdb10.size <= cdb_length <= _LONGEST_CDB
-            or not 0 < length <= room
-            or offset + room > HV_HYP_PAGE_SIZE
-            or cdb_flags & _REFUSED
-        ):
+    whole = memoryview(waiting)[: min(len(waiting) // step, most) * step]
+    taken = 0
+    for kind, trans_ids, offsets, buffers in _runs(layout, first_eights, whole, plain, pages, page):
+        n = kind.way.move_each(offsets, buffers, kind.length)
+        kind.way.tally(n, n * kind.length)
+        done.extend(zip(trans_ids[:n], repeat(kind.completion)))
+        taken += n
+        if n < len(trans_ids):
             break
-        if target << 8 | lun != where:
-            where = target << 8 | lun
-            disk = plain(target, lun)
-            if disk is None:
-                break
-            sector, sectors = disk.sector, disk.sectors
-        assert disk is not None
-        numbers = int.from_bytes(rest, "big")  # LBA 4 bytes, group number, blocks 2 bytes, control
-        lba, blocks = numbers >> 32, numbers >> 8 & 0xFFFF
-        if code == scsi.READ_10 and data_in == wire.READ_TYPE:
-            way = disk.reads
-        elif code == scsi.WRITE_10 and data_in == wire.WRITE_TYPE:
-            way = disk.writes
-        else:
-            break
-        if way is None or blocks * sector != length or lba + blocks > sectors or numbers & scsi.NACA:
-            break
-        try:
-            view = page(pfn)
-        except GuestMemoryError:
-            break
-        if length != HV_HYP_PAGE_SIZE:
-            view = view[offset : offset + length]
-        if not way.move(lba * sector, (view,), length):
-            break
-        way.tally(1, length)
-        done.append((trans_id, wire.plain_completion(port, target, lun, cdb_length, data_in, length)))
-        taken += 1
     reader.took(taken, taken * step)
     return taken
+
+
+def _runs(
+    layout: Struct,
+    eights: int,
+    packets: memoryview,
+    plain: Callable[[int, int], Plain | None],
+    pages: Mapping[int, memoryview],
+    page: Callable[[int], memoryview],
+) -> list[_Run]:
+    """Those of `packets` that are plain, up to the first that is not."""
+    runs: list[_Run] = []
+    kinds: dict[tuple[bytes, ...], _Kind | None] = {}
+    last_head = last_range = last_srb = last_back = b""
+    last = sector = offset = length = 0
+    for head, trans_id, range_, pfn, srb, lba_bytes, back in layout.iter_unpack(packets):
+        if head != last_head or range_ != last_range or srb != last_srb or back != last_back:
+            key = last_head, last_range, last_srb, last_back = head, range_, srb, back
+            if key not in kinds:
+                kinds[key] = _kind_of(head, range_, srb, back, eights, plain)
+            kind = kinds[key]
+            if kind is None:
+                break
+            _way, sector, last, offset, length, _completion = kind
+            trans_ids: list[int] = []
+            offsets: list[int] = []
+            buffers: list[tuple[memoryview]] = []
+            runs.append(_Run(kind, trans_ids, offsets, buffers))
+        lba = int.from_bytes(lba_bytes, "big")
+        if lba > last:
+            break
+        view = pages.get(pfn)
+        try:
+            if view is None:
+                view = page(pfn)
+            if length != HV_HYP_PAGE_SIZE:
+                view = view[offset : offset + length]
+        except (GuestMemoryError, ValueError):  # no RAM, or what was mapped there once is not any more
+            break
+        trans_ids.append(trans_id)
+        offsets.append(lba * sector)
+        buffers.append((view,))
+    return runs
+
+
+def _kind_of(
+    head: bytes,
+    range_: bytes,
+    srb: bytes,
+    back: bytes,
+    eights: int,
+    plain: Callable[[int, int], Plain | None],
+) -> _Kind | None:
+    """What such packets ask for; None if they are in any way unusual."""
+    kind, payload_eights, total, flags = _head.unpack(head)
+    ranges, room, offset = _range.unpack(range_)
+    operation, port, path, target, lun, cdb_length, _sense, data_in, length, code, bits = _srb.unpack(srb)
+    _group, blocks, control = _back.unpack(back)
+    if (
+        kind != VM_PKT_DATA_USING_GPA_DIRECT
+        or payload_eights != eights
+        or total != eights + _PAYLOAD_EIGHTS
+        or operation != wire.EXECUTE_SRB
+        or ranges != 1
+        or not flags & VMBUS_DATA_PACKET_FLAG_COMPLETION_REQUESTED
+        or path
+        or not scsi.cdb10.size <= cdb_length <= _LONGEST_CDB
+        or not 0 < length <= room
+        or offset + room > HV_HYP_PAGE_SIZE
+        or bits & _REFUSED
+        or control & scsi.NACA
+    ):
+        return None
+    disk = plain(target, lun)
+    if disk is None or blocks * disk.sector != length:
+        return None
+    way: Way | None = None
+    if code == scsi.READ_10 and data_in == wire.READ_TYPE:
+        way = disk.reads
+    elif code == scsi.WRITE_10 and data_in == wire.WRITE_TYPE:
+        way = disk.writes
+    if way is None:
+        return None
+    completion = wire.plain_completion(port, target, lun, cdb_length, data_in, length)
+    return _Kind(way, disk.sector, disk.sectors - blocks, offset, length, completion)
