@@ -51,11 +51,21 @@ class FileNow:
         if len(buffers) > IOV_MAX:
             return 0
         try:
-            if self._in_memory:
-                return self._read_memory(offset, buffers)
+            if not self._in_memory:
+                if type(buffers) is PageVector:
+                    return buffers.read(self.fd, offset, os.RWF_NOWAIT)
+                return os.preadv(self.fd, buffers, offset, os.RWF_NOWAIT)
+            # What comes from the swap is read from a device by this thread; to look costs as much as to read.
+            before = _blocks_read() if self._suspected else -1
+            began = monotonic()
             if type(buffers) is PageVector:
-                return buffers.read(self.fd, offset, os.RWF_NOWAIT)
-            return os.preadv(self.fd, buffers, offset, os.RWF_NOWAIT)
+                n = buffers.read(self.fd, offset)
+            else:
+                n = os.preadv(self.fd, buffers, offset)
+            slow = monotonic() - began > SLOW_SECONDS
+            if slow or self._suspected:
+                self._suspect(before, slow)
+            return n
         except BlockingIOError:
             return 0
         except OSError:
@@ -85,22 +95,14 @@ class FileNow:
                 return -1
             return 0  # a full disk: it comes again from a worker
 
-    def _read_memory(self, offset: int, buffers: Buffers) -> int:
-        """What comes from the swap is read from a device by this thread; to look costs as much as to read."""
-        before = -1
-        if self._suspected:
+    def _suspect(self, before: int, slow: bool) -> None:
+        """A read that took long, or one that is watched since another did: `before` it, if it was watched."""
+        if not slow:
             self._suspected -= 1
-            before = _blocks_read()
-        began = monotonic()
-        if type(buffers) is PageVector:
-            n = buffers.read(self.fd, offset)
-        else:
-            n = os.preadv(self.fd, buffers, offset)
-        if monotonic() - began > SLOW_SECONDS:
-            if before >= 0 and _blocks_read() > before:
-                self._reads = False
-            self._suspected = SUSPECTED
-        return n
+            return
+        if before >= 0 and _blocks_read() > before:
+            self._reads = False
+        self._suspected = SUSPECTED
 
     def _write_memory(self, offset: int, buffers: Buffers) -> int:
         began = monotonic()

@@ -8,7 +8,7 @@ Owner: the I/O loop.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from hvkvm.block.buffers import Buffers
 from hvkvm.block.counter import Counter
@@ -55,7 +55,7 @@ class Way:
             return False
         self._turn.left -= length
         try:
-            n = self._call(offset, buffers)
+            n = self._call()(offset, buffers)
         except Exception:
             n = 0  # the worker meets the same, and names it
         if n == length:
@@ -77,7 +77,7 @@ class Way:
         if not self.works or self._skip:
             return 0
         most = self._turn.left // length
-        call = self._call
+        call = self._call()
         n = 0
         try:
             for offset, one in zip(offsets[:most], buffers, strict=False):
@@ -99,7 +99,8 @@ class Way:
         self._counter.requests += requests
         self._counter.bytes += size
 
-    def _call(self, offset: int, buffers: Buffers) -> int:
+    def _call(self) -> Callable[[int, Buffers], int]:
+        """What moves bytes between an offset and buffers, or says that it would have to wait."""
         raise NotImplementedError
 
 
@@ -108,8 +109,8 @@ class ReadWay(Way):
 
     __slots__ = ()
 
-    def _call(self, offset: int, buffers: Buffers) -> int:
-        return self._image.readv_now(offset, buffers)
+    def _call(self) -> Callable[[int, Buffers], int]:
+        return self._image.readv_now
 
 
 class WriteWay(Way):
@@ -117,5 +118,5 @@ class WriteWay(Way):
 
     __slots__ = ()
 
-    def _call(self, offset: int, buffers: Buffers) -> int:
-        return self._image.writev_now(offset, buffers)
+    def _call(self) -> Callable[[int, Buffers], int]:
+        return self._image.writev_now

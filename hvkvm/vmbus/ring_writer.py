@@ -118,18 +118,21 @@ class RingWriter(RingEnd):
         if free is None:
             return 0
         start, size, count = self._at, self.size, 0
-        at, parts = start, []
-        length, whole = -1, _whole_packet(0)
+        at = start
+        parts: list[bytes] = []
+        last: bytes | None = None
+        need, put = 0, parts.append
         for trans_id, payload in packets:
-            n = len(payload)
-            eights = DESCRIPTOR_BYTES + n + 7 >> 3
-            need = eights * 8 + TRAILER_BYTES
+            if payload is not last:  # many are answered alike
+                last = payload
+                n = len(payload)
+                eights = DESCRIPTOR_BYTES + n + 7 >> 3
+                need = eights * 8 + TRAILER_BYTES
+                pack = _whole_packet(n).pack
             if need >= free:
                 break
             free -= need
-            if n != length:
-                length, whole = n, _whole_packet(n)
-            parts.append(whole.pack(kind, DESCRIPTOR_BYTES >> 3, eights, 0, trans_id, payload, 0, at))
+            put(pack(kind, DESCRIPTOR_BYTES >> 3, eights, 0, trans_id, payload, 0, at))
             at += need
             if at >= size:
                 at -= size

@@ -46,12 +46,12 @@ _LONGEST_CDB = 16
 
 
 class _Kind(NamedTuple):
-    """What packets have in common that differ in their transaction id, page and LBA alone."""
+    """What packets ask for that differ in their transaction id, page and LBA alone."""
 
-    way: Way
-    sector: int
-    last: int
-    """The last LBA at which such a request ends on the disk."""
+    target: int
+    lun: int
+    write: bool
+    blocks: int
     offset: int
     """Into the page."""
     length: int
@@ -61,6 +61,7 @@ class _Kind(NamedTuple):
 class _Run(NamedTuple):
     """Packets of one kind, one behind the other."""
 
+    way: Way
     kind: _Kind
     trans_ids: list[int]
     offsets: list[int]
@@ -101,9 +102,9 @@ def take_plain(
     step = layout.size
     whole = memoryview(waiting)[: min(len(waiting) // step, most) * step]
     taken = 0
-    for kind, trans_ids, offsets, buffers in _runs(layout, first_eights, whole, plain, pages, page):
-        n = kind.way.move_each(offsets, buffers, kind.length)
-        kind.way.tally(n, n * kind.length)
+    for way, kind, trans_ids, offsets, buffers in _runs(layout, first_eights, whole, plain, pages, page):
+        n = way.move_each(offsets, buffers, kind.length)
+        way.tally(n, n * kind.length)
         done.extend(zip(trans_ids[:n], repeat(kind.completion)))
         taken += n
         if n < len(trans_ids):
@@ -122,22 +123,24 @@ def _runs(
 ) -> list[_Run]:
     """Those of `packets` that are plain, up to the first that is not."""
     runs: list[_Run] = []
-    kinds: dict[tuple[bytes, ...], _Kind | None] = {}
     last_head = last_range = last_srb = last_back = b""
     last = sector = offset = length = 0
     for head, trans_id, range_, pfn, srb, lba_bytes, back in layout.iter_unpack(packets):
         if head != last_head or range_ != last_range or srb != last_srb or back != last_back:
-            key = last_head, last_range, last_srb, last_back = head, range_, srb, back
-            if key not in kinds:
-                kinds[key] = _kind_of(head, range_, srb, back, eights, plain)
-            kind = kinds[key]
-            if kind is None:
+            last_head, last_range, last_srb, last_back = head, range_, srb, back
+            kind = _kind_of(head, range_, srb, back, eights)
+            disk = None if kind is None else plain(kind.target, kind.lun)
+            if kind is None or disk is None:
                 break
-            _way, sector, last, offset, length, _completion = kind
+            sector, offset, length = disk.sector, kind.offset, kind.length
+            way = disk.writes if kind.write else disk.reads
+            if way is None or kind.blocks * sector != length:
+                break
+            last = disk.sectors - kind.blocks
             trans_ids: list[int] = []
             offsets: list[int] = []
             buffers: list[tuple[memoryview]] = []
-            runs.append(_Run(kind, trans_ids, offsets, buffers))
+            runs.append(_Run(way, kind, trans_ids, offsets, buffers))
         lba = int.from_bytes(lba_bytes, "big")
         if lba > last:
             break
@@ -155,19 +158,14 @@ def _runs(
     return runs
 
 
-def _kind_of(
-    head: bytes,
-    range_: bytes,
-    srb: bytes,
-    back: bytes,
-    eights: int,
-    plain: Callable[[int, int], Plain | None],
-) -> _Kind | None:
+@lru_cache(maxsize=64)  # a guest chooses
+def _kind_of(head: bytes, range_: bytes, srb: bytes, back: bytes, eights: int) -> _Kind | None:
     """What such packets ask for; None if they are in any way unusual."""
     kind, payload_eights, total, flags = _head.unpack(head)
     ranges, room, offset = _range.unpack(range_)
     operation, port, path, target, lun, cdb_length, _sense, data_in, length, code, bits = _srb.unpack(srb)
     _group, blocks, control = _back.unpack(back)
+    write = code == scsi.WRITE_10
     if (
         kind != VM_PKT_DATA_USING_GPA_DIRECT
         or payload_eights != eights
@@ -181,17 +179,9 @@ def _kind_of(
         or offset + room > HV_HYP_PAGE_SIZE
         or bits & _REFUSED
         or control & scsi.NACA
+        or not (write or code == scsi.READ_10)
+        or data_in != (wire.WRITE_TYPE if write else wire.READ_TYPE)
     ):
         return None
-    disk = plain(target, lun)
-    if disk is None or blocks * disk.sector != length:
-        return None
-    way: Way | None = None
-    if code == scsi.READ_10 and data_in == wire.READ_TYPE:
-        way = disk.reads
-    elif code == scsi.WRITE_10 and data_in == wire.WRITE_TYPE:
-        way = disk.writes
-    if way is None:
-        return None
     completion = wire.plain_completion(port, target, lun, cdb_length, data_in, length)
-    return _Kind(way, disk.sector, disk.sectors - blocks, offset, length, completion)
+    return _Kind(target, lun, write, blocks, offset, length, completion)
