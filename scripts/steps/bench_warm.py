@@ -1,6 +1,7 @@
 """A warm guest beside one that is booted: time to a command's output, memory of many copies, time of a save.
 
-Called by `scripts/bench`. Processes are `hvkvm run` as a user starts it; the save is timed in this one.
+Called by `scripts/bench`. Processes are `hvkvm run` as a user starts it. The save is timed in this one,
+and so are guests of the pytest plugin, one after the other: what a test waits for when Python has started.
 """
 
 from __future__ import annotations
@@ -25,6 +26,8 @@ FILLED = 128
 SECONDS = 300
 READY = b"ready\n"
 BOOTED = "booted"
+INSIDE = ("copied inside", "booted inside")
+"""One more guest of a process that runs."""
 MIB = 1 << 20
 
 
@@ -66,6 +69,23 @@ def seconds_to_output(words: list[str]) -> float:
         return monotonic() - began
     finally:
         end(process)
+
+
+def seconds_in_process(*, warm: bool, suite: str | None) -> float:
+    """What a test with a guest of its own waits for its command's first output."""
+    from hvkvm.testing.kernels import kernel_at
+    from hvkvm.testing.linux import LinuxGuest
+
+    kernel = kernel_at(artifacts.path("guest-kernel", suite))
+    script = "echo ready; sleep 1000"
+    began = monotonic()
+    guest = LinuxGuest(("sh", "-c", script), kernel=kernel, vmbus=False, warm=warm, seconds=SECONDS)
+    try:
+        guest.start()
+        guest.wait_for_stdout(READY.decode())
+        return monotonic() - began
+    finally:
+        guest.close()
 
 
 def kilobytes(lines: Iterable[str], file: str) -> tuple[int, int]:
@@ -129,10 +149,15 @@ def rows(runs: int, tell: Callable[[str], None], *, suite: str | None = None) ->
         subprocess.run(hvkvm("warm", *boot, "-o", warm), check=True)
         copy = hvkvm("run", "--from", warm, "--quiet", "--timeout", SECONDS)
         lines = {"copied": copy, BOOTED: hvkvm("run", *boot)}
-        taken: dict[str, list[float]] = {kind: [] for kind in lines}
+        taken: dict[str, list[float]] = {kind: [] for kind in (*lines, *INSIDE)}
         for run in range(runs):
             for kind, line in lines.items():
                 taken[kind].append(seconds_to_output(line))
+                tell(f"bench: warm {run + 1}/{runs} {kind}: {taken[kind][-1] * 1000:.0f} ms to its output")
+        seconds_in_process(warm=True, suite=suite)  # boots what is copied, and imports
+        for run in range(runs):
+            for kind in INSIDE:
+                taken[kind].append(seconds_in_process(warm=kind == "copied inside", suite=suite))
                 tell(f"bench: warm {run + 1}/{runs} {kind}: {taken[kind][-1] * 1000:.0f} ms to its output")
         one, wrote = memory_of(1, copy, warm)
         tell(f"bench: warm: one copy has {one:.1f} MiB, {wrote:.1f} MiB of it RAM that it wrote")
@@ -144,6 +169,13 @@ def rows(runs: int, tell: Callable[[str], None], *, suite: str | None = None) ->
     further = f"memory (PSS) of each of {COPIES} copies of a warm guest"
     return [
         Row("process start to the command's output", "ms", middle["copied"], middle[BOOTED], "less", BOOTED),
+        Row(
+            "a further guest of a test, to its output",
+            "ms",
+            *(middle[kind] for kind in INSIDE),
+            "less",
+            BOOTED,
+        ),
         Row("memory (PSS) of one copy of a warm guest", "MiB", one, None, peer_name=""),
         Row(further, "MiB", each, None, peer_name=""),
         Row(f"{further}, less RAM that it wrote", "MiB", each - written, None, peer_name=""),
