@@ -21,14 +21,14 @@ from hvkvm.abi.kvm_structs import (
     kvm_xcrs,
 )
 from hvkvm.kvm.vcpu import Vcpu
-from hvkvm.kvm.vcpu_state import MSR_IA32_TSC, VcpuState, capture, restore
+from hvkvm.kvm.vcpu_state import VcpuState, capture, restore
 from hvkvm.tuples import NamedTuple
 
 S = TypeVar("S", bound=ctypes.Structure)
 
 
 class SavedVcpu(NamedTuple):
-    """One vCPU. Each field but the last three is the structure of that name."""
+    """One vCPU but its TSC. Each field but the last two is the structure of that name."""
 
     sregs: bytes
     regs: bytes
@@ -42,7 +42,6 @@ class SavedVcpu(NamedTuple):
     """kvm_cpuid_entry2, one behind the other."""
     mp_state: int
     msrs: dict[int, int]
-    tsc: int
 
 
 def save_vcpu(vcpu: Vcpu, msrs: Sequence[int]) -> SavedVcpu:
@@ -60,12 +59,14 @@ def save_vcpu(vcpu: Vcpu, msrs: Sequence[int]) -> SavedVcpu:
         b"".join(map(bytes, vcpu.cpuid2())),
         state.mp_state,
         state.msrs,
-        vcpu.msrs((MSR_IA32_TSC,))[MSR_IA32_TSC],
     )
 
 
 def load_vcpu(vcpu: Vcpu, saved: SavedVcpu) -> list[int]:
-    """Put it back; the MSRs that KVM refused. ValueError for bytes of another size, else KvmIoctlError."""
+    """Put it back; the MSRs that KVM refused. ValueError for bytes of another size, else KvmIoctlError.
+
+    Its TSC is right already, since the TSC deadline is among the MSRs.
+    """
     state = VcpuState(
         _structure(kvm_sregs, saved.sregs),
         _structure(kvm_regs, saved.regs),
@@ -78,11 +79,11 @@ def load_vcpu(vcpu: Vcpu, saved: SavedVcpu) -> list[int]:
         saved.mp_state,
         saved.nested,
     )
-    numbers = (saved.mp_state, saved.tsc, *saved.msrs, *saved.msrs.values())
+    numbers = (saved.mp_state, *saved.msrs, *saved.msrs.values())
     if not all(0 <= number < 1 << 64 for number in numbers) or any(index >> 32 for index in saved.msrs):
         raise ValueError(f"vCPU {vcpu.index} has a register that is no 64-bit number")
     vcpu.set_cpuid2(cpuid_of(saved))
-    return restore(vcpu, state, tsc=saved.tsc)
+    return restore(vcpu, state)
 
 
 def cpuid_of(saved: SavedVcpu) -> list[kvm_cpuid_entry2]:

@@ -94,11 +94,35 @@ def capture(vcpu: Vcpu, msrs: Sequence[int]) -> VcpuState:
     )
 
 
-def restore(vcpu: Vcpu, state: VcpuState, *, tsc: int = 0) -> list[int]:
-    """Put `state` back, and `tsc` on the TSC; the MSRs that KVM refused, which keep what they have.
+def begin_tsc(vcpu: Vcpu) -> None:
+    """Have its TSC count as the VM's first one does, in step with the others, whatever the guest had written.
 
-    Raises KvmIoctlError. The order: a guest's own guest ends before the control
-    registers that carried it go, and begins after they came. The APIC follows its
+    Raises KvmIoctlError.
+    """
+    vcpu.set_msrs(((MSR_IA32_TSC, 0),))  # KVM's word for a vCPU that begins
+
+
+def tscs(vcpus: Sequence[Vcpu]) -> tuple[int, ...]:
+    """The TSC of each, read with as little as can be in between. Raises KvmIoctlError."""
+    return tuple(vcpu.msrs((MSR_IA32_TSC,))[MSR_IA32_TSC] for vcpu in vcpus)
+
+
+def set_tscs(vcpus: Sequence[Vcpu], values: Sequence[int]) -> None:
+    """Put back what `tscs` gave. Raises KvmIoctlError.
+
+    KVM takes what is written within a second of what another vCPU's TSC has by then for the same, and lets
+    both count in step. So nothing that takes long may come in between, on a busy host either: the guest
+    would find that its CPUs no longer agree on the time.
+    """
+    for vcpu, value in zip(vcpus, values, strict=True):
+        vcpu.set_msrs(((MSR_IA32_TSC, value),))
+
+
+def restore(vcpu: Vcpu, state: VcpuState) -> list[int]:
+    """Put `state` back; the MSRs that KVM refused, which keep what they have.
+
+    Raises KvmIoctlError. The TSC is the caller's to set, before. The order: a guest's own guest ends before
+    the control registers that carried it go, and begins after they came. The APIC follows its
     base (sregs); the TSC and the APIC's mode come before the TSC deadline (an MSR).
     XCR0 comes before the areas it names, pending events behind what would drop
     them, and whether the vCPU runs at last.
@@ -115,9 +139,6 @@ def restore(vcpu: Vcpu, state: VcpuState, *, tsc: int = 0) -> list[int]:
     vcpu.set_xcrs(state.xcrs)
     vcpu.set_xsave(state.xsave)
     vcpu.set_lapic(state.lapic)
-    # 0 is KVM's word for a vCPU that begins: its TSC counts as the VM's first one does, in step with the
-    # others, whatever the guest had written. So do TSCs that are set to about the same within a second.
-    vcpu.set_msrs(((MSR_IA32_TSC, tsc),))
     refused = _restore_msrs(vcpu, state.msrs)
     vcpu.set_debugregs(state.debugregs)
     vcpu.set_vcpu_events(state.events)

@@ -15,7 +15,7 @@ from hvkvm.abi.kvm_structs import kvm_clock_data, kvm_irqchip, kvm_pit_state2
 from hvkvm.errors import HvkvmError, StateError
 from hvkvm.events import Warned
 from hvkvm.kvm.saved_vcpu import SavedVcpu, cpuid_of, load_vcpu, save_vcpu
-from hvkvm.kvm.vcpu_state import state_msrs
+from hvkvm.kvm.vcpu_state import set_tscs, state_msrs, tscs
 from hvkvm.machine.cpu_features import shown
 from hvkvm.machine.reset import PowerOnState
 from hvkvm.tuples import NamedTuple
@@ -37,6 +37,8 @@ class ProcessorsState(NamedTuple):
     clock: int
     """kvmclock, in nanoseconds."""
     tsc_khz: int
+    tscs: tuple[int, ...]
+    """Each vCPU's, of the same moment as `clock`."""
 
 
 class Processors:
@@ -78,9 +80,8 @@ class Processors:
             saved.append(save_vcpu(vcpu, self._msrs))
             self._msrs = list(saved[-1].msrs)  # what one vCPU does not let us read, none does
         chips = tuple(bytes(vm.get_irqchip(chip)) for chip in _CHIPS)
-        return ProcessorsState(
-            tuple(saved), chips, bytes(vm.get_pit2()), int(vm.get_clock().clock), vcpus[0].tsc_khz()
-        )
+        pit, khz = bytes(vm.get_pit2()), vcpus[0].tsc_khz()
+        return ProcessorsState(tuple(saved), chips, pit, int(vm.get_clock().clock), khz, tscs(vcpus))
 
     def load(self, state: ProcessorsState) -> None:
         """See `Part.load`. Only before a vCPU has run: KVM takes a CPUID once."""
@@ -96,7 +97,8 @@ class Processors:
         sizes = [len(chip) for chip in (*state.chips, state.pit)]
         if sizes != [ctypes.sizeof(kvm_irqchip)] * len(_CHIPS) + [ctypes.sizeof(kvm_pit_state2)]:
             raise ValueError("its interrupt chips or timer are none of KVM's")
-        if not (0 < state.tsc_khz < 1 << 32 and 0 <= state.clock < 1 << 63):
+        counted = len(state.tscs) == len(vcpus) and all(0 <= tsc < 1 << 64 for tsc in state.tscs)
+        if not (counted and 0 < state.tsc_khz < 1 << 32 and 0 <= state.clock < 1 << 63):
             raise ValueError("its clock counts what no clock can")
         lacking = shown(cpuid_of(state.vcpus[0])) - shown(vcpus[0].cpuid2())
         if lacking:
@@ -112,6 +114,7 @@ class Processors:
             vm.set_irqchip(made)
         vm.set_pit2(kvm_pit_state2.from_buffer_copy(state.pit))
         vm.set_clock(kvm_clock_data(clock=state.clock))
+        set_tscs(vcpus, state.tscs)
         for vcpu, saved in zip(vcpus, state.vcpus, strict=True):
             for index in load_vcpu(vcpu, saved):
                 text = f"vcpu{vcpu.index}: KVM does not take MSR {index:#x} as it was saved"

@@ -22,7 +22,7 @@ from hvkvm.abi.kvm import (
 from hvkvm.events import NULL_OBSERVER, Observer, Warned
 from hvkvm.kvm.system import Kvm
 from hvkvm.kvm.vcpu import Vcpu
-from hvkvm.kvm.vcpu_state import capture, restore, state_msrs
+from hvkvm.kvm.vcpu_state import begin_tsc, capture, restore, state_msrs
 from hvkvm.kvm.vm import Vm
 
 _IRQCHIPS = (KVM_IRQCHIP_PIC_MASTER, KVM_IRQCHIP_PIC_SLAVE, KVM_IRQCHIP_IOAPIC)
@@ -52,6 +52,7 @@ class PowerOnState:
         for chip in self._chips:
             self._vm.set_irqchip(chip)
         for vcpu, state in self._vcpus:
+            begin_tsc(vcpu)
             for index in restore(vcpu, state):
                 text = f"vcpu{vcpu.index}: KVM does not put MSR {index:#x} back at a reset"
                 self._observer.event(Warned("reset", text))
