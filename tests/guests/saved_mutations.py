@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from base64 import b64decode, b64encode
 from binascii import Error
+from copy import deepcopy
 from typing import Any
 
 NUMBERS = (
@@ -50,12 +51,17 @@ def mutate(tree: Any, chance: random.Random) -> None:
         if chance.random() < 0.2:
             _reshape(container, key, chance)
         elif chance.random() < 0.2:
-            container[key] = chance.choice(STRANGERS)
+            container[key] = _stranger(chance)
         elif chance.random() < 0.15:
             other, other_key = chance.choice(known)
             container[key] = other[other_key] if not isinstance(other[other_key], dict | list) else 0
         else:
             container[key] = _another(container[key], chance)
+
+
+def _stranger(chance: random.Random) -> Any:
+    """One of its own for each place: what is changed in one later is not to be in all, nor in itself."""
+    return deepcopy(chance.choice(STRANGERS))
 
 
 def _reshape(container: Any, key: Any, chance: random.Random) -> None:
@@ -82,7 +88,7 @@ def _another(value: Any, chance: random.Random) -> Any:
         return _another_text(value, chance)
     if isinstance(value, list):
         return chance.sample(value, len(value)) if chance.random() < 0.5 else value * 2
-    return chance.choice(STRANGERS)
+    return _stranger(chance)
 
 
 def _another_text(value: str, chance: random.Random) -> str:
