@@ -1,11 +1,14 @@
 """The log of a VHDX file, read: which of its entries count, and what they change ([MS-VHDX] section 2.3).
 
 The log is a ring of 4 KiB sectors. An entry is whole or does not count; the entries that count run without
-a gap of position or number from the one that the newest entry names as its tail to the newest one.
+a gap of position or number from the one that the newest entry names as its tail to the newest one. Whoever
+made the file may have filled the log with entries that lie: however they do, it is read once.
 """
 
 from __future__ import annotations
 
+from bisect import bisect_left, bisect_right, insort
+from operator import itemgetter
 from pathlib import Path
 from typing import NamedTuple
 
@@ -46,7 +49,10 @@ class Entry(NamedTuple):
 
 
 class Replay(NamedTuple):
-    """What the log changes: whole sectors by file offset, ranges of zeros, and the size of the file."""
+    """What the log changes: whole sectors by file offset, ranges of zeros, and the size of the file.
+
+    The ranges are offset and length, disjoint and in order; what lies in a sector of `sectors` is newer.
+    """
 
     sectors: dict[int, bytes]
     zeroed: list[tuple[int, int]]
@@ -73,34 +79,43 @@ def read_log(path: Path, file: HostFile, head: Header) -> Replay | None:
             f"the file had {newest.flushed:#x} bytes when it was written, and has {file.size():#x}: it is cut"
         )
         raise ImageDamaged(path, "log entry", head.log_offset + newest.at, what)
-    replay = Replay({}, [], newest.last, len(chain))
+    changes = _Changes()
     for entry in chain:
-        _collect(path, head, entry, replay)
-    return replay
+        _collect(path, head, entry, changes)
+    return Replay(changes.sectors, changes.zeroed, newest.last, len(chain))
 
 
 def _whole_entries(file: HostFile, head: Header) -> dict[int, Entry]:
-    """The valid entries by their offset in the log."""
+    """The valid entries by their offset in the log, of which no two overlap."""
+    places = [
+        start + within
+        for start in range(0, head.log_length, MIB)
+        for within in _signed(file.pread(head.log_offset + start, MIB))
+    ]
     found: dict[int, Entry] = {}
-    skip_to = 0
-    for start in range(0, head.log_length, MIB):
-        piece = file.pread(head.log_offset + start, MIB)
-        for within in range(0, len(piece), SECTOR):
-            at = start + within
-            if at < skip_to or piece[within : within + 4] != LOG_SIGNATURE:
-                continue
-            entry = _parse(file, head, at, piece[within : within + SECTOR])
-            if entry is not None:
-                found[at] = entry
-                # No entry begins inside a whole one: each of its sectors has another signature.
-                skip_to = at + entry.length
+    for number, at in enumerate(places):
+        following = places[number + 1] if number + 1 < len(places) else places[0] + head.log_length
+        entry = _parse(file, head, at, following - at)
+        if entry is not None:
+            found[at] = entry
     return found
 
 
-def _parse(file: HostFile, head: Header, at: int, first: bytes) -> Entry | None:
+def _signed(piece: bytes) -> list[int]:
+    """Where sectors are that say that an entry begins."""
+    return [at for at in range(0, len(piece), SECTOR) if piece[at : at + 4] == LOG_SIGNATURE]
+
+
+def _parse(file: HostFile, head: Header, at: int, room: int) -> Entry | None:
+    """The entry at `at` if it is whole. It ends before `room` bytes, where the next one may begin.
+
+    All its other sectors have another signature. So the log is read once, however many entries lie about
+    their length.
+    """
+    first = file.pread(head.log_offset + at, SECTOR)
     fields = log_entry_header.unpack_from(first)
     _signature, _checksum, length, tail, sequence, count, _reserved, guid, flushed, last = fields
-    if guid != head.log_guid or not sequence or not SECTOR <= length <= head.log_length or length % SECTOR:
+    if guid != head.log_guid or not sequence or not SECTOR <= length <= room or length % SECTOR:
         return None
     if tail % SECTOR or tail >= head.log_length or flushed > MAX_FILE or last > MAX_FILE:
         return None
@@ -133,21 +148,55 @@ def _parse(file: HostFile, head: Header, at: int, first: bytes) -> Entry | None:
 
 def _active(entries: dict[int, Entry], log_length: int) -> list[Entry]:
     """The entries from tail to head of the newest sequence that is whole."""
-    for head in sorted(entries.values(), key=lambda one: -one.sequence):
-        chain: list[Entry] = []
-        entry = entries.get(head.tail)
-        while entry is not None and entry.sequence <= head.sequence and len(chain) <= len(entries):
-            if chain and entry.sequence != chain[-1].sequence + 1:
-                break
-            chain.append(entry)
-            if entry is head:
-                return chain
-            entry = entries.get((entry.at + entry.length) % log_length)
+    before = {(one.at + one.length) % log_length: one for one in entries.values()}
+    begins: dict[int, int] = {}
+    """By an entry's place: where those begin that lead to it without a gap."""
+    ordered = sorted(entries.values(), key=lambda one: one.sequence)
+    for entry in ordered:
+        last = before.get(entry.at)
+        follows = last is not None and last.sequence + 1 == entry.sequence
+        begins[entry.at] = begins[last.at] if last is not None and follows else entry.at
+    for head in reversed(ordered):
+        tail = entries.get(head.tail)
+        if tail is None or tail.sequence > head.sequence or begins[tail.at] != begins[head.at]:
+            continue
+        chain = [tail]
+        while chain[-1] is not head:
+            chain.append(entries[(chain[-1].at + chain[-1].length) % log_length])
+        return chain
     return []
 
 
-def _collect(path: Path, head: Header, entry: Entry, replay: Replay) -> None:
-    """Add what `entry` changes; later entries win."""
+class _Changes:
+    """What entries change, in their order: later ones win. Ranges of zeros are disjoint and in order."""
+
+    def __init__(self) -> None:
+        self.sectors: dict[int, bytes] = {}
+        self._order: list[int] = []
+        self.zeroed: list[tuple[int, int]] = []
+
+    def write(self, offset: int, data: bytes) -> None:
+        """One sector."""
+        if offset not in self.sectors:
+            insort(self._order, offset)
+        self.sectors[offset] = data
+
+    def zero(self, offset: int, length: int) -> None:
+        """A range, joined with those that it meets."""
+        end = offset + length
+        first, last = bisect_left(self._order, offset), bisect_left(self._order, end)
+        for start in self._order[first:last]:
+            del self.sectors[start]
+        del self._order[first:last]
+        first = bisect_left(self.zeroed, offset, key=sum)
+        last = bisect_right(self.zeroed, end, key=itemgetter(0))
+        if first < last:
+            offset, end = min(offset, self.zeroed[first][0]), max(end, sum(self.zeroed[last - 1]))
+        self.zeroed[first:last] = [(offset, end - offset)]
+
+
+def _collect(path: Path, head: Header, entry: Entry, changes: _Changes) -> None:
+    """Add what `entry` changes."""
     raw = entry.raw
     data = -(-(log_entry_header.size + entry.descriptors * DESCRIPTOR_BYTES) // SECTOR) * SECTOR
     for number in range(entry.descriptors):
@@ -155,14 +204,12 @@ def _collect(path: Path, head: Header, entry: Entry, replay: Replay) -> None:
         if raw[where : where + 4] == ZERO_SIGNATURE:
             _signature, length, offset, _sequence = zero_descriptor.unpack_from(raw, where)
             _check_target(path, head, entry, where, offset, length)
-            for start in [one for one in replay.sectors if offset <= one < offset + length]:
-                del replay.sectors[start]
-            replay.zeroed.append((offset, length))
+            changes.zero(offset, length)
         else:
             _signature, trailing, leading, offset, _sequence = data_descriptor.unpack_from(raw, where)
             _check_target(path, head, entry, where, offset, SECTOR)
             # The first 8 and the last 4 bytes are in the descriptor: the sector has its marks there.
-            replay.sectors[offset] = leading + raw[data + 8 : data + SECTOR - 4] + trailing
+            changes.write(offset, leading + raw[data + 8 : data + SECTOR - 4] + trailing)
             data += SECTOR
 
 

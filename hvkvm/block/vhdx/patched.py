@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from bisect import bisect_left, bisect_right
+from operator import itemgetter
 from typing import Protocol
 
 from hvkvm.block.host_file import HostFile
@@ -16,7 +18,10 @@ class Source(Protocol):
 
 
 class PatchedFile:
-    """`file` with `sectors` of 4 KiB (by file offset) in place of its own, and `zeroed` ranges."""
+    """`file` with `sectors` of 4 KiB (by file offset) in place of its own, and `zeroed` ranges.
+
+    The ranges are offset and length, disjoint and in order; there may be very many.
+    """
 
     def __init__(
         self, file: HostFile, sectors: dict[int, bytes], zeroed: list[tuple[int, int]], size: int
@@ -34,10 +39,9 @@ class PatchedFile:
         """A copy of `n` bytes."""
         n = max(0, min(n, self._size - offset))
         data = bytearray(self._file.pread(offset, n).ljust(n, b"\0"))
-        for start, length in self._zeroed:
+        for start, length in self._zeroed_in(offset, n):
             first, last = max(start, offset), min(start + length, offset + n)
-            if first < last:
-                data[first - offset : last - offset] = bytes(last - first)
+            data[first - offset : last - offset] = bytes(last - first)
         for start in range(offset // SECTOR * SECTOR, offset + n, SECTOR):
             sector = self._sectors.get(start)
             if sector is not None:
@@ -47,6 +51,15 @@ class PatchedFile:
 
     def patches(self, offset: int, n: int) -> bool:
         """Whether the log changes anything of a range."""
-        return any(start < offset + n and offset < start + length for start, length in self._zeroed) or any(
-            offset - SECTOR < start < offset + n for start in self._sectors
-        )
+        if self._zeroed_in(offset, n):
+            return True
+        if n // SECTOR < len(self._sectors):
+            return any(
+                start in self._sectors for start in range(offset // SECTOR * SECTOR, offset + n, SECTOR)
+            )
+        return any(offset - SECTOR < start < offset + n for start in self._sectors)
+
+    def _zeroed_in(self, offset: int, n: int) -> list[tuple[int, int]]:
+        """The ranges that meet `n` bytes at `offset`."""
+        first = bisect_right(self._zeroed, offset, key=sum)
+        return self._zeroed[first : bisect_left(self._zeroed, offset + n, key=itemgetter(0))]
