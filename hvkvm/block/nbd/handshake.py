@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import socket
+from time import monotonic
 from typing import NamedTuple
 
 from hvkvm.block.nbd import wire
@@ -10,7 +11,7 @@ from hvkvm.block.request import PeerGone
 from hvkvm.errors import ImageError
 
 SECONDS = 10.0
-"""A server that says nothing for so long is none."""
+"""A server that has not opened the export by then is none, whether it says nothing or a byte now and then."""
 
 
 class Address(NamedTuple):
@@ -66,7 +67,7 @@ def connect(address: Address) -> tuple[socket.socket, Export]:
         why = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
         raise PeerGone(f"{address}: {why}; is the server running?") from None
     try:
-        export = _negotiate(sock, address)
+        export = _negotiate(_Talk(sock, monotonic() + SECONDS), address)
         sock.settimeout(None)
     except OSError as error:
         sock.close()
@@ -82,29 +83,61 @@ def receive(sock: socket.socket, n: int) -> bytes:
     data = bytearray(n)
     view = memoryview(data)
     while view:
-        got = sock.recv_into(view)
-        if not got:
-            raise ConnectionResetError("the server closed the connection")
-        view = view[got:]
+        view = view[receive_some(sock, view) :]
     return bytes(data)
 
 
-def _negotiate(sock: socket.socket, address: Address) -> Export:
-    magic, kind, flags = wire.greeting.unpack(receive(sock, wire.greeting.size))
+def receive_some(sock: socket.socket, view: memoryview) -> int:
+    """Fill some of `view`: how much. OSError when the server closes."""
+    got = sock.recv_into(view)
+    if not got:
+        raise ConnectionResetError("the server closed the connection")
+    return got
+
+
+class _Talk(NamedTuple):
+    """The handshake's socket, and until when it may take."""
+
+    sock: socket.socket
+    until: float
+
+    def send(self, data: bytes) -> None:
+        """All of it. OSError."""
+        self.sock.settimeout(self._left())
+        self.sock.sendall(data)
+
+    def receive(self, n: int) -> bytes:
+        """Exactly `n` bytes. OSError."""
+        data = bytearray(n)
+        view = memoryview(data)
+        while view:
+            self.sock.settimeout(self._left())
+            view = view[receive_some(self.sock, view) :]
+        return bytes(data)
+
+    def _left(self) -> float:
+        left = self.until - monotonic()
+        if left <= 0:
+            raise TimeoutError("timed out")
+        return left
+
+
+def _negotiate(talk: _Talk, address: Address) -> Export:
+    magic, kind, flags = wire.greeting.unpack(talk.receive(wire.greeting.size))
     if magic != wire.NBDMAGIC:
         raise ImageError(f"{address}: that is no NBD server")
     if kind != wire.IHAVEOPT or not flags & wire.FLAG_FIXED_NEWSTYLE:
         raise ImageError(f"{address}: its server speaks only the old handshake; use qemu-nbd or nbdkit")
     no_zeroes = flags & wire.FLAG_NO_ZEROES
-    sock.sendall((wire.FLAG_FIXED_NEWSTYLE | no_zeroes).to_bytes(4, "big"))
-    structured = _ask(sock, address, wire.OPT_STRUCTURED_REPLY, b"")[0] == wire.REP_ACK
+    talk.send((wire.FLAG_FIXED_NEWSTYLE | no_zeroes).to_bytes(4, "big"))
+    structured = _ask(talk, address, wire.OPT_STRUCTURED_REPLY, b"")[0] == wire.REP_ACK
     name = address.export.encode()
     wanted = wire.INFO_BLOCK_SIZE.to_bytes(2, "big")
     data = len(name).to_bytes(4, "big") + name + (1).to_bytes(2, "big") + wanted
     size = transmission = 0
     minimum, maximum = 1, wire.MAX_PAYLOAD
     told = False
-    kind, answer = _ask(sock, address, wire.OPT_GO, data)
+    kind, answer = _ask(talk, address, wire.OPT_GO, data)
     for _ in range(64):
         if kind == wire.REP_ACK:
             break
@@ -116,7 +149,7 @@ def _negotiate(sock: socket.socket, address: Address) -> Export:
             told = True
         elif kind == wire.REP_INFO and len(answer) >= wire.info_block_size.size and answer[:2] == wanted:
             _type, minimum, _preferred, maximum = wire.info_block_size.unpack_from(answer)
-        kind, answer = _answer(sock, address, wire.OPT_GO)
+        kind, answer = _answer(talk, address, wire.OPT_GO)
     else:
         raise ImageError(f"{address}: its server tells without end")
     if not told or size >= 1 << 63:
@@ -125,13 +158,13 @@ def _negotiate(sock: socket.socket, address: Address) -> Export:
     return Export(size, transmission, max(1, minimum), maximum, structured)
 
 
-def _ask(sock: socket.socket, address: Address, option: int, data: bytes) -> tuple[int, bytes]:
-    sock.sendall(wire.option.pack(wire.IHAVEOPT, option, len(data)) + data)
-    return _answer(sock, address, option)
+def _ask(talk: _Talk, address: Address, option: int, data: bytes) -> tuple[int, bytes]:
+    talk.send(wire.option.pack(wire.IHAVEOPT, option, len(data)) + data)
+    return _answer(talk, address, option)
 
 
-def _answer(sock: socket.socket, address: Address, option: int) -> tuple[int, bytes]:
-    magic, asked, kind, length = wire.option_reply.unpack(receive(sock, wire.option_reply.size))
+def _answer(talk: _Talk, address: Address, option: int) -> tuple[int, bytes]:
+    magic, asked, kind, length = wire.option_reply.unpack(talk.receive(wire.option_reply.size))
     if magic != wire.REPLY_MAGIC or asked != option or length > wire.MAX_REPLY:
         raise ImageError(f"{address}: its server answers nonsense")
-    return kind, receive(sock, length)
+    return kind, talk.receive(length)
