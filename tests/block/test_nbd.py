@@ -7,6 +7,7 @@ import socket
 import struct
 import subprocess
 import threading
+import time
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -19,7 +20,7 @@ from hypothesis import strategies as st
 from nbd_servers import qemu_nbd, serving
 
 from hvkvm.block.image import ImageOptions
-from hvkvm.block.nbd import wire
+from hvkvm.block.nbd import handshake, wire
 from hvkvm.block.nbd.handshake import Address, parse_address
 from hvkvm.block.nbd.image import NbdImage
 from hvkvm.block.open_image import open_image
@@ -239,6 +240,59 @@ def test_a_server_that_never_answers_does_not_keep_a_disk_from_closing(tmp_path:
         (closed,) = asker.wait(disk.close)
         assert [result.status for result in results] == [Status.GONE]
         assert closed.status is Status.GONE
+    finally:
+        liar.close()
+
+
+def test_a_server_that_says_a_byte_now_and_then_is_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(handshake, "SECONDS", 0.3)
+
+    def talk(connection: socket.socket) -> None:
+        stream = wire.greeting.pack(wire.NBDMAGIC, wire.IHAVEOPT, 3)
+        stream += reply(wire.OPT_STRUCTURED_REPLY, wire.REP_ACK)
+        stream += 60 * reply(wire.OPT_GO, wire.REP_INFO, bytes(64))
+        for byte in stream:
+            connection.sendall(bytes([byte]))
+            time.sleep(0.05)
+
+    liar = Liar(tmp_path / "liar", talk)
+    try:
+        with pytest.raises(PeerGone, match="timed out"):
+            NbdImage(Address(path=str(tmp_path / "liar")), ImageOptions())
+    finally:
+        liar.close()
+
+
+def test_a_request_in_flight_is_sent_again_after_a_resize(tmp_path: Path) -> None:
+    clients = 0
+    asked = threading.Event()
+
+    def talk(connection: socket.socket) -> None:
+        nonlocal clients
+        clients += 1
+        shake_hands(connection, size=clients * MIB, structured=False)
+        while request := wire.request.unpack(take(connection, wire.request.size)):
+            _magic, _flags, kind, cookie, _offset, length = request
+            if kind != wire.CMD_READ:
+                return
+            asked.set()
+            if clients > 1:
+                connection.sendall(wire.simple_reply.pack(wire.SIMPLE_MAGIC, 0, cookie) + b"r" * length)
+
+    liar = Liar(tmp_path / "liar", talk)
+    try:
+        image = NbdImage(Address(path=str(tmp_path / "liar")), ImageOptions())
+        view = page_buffer(512)
+        reader = threading.Thread(target=lambda: image.readv(0, [view]))
+        reader.start()
+        assert asked.wait(SECONDS)
+        image.resize(2 * MIB)
+        reader.join(SECONDS)
+        assert bytes(view) == b"r" * 512
+        assert (image.size, image.reconnects, clients) == (2 * MIB, 1, 2)
+        image.close()
     finally:
         liar.close()
 

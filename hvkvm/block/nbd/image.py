@@ -109,8 +109,9 @@ class NbdImage:
 
     def resize(self, size: int) -> None:
         """A server's export has the size that the server gives it: it is looked at again."""
-        self._connection.close()
-        self._again(allow_growth=True)
+        with self._connecting:  # what is in flight waits for it, and is sent again
+            self._connection.close()
+            self._again(allow_growth=True)
         if self.size != size:
             raise ImageError(f"{self.address}: has {self.size} bytes, not {size}; resize it at its server")
 
