@@ -11,7 +11,7 @@ from hvkvm.abi import scsi, vmbus
 from hvkvm.abi import storvsp as wire
 from hvkvm.abi.ring import GpaRange
 from hvkvm.abi.storvsp import Srb
-from hvkvm.devices.synth import storvsp_channel
+from hvkvm.devices.synth import storvsp_pages
 from hvkvm.devices.synth.storvsp_handshake import Phase
 from hvkvm.testing.storvsc_driver import PAGE, RESET_ID, StorvscDriver
 
@@ -163,11 +163,11 @@ def test_errors_come_with_their_sense(bench: Any) -> None:
 def test_pages_are_kept_within_bounds_and_taken_anew_once_they_were_revoked(
     bench: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(storvsp_channel, "MAX_PAGES", 4)
+    monkeypatch.setattr(storvsp_pages, "MAX_PAGES", 4)
     world = bench()
     driver = world.start()
     awake(driver)
-    kept = world.device._primary._pages
+    kept = world.device._primary._pages.kept
     for round_ in range(2):
         for page in range(900, 910):
             world.loop.memory.write(page * PAGE, bytes([round_ + page % 100]) * 512)

@@ -19,37 +19,24 @@ from hvkvm.abi import scsi
 from hvkvm.abi import storvsp as wire
 from hvkvm.abi.ring import (
     VM_PKT_COMP,
-    VM_PKT_DATA_USING_GPA_DIRECT,
     VMBUS_DATA_PACKET_FLAG_COMPLETION_REQUESTED,
     Packet,
-    gpa_pages,
-    gpa_pfns,
-    parse_gpa_range,
 )
 from hvkvm.abi.storvsp import Srb
-from hvkvm.abi.vmbus import HV_HYP_PAGE_SIZE
-from hvkvm.block.buffers import Buffers
 from hvkvm.block.request import Request
 from hvkvm.devices.scsi.command import Command, Reply
 from hvkvm.devices.scsi.plain import Plain
 from hvkvm.devices.synth.storvsp_io import DiskIo
+from hvkvm.devices.synth.storvsp_pages import DataPages
 from hvkvm.devices.synth.storvsp_plain import take_plain
-from hvkvm.errors import GuestMemoryError
-from hvkvm.memory.page_vector import LEAST_PAGES, page_vector
 from hvkvm.vmbus.channel_io import ChannelIo
 from hvkvm.vmbus.device import Done
 from hvkvm.vmbus.guard import Guard
 from hvkvm.vmbus.offer import Offer
-from hvkvm.vmbus.pages import Ram, range_views
+from hvkvm.vmbus.pages import Ram
 
 MAX_IN_FLIGHT = 1024
 """Requests of one channel that are not answered yet; Linux's ring of 128 KiB holds some 700."""
-
-MAX_BYTES = 32 << 20
-"""Of the pages that one packet names."""
-
-MAX_PAGES = 4096
-"""Views of single guest pages that are kept for the next request."""
 
 BUDGET = 64
 """Requests taken a turn."""
@@ -138,11 +125,10 @@ class StorvspChannel:
     def __init__(self, offer: Offer, controller: Controller, memory: Ram) -> None:
         self._offer = offer
         self._controller = controller
-        self._memory = memory
         self._io: ChannelIo | None = None
         self._done: deque[tuple[int, bytes]] = deque()
         self._notices: list[int] = []
-        self._pages: dict[int, memoryview] = {}
+        self._pages = DataPages(memory)
         self._turn = False  # whether one runs, or is asked for
         self.guard = Guard()
         self.in_flight = InFlight()
@@ -200,7 +186,7 @@ class StorvspChannel:
         taken = 0
         if self._controller.ready:
             most = min(BUDGET, MAX_IN_FLIGHT - self.in_flight.count - len(self._done))
-            taken = take_plain(reader, most, self._controller.plain, self._pages, self._page, self._done)
+            taken = take_plain(reader, most, self._controller.plain, self._pages, self._done)
             self.requests += taken
         for _ in range(BUDGET - taken):
             if self.in_flight.count + len(self._done) >= MAX_IN_FLIGHT:
@@ -300,7 +286,7 @@ class StorvspChannel:
             self._answer(io, packet, wire.answer(wire.STATUS_INVALID_DEVICE_STATE))
             return
         srb = wire.parse_srb(payload)
-        buffers = None if srb is None else self._buffers(srb, packet)
+        buffers = None if srb is None else self._pages.of(srb, packet)
         if srb is None or buffers is None:
             self._answer(io, packet, wire.completion(payload, wire.SRB_STATUS_INVALID_REQUEST, 0, 0))
             return
@@ -310,41 +296,6 @@ class StorvspChannel:
         command = Command(srb.cdb, buffers, partial(self.finish, io, packet))
         if not self._controller.execute(srb, command):
             self.end(io, packet, wire.completion(payload, wire.SRB_STATUS_INVALID_LUN, 0, 0))
-
-    def _buffers(self, srb: Srb, packet: Packet) -> Buffers | None:
-        """The guest's pages for the data; None if it names none, too few, or what is no RAM."""
-        if not srb.length or srb.data_in not in (wire.READ_TYPE, wire.WRITE_TYPE):
-            return []
-        if packet.type != VM_PKT_DATA_USING_GPA_DIRECT:
-            return None
-        one = parse_gpa_range(packet.header, MAX_BYTES)
-        if one is None or one.length < srb.length:
-            return None
-        header, offset, length = packet.header, one.offset, srb.length
-        try:
-            if offset + length <= HV_HYP_PAGE_SIZE:
-                return [self._page(gpa_pfns(header, 1)[0])[offset : offset + length]]
-            count = offset + length + HV_HYP_PAGE_SIZE - 1 >> 12
-            if count >= LEAST_PAGES:
-                vector = page_vector(self._memory, gpa_pages(header, count), offset, length)
-                if vector is not None:
-                    return vector
-            return range_views(self._memory, gpa_pfns(header, count), offset, length, self._page)
-        except GuestMemoryError:
-            return None
-
-    def _page(self, pfn: int) -> memoryview:
-        """A page of the guest's; GuestMemoryError. Its requests name the same ones again and again."""
-        page = self._pages.get(pfn)
-        if page is not None:
-            try:
-                return page[:]
-            except ValueError:  # what was mapped there once is not any more
-                pass
-        if len(self._pages) >= MAX_PAGES:
-            self._pages.clear()
-        page = self._pages[pfn] = self._memory.view(pfn * HV_HYP_PAGE_SIZE, HV_HYP_PAGE_SIZE)
-        return page
 
     def finish(self, io: ChannelIo, packet: Packet, reply: Reply) -> None:
         """A command that was counted has ended."""

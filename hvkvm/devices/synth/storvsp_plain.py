@@ -12,7 +12,7 @@ Owner: the I/O loop. Nothing here raises for guest bytes.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from functools import lru_cache
 from itertools import repeat
 from struct import Struct
@@ -28,6 +28,7 @@ from hvkvm.abi.ring import (
 from hvkvm.abi.vmbus import HV_HYP_PAGE_SIZE
 from hvkvm.block.now import Way
 from hvkvm.devices.scsi.plain import Plain
+from hvkvm.devices.synth.storvsp_pages import DataPages
 from hvkvm.errors import GuestMemoryError
 from hvkvm.vmbus.ring_reader import RingReader
 
@@ -79,14 +80,12 @@ def take_plain(
     reader: RingReader,
     most: int,
     plain: Callable[[int, int], Plain | None],
-    pages: Mapping[int, memoryview],
-    page: Callable[[int], memoryview],
+    pages: DataPages,
     done: deque[tuple[int, bytes]],
 ) -> int:
     """Take up to `most` requests that stand first in the ring, their completions into `done`; how many.
 
-    `plain(target, lun)` is what a disk does at once. `pages` has views of the guest's pages, of which some
-    may not be good any more; `page(pfn)` makes one.
+    `plain(target, lun)` is what a disk does at once.
     """
     waiting = reader.waiting(most * 512)
     if len(waiting) < _FRONT.size:
@@ -102,7 +101,7 @@ def take_plain(
     step = layout.size
     whole = memoryview(waiting)[: min(len(waiting) // step, most) * step]
     taken = 0
-    for way, kind, trans_ids, offsets, buffers in _runs(layout, first_eights, whole, plain, pages, page):
+    for way, kind, trans_ids, offsets, buffers in _runs(layout, first_eights, whole, plain, pages):
         n = way.move_each(offsets, buffers, kind.length)
         way.tally(n, n * kind.length)
         done.extend(zip(trans_ids[:n], repeat(kind.completion)))
@@ -118,11 +117,11 @@ def _runs(
     eights: int,
     packets: memoryview,
     plain: Callable[[int, int], Plain | None],
-    pages: Mapping[int, memoryview],
-    page: Callable[[int], memoryview],
+    pages: DataPages,
 ) -> list[_Run]:
     """Those of `packets` that are plain, up to the first that is not."""
     runs: list[_Run] = []
+    kept = pages.kept
     last_head = last_range = last_srb = last_back = b""
     last = sector = offset = length = 0
     for head, trans_id, range_, pfn, srb, lba_bytes, back in layout.iter_unpack(packets):
@@ -144,10 +143,10 @@ def _runs(
         lba = int.from_bytes(lba_bytes, "big")
         if lba > last:
             break
-        view = pages.get(pfn)
+        view = kept.get(pfn)
         try:
             if view is None:
-                view = page(pfn)
+                view = pages.page(pfn)
             if length != HV_HYP_PAGE_SIZE:
                 view = view[offset : offset + length]
         except (GuestMemoryError, ValueError):  # no RAM, or what was mapped there once is not any more
