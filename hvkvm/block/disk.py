@@ -22,7 +22,7 @@ from hvkvm.block.flying import Flying, Loop
 from hvkvm.block.image import Image
 from hvkvm.block.now import NOW_BYTES, ReadWay, Turn, Way, WriteWay
 from hvkvm.block.perform import perform
-from hvkvm.block.request import Op, Request, Result, Status, failure
+from hvkvm.block.request import Op, Request, Result, Status, failure, result_of
 from hvkvm.errors import Stopped
 from hvkvm.events import NULL_OBSERVER, Observer
 from hvkvm.runtime.workers import Workers
@@ -158,7 +158,7 @@ class Disk:
         def finished(_item: object, outcome: object) -> None:
             nonlocal closed
             closed = True
-            done(_as_result(outcome))
+            done(result_of(outcome))
 
         def shut() -> None:
             try:
@@ -180,7 +180,7 @@ class Disk:
         """Make it `size` bytes, or look again how large it is; `done(result)` on the loop."""
 
         def finished(_item: object, outcome: object) -> None:
-            result = _as_result(outcome)
+            result = result_of(outcome)
             if result.status is Status.OK and self.on_resize is not None:
                 self.on_resize()
             done(result)
@@ -267,7 +267,7 @@ class Disk:
                 self._io.call_soon(self._deliver, cancelled=self._deliver)
 
     def _finished(self, request: Request, outcome: object) -> None:
-        result = outcome if type(outcome) is Result else _as_result(outcome)
+        result = outcome if type(outcome) is Result else result_of(outcome)
         seconds = self._flying.end(request)
         counter = self.counters[request.op]
         counter.requests += 1
@@ -291,11 +291,3 @@ class Disk:
         finally:
             self.image.close()
         return Result(Status.OK)
-
-
-def _as_result(outcome: object) -> Result:
-    if isinstance(outcome, Result):
-        return outcome
-    if isinstance(outcome, BaseException):
-        return failure(outcome)
-    return Result(Status.OK)

@@ -76,6 +76,15 @@ def failure(error: BaseException) -> Result:
     return Result(Status.ERROR, 0, str(error) or type(error).__name__)
 
 
+def result_of(outcome: object) -> Result:
+    """What came of work on a worker: its own result, its exception's, or that of work with none."""
+    if isinstance(outcome, Result):
+        return outcome
+    if isinstance(outcome, BaseException):
+        return failure(outcome)
+    return Result(Status.OK)
+
+
 class Request:
     """One request: `done(result)` is called once, on the I/O loop, never inside `submit`.
 
