@@ -265,6 +265,24 @@ def test_a_server_that_says_a_byte_now_and_then_is_none(
         liar.close()
 
 
+def test_a_reply_without_end_is_nonsense(tmp_path: Path) -> None:
+    def talk(connection: socket.socket) -> None:
+        shake_hands(connection)
+        request = wire.request.unpack(take(connection, wire.request.size))
+        head = wire.structured_head.pack(wire.STRUCTURED_MAGIC, 0, wire.REPLY_NONE, request[3])
+        while True:  # until nobody takes it any more
+            connection.sendall((head + bytes(4)) * 100)
+
+    liar = Liar(tmp_path / "liar", talk)
+    try:
+        image = NbdImage(Address(path=str(tmp_path / "liar")), ImageOptions(), reconnect_seconds=0.0)
+        with pytest.raises(PeerGone, match="chunks for one request"):
+            image.readv(0, [page_buffer(512)])
+        image.close()
+    finally:
+        liar.close()
+
+
 def test_a_request_in_flight_is_sent_again_after_a_resize(tmp_path: Path) -> None:
     clients = 0
     asked = threading.Event()

@@ -17,6 +17,11 @@ from hvkvm.block.nbd import wire
 from hvkvm.block.nbd.handshake import Export, receive
 from hvkvm.runtime.kick import block_signals
 
+MORE_CHUNKS = 64
+LEAST_CHUNK = 512
+"""A reply has no more chunks than one for so many bytes, and MORE_CHUNKS: without end they would keep a
+processor busy."""
+
 
 class Lost(Exception):
     """The connection ended before the request was answered: whether it was carried out is not known."""
@@ -25,7 +30,7 @@ class Lost(Exception):
 class _Pending:
     """A request in flight. `buffers` are touched by the receiving thread until `done` is set."""
 
-    __slots__ = ("buffers", "done", "error", "filled", "length", "lost", "offset", "text")
+    __slots__ = ("buffers", "chunks", "done", "error", "filled", "length", "lost", "offset", "text")
 
     def __init__(self, offset: int, length: int, buffers: Buffers) -> None:
         self.offset = offset
@@ -36,6 +41,7 @@ class _Pending:
         self.text = ""
         self.lost = ""
         self.filled = 0
+        self.chunks = 0
 
 
 class Connection:
@@ -140,6 +146,9 @@ class Connection:
             _magic, flags, kind, cookie = wire.structured_head.unpack(head)
             length = int.from_bytes(receive(self._sock, 4), "big")
             pending = self._of(cookie)
+            pending.chunks += 1
+            if pending.chunks > MORE_CHUNKS + size_of(pending.buffers) // LEAST_CHUNK:
+                raise _Nonsense(f"{pending.chunks} chunks for one request")
             self._chunk(pending, kind, length)
             if flags & wire.REPLY_FLAG_DONE:
                 if not pending.error and pending.filled < size_of(pending.buffers):
