@@ -26,9 +26,10 @@ from virtio_guest import (
 
 from hvkvm.abi import pci, virtio
 from hvkvm.devices.pci.virtio import function as places
+from hvkvm.devices.pci.virtio.intake import BUDGET
 from hvkvm.devices.pci.virtio.registers import QueueState
 from hvkvm.devices.pci.virtio.ring import Place, Ring
-from hvkvm.devices.pci.virtio.transport import BUDGET, MAX_IN_FLIGHT
+from hvkvm.devices.pci.virtio.transport import MAX_IN_FLIGHT
 from hvkvm.errors import GuestMemoryError
 
 NEEDS_RESET = virtio.VIRTIO_CONFIG_S_NEEDS_RESET

@@ -26,18 +26,15 @@ from hvkvm.devices.pci.virtio import saved
 from hvkvm.devices.pci.virtio.bells import Bells
 from hvkvm.devices.pci.virtio.device import Device
 from hvkvm.devices.pci.virtio.function import VirtioFunction
+from hvkvm.devices.pci.virtio.intake import take_chains
 from hvkvm.devices.pci.virtio.interrupts import Interrupts
 from hvkvm.devices.pci.virtio.registers import SIZE, Registers
-from hvkvm.devices.pci.virtio.ring import Broken, Chain, Memory, Place, Ring
+from hvkvm.devices.pci.virtio.ring import Chain, Memory, Place, Ring
 from hvkvm.devices.pci.virtio.saved import VirtioState
 from hvkvm.devices.turn import Turn
 from hvkvm.errors import GuestMemoryError
 from hvkvm.runtime.protocols import Deferrer
 
-BUDGET = 64
-"""Requests taken in one turn."""
-SEGMENTS = 1024
-"""Buffers of the requests taken in one turn, give or take one request."""
 MAX_IN_FLIGHT = 256
 """Requests of one device that may be unanswered."""
 
@@ -193,33 +190,14 @@ class Transport:
 
     def _take(self) -> tuple[list[tuple[int, Chain]], bool]:
         """Requests of all queues in rotation, and whether there are more. Under the lock."""
-        taken: list[tuple[int, Chain]] = []
         if not self._may_take:
-            return taken, False
+            return [], False
         self._first += 1
-        queues = sorted(self._rings)
-        segments = 0
-        for at in range(len(queues)):
-            index = queues[(self._first + at) % len(queues)]
-            ring = self._rings[index]
-            try:
-                while True:
-                    if len(taken) >= BUDGET or segments >= SEGMENTS:
-                        return taken, True
-                    if self._in_flight + len(taken) >= MAX_IN_FLIGHT:
-                        return taken, False  # an answer asks for the next turn
-                    chain = ring.take()
-                    if chain is None:
-                        if ring.more():
-                            continue
-                        break
-                    segments += 1 + chain.pieces
-                    taken.append((index, chain))
-            except Broken as error:
-                self.broken = str(error)
-                self._registers.status |= virtio.VIRTIO_CONFIG_S_NEEDS_RESET
-                break
-        return taken, False
+        found = take_chains(self._rings, self._first, MAX_IN_FLIGHT - self._in_flight)
+        if found.broken:
+            self.broken = found.broken
+            self._registers.status |= virtio.VIRTIO_CONFIG_S_NEEDS_RESET
+        return found.taken, found.more
 
     @property
     def _may_take(self) -> bool:
