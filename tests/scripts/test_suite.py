@@ -82,6 +82,12 @@ def test_tests_are_counted_however_much_is_printed(options: list[str]) -> None:
     assert suite.collected("hyperv", ["tests/scripts/test_lab_processor.py"])[:2] == (suite.NO_TESTS, [])
 
 
+def test_byte_code_is_kept_whatever_the_caller_wants(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PYTHONDONTWRITEBYTECODE", "1")
+    assert "PYTHONDONTWRITEBYTECODE" not in suite.environment()
+    assert "PYTHONPATH" in suite.environment()
+
+
 def test_a_debugger_has_the_terminal_for_itself() -> None:
     for part in suite.parts(True, False):
         assert "--dist" in suite.command(part, 2, [])
