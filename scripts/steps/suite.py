@@ -10,8 +10,8 @@ Python in a lab of its own. The firmware part is small, so it runs beside the fi
 in one lab and a process of its own. Called by `scripts/test`; arguments go to pytest.
 
 HVKVM_TEST_PART=NAME runs one part, by the beginning of its name. HVKVM_TEST_WORKERS=N
-sets the workers, and has the parts run one after the other. One thread, but for those that
-show what a part beside another prints and collect the next one's tests.
+sets the workers, and has the parts run one after the other. One thread, but for the one
+that shows what a part beside another prints.
 """
 
 from __future__ import annotations
@@ -24,7 +24,6 @@ import sys
 import tempfile
 import threading
 import time
-from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
@@ -157,10 +156,10 @@ def environment() -> dict[str, str]:
     return settings
 
 
-def run(part: Part, arguments: list[str], ahead: Future[Collected] | None = None) -> int:
+def run(part: Part, arguments: list[str], ahead: Collected | None = None) -> int:
     """Run one part; pytest's status, with 5 for no test where `arguments` chose none.
 
-    `ahead` has, or will have, what `collected` says of it.
+    `ahead` is what `collected` says of it, where that is known.
     """
     started = time.monotonic()
     tiers, chosen, count = (
@@ -169,7 +168,7 @@ def run(part: Part, arguments: list[str], ahead: Future[Collected] | None = None
         workers(part.place, len(os.sched_getaffinity(0)), available_memory()),
     )
     if part.place == "lab" or arguments:
-        status, found, text = ahead.result() if ahead else collected(part.marks, arguments)
+        status, found, text = ahead or collected(part.marks, arguments)
         if status not in (0, NO_TESTS):
             print(text, flush=True)
             return status
@@ -251,20 +250,20 @@ def run_all(
     passed: list[str] = []
     failed: list[str] = []
     empty: list[str] = []
-    # While the first part runs, not behind it: that would leave all processors but one idle.
-    with ThreadPoolExecutor(1) as pool:
-        later = [part for part in found[1:] if part.place == "lab" and not arguments]
-        ahead = {part: pool.submit(collected, part.marks, arguments) for part in later}
-        for number, part in enumerate(found):
-            print(f"== {part.name}", flush=True)
-            status = run(part, arguments, ahead.get(part))
-            if status == NO_TESTS and arguments:
-                empty.append(part.name)
-            else:
-                (failed if status else passed).append(part.name)
-            if other is not None and number == 0:
-                # The next part has labs on every processor.
-                (failed if other.wait() else passed).append(other.part.name)
+    # In front of the first part's workers, not beside them: they find the byte code that this leaves, and a
+    # later part can start at once.
+    later = [part for part in found[1:] if part.place == "lab" and not arguments]
+    ahead = {part: collected(part.marks, arguments) for part in later}
+    for number, part in enumerate(found):
+        print(f"== {part.name}", flush=True)
+        status = run(part, arguments, ahead.get(part))
+        if status == NO_TESTS and arguments:
+            empty.append(part.name)
+        else:
+            (failed if status else passed).append(part.name)
+        if other is not None and number == 0:
+            # The next part has labs on every processor.
+            (failed if other.wait() else passed).append(other.part.name)
     return passed, failed, empty
 
 
