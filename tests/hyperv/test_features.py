@@ -295,18 +295,3 @@ def test_every_row_is_sound() -> None:
             assert bits.register in REGISTERS
             assert 0 < bits.mask < 1 << 32
     assert len(seen) == len(ENLIGHTENMENTS)
-
-
-@pytest.mark.kvm
-def test_probe_reads_this_host(kvm: object) -> None:
-    host = HostFeatures.probe(kvm)  # type: ignore[arg-type]
-    features = resolve(parse_features("host-model"), host)
-    assert bool(features) == bool(host.caps["KVM_CAP_HYPERV"])
-
-
-@pytest.mark.hyperv
-def test_probe_finds_a_synic_where_kvm_has_one(kvm: object) -> None:
-    host = HostFeatures.probe(kvm)  # type: ignore[arg-type]
-    for text in ("host-model", "passthrough"):
-        features = resolve(parse_features(text), host)
-        assert {"relaxed", "vpindex", "synic", "stimer", "time"} <= set(features.names)
