@@ -69,12 +69,17 @@ class Way:
         self._skip = self._skips = min(MAX_SKIP, 2 * self._skips + 1)
         return False
 
+    @property
+    def tries(self) -> bool:
+        """Whether it would try now."""
+        return self.works and not self._skip
+
     def move_each(self, offsets: Sequence[int], buffers: Sequence[Buffers], length: int) -> int:
         """Move requests of `length` bytes each, up to the first that is not moved: how many were.
 
-        As so many calls of `move`; that one is not tried again by the caller without need.
+        As so many calls of `move`, but a miss counts for nothing: the caller tries that one by `move`.
         """
-        if not self.works or self._skip:
+        if not self.tries:
             return 0
         most = self._turn.left // length
         call = self._call()

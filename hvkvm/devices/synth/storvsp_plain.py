@@ -133,7 +133,7 @@ def _runs(
                 break
             sector, offset, length = disk.sector, kind.offset, kind.length
             way = disk.writes if kind.write else disk.reads
-            if way is None or kind.blocks * sector != length:
+            if way is None or not way.tries or kind.blocks * sector != length:
                 break
             last = disk.sectors - kind.blocks
             trans_ids: list[int] = []
