@@ -79,7 +79,8 @@ class NetControl:
             answer.fail("busy", "another NIC is being added; try again")
             return
         self._opening = True
-        thread = threading.Thread(target=self._open, args=(nics, spec, answer), name="open-net", daemon=True)
+        given = (nics, nics.addressed(spec), answer)
+        thread = threading.Thread(target=self._open, args=given, name="open-net", daemon=True)
         try:
             start_thread(thread)
         except HostExhausted as error:

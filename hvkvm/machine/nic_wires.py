@@ -58,9 +58,10 @@ def _backend(io: IoLoop, spec: NicSpec, observer: Observer) -> Wire:
     from hvkvm.net.tap_open import DEFAULT_MTU, open_tap, take_fd
 
     if spec.backend == "create":
-        from hvkvm.net.tap_make import NewTap, make_tap
+        from hvkvm.net.tap_make import NewTap, host_mac, make_tap
 
-        tap = make_tap(NewTap(spec.name, mtu or DEFAULT_MTU, spec.ip, spec.bridge, spec.netns, queues))
+        mac = host_mac(spec.mac) if spec.mac else ""
+        tap = make_tap(NewTap(spec.name, mtu or DEFAULT_MTU, spec.ip, spec.bridge, spec.netns, queues, mac))
     elif spec.tap:
         tap = open_tap(spec.tap, mtu, queues)
     else:

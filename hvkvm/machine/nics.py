@@ -70,11 +70,30 @@ class Nics:
         specs = platform.config.nets
         known = len(specs) if saved is None else len(saved_nics(saved))
         for spec in specs[:known]:
-            self.add(spec, self.open(spec))
+            self._make(spec)
         self._new = specs[known:]
         """Those that a saved machine gets besides its own, once it has been loaded."""
 
     # Adding and removing.
+
+    def _make(self, spec: NicSpec) -> None:
+        addressed = self.addressed(spec)
+        self.add(addressed, self.open(addressed))
+
+    def addressed(self, spec: NicSpec) -> NicSpec:
+        """`spec` with a MAC: its own, or one for the next NIC, the same at each run of a VM with a name."""
+        from hvkvm.devices.synth.netvsp import address_of
+
+        if spec.mac:
+            return spec
+        taken = {nic.spec.mac for nic in self.nics.values()}
+        made = (
+            address_of(self._vm_name, number).hex(":") for number in range(self._number(), 2 * MAX_NICS + 1)
+        )
+        return spec._replace(mac=next(mac for mac in made if mac not in taken))
+
+    def _number(self) -> int:
+        return next(n for n in range(MAX_NICS + 1) if f"net{n}" not in self.nics)
 
     def open(self, spec: NicSpec) -> Wire:
         """The wire that `spec` asks for. ConfigError. Any thread; may block."""
@@ -90,14 +109,15 @@ class Nics:
 
     def add(self, spec: NicSpec, wire: Wire) -> Nic:
         """Give the guest a NIC on `wire`. ConfigError when it cannot be, and then the wire is closed."""
-        from hvkvm.devices.synth.netvsp import Netvsp, address_of
+        from hvkvm.devices.synth.netvsp import Netvsp
 
-        number = next(n for n in range(MAX_NICS + 1) if f"net{n}" not in self.nics)
+        number = self._number()
         if number == MAX_NICS:
             wire.close()
             raise ConfigError(f"--net: a VM has up to {MAX_NICS} NICs; remove one")
         name = f"net{number}"
-        mac = bytes.fromhex(spec.mac.replace(":", "")) if spec.mac else address_of(self._vm_name, number)
+        spec = self.addressed(spec)
+        mac = bytes.fromhex(spec.mac.replace(":", ""))
         queues = self._queues(spec)
         try:
             device = Netvsp(self._platform.memory, wire, name=name, address=mac, queues=queues)
@@ -160,7 +180,7 @@ class Nics:
         if here != saved:
             raise StateError(f"{self.name}: it has the NICs {saved!r:.80}, and this machine {here}")
         for spec in self._new:
-            self.add(spec, self.open(spec))
+            self._make(spec)
 
     def close(self) -> None:
         """Give all wires back. The loop has ended, or never ran. Idempotent."""
@@ -199,7 +219,7 @@ def specs_to_restore(saved: Saved, given: Sequence[NicSpec]) -> tuple[NicSpec, .
     StateError.
     """
     from hvkvm.machine.config_words import parse_words
-    from hvkvm.machine.nic_spec import NicSpec
+    from hvkvm.machine.nic_spec import NicSpec, check_mac
 
     nics = saved_nics(saved)
     if given and len(given) < len(nics):
@@ -208,6 +228,7 @@ def specs_to_restore(saved: Saved, given: Sequence[NicSpec]) -> tuple[NicSpec, .
     specs = []
     for index, nic in enumerate(nics):
         try:
+            check_mac("MAC", nic.mac)
             spec = given[index] if given else parse_words(NicSpec, "--net", nic.words)
         except ConfigError as error:
             raise StateError(f"{saved.path}: {nic.name[:20]!r}: {error}") from None

@@ -32,7 +32,10 @@ NAMES = "hvkvm%d"
 
 
 class NewTap(NamedTuple):
-    """`addresses` are the host's, such as "192.0.2.1/24". `netns` is a name of `ip netns` or a path."""
+    """`addresses` are the host's, such as "192.0.2.1/24". `netns` is a name of `ip netns` or a path.
+
+    `mac` is the interface's own; Linux chooses one for "".
+    """
 
     name: str = ""
     mtu: int = DEFAULT_MTU
@@ -40,6 +43,16 @@ class NewTap(NamedTuple):
     bridge: str = ""
     netns: str = ""
     queues: int = 1
+    mac: str = ""
+
+
+def host_mac(guest: str) -> str:
+    """The MAC of the interface whose guest has `guest`.
+
+    The same whenever that guest runs, so that what it knows of its neighbour still holds in a restored one.
+    The first byte is libvirt's: a bridge takes the lowest MAC of its ports for its own, and so none of these.
+    """
+    return f"{'fa' if guest[:2].lower() == 'fe' else 'fe'}{guest[2:]}"
 
 
 def make_tap(wanted: NewTap) -> Tap:
@@ -106,6 +119,8 @@ def _make(wanted: NewTap) -> Tap:
 def _set_up(ip: IPRoute, what: str, name: str, wanted: NewTap) -> None:
     index = ip.link_lookup(ifname=name)[0]
     ip.link("set", index=index, mtu=wanted.mtu)
+    if wanted.mac:
+        ip.link("set", index=index, address=wanted.mac)
     if wanted.bridge:
         bridges = ip.link_lookup(ifname=wanted.bridge, kind="bridge")
         if not bridges:

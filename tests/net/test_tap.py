@@ -15,7 +15,7 @@ from hvkvm.errors import ConfigError
 from hvkvm.net.port import ALL_OFFLOADS, NO_OFFLOADS
 from hvkvm.net.segment import finish
 from hvkvm.net.tap import TapPort
-from hvkvm.net.tap_make import NewTap, make_tap
+from hvkvm.net.tap_make import NewTap, host_mac, make_tap
 from hvkvm.net.tap_open import open_tap, take_fd
 from tests.net import packets as p
 from tests.net.conftest import connect, needs_taps, views
@@ -374,3 +374,15 @@ def test_who_may_not_make_one_is_told_what_an_administrator_runs():
     assert "/dev/net/tun" in shown or "CAP_NET_ADMIN" in shown
     assert "ip tuntap add" in shown or "chmod 0666 /dev/net/tun" in shown
     assert "--net user" in shown
+
+
+def test_an_interface_that_is_made_has_the_mac_of_its_guest(loop, netns):
+    """So a guest finds its neighbour where it was, when it is restored on another."""
+    assert host_mac("FE:00:00:00:00:01") == "fa:00:00:00:00:01"
+    for _ in range(2):
+        port = TapPort(
+            loop,
+            make_tap(NewTap(netns=netns.name, addresses=(f"{HOST}/24",), mac=host_mac("02:00:00:0a:0b:0c"))),
+        )
+        assert learn(loop, port, connect(loop, port)) == bytes.fromhex("fe00000a0b0c")
+        loop.do(port.close)
