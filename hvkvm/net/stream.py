@@ -36,6 +36,8 @@ class StreamPort(BasePort):
     """
 
     kind = "socket"
+    call_bytes = TURN_BYTES
+    """Several frames go in one system call up to so many bytes."""
 
     def __init__(
         self,
@@ -143,7 +145,7 @@ class StreamPort(BasePort):
                 break
             whole = self._whole(frame)
             size = sum(map(len, whole))
-            if views and (total + size > TURN_BYTES or len(views) + len(whole) > MAX_VIEWS):
+            if views and (total + size > self.call_bytes or len(views) + len(whole) > MAX_VIEWS):
                 break
             views += whole if len(whole) <= MAX_VIEWS else [b"".join(whole)]
             sizes.append(size)

@@ -52,6 +52,11 @@ class UserPort(StreamPort):
     """The network `process` is. Made by `start_user`."""
 
     kind = "user"
+    call_bytes = 32 * 1024
+    """What one system call writes, Linux gives to a reader in pieces of at least 36,544 bytes. passt, until
+    its commit 57a21d2 of July 2024, loses its place in the stream where the rest of a frame is in two of
+    them, or where a piece ends within a length. So several frames make one piece, and a longer one has a
+    call for itself and makes two."""
 
     def __init__(
         self, io: Loop, process: subprocess.Popen[bytes], sock: socket.socket, mtu: int, observer: Observer

@@ -20,6 +20,7 @@ from hvkvm.net.port import MAX_FRAME_BYTES, NO_OFFLOADS
 from hvkvm.net.segment import finish
 from hvkvm.net.stream import StreamPort
 from hvkvm.net.stream_peer import Answerer, Caller
+from hvkvm.net.user import UserPort
 from tests.net import packets as p
 from tests.net.conftest import Loop, connect, views
 from tests.net.test_segment import V4, tcp_frame
@@ -108,6 +109,75 @@ def test_a_full_socket_holds_the_sender_up_and_nothing_is_lost_or_torn(loop, end
     assert got == [wanted]
     assert waits > 0
     assert port.statistics.send_waits >= waits
+
+
+class Recording:
+    """A socket that keeps what each call writes."""
+
+    def __init__(self, sock):
+        self.sock, self.calls = sock, []
+
+    def __getattr__(self, name):
+        return getattr(self.sock, name)
+
+    def sendmsg(self, views, *rest):
+        count = self.sock.sendmsg(views, *rest)
+        self.calls.append(b"".join(views)[:count])
+        return count
+
+    def send(self, data, *rest):
+        count = self.sock.send(data, *rest)
+        self.calls.append(bytes(data[:count]))
+        return count
+
+
+LEAST_PIECE = 36544
+"""Bytes of one call that a reader gets at once at least: Linux 6.1, `unix_stream_sendmsg`."""
+
+
+def test_what_passt_reads_at_once_are_whole_frames_or_one_that_is_long(loop):
+    """Of two frames, the first in two pieces, passt of 2023 would lose its place in the stream at times."""
+    port = StreamPort(loop, 65520)
+    port.call_bytes = UserPort.call_bytes
+    ours, theirs = socket.socketpair()
+    ours.setblocking(False)
+    theirs.settimeout(30)
+    recording = Recording(ours)
+    loop.do(port.connected, recording)
+    nic = connect(loop, port)
+    sizes = random.Random(5)
+    frames = [
+        bytes(sizes.choice([60, 1514, 14000, 32700, 36540, 61494, MAX_FRAME_BYTES])) for _ in range(200)
+    ]
+    wanted = framed(*frames)
+    got = []
+    reader = threading.Thread(target=lambda: got.append(received(theirs, len(wanted))))
+    reader.start()
+    sent = 0
+    while sent < len(frames):
+        before = nic.writables
+        taken = loop.do(port.send, views(*frames[sent : sent + 50]))
+        sent += taken
+        if sent < len(frames) and taken < 50:
+            nic.wait(lambda n, before=before: n.writables > before)
+    reader.join()
+    assert got == [wanted]
+    loop.do(port.close)
+    theirs.close()
+    starts = {}
+    at = 0
+    for frame in frames:
+        starts[at] = len(frame) + 4
+        at += len(frame) + 4
+    at = 0
+    for call in recording.calls:
+        end = at + len(call)
+        if len(call) > LEAST_PIECE:
+            assert at in starts
+            assert starts[at] >= len(call), "a long frame and more"
+        at = end
+    assert at == len(wanted)
+    assert max(map(len, recording.calls)) > LEAST_PIECE
 
 
 def test_a_nic_without_room_gets_the_rest_later_in_order(loop, ends):
