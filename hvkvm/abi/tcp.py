@@ -15,8 +15,9 @@ DEEPEST_BYTES = 14 + 40 + TCP_BYTES
 SEQUENCE, ACKNOWLEDGEMENT, DATA_OFFSET, FLAGS, WINDOW, CHECKSUM = 4, 8, 12, 13, 14, 16
 
 _IPV4_AT, _IPV6_AT = 14 + 20, 14 + 40
-_END_OF_OPTIONS, _NO_OPERATION, _WINDOW_SCALE = 0, 1, 3
+_END_OF_OPTIONS, _NO_OPERATION, _SEGMENT_SIZE, _WINDOW_SCALE = 0, 1, 2, 3
 MAX_WINDOW_SCALE = 14
+DEFAULT_SEGMENT_BYTES = 536
 
 
 def tcp_header(frame: bytes | memoryview) -> int:
@@ -53,16 +54,28 @@ def receiver_and_sender(frame: bytes | memoryview, at: int) -> bytes:
 
 def window_scale(frame: bytes | memoryview, at: int) -> int | None:
     """The shift that a SYN offers for its sender's windows (RFC 7323); None where it offers none."""
+    option = _option(frame, at, _WINDOW_SCALE, 3)
+    return min(frame[option + 2], MAX_WINDOW_SCALE) if option else None
+
+
+def segment_size(frame: bytes | memoryview, at: int) -> int:
+    """The most bytes of data in a segment that a SYN asks for (RFC 9293, 3.7.1)."""
+    option = _option(frame, at, _SEGMENT_SIZE, 4)
+    return frame[option + 2] << 8 | frame[option + 3] if option else DEFAULT_SEGMENT_BYTES
+
+
+def _option(frame: bytes | memoryview, at: int, kind: int, size: int) -> int:
+    """Where the option `kind` of `size` bytes begins; 0 if it is not there, or not whole."""
     end = min(at + (frame[at + DATA_OFFSET] >> 4) * 4, len(frame))
     option = at + TCP_BYTES
-    while option + 2 < end and frame[option] != _END_OF_OPTIONS:
+    while option + 1 < end and frame[option] != _END_OF_OPTIONS:
         if frame[option] == _NO_OPERATION:
             option += 1
-        elif frame[option] == _WINDOW_SCALE:
-            return min(frame[option + 2], MAX_WINDOW_SCALE)
+        elif frame[option] == kind:
+            return option if option + size <= end else 0
         else:
             option += max(frame[option + 1], 2)
-    return None
+    return 0
 
 
 def set_window(frame: memoryview, at: int, window: int) -> None:

@@ -6,10 +6,10 @@ alike, where senders without SACK wait for three, or not at all. It carries no t
 twice the last one, until the connection all but stands. Nor does it tell of a window that has opened again:
 the guest asks after 0.2 s, and ever later. The passts of March 2023 and of May 2025 were seen to do all this.
 
-So a guest is offered MAX_WINDOW at most. Where passt repeats itself on purpose, it is repeated twice more.
-While a window is closed passt is asked in the guest's place, as a guest asks (RFC 9293, 3.8.6.1). Frames of
-either side are hostile: what is not plain TCP goes by unchanged, and no more than MAX_FLOWS connections are
-remembered. Owner: the I/O loop.
+So a guest is offered MAX_WINDOW at most, or SMALL_WINDOW where passt's socket has little room. Where passt
+repeats itself on purpose, it is repeated twice more. While a window is closed passt is asked in the guest's
+place, as a guest asks (RFC 9293, 3.8.6.1). Frames of either side are hostile: what is not plain TCP goes by
+unchanged, and no more than MAX_FLOWS connections are remembered. Owner: the I/O loop.
 """
 
 from __future__ import annotations
@@ -25,6 +25,14 @@ from hvkvm.runtime.protocols import Delayer, TimerHandle
 
 MAX_WINDOW = 128 * 1024
 """Bytes under way to passt at most. More were dropped at times; a guest and passt are some 0.1 ms apart."""
+SMALL_WINDOW = 32 * 1024
+"""The same where passt may not say how much room its sockets have. Then Linux gives them 20 segments' worth
+for a start, 85 KiB at an MTU of 1500, and some of that is taken."""
+SMALL_SEGMENT = 8192
+"""Bytes in a segment from which on 20 of them are room enough for MAX_WINDOW."""
+ROOM_PATH = "/proc/sys/net/core/wmem_max"
+LEAST_ROOM = 2 << 20
+"""passt says it, if Linux gives twice this at least."""
 CLOSED_WINDOW = 2048
 """A window below this, in bytes, holds up a sender of full segments."""
 MAX_FLOWS = 1024
@@ -50,6 +58,7 @@ class Flow:
         "most",
         "offered",
         "scale",
+        "small",
         "told",
     )
 
@@ -59,6 +68,8 @@ class Flow:
         self.offered: int | None = None
         """The shift in passt's SYN; None until then, or if it has none."""
         self.scale = 0
+        self.small = False
+        """Whether the guest's segments are small."""
         self.most = 0xFFFF
         """The largest window field that the guest may see."""
         self.fins = 0
@@ -76,15 +87,21 @@ class Flow:
 
 
 class TcpHelp:
-    """The connections of one passt. `ask(frames)` sends it what a guest would."""
+    """The connections of one passt. `ask(frames)` sends it what a guest would.
 
-    def __init__(self, io: Delayer, ask: Callable[[Sequence[Frame]], object]) -> None:
+    `little_room`: whether its sockets have only the room that Linux gives them by itself.
+    """
+
+    def __init__(
+        self, io: Delayer, ask: Callable[[Sequence[Frame]], object], *, little_room: bool = False
+    ) -> None:
         self.limited = 0
         """Windows made smaller, in frames."""
         self.asked = 0
         self.told = 0
         self._io = io
         self._ask = ask
+        self._little_room = little_room
         self._flows: dict[bytes, Flow] = {}
         self._closed: dict[bytes, Flow] = {}
         self._timer: TimerHandle | None = None
@@ -157,13 +174,14 @@ class TcpHelp:
         if flags & tcp.RST:
             self._forget(key)
         elif flags & tcp.SYN:
-            self._begin(key, flags, tcp.window_scale(head, at), by_guest=by_guest)
+            self._begin(key, flags, head, at, by_guest=by_guest)
         elif (flow := self._flows.get(key)) is not None:
             flow.fins |= 1 if by_guest else 2
             if flow.fins == 3:
                 self._forget(key)
 
-    def _begin(self, key: bytes, flags: int, scale: int | None, *, by_guest: bool) -> None:
+    def _begin(self, key: bytes, flags: int, head: bytes | memoryview, at: int, *, by_guest: bool) -> None:
+        scale = tcp.window_scale(head, at)
         flow = self._flows.get(key)
         if flow is None or not flags & tcp.ACK:
             self._forget(key)
@@ -172,11 +190,13 @@ class TcpHelp:
             flow = self._flows[key] = Flow()
         if by_guest:
             flow.guest_scales = scale is not None
+            flow.small = tcp.segment_size(head, at) < SMALL_SEGMENT
         else:
             flow.offered = scale
         if flow.guest_scales and flow.offered is not None:
             flow.scale = flow.offered
-            flow.most = min(MAX_WINDOW >> flow.scale, 0xFFFF)
+        most = SMALL_WINDOW if flow.small and self._little_room else MAX_WINDOW
+        flow.most = min(most >> flow.scale, 0xFFFF)
 
     def _forget(self, key: bytes) -> None:
         self._flows.pop(key, None)
@@ -212,6 +232,15 @@ class TcpHelp:
         if questions:
             self.asked += len(questions)
             self._ask(questions)
+
+
+def little_room() -> bool:
+    """Whether passt's sockets have, on this host, the room that Linux gives them by itself. Reads a file."""
+    try:
+        with open(ROOM_PATH) as file:
+            return int(file.read()) < LEAST_ROOM
+    except (OSError, ValueError):
+        return True
 
 
 def question(answer: bytes, at: int, guest: bytes) -> bytes:

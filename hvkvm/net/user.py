@@ -23,7 +23,7 @@ from hvkvm.errors import ConfigError
 from hvkvm.events import NULL_OBSERVER, Observer
 from hvkvm.net.port import ALL_OFFLOADS, Frame
 from hvkvm.net.stream import LENGTH_BYTES, StreamPort
-from hvkvm.net.tcp_help import TcpHelp
+from hvkvm.net.tcp_help import TcpHelp, little_room
 from hvkvm.runtime.protocols import Loop
 
 PROGRAM = "passt"
@@ -64,7 +64,7 @@ class UserPort(StreamPort):
         # passt looks at no checksum, and makes a stream's bytes of a TCP packet of whatever length.
         super().__init__(io, mtu, offloads=ALL_OFFLOADS, header=VALID, observer=observer)
         self.process = process
-        self._help = TcpHelp(io, self.send)
+        self._help = TcpHelp(io, self.send, little_room=little_room())
         self._said = b""
         self._listening: Any = None
         self.lost = self._ended

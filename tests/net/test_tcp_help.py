@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from hvkvm.abi import tcp
 from hvkvm.abi.virtio_net_hdr import PLAIN, VALID
 from hvkvm.net import tcp_help
-from hvkvm.net.tcp_help import CLOSED_WINDOW, MAX_CLOSED, MAX_FLOWS, MAX_WINDOW, TcpHelp
+from hvkvm.net.tcp_help import CLOSED_WINDOW, MAX_CLOSED, MAX_FLOWS, MAX_WINDOW, SMALL_WINDOW, TcpHelp
 from tests.net import packets as p
 
 GUEST = {4: "10.0.2.15", 6: "fd00::15"}
@@ -82,9 +82,10 @@ def checks_out(frame, version):
 class Connection:
     """A guest's connection through `windows`; its frames as the two sides would send them."""
 
-    def __init__(self, windows, version=4, port=1000, ours=SCALE, theirs=SCALE):
+    def __init__(self, windows, version=4, port=1000, ours=SCALE, theirs=SCALE, segment_bytes=None):
         self.windows, self.version, self.port = windows, version, port
-        self.guest(tcp.SYN, options=scale_option(ours))
+        size = b"" if segment_bytes is None else struct.pack(">BBH", 2, 4, segment_bytes)
+        self.guest(tcp.SYN, options=size + scale_option(ours))
         self.server(tcp.SYN | tcp.ACK, window=0xFFFF, options=scale_option(theirs))
         self.guest(tcp.ACK)
 
@@ -144,6 +145,14 @@ def test_no_window_is_larger_than_what_passt_takes(windows, version):
     assert connection.window_seen(MAX_WINDOW >> SCALE) << SCALE == MAX_WINDOW
     assert connection.window_seen(100) == 100
     assert windows.limited == 1
+
+
+@pytest.mark.parametrize(
+    ("segment_bytes", "most"), [(None, SMALL_WINDOW), (1460, SMALL_WINDOW), (61440, MAX_WINDOW)]
+)
+def test_small_segments_have_a_small_window_where_sockets_have_little_room(clock, asked, segment_bytes, most):
+    windows = TcpHelp(clock, asked.extend, little_room=True)
+    assert Connection(windows, segment_bytes=segment_bytes).window_seen(0xFFFF) << SCALE == most
 
 
 @pytest.mark.parametrize(("ours", "theirs"), [(None, SCALE), (SCALE, None), (None, None), (SCALE, 0)])
