@@ -131,8 +131,8 @@ def test_requests_in_flight_are_neither_lost_nor_doubled(where: str, tmp_path: P
     at_rest: list[tuple[int, int, int]] = []
     script = f"WHERE={where}\n{SCRIPT}"
     if IN_SOAK:
-        settings["files"] = {"/verify": program("verify")}
-    settings |= {"cpus": 2, "memory": 160 << 20, "modules": modules, "disks": disks}
+        settings |= {"files": {"/verify": program("verify")}, "memory": 160 << 20}
+    settings |= {"cpus": 2, "modules": modules, "disks": disks}
     with linux_guest(script, **settings) as guest:
         guest.start()
         guest.wait_for("round 1")
