@@ -48,7 +48,8 @@ soak-vmbus: setup
 
 soak-nics: setup
 	@HVKVM_SOAK=1 $(VENV_PYTHON) -m pytest -v tests/soak/test_soak_netvsp.py $(ARGS)
-	@HVKVM_NET_ENDINGS=200 $(VENV_PYTHON) -m pytest -v tests/net/test_endings.py $(ARGS)
+	@HVKVM_SOAK=1 HVKVM_NET_ENDINGS=200 $(VENV_PYTHON) -m pytest -v tests/net/test_endings.py \
+		tests/net/test_namespace.py $(ARGS)
 
 soak-state: setup
 	@HVKVM_SOAK=1 $(VENV_PYTHON) -m pytest -v -m "not hyperv" -o timeout=0 tests/state $(ARGS)

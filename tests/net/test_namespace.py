@@ -185,6 +185,26 @@ def test_passt_loses_nothing_of_an_upload_to_a_server_with_pauses(loop, netns, t
         loop.do(user.close)
 
 
+@pytest.mark.skipif(not os.environ.get("HVKVM_SOAK"), reason="some minutes: HVKVM_SOAK=1, or make soak-nics")
+@pytest.mark.skipif(shutil.which("passt") is None, reason="no passt; make setup installs it")
+def test_passt_carries_a_gibibyte_each_way_unchanged(loop, netns, tmp_path):
+    tap = TapPort(loop, make_tap(NewTap(netns=netns.name, addresses=(f"{GUEST}/24",))))
+    user = start_user(loop)
+    try:
+        join(loop, tap, user)
+        file = tmp_path / "data"
+        for _ in range(8):
+            data = os.urandom(128 * MIB)
+            file.write_bytes(data)
+            upload(netns, file, GATEWAY, "127.0.0.1")
+            download(netns, data, GATEWAY, "127.0.0.1")
+        assert loop.do(user.inspect)["sent_bytes"] < 1.5 * 1024 * MIB, "much was sent again"
+        assert user.statistics.sent_dropped == 0
+    finally:
+        loop.do(tap.close)
+        loop.do(user.close)
+
+
 def _host_has_route6():
     return bool(
         subprocess.run(["ip", "-6", "route", "show", "default"], capture_output=True, check=True).stdout
