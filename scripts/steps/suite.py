@@ -44,6 +44,9 @@ STALL_SECONDS = 90
 DEADLINES = {"here": 5400, "lab": 10800}
 # Emulated processors are slow, so tests get more time each there.
 TEST_SECONDS = {"here": 300, "lab": 900}
+# Without it pytest takes the folder that holds both its tests and whatever file an option names: a cache
+# somewhere else, or the temporary folder, and then finds no settings, and in a clone below that no tests.
+_ROOT = ("--rootdir", str(PROJECT), "-c", str(PROJECT / "pyproject.toml"))
 # A person drives these, so there is one worker and the terminal is its own.
 _BY_HAND = {"--pdb", "--trace", "-s", "--capture=no"}
 
@@ -111,6 +114,7 @@ def command(part: Part, count: int, arguments: list[str]) -> list[str]:
     durations = cache.root() / "durations" / f"{part.place}.json"
     return [
         *pytest,
+        *_ROOT,
         *("-p", "steps.suite_plugin", "--part", part.name.partition(" (")[0]),
         *("--part-deadline", str(deadline(part)), "--part-durations", str(durations)),
         *(["--part-again"] if part.place == "lab" else []),
@@ -136,7 +140,7 @@ def collected(marks: str, arguments: list[str]) -> Collected:
     It leaves the byte code that labs then need not make: compiling costs many seconds there.
     """
     with tempfile.NamedTemporaryFile("r", prefix="hvkvm-tests-") as names:
-        line = [PYTHON, "-m", "pytest", "-p", "steps.suite_plugin", "--part-list", names.name]
+        line = [PYTHON, "-m", "pytest", *_ROOT, "-p", "steps.suite_plugin", "--part-list", names.name]
         line += ["--collect-only", "-q", "-p", "no:cacheprovider", "-m", marks, *arguments]
         done = subprocess.run(
             line, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False

@@ -7,6 +7,7 @@ import os
 import shlex
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -80,6 +81,18 @@ def test_tests_are_counted_however_much_is_printed(options: list[str]) -> None:
     assert status == 0
     assert "tests/scripts/test_lab_processor.py::test_every_thread_counts" in names
     assert suite.collected("hyperv", ["tests/scripts/test_lab_processor.py"])[:2] == (suite.NO_TESTS, [])
+
+
+def test_tests_are_named_from_the_project_wherever_the_temporary_folder_is(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """As in a clone below /tmp: pytest would name them from there, and a lab would find none of them."""
+    if not os.access(PROJECT.parent, os.W_OK):
+        pytest.skip(f"nothing can be put into {PROJECT.parent}")
+    monkeypatch.setattr(tempfile, "tempdir", str(PROJECT.parent))
+    _status, names, text = suite.collected("hyperv", [f"--ignore-glob={PROJECT}/tests/[!h]*"])
+    assert names, text
+    assert all(name.startswith("tests/hyperv") for name in names), names
 
 
 def test_byte_code_is_kept_whatever_the_caller_wants(monkeypatch: pytest.MonkeyPatch) -> None:
