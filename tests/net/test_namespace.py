@@ -12,6 +12,7 @@ import shutil
 import socket
 import subprocess
 import threading
+from contextlib import contextmanager
 from time import sleep
 
 import pytest
@@ -55,6 +56,19 @@ def join(loop, one, two):
     for port, other in ((one, two), (two, one)):
         loop.do(port.start)
         loop.do(port.set_offloads, ALL_OFFLOADS.within(other.offloads))
+
+
+@contextmanager
+def behind_passt(loop, netns, *addresses, forwards=()):
+    """The namespace as a guest behind passt, with `addresses` of its own: passt's port."""
+    tap = TapPort(loop, make_tap(NewTap(netns=netns.name, addresses=addresses)))
+    user = start_user(loop, forwards=forwards)
+    try:
+        join(loop, tap, user)
+        yield user
+    finally:
+        loop.do(tap.close)
+        loop.do(user.close)
 
 
 def serve(host, answer):
@@ -117,13 +131,8 @@ def download(netns, data, reach, listen):
 def test_passt_carries_tcp_and_udp_both_ways(loop, netns, tmp_path):
     with socket.create_server(("127.0.0.1", 0)) as probe:
         forwarded = probe.getsockname()[1]
-    tap = TapPort(loop, make_tap(NewTap(netns=netns.name)))
-    user = start_user(
-        loop,
-        forwards=(Forward("tcp", "127.0.0.1", forwarded, 22), Forward("udp", "127.0.0.1", forwarded, 53)),
-    )
-    try:
-        join(loop, tap, user)
+    forwards = tuple(Forward(kind, "127.0.0.1", forwarded, to) for kind, to in (("tcp", 22), ("udp", 53)))
+    with behind_passt(loop, netns, forwards=forwards) as user:
         # Our guests' own script, but for the file that it would write over here.
         script = tmp_path / "script"
         script.write_text(guest_scripts.DHCP.replace("/etc/resolv.conf", str(tmp_path / "resolv.conf")))
@@ -163,35 +172,23 @@ def test_passt_carries_tcp_and_udp_both_ways(loop, netns, tmp_path):
             there.sendto(text + b" and answer", address)
             assert here.recv(100) == b"question and answer"
         assert user.statistics.sent_dropped == 0
-    finally:
-        loop.do(tap.close)
-        loop.do(user.close)
 
 
 @pytest.mark.skipif(shutil.which("passt") is None, reason="no passt; make setup installs it")
 def test_passt_loses_nothing_of_an_upload_to_a_server_with_pauses(loop, netns, tmp_path):
     """passt drops what its socket has no room for, and does not tell of room: see net/tcp_help.py."""
-    tap = TapPort(loop, make_tap(NewTap(netns=netns.name, addresses=(f"{GUEST}/24",))))
-    user = start_user(loop)
-    try:
-        join(loop, tap, user)
+    with behind_passt(loop, netns, f"{GUEST}/24") as user:
         file = tmp_path / "data"
         file.write_bytes(os.urandom(16 * MIB))
         upload(netns, file, GATEWAY, "127.0.0.1", slow_digest)
         shown = loop.do(user.inspect)
         assert shown["sent_bytes"] < 1.5 * 16 * MIB, "much was sent again"
-    finally:
-        loop.do(tap.close)
-        loop.do(user.close)
 
 
 @pytest.mark.skipif(not os.environ.get("HVKVM_SOAK"), reason="some minutes: HVKVM_SOAK=1, or make soak-nics")
 @pytest.mark.skipif(shutil.which("passt") is None, reason="no passt; make setup installs it")
 def test_passt_carries_a_gibibyte_each_way_unchanged(loop, netns, tmp_path):
-    tap = TapPort(loop, make_tap(NewTap(netns=netns.name, addresses=(f"{GUEST}/24",))))
-    user = start_user(loop)
-    try:
-        join(loop, tap, user)
+    with behind_passt(loop, netns, f"{GUEST}/24") as user:
         file = tmp_path / "data"
         for _ in range(8):
             data = os.urandom(128 * MIB)
@@ -200,9 +197,6 @@ def test_passt_carries_a_gibibyte_each_way_unchanged(loop, netns, tmp_path):
             download(netns, data, GATEWAY, "127.0.0.1")
         assert loop.do(user.inspect)["sent_bytes"] < 1.5 * 1024 * MIB, "much was sent again"
         assert user.statistics.sent_dropped == 0
-    finally:
-        loop.do(tap.close)
-        loop.do(user.close)
 
 
 def _host_has_route6():
