@@ -14,7 +14,7 @@ from pathlib import Path
 
 from hvkvm.errors import HvkvmError
 from hvkvm.machine.config import MachineConfig
-from hvkvm.state.file import SavedBoot
+from hvkvm.state.manifest import SavedBoot
 
 _PIECE = 1 << 20
 

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from hvkvm.machine.pci import Pci
     from hvkvm.machine.pci_disks import PciDisks
     from hvkvm.machine.platform import Platform
-    from hvkvm.state.file import SavedDisk
+    from hvkvm.state.manifest import SavedDisk
 
 
 class DiskShelf:

@@ -28,7 +28,7 @@ from hvkvm.machine.attached import Attached, Spec
 from hvkvm.machine.disk_spec import MAX_LUNS, CdromSpec, DiskSpec
 from hvkvm.machine.saved_disks import changed_at, saved_disk
 from hvkvm.runtime.workers import Workers
-from hvkvm.state.file import SavedDisk
+from hvkvm.state.manifest import SavedDisk
 from hvkvm.vmbus.pending import Pending
 
 if TYPE_CHECKING:

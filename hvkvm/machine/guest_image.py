@@ -15,7 +15,7 @@ from hvkvm.machine.config import MachineConfig
 if TYPE_CHECKING:
     from hvkvm.kvm.vcpu import Vcpu
     from hvkvm.memory.guest import GuestMemory
-    from hvkvm.state.file import SavedBoot
+    from hvkvm.state.manifest import SavedBoot
 
 
 class GuestImage:

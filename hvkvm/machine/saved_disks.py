@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from hvkvm.errors import StateError
 from hvkvm.machine.disk_spec import CdromSpec, DiskSpec
-from hvkvm.state.file import SavedDisk
+from hvkvm.state.manifest import SavedDisk
 
 if TYPE_CHECKING:
     from hvkvm.machine.attached import Attached

@@ -21,7 +21,8 @@ from typing import TYPE_CHECKING, Any, get_args
 from hvkvm.abi.guest_command import CommandIo
 from hvkvm.errors import CapabilityMissing, HvkvmError, StateError
 from hvkvm.machine.outcome import Ending
-from hvkvm.state.file import Manifest, Saved, SavedBoot, SavedConfig, Writer
+from hvkvm.state.file import Saved, Writer
+from hvkvm.state.manifest import Manifest, SavedBoot, SavedConfig
 
 if TYPE_CHECKING:
     from hvkvm.machine.config import MachineConfig

@@ -2,7 +2,7 @@
 
     0            header, one page: magic, format, where the rest lies, checksums
     RAM_OFFSET   guest RAM as it is, page by page; pages of zeros are holes of the file
-    behind it    the manifest: who wrote it, the configuration, each part's state
+    behind it    the manifest (`manifest`): who wrote it, the configuration; and each part's state
 
 With the flag COMPRESSED, RAM is frames of zstd instead, one an extent and one behind the other
 (`compressed`). Such a file is unpacked into memory when it is opened, and all its checksums compared.
@@ -31,7 +31,7 @@ from hvkvm.errors import StateError
 from hvkvm.memory.mapping import PAGE_SIZE, sealed_memfd
 from hvkvm.state.codec import plain, restored
 from hvkvm.state.compressed import MAX_PIECE, Packer, Unpacker
-from hvkvm.tuples import NamedTuple
+from hvkvm.state.manifest import Extent, Manifest
 
 MAGIC = b"hvkvm saved VM\n\0"
 FORMAT = 6
@@ -53,98 +53,6 @@ _CHUNK = 1 << 20
 _DIGEST = 32
 _header = Struct(f"<16sIIQQQQ{_DIGEST}s")
 """magic, format, flags, RAM size, manifest offset and length, file size, manifest's checksum."""
-
-
-class Extent(NamedTuple):
-    """A piece of RAM that is in the file; what lies between extents is zero. Bytes, in pages."""
-
-    offset: int
-    size: int
-    checksum: int
-    stored: int
-    """How many bytes of the file it takes: less than `size` where it is compressed."""
-
-
-class SavedDisk(NamedTuple):
-    """A disk or DVD drive: what it was asked for with, where the guest has it, and the size of its image."""
-
-    kind: str
-    """"disk" or "cdrom"."""
-    file: str
-    """Empty for a drive without a medium."""
-    format: str
-    readonly: bool
-    snapshot: bool
-    cache: str
-    serial: str
-    discard: bool
-    sector: int
-    controller: int
-    lun: int
-    size: int
-    changed: int
-    """When the file was last written to, in ns since the epoch; 0 where that does not matter."""
-    bus: str = "vmbus"
-
-
-class SavedBoot(NamedTuple):
-    """What was booted, by names and marks, for a reset of a machine that goes on from the file."""
-
-    kernel: str
-    kernel_size: int
-    """Bytes."""
-    kernel_changed: int
-    """When it was last written to, in ns since the epoch."""
-    initrd: str
-    command: tuple[str, ...]
-    modules_dir: str
-    modules: tuple[str, ...]
-    busybox: str
-    files: tuple[tuple[str, str], ...]
-    """Pairs of a path in the guest and a file of the host."""
-    ramdisk: bytes
-    """Checksum of the initial RAM disk that was made of it; empty for none."""
-
-
-class SavedConfig(NamedTuple):
-    """What a machine must have to go on from a file; all else is the new run's own."""
-
-    kernel: str
-    append: str
-    cpus: int
-    memory: int
-    hv: str
-    synic: str
-    devices: tuple[str, ...]
-    vmbus: str
-    vmbus_max_version: str
-    acpi: bool
-    firmware: str = ""
-    pci: bool = False
-    disks: tuple[SavedDisk, ...] = ()
-    awaits: bool = False
-    """Whether its init takes its command from the host."""
-    waits: bool = False
-    """Whether it does so now: a warm guest."""
-    boot: SavedBoot | None = None
-    """None where a reset ends the run."""
-    display: str = "none"
-    command: tuple[str, ...] = ()
-    """What runs in it, or was handed to it: its streams, or its terminal, are then the next run's."""
-    command_io: str = "console"
-    hpet: str = "off"
-
-
-class Manifest(NamedTuple):
-    """All of a saved machine but its RAM."""
-
-    hvkvm: str
-    """The version that wrote it."""
-    saved_at: float
-    """Seconds since the epoch."""
-    name: str
-    config: SavedConfig
-    extents: tuple[Extent, ...]
 
 
 def checksum(data: bytes | memoryview) -> bytes:

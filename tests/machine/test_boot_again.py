@@ -11,7 +11,7 @@ import pytest
 from hvkvm.boot import guest_exit
 from hvkvm.machine.config import MachineConfig
 from hvkvm.machine.guest_image import GuestImage
-from hvkvm.state.file import SavedBoot
+from hvkvm.state.manifest import SavedBoot
 
 WAITS = b"guest-orders >/dev/null"
 RUNS = b"exec echo copied"

@@ -15,7 +15,8 @@ from hvkvm.errors import CapabilityMissing, StateError
 from hvkvm.memory.mapping import PAGE_SIZE
 from hvkvm.state import file as state_file
 from hvkvm.state.compressed import MAX_PIECE, Packer, Unpacker
-from hvkvm.state.file import RAM_OFFSET, Manifest, Saved, SavedConfig, Writer
+from hvkvm.state.file import RAM_OFFSET, Saved, Writer
+from hvkvm.state.manifest import Manifest, SavedConfig
 
 SOAK = bool(os.environ.get("HVKVM_SOAK"))
 RAM = 3 << 20

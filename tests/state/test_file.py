@@ -14,7 +14,8 @@ from hypothesis import strategies as st
 
 from hvkvm.errors import StateError
 from hvkvm.state import file as state_file
-from hvkvm.state.file import FORMAT, RAM_OFFSET, Manifest, Saved, SavedConfig, Writer
+from hvkvm.state.file import FORMAT, RAM_OFFSET, Saved, Writer
+from hvkvm.state.manifest import Manifest, SavedConfig
 
 PAGE = 4096
 RAM = 64 * PAGE
