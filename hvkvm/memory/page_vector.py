@@ -92,6 +92,15 @@ class _Pairs(NamedTuple):
     low: int
 
 
+def page_numbers(addresses: bytes) -> bytes | None:
+    """The numbers of pages of which `addresses` has the addresses, 8 bytes each; None if one is no page's."""
+    count = len(addresses) >> 3
+    together = int.from_bytes(addresses, "little")
+    if together & (PAGE_SIZE - 1) * _lanes(count).ones:
+        return None
+    return (together >> _SHIFT).to_bytes(8 * count, "little")
+
+
 @lru_cache(maxsize=64)  # a guest chooses how many
 def _pairs(count: int) -> _Pairs:
     ones = ((1 << 128 * count) - 1) // ((1 << 128) - 1)
@@ -168,8 +177,8 @@ class PageVector(Sequence[memoryview]):
 def page_vector(memory: Ram, pages: bytes, offset: int, length: int) -> PageVector | None:
     """`pages` are page numbers of 8 bytes each; `length` ends in the last of them.
 
-    None where memoryviews do as well, or must do: for few pages, for neighbours, for those on both sides of
-    the hole below 4 GiB, and for what is no RAM.
+    Neighbours are one piece. None where memoryviews do as well, or must do: for few pages, for those on both
+    sides of the hole below 4 GiB, and for what is no RAM.
     """
     count = len(pages) >> 3
     if not LEAST_PAGES <= count <= MOST_PAGES or _preadv2 is None or _pwritev2 is None:
@@ -177,13 +186,14 @@ def page_vector(memory: Ram, pages: bytes, offset: int, length: int) -> PageVect
     numbers = int.from_bytes(pages, "little")
     lanes = _lanes(count)
     first = int.from_bytes(pages[:8], "little")
-    if numbers == first * lanes.ones + lanes.counted:
-        return None
     for region in memory.regions:
         if _inside(numbers, lanes, region.gpa >> _SHIFT, region.end >> _SHIFT):
             whole = _whole(memory, region)
             if whole is None:
                 return None
+            if numbers == first * lanes.ones + lanes.counted:
+                start = (first << _SHIFT) + region.hva - region.gpa + offset
+                return PageVector(region, whole, array("Q", (start, length)), length)
             addresses = (numbers << _SHIFT) + (region.hva - region.gpa) * lanes.ones
             iovec = lanes.buffers[:]
             iovec[::2] = array("Q", addresses.to_bytes(8 * count, "little"))

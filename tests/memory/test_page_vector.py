@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from hvkvm.errors import GuestMemoryError
 from hvkvm.memory.guest import RamRegion
 from hvkvm.memory.mapping import PAGE_SIZE, Mapping, sealed_memfd
-from hvkvm.memory.page_vector import LEAST_PAGES, MOST_PAGES, PageVector, page_vector
+from hvkvm.memory.page_vector import LEAST_PAGES, MOST_PAGES, PageVector, page_numbers, page_vector
 
 RAM_PAGES = 2 * MOST_PAGES
 HIGH = 1 << 20
@@ -86,9 +86,7 @@ def test_it_moves_what_views_of_the_pages_would(
     whole = len(pfns) * PAGE_SIZE - offset
     length = data.draw(st.integers(whole - PAGE_SIZE + 1, whole))
     vector = vector_of(ram, pfns, offset, length)
-    if vector is None:
-        assert pfns == list(range(pfns[0], pfns[0] + len(pfns)))
-        return
+    assert vector is not None
     assert (vector.size, len(vector)) == (length, len(pfns))
     expected = ram.bytes_of(pfns, offset, length)
     assert b"".join(vector) == expected
@@ -96,6 +94,32 @@ def test_it_moves_what_views_of_the_pages_would(
     assert bytes(vector[0]) == expected[: PAGE_SIZE - offset]
     assert vector.write(file, 8192) == length
     assert os.pread(file, length, 8192) == expected
+
+
+@pytest.mark.parametrize("base", [0, HIGH], ids=["low", "high"])
+def test_neighbours_are_one_piece(ram: Ram, file: int, base: int) -> None:
+    pfns = range(base + 3, base + 3 + LEAST_PAGES)
+    length = LEAST_PAGES * PAGE_SIZE - 300
+    vector = vector_of(ram, pfns, 200, length)
+    assert vector is not None
+    assert (vector.size, len(vector)) == (length, 1)
+    assert vector.is_aligned(4)
+    assert not vector.is_aligned(512)
+    expected = ram.bytes_of(pfns, 200, length)
+    assert bytes(vector[0]) == expected
+    assert vector.write(file, 0) == length
+    assert os.pread(file, length, 0) == expected
+
+
+def test_page_numbers() -> None:
+    numbers = [*range(20), (1 << 52) - 1, 7]
+    addresses = array("Q", [number << 12 for number in numbers])
+    assert page_numbers(addresses.tobytes()) == array("Q", numbers).tobytes()
+    for odd in (1, 8, 2048, 4095):
+        for place in (0, 10, 21):
+            wrong = addresses[:]
+            wrong[place] += odd
+            assert page_numbers(wrong.tobytes()) is None
 
 
 def test_it_reads_onto_the_pages_and_nowhere_else(ram: Ram, file: int) -> None:
@@ -139,7 +163,7 @@ def test_an_error_of_the_host_is_raised(ram: Ram, tmp_path: Path) -> None:
         [*range(0, 2 * LEAST_PAGES, 2), HIGH],
         range(LEAST_PAGES - 1),
         range(0, 2 * LEAST_PAGES - 2, 2),
-        range(LEAST_PAGES),
+        range(RAM_PAGES // 2 - 1, RAM_PAGES // 2 + LEAST_PAGES),
         range(0, 2 * MOST_PAGES + 2, 2),
     ],
     ids=[
@@ -151,7 +175,7 @@ def test_an_error_of_the_host_is_raised(ram: Ram, tmp_path: Path) -> None:
             "last of all",
             "all there",
         ),
-        *("both parts", "few", "few apart", "neighbours", "too many"),
+        *("both parts", "few", "few apart", "neighbours and no RAM", "too many"),
     ],
 )
 def test_memoryviews_are_for_the_rest(ram: Ram, pfns: Sequence[int]) -> None:

@@ -6,7 +6,6 @@ boundary ends the command. The work is bounded by the length, which the caller h
 
 from __future__ import annotations
 
-from array import array
 from collections.abc import Sequence
 from typing import Protocol
 
@@ -14,7 +13,7 @@ from hvkvm.abi.nvme import NVME_SC_DATA_XFER_ERROR, NVME_SC_PRP_INVALID_OFFSET, 
 from hvkvm.block.buffers import Buffers
 from hvkvm.errors import GuestMemoryError
 from hvkvm.memory.guest import RamRegion
-from hvkvm.memory.page_vector import LEAST_PAGES, page_vector
+from hvkvm.memory.page_vector import page_numbers, page_vector
 
 PAGE = 4096
 _ENTRY = 8
@@ -64,14 +63,15 @@ def buffers(memory: Memory, prp1: int, prp2: int, length: int) -> Buffers:
 
 def _listed(memory: Memory, prp1: int, first: int, at: int, left: int) -> Buffers:
     pages = _pages(memory, at, -(-left // PAGE))
-    if len(pages) >= LEAST_PAGES:
-        pfns = array("Q", [prp1 // PAGE, *[page // PAGE for page in pages]])
-        vector = page_vector(memory, pfns.tobytes(), prp1 % PAGE, first + left)
-        if vector is not None:
-            return vector
+    numbers = page_numbers((prp1 - prp1 % PAGE).to_bytes(_ENTRY, "little") + pages)
+    if numbers is None:
+        raise PrpError(NVME_SC_PRP_INVALID_OFFSET)
+    vector = page_vector(memory, numbers, prp1 % PAGE, first + left)
+    if vector is not None:
+        return vector
     found: list[memoryview] = []
     start, end = prp1, prp1 + first
-    for page in pages:
+    for page in memoryview(pages).cast("Q"):
         if page != end:
             found.append(memory.view(start, end - start))
             start = page
@@ -82,23 +82,22 @@ def _listed(memory: Memory, prp1: int, first: int, at: int, left: int) -> Buffer
     return found
 
 
-def _pages(memory: Memory, at: int, count: int) -> list[int]:
-    """The `count` pages of the list that begins at `at`."""
+def _pages(memory: Memory, at: int, count: int) -> bytes:
+    """The `count` entries of the list that begins at `at`."""
     if at & _ENTRY - 1:
         raise PrpError(NVME_SC_PRP_INVALID_OFFSET)
-    found: list[int] = []
+    found = b""
     while count:
         # A list goes on in another page where its last entry in this one is not the data's last.
         room = (PAGE - at % PAGE) // _ENTRY
-        entries = memoryview(memory.read(at, min(room, count) * _ENTRY)).cast("Q").tolist()
+        entries = memory.read(at, min(room, count) * _ENTRY)
         if count > room:
-            at = entries.pop()
+            at = int.from_bytes(entries[-_ENTRY:], "little")
+            entries = entries[:-_ENTRY]
             if at % PAGE:  # so only the first page of a list can be without entries of its own
                 raise PrpError(NVME_SC_PRP_INVALID_OFFSET)
         found += entries
-        count -= len(entries)
-    if any(page % PAGE for page in found):
-        raise PrpError(NVME_SC_PRP_INVALID_OFFSET)
+        count -= len(entries) // _ENTRY
     return found
 
 
