@@ -9,8 +9,9 @@ import pytest
 
 from hvkvm.abi import scsi, vmbus
 from hvkvm.abi import storvsp as wire
-from hvkvm.abi.ring import GpaRange
+from hvkvm.abi.ring import VM_PKT_DATA_USING_GPA_DIRECT, GpaRange, Packet, gpa_direct_header
 from hvkvm.abi.storvsp import Srb
+from hvkvm.block.buffers import size_of
 from hvkvm.devices.synth import storvsp_pages
 from hvkvm.devices.synth.storvsp_handshake import Phase
 from hvkvm.testing.storvsc_driver import PAGE, RESET_ID, StorvscDriver
@@ -179,6 +180,45 @@ def test_pages_are_kept_within_bounds_and_taken_anew_once_they_were_revoked(
         for view in kept.values():
             view.release()
         assert [world.paths[0].read_bytes()[512 * n] for n in range(10)] == [round_ + n for n in range(10)]
+
+
+def test_lists_of_pages_are_kept_within_bounds_and_hold_for_their_own_length(
+    bench: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(storvsp_pages, "MAX_LISTS", 3)
+    world = bench()
+    driver = world.start()
+    awake(driver)
+    memory, random, lists = world.loop.memory, Random(3), world.device._primary._pages._lists
+    named = [(random.sample(range(800, 1000), 32), random.randrange(0, PAGE, 512)) for _ in range(5)]
+    named.append((list(range(700, 732)), 512))
+    expected = bytearray(world.paths[0].read_bytes())
+    for _ in range(60):
+        pages, offset = random.choice(named)
+        length, lba = random.choice((31 * PAGE, 31 * PAGE - 512, 20 * PAGE)), random.randrange(64)
+        for pfn in pages:
+            memory.write(pfn * PAGE, random.randbytes(PAGE))
+        there = b"".join(memory.read(pfn * PAGE, PAGE) for pfn in pages)
+        transfer = {"pages": pages, "offset": offset, "length": length}
+        if random.random() < 0.5:
+            expected[lba * 512 : lba * 512 + length] = there[offset : offset + length]
+            done = driver.execute(rw(scsi.WRITE_10, lba, length // 512), data_in=wire.WRITE_TYPE, **transfer)
+        else:
+            done = driver.execute(rw(scsi.READ_10, lba, length // 512), **transfer)
+            told = expected[lba * 512 : lba * 512 + length]
+            there = there[:offset] + told + there[offset + length :]
+        assert (done.srb_status, done.moved) == (SUCCESS, length)
+        assert b"".join(memory.read(pfn * PAGE, PAGE) for pfn in pages) == there
+        assert world.paths[0].read_bytes() == expected
+        assert 0 < len(lists) <= 3
+    pages = world.device._primary._pages
+    pages.clear()
+    assert not lists
+    header = gpa_direct_header([GpaRange(31 * PAGE, 512, tuple(range(800, 864, 2)))])
+    packet = Packet(VM_PKT_DATA_USING_GPA_DIRECT, 1, 1, header, b"")
+    for length in (31 * PAGE, 30 * PAGE + 512, 31 * PAGE, 18 * PAGE, 32 * PAGE):  # of one range
+        found = pages.of(Srb(0, 0, 0, bytes(10), wire.READ_TYPE, length, 0), packet)
+        assert (None if found is None else size_of(found)) == (length if length < 32 * PAGE else None)
 
 
 LIES: list[tuple[str, dict[str, Any]]] = [

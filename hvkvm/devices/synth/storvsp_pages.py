@@ -1,7 +1,8 @@
 """The guest pages that packets of a storage channel name, as views of RAM.
 
-A driver names the same pages again and again, so the views are kept; what was mapped there once may be gone
-by the next request, and then they are made anew.
+A driver names the same pages again and again, so views of single pages are kept, and the lists of the last
+long requests: a program that reads or writes much does so with a few buffers of its own. What was mapped
+there once may be gone by the next request, and then a view is made anew; a list keeps its RAM mapped.
 
 Owner: the I/O loop. Nothing here raises for guest bytes.
 """
@@ -14,7 +15,7 @@ from hvkvm.abi.storvsp import Srb
 from hvkvm.abi.vmbus import HV_HYP_PAGE_SIZE
 from hvkvm.block.buffers import Buffers
 from hvkvm.errors import GuestMemoryError
-from hvkvm.memory.page_vector import LEAST_PAGES, page_vector
+from hvkvm.memory.page_vector import LEAST_PAGES, MOST_PAGES, PageVector, page_vector
 from hvkvm.vmbus.pages import Ram, range_views
 
 MAX_BYTES = 32 << 20
@@ -22,6 +23,11 @@ MAX_BYTES = 32 << 20
 
 MAX_PAGES = 4096
 """Views of single guest pages that are kept for the next request."""
+
+MAX_LISTS = 16
+"""Lists of pages that are kept: of 16 KiB each at most, and half of that for the header that named them."""
+
+_MOST_HEADER = 24 + 8 * MOST_PAGES
 
 
 class DataPages:
@@ -31,6 +37,8 @@ class DataPages:
         self._memory = memory
         self.kept: dict[int, memoryview] = {}
         """By page number; a view of what is not mapped any more raises ValueError when it is used."""
+        self._lists: dict[bytes, PageVector] = {}
+        """By the header that named the pages: all that decides them but how much of their last is used."""
 
     def of(self, srb: Srb, packet: Packet) -> Buffers | None:
         """The pages for the data of a request; None if it names none, too few, or what is no RAM."""
@@ -38,10 +46,14 @@ class DataPages:
             return []
         if packet.type != VM_PKT_DATA_USING_GPA_DIRECT:
             return None
-        one = parse_gpa_range(packet.header, MAX_BYTES)
-        if one is None or one.length < srb.length:
+        header, length = packet.header, srb.length
+        kept = self._lists.get(header)
+        if kept is not None and kept.size == length:
+            return kept
+        one = parse_gpa_range(header, MAX_BYTES)
+        if one is None or one.length < length:
             return None
-        header, offset, length = packet.header, one.offset, srb.length
+        offset = one.offset
         try:
             if offset + length <= HV_HYP_PAGE_SIZE:
                 return [self.page(gpa_pfns(header, 1)[0])[offset : offset + length]]
@@ -49,6 +61,10 @@ class DataPages:
             if count >= LEAST_PAGES:
                 vector = page_vector(self._memory, gpa_pages(header, count), offset, length)
                 if vector is not None:
+                    if len(self._lists) >= MAX_LISTS:
+                        self._lists.clear()
+                    if len(header) <= _MOST_HEADER:
+                        self._lists[header] = vector
                     return vector
             return range_views(self._memory, gpa_pfns(header, count), offset, length, self.page)
         except GuestMemoryError:
@@ -70,3 +86,4 @@ class DataPages:
     def clear(self) -> None:
         """Keep no RAM mapped."""
         self.kept.clear()
+        self._lists.clear()
