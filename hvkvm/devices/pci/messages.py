@@ -12,6 +12,7 @@ class Messages:
     def __init__(self, msix: Msix, msi: Msi) -> None:
         self.msix = msix
         self.msi = msi
+        msi.overruled = lambda: msix.enabled
 
     @property
     def enabled(self) -> bool:
@@ -31,9 +32,13 @@ class Messages:
             self.msi.raise_vector(vector)
 
     def control_written(self) -> None:
-        """A capability was written."""
-        self.msix.control_written()
-        self.msi.control_written()
+        """A capability was written. Who gives routes back does so first, so no guest holds those of both."""
+        if self.msix.enabled:
+            self.msi.control_written()
+            self.msix.control_written()
+        else:
+            self.msix.control_written()
+            self.msi.control_written()
 
     def reset(self) -> None:
         """Give every route back."""

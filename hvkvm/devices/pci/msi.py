@@ -2,8 +2,8 @@
 
 A guest takes as many of the messages as it has room for, a power of two; vectors beyond them wrap around. An
 eventfd tied to a route in KVM's table sends a message, as in `msix`; routes are made when the capability is
-written, which is all that a guest does to it. A message that is masked when it is raised stays pending until
-it is unmasked, and shows in the capability.
+written, which is all that a guest does to it, and given back when it is switched off. A message that is
+masked when it is raised stays pending until it is unmasked, and shows in the capability.
 
 Registers come on vCPU threads, `raise_vector` on any. Locks are those of `msix`. Source: PCI 3.0, 6.8.1.
 """
@@ -11,6 +11,7 @@ Registers come on vCPU threads, `raise_vector` on any. Locks are those of `msix`
 from __future__ import annotations
 
 import threading
+from collections.abc import Callable
 
 from hvkvm.abi import pci
 from hvkvm.devices.pci.function import Capability, Function
@@ -36,6 +37,8 @@ class Msi:
     def __init__(self, function: Function, router: MsiRouter) -> None:
         self.failures = 0
         """Messages that the host had no more routes for, counted."""
+        self.overruled: Callable[[], bool] = lambda: False
+        """Whether the guest has MSI-X on as well, which counts: then this one holds no route."""
         self._function = function
         self._at = function.capability_offsets[pci.PCI_CAP_ID_MSI]
         self._router = router
@@ -64,7 +67,7 @@ class Msi:
     def control_written(self) -> None:
         """The capability was written: messages may come alive, or go."""
         with self._table_lock:
-            count = self.messages if self.enabled else 0
+            count = self.messages if self.enabled and not self.overruled() else 0
             address = self._register(pci.PCI_MSI_ADDRESS_LO, 8)
             data = self._register(pci.PCI_MSI_DATA_64, 2) & -self.messages
             mask = self._register(pci.PCI_MSI_MASK_64, 4)
@@ -72,6 +75,8 @@ class Msi:
                 good = message < count and not mask >> message & 1
                 if good and self._leads_to[message] != (address, data | message):
                     good = self._lead(message, (address, data | message))
+                elif message >= count and self._lines[message] is not None:
+                    self._replace(message, None)
                 self._set_live(message, live=good)
 
     def _lead(self, message: int, where: tuple[int, int]) -> bool:

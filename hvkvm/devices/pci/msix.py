@@ -2,8 +2,8 @@
 
 A vector that may fire has a route in KVM's table and an eventfd tied to it, so raising it is one write
 to the eventfd. Routes are made when a vector is first unmasked and changed only when its address or data
-are: each change makes KVM wait for every vCPU. A vector that is masked when it is raised stays pending
-until it is unmasked, and shows in the pending bit array.
+are: each change makes KVM wait for every vCPU. They are given back when MSI-X is switched off. A vector that
+is masked when it is raised stays pending until it is unmasked, and shows in the pending bit array.
 
 Registers come on vCPU threads, `raise_vector` on any. Two locks: `_table_lock` is held by who changes
 the table and so may wait for KVM; `_lock` is held for a few instructions, and is all that raising takes.
@@ -134,6 +134,8 @@ class Msix:
         if masked or flags & pci.PCI_MSIX_FLAGS_MASKALL or not flags & pci.PCI_MSIX_FLAGS_ENABLE:
             with self._lock:
                 self._live[vector] = False
+            if not flags & pci.PCI_MSIX_FLAGS_ENABLE and self._lines[vector] is not None:
+                self._replace(vector, None)
             return
         wanted = int.from_bytes(entry[:8], "little"), int.from_bytes(entry[8:12], "little")
         if self._leads_to[vector] != wanted:
