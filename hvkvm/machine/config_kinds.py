@@ -83,7 +83,7 @@ class Choice(Kind):
 
     def check(self, name: str, value: str) -> None:
         if value not in self.words:
-            raise ConfigError(f"{said(name, value)}: unknown; choose {', '.join(self.words)}")
+            raise ConfigError(f"{said(name, value)}: unknown; choose {', '.join(filter(None, self.words))}")
 
 
 class OnOff(Kind):
