@@ -2,7 +2,8 @@
 
 Each change replaces the file, so whenever this process or its host dies it holds variables as they were at
 one moment. Who has it holds a lock (flock) on the file, and takes the lock of the next one before that gets
-the name: so there is no moment without, and nothing is left behind that would have to be removed.
+the name: so there is no moment without, and nothing is left behind that would have to be removed. A symbolic
+link stays one: what it leads to is locked and replaced.
 
 Owner: whoever made it, and one thread at a time that replaces. Blocks.
 """
@@ -12,6 +13,7 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
+import stat
 from contextlib import suppress
 from pathlib import Path
 
@@ -27,39 +29,46 @@ class VariablesFile:
     """`path`, made from `template` if it is not there yet or empty. BootError in one line."""
 
     def __init__(self, path: Path, template: bytes) -> None:
-        self.path = path
+        self._fd = -1
+        self.path = Path(os.path.realpath(path))
         try:
-            self._fd = _locked(path)
+            self._fd = _locked(self.path)
+            self._check_writable()
+            self.content = self._read(template)
         except OSError as error:
+            self.close()
             raise BootError(
                 f"--firmware-vars {path}: {error.strerror}; name a file that can be made"
             ) from None
-        try:
-            self.content = self._read(template)
-        except BaseException:
+        except BootError as error:
             self.close()
-            raise
+            raise BootError(f"--firmware-vars {path}: {error}") from None
+
+    def _check_writable(self) -> None:
+        """Who cannot keep variables says so now, and not once the guest has changed some. BootError."""
+        for what, path in (("it", self.path), ("its folder", self.path.parent)):
+            if not os.access(path, os.W_OK):
+                raise BootError(f"this user may not write {what}; name one that can be replaced")
 
     def _read(self, template: bytes) -> bytes:
-        """What the file holds."""
-        try:
-            found = os.pread(self._fd, len(template) + 1, 0)
-            if not found:
-                self.replace(template)
-                found = template
-        except OSError as error:
-            raise BootError(f"--firmware-vars {self.path}: {error.strerror}; check the path") from None
+        """What the file holds. BootError, OSError."""
+        found = os.pread(self._fd, len(template) + 1, 0)
+        if not found:
+            self.replace(template)
+            found = template
         if len(found) != len(template) or variables_size(found) != len(template):
             raise BootError(
-                f"--firmware-vars {self.path}: not the variables of this firmware, which take {len(template)}"
-                " bytes; name another file, or one that is not there yet"
+                f"not the variables of this firmware, which take {len(template)} bytes;"
+                " name another file, or one that is not there yet"
             )
         return found
 
     def replace(self, content: bytes) -> None:
         """Whoever opens the file finds the old variables or these. OSError."""
         path = self.path
-        beside = path.with_name(f".{path.name}.{os.getpid()}")
+        beside = path.with_name(f".{path.name}.new")
+        with suppress(FileNotFoundError):
+            beside.unlink()  # of somebody who was killed: whoever has the lock is the only one here
         fd = os.open(beside, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
         try:
             _lock(fd)
@@ -90,6 +99,8 @@ def _locked(path: Path) -> int:
     for _ in range(_TRIES):
         fd = _opened(path)
         try:
+            if not stat.S_ISREG(os.fstat(fd).st_mode):
+                raise BootError("no regular file; name one, or one that is not there yet")
             _lock(fd)
             if os.path.samestat(os.fstat(fd), path.stat()):
                 return fd
@@ -102,12 +113,12 @@ def _locked(path: Path) -> int:
             os.close(fd)
             raise
         os.close(fd)  # another file has the name by now, and whoever put it there its lock
-    raise BootError(f"--firmware-vars {path}: in use by another machine; give each a file of its own")
+    raise BootError("in use by another machine; give each a file of its own")
 
 
 def _opened(path: Path) -> int:
     try:
-        return os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        return os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)  # a FIFO would wait for a writer
     except FileNotFoundError:
         return os.open(path, os.O_RDONLY | os.O_CREAT | os.O_CLOEXEC, 0o600)
 

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
-from contextlib import closing
 from pathlib import Path
 from typing import Any
 
 import pytest
+from firmware_volume import volume
 from hypothesis import given
 from hypothesis import strategies as st
 
 from hvkvm.boot import firmware as images
+from hvkvm.boot import variables_file
 from hvkvm.boot.variables_file import VariablesFile
 from hvkvm.devices.flash import BLOCK, Flash, FlashState
 from hvkvm.errors import BootError
@@ -176,11 +177,6 @@ def test_a_file_that_cannot_be_written_is_told_of_and_the_guest_goes_on(kept: An
 # --- images ---------------------------------------------------------------------------------------
 
 
-def volume(size: int) -> bytes:
-    head = bytes(16) + images._NV_DATA_GUID + size.to_bytes(8, "little") + b"_FVH"
-    return head.ljust(size, b"\xff")
-
-
 CODE = b"\x90" * 0x20000
 
 
@@ -199,44 +195,26 @@ def test_or_in_a_file_beside_it(tmp_path: Path) -> None:
         images.split(tmp_path / "OVMF_CODE_4M.fd", CODE)
 
 
-def test_the_template_is_copied_once(tmp_path: Path) -> None:
-    path = tmp_path / "vars"
-    with closing(VariablesFile(path, volume(BLOCK))) as file:
-        assert file.content == path.read_bytes() == volume(BLOCK)
-    changed = volume(BLOCK)[:-1] + b"\0"
-    path.write_bytes(changed)
-    with closing(VariablesFile(path, volume(BLOCK))) as file:
-        assert file.content == changed
-    for wrong in (b"x", CODE, volume(2 * BLOCK)):
-        path.write_bytes(wrong)
-        with pytest.raises(BootError, match="not the variables of this firmware"):
-            VariablesFile(path, volume(BLOCK))
-    with pytest.raises(BootError, match="can be made"):
-        VariablesFile(tmp_path / "none" / "vars", volume(BLOCK))
-    assert [one.name for one in tmp_path.iterdir()] == ["vars"]
+def test_a_full_disk_costs_what_was_changed_and_nothing_else(
+    kept: Any, io: IoLoop, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    guest, variables, notes = kept
+    path = variables.file.path
+    before = path.read_bytes()
 
+    def full(*_arguments: object) -> None:
+        raise OSError(28, "No space left on device")
 
-def test_two_machines_do_not_share_a_file(tmp_path: Path) -> None:
-    """Also not while it is replaced all the time, and with the name of each moment."""
-    path = tmp_path / "vars"
-    with closing(VariablesFile(path, volume(BLOCK))) as file:
-        end = threading.Event()
-
-        def replace() -> None:
-            while not end.is_set():
-                file.replace(volume(BLOCK))
-
-        thread = threading.Thread(target=replace)
-        thread.start()
-        try:
-            for _ in range(200):
-                with pytest.raises(BootError, match="in use by another machine") as caught:
-                    VariablesFile(path, volume(BLOCK))
-                assert "\n" not in str(caught.value)
-        finally:
-            end.set()
-            thread.join()
-    VariablesFile(path, volume(BLOCK)).close()
+    with monkeypatch.context() as patched:
+        patched.setattr(variables_file.os, "fsync", full)
+        guest.program(BLOCK, b"value")
+        keep(io, variables)
+    (said,) = notes.events
+    assert said.text.endswith("No space left on device: what the guest has changed is not kept"), said
+    assert path.read_bytes() == before
+    assert [one.name for one in path.parent.iterdir()] == ["vars"]
+    keep(io, variables)
+    assert path.read_bytes() == guest.flash.content, "kept as soon as there is room"
 
 
 @pytest.mark.parametrize(
