@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 EPILOG = """exit status:
   the guest command's own; 0 after a power-off; 2 usage; 69 KVM unavailable;
-  74 instead of 0 when output is lost; 77 capability missing; 124 timeout;
+  74 instead of 0 when output, or firmware's variables, are lost; 77 capability missing; 124 timeout;
   130 interrupted; 141 nobody reads the output; 254 triple fault or KVM internal
   error; 255 guest panic
 
@@ -215,8 +215,11 @@ def run_machine(config: MachineConfig, options: Any) -> int:
             machine.close()  # a reader who takes his time holds no guest RAM
             status.clear()
             lost = front.send_last_output(signals, patience(outcome, end))
-        if lost or options.json or not outcome.clean:
+        unkept = "" if machine.firmware is None else machine.firmware.unkept
+        if lost or unkept or options.json or not outcome.clean:
             front.begin_line(teller)
+        if unkept:
+            teller.say(f"the firmware's variables are not kept: {config.firmware_vars}: {unkept}")
         if lost:
             teller.say(f"{lost} bytes of the guest's output are lost: {front.why_lost()}")
         if report:
@@ -225,7 +228,8 @@ def run_machine(config: MachineConfig, options: Any) -> int:
         _conclude(machine, outcome, monotonic() - began, options, teller)
         told_to_end = outcome.ending in (Ending.QUIT, Ending.TIMEOUT)
         told = teller.close(DRAIN_SECONDS if told_to_end else CLOSE_SECONDS)
-    return OutputError.exit_status if outcome.status == 0 and (lost or not told) else outcome.status
+    missing = lost or unkept or not told
+    return OutputError.exit_status if outcome.status == 0 and missing else outcome.status
 
 
 def _attend(

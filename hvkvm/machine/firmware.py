@@ -156,6 +156,11 @@ class Firmware:
 
         return table_loader.split(build)
 
+    @property
+    def unkept(self) -> str:
+        """Why variables that the guest has changed are in no file; empty where they are, or need not be."""
+        return "" if self.variables is None else self.variables.unkept
+
     def start(self) -> None:
         """See `Part.start`."""
 

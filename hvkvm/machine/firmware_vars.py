@@ -29,6 +29,8 @@ class KeptVariables:
 
     def __init__(self, file: VariablesFile, flash: Flash, io: IoLoop, observer: Observer) -> None:
         self.file = file
+        self.unkept = ""
+        """Why the file has not what the guest has changed; empty where it has."""
         self._flash = flash
         self._io = io
         self._observer = observer
@@ -68,12 +70,12 @@ class KeptVariables:
     def _written(self, content: bytes, outcome: object) -> None:
         self._writing = False
         if isinstance(outcome, BaseException):
-            why = getattr(outcome, "strerror", None) or str(outcome)
-            text = f"--firmware-vars {self.file.path}: {why}: what the guest has changed is not kept"
+            self.unkept = getattr(outcome, "strerror", None) or str(outcome)
+            text = f"--firmware-vars {self.file.path}: {self.unkept}: what the guest has changed is not kept"
             self._observer.event(Warned("firmware variables", text))
             self._rest()
         else:
-            self._kept = content
+            self._kept, self.unkept = content, ""
             self._write()
 
     def _rest(self) -> None:

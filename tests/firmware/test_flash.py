@@ -213,7 +213,9 @@ def test_a_full_disk_costs_what_was_changed_and_nothing_else(
     assert said.text.endswith("No space left on device: what the guest has changed is not kept"), said
     assert path.read_bytes() == before
     assert [one.name for one in path.parent.iterdir()] == ["vars"]
+    assert variables.unkept == "No space left on device"
     keep(io, variables)
+    assert variables.unkept == ""
     assert path.read_bytes() == guest.flash.content, "kept as soon as there is room"
 
 
