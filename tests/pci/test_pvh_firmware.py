@@ -1,0 +1,48 @@
+"""Firmware that is a PVH kernel, as CLOUDHV.fd is: with PCI, it finds its tables, its timer and its disk."""
+
+from __future__ import annotations
+
+import subprocess
+from pathlib import Path
+
+import kernel_images as ki
+import pytest
+
+from hvkvm.machine.config import MachineConfig
+from hvkvm.machine.disk_spec import DiskSpec
+from hvkvm.machine.machine import Machine
+from hvkvm.machine.outcome import Ending
+
+pytestmark = pytest.mark.kvm
+
+MIB = 1 << 20
+SOURCE = Path(__file__).parents[1] / "guests/pvh_firmware.s"
+
+
+@pytest.fixture
+def payload(tmp_path: Path) -> Path:
+    """An ELF at 1 MiB with a PVH note, which is where CLOUDHV.fd lies."""
+    made, flat, elf = (tmp_path / name for name in ("made.o", "flat", "elf"))
+    subprocess.run(["as", "--32", "-o", made, SOURCE], check=True)
+    subprocess.run(["objcopy", "-O", "binary", "-j", ".text", made, flat], check=True)
+    elf.write_bytes(ki.pvh(flat.read_bytes(), MIB, bits=32))
+    return elf
+
+
+@pytest.mark.parametrize("memory", [64, 4096], ids=["low", "above 4 GiB"])
+def test_it_finds_all_in_what_it_is_handed(payload: Path, tmp_path: Path, memory: int) -> None:
+    """Each letter is something that it found as it must be: see its source."""
+    disk = tmp_path / "disk"
+    disk.write_bytes(bytes(MIB))
+    config = MachineConfig(
+        kernel=payload,
+        hv="none",
+        memory=memory * MIB,
+        disks=(DiskSpec(str(disk), bus="nvme"),),
+        timeout=100,
+    )
+    printed = bytearray()
+    with Machine(config) as machine:
+        machine.board.attach_sink(printed.extend)
+        outcome = machine.run()
+    assert (bytes(printed), outcome.ending) == (b"SMRXFTDPBN", Ending.POWERED_OFF)
