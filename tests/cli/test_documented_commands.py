@@ -17,6 +17,7 @@ from typing import NamedTuple
 import pytest
 
 import hvkvm as package
+from hvkvm.boot.firmware import OVMF
 from hvkvm.cli import (
     VERBS,
     completion,
@@ -36,7 +37,7 @@ from hvkvm.cli import (
 )
 from hvkvm.cli.arguments import split_command
 from hvkvm.cli.parsers import all_parsers
-from hvkvm.errors import ConfigError
+from hvkvm.errors import BootError, ConfigError
 from hvkvm.hyperv.features import parse_features
 from hvkvm.machine.config import MachineConfig
 
@@ -246,7 +247,11 @@ def cheap() -> list[tuple[str, ...]]:
 @pytest.mark.parametrize("words", cheap(), ids=" ".join)
 def test_a_cheap_one_runs(hvkvm: Hvkvm, words: tuple[str, ...]) -> None:
     result = hvkvm(*words[1:])
-    assert (result.returncode, result.stderr) == (0, ""), result
+    status = 0
+    if "--windows" in words and not any(path.is_file() for path in OVMF):
+        status = BootError.exit_status  # of what a Windows guest would need, this host lacks the firmware
+        assert "apt install ovmf" in result.stdout, result
+    assert (result.returncode, result.stderr) == (status, ""), result
 
 
 def known_flags() -> set[str]:
