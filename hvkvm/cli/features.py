@@ -28,6 +28,7 @@ def rows(kernel: HostFeatures, user: HostFeatures, lacking: str) -> list[dict[st
             "requires": [f"hv-{name}" for name in row.requires],
             "missing": kernel.missing(row),
             "user_missing": f"hv-{row.name} {absent}" if absent else user.missing(row),
+            "on_demand": row.name in kernel.on_demand,
             "user_on_demand": row.name in user.on_demand,
         }
         for row in ENLIGHTENMENTS
@@ -82,8 +83,12 @@ def _table(table: list[dict[str, Any]], choice: Choice, lacking: str) -> str:
     for row in table:
         kernel, user = ("yes" if row[key] is None else "no" for key in ("missing", "user_missing"))
         notes = [f"requires {', '.join(row['requires'])}"] if row["requires"] else []
-        if row["user_on_demand"] and row["user_missing"] is None:
-            notes.append("user: not in host-model, name it")
+        for who, on_demand, missing in (
+            ("kvm", "on_demand", "missing"),
+            ("user", "user_on_demand", "user_missing"),
+        ):
+            if row[on_demand] and row[missing] is None:
+                notes.append(f"{who}: not in host-model, name it")
         suffix = f" ({'; '.join(notes)})" if notes else ""
         lines.append(f"{kernel:3}  {user:4}  {row['name']:{width}}  {row['summary']}{suffix}")
     reasons = (str(row["missing"]).partition(" needs ")[2] for row in table if row["missing"] is not None)

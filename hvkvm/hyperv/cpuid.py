@@ -71,7 +71,7 @@ def hyperv_leaves(features: FeatureSet, cpus: int) -> list[kvm_cpuid_entry2]:
     put(tlfs.HYPERV_CPUID_IMPLEMENT_LIMITS, max_vps, features.max_lps)
     for bits in (*ALWAYS, *(bits for name in features.names for bits in BY_NAME[name].bits)):
         put(bits.leaf, **{bits.register: bits.mask})
-    if "avic" in features.names:
+    if "avic" in features.names and "lazy-eoi" not in features.names:
         # Hardware APIC virtualization takes the x2APIC writes; by Hyper-V's MSRs each would exit.
         table[tlfs.HYPERV_CPUID_ENLIGHTMENT_INFO]["eax"] &= ~tlfs.HV_X64_APIC_ACCESS_RECOMMENDED
     if tlfs.HYPERV_CPUID_NESTED_FEATURES in table:

@@ -201,6 +201,15 @@ ENLIGHTENMENTS = (
         "no AutoEOI, so that hardware APIC virtualization stays on",
         (Bits(INFO, "eax", tlfs.HV_DEPRECATING_AEOI_RECOMMENDED),),
     ),
+    # avic's advice is right where the hardware has an APIC for guests. Elsewhere each EOI by x2APIC's MSR
+    # is an exit, and by Hyper-V's accessor it is none whenever KVM marks the VP assist page. QEMU has no name
+    # for both.
+    Enlightenment(
+        "lazy-eoi",
+        "APIC access by MSR with hv-avic too, so that most EOIs do not exit (hvkvm's own name)",
+        requires=("vapic",),
+        kvm_caps=("KVM_CAP_HYPERV", "KVM_CAP_HYPERV_VAPIC"),
+    ),
     Enlightenment(
         "syndbg",
         "synthetic debugger MSRs (nobody is attached)",

@@ -26,6 +26,7 @@ from hvkvm.hyperv.enlightenments import (
 )
 from hvkvm.hyperv.feature_text import FeatureRequest as FeatureRequest
 from hvkvm.hyperv.feature_text import parse_features as parse_features
+from hvkvm.kvm import kind
 from hvkvm.tuples import NamedTuple
 
 if TYPE_CHECKING:
@@ -102,7 +103,8 @@ class HostFeatures(NamedTuple):
         leaves = None
         if entries is not None:
             leaves = {e.function: (e.eax, e.ebx, e.ecx, e.edx) for e in entries}
-        return cls(caps, leaves)
+        # An APIC of the hardware takes a guest's EOI without an exit, but not if it comes by Hyper-V's MSR.
+        return cls(caps, leaves, on_demand=frozenset({"lazy-eoi"} if kind.hardware_apic() else ()))
 
     def missing(self, row: Enlightenment) -> str | None:
         """Why `row` cannot be had here, with the remedy; None when it can."""

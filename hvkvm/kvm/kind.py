@@ -66,6 +66,20 @@ def probe(modules: Path = Path("/sys/module"), cpuinfo: Path = Path("/proc/cpuin
     return KvmKind(names, flags)
 
 
+_APIC_PARAMETERS = ("kvm_intel/parameters/enable_apicv", "kvm_amd/parameters/avic")
+
+
+def hardware_apic(modules: Path = Path("/sys/module")) -> bool:
+    """Whether KVM gives guests the hardware's own APIC; True where it does not say."""
+    said = []
+    for name in _APIC_PARAMETERS:
+        try:
+            said.append((modules / name).read_text().strip())
+        except OSError:
+            continue
+    return not said or any(word not in ("N", "0") for word in said)
+
+
 def why_emulation_failed(kind: KvmKind) -> str:
     """What to add to a KVM internal error of emulation; empty where VMX or SVM carries the guest."""
     if not kind.in_software:

@@ -127,8 +127,16 @@ def test_host_model_is_what_kvm_6_1_has() -> None:
         "emsr-bitmap",
         "xmm-input",
         "avic",
+        "lazy-eoi",
         "no-nonarch-coresharing",
     }
+
+
+def test_lazy_eoi_is_left_to_who_names_it_where_the_hardware_has_an_apic() -> None:
+    host = EVERYTHING._replace(on_demand=frozenset({"lazy-eoi"}))
+    assert "lazy-eoi" in names("host-model") - names("host-model", host)
+    assert "lazy-eoi" in names("host-model,lazy-eoi", host)
+    assert "lazy-eoi" not in names("host-model,-lazy-eoi")
 
 
 NESTED = {"evmcs", "emsr-bitmap", "tlbflush-direct"}

@@ -55,6 +55,7 @@ BITS = [
     ("emsr-bitmap", {(0xA, 0): 1 << 19}),
     ("xmm-input", {(3, 3): 1 << 4}),
     ("avic", {(4, 0): 1 << 9}),
+    ("lazy-eoi", {}),
     ("syndbg", {(3, 3): 1 << 11, (0x82, 0): 1 << 1}),
     ("no-nonarch-coresharing", {(4, 0): 1 << 18}),
     ("enforce-cpuid", {}),
@@ -79,6 +80,12 @@ def test_avic_takes_back_the_advice_to_use_apic_msrs() -> None:
     shown = leaves("vapic", "avic")
     assert shown[0x40000003][0] & 1 << 4
     assert shown[0x40000004][0] == 1 << 9
+
+
+def test_lazy_eoi_gives_it_again() -> None:
+    shown = leaves("vapic", "avic", "lazy-eoi")
+    assert shown[0x40000003][0] & 1 << 4
+    assert shown[0x40000004][0] == 1 << 9 | 1 << 3
 
 
 def test_spinlocks_is_a_number() -> None:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from hvkvm.kvm.kind import KvmKind, probe, why_emulation_failed
+from hvkvm.kvm.kind import KvmKind, hardware_apic, probe, why_emulation_failed
 
 
 def machine(tmp_path: Path, modules: str, flags: str | None) -> KvmKind:
@@ -49,3 +49,25 @@ def test_facts(tmp_path: Path, modules: str, flags: str | None, software: bool, 
 
 def test_this_machine_can_be_looked_at() -> None:
     assert "\n" not in str(probe())
+
+
+@pytest.mark.parametrize(
+    ("said", "there"),
+    [
+        ({"kvm_amd/parameters/avic": "N\n"}, False),
+        ({"kvm_amd/parameters/avic": "0\n"}, False),
+        ({"kvm_amd/parameters/avic": "Y\n"}, True),
+        ({"kvm_intel/parameters/enable_apicv": "N\n"}, False),
+        ({"kvm_intel/parameters/enable_apicv": "Y\n"}, True),
+        # Both linked in: the one that is not in use says nothing about this machine.
+        ({"kvm_intel/parameters/enable_apicv": "Y\n", "kvm_amd/parameters/avic": "N\n"}, True),
+        ({}, True),
+    ],
+)
+def test_whether_the_hardware_has_an_apic_for_guests(
+    tmp_path: Path, said: dict[str, str], there: bool
+) -> None:
+    for name, text in said.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text)
+    assert hardware_apic(tmp_path) is there
