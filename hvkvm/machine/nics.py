@@ -120,7 +120,14 @@ class Nics:
         mac = bytes.fromhex(spec.mac.replace(":", ""))
         queues = self._queues(spec)
         try:
-            device = Netvsp(self._platform.memory, wire, name=name, address=mac, queues=queues)
+            device = Netvsp(
+                self._platform.memory,
+                wire,
+                name=name,
+                address=mac,
+                queues=queues,
+                later=self._platform.io.call_later,
+            )
             wire.attach(device)
             self._bus.add(name, device)
         except BaseException:

@@ -18,10 +18,14 @@ ADDRESS = bytes.fromhex("020304050607")
 class Lan:
     """The loopback, the NIC on it, its wire, and the driver."""
 
-    def __init__(self, random: Random | None = None, queues: int = 1, **port: Any) -> None:
+    def __init__(
+        self, random: Random | None = None, queues: int = 1, keep: bool = False, **port: Any
+    ) -> None:
+        """`keep`: completions may be kept back; where the order is left to `random`, they may."""
         self.loop = Loopback(random=random, pages=list(range(64, 1020)), vp_count=2)
         self.port = ScriptedPort(self.loop.call_soon, **port)
         self.queues = queues
+        self.later = self.loop.call_later if keep or random is not None else None
         self.nic = self.make()
         self.loop.host.add(self.nic)
         self.port.start()
@@ -29,7 +33,14 @@ class Lan:
 
     def make(self) -> Netvsp:
         """A NIC on the wire, not on the bus yet."""
-        nic = Netvsp(self.loop.memory, self.port, name="net0", address=ADDRESS, queues=self.queues)
+        nic = Netvsp(
+            self.loop.memory,
+            self.port,
+            name="net0",
+            address=ADDRESS,
+            queues=self.queues,
+            later=self.later,
+        )
         self.port.attach(nic)
         return nic
 

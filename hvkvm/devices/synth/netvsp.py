@@ -25,6 +25,7 @@ from hvkvm.devices.synth.netvsp_rndis import Control, ControlState, NicFacts
 from hvkvm.devices.synth.netvsp_rss import Toeplitz, hash_input
 from hvkvm.devices.synth.netvsp_send import Send
 from hvkvm.net.port import MAX_MTU, MAX_QUEUES, MIN_MTU, Frame, Offloads, Port
+from hvkvm.runtime.protocols import CallLater
 from hvkvm.vmbus.channel_io import ChannelIo
 from hvkvm.vmbus.device import SubChannels
 from hvkvm.vmbus.guard import Guard
@@ -63,15 +64,27 @@ class Netvsp:
     State = NetvspState
 
     def __init__(
-        self, memory: Ram, port: Port, *, name: str, address: bytes, queues: int = 1, speed: int = SPEED
+        self,
+        memory: Ram,
+        port: Port,
+        *,
+        name: str,
+        address: bytes,
+        queues: int = 1,
+        speed: int = SPEED,
+        later: CallLater | None = None,
     ) -> None:
-        """`address`: MAC, 6 bytes, unicast (ValueError). `queues`: most channels, where RSS pays."""
+        """`address`: MAC, 6 bytes, unicast (ValueError). `queues`: most channels, where RSS pays.
+
+        `later` is the loop's `call_later`; without it no completion is kept back.
+        """
         if len(address) != 6 or address[0] & 1:
             raise ValueError(f"{address.hex(':')}: no MAC address of a NIC")
         self.name = name
         self.port = port
         self.address = address
         self.guard = Guard()
+        self.later = later
         self._speed = speed
         self._queues = max(1, min(queues, MAX_QUEUES))
         self._wire_up = False
@@ -257,6 +270,9 @@ class Netvsp:
                 table = self.control_state.table
                 chosen = channels.get(table[self._toeplitz.hash(data) % len(table)])
                 if chosen is not None and chosen.io is not None:
+                    if chosen.kept:
+                        with chosen.io:
+                            chosen.release(chosen.io)
                     return chosen.io
         return channels[0].io
 
@@ -277,6 +293,8 @@ class Netvsp:
             taken = 0
         else:
             with io:
+                if self._channels[0].kept:
+                    self._channels[0].release(io)
                 taken = self.receive.deliver(frames, self._channel_for)
         if taken < len(frames):
             self._starved = True

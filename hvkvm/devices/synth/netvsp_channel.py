@@ -5,6 +5,11 @@ packets; beyond that the ring is left alone until there is room. The guest's com
 come by the same ring, so that it is read on as long as that: else two guests that send to one another would
 stand still.
 
+A completion interrupts the guest, and halts and wakes it once more, though nobody there waits for one: Linux
+takes a short packet for gone as soon as it is copied. So
+completions of few short packets are kept back: they go with the next packet for the guest, with completions
+that cannot wait, or after KEEP_SECONDS.
+
 Owner: the I/O loop. Nothing here raises for guest bytes: what breaks the rules ends the channel.
 """
 
@@ -16,9 +21,11 @@ from typing import NamedTuple, Protocol
 
 from hvkvm.abi import nvsp, rndis
 from hvkvm.abi.ring import VM_PKT_CANCEL_REQUEST, VM_PKT_COMP, VM_PKT_DATA_INBAND, Packet
-from hvkvm.devices.synth.netvsp_send import Send
+from hvkvm.devices.synth.netvsp_send import SECTION_BYTES, Send
 from hvkvm.net.port import Frame
+from hvkvm.runtime.protocols import CallLater, TimerHandle
 from hvkvm.vmbus.channel_io import ChannelIo
+from hvkvm.vmbus.guard import Guard
 from hvkvm.vmbus.offer import Offer
 
 TURN_PACKETS = 64
@@ -33,6 +40,12 @@ TURN_BYTES = 1 << 20
 MAX_WAITING = 512
 """Packets that may wait for the wire."""
 
+KEEP_SECONDS = 0.01
+"""So long a completion is kept back where nothing else goes to the guest, and up to twice as long."""
+
+MAX_KEPT = 16
+"""So many completions are kept back, and no more than for an eighth of the guest's sections."""
+
 _COMPLETE = nvsp.rndis_pkt_complete.pack(nvsp.NVSP_MSG1_TYPE_SEND_RNDIS_PKT_COMPLETE, nvsp.NVSP_STAT_SUCCESS)
 
 
@@ -46,6 +59,8 @@ class Nic(Protocol):
     """What is needed of `netvsp.Netvsp`."""
 
     send: Send
+    guard: Guard
+    later: CallLater | None
 
     def fail(self, reason: str) -> None: ...
 
@@ -63,12 +78,13 @@ class Nic(Protocol):
 class Waiting:
     """A packet whose frames are not all taken yet."""
 
-    __slots__ = ("frames", "trans_id", "wants")
+    __slots__ = ("frames", "short", "trans_id", "wants")
 
-    def __init__(self, trans_id: int, wants: bool, frames: int) -> None:
+    def __init__(self, trans_id: int, wants: bool, frames: int, short: bool) -> None:
         self.trans_id = trans_id
         self.wants = wants
         self.frames = frames
+        self.short = short
 
 
 class NvspChannel:
@@ -84,6 +100,10 @@ class NvspChannel:
         self._waiting: deque[Waiting] = deque()
         self._owed: deque[tuple[int, bytes]] = deque()
         self._blocked = False
+        self.kept: list[tuple[int, bytes]] = []
+        """Completions that are kept back."""
+        self._fresh = False  # what is kept is younger than the timer
+        self._timer: TimerHandle | None = None
         self.saved: ChannelState | None = None
         """Of a sub-channel of a restored machine: what `load` takes."""
 
@@ -110,11 +130,15 @@ class NvspChannel:
         self._waiting.clear()
         self._owed.clear()
         self._blocked = False
+        self.kept = []
+        timer, self._timer = self._timer, None
+        if timer is not None:
+            timer.cancel()
 
     def save(self) -> ChannelState:
         """What is owed; frames that the wire has not taken are lost, and completed all the same."""
         waiting = tuple((one.trans_id, _COMPLETE) for one in self._waiting if one.wants)
-        return ChannelState((*self._owed, *waiting))
+        return ChannelState((*self._owed, *self.kept, *waiting))
 
     def load(self, io: ChannelIo | None, state: ChannelState | None) -> None:
         """Go on. ValueError for what cannot have been owed."""
@@ -146,6 +170,8 @@ class NvspChannel:
         io = self.io
         if io is None or io.held:
             return
+        if self.kept and self._timer is None:
+            self.release(io)
         if self._settle(io) and self._push(io):
             self._read(io)
         if self.io is io and not io.broken:
@@ -198,7 +224,7 @@ class NvspChannel:
         send = self.nic.send
         quick = send.quick(packet) if io.pointed is None else None
         if quick is not None:
-            self._waiting.append(Waiting(packet.trans_id, packet.wants_completion, 1))
+            self._waiting.append(Waiting(packet.trans_id, packet.wants_completion, 1, True))
             self._frames.append(quick)
             return
         found = send.bytes_of(packet)
@@ -222,7 +248,7 @@ class NvspChannel:
             frames = made
             send.counters.packets += 1
         if frames:
-            self._waiting.append(Waiting(packet.trans_id, packet.wants_completion, len(frames)))
+            self._waiting.append(Waiting(packet.trans_id, packet.wants_completion, len(frames), False))
             self._frames += frames
         elif packet.wants_completion:
             self._complete(io, packet.trans_id, _COMPLETE)
@@ -240,6 +266,7 @@ class NvspChannel:
             self.nic.send.counters.frames += taken
             waiting = self._waiting
             gone: list[tuple[int, bytes]] = []
+            short = True
             while taken:
                 first = waiting[0]
                 if first.frames > taken:
@@ -249,14 +276,44 @@ class NvspChannel:
                 waiting.popleft()
                 if first.wants:
                     gone.append((first.trans_id, _COMPLETE))
-            self._complete_all(io, gone)
+                    short = short and first.short
+            if gone and not (short and self._keep(gone)):
+                self._complete_all(io, gone)
         return not self._owed and len(self._waiting) < MAX_WAITING
 
     def _complete(self, io: ChannelIo, trans_id: int, payload: bytes) -> None:
         if self._owed or not self._answer(io, trans_id, payload):
             self._owed.append((trans_id, payload))
 
+    def _keep(self, gone: list[tuple[int, bytes]]) -> bool:
+        """Keep these completions back; False where they must not wait."""
+        count, buffer, later = len(self.kept) + len(gone), self.nic.send.buffer, self.nic.later
+        if later is None or buffer is None or count > MAX_KEPT or count * 8 * SECTION_BYTES > buffer.size:
+            return False
+        if not self.kept:
+            self._fresh = self._timer is not None
+            if self._timer is None:
+                self._timer = later(KEEP_SECONDS, self.nic.guard.run, self._late)
+        self.kept += gone
+        return True
+
+    def _late(self) -> None:
+        """Have what was kept for long enough sent in a turn; a timer is never cancelled for what has gone."""
+        self._timer = None
+        if self.kept and self.io is not None:
+            if self._fresh and self.nic.later is not None:
+                self._fresh = False
+                self._timer = self.nic.later(KEEP_SECONDS, self.nic.guard.run, self._late)
+            else:
+                self.io.again()
+
+    def release(self, io: ChannelIo) -> None:
+        """Send the completions that were kept back. Inside a batch."""
+        self._complete_all(io, [])
+
     def _complete_all(self, io: ChannelIo, gone: list[tuple[int, bytes]]) -> None:
+        if self.kept:
+            gone, self.kept = self.kept + gone, []
         done = io.writer.put_all(VM_PKT_COMP, gone) if len(gone) > 1 and not self._owed else 0
         for trans_id, payload in gone[done:]:
             self._complete(io, trans_id, payload)
