@@ -22,6 +22,7 @@ from __future__ import annotations
 import ctypes
 import sys
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from hvkvm.tuples import NamedTuple
@@ -75,9 +76,7 @@ def libatomic_backend(library: str = "libatomic.so.1") -> Backend:
         # A fresh cell a call: the library writes the value it found into it.
         return raw_compare(addr, _u4(expected), desired, _SEQ_CST, _SEQ_CST)  # type: ignore[no-any-return]
 
-    def fence() -> None:
-        raw_fence(_SEQ_CST)
-
+    fence = partial(raw_fence, _SEQ_CST)
     return Backend("libatomic", fetch_or_8, fetch_and_8, exchange_4, compare_exchange_4, fence)
 
 

@@ -33,10 +33,10 @@ class ChannelIo:
     __slots__ = (
         "_again",
         "_batch",
-        "_held",
         "_on_broken",
         "_signal",
         "_wanted",
+        "held",
         "pointed",
         "reader",
         "signals",
@@ -58,7 +58,8 @@ class ChannelIo:
         self._again = again
         self._batch = 0
         self._wanted = False
-        self._held = False
+        self.held = False
+        """Whether the machine is at rest. Only `hold` and `release` change it."""
         self.pointed: Callable[[bool, bytes], object] | None = None
         """Where a device tells of messages that its packets only point to, with whether the host gets it;
         None while nobody records."""
@@ -68,23 +69,18 @@ class ChannelIo:
     @property
     def broken(self) -> str:
         """Why the channel is used no more; empty while all is well."""
-        return "" if self._held else self.reader.broken or self.writer.broken
-
-    @property
-    def held(self) -> bool:
-        """Whether the machine is at rest."""
-        return self._held
+        return "" if self.held else self.reader.broken or self.writer.broken
 
     def hold(self) -> None:
         """Touch guest memory no more until `release`: nothing can be read, and nothing has room."""
-        if not self._held and not self.broken:
-            self._held = True
+        if not self.held and not self.broken:
+            self.held = True
             self.reader.broken = self.writer.broken = "the machine is at rest"
 
     def release(self) -> None:
         """Undo `hold`."""
-        if self._held:
-            self._held = False
+        if self.held:
+            self.held = False
             self.reader.broken = self.writer.broken = ""
 
     def drain(self, handle: Callable[[Packet], object], budget: int = BUDGET) -> int:
@@ -94,7 +90,7 @@ class ChannelIo:
         may stop the channel by `abandon`.
         """
         reader, count, size = self.reader, 0, 0
-        if self._on_broken is None or self._held:
+        if self._on_broken is None or self.held:
             return 0
         reader.mask()
         with self:
@@ -120,14 +116,14 @@ class ChannelIo:
 
         For devices that read by themselves (`device.StreamDevice`), inside a batch.
         """
-        if self._held:
+        if self.held:
             return True
-        # The room goes back before the last look: a guest that waits for it may then write.
-        self._wanted |= self.reader.publish()
-        if not self.reader.unmask():
-            return True
-        self.reader.mask()
-        return False
+        wanted, more = self.reader.rest()
+        if wanted:
+            self._wanted = True
+        if more:
+            self.reader.mask()
+        return not more
 
     def again(self) -> None:
         """Come back soon, though no doorbell rings: for what a budget left undone. Several are one."""
@@ -179,16 +175,17 @@ class ChannelIo:
 
     def flush(self) -> None:
         """Publish both ways now, with the signal that may be due: the end of a batch does it by itself."""
-        if self._on_broken is None or self._held:
+        if self._on_broken is None or self.held:
             return
-        wanted = self._wanted
-        self._wanted = False
-        wanted |= self.reader.publish()
-        wanted |= self.writer.flush()
-        if wanted:
+        reader, writer = self.reader, self.writer
+        wanted, self._wanted = self._wanted, False
+        if reader.publish():
+            wanted = True
+        if writer.flush() or wanted:
             self.signals += 1
             self._signal()
-        self._check()
+        if reader.broken or writer.broken:
+            self._check()
 
     def _check(self) -> None:
         if self.broken and self._on_broken is not None:

@@ -152,12 +152,15 @@ class RingReader(RingEnd):
         It is the rule of Linux's hv_pkt_iter_close(): signal if the free space
         went from at most pending_send_sz to more.
         """
-        read = (self._at - self._published) % self.size
-        if not read or self.broken:
+        before = self._published
+        if self._at == before or self.broken:
             return False
-        self.words[WORD_READ_INDEX] = self._at
-        self._published = self._at
+        self.words[WORD_READ_INDEX] = self._published = self._at
         fence()
+        return self._is_awaited(before)
+
+    def _is_awaited(self, before: int) -> bool:
+        """Whether the producer waits for the room behind `before`, which it has by now."""
         pending = self.words[WORD_PENDING_SEND_SZ] & ~7
         if not pending:
             return False
@@ -165,7 +168,20 @@ class RingReader(RingEnd):
         if write is None:
             return False
         free = self.size - (write - self._at) % self.size
-        return free > pending >= free - read
+        return free > pending >= free - (self._at - before) % self.size
+
+    def rest(self) -> tuple[bool, bool]:
+        """`publish`, then `unmask`, and what they tell. One fence serves for both.
+
+        The room goes back before the last look: a producer that waits for it may then write.
+        """
+        words, before = self.words, self._published
+        if self.broken:
+            return False, self.unmask()
+        words[WORD_READ_INDEX] = self._published = at = self._at
+        words[WORD_INTERRUPT_MASK] = 0
+        fence()
+        return at != before and self._is_awaited(before), self._available() > 0
 
     def mask(self) -> None:
         """Ask the producer not to signal: we read until nothing is left."""

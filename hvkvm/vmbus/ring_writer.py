@@ -83,11 +83,13 @@ class RingWriter(RingEnd):
         need = eights * 8 + TRAILER_BYTES
         if need >= size or need - TRAILER_BYTES > MAX_PACKET_BYTES:
             raise ValueError(f"a packet of {need} bytes never fits in a ring of {size}")
-        free = self._free()
-        if free is not None and need >= free:
-            free = self._ask_for_room(need)
-        if free is None or need >= free:
-            return False
+        read = self.words[WORD_READ_INDEX]  # as in _free(), written out
+        if read >= size or read & 7 or need >= size - (start - read) % size:
+            free = self._free()
+            if free is not None and need >= free:
+                free = self._ask_for_room(need)
+            if free is None or need >= free:
+                return False
         front = descriptor.pack(kind, DESCRIPTOR_BYTES + len(header) >> 3, eights, flags, trans_id)
         if n <= SHORT_PAYLOAD:  # joined, it takes one write in place of three
             data = b"".join((front, header, payload, _PADDING[-n % 8], trailer.pack(0, start)))
@@ -231,7 +233,8 @@ class RingWriter(RingEnd):
         """
         if self.broken:
             return False
-        self._publish()
+        if self._at != self._published:
+            self._publish()
         owed, self._owed = self._owed, False
         return owed
 

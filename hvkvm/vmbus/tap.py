@@ -111,10 +111,18 @@ class TappedReader(RingReader):
 
     def publish(self) -> bool:
         """See RingReader."""
+        self._tell()
+        return super().publish()
+
+    def rest(self) -> tuple[bool, bool]:
+        """See RingReader."""
+        self._tell()
+        return super().rest()
+
+    def _tell(self) -> None:
         size = (self._at - self._published) % self.size
         if size and not self.broken:
             self._told(self._read(self._published, size))
-        return super().publish()
 
 
 class TappedWriter(RingWriter):

@@ -351,14 +351,14 @@ def test_what_comes_while_signals_are_masked_is_not_left(
     guest.send(b"first")
     log.clear()
     late = [b"second", b"third"]
-    unmask = RingReader.unmask
+    rest = RingReader.rest
 
-    def unmask_late(reader: RingReader) -> bool:
+    def rest_late(reader: RingReader) -> tuple[bool, bool]:
         if reader is host.reader and late:
             guest.send(late.pop())
-        return unmask(reader)
+        return rest(reader)
 
-    monkeypatch.setattr(RingReader, "unmask", unmask_late)
+    monkeypatch.setattr(RingReader, "rest", rest_late)
     assert host.drain(lambda packet: None) == 3
     assert log == []
     assert host.reader.words[layout.WORD_INTERRUPT_MASK] == 0

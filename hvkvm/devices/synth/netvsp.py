@@ -227,10 +227,6 @@ class Netvsp:
         if not before and self.control_state.packet_filter:
             self._tell_link()
 
-    def completed(self, trans_id: int) -> None:
-        """A piece of the receive buffer is free again. Who completes what is not out is not heeded."""
-        self.receive.pieces.back(trans_id)
-
     def transmit(self, frames: list[Frame], queue: int) -> int:
         """Frames of channel `queue` to the wire; how many were taken."""
         return self.port.send(frames, queue)
@@ -244,7 +240,8 @@ class Netvsp:
                 self.receive.pump(primary)
                 if offers:
                     self.agreed.offer_sub_channels(primary)
-        self._settle_offloads()
+        if (self.control_state.rsc4, self.control_state.rsc6) != self._settled:
+            self._settle_offloads()
         if self._starved:
             self._starved = False
             self.port.resume()
@@ -285,16 +282,17 @@ class Netvsp:
         return self._taken
 
     def _frames(self, frames: Sequence[Frame]) -> None:
-        io = self._channels[0].io
-        if io is None or (io.broken and not io.held):
+        primary = self._channels[0]
+        io = primary.io
+        if io is None or ((io.reader.broken or io.writer.broken) and not io.held):
             self.receive.counters.unready += len(frames)
             return
         if io.held:
             taken = 0
         else:
             with io:
-                if self._channels[0].kept:
-                    self._channels[0].release(io)
+                if primary.kept:
+                    primary.release(io)
                 taken = self.receive.deliver(frames, self._channel_for)
         if taken < len(frames):
             self._starved = True

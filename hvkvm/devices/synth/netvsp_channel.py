@@ -21,6 +21,7 @@ from typing import NamedTuple, Protocol
 
 from hvkvm.abi import nvsp, rndis
 from hvkvm.abi.ring import VM_PKT_CANCEL_REQUEST, VM_PKT_COMP, VM_PKT_DATA_INBAND, Packet
+from hvkvm.devices.synth.netvsp_receive import Receive
 from hvkvm.devices.synth.netvsp_send import SECTION_BYTES, Send
 from hvkvm.net.port import Frame
 from hvkvm.runtime.protocols import CallLater, TimerHandle
@@ -59,6 +60,7 @@ class Nic(Protocol):
     """What is needed of `netvsp.Netvsp`."""
 
     send: Send
+    receive: Receive
     guard: Guard
     later: CallLater | None
 
@@ -67,8 +69,6 @@ class Nic(Protocol):
     def control(self, io: ChannelIo, message: bytes) -> None: ...
 
     def request(self, packet: Packet) -> bytes | None: ...
-
-    def completed(self, trans_id: int) -> None: ...
 
     def transmit(self, frames: list[Frame], queue: int) -> int: ...
 
@@ -172,30 +172,31 @@ class NvspChannel:
             return
         if self.kept and self._timer is None:
             self.release(io)
-        if self._settle(io) and self._push(io):
+        if (not self._owed or self._settle(io)) and (not self._frames or self._push(io)):
             self._read(io)
-        if self.io is io and not io.broken:
+        if self.io is io and not io.reader.broken and not io.writer.broken:
             self.nic.after(io)
 
     def _read(self, io: ChannelIo) -> None:
         reader = io.reader
         reader.mask()
-        most = self.nic.send.counters.bytes + TURN_BYTES
+        nic, counters = self.nic, self.nic.send.counters
+        most = counters.bytes + TURN_BYTES
         for _ in range(TURN_PACKETS):
             packet = reader.get()
             if packet is None:
-                if reader.broken or not self._push(io):
+                if reader.broken or (self._frames and not self._push(io)):
                     return
                 if io.rest():
                     return
                 continue
             if packet.type == VM_PKT_COMP:
-                self.nic.completed(packet.trans_id)
+                nic.receive.pieces.back(packet.trans_id)  # who completes what is not out is not heeded
             elif packet.type != VM_PKT_CANCEL_REQUEST:  # iPXE's, for frames that it leaves: they have gone
                 self._take(io, packet)
                 if self.io is not io or reader.broken:
                     return
-                if self.nic.send.counters.bytes > most or len(self._frames) >= TURN_FRAMES:
+                if counters.bytes > most or len(self._frames) >= TURN_FRAMES:
                     break
             if len(self._waiting) >= MAX_WAITING:
                 break
@@ -320,7 +321,7 @@ class NvspChannel:
 
     def _answer(self, io: ChannelIo, trans_id: int, payload: bytes) -> bool:
         # Inside a batch, so that the writer itself will do. Rings that are too small were refused.
-        return bool(io.broken) or io.writer.put(VM_PKT_COMP, payload, trans_id=trans_id)
+        return io.writer.put(VM_PKT_COMP, payload, trans_id=trans_id) or bool(io.broken)
 
     def _settle(self, io: ChannelIo) -> bool:
         """Send the completions that found no room; whether none is left."""
