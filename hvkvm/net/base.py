@@ -146,15 +146,21 @@ class BasePort(ABC):
         if self._started and self._receiver is not None:
             self._receiver.writable()
 
-    def _deliver(self, frames: Sequence[Frame]) -> None:
-        """Give frames to the receiver, in a turn of ours. What finds no room is kept, and reading ends."""
+    def _deliver(self, frames: Sequence[Frame], size: int | None = None) -> None:
+        """Give frames to the receiver, in a turn of ours. What finds no room is kept, and reading ends.
+
+        `size`: bytes of all of them, where that is known.
+        """
         receiver, statistics = self._receiver, self.statistics
         if receiver is None or not self._plugged:
             statistics.received_dropped += len(frames)
             return
         taken = receiver.frames(frames)
         statistics.received_frames += taken
-        statistics.received_bytes += sum(map(frame_bytes, frames[:taken]))
+        if taken == len(frames) and size is not None:
+            statistics.received_bytes += size
+        else:
+            statistics.received_bytes += sum(map(frame_bytes, frames[:taken]))
         if taken < len(frames):
             self._kept = frames[taken:]
             statistics.receive_waits += 1

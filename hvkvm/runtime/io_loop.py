@@ -255,7 +255,8 @@ class IoLoop:
                 self._queue.drain(MAX_CALLS)
             except BaseException as error:
                 self._fault(error, "a deferred call")
-        if self._waiting_timers:
+        first = self._waiting_timers[:1]  # one step, whoever adds or cancels meanwhile
+        if first and first[0][0] <= monotonic():
             for timer in self._timers.take_due(monotonic(), MAX_TIMERS):
                 self._run(timer)
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import heapq
 import threading
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Sequence
 from typing import Any
 
 _COMPACT_AT = 64
@@ -52,8 +52,9 @@ class TimerHeap:
     def __init__(self) -> None:
         self._lock = threading.RLock()
         self._heap: list[tuple[float, int, Timer]] = []
-        self.entries: Collection[object] = self._heap
-        """What waits. The loop may test its truth without a lock."""
+        self.entries: Sequence[tuple[float, int, Timer]] = self._heap
+        """What waits, the earliest first. The loop may test its truth and look at that one without a lock:
+        what it does not see in the middle of a change, its next round does."""
         self._sequence = 0  # equal due times run in the order of their making
         self._cancelled = 0
 

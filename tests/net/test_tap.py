@@ -151,6 +151,30 @@ def test_a_nic_without_room_gets_the_rest_later_in_order(loop, tap, netns):
     assert tap.statistics.receive_waits > 10
 
 
+def test_frames_that_come_alone_cost_few_reads_that_find_nothing(loop, tap, netns, monkeypatch):
+    nic = connect(loop, tap)
+    learn(loop, tap, nic)
+    readv, reads = os.readv, []
+
+    def counted(fd, buffers):
+        reads.append(fd)
+        return readv(fd, buffers)
+
+    monkeypatch.setattr(os, "readv", counted)
+    with udp_socket(netns) as sock:
+        for n in range(100):
+            sock.sendto(b"alone %03d" % n, (GUEST, 9))
+            nic.frame(lambda f, n=n: f.endswith(b"alone %03d" % n))
+        came = tap.statistics.received_frames
+        assert came >= 100
+        # One that finds nothing for each of the first few, and then for one in a few.
+        assert len(reads) < came * 1.5
+        for n in range(200):
+            sock.sendto(b"together %03d" % n, (GUEST, 9))
+        nic.frame(lambda f: f.endswith(b"together 199"))
+    assert [f[-3:] for f in nic.got if b"together" in f] == [b"%03d" % n for n in range(200)]
+
+
 def test_a_stopped_port_gives_nothing_and_goes_on_where_it_was(loop, tap, netns):
     nic = connect(loop, tap)
     learn(loop, tap, nic)
