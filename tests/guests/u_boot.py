@@ -22,7 +22,7 @@ class Console:
         guest.press(b" ")
         return self.until_prompt()
 
-    def until_prompt(self, until: str = PROMPT) -> str:
+    def until_prompt(self, until: str = PROMPT, seconds: float = TIMES) -> str:
         """What came up to the next prompt, or with `until` in it if that comes first."""
         self._prompts += 1
         guest = self._guest
@@ -30,10 +30,12 @@ class Console:
         def said() -> list[str]:
             return guest.text.split(PROMPT)[self._prompts - 1 :]
 
-        guest.wait_until(lambda: len(said()) > 1 or (said() and until in said()[0]), "U-Boot's prompt", TIMES)
+        guest.wait_until(
+            lambda: len(said()) > 1 or (said() and until in said()[0]), "U-Boot's prompt", seconds
+        )
         return said()[0]
 
-    def run(self, command: str, until: str = PROMPT) -> str:
+    def run(self, command: str, until: str = PROMPT, seconds: float = TIMES) -> str:
         """A command's output: see `until_prompt`."""
         self._guest.type(command)
-        return self.until_prompt(until)
+        return self.until_prompt(until, seconds)
