@@ -19,7 +19,7 @@ pytestmark = [pytest.mark.hyperv, pytest.mark.timeout(0 if SOAK else 900)]
 MIB = 1 << 20
 ROUNDS = 100 if SOAK else 2
 """How often a disk's function is removed and found again, and its driver taken off and put on."""
-SCRIPT = """
+SCRIPT = r"""
 wait_for() { while ! [ -b $1 ]; do sleep 0.1; done; }
 test_disk() {
     disk=$1; slot=$2
@@ -65,7 +65,7 @@ echo rtc $(cat /sys/class/rtc/rtc0/name)
 echo +2 > /sys/class/rtc/rtc0/wakealarm
 until grep -qE '( 8: +[1-9].*rtc0| 9: +[1-9].*acpi)' /proc/interrupts; do sleep 0.1; done
 echo the alarm came
-if [ -d $PLAIN ]; then
+if [ $ROUNDS -gt 0 ]; then
     disk=/dev/$(nvme_in $PLAIN)
     name=${disk#/dev/}
     echo plain $(cat $PLAIN/msi_irqs/*) $(grep -c "PCI-MSI.*${name%n1}q" /proc/interrupts)
@@ -74,12 +74,43 @@ if [ -d $PLAIN ]; then
     dd if=$disk bs=64k count=48 2>/dev/null | cmp - /tmp/data && echo plain the same
 fi
 dmesg | grep -iE '(nvme|virtio|vda).*(error|timeout|fail|bogus|nobody cared)' || echo nothing bad
+faulty() {
+    dd if=/tmp/data of=$1 bs=64k count=32 oflag=direct conv=fsync 2>/dev/null && echo faulty $2 written
+    dd if=$1 of=/dev/null bs=4k skip=256 count=1 iflag=direct 2>/dev/null || echo faulty $2 unreadable
+    dd if=$1 bs=4k count=256 iflag=direct 2>/dev/null | cmp - /tmp/part && echo faulty $2 the same
+    dmesg | grep -oE "(critical medium|I/O) error, dev ${1#/dev/}, sector 2048" | \
+        sed "s/^/faulty $2 /;s/ dev.*, / /"
+}
+if [ $ROUNDS = 0 ]; then
+    head -c 1048576 /tmp/data > /tmp/part
+    faulty /dev/$(nvme_in $PLAIN) nvme
+    faulty /dev/vdb virtio
+fi
+"""
+FAULTS = """
+[[fault]]
+do = "error"
+op = "read"
+lba = "2048-2055"
+sense = "medium-error"
+
+[[fault]]
+do = "delay"
+op = "flush"
+seconds = 0.3
+times = 1
+"""
+BUSY = """
+[[fault]]
+do = "busy"
+op = "write"
+times = 2
 """
 
 
 @pytest.mark.parametrize("way", ["msix", "intx"])
 def test_linux_reads_writes_and_rescans(tmp_path: Path, way: str) -> None:
-    """By INTx it has an HPET, too; by messages a second controller, whose MSI-X nobody sees."""
+    """By INTx it has an HPET and disks that fail, too; by messages a controller whose MSI-X nobody sees."""
     images = [tmp_path / "nvme", tmp_path / "virtio"]
     first = [os.urandom(8 * MIB) for _ in images]
     for image, content in zip(images, first, strict=True):
@@ -94,6 +125,12 @@ def test_linux_reads_writes_and_rescans(tmp_path: Path, way: str) -> None:
         plain = tmp_path / "plain"
         plain.write_bytes(bytes(8 * MIB))
         disks = (*disks, DiskSpec(str(plain), bus="nvme", serial="three"))
+    else:
+        for bus, faults in (("nvme", FAULTS + BUSY), ("virtio", FAULTS)):
+            bad, file = tmp_path / f"bad-{bus}", tmp_path / f"{bus}.toml"
+            bad.write_bytes(bytes(8 * MIB))
+            file.write_text(faults)
+            disks = (*disks, DiskSpec(str(bad), bus=bus, faults=file))
     with linux_guest(
         f"ROUNDS={rounds}\n{SCRIPT}",
         modules=("virtio_pci", "virtio_blk"),
@@ -130,7 +167,10 @@ def test_linux_reads_writes_and_rescans(tmp_path: Path, way: str) -> None:
             assert hpet is not None
             assert hpet.inspect()["legacy"]
             assert hpet.interrupts[0], "timer 0 ticked in the PIT's place"
-            counts = ("nvme vectors 0", "virtio vectors 0", "lines 2")
+            counts = ("nvme vectors 0", "virtio vectors 0", "lines 4")
+            for name, error in (("nvme", "critical medium error,"), ("virtio", "I/O error,")):
+                for words in ("written", "unreadable", "the same", f"{error} sector 2048"):
+                    assert f"faulty {name} {words}" in lines, guest.report()
         for count in counts:
             assert count in lines, guest.report()
         controller, device = guest.machine.pci.controllers[2], guest.machine.pci.virtio[3]
