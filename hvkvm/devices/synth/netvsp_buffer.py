@@ -38,7 +38,8 @@ class GuestBuffer:
 
     def read(self, offset: int, n: int) -> bytes:
         """A copy; the caller keeps it inside `size`."""
-        return self._pages.read(self._base + offset, n)
+        only, at = self._pages.only, self._base + offset
+        return self._pages.read(at, n) if only is None else only[at : at + n].tobytes()
 
     def write_all(self, offset: int, parts: Sequence[bytes | memoryview]) -> None:
         """Write all of `parts`, one behind the other; the caller keeps them inside `size`."""

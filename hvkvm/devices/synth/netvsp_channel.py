@@ -20,7 +20,13 @@ from collections.abc import Callable
 from typing import NamedTuple, Protocol
 
 from hvkvm.abi import nvsp, rndis
-from hvkvm.abi.ring import VM_PKT_CANCEL_REQUEST, VM_PKT_COMP, VM_PKT_DATA_INBAND, Packet
+from hvkvm.abi.ring import (
+    VM_PKT_CANCEL_REQUEST,
+    VM_PKT_COMP,
+    VM_PKT_DATA_INBAND,
+    VMBUS_DATA_PACKET_FLAG_COMPLETION_REQUESTED,
+    Packet,
+)
 from hvkvm.devices.synth.netvsp_receive import Receive
 from hvkvm.devices.synth.netvsp_send import SECTION_BYTES, Send
 from hvkvm.net.port import Frame
@@ -180,7 +186,8 @@ class NvspChannel:
     def _read(self, io: ChannelIo) -> None:
         reader = io.reader
         reader.mask()
-        nic, counters = self.nic, self.nic.send.counters
+        nic, counters, waiting = self.nic, self.nic.send.counters, self._waiting
+        quick = nic.send.quick if io.pointed is None else None
         most = counters.bytes + TURN_BYTES
         for _ in range(TURN_PACKETS):
             packet = reader.get()
@@ -193,12 +200,18 @@ class NvspChannel:
             if packet.type == VM_PKT_COMP:
                 nic.receive.pieces.back(packet.trans_id)  # who completes what is not out is not heeded
             elif packet.type != VM_PKT_CANCEL_REQUEST:  # iPXE's, for frames that it leaves: they have gone
-                self._take(io, packet)
-                if self.io is not io or reader.broken:
-                    return
+                frame = quick(packet) if quick is not None else None
+                if frame is not None:
+                    wants = bool(packet.flags & VMBUS_DATA_PACKET_FLAG_COMPLETION_REQUESTED)
+                    waiting.append(Waiting(packet.trans_id, wants, 1, True))
+                    self._frames.append(frame)
+                else:
+                    self._take(io, packet)
+                    if self.io is not io or reader.broken:
+                        return
                 if counters.bytes > most or len(self._frames) >= TURN_FRAMES:
                     break
-            if len(self._waiting) >= MAX_WAITING:
+            if len(waiting) >= MAX_WAITING:
                 break
         if self._push(io):
             io.again()
@@ -223,11 +236,6 @@ class NvspChannel:
 
     def _rndis(self, io: ChannelIo, packet: Packet) -> None:
         send = self.nic.send
-        quick = send.quick(packet) if io.pointed is None else None
-        if quick is not None:
-            self._waiting.append(Waiting(packet.trans_id, packet.wants_completion, 1, True))
-            self._frames.append(quick)
-            return
         found = send.bytes_of(packet)
         if isinstance(found, str):
             self.fail(found)

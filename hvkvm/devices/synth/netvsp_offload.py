@@ -68,8 +68,8 @@ def outgoing(front: bytearray, size: int, info: dict[int, int]) -> bytes | None:
     if kind == ETH_P_8021Q:
         kind = front[16] << 8 | front[17]
         ip += 4
-    elif kind == ETH_P_IP and not lso and front[ip] == 0x45 and not csum & rndis.CSUM_TX_IP_HEADER:
-        quick = _plain_ipv4(front, size, csum)
+    elif not lso:
+        quick = plain_ipv4(front, size, csum)
         if quick is not None:
             return quick
     if kind == ETH_P_IP:
@@ -88,8 +88,10 @@ def outgoing(front: bytearray, size: int, info: dict[int, int]) -> bytes | None:
     return _checked(front, size, csum, ip, version, l4, protocol)
 
 
-def _plain_ipv4(front: bytearray, size: int, csum: int) -> bytes | None:
-    """As `_checked`, for a frame without VLAN tag or IP options, as most are; None: ask that one."""
+def plain_ipv4(front: bytearray, size: int, csum: int) -> bytes | None:
+    """As `outgoing`, for IPv4 without tag, options and segmentation, as most are; None: ask that one."""
+    if len(front) < _L4 or front[12:15] != _IPV4_WITHOUT_OPTIONS or csum & rndis.CSUM_TX_IP_HEADER:
+        return None
     wanted = _PLAIN_IPV4.get(csum & (rndis.CSUM_TX_TCP | rndis.CSUM_TX_UDP))
     if wanted is None:
         return None
@@ -170,6 +172,7 @@ def _large(front: bytearray, size: int, lso: int, ip: int, version: int, l4: int
 
 
 _L4 = ETHERNET_BYTES + _IPV4_BYTES
+_IPV4_WITHOUT_OPTIONS = b"\x08\x00\x45"
 _ipv4_words = Struct(">2xH2xHxB2xII")
 """Total length, fragment, protocol, addresses."""
 

@@ -92,13 +92,13 @@ class Send:
 
         None for any other, and for one that is to be dropped or refused: that is for `bytes_of`, `frames_of`.
         """
-        if packet.type != VM_PKT_DATA_INBAND:
+        payload, buffer = packet.payload, self.buffer
+        if packet.type != VM_PKT_DATA_INBAND or buffer is None or len(payload) < nvsp.RNDIS_PKT_BYTES:
             return None
-        _type, channel, index, size = _rndis_pkt.unpack_from(packet.payload)
-        buffer = self.buffer
-        if channel != nvsp.RMC_DATA or buffer is None or not _packet_size <= size <= SECTION_BYTES:
+        kind, channel, index, size = _rndis_pkt.unpack_from(payload)
+        if kind != nvsp.NVSP_MSG1_TYPE_SEND_RNDIS_PKT or channel != nvsp.RMC_DATA:
             return None
-        if (index + 1) * SECTION_BYTES > buffer.size:
+        if not _packet_size <= size <= SECTION_BYTES or (index + 1) * SECTION_BYTES > buffer.size:
             return None
         blob = buffer.read(index * SECTION_BYTES, size)
         kind, length, data, n, _o, _ol, _on, ppi, marks, _vc, _rsvd = rndis.packet.unpack_from(blob)
@@ -106,7 +106,22 @@ class Send:
         if kind != rndis.RNDIS_MSG_PACKET or length != size or data < _packet_size + marks or data + n > size:
             return None
         info: dict[int, int] = {}
-        if marks:
+        if marks == rndis.VALUE_INFO_BYTES and ppi == _MARKS:
+            one, mark, offset, value = rndis.value_info.unpack_from(blob, _packet_size)
+            if one != rndis.VALUE_INFO_BYTES or offset != rndis.per_packet_info.size:
+                return None
+            if mark == rndis.TCPIP_CHKSUM_PKTINFO and ETHERNET_BYTES <= n <= self.max_frame:
+                front = bytearray(blob[data : data + (n if n < HEADER_BYTES else HEADER_BYTES)])
+                vnet = offload.plain_ipv4(front, n, value)
+                if vnet is not None:  # most are this: `_frame` and `outgoing` in short
+                    self.counters.packets += 1
+                    self.counters.bytes += n
+                    if n <= HEADER_BYTES:
+                        return memoryview(vnet), memoryview(front)
+                    rest = memoryview(blob)[data + HEADER_BYTES : data + n]
+                    return memoryview(vnet), memoryview(front), rest
+            info[mark] = value
+        elif marks:
             if ppi != _MARKS or marks % rndis.VALUE_INFO_BYTES or marks > _MOST_MARKS:
                 return None
             for one, mark, offset, value in rndis.value_info.iter_unpack(
