@@ -11,7 +11,7 @@ from random import Random
 
 import pytest
 from disk_asker import page_buffer, read
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from hvkvm.block.image import ImageOptions
@@ -94,9 +94,11 @@ def test_what_is_written_is_read_also_by_the_next_opener(tmp_path: Path, kind: s
     assert [parent.read_bytes() for parent in parents] == before
 
 
-@given(st.binary(max_size=300), st.integers(0, 5000))
-def test_the_checksum_is_that_of_its_definition(data: bytes, zeros: int) -> None:
-    data += bytes(zeros)
+@given(st.lists(st.tuples(st.binary(max_size=80), st.integers(0, 600)), max_size=5), st.integers(0, 5000))
+@example([(b"", 127), (b"\1", 128), (b"\0\1\0", 129), (b"", 127), (b"\2", 0)], 127)
+@example([(b"", 600), (b"\0", 0), (b"\2", 0)], 0)
+def test_the_checksum_is_that_of_its_definition(parts: list[tuple[bytes, int]], zeros: int) -> None:
+    data = b"".join(part + bytes(n) for part, n in parts) + bytes(zeros)
     crc = 0xFFFFFFFF
     for byte in data:
         crc ^= byte
