@@ -18,6 +18,7 @@ from hvkvm.devices.synth.storvsp_plain import take_plain
 from hvkvm.testing.storvsc_driver import PAGE, StorvscDriver
 
 PAGES = range(900, 932)
+LONG_PAGES = range(600, 740, 2)
 SECTORS = DISK_BYTES // 512
 
 
@@ -86,6 +87,17 @@ def packet(random: Random, page: int, *, odd: bool) -> Sent:
     return Sent(gpa_direct_header(ranges) + bytes(slack), bytes(payload), flags)
 
 
+def long_packet(random: Random) -> Sent:
+    """A request for many pages, with more of them in its header than short ones have."""
+    write = random.random() < 0.4
+    length = len(LONG_PAGES) * PAGE
+    lba = random.randrange(SECTORS - length // 512)
+    cdb = scsi.cdb10.pack(scsi.WRITE_10 if write else scsi.READ_10, 0, lba, 0, length // 512, 0)
+    header = gpa_direct_header([GpaRange(length, 0, tuple(LONG_PAGES))])
+    assert len(header) > storvsp_channel.SHORT_HEADER
+    return Sent(header, wire.request(Srb(0, 0, 0, cdb, int(not write), length, 0)), 1)
+
+
 class Guest:
     """A guest on two disks, of which the page cache has everything."""
 
@@ -114,7 +126,7 @@ class Guest:
     def seen(self) -> tuple[dict[int, bytes], list[bytes], list[bytes], list[object]]:
         """All that was answered, and what memory and disks have; how many requests were counted."""
         disks = [path.read_bytes() for path in self.bench.paths]
-        memory = [self.bench.loop.memory.read(page * PAGE, PAGE) for page in PAGES]
+        memory = [self.bench.loop.memory.read(page * PAGE, PAGE) for page in (*PAGES, *LONG_PAGES)]
         units = [self.bench.device._bus.get(0, lun).disk for lun in range(2)]  # type: ignore[union-attr]
         counts = [
             (op.value, one.requests, one.bytes, one.failed)
@@ -144,6 +156,8 @@ def test_what_is_taken_together_is_as_one_by_one(
             pages = random.sample(PAGES, len(PAGES))
             few = pages[: random.randrange(1, 20)]
             batch = [packet(random, page, odd=random.random() < odd) for page in few]
+            if random.random() < odd:
+                batch.insert(random.randrange(len(batch)), long_packet(random))
             for guest, taker in ((together, counted), (alone, lambda *_arguments: 0)):
                 monkeypatch.setattr(storvsp_channel, "take_plain", taker)
                 guest.do(batch)

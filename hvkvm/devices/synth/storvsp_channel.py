@@ -41,6 +41,9 @@ MAX_IN_FLIGHT = 1024
 BUDGET = 64
 """Requests taken a turn."""
 
+SHORT_HEADER = 512
+"""Bytes of what stands before a packet's payload: Linux has room for 32 pages in that of a short request."""
+
 BUDGET_BYTES = 1 << 18
 """Bytes of packets copied a turn: the packet that goes beyond is the turn's last."""
 
@@ -130,6 +133,7 @@ class StorvspChannel:
         self._notices: list[int] = []
         self._pages = DataPages(memory)
         self._turn = False  # whether one runs, or is asked for
+        self._long = False  # whether the last request named many pages: the next are no plain ones, then
         self.guard = Guard()
         self.in_flight = InFlight()
         self.requests = 0
@@ -184,7 +188,7 @@ class StorvspChannel:
         reader, size = io.reader, 0
         reader.mask()
         taken = 0
-        if self._controller.ready:
+        if self._controller.ready and not self._long:
             most = min(BUDGET, MAX_IN_FLIGHT - self.in_flight.count - len(self._done))
             taken = take_plain(reader, most, self._controller.plain, self._pages, self._done)
             self.requests += taken
@@ -197,7 +201,9 @@ class StorvspChannel:
                     return
                 continue
             self._take(io, packet)
-            size += len(packet.header) + len(packet.payload)
+            header = len(packet.header)
+            self._long = header > SHORT_HEADER
+            size += header + len(packet.payload)
             if size > BUDGET_BYTES:
                 break
         io.again()
