@@ -214,6 +214,10 @@ def test_lists_of_pages_are_kept_within_bounds_and_hold_for_their_own_length(
     pages = world.device._primary._pages
     pages.clear()
     assert not lists
+    longest = gpa_direct_header([GpaRange(400 * PAGE, 0, tuple(range(100, 900, 2)))])
+    packet = Packet(VM_PKT_DATA_USING_GPA_DIRECT, 1, 1, longest, b"")
+    assert pages.of(Srb(0, 0, 0, bytes(10), wire.READ_TYPE, 400 * PAGE, 0), packet) is not None
+    assert not lists
     header = gpa_direct_header([GpaRange(31 * PAGE, 512, tuple(range(800, 864, 2)))])
     packet = Packet(VM_PKT_DATA_USING_GPA_DIRECT, 1, 1, header, b"")
     for length in (31 * PAGE, 30 * PAGE + 512, 31 * PAGE, 18 * PAGE, 32 * PAGE):  # of one range

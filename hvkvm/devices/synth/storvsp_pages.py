@@ -15,7 +15,7 @@ from hvkvm.abi.storvsp import Srb
 from hvkvm.abi.vmbus import HV_HYP_PAGE_SIZE
 from hvkvm.block.buffers import Buffers
 from hvkvm.errors import GuestMemoryError
-from hvkvm.memory.page_vector import LEAST_PAGES, MOST_PAGES, PageVector, page_vector
+from hvkvm.memory.page_vector import LEAST_PAGES, PageVector, page_vector
 from hvkvm.vmbus.pages import Ram, range_views
 
 MAX_BYTES = 32 << 20
@@ -25,9 +25,11 @@ MAX_PAGES = 4096
 """Views of single guest pages that are kept for the next request."""
 
 MAX_LISTS = 16
-"""Lists of pages that are kept: of 16 KiB each at most, and half of that for the header that named them."""
+"""Lists of pages that are kept."""
 
-_MOST_HEADER = 24 + 8 * MOST_PAGES
+MOST_HEADER = 24 + 8 * 384
+"""Bytes of a header that is kept with its list: Linux asks for 1280 KiB at once. With a view of each page,
+which some images need, that is some 100 KiB a list at most."""
 
 
 class DataPages:
@@ -63,7 +65,7 @@ class DataPages:
                 if vector is not None:
                     if len(self._lists) >= MAX_LISTS:
                         self._lists.clear()
-                    if len(header) <= _MOST_HEADER:
+                    if len(header) <= MOST_HEADER:
                         self._lists[header] = vector
                     return vector
             return range_views(self._memory, gpa_pfns(header, count), offset, length, self.page)
