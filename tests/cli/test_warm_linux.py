@@ -200,6 +200,7 @@ def test_a_program_makes_and_copies_them(cpus: int, tmp_path: Path) -> None:
     config = hvkvm.MachineConfig(
         kernel=artifact("HVKVM_GUEST_KERNEL"),
         busybox=artifact("HVKVM_GUEST_BUSYBOX"),
+        append="quiet",
         cpus=cpus,
         synic="user",
         memory=256 << 20,

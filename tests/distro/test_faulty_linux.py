@@ -98,7 +98,7 @@ def fails_as_told(shell: Shell, name: str, data: bytes) -> None:
     failed = shell.run(f"{sectors(name, 2048)} 2>&1 >/dev/null")
     assert failed.status != 0
     assert "No data available" in failed.output  # what Linux makes of a medium error
-    assert "Medium Error" in shell.check("dmesg")
+    shell.check("dmesg | grep 'Medium Error'")
     good = shell.check(f"{sectors(name, 2056)} 2>/dev/null | md5sum").split()[0]
     assert good == md5(data[2056 * SECTOR : 2064 * SECTOR], usedforsecurity=False).hexdigest()
     # Linux sends a command again that was answered BUSY, and waits for one that takes its time.

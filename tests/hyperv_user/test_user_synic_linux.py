@@ -84,8 +84,10 @@ def test_vmcall_is_none_of_hypervs(boot_agent: BootAgent) -> None:
     assert KVM_EXIT_HYPERV not in guest.machine.platform.threads[0].exit_counts
 
 
+# Not the whole log: each character on the console is an exit, and while the serial port's interrupt handler
+# sends what waits, nothing else runs on that CPU: on a busy host for so long that Linux complains of it.
 SCRIPT = """
-dmesg -r
+dmesg -r | grep -E '^<[0-4]>|Hypervisor detected'
 echo current $(cat /sys/devices/system/clocksource/clocksource0/current_clocksource)
 grep -h '' /sys/devices/system/clockevents/clockevent*/current_device
 sleep 1
