@@ -7,18 +7,23 @@ from time import sleep
 import pytest
 from linux_guest import linux_guest, warm_linux_guest
 
-from hvkvm.devices.port.serial_output import TX_LIMIT
+from hvkvm.devices.port import serial_output
+from hvkvm.devices.port.serial_registers import FIFO_SIZE
 
 pytestmark = pytest.mark.hyperv
 
 CTRL_C, CTRL_Z = b"\x03", b"\x1a"
 LINE = "0123456789abcde"
-LINES = (TX_LIMIT + 3000) // len(f"{LINE}\r\n")
+LIMIT = 1 << 13
+"""Of a UART, instead of its own: each byte is an exit of the guest."""
+LINES = (LIMIT + 3000) // len(f"{LINE}\r\n")
 """More than a UART takes that is held; the kernel keeps the rest, 4096 bytes at most."""
 
 
-def test_what_waits_in_the_guest_when_its_command_ends_is_printed() -> None:
+def test_what_waits_in_the_guest_when_its_command_ends_is_printed(monkeypatch: pytest.MonkeyPatch) -> None:
     """Linux drops what a terminal has not sent yet when the leader of the session on it dies."""
+    monkeypatch.setattr(serial_output, "TX_LIMIT", LIMIT)
+    monkeypatch.setattr(serial_output, "_CAPACITY", LIMIT + FIFO_SIZE)
     script = f"stty -echo; echo now; read -r line; yes {LINE} | head -n {LINES}; exit 7"
     with linux_guest(script, modules=(), vmbus="off") as guest:
         output = guest.machine.board.serial.output
