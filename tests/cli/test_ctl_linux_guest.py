@@ -58,7 +58,9 @@ def eventually(vm: RunningVm, look: Callable[[], bool], what: str) -> None:
     """Until `look()`; a test's limit of time ends it else."""
     while not look():
         assert vm.process.poll() is None, (what, vm.report())
-        time.sleep(0.2)
+        time.sleep(
+            1
+        )  # each look is a process, which takes a lab's processor for a second: the guest wants some
 
 
 def between(text: str, before: str, after: str = ">") -> str:

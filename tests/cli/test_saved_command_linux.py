@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 from guest_artifacts import artifact
-from running_vm import SECONDS, command_line, ctl, environment
+from running_vm import SECONDS, command_line, ctl, environment, wait_until_listening
 
 from hvkvm.machine.config import MachineConfig
 from hvkvm.machine.warm_kept import kept
@@ -82,6 +82,7 @@ class Run:
 
     def save(self, file: Path) -> None:
         """Have it saved, which ends it; as soon as it listens."""
+        wait_until_listening(self.process, self.runtime, lambda: self.err[-500:])
         while (
             told := ctl(self.runtime, "save", file, "--end")
         ).returncode == 2 and self.process.poll() is None:
@@ -152,6 +153,7 @@ def test_signals_reach_a_command_that_went_on_from_a_file(tmp_path: Path) -> Non
         run.save(file)
     for _ in range(2):  # as often as one likes
         with running(tmp_path, "--restore", file) as run:
+            wait_until_listening(run.process, tmp_path, lambda run=run: run.err)
             while ctl(tmp_path, "info").returncode != 0:
                 assert run.process.poll() is None, run.err
             run.process.send_signal(signal.SIGTERM)

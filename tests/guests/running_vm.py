@@ -32,6 +32,20 @@ def _listens(path: Path) -> bool:
         return client.connect_ex(str(path)) == 0
 
 
+def wait_until_listening(
+    process: subprocess.Popen[bytes], runtime: Path, report: Callable[[], object]
+) -> None:
+    """Until a socket in the folder takes connections; AssertionError with the report if `process` ends first.
+
+    To ask by `hvkvm ctl` in a loop instead would take most of a lab's processor from the VM that comes up.
+    """
+    end = monotonic() + SECONDS
+    while not any(map(_listens, runtime.glob("hvkvm/*.sock"))):
+        assert process.poll() is None, report()
+        assert monotonic() < end, report()
+        sleep(0.02)
+
+
 class RunningVm:
     """The process, what it has printed, and its socket's folder."""
 
@@ -85,11 +99,7 @@ class RunningVm:
 
     def wait_until_listening(self) -> None:
         """Until its socket in the folder takes connections."""
-        end = monotonic() + SECONDS
-        while not any(map(_listens, self.runtime.glob("hvkvm/*.sock"))):
-            assert self.process.poll() is None, self.report()
-            assert monotonic() < end, self.report()
-            sleep(0.02)
+        wait_until_listening(self.process, self.runtime, self.report)
 
     def finish(self) -> int:
         """The exit status, once the process has ended by itself."""
