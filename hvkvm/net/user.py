@@ -33,7 +33,7 @@ GATEWAY_MAC = "52:55:0a:00:02:02"
 DEFAULT_MTU = 65520
 """Of which passt tells the guest. Few frames carry much, since no frame leaves the host as it is."""
 
-READY_SECONDS = 5.0
+READY_SECONDS = 60.0
 """passt answers in some 10 ms; one that does not in this time may still do so later."""
 END_SECONDS = 5.0
 _MAX_SAID = 4096
