@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 
 import pytest
-from linux_guest import linux_guest
+from linux_guest import SECONDS, linux_guest
 
 from hvkvm.abi import pci
 from hvkvm.devices.pci.function import Function
@@ -19,6 +19,8 @@ pytestmark = [pytest.mark.hyperv, pytest.mark.timeout(0 if SOAK else 900)]
 MIB = 1 << 20
 ROUNDS = 100 if SOAK else 2
 """How often a disk's function is removed and found again, and its driver taken off and put on."""
+LONG = (6 if SOAK else 1) * SECONDS
+"""For all rounds: each takes seconds in a lab that is busy."""
 SCRIPT = r"""
 wait_for() { while ! [ -b $1 ]; do sleep 0.1; done; }
 test_disk() {
@@ -138,12 +140,13 @@ def test_linux_reads_writes_and_rescans(tmp_path: Path, way: str) -> None:
         disks=disks,
         append=append,
         hpet=more,
+        timeout=3 * LONG,
     ) as guest:
         assert guest.machine.pci is not None
         if way == "msix":
             hide_msix(guest.machine.pci.controllers[4].function)
         guest.start()
-        guest.wait_for("nothing bad")
+        guest.wait_for("nothing bad", seconds=LONG)
         assert guest.finish().status == 0
         lines = [line.strip() for line in guest.text.splitlines()]
         for line in ("one", "two", "nvme write back", "virtio write back", "discard 2147483648 2147483648"):
