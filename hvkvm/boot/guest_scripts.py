@@ -153,9 +153,12 @@ guest-orders >/dev/null && way=memory || way=serial
 mkfifo /run/in /run/out /run/err
 [ ! -c /dev/ttyS2 ] || stty raw -echo 115200 </dev/ttyS2 && : >/run/prepared
 echo "warm $way" >&3
-read -r verb now seed <&3
-# Each copy goes on here, and makes the time and its random numbers its own.
+read -r orders <&3
+# Each copy goes on here, and makes the time and its random numbers its own. Until a busy host has come
+# so far, seconds may pass: so it asks for the time just before it sets its clock.
 orders() {
+	echo now >&3
+	read -r now seed <&3
 	case $way in
 	memory) exec guest-orders ;;
 	serial)

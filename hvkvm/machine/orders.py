@@ -3,8 +3,8 @@
 A warm guest was saved while its init read its control port (`guest_scripts.AWAIT`).
 A copy gets a line there, and finds the rest in a memory of its own at
 `board.ORDERS_ADDRESS` (`abi.guest_orders`), or where its kernel has no /dev/mem asks
-for it piece by piece over a serial port. Then the command's own streams begin, as
-in a guest that was booted for it.
+for it piece by piece over a serial port. It asks for the time as late as it can. Then
+the command's own streams begin, as in a guest that was booted for it.
 
 Owner: the main thread makes, starts and closes it; lines are heard on the I/O loop.
 """
@@ -29,6 +29,9 @@ if TYPE_CHECKING:
     from hvkvm.machine.board import Board
     from hvkvm.machine.config import MachineConfig
     from hvkvm.machine.platform import Platform
+
+LONGEST_TIME = 100
+"""Bytes of a line of `_time_and_seed`, at most."""
 
 
 class Orders:
@@ -55,19 +58,28 @@ class Orders:
         self._window.write(0, abi.head())
 
     def start(self) -> None:
-        """Have the guest go on. Just before it runs: it takes the time from here. Main thread."""
+        """Have the guest go on. Just before it runs. Main thread."""
         self._next = self._control.output.sink
         self._control.output.sink = self._lines.add
         if self._archive:
-            now, seed = time_ns(), os.urandom(abi.SEED_SIZE)
-            self._window.write(0, abi.head(len(self._archive), now, seed))
-            # For one that has no /dev/mem; of whole seconds the nearest.
-            self._control.feed(f"orders {round(now / 1e9)} {os.urandom(abi.SEED_SIZE).hex()}\n".encode())
+            # A guest saved by hvkvm of November 2026 or before does not ask for the time: it is in here.
+            self._control.feed(b"orders " + self._time_and_seed())
+
+    def _time_and_seed(self) -> bytes:
+        """The host's time and random numbers, into the page, and for who has no /dev/mem as a line."""
+        now = time_ns()
+        self._window.write(0, abi.head(len(self._archive), now, os.urandom(abi.SEED_SIZE)))
+        nearest = round(now / 1e9)
+        return f"{nearest} {os.urandom(abi.SEED_SIZE).hex()}\n".encode()
 
     def _heard(self, line: bytes) -> None:
         if line.startswith(b"warm "):
             self.awaited = True
             self.on_awaited()
+        elif line == b"now":
+            # As below: who asks and does not read has no answer, and none before there is a command.
+            if self._archive and self._control.rx_room() > LONGEST_TIME:
+                self._control.feed(self._time_and_seed())
         elif line == b"piece":
             # One that asks and does not read what it got has no room: it is not answered.
             piece = self._archive[self._sent : self._sent + SERIAL_PIECE]
