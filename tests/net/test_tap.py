@@ -386,10 +386,12 @@ def test_what_cannot_be_is_told_with_the_remedy(netns):
 
 
 def test_who_may_not_make_one_is_told_what_an_administrator_runs():
+    # All is imported before, for Python itself may lie where such a user cannot read.
     code = (
-        "import os; os.setgroups([]); os.setgid(65534); os.setuid(65534)\n"
+        "import os, pyroute2\n"
         "from hvkvm.net.tap_make import NewTap, make_tap\n"
         "from hvkvm.errors import ConfigError\n"
+        "os.setgroups([]); os.setgid(65534); os.setuid(65534)\n"
         "try: make_tap(NewTap())\n"
         "except ConfigError as error: print(error)"
     )
