@@ -77,7 +77,7 @@ readonly = true
 """
 
 
-def test_variables_persist_over_boots_and_a_kill(tmp_path: Path) -> None:
+def test_variables_persist_over_boots_and_a_kill(request: pytest.FixtureRequest, tmp_path: Path) -> None:
     """The shell keeps a variable. Three processes: one is killed, one powers off, one reads the result."""
     variables = tmp_path / "vars"
     seen = []
@@ -91,7 +91,7 @@ def test_variables_persist_over_boots_and_a_kill(tmp_path: Path) -> None:
                 firmware=artifact(FIRMWARES["newer"]), variables=variables, tick=lab_tick(), disk=disk
             )
         )
-        with console_of(["run", "--quiet", "--config", str(config)]) as vm:
+        with console_of(["run", "--quiet", "--config", str(config)], request) as vm:
             vm.wait_for("after-")
             seen.append(vm.text.split("before-")[1].split("-")[0])
             if killed:
