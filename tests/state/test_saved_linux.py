@@ -23,8 +23,12 @@ SHORT_LINES = 20
 
 
 def script(lines: int) -> str:
-    """Counts, says what the kernel complained of, and ends with status 5."""
+    """Counts, says what the kernel complained of, and ends with status 5.
+
+    The kernel itself says nothing meanwhile: in the middle of a line it would be taken for a lost one.
+    """
     return rf"""
+dmesg -n 1
 i=0
 while [ $i -lt {lines} ]; do i=$((i + 1)); echo "line $i"; usleep 20000; done
 dmesg | grep -E 'WARNING: CPU|BUG:|Oops|stall|soft lockup|hung_task|Watchdog' | sed 's/^/complaint: /'
