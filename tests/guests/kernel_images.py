@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import struct
+import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -104,6 +105,16 @@ def pvh_note(entry: int, size: int = 4) -> bytes:
 def pvh(code: bytes = HALT, at: int = MIB, *, bits: int = 64, note_size: int = 4) -> bytes:
     """An ELF with a PVH note that enters `code`."""
     return elf(bits, at, segment(at, code, bss=64), segment(0, pvh_note(at, note_size), kind=PT_NOTE))
+
+
+def assembled_pvh(source: Path, folder: Path) -> Path:
+    """What the GNU assembler makes of `source`, in 32 bits, as an ELF in `folder` with a PVH note."""
+    made, flat, file = (folder / f"{source.stem}{suffix}" for suffix in (".o", ".flat", ".elf"))
+    subprocess.run(["as", "--32", "-I", source.parent, "-o", made, source], check=True)
+    layout = ["-m", "elf_i386", "--oformat", "binary", "-Ttext", hex(MIB)]
+    subprocess.run(["ld", *layout, "-o", flat, made], check=True)
+    file.write_bytes(pvh(flat.read_bytes(), bits=32))
+    return file
 
 
 def vmlinux(code: bytes = HALT, at: int = 16 * MIB, *, bss: int = 8192) -> bytes:

@@ -1,26 +1,8 @@
 # Firmware that is entered as a PVH kernel, as CLOUDHV.fd is: it has no fw_cfg to ask and finds all in what it
 # is handed. A letter for each answer that is right, "-" for one that is not, then power-off.
 
-    .set COM1, 0x3f8
-    .set CF8, 0xcf8
-    .set CFC, 0xcfc
+    .include "letters.inc"
     .set BAR, 0xc0000000
-
-    # Print \letter if the last comparison was equal.
-    .macro check letter
-    mov \letter, %al
-    je 1f
-    mov $'-', %al
-1:  mov $COM1, %dx
-    out %al, %dx
-    .endm
-
-    .macro config address
-    mov $CF8, %dx
-    mov $\address, %eax
-    out %eax, %dx
-    mov $CFC, %dx
-    .endm
 
     .text
     .code32

@@ -2,9 +2,7 @@
 # letter for each answer that is right ("-" for one that is not), resets once and then powers off.
 # 64 KiB that end at 4 GiB; the code runs there, in real mode first, in flat protected mode then.
 
-    .set COM1, 0x3f8
-    .set CF8, 0xcf8
-    .set CFC, 0xcfc
+    .include "letters.inc"
     .set PM, 0xb000
     .set BASE, 0xffff0000
     .set BAR, 0xc0000000
@@ -15,22 +13,6 @@
     mov $COM1, %dx
     mov \letter, %al
     out %al, %dx
-    .endm
-
-    # Print \letter if the last comparison was equal.
-    .macro check letter
-    mov \letter, %al
-    je 1f
-    mov $'-', %al
-1:  mov $COM1, %dx
-    out %al, %dx
-    .endm
-
-    .macro config address
-    mov $CF8, %dx
-    mov $\address, %eax
-    out %eax, %dx
-    mov $CFC, %dx
     .endm
 
     .text

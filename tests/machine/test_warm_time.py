@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
 from pathlib import Path
 from time import sleep, time_ns
 
@@ -24,13 +23,7 @@ LATE = 1.5
 
 @pytest.fixture
 def kernel(tmp_path: Path) -> Path:
-    made, flat, elf = (tmp_path / name for name in ("made.o", "flat", "elf"))
-    subprocess.run(["as", "--32", "-o", made, SOURCE], check=True)
-    subprocess.run(
-        ["ld", "-m", "elf_i386", "--oformat", "binary", "-Ttext", hex(MIB), "-o", flat, made], check=True
-    )
-    elf.write_bytes(ki.pvh(flat.read_bytes(), MIB, bits=32))
-    return elf
+    return ki.assembled_pvh(SOURCE, tmp_path)
 
 
 def test_the_time_is_that_of_the_asking(kernel: Path, tmp_path: Path) -> None:

@@ -42,7 +42,7 @@ def disk(tmp_path: Path) -> Path:
 @pytest.fixture
 def rom(tmp_path: Path) -> Path:
     """The image of `rom.s`."""
-    subprocess.run(["as", "--32", "-o", str(tmp_path / "rom.o"), str(ROM)], check=True)
+    subprocess.run(["as", "--32", "-I", ROM.parent, "-o", tmp_path / "rom.o", ROM], check=True)
     rom = tmp_path / "rom"
     subprocess.run(["objcopy", "-O", "binary", "-j", ".text", str(tmp_path / "rom.o"), str(rom)], check=True)
     return rom

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
 from pathlib import Path
 
 import kernel_images as ki
@@ -22,11 +21,7 @@ SOURCE = Path(__file__).parents[1] / "guests/pvh_firmware.s"
 @pytest.fixture
 def payload(tmp_path: Path) -> Path:
     """An ELF at 1 MiB with a PVH note, which is where CLOUDHV.fd lies."""
-    made, flat, elf = (tmp_path / name for name in ("made.o", "flat", "elf"))
-    subprocess.run(["as", "--32", "-o", made, SOURCE], check=True)
-    subprocess.run(["objcopy", "-O", "binary", "-j", ".text", made, flat], check=True)
-    elf.write_bytes(ki.pvh(flat.read_bytes(), MIB, bits=32))
-    return elf
+    return ki.assembled_pvh(SOURCE, tmp_path)
 
 
 @pytest.mark.parametrize("memory", [64, 4096], ids=["low", "above 4 GiB"])
