@@ -1,4 +1,4 @@
-"""Channels of a connection: offer, rescind, open, close, move, and their GPADLs.
+"""Channels of a connection: offer, rescind, open, close, move.
 
 Why: this is where the guest's and the host's wishes cross. Every request of the
 guest that has an answer gets exactly one, also for a channel that is going or
@@ -10,9 +10,7 @@ Owner: `server.Server`, and so the I/O loop. Nothing here raises for guest bytes
 
 from __future__ import annotations
 
-from array import array
 from collections.abc import Callable
-from typing import Any
 
 from hvkvm.abi import vmbus
 from hvkvm.abi import vmbus_messages as wire
@@ -22,15 +20,13 @@ from hvkvm.vmbus.actions import (
     CloseChannel,
     ForgetChannel,
     OpenChannel,
-    ReleaseGpadl,
     RetargetChannel,
 )
-from hvkvm.vmbus.gpadl import Finished, GpadlTable, PageCheck
+from hvkvm.vmbus.gpadl import GpadlTable, PageCheck
+from hvkvm.vmbus.gpadl_requests import GpadlRequests
 from hvkvm.vmbus.offer import Channel, ChannelState, Offer
+from hvkvm.vmbus.opening import Opening
 from hvkvm.vmbus.report import Reports
-
-MIN_RING_PAGES = 2
-"""A control page and one of data."""
 
 
 class Channels:
@@ -52,11 +48,8 @@ class Channels:
         self.by_relid: dict[int, Channel] = {}
         self.offering = False
         """Whether the guest has asked for offers, so that new ones are told at once."""
-        self.guest_signals = False
-        """Whether the guest chooses connection ids and event flags when it opens (6.0)."""
-        self.version = 0
-        """The connection's."""
-        self._vp_count = vp_count
+        self.opening = Opening(self.all, self.gpadls, vp_count)
+        self.gpadl_requests = GpadlRequests(self.gpadls, self.by_relid, send, emit, self._end, reports)
         self._send: Callable[..., None] = send
         self._emit = emit
         self._reports = reports
@@ -127,18 +120,11 @@ class Channels:
             relid = self._free_relid()
             if relid is None:
                 return
-            self.number(channel, relid)
+            self.opening.number(channel, relid)
             channel.released = False
             channel.state = ChannelState.OFFERED
             self.by_relid[relid] = channel
             self._send(channel.offer_message())
-
-    def number(self, channel: Channel, relid: int) -> None:
-        """Give a channel its relid, and the signals that go with it: see `interrupt_page` for old guests."""
-        channel.relid = relid
-        channel.event_flag = 0 if self.version < vmbus.VERSION_WIN8 else relid
-        own = vmbus.CHANNEL_CONNECTION_ID_BASE | relid
-        channel.connection_id = vmbus.VMBUS_EVENT_CONNECTION_ID if self.version < vmbus.VERSION_WIN7 else own
 
     def _free_relid(self) -> int | None:
         """The next free relid, round robin: an old one comes back as late as possible."""
@@ -162,22 +148,9 @@ class Channels:
             return
         channel.state = ChannelState.OFFERED
         self._closing -= 1
-        held, channel.held_torndown = channel.held_torndown, []
-        for gpadl_id in held:
-            self.gpadls.drop(channel.relid, gpadl_id)
-            self._send(wire.GPADL_TORNDOWN, gpadl=gpadl_id)
+        self.gpadl_requests.let_all_go(channel)
         if channel.released:
             self._release(channel)
-
-    def gpadl_released(self, channel: Channel, gpadl_id: int) -> None:
-        """The device of an open channel has let go of this one: answer its teardown.
-
-        If the channel is being closed by now, that answers it.
-        """
-        if gpadl_id in channel.held_torndown and channel.state is not ChannelState.CLOSING:
-            channel.held_torndown.remove(gpadl_id)
-            self.gpadls.drop(channel.relid, gpadl_id)
-            self._send(wire.GPADL_TORNDOWN, gpadl=gpadl_id)
 
     def stop(self, channel: Channel) -> None:
         """Ask the device to stop if it runs. Its sub-channels are rescinded ahead of it."""
@@ -220,9 +193,8 @@ class Channels:
                 self._emit(ForgetChannel(channel))
 
     def _release(self, channel: Channel) -> None:
-        """The relid is free again; Linux tears no GPADL down for a rescinded channel, so they go here."""
-        for gpadl_id in self.gpadls.drop_channel(channel.relid):
-            self._finish_gpadl(Finished(gpadl_id, channel.relid, None, "the relid was released"))
+        """The relid is free again."""
+        self.gpadl_requests.drop_channel(channel)
         del self.by_relid[channel.relid]
         channel.relid = 0
         channel.state = ChannelState.HIDDEN
@@ -245,98 +217,45 @@ class Channels:
         """OPENCHANNEL: start the device, or answer with a status."""
         relid, openid = message["relid"], message["openid"]
         channel = self.by_relid.get(relid)
-        why = self._why_not_open(channel, message)
+        why = self.opening.why_not(channel, message)
         if channel is None or why:
             if channel is None or not channel.withdrawn:  # else our RESCIND crossed it: no mistake
                 self._reports.add("OPENCHANNEL refused", f"relid {relid}: {why}")
             status = vmbus.STATUS_INVALID_PARAMETER
             self._send(wire.OPENCHANNEL_RESULT, relid=relid, openid=openid, status=status)
             return
-        channel.openid = openid
         channel.state = ChannelState.OPENING
-        self._emit(self._request(channel, message))
+        self._emit(self.opening.request(channel, message))
 
     def reopen(self, message: Message) -> OpenChannel | str:
         """What to open again after a restore, by the rules of `on_open`; or why it cannot have been open."""
         channel = self.by_relid.get(message["relid"])
-        why = self._why_not_open(channel, message)
+        why = self.opening.why_not(channel, message)
         if channel is None or why:
             return why
-        channel.openid = message["openid"]
         channel.state = ChannelState.OPEN
-        return self._request(channel, message)
-
-    def _request(self, channel: Channel, message: Message) -> OpenChannel:
-        """Note how `channel` is opened, which `_why_not_open` has found right."""
-        gpadl = self.gpadls.get(channel.relid, message["ring_gpadl"])
-        pages = gpadl.ring_pages() if gpadl is not None else None
-        channel.ring_gpadl = message["ring_gpadl"]
-        channel.split = message["downstream_page_offset"]
-        channel.target_vp = self._target(message)
-        self.number(channel, channel.relid)
-        if self.guest_signals and "connection_id" in message.values:
-            channel.connection_id = message["connection_id"] or channel.connection_id
-            channel.event_flag = message["event_flag"]
-        return OpenChannel(
-            channel,
-            pages or array("Q"),
-            channel.split,
-            channel.target_vp,
-            channel.connection_id,
-            channel.event_flag,
-            message["userdata"],
-        )
-
-    def _why_not_open(self, channel: Channel | None, message: Message) -> str:
-        if channel is None:
-            return "no such channel"
-        if channel.withdrawn or channel.state is not ChannelState.OFFERED:
-            return f"the channel is {channel.state.value}{' and withdrawn' * channel.withdrawn}"
-        gpadl = self.gpadls.get(channel.relid, message["ring_gpadl"])
-        pages = gpadl.ring_pages() if gpadl is not None else None
-        if pages is None:
-            return f"GPADL {message['ring_gpadl']:#x} is no whole pages of this channel"
-        if not MIN_RING_PAGES <= message["downstream_page_offset"] <= len(pages) - MIN_RING_PAGES:
-            return f"ring split at page {message['downstream_page_offset']} of {len(pages)}"
-        if not self.valid_target(self._target(message)):
-            return f"no VP {message['target_vp']}"
-        if self.guest_signals and "connection_id" in message.values:
-            return self._why_not_signals(channel, message["connection_id"], message["event_flag"])
-        return ""
-
-    def _why_not_signals(self, channel: Channel, connection_id: int, event_flag: int) -> str:
-        if event_flag > vmbus.MAX_RELID:
-            return f"event flag {event_flag}"
-        if not connection_id:
-            return ""
-        taken = any(c is not channel and c.relid and c.connection_id == connection_id for c in self.all)
-        if connection_id <= vmbus.VMBUS_MESSAGE_CONNECTION_ID_4 or connection_id >> 24 or taken:
-            return f"connection id {connection_id:#x} is not the guest's to choose"
-        return ""
-
-    def _target(self, message: Message) -> int:
-        """The VP that an OPENCHANNEL names; before 2.4 it names none, and the boot VP is meant."""
-        target: int = message["target_vp"]
-        return 0 if self.version < vmbus.VERSION_WIN8 else target
-
-    def valid_target(self, vp_index: int) -> bool:
-        """Whether a channel may interrupt this VP, or asks for no interrupts."""
-        return vp_index < self._vp_count or vp_index == vmbus.VP_INVALID
+        return self.opening.request(channel, message)
 
     def on_close(self, message: Message) -> None:
         """CLOSECHANNEL has no answer; a device that starts is stopped, and its open is answered first."""
         channel = self.by_relid.get(message["relid"])
-        if channel is not None and channel.state is ChannelState.OPENING:
-            self._answer_open(channel, vmbus.STATUS_UNSUCCESSFUL)
         if channel is not None and channel.state in (ChannelState.OPENING, ChannelState.OPEN):
-            self.stop(channel)
+            self._end(channel)
         elif channel is None or not channel.withdrawn:  # a withdrawn one was stopped by us
             self._reports.add("CLOSECHANNEL ignored", f"relid {message['relid']} is not open")
+
+    def _end(self, channel: Channel) -> None:
+        """Stop it, for something that the guest did."""
+        if channel.state is ChannelState.OPENING:
+            self._answer_open(channel, vmbus.STATUS_UNSUCCESSFUL)
+        self.stop(channel)
 
     def on_modify(self, message: Message, answers: bool) -> None:
         """MODIFYCHANNEL: another VP. `answers`: whether this version has a response."""
         channel, target = self.by_relid.get(message["relid"]), message["target_vp"]
-        good = channel is not None and channel.state is ChannelState.OPEN and self.valid_target(target)
+        good = (
+            channel is not None and channel.state is ChannelState.OPEN and self.opening.valid_target(target)
+        )
         if good and channel is not None:
             self._emit(RetargetChannel(channel, channel.relid, target, answers))
             return
@@ -365,54 +284,3 @@ class Channels:
             self._release(channel)
         else:
             self._reports.add("RELID_RELEASED ignored", f"{channel} is in use")
-
-    def on_gpadl_header(self, message: Message) -> None:
-        """GPADL_HEADER: answered when all of it is here, or at once if it can never be valid (S59)."""
-        relid, gpadl_id = message["relid"], message["gpadl"]
-        channel = self.by_relid.get(relid)
-        if channel is None or channel.released:
-            self._finish_gpadl(Finished(gpadl_id, relid, None, "no such channel"))
-            return
-        self._finish_gpadl(
-            self.gpadls.header(relid, gpadl_id, message["range_buflen"], message["rangecount"], message.tail)
-        )
-
-    def on_gpadl_body(self, message: Message) -> None:
-        """GPADL_BODY (S60)."""
-        done = self.gpadls.body(message["gpadl"], message.tail)
-        if isinstance(done, str):
-            self._reports.add("GPADL_BODY ignored", f"GPADL {message['gpadl']:#x}: {done}")
-        else:
-            self._finish_gpadl(done)
-
-    def _finish_gpadl(self, done: Finished | None) -> None:
-        if done is None:
-            return
-        if done.gpadl is None:
-            self._reports.add("GPADL refused", f"GPADL {done.gpadl_id:#x} of relid {done.relid}: {done.why}")
-        status = vmbus.STATUS_UNSUCCESSFUL if done.gpadl is None else vmbus.STATUS_SUCCESS
-        answer: dict[str, Any] = {"relid": done.relid, "gpadl": done.gpadl_id, "status": status}
-        self._send(wire.GPADL_CREATED, **answer)
-
-    def on_gpadl_teardown(self, message: Message) -> None:
-        """GPADL_TEARDOWN is always answered, for unknown ones too, but not before the device let go of it."""
-        relid, gpadl_id = message["relid"], message["gpadl"]
-        channel = self.by_relid.get(relid)
-        if self.gpadls.abandon(relid, gpadl_id):
-            # Its header waits for an answer too.
-            self._send(wire.GPADL_CREATED, relid=relid, gpadl=gpadl_id, status=vmbus.STATUS_UNSUCCESSFUL)
-        if channel is not None and channel.in_use and self.gpadls.get(relid, gpadl_id) is not None:
-            if gpadl_id in channel.held_torndown:
-                self._reports.add("GPADL_TEARDOWN repeated", f"GPADL {gpadl_id:#x} of {channel}")
-                return
-            if channel.ring_gpadl == gpadl_id and channel.state is not ChannelState.CLOSING:
-                self._reports.add("GPADL_TEARDOWN of an open ring", f"{channel} is closed")
-                if channel.state is ChannelState.OPENING:
-                    self._answer_open(channel, vmbus.STATUS_UNSUCCESSFUL)
-                self.stop(channel)
-            channel.held_torndown.append(gpadl_id)
-            if channel.state is not ChannelState.CLOSING:
-                self._emit(ReleaseGpadl(channel, gpadl_id))
-            return
-        self.gpadls.drop(relid, gpadl_id)
-        self._send(wire.GPADL_TORNDOWN, gpadl=gpadl_id)

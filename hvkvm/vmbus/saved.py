@@ -174,7 +174,7 @@ def _place(channels: Channels, saved: SavedChannel) -> Channel | None:
         raise ValueError(f"its channel {offer.name!r} has relid {saved.relid} and is {saved.state[:20]}")
     channel.withdrawn, channel.broken = saved.withdrawn, saved.broken
     if not hidden:
-        channels.number(channel, saved.relid)
+        channels.opening.number(channel, saved.relid)
         channel.state = ChannelState.OFFERED
         channels.by_relid[saved.relid] = channel
     return channel if stranger else None
@@ -210,7 +210,7 @@ def _open(channels: Channels, saved: SavedChannel) -> OpenChannel:
         "downstream_page_offset": saved.split,
         "userdata": b"",
     }
-    if channels.guest_signals:
+    if channels.opening.guest_signals:
         values |= {"connection_id": saved.connection_id, "event_flag": saved.event_flag}
     if not all(0 <= value <= 0xFFFF_FFFF for value in values.values() if isinstance(value, int)):
         raise ValueError(f"its channel {saved.relid} was opened with no message that there is")

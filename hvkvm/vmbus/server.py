@@ -82,9 +82,9 @@ class Server:
             wire.REQUESTOFFERS: self._on_request_offers,
             wire.OPENCHANNEL: on.on_open,
             wire.CLOSECHANNEL: on.on_close,
-            wire.GPADL_HEADER: on.on_gpadl_header,
-            wire.GPADL_BODY: on.on_gpadl_body,
-            wire.GPADL_TEARDOWN: on.on_gpadl_teardown,
+            wire.GPADL_HEADER: on.gpadl_requests.on_header,
+            wire.GPADL_BODY: on.gpadl_requests.on_body,
+            wire.GPADL_TEARDOWN: on.gpadl_requests.on_teardown,
             wire.RELID_RELEASED: on.on_released,
             wire.TL_CONNECT_REQUEST: self._on_tl_connect,
             wire.MODIFYCHANNEL: self._on_modify_channel,
@@ -142,7 +142,7 @@ class Server:
 
     def gpadl_released(self, channel: Channel, gpadl_id: int) -> None:
         """Answer to `ReleaseGpadl`: nothing of the host touches its pages any more."""
-        self.channels.gpadl_released(channel, gpadl_id)
+        self.channels.gpadl_requests.let_go(channel, gpadl_id)
 
     def retargeted(self, request: RetargetChannel, status: int = vmbus.STATUS_SUCCESS) -> None:
         """Answer to `RetargetChannel`."""
@@ -227,7 +227,7 @@ class Server:
             return
         self.channels.hide_all()
         self.state = BusState.DISCONNECTED
-        self.version = self.features = self.channels.version = 0
+        self.version = self.features = self.channels.opening.version = 0
         message, self._pending = self._pending, None
         if message is None:
             self.target = (0, vmbus.VMBUS_MESSAGE_SINT)
@@ -298,9 +298,10 @@ class Server:
     ) -> None:
         """Be connected, by a contact or a restore. All of it has been checked."""
         self.state = BusState.CONNECTED
-        self.interrupt_page, self.channels.version = page, version
+        self.interrupt_page, self.channels.opening.version = page, version
         self.version, self.features, self.client_id, self.target = version, features, client_id, target
-        self.channels.guest_signals = bool(features & vmbus.FEATURE_GUEST_SPECIFIED_SIGNAL_PARAMETERS)
+        chosen = vmbus.FEATURE_GUEST_SPECIFIED_SIGNAL_PARAMETERS
+        self.channels.opening.guest_signals = bool(features & chosen)
 
     def valid_vp(self, vp_index: int) -> bool:
         """Whether the guest has this VP."""
