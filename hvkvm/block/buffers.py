@@ -18,8 +18,9 @@ IOV_MAX = 1024
 """Linux takes no more buffers in one call (UIO_MAXIOV)."""
 
 ZERO_BYTES = 1 << 20
-ZEROS = memoryview(mmap(-1, ZERO_BYTES)).toreadonly()
-"""A run of zeros on a page boundary. It is never written, so the kernel's one zero page backs it."""
+_ZEROS = mmap(-1, ZERO_BYTES)
+"""A run of zeros on a page boundary. It is never written, so the kernel's one zero page backs it. Who needs
+it makes a view of it: without a GIL threads must not cut slices of one view."""
 
 
 def size_of(buffers: Buffers) -> int:
@@ -34,13 +35,19 @@ def clear(buffers: Buffers) -> None:
     for buffer in buffers:
         for at in range(0, len(buffer), ZERO_BYTES):
             part = buffer[at : at + ZERO_BYTES]
-            part[:] = ZEROS[: len(part)]
+            part[:] = memoryview(_ZEROS)[: len(part)]
 
 
 def zeros(length: int) -> list[memoryview]:
     """Buffers of `length` zeros, to write."""
     whole, rest = divmod(length, ZERO_BYTES)
-    return [ZEROS] * whole + ([ZEROS[:rest]] if rest else [])
+    view = memoryview(_ZEROS).toreadonly()
+    return [view] * whole + ([view[:rest]] if rest else [])
+
+
+def is_zeros(buffer: memoryview) -> bool:
+    """Whether it is one of what `zeros` gives."""
+    return buffer.obj is _ZEROS
 
 
 class Cutter:

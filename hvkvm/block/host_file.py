@@ -17,7 +17,7 @@ import struct
 from mmap import PAGESIZE, mmap
 from pathlib import Path
 
-from hvkvm.block.buffers import ZEROS, Buffers, Cutter, read_fully, size_of, write_fully, zeros
+from hvkvm.block.buffers import Buffers, Cutter, is_zeros, read_fully, size_of, write_fully, zeros
 from hvkvm.block.file_now import FileNow
 from hvkvm.errors import ImageError
 from hvkvm.memory.page_vector import PageVector
@@ -226,7 +226,7 @@ def _round_up(n: int, to: int) -> int:
 def _address_of(buffer: memoryview) -> int:
     """Where it begins, as far as alignment goes: 1 if ctypes will not show it, so that it is copied."""
     if buffer.readonly or not len(buffer):
-        return 0 if buffer.obj is ZEROS.obj else 1
+        return 0 if is_zeros(buffer) else 1
     return ctypes.addressof(ctypes.c_char.from_buffer(buffer))
 
 

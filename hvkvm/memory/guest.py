@@ -128,7 +128,7 @@ class GuestMemory:
     def read(self, gpa: int, n: int) -> bytes:
         """A copy of `n` bytes. GuestMemoryError. Not atomic against a running guest beyond one byte."""
         mapping, at = self._locate(gpa, n)
-        return mapping.root[at : at + n].tobytes()
+        return mapping.read(at, n)
 
     def write(self, gpa: int, data: bytes | bytearray | memoryview) -> None:
         """Write all bytes of `data`. GuestMemoryError, and then nothing was written."""
@@ -147,7 +147,7 @@ class GuestMemory:
         """
         mapping, at = self._locate(gpa, n)
         if self.fd < 0:
-            return os.preadv(fd, [mapping.root[at : at + n]], offset)
+            return os.preadv(fd, [mapping.view(at, n)], offset)
         os.lseek(self.fd, mapping.offset + at, os.SEEK_SET)
         return os.sendfile(self.fd, fd, offset, n)
 
@@ -173,14 +173,14 @@ class GuestMemory:
         """A little-endian 4-byte word; one load if `gpa` is a multiple of 4. GuestMemoryError."""
         mapping, at = self._locate(gpa, 4)
         if at & 3:
-            return int.from_bytes(mapping.root[at : at + 4], "little")
+            return int.from_bytes(mapping.read(at, 4), "little")
         return mapping.words4[at >> 2]
 
     def read_u64(self, gpa: int) -> int:
         """A little-endian 8-byte word; one load if `gpa` is a multiple of 8. GuestMemoryError."""
         mapping, at = self._locate(gpa, 8)
         if at & 7:
-            return int.from_bytes(mapping.root[at : at + 8], "little")
+            return int.from_bytes(mapping.read(at, 8), "little")
         return mapping.words8[at >> 3]
 
     def write_u32(self, gpa: int, value: int) -> None:

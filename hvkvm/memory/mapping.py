@@ -6,6 +6,12 @@ last Python buffer on it, so no order of closing can leave a buffer dangling.
 
 Only `memory` calls this. Owner: the thread that made the object closes it; views
 may be read and written from any thread.
+
+Without a GIL two threads must not cut slices of one memoryview: all slices and casts
+of it count in one managed buffer, whose count is no atomic in any CPython up to 3.15
+(gh-155606). A lost count ends the buffer early, and every use of it is a ValueError
+then. So `root` and the words are for accesses to items and for writing to slices, which
+count nothing; who reads takes a copy (`read`), and there each view has its own buffer.
 """
 
 from __future__ import annotations
@@ -15,6 +21,7 @@ import ctypes
 import errno
 import fcntl
 import os
+import sys
 import weakref
 from collections import deque
 from collections.abc import Iterator
@@ -22,6 +29,9 @@ from mmap import MAP_ANONYMOUS, MAP_PRIVATE, MAP_SHARED, PAGESIZE, PROT_READ, PR
 
 PAGE_SIZE = 4096
 """Size of a guest page and of an overlay, bytes."""
+
+FREE_THREADED = "t" in sys.abiflags
+"""Whether this Python can run without a GIL."""
 
 # From asm-generic/mman.h; Python's mmap module has no names for them.
 _PROT_NONE = 0
@@ -132,13 +142,14 @@ class Mapping:
         except BaseException:
             _munmap(hva, size)
             raise
-        array = (ctypes.c_ubyte * size).from_address(hva)
-        # Every view of this mapping, and every view of such a view, keeps `array` alive through one
+        array = (ctypes.c_char * size).from_address(hva)
+        # Every view of this mapping, and every view of such a view, keeps `array` alive through a
         # managed buffer: so the kernel mapping goes when the last of them does, never before.
         self._alive = weakref.ref(array)
         weakref.finalize(array, _munmap, hva, size).atexit = False
+        self._array: ctypes.Array[ctypes.c_char] | None = array
         self.root = memoryview(array).cast("B")
-        """Every byte, for the owner's own accesses. Released by `close()`."""
+        """Every byte, to be written to by any thread. Released by `close()`."""
         words = size - size % 8
         self.words4 = self.root[:words].cast("I")
         """The same bytes as 4-byte words: an item access is one load or one store."""
@@ -181,11 +192,25 @@ class Mapping:
 
     def view(self, at: int, size: int) -> memoryview:
         """A zero-copy view that `close()` revokes. The caller has checked the bounds."""
-        view = self.root[at : at + size]
+        view = self._own_view(at, size) if FREE_THREADED else self.root[at : at + size]
         self._views.append(weakref.ref(view))
         if len(self._views) > self._prune_at:
             self._prune()
         return view
+
+    def _own_view(self, at: int, size: int) -> memoryview:
+        """A view with a managed buffer of its own, for some 200 ns more than a slice takes."""
+        array = self._array
+        if array is None:
+            raise ValueError("this mapping is closed")
+        return memoryview(array).cast("B")[at : at + size]
+
+    def read(self, at: int, size: int) -> bytes:
+        """A copy. The caller has checked the bounds. ValueError when closed."""
+        array = self._array
+        if array is None:
+            raise ValueError("this mapping is closed")
+        return array[at : at + size]  # type: ignore[return-value]  # bytes, of an array of c_char
 
     def _prune(self) -> None:
         """Forget the views that are gone. Each step is atomic: threads that add meanwhile lose none."""
@@ -207,6 +232,7 @@ class Mapping:
         instead, which stay mapped until it is dropped; guest memory is out of its
         reach either way. Holders of bare addresses must be gone before.
         """
+        self._array = None
         views = [reference() for reference in self._views.copy()]
         for view in (*views, self.words4, self.words8, self.root):
             if view is not None:

@@ -79,7 +79,7 @@ class PrivateMapping(Mapping):
 
     def under(self, at: int, size: int) -> bytes:
         """See `Mapping.under`."""
-        found = bytearray(self.root[at : at + size])
+        found = bytearray(self.read(at, size))
         for page in self._covered:
             if at <= page < at + size:
                 found[page - at : page - at + PAGE_SIZE] = os.pread(
@@ -93,7 +93,7 @@ class PrivateMapping(Mapping):
         if self._moved_fd < 0:
             self._moved_fd = os.memfd_create("hvkvm-ram-moved", os.MFD_CLOEXEC)
         place = len(self._moved) * PAGE_SIZE
-        os.pwrite(self._moved_fd, self.root[at : at + PAGE_SIZE], place)
+        os.pwrite(self._moved_fd, self.read(at, PAGE_SIZE), place)
         self._moved[at] = place
 
     def close(self) -> None:

@@ -38,7 +38,6 @@ CLOSED_WINDOW = 2048
 MAX_FLOWS = 1024
 MAX_CLOSED = 64
 """For so many closed windows passt is asked; guests ask for themselves too."""
-_HEADER = memoryview(VALID)
 FIRST_SECONDS, LAST_SECONDS = 0.005, 0.5
 """Until passt is asked first, and between two questions at most."""
 
@@ -226,7 +225,9 @@ class TcpHelp:
                 flow.delay = min(2 * flow.delay, LAST_SECONDS)
                 flow.due = now + flow.delay
                 if flow.guest:
-                    questions.append((_HEADER, memoryview(question(flow.answer, flow.at, flow.guest))))
+                    questions.append(
+                        (memoryview(VALID), memoryview(question(flow.answer, flow.at, flow.guest)))
+                    )
         if self._closed:
             self._arm(max(min(flow.due for flow in self._closed.values()) - now, FIRST_SECONDS))
         if questions:

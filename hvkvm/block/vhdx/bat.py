@@ -40,28 +40,26 @@ class Bat:
     def get(self, index: int) -> int:
         """The entry: a file offset, and a state in its low bits. OSError, ImageDamaged."""
         page, at = divmod(index, ENTRIES_A_PAGE)
-        view = self.pages.get(self.region.offset + page * SECTOR)
-        return int.from_bytes(view[at * 8 : at * 8 + 8], "little")
+        words = self.pages.get(self.region.offset + page * SECTOR)
+        return int.from_bytes(words[at * 8 : at * 8 + 8], "little")
 
     def peek(self, index: int) -> int | None:
         """The entry, if its page is in memory; None if the file would have to be read for it."""
         page, at = divmod(index, ENTRIES_A_PAGE)
-        view = self.pages.peek(self.region.offset + page * SECTOR)
-        return None if view is None else int.from_bytes(view[at * 8 : at * 8 + 8], "little")
+        words = self.pages.peek(self.region.offset + page * SECTOR)
+        return None if words is None else int.from_bytes(words[at * 8 : at * 8 + 8], "little")
 
     def set(self, index: int, entry: int) -> None:
         """Change an entry. With `pages.lock` held."""
         page, at = divmod(index, ENTRIES_A_PAGE)
-        offset = self.region.offset + page * SECTOR
-        self.pages.get(offset)[at * 8 : at * 8 + 8] = entry.to_bytes(8, "little")
-        self.pages.touch(offset)
+        self.pages.change(self.region.offset + page * SECTOR, at * 8, entry.to_bytes(8, "little"))
 
     def present(self) -> Iterator[tuple[int, int, int]]:
         """Each block that is in the file: its offset, its length, the index of its entry."""
         block_size = self.geometry.block_size
         for first in range(0, self.geometry.entries, ENTRIES_A_PAGE):
-            view = self.pages.get(self.region.offset + first * 8)
-            for index, entry in enumerate(_words(view)[: self.geometry.entries - first], first):
+            page = self.pages.get(self.region.offset + first * 8)
+            for index, entry in enumerate(_words(page)[: self.geometry.entries - first], first):
                 if entry & layout.STATE_MASK >= layout.FULLY_PRESENT:
                     length = MIB if self.geometry.is_bitmap(index) else block_size
                     yield entry & layout.OFFSET_MASK, length, index
@@ -75,7 +73,7 @@ class Bat:
                 raise ImageDamaged(self.path, f"BAT entry {index}", self.region.offset + index * 8, what)
             end, before = offset + length, index
 
-    def _check_page(self, offset: int, page: memoryview) -> None:
+    def _check_page(self, offset: int, page: bytes) -> None:
         at = offset - self.region.offset
         if not 0 <= at < self.region.length:
             return  # a page of something else
@@ -115,7 +113,7 @@ class Bat:
         self._end = max(self._end, end)
 
 
-def _words(page: memoryview) -> array[int]:
+def _words(page: bytes) -> array[int]:
     words = array("Q")
     words.frombytes(page)
     return words

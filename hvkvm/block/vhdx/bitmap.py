@@ -53,8 +53,7 @@ class SectorBitmaps:
                 mask = ((1 << n) - 1) << bit % 8
                 after = before | mask if present else before & ~mask
                 if after != before:
-                    page[first:last] = after.to_bytes(last - first, "little")
-                    self._pages.touch(offset)
+                    self._pages.change(offset, first, after.to_bytes(last - first, "little"))
 
     def _parts(self, block: int, within: int, length: int) -> Iterator[tuple[int, int, int]]:
         """The pages with the bits of a range: file offset, first bit, number of bits."""
@@ -72,7 +71,7 @@ class SectorBitmaps:
             yield (entry & OFFSET_MASK) + page * SECTOR, bit, n
 
 
-def _bits(page: memoryview, bit: int, n: int) -> int:
+def _bits(page: bytes, bit: int, n: int) -> int:
     """`n` bits of a page from `bit`, the first one lowest."""
     first, last = bit // 8, -(-(bit + n) // 8)
     return int.from_bytes(page[first:last], "little") >> bit % 8 & (1 << n) - 1

@@ -3,7 +3,9 @@
 A page that was changed stays until it is in its place in the file; others are forgotten, oldest first, when
 there are many, so a disk of 64 TiB does not fill the host's memory.
 
-Any thread may read a page. Who changes one holds `lock` from reading it to `touch`.
+A page is bytes, which never change: any thread may read it, and who changes one puts another in its place,
+with `lock` held since it was read. A view of a page would not do: slices of one memoryview are counted in
+one place, and without a GIL threads lose some of that count.
 """
 
 from __future__ import annotations
@@ -20,25 +22,27 @@ MAX_PAGES = 16384
 class Pages:
     """The pages of `source` by file offset. `check(offset, page)` sees each that is loaded, and may raise."""
 
-    def __init__(self, source: Source, check: Callable[[int, memoryview], None]) -> None:
+    def __init__(self, source: Source, check: Callable[[int, bytes], None]) -> None:
         self.source = source
         self.lock = threading.RLock()
         self._check = check
-        self._pages: dict[int, memoryview] = {}
+        self._pages: dict[int, bytes] = {}
         self._dirty: set[int] = set()
         self._settling: set[int] = set()
 
-    def get(self, offset: int) -> memoryview:
-        """The page at file offset `offset`, as bytes. OSError, ImageDamaged."""
+    def get(self, offset: int) -> bytes:
+        """The page at file offset `offset`. OSError, ImageDamaged."""
         page = self._pages.get(offset)
         return page if page is not None else self._load(offset)
 
-    def peek(self, offset: int) -> memoryview | None:
+    def peek(self, offset: int) -> bytes | None:
         """The page, if it is in memory."""
         return self._pages.get(offset)
 
-    def touch(self, offset: int) -> None:
-        """The page was changed. With `lock` held since it was got."""
+    def change(self, offset: int, at: int, data: bytes) -> None:
+        """Put `data` at byte `at` of the page. With `lock` held. OSError, ImageDamaged."""
+        page = self.get(offset)
+        self._pages[offset] = b"".join((page[:at], data, page[at + len(data) :]))
         self._dirty.add(offset)
 
     @property
@@ -52,7 +56,7 @@ class Pages:
             taken = sorted(self._dirty)
             self._settling.update(taken)
             self._dirty.clear()
-            return [(offset, bytes(self._pages[offset])) for offset in taken]
+            return [(offset, self._pages[offset]) for offset in taken]
 
     def settled(self, taken: list[tuple[int, bytes]], *, failed: bool = False) -> None:
         """What `take_dirty` gave is in its place, or it could not be put there."""
@@ -62,15 +66,14 @@ class Pages:
                 self._dirty |= offsets
             self._settling -= offsets
 
-    def _load(self, offset: int) -> memoryview:
+    def _load(self, offset: int) -> bytes:
         with self.lock:
             page = self._pages.get(offset)
             if page is not None:
                 return page
             if len(self._pages) >= MAX_PAGES:
                 self._forget()
-            data = bytearray(self.source.pread(offset, SECTOR).ljust(SECTOR, b"\0"))
-            page = memoryview(data)
+            page = self.source.pread(offset, SECTOR).ljust(SECTOR, b"\0")
             self._check(offset, page)
             self._pages[offset] = page
             return page

@@ -28,5 +28,4 @@ def store_size(pages: Pages, at: int, size: int) -> None:
     """Write the metadata item of the size, at `at` in the file. With `pages.lock` held. OSError."""
     for number, byte in enumerate(size.to_bytes(8, "little")):  # the item may lie across a page's border
         page, within = divmod(at + number, SECTOR)
-        pages.get(page * SECTOR)[within] = byte
-        pages.touch(page * SECTOR)
+        pages.change(page * SECTOR, within, bytes((byte,)))

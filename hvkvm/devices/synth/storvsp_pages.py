@@ -2,7 +2,9 @@
 
 A driver names the same pages again and again, so views of single pages are kept, and the lists of the last
 long requests: a program that reads or writes much does so with a few buffers of its own. What was mapped
-there once may be gone by the next request, and then a view is made anew; a list keeps its RAM mapped.
+there once may be gone by the next request, and then a view is made anew; a list keeps its RAM mapped. Without
+a GIL nothing is kept: a worker lets go of a request's views while the loop cuts the next one's from the same
+page, and neither may have a part in the other's buffer (see `memory.mapping`).
 
 Owner: the I/O loop. Nothing here raises for guest bytes.
 """
@@ -15,6 +17,7 @@ from hvkvm.abi.storvsp import Srb
 from hvkvm.abi.vmbus import HV_HYP_PAGE_SIZE
 from hvkvm.block.buffers import Buffers
 from hvkvm.errors import GuestMemoryError
+from hvkvm.memory.mapping import FREE_THREADED
 from hvkvm.memory.page_vector import LEAST_PAGES, PageVector, page_vector
 from hvkvm.vmbus.pages import Ram, range_views
 
@@ -65,7 +68,7 @@ class DataPages:
                 if vector is not None:
                     if len(self._lists) >= MAX_LISTS:
                         self._lists.clear()
-                    if len(header) <= MOST_HEADER:
+                    if len(header) <= MOST_HEADER and not FREE_THREADED:
                         self._lists[header] = vector
                     return vector
             return range_views(self._memory, gpa_pfns(header, count), offset, length, self.page)
@@ -82,7 +85,9 @@ class DataPages:
                 pass
         if len(self.kept) >= MAX_PAGES:
             self.kept.clear()
-        page = self.kept[pfn] = self._memory.view(pfn * HV_HYP_PAGE_SIZE, HV_HYP_PAGE_SIZE)
+        page = self._memory.view(pfn * HV_HYP_PAGE_SIZE, HV_HYP_PAGE_SIZE)
+        if not FREE_THREADED:
+            self.kept[pfn] = page
         return page
 
     def clear(self) -> None:
