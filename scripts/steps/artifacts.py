@@ -34,6 +34,8 @@ class Artifact(NamedTuple):
     """Packages that are unpacked into the same folder."""
     backport: bool = False
     """Whether it comes from the suite's backports, and only for who asks for it."""
+    only: str | None = None
+    """The one suite that it comes from, whatever this machine's is."""
 
 
 def _kernel(tree: Path) -> Path:
@@ -69,6 +71,10 @@ def _qemu(tree: Path) -> Path:
     return _one(tree, "usr/bin/qemu-system-x86_64")
 
 
+def _efi_shell(tree: Path) -> Path:
+    return _one(tree, "usr/share/efi-shell-ia32/shellia32.efi")
+
+
 def _ipxe(tree: Path) -> Path:
     return _one(tree, "usr/lib/ipxe/ipxe-amd64.efi", "usr/lib/ipxe/ipxe.efi", "boot/ipxe.efi")
 
@@ -88,6 +94,7 @@ def _one(tree: Path, *patterns: str) -> Path:
 _GUEST = ("linux-image-cloud-amd64", r"linux-image-\d\S*-cloud-amd64$")
 _LAB = ("linux-image-amd64", r"linux-image-\d\S*(?<!cloud)-amd64$")
 
+NEWEST_SUITE = "sid"
 ARTIFACTS = {
     "guest-kernel": Artifact(*_GUEST, _kernel, "bzImage of the cloud flavour, with the hv_* drivers"),
     "guest-modules": Artifact(*_GUEST, _modules, "its lib/modules/<version>"),
@@ -106,6 +113,13 @@ ARTIFACTS = {
     "u-boot": Artifact("u-boot-qemu", None, _u_boot, "U-Boot as firmware, with drivers of its own for disks"),
     "ipxe": Artifact(
         "ipxe", None, _ipxe, "iPXE as a UEFI program, with a VMBus driver of its own", each_suite=True
+    ),
+    "efi-shell": Artifact(
+        "efi-shell-ia32",
+        None,
+        _efi_shell,
+        "UEFI's shell as a 32-bit program, for U-Boot to start",
+        only="trixie",  # Those before have none yet, and sid has none any more.
     ),
     "libc": Artifact("libc6", None, _libc, "the folder of libc.so.6 and the loader those need"),
     "qemu": Artifact(
@@ -131,6 +145,7 @@ def path(name: str, suite: str | None = None, *, update: bool = False, offline: 
         suite = f"{release_codename()}-backports"
     # A busybox is a busybox: one suite's serves kernels of all. So do the daemons.
     suite = (suite or release_codename()) if artifact.real or artifact.each_suite else release_codename()
+    suite = artifact.only or suite
     noted = cache.root() / "resolved" / f"{suite}-{artifact.package}.json"
     tree = None if update else _noted_tree(noted)
     found = None
@@ -227,8 +242,9 @@ NEWEST_VARIABLES = {
     # Those before boot nothing from a NIC that has no EFI device of its own, as one on the VMBus.
     "HVKVM_NEWEST_IPXE": "ipxe",
 }
+# A program that one suite has.
+SHELL_VARIABLES = {"HVKVM_EFI_SHELL": "efi-shell"}
 _NEWER_SUITES = {"bullseye": "bookworm", "bookworm": "trixie"}
-NEWEST_SUITE = "sid"
 
 
 def newer_suite() -> str:
@@ -236,15 +252,16 @@ def newer_suite() -> str:
     return _NEWER_SUITES.get(release_codename(), NEWEST_SUITE)
 
 
-def other_kernels() -> list[tuple[str, dict[str, str]]]:
-    """(suite, variables) of the kernels that tests boot beside this machine's own."""
-    return [(newer_suite(), NEWER_VARIABLES), (NEWEST_SUITE, NEWEST_VARIABLES)]
+def other_suites() -> list[tuple[str, dict[str, str]]]:
+    """(suite, variables) of what tests boot that comes from other suites than this machine's own."""
+    shell = ARTIFACTS["efi-shell"].only or NEWEST_SUITE
+    return [(newer_suite(), NEWER_VARIABLES), (NEWEST_SUITE, NEWEST_VARIABLES), (shell, SHELL_VARIABLES)]
 
 
 def variables(suite: str | None = None) -> dict[str, str]:
     """The environment variables that name the cached artifacts; none for what is not cached."""
     found: dict[str, str] = {}
-    for from_suite, names in ((suite, VARIABLES), *other_kernels()):
+    for from_suite, names in ((suite, VARIABLES), *other_suites()):
         for variable, name in names.items():
             with contextlib.suppress(StepError):
                 found[variable] = str(path(name, from_suite, offline=True))

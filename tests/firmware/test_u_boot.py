@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 
 import pytest
-from firmware_guest import fat_disk
+from firmware_guest import fat_disk, file_on
 from guest_artifacts import artifact
 from linux_guest import LinuxGuest
 from u_boot import TIMES, Console
@@ -22,6 +22,15 @@ COLOUR = re.compile(r"\x1b\[[0-9;]*m")
 NO_NIC = {"simple network protocol"}
 TIMING = {"event services", "task priority levels", "watchdog timer"}
 """These count timer events, and a slow or busy host has them late."""
+
+
+SCRIPT = r"""@echo -off
+echo script begins
+ls fs1:
+cp fs0:\from.txt fs1:\to.txt
+echo script ends
+reset
+"""
 
 
 def test_u_boot_reads_disks_on_nvme_and_virtio(tmp_path: Path) -> None:
@@ -61,3 +70,39 @@ def test_u_boot_reads_disks_on_nvme_and_virtio(tmp_path: Path) -> None:
         guest.press(b" ")
         guest.wait_until(lambda: machine.resets == 1, "the reset", TIMES)
         guest.wait_until(lambda: guest.text.count("stop autoboot") == 2, "the second life", TIMES)
+
+
+def test_its_uefi_runs_a_script_in_the_shell(tmp_path: Path) -> None:
+    """U-Boot finds EFI/BOOT on the virtio disk by itself; the shell copies a file there from the one on NVMe.
+
+    Here each character is an exit and each instruction is emulated, so the shell's countdown is left out.
+    """
+    text = b"read from NVMe, written to virtio"
+    nvme = fat_disk(tmp_path / "nvme", {"from.txt": text})
+    files = {
+        "EFI/BOOT/BOOTIA32.EFI": artifact("HVKVM_EFI_SHELL").read_bytes(),
+        "startup.nsh": SCRIPT.encode(),
+    }
+    virtio = fat_disk(tmp_path / "virtio", files)
+    config = MachineConfig(
+        firmware=artifact("HVKVM_GUEST_U_BOOT"),
+        hv="none",
+        memory=MEMORY,
+        disks=(DiskSpec(str(nvme), bus="nvme"), DiskSpec(str(virtio), bus="virtio")),
+        timeout=3 * TIMES,
+    )
+    with Machine(config) as machine:
+        guest = LinuxGuest(machine)
+        guest.start()
+        console = Console(guest)
+        console.stop_autoboot()
+        console.run("nvme scan")
+        console.run("setenv bootargs shell -delay 0")
+        guest.type("run bootcmd_virtio0")
+        guest.wait_until(lambda: machine.resets == 1, "the script's reset", TIMES)
+        said = COLOUR.sub("", guest.text)
+        assert "Found EFI removable media binary efi/boot/bootia32.efi" in said, guest.report()
+        assert "UEFI Interactive Shell" in said, guest.report()
+        script = said.split("script begins")[1].split("script ends")[0]
+        assert "startup.nsh" in script, guest.report()
+    assert file_on(virtio, "to.txt") == text

@@ -54,6 +54,12 @@ def fat_disk(path: Path, files: Mapping[str, bytes], megabytes: int = 16) -> Pat
     return path
 
 
+def file_on(disk: Path, name: str) -> bytes:
+    """The content of a file on such a disk, which no guest has any more."""
+    words = ["mcopy", "-i", str(disk), f"::/{name}", "-"]
+    return subprocess.run(words, check=True, capture_output=True).stdout
+
+
 def lab_tick() -> int:
     """What `apic_bus_ns` must be here."""
     return LAB_TICK if "HVKVM_IN_LAB" in os.environ else 0

@@ -44,6 +44,7 @@ test_disk() {
         echo $slot > $driver/bind
         wait_for $disk
         round=$((round + 1))
+        [ $((round % 10)) = 0 ] && echo $3 round $round $(cut -d' ' -f1 /proc/uptime)
     done
     echo $3 rounds $round
     echo 3 > /proc/sys/vm/drop_caches

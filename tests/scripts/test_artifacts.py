@@ -126,6 +126,12 @@ def test_offline_says_what_to_run() -> None:
         artifacts.path("lab-kernel", "trixie", offline=True)
 
 
+@pytest.mark.usefixtures("cached")
+def test_what_one_suite_has_comes_from_there() -> None:
+    with pytest.raises(StepError, match=r"efi-shell \(trixie\) .* --suite trixie fetch efi-shell"):
+        artifacts.path("efi-shell", "sid", offline=True)
+
+
 def test_damaged_note_is_not_believed(cached: Path) -> None:
     note = cached.parents[1] / "resolved/trixie-linux-image-cloud-amd64.json"
     for damage in ("", "[]", "{}", '{"package": "x", "version": "1"}', '{"package": 1, "version": []}'):
