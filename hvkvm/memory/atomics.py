@@ -28,7 +28,8 @@ from typing import Any
 from hvkvm.tuples import NamedTuple
 
 FREE_THREADED = not getattr(sys, "_is_gil_enabled", lambda: True)()
-"""Whether threads run Python code at the same time, so that a store and the load behind it need a fence."""
+"""Whether threads run Python code at the same time, so that a store and the load behind it need a fence, and
+views of one mapping a buffer each (`memory.mapping`)."""
 
 _SEQ_CST = 5  # __ATOMIC_SEQ_CST
 

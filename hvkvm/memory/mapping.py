@@ -21,17 +21,15 @@ import ctypes
 import errno
 import fcntl
 import os
-import sys
 import weakref
 from collections import deque
 from collections.abc import Iterator
 from mmap import MAP_ANONYMOUS, MAP_PRIVATE, MAP_SHARED, PAGESIZE, PROT_READ, PROT_WRITE
 
+from hvkvm.memory.atomics import FREE_THREADED
+
 PAGE_SIZE = 4096
 """Size of a guest page and of an overlay, bytes."""
-
-FREE_THREADED = "t" in sys.abiflags
-"""Whether this Python can run without a GIL."""
 
 # From asm-generic/mman.h; Python's mmap module has no names for them.
 _PROT_NONE = 0

@@ -18,8 +18,9 @@ from hvkvm.abi.ring import VM_PKT_DATA_USING_GPA_DIRECT, GpaRange, Packet, gpa_d
 from hvkvm.abi.storvsp import READ_TYPE, Srb
 from hvkvm.block.buffers import clear, zeros
 from hvkvm.devices.synth.storvsp_pages import DataPages
+from hvkvm.memory.atomics import FREE_THREADED
 from hvkvm.memory.guest import GuestMemory
-from hvkvm.memory.mapping import FREE_THREADED, PAGE_SIZE
+from hvkvm.memory.mapping import PAGE_SIZE
 
 SIZE = 1 << 20
 ROUNDS = 20000

@@ -14,7 +14,7 @@ from hvkvm.abi.storvsp import Srb
 from hvkvm.block.buffers import size_of
 from hvkvm.devices.synth import storvsp_pages
 from hvkvm.devices.synth.storvsp_handshake import Phase
-from hvkvm.memory.mapping import FREE_THREADED
+from hvkvm.memory.atomics import FREE_THREADED
 from hvkvm.testing.storvsc_driver import PAGE, RESET_ID, StorvscDriver
 
 SUCCESS = wire.SRB_STATUS_SUCCESS

@@ -17,7 +17,7 @@ from hvkvm.abi.storvsp import Srb
 from hvkvm.abi.vmbus import HV_HYP_PAGE_SIZE
 from hvkvm.block.buffers import Buffers
 from hvkvm.errors import GuestMemoryError
-from hvkvm.memory.mapping import FREE_THREADED
+from hvkvm.memory.atomics import FREE_THREADED
 from hvkvm.memory.page_vector import LEAST_PAGES, PageVector, page_vector
 from hvkvm.vmbus.pages import Ram, range_views
 
