@@ -228,7 +228,8 @@ class Mapping:
         A revoked memoryview raises ValueError on use. What Python cannot revoke
         (a slice of a view, a ctypes structure on one) falls on private zero pages
         instead, which stay mapped until it is dropped; guest memory is out of its
-        reach either way. Holders of bare addresses must be gone before.
+        reach then. Where the kernel has none to give, such a holder keeps what it has.
+        Holders of bare addresses must be gone before.
         """
         self._array = None
         views = [reference() for reference in self._views.copy()]
@@ -237,10 +238,8 @@ class Mapping:
                 with contextlib.suppress(BufferError):
                     view.release()
         del view, views
-        if self._alive() is not None:
-            _mmap(
-                self.hva,
-                self.size,
-                PROT_READ | PROT_WRITE,
-                MAP_PRIVATE | MAP_ANONYMOUS | _MAP_FIXED | _MAP_NORESERVE,
-            )
+        held = self._alive()  # from here on: nobody else may have the addresses before they are covered
+        if held is not None:
+            flags = MAP_PRIVATE | MAP_ANONYMOUS | _MAP_FIXED | _MAP_NORESERVE
+            with contextlib.suppress(OSError):
+                _mmap(self.hva, self.size, PROT_READ | PROT_WRITE, flags)

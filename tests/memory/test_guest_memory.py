@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import errno
 import gc
 import os
 import struct
@@ -16,8 +17,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hvkvm.errors import GuestMemoryError
-from hvkvm.memory import atomics
+from hvkvm.memory import atomics, mapping
 from hvkvm.memory.guest import GuestMemory
+from hvkvm.memory.overlay import OverlayPage
 
 LOW = 0xC000_0000
 HIGH = 0x1_0000_0000
@@ -270,6 +272,30 @@ def test_what_cannot_be_revoked_falls_on_zero_pages_until_dropped() -> None:
     del part
     assert mapped(hva)
     del word, view
+    gc.collect()
+    assert not mapped(hva)
+
+
+def test_a_host_without_memory_does_not_keep_ram_from_closing(monkeypatch: pytest.MonkeyPatch) -> None:
+    before = open_fds()
+    memory = GuestMemory(Slots(), 1 << 20)
+    hva = memory.regions[0].hva
+    page = OverlayPage(memory)
+    page.place(HIGH)
+    outside = page.view[:8]
+    page.zero()
+    part = memory.view(0, 64)[:6]
+
+    def refused(*arguments: object) -> int:
+        raise OSError(errno.ENOMEM, "refused")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(mapping, "_mmap", refused)
+        page.close()
+        memory.close()
+    assert open_fds() == before
+    assert (bytes(part), bytes(outside)) == (bytes(6), bytes(8))
+    del part, outside
     gc.collect()
     assert not mapped(hva)
 
