@@ -18,17 +18,19 @@ from hvkvm.hyperv.partition import Partition
 
 
 class Vp:
-    """A VP whose thread is the test: what is submitted runs at once."""
+    """A VP whose thread is the test: what is submitted runs at once, one thing after the other."""
 
     def __init__(self, vp_index: int) -> None:
         self.vp_index = vp_index
+        self.turn = threading.RLock()
         self.slots: dict[int, bytes] = {}
         self.flags: set[tuple[int, int]] = set()
         self.pulses: list[int] = []
         self.waiters: list[tuple[int, object]] = []
 
     def submit(self, fn, cancelled) -> None:
-        fn()
+        with self.turn:
+            fn()
 
     def post_message(self, sint: int, message: bytes) -> int:
         if sint in self.slots:
@@ -46,8 +48,9 @@ class Vp:
         message = self.slots.pop(sint, None)
         if then is not None:
             self.slots[sint] = then
-        waiters = [w for s, w in self.waiters if s == sint]
-        self.waiters = [(s, w) for s, w in self.waiters if s != sint]
+        with self.turn:
+            waiters = [w for s, w in self.waiters if s == sint]
+            self.waiters = [(s, w) for s, w in self.waiters if s != sint]
         for waiter in waiters:
             waiter()
         return message
@@ -56,7 +59,7 @@ class Vp:
 class Line:
     def __init__(self, synic: Synic, vp: Vp, sint: int) -> None:
         self.synic, self.vp, self.sint = synic, vp, sint
-        synic.lines += 1
+        synic.count(1)
 
     def pulse(self) -> int:
         self.vp.pulses.append(self.sint)
@@ -66,13 +69,15 @@ class Line:
         pass
 
     def arm_ack(self, waiter) -> None:
-        self.vp.waiters.append((self.sint, waiter))
+        with self.vp.turn:
+            self.vp.waiters.append((self.sint, waiter))
 
     def disarm_ack(self, waiter) -> None:
-        self.vp.waiters = [(s, w) for s, w in self.vp.waiters if w is not waiter]
+        with self.vp.turn:
+            self.vp.waiters = [(s, w) for s, w in self.vp.waiters if w is not waiter]
 
     def close(self) -> None:
-        self.synic.lines -= 1
+        self.synic.count(-1)
 
 
 class Synic:
@@ -82,6 +87,11 @@ class Synic:
     def __init__(self, cpus: int) -> None:
         self.vps = [Vp(index) for index in range(cpus)]
         self.lines = 0
+        self._lock = threading.Lock()
+
+    def count(self, change: int) -> None:
+        with self._lock:
+            self.lines += change
 
     def vp(self, vp_index: int) -> Vp | None:
         return self.vps[vp_index] if vp_index < len(self.vps) else None
