@@ -75,6 +75,10 @@ def _efi_shell(tree: Path) -> Path:
     return _one(tree, "usr/share/efi-shell-ia32/shellia32.efi")
 
 
+def _fwts(tree: Path) -> Path:
+    return _one(tree, "usr/bin/fwts")
+
+
 def _ipxe(tree: Path) -> Path:
     return _one(tree, "usr/lib/ipxe/ipxe-amd64.efi", "usr/lib/ipxe/ipxe.efi", "boot/ipxe.efi")
 
@@ -95,6 +99,11 @@ _GUEST = ("linux-image-cloud-amd64", r"linux-image-\d\S*-cloud-amd64$")
 _LAB = ("linux-image-amd64", r"linux-image-\d\S*(?<!cloud)-amd64$")
 
 NEWEST_SUITE = "sid"
+_FWTS_LIBRARIES = (
+    *("libc6", "zlib1g", "libfdt1", "libglib2.0-0t64", "libffi8", "libpcre2-8-0"),
+    *("libmount1", "libblkid1", "libselinux1", "libatomic1", "libsystemd0"),
+)
+
 ARTIFACTS = {
     "guest-kernel": Artifact(*_GUEST, _kernel, "bzImage of the cloud flavour, with the hv_* drivers"),
     "guest-modules": Artifact(*_GUEST, _modules, "its lib/modules/<version>"),
@@ -120,6 +129,14 @@ ARTIFACTS = {
         _efi_shell,
         "UEFI's shell as a 32-bit program, for U-Boot to start",
         only="trixie",  # Those before have none yet, and sid has none any more.
+    ),
+    "fwts": Artifact(
+        "fwts",
+        None,
+        _fwts,
+        "the Firmware Test Suite, in a folder with all libraries that it needs",
+        beside=_FWTS_LIBRARIES,
+        only=NEWEST_SUITE,
     ),
     "libc": Artifact("libc6", None, _libc, "the folder of libc.so.6 and the loader those need"),
     "qemu": Artifact(
@@ -242,8 +259,9 @@ NEWEST_VARIABLES = {
     # Those before boot nothing from a NIC that has no EFI device of its own, as one on the VMBus.
     "HVKVM_NEWEST_IPXE": "ipxe",
 }
-# A program that one suite has.
+# Programs that come from one suite each.
 SHELL_VARIABLES = {"HVKVM_EFI_SHELL": "efi-shell"}
+FWTS_VARIABLES = {"HVKVM_FWTS": "fwts"}
 _NEWER_SUITES = {"bullseye": "bookworm", "bookworm": "trixie"}
 
 
@@ -255,7 +273,12 @@ def newer_suite() -> str:
 def other_suites() -> list[tuple[str, dict[str, str]]]:
     """(suite, variables) of what tests boot that comes from other suites than this machine's own."""
     shell = ARTIFACTS["efi-shell"].only or NEWEST_SUITE
-    return [(newer_suite(), NEWER_VARIABLES), (NEWEST_SUITE, NEWEST_VARIABLES), (shell, SHELL_VARIABLES)]
+    return [
+        (newer_suite(), NEWER_VARIABLES),
+        (NEWEST_SUITE, NEWEST_VARIABLES),
+        (shell, SHELL_VARIABLES),
+        (NEWEST_SUITE, FWTS_VARIABLES),
+    ]
 
 
 def variables(suite: str | None = None) -> dict[str, str]:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 import struct
 import subprocess
 from pathlib import Path
 
+import fwts_runs
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -220,3 +222,26 @@ def test_dsdt_compiles_back_to_the_same_code(tmp_path: Path) -> None:
     iasl(tmp_path, "-oa", "-p", "again", "DSDT.dsl")
     again = (tmp_path / "again.aml").read_bytes()
     assert again[36:] == dsdt[36:]
+
+
+# Some look at this machine's processors and its kernel's log as well.
+FWTS = ["--acpitests", "-S", "cstates,hpet,acpiinfo,pcc", "-q", "-w", "200", "--results-no-separators"]
+
+
+@pytest.mark.skipif(not os.environ.get("HVKVM_FWTS"), reason="needs fwts: scripts/artifacts fetch fwts")
+@pytest.mark.parametrize(("cpus", "pci"), [(1, True), (2, False)])
+def test_fwts_fails_in_what_is_documented_only(tmp_path: Path, cpus: int, pci: bool) -> None:
+    tables, folder = Tables(cpus, pci=pci), tmp_path / "tables"
+    folder.mkdir()
+    named = {**tables.by_name, "XSDT": tables.xsdt, "FACS": tables.facs, "RSDP": tables.rsdp}
+    for name, content in named.items():
+        (folder / f"{name}.dat").write_bytes(content)
+    command = [*fwts_runs.Files.found().command(), *FWTS, "-t", folder, "-r", tmp_path / "said"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    log = tmp_path / "said.log"
+    assert log.exists(), done.stdout + done.stderr
+    said = fwts_runs.read(log.read_text())
+    assert not said.unknown()
+    assert {"acpitables", "checksum", "facs", "fadt", "madt", "method", "rsdp", "xsdt"} <= said.ran
+    assert {"spcr", "waet"} & said.ran == ({"spcr", "waet"} if pci else set())
+    assert said.passed > (90 if pci else 70), log.read_text()
