@@ -21,14 +21,23 @@ class Call:
     def __init__(self, fn: Callable[..., Any], args: tuple[Any, ...]) -> None:
         self._fn = fn
         self._args = args
-        self._claim = threading.Lock()  # taken once, by whoever decides what becomes of the call
+        self._lock = threading.Lock()
+        self._fate = ""
         self._done = threading.Event()
         self._result: Any = None
         self._error: BaseException | None = None
 
+    def _becomes(self, fate: str) -> bool:
+        """Whether this is what becomes of it; False if something else does already."""
+        with self._lock:
+            if self._fate:
+                return False
+            self._fate = fate
+            return True
+
     def run(self) -> None:
         """Do it, unless withdrawn; what it raises goes to the waiter. The thread asked."""
-        if not self._claim.acquire(blocking=False):
+        if not self._becomes("run"):
             return
         try:
             self._result = self._fn(*self._args)
@@ -39,7 +48,7 @@ class Call:
 
     def cancel(self) -> None:
         """It will not run: the thread asked has ended."""
-        if self._claim.acquire(blocking=False):
+        if self._becomes("cancelled"):
             self._error = Stopped(f"{getattr(self._fn, '__qualname__', self._fn)} was cancelled")
             self._done.set()
 
@@ -50,9 +59,11 @@ class Call:
         runs, unless the error says that it is running already.
         """
         if not self._done.wait(timeout):
-            if self._claim.acquire(blocking=False):
+            if self._becomes("withdrawn"):
                 raise TimeoutError("the call was not begun in time, and is withdrawn")
-            if not self._done.is_set():
+            if self._fate == "cancelled":
+                self._done.wait()  # a moment: nothing is run for it
+            elif not self._done.is_set():
                 raise TimeoutError("the call was begun but has not ended in time")
         if self._error is not None:
             raise self._error

@@ -61,6 +61,33 @@ def test_a_timeout_says_when_it_is_running_already() -> None:
     thread.join()
 
 
+def test_a_wait_that_ends_while_the_call_is_cancelled_says_so() -> None:
+    outcome: list[object] = []
+
+    class Named:
+        """Is asked for its name by `cancel`, when it is decided that nothing will be run."""
+
+        def __getattr__(self, name: str) -> str:
+            waiter.start()
+            waiter.join(0.3)  # it ends when the cancelling has
+            return "this"
+
+        def __call__(self) -> None:
+            outcome.append("ran")
+
+    def wait() -> None:
+        try:
+            call.wait(0)
+        except (TimeoutError, Stopped) as error:
+            outcome.append(str(error))
+
+    call = Call(Named(), ())
+    waiter = threading.Thread(target=wait)
+    call.cancel()
+    waiter.join()
+    assert outcome == ["this was cancelled"]
+
+
 @pytest.mark.usefixtures("tiny_switch_interval")
 def test_running_cancelling_and_withdrawing_exclude_each_other(in_threads: Callable[..., None]) -> None:
     for _ in range(300):
