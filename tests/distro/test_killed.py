@@ -20,12 +20,13 @@ import pytest
 from debian_guest import ON_REQUEST
 from killed_disks import KINDS, KilledDisks
 from linux_guest import linux_guest
-from linux_programs import program
+from linux_programs import ahead, program
 from vmm_killer import vmm_killer
 
 from hvkvm.machine.disk_spec import DiskSpec
 
 pytestmark = [ON_REQUEST, pytest.mark.hyperv, pytest.mark.timeout(7 * 24 * 3600)]
+ahead("stable")
 
 KILLS = int(os.environ.get("HVKVM_DISK_KILLS", "200" if os.environ.get("HVKVM_SOAK") else "5"))
 MOST_BATCHES = 30

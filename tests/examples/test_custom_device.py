@@ -6,12 +6,11 @@ uio_hv_generic gives the channel's rings to the program, the test is the host's 
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import suppress
 from typing import Any
 
 import pytest
 from guest_artifacts import artifact
-from linux_programs import ProgramBuildError, program
+from linux_programs import ahead, program
 
 from hvkvm.testing.kernels import GuestKernel
 
@@ -29,9 +28,7 @@ SCRIPT = f"""
     echo gone
 """
 
-# Tests are collected outside before the lab has started: compiled there it is quick, and kept.
-with suppress(ProgramBuildError, OSError):
-    program("uio_echo")
+ahead("uio_echo")
 
 
 def test_a_program_of_the_guest_drives_the_tests_device(

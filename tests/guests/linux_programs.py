@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import subprocess
 import tempfile
+from contextlib import suppress
 from pathlib import Path
 
 from hvkvm.boot import cache
@@ -30,6 +31,17 @@ def program(name: str) -> Path:
         cache.publish(path, [_compiled(source)])
     path.chmod(0o755)
     return path
+
+
+def ahead(*names: str) -> None:
+    """Compile these when a module of tests is imported, that is, outside before the lab has started.
+
+    There it is quick, and kept; in the lab it takes seconds, and is lost with the lab. What does not
+    compile is told by the test that wants it.
+    """
+    for name in names:
+        with suppress(ProgramBuildError, OSError):
+            program(name)
 
 
 def _compiled(source: Path) -> bytes:

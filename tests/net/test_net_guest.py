@@ -13,7 +13,7 @@ import socket
 import subprocess
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from select import select
 from typing import Any, NamedTuple
@@ -21,7 +21,7 @@ from typing import Any, NamedTuple
 import pytest
 from linux_guest import SECONDS, LinuxGuest, linux_guest
 from linux_peer import Peer, echo
-from linux_programs import ProgramBuildError, program
+from linux_programs import ahead, program
 from linux_shell import SHELL, Shell
 
 from hvkvm.machine.nic_spec import NicSpec
@@ -48,8 +48,7 @@ UPLINK = "203.0.113.2"
 HOST, TAP_GUEST = "10.98.0.1", "10.98.0.2"
 HOST6, TAP_GUEST6 = "fd00:98::1", "fd00:98::2"
 
-with suppress(ProgramBuildError, OSError):
-    program("nic")
+ahead("nic")
 
 
 class Uplink(NamedTuple):

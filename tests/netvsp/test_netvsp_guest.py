@@ -8,12 +8,11 @@ any guest.
 from __future__ import annotations
 
 import os
-from contextlib import suppress
 
 import pytest
 from linux_guest import KERNELS
 from linux_lan import GUEST, HOST, HOST6, guest_lan
-from linux_programs import ProgramBuildError, program
+from linux_programs import ahead
 from linux_vmbus import see_no_complaints
 
 from hvkvm.abi import nvsp
@@ -24,9 +23,7 @@ SOAK = bool(os.environ.get("HVKVM_SOAK"))
 FLAPS = int(os.environ.get("HVKVM_NET_FLAPS", "100" if SOAK else "2"))
 RELOADS = int(os.environ.get("HVKVM_NET_RELOADS", "50" if SOAK else "2"))
 
-# Tests are collected outside before the lab has started: compiled there it is quick, and kept.
-with suppress(ProgramBuildError, OSError):
-    program("nic")
+ahead("nic")
 
 
 @pytest.mark.parametrize(

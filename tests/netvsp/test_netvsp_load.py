@@ -8,13 +8,12 @@ from __future__ import annotations
 import gc
 import os
 import time
-from contextlib import suppress
 from pathlib import Path
 from random import Random
 
 import pytest
 from linux_lan import HOST, HOST6, guest_lan
-from linux_programs import ProgramBuildError, program
+from linux_programs import ahead
 from linux_vmbus import see_no_complaints
 
 from tests.net.conftest import needs_taps
@@ -30,8 +29,7 @@ pytestmark = [
 ]
 FAULTS = {"loss": 0.005, "corrupt": 0.001, "duplicate": 0.005, "reorder": 0.005, "jitter": 0.002}
 
-with suppress(ProgramBuildError, OSError):
-    program("nic")
+ahead("nic")
 
 
 def private_kib() -> int:

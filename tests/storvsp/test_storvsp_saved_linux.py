@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 from linux_guest import LinuxGuest, linux_guest
-from linux_programs import program
+from linux_programs import ahead, program
 
 from hvkvm.machine.config import MachineConfig
 from hvkvm.machine.disk_spec import DiskSpec
@@ -25,6 +25,7 @@ from hvkvm.machine.outcome import Ending
 
 IN_SOAK = bool({"HVKVM_SOAK", "HVKVM_DISK_SAVES"} & set(os.environ))
 pytestmark = [pytest.mark.hyperv, pytest.mark.timeout(7 * 24 * 3600 if IN_SOAK else 1800)]
+ahead("verify")
 IN_A_SOAK = pytest.mark.skipif(not IN_SOAK, reason="minutes: set HVKVM_SOAK=1")
 SAVES = int(os.environ.get("HVKVM_DISK_SAVES", "100" if os.environ.get("HVKVM_SOAK") else "8"))
 SCRIPT = """

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from contextlib import suppress
 from pathlib import Path
 
 import pytest
 from guest_artifacts import artifact
 from linux_guest import KERNELS, linux_guest
-from linux_programs import ProgramBuildError, program
+from linux_programs import ahead, program
 from linux_shell import SHELL, Shell
 from linux_vmbus import UTILITIES, channel_of, converse, see_no_complaints, version, wait_for_utilities
 
@@ -23,9 +22,7 @@ CRASH_MEMORY = "192M"
 HV = "host-model,-crash"
 """With hv-crash Linux reports the panic before it starts the crash kernel, and for us that ends the run."""
 
-# Tests are collected outside before the lab has started: compiled there it is quick, and kept.
-with suppress(ProgramBuildError, OSError):
-    program("kexec")
+ahead("kexec")
 
 
 @pytest.mark.parametrize("kernel", KERNELS)

@@ -16,10 +16,11 @@ from typing import Any
 
 import pytest
 from linux_guest import KERNELS, MAIN_KERNELS, LinuxGuest, linux_guest
-from linux_programs import program
+from linux_programs import ahead, program
 from linux_shell import SHELL, Shell
 
 pytestmark = [pytest.mark.hyperv, pytest.mark.timeout(1800)]
+ahead("vsock")
 MB = 1_000_000
 STREAM = (100 if os.environ.get("HVKVM_SOAK") else 25) * MB
 DONE = re.compile(
