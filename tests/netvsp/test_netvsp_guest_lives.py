@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import os
 import socket
-from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -14,7 +13,7 @@ from linux_guest import KERNELS
 from linux_lan import HOST, HOST6, MODULES, Lan, guest_lan
 from linux_pair import see_two_on_a_bridge
 from linux_peer import Peer, RawTap
-from linux_programs import ProgramBuildError, program
+from linux_programs import ahead, program
 from linux_shell import SHELL
 from linux_vmbus import see_no_complaints
 
@@ -26,11 +25,10 @@ SOAK = bool(os.environ.get("HVKVM_SOAK"))
 LIFE = 7200 if SOAK else 1800
 pytestmark = [pytest.mark.hyperv, pytest.mark.timeout(LIFE), needs_taps]
 MIB = 1 << 20
-MANY = 1 << 30 if SOAK else 32 * MIB
+MANY = 1 << 30 if SOAK else 8 * MIB
 EVERYTHING = rndis.NDIS_PACKET_TYPE_PROMISCUOUS
 
-with suppress(ProgramBuildError, OSError):
-    program("kexec")
+ahead("kexec")
 
 
 def see_who_gets_frames_of_others(lan: Lan, raw: RawTap, promiscuous: bool) -> None:

@@ -18,7 +18,7 @@ from hvkvm.machine.outcome import Ending
 
 SOAK = bool(os.environ.get("HVKVM_SOAK"))
 pytestmark = [pytest.mark.hyperv, pytest.mark.timeout(0 if SOAK else 900)]
-LINES = 300
+LINES = 150
 SHORT_LINES = 20
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
 from linux_guest import KERNELS, LinuxGuest, linux_guest
 from linux_shell import SHELL, Shell
@@ -21,7 +23,7 @@ from linux_vmbus import (
 from hvkvm.vmbus.offer import ChannelState
 
 pytestmark = [pytest.mark.hyperv, pytest.mark.timeout(1800), pytest.mark.usefixtures("each_synic")]
-ROUNDS = 100
+ROUNDS = 100 if os.environ.get("HVKVM_SOAK") else 40
 CAPS = {"stable": "5.2", "newer": "6.0"}
 """Up to 5.2 MODIFYCHANNEL has no answer and Linux only hopes, from 5.3 on it waits for one."""
 

@@ -19,7 +19,7 @@ from typing import Any
 import pytest
 from linux_daemons import DISK, WRITE, WRITTEN, ask, daemons
 from linux_guest import MAIN_KERNELS, LinuxGuest, linux_guest
-from linux_programs import program
+from linux_programs import ahead, program
 from linux_shell import SHELL, Shell
 from linux_vmbus import (
     bound,
@@ -35,8 +35,9 @@ from hvkvm.abi import kvp
 from hvkvm.machine.inspect import inspect
 
 pytestmark = [pytest.mark.hyperv, pytest.mark.timeout(1800)]
+ahead("vsock")
 
-ROUNDS = 100 if os.environ.get("HVKVM_SOAK") else 40
+ROUNDS = 100 if os.environ.get("HVKVM_SOAK") else 20
 DEVICES = ("keyboard", "kvp", "vss")
 MODULES = ("hv_vmbus", "hv_utils", "hyperv_keyboard", "hv_sock", "brd")
 # A daemon's node is there before its driver knows it by the pointer that the daemon's writes will follow.
