@@ -113,8 +113,8 @@ def test_a_guest_of_two_processors_is_saved_and_kexecs_with_traffic(tmp_path: Pa
         assert lan.nic.inspect()["channels"] == 2
         lan.ping()
 
-        shell.check(f"ping -q -i 0.01 {HOST} > /dev/null 2>&1 &")
         shell.check('kexec load /kexec/kernel /kexec/initrd "$(cat /proc/cmdline) life=second"')
+        shell.check(f"ping -q -i 0.01 {HOST} > /dev/null 2>&1 &")
         shell.send("kexec go")
         shell.ready()
         assert "life=second" in shell.check("cat /proc/cmdline")
