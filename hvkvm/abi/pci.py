@@ -80,6 +80,8 @@ PCI_MSIX_ENTRY_CTRL_MASKBIT = 1 << 0
 # Identities, by pci_ids.h.
 PCI_VENDOR_ID_INTEL = 0x8086
 PCI_DEVICE_ID_INTEL_82441 = 0x1237
+PCI_DEVICE_ID_CLOUDHV = 0x0D57
+"""Not of pci_ids.h: the host bridge by which OVMF's CloudHv platform knows its board (edk2, CloudHv.h)."""
 PCI_DEVICE_ID_INTEL_82371SB_0 = 0x7000
 PCI_DEVICE_ID_INTEL_82371AB_3 = 0x7113
 PCI_VENDOR_ID_REDHAT_QUMRANET = 0x1AF4

@@ -21,6 +21,8 @@ from hvkvm.boot.layout import GuestRam
 from hvkvm.errors import BootError
 
 _HEAD_SIZE = 64 << 10
+_VOLUME_SIGNATURE = (0x1028, b"_FVH")
+"""Where CLOUDHV.fd, behind a page for its ELF header, has a firmware volume's (PI 1.8, volume 3, 3.2.1)."""
 
 # What people hand over by mistake: (offset, bytes, what it is, remedy).
 _LOOKALIKES: tuple[tuple[int, bytes, str, str], ...] = (
@@ -129,13 +131,32 @@ def _write_acpi(memory: GuestRam, cpus: int, *, vmbus: bool, serial_ports: int, 
 
 
 def is_linux(kernel: Path) -> bool:
-    """Whether `kernel` takes an initramfs: a bzImage, a 64-bit or PVH ELF, not a multiboot one. BootError."""
+    """Whether `kernel` takes an initramfs: a bzImage, a 64-bit or PVH ELF; not firmware, not multiboot.
+
+    BootError.
+    """
     with KernelFile(kernel, "--kernel") as file:
         head = file.head(_HEAD_SIZE)
         if head.startswith(ELFMAG):
             image = elf.parse(file)
-            return image.bits == 64 or image.pvh_entry() is not None
+            return (image.bits == 64 or image.pvh_entry() is not None) and not _holds_volume(image, head)
         return bootparams.parse_header(head) is not None
+
+
+def is_firmware(kernel: Path) -> bool:
+    """Whether `kernel` is UEFI firmware that is entered as a PVH kernel, as CLOUDHV.fd is. BootError."""
+    with KernelFile(kernel, "--kernel") as file:
+        head = file.head(_HEAD_SIZE)
+        if not head.startswith(ELFMAG):
+            return False
+        image = elf.parse(file)
+        return image.pvh_entry() is not None and _holds_volume(image, head)
+
+
+def _holds_volume(image: elf.ElfImage, head: bytes) -> bool:
+    at, signature = _VOLUME_SIGNATURE
+    loaded = image.load_segments()
+    return bool(loaded) and head[loaded[0].offset + at :].startswith(signature)
 
 
 def _load_elf(

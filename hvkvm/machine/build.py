@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import errno
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from typing import TYPE_CHECKING
 
 from hvkvm.abi import board
@@ -19,7 +19,7 @@ from hvkvm.abi.kvm import (
     KVM_CAP_MAX_VCPUS,
     KVM_PIT_SPEAKER_DUMMY,
 )
-from hvkvm.errors import CapabilityMissing, ConfigError
+from hvkvm.errors import BootError, CapabilityMissing, ConfigError
 from hvkvm.kvm.gsi import GsiTable
 from hvkvm.kvm.system import Kvm
 from hvkvm.kvm.vm import Vm
@@ -172,9 +172,14 @@ def create_pci(platform: Platform, board: Board, stack: ExitStack) -> Pci | None
     """The PCI bus and what sits on it, where the configuration has any."""
     if not platform.config.has_pci:
         return None
+    from hvkvm.boot.image import is_firmware
     from hvkvm.machine.pci import Pci
 
-    return Pci(platform, board, stack)
+    kernel, found = platform.config.kernel, False
+    if kernel is not None and platform.config.firmware is None:
+        with suppress(BootError):  # loading it says so; a restored machine can do without it
+            found = is_firmware(kernel)
+    return Pci(platform, board, stack, cloud_firmware=found)
 
 
 def create_firmware(

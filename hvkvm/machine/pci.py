@@ -54,7 +54,10 @@ class Pci:
     name = "PCI"
     State = PciState
 
-    def __init__(self, platform: Platform, board: Board, stack: ExitStack) -> None:
+    def __init__(
+        self, platform: Platform, board: Board, stack: ExitStack, *, cloud_firmware: bool = False
+    ) -> None:
+        """`cloud_firmware`: the kernel is OVMF for cloud-hypervisor, which looks for signs of that board."""
         vm = platform.vm
         if not isinstance(board.mmio, MmioBus) or not isinstance(board.pci_ports, Mechanism1):
             raise TypeError("a board made without PCI")
@@ -68,7 +71,10 @@ class Pci:
         self._pm = PowerManagement(
             self.blocks.move, power_on_base=None if with_firmware else numbers.PM1A_EVT_PORT
         )
-        self.bus.add_function(pci.HOST_BRIDGE_SLOT, 0, host_bridge())
+        bridge = host_bridge(pci.PCI_DEVICE_ID_CLOUDHV) if cloud_firmware else host_bridge()
+        if cloud_firmware:
+            board.power.on_sleep = board.sleep.on_power_off
+        self.bus.add_function(pci.HOST_BRIDGE_SLOT, 0, bridge)
         self.bus.add_function(pci.ISA_BRIDGE_SLOT, 0, isa_bridge())
         self.bus.add_function(pci.ISA_BRIDGE_SLOT, pci.PM_FUNCTION, self._pm)
         self.blocks.move(self._pm.base)

@@ -75,6 +75,10 @@ def _efi_shell(tree: Path) -> Path:
     return _one(tree, "usr/share/efi-shell-ia32/shellia32.efi")
 
 
+def _cloud_firmware(tree: Path) -> Path:
+    return _one(tree, "usr/share/cloudhv-efi-x86-64/CLOUDHV.fd")
+
+
 def _fwts(tree: Path) -> Path:
     return _one(tree, "usr/bin/fwts")
 
@@ -129,6 +133,13 @@ ARTIFACTS = {
         _efi_shell,
         "UEFI's shell as a 32-bit program, for U-Boot to start",
         only="trixie",  # Those before have none yet, and sid has none any more.
+    ),
+    "cloud-firmware": Artifact(
+        "cloudhv-efi-x86-64",
+        None,
+        _cloud_firmware,
+        "UEFI firmware for cloud-hypervisor, a PVH kernel",
+        only=NEWEST_SUITE,
     ),
     "fwts": Artifact(
         "fwts",
@@ -258,6 +269,7 @@ NEWEST_VARIABLES = {
     "HVKVM_NEWEST_MODULES": "guest-modules",
     # Those before boot nothing from a NIC that has no EFI device of its own, as one on the VMBus.
     "HVKVM_NEWEST_IPXE": "ipxe",
+    "HVKVM_NEWEST_CLOUD_FIRMWARE": "cloud-firmware",
 }
 # Programs that come from one suite each.
 SHELL_VARIABLES = {"HVKVM_EFI_SHELL": "efi-shell"}

@@ -240,6 +240,19 @@ def test_enabling_one_byte_leaves_the_other(bus):
     assert bus.read(board.PM1A_EVT_PORT + 2, 2) == 0x0700
 
 
+def test_a_sleep_byte_powers_off_where_it_is_wired_only(bus):
+    offs = []
+    events = AcpiEventBlock()
+    events.attach(bus)
+    bus.write(board.PM1A_EVT_PORT, 1, 0x34)
+    events.on_sleep = lambda: offs.append(1)
+    for port, size, value in ((0, 2, 0x34), (1, 1, 0x34), (0, 1, 0x30), (0, 1, 0x14)):
+        bus.write(board.PM1A_EVT_PORT + port, size, value)
+    assert offs == []
+    bus.write(board.PM1A_EVT_PORT, 1, 0x34)
+    assert offs == [1]
+
+
 # --- quiet ports, complaints, all together --------------------------------------------------------
 
 

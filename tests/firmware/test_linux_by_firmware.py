@@ -80,13 +80,35 @@ def test_an_installed_disk_boots_reboots_and_powers_off(
         assert "which has an EFI system partition (GPT)" in machine.boot_note
         guest = LinuxGuest(machine)
         outcome = guest.finish()
-        (one,) = [line for line in guest.text.splitlines() if line.startswith("boot one: ")]
-        for word in ("efi", "hv_storvsc", "hv_netvsc", "hv_utils", "02:00:00:00:00:13"):
-            assert word in one.split(), guest.report()
-        assert "boot two by systemd-boot" in guest.text, guest.report()
+        booted_twice(guest, "02:00:00:00:00:13")
         assert outcome.ending is Ending.POWERED_OFF
-        assert machine.resets == 1
         # Both boots left a log in this RAM, wherever each kernel had moved itself to: it is the second one's.
         log = [line.text for line in kernel_log(machine.platform)]
         assert log[0].startswith("Linux version 6."), log
         assert log[-1] == "reboot: Power down", log
+
+
+def booted_twice(guest: LinuxGuest, mac: str) -> None:
+    """By the loader on the disk, with the devices of ACPI and PCI."""
+    (one,) = [line for line in guest.text.splitlines() if line.startswith("boot one: ")]
+    for word in ("efi", "acpi", "hv_storvsc", "hv_netvsc", "hv_utils", mac):
+        assert word in one.split(), guest.report()
+    assert "boot two by systemd-boot" in guest.text, guest.report()
+    assert guest.machine.resets == 1
+
+
+def test_firmware_of_cloud_hypervisor_boots_the_disk(tmp_path: Path) -> None:
+    """CLOUDHV.fd is a kernel to us. It has no fw_cfg: RAM and tables are those that PVH names."""
+    config = MachineConfig(
+        kernel=artifact("HVKVM_NEWEST_CLOUD_FIRMWARE"),
+        disks=(DiskSpec(str(disk_with_linux(tmp_path)), bus="nvme"),),
+        nets=(NicSpec(listen=tmp_path / "wire", mac="02:00:00:00:00:14"),),
+        vmbus="on",
+        timeout=3 * SECONDS,
+        apic_bus_ns=lab_tick(),
+    )
+    with Machine(config) as machine:
+        guest = LinuxGuest(machine)
+        outcome = guest.finish()
+        booted_twice(guest, "02:00:00:00:00:14")
+        assert outcome.ending is Ending.POWERED_OFF

@@ -3,6 +3,7 @@
 
     .include "letters.inc"
     .set BAR, 0xc0000000
+    .set SLEEP_CONTROL, 0x600
 
     .text
     .code32
@@ -64,9 +65,13 @@
     check $'P'
 
     # The bridge by which firmware tells boards apart, and NVMe in slot 2, whose BAR it places.
-    config 0x80000000
+    mov $0x12378086, %ebx
+    cmpl $0x4856465f, signature
+    jne 8f
+    mov $0x0d578086, %ebx
+8:  config 0x80000000
     in %dx, %eax
-    cmp $0x12378086, %eax
+    cmp %ebx, %eax
     check $'B'
     config 0x80001010
     mov $BAR, %eax
@@ -78,11 +83,24 @@
     cmp $0x00010400, %eax
     check $'N'
 
-    # S5, by the FADT's PM1a control port; its type is 0 or 5: both are tried.
-    mov 64(%ebp), %edx
+    # S5: firmware of cloud-hypervisor knows a sleep control register.
+    cmpl $0x4856465f, signature
+    jne 9f
+    mov $SLEEP_CONTROL, %dx
+    mov $0x34, %al
+    out %al, %dx
+    hlt
+
+    # Others: by the FADT's PM1a control port; its type is 0 or 5: both are tried.
+9:  mov 64(%ebp), %edx
     mov $0x2000, %ax
     out %ax, %dx
     mov $0x3400, %ax
     out %ax, %dx
 7:  hlt
     jmp 7b
+
+    # Of the firmware volume behind the page that CLOUDHV.fd leaves for its ELF header.
+    .org 0x1028
+signature:
+    .ascii "_FVH"

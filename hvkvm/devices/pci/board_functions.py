@@ -22,12 +22,10 @@ _PM_REVISION = 3
 """Older ones have a timer whose reads may be wrong, and guests read it three times for that."""
 
 
-def host_bridge() -> Function:
-    """00:00.0."""
+def host_bridge(device: int = pci.PCI_DEVICE_ID_INTEL_82441) -> Function:
+    """00:00.0. Firmware takes its `device` for the whole board's name."""
     return Function(
-        Identity(
-            pci.PCI_VENDOR_ID_INTEL, pci.PCI_DEVICE_ID_INTEL_82441, pci.PCI_CLASS_BRIDGE_HOST, revision=2
-        ),
+        Identity(pci.PCI_VENDOR_ID_INTEL, device, pci.PCI_CLASS_BRIDGE_HOST, revision=2),
         extra=[_PAM],
     )
 

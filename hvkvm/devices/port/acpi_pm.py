@@ -32,6 +32,9 @@ PM1_STS_PWRBTN = 1 << 8
 PM1_STS_RTC = 1 << 10
 _EVENTS = PM1_STS_PWRBTN | PM1_STS_RTC
 """Both have their enable bit at the same place."""
+SLEEP_BYTE = S5_SLP_TYP << 2 | 1 << 5
+"""S5 and SLP_EN in a sleep control register (ACPI 6.5, 4.8.3.7), which OVMF's CloudHv platform writes where
+PM1_STS is here. Bit 2 is reserved there, so nobody clears events with it."""
 _PM1_EN_MASK = 0x0721  # TMR, GBL, PWRBTN, SLPBTN, RTC: what ACPI 4.8.4.1 defines and lets be written
 
 
@@ -46,6 +49,8 @@ class AcpiEventBlock:
     """PM1_STS and PM1_EN. `set_sci(level)` drives the level-triggered SCI, if the machine wired it."""
 
     def __init__(self, set_sci: Callable[[bool], None] | None = None) -> None:
+        self.on_sleep: Callable[[], None] | None = None
+        """What `SLEEP_BYTE` at the first port does, on a vCPU's thread; None: what it does to PM1_STS."""
         self._set_sci = set_sci
         self._lock = threading.Lock()
         self._status = 0
@@ -62,6 +67,9 @@ class AcpiEventBlock:
 
     def write(self, offset: int, size: int, value: int) -> None:
         """Clear the status bits written as 1; replace the enable bytes written."""
+        if self.on_sleep is not None and (offset, size, value) == (0, 1, SLEEP_BYTE):
+            self.on_sleep()
+            return
         bits = value << 8 * offset
         written = (1 << 8 * size) - 1 << 8 * offset
         with self._lock:
@@ -112,7 +120,7 @@ class AcpiControlBlock:
     """
 
     def __init__(self, on_power_off: Callable[[], None], off_types: Sequence[int] = (S5_SLP_TYP,)) -> None:
-        self._on_power_off = on_power_off
+        self.on_power_off = on_power_off
         self._off_types = frozenset(off_types)
         self._value = 0
 
@@ -145,4 +153,4 @@ class AcpiControlBlock:
             control & PM1_CNT_SLP_EN
             and (control & PM1_CNT_SLP_TYP_MASK) >> PM1_CNT_SLP_TYP_SHIFT in self._off_types
         ):
-            self._on_power_off()
+            self.on_power_off()
