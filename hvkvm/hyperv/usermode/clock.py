@@ -25,6 +25,11 @@ from hvkvm.memory.atomics import store_4
 MSR_IA32_TSC = 0x10
 _CLOCKSOURCE = Path("/sys/devices/system/clocksource/clocksource0/current_clocksource")
 _TRIES = 5
+"""Readings of both clocks for a page, of which the closest counts."""
+_MOST_TRIES = 50
+_CLOSE = 20
+"""100 ns units between two readings of our clock with one of the TSC between them; on a host where none is so
+close, more are tried."""
 _SEQUENCE_LIMIT = 0xFFFFFFFE
 """0 and 0xFFFFFFFF both mean to some guest that the page is invalid."""
 
@@ -75,6 +80,8 @@ class TscPage:
         self._lock = threading.Lock()
         self._sequence = 0
         self.value = 0
+        self.uncertain = 0
+        """100 ns units by which the page may be wrong: how closely both clocks could be read together."""
 
     def write(self, value: int, vcpu: TscReader) -> bool:
         """The guest writes the MSR on `vcpu`; False when the page cannot lie there."""
@@ -98,15 +105,19 @@ class TscPage:
         store_4(self._page.hva, self._sequence)
 
     def scale_and_offset(self, vcpu: TscReader) -> tuple[int, int]:
-        """reference time = ((tsc * scale) >> 64) + offset, by the best of a few readings of both clocks."""
+        """reference time = ((tsc * scale) >> 64) + offset, by the best of some readings of both clocks.
+
+        A busy host takes the processor away between two readings; `uncertain` says how far apart they were.
+        """
         scale = (HV_CLOCK_HZ << 64) // max(vcpu.tsc_khz() * 1000, HV_CLOCK_HZ + 1)
-        readings = []
-        for _ in range(_TRIES):
+        readings: list[tuple[int, int, int]] = []
+        while len(readings) < _TRIES or (len(readings) < _MOST_TRIES and min(readings)[0] > _CLOSE):
             before = self._clock.now()
             tsc = vcpu.msrs((MSR_IA32_TSC,))[MSR_IA32_TSC]
             after = self._clock.now()
             readings.append((after - before, (before + after) // 2, tsc))
-        _, now, tsc = min(readings)
+        apart, now, tsc = min(readings)
+        self.uncertain = apart // 2 + 1
         return scale, now - (tsc * scale >> 64)
 
     def load(self, value: int, vcpu: TscReader) -> None:

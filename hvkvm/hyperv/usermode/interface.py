@@ -112,7 +112,7 @@ class UserHyperv:
             self.hypercall_page = HypercallPage(
                 stack.enter_context(OverlayPage(memory)), vm.check_extension(KVM_CAP_SYNC_REGS)
             )
-            self._tsc_page = TscPage(
+            self.tsc_page = TscPage(
                 self.clock, stack.enter_context(OverlayPage(memory)), usable=host_counts_by_tsc()
             )
             if with_synic:
@@ -136,7 +136,7 @@ class UserHyperv:
             tlfs.HV_X64_MSR_RESET: lambda: 0,
             tlfs.HV_X64_MSR_VP_RUNTIME: lambda: thread_time_ns() // 100,
             tlfs.HV_X64_MSR_TIME_REF_COUNT: self.clock.now,
-            tlfs.HV_X64_MSR_REFERENCE_TSC: lambda: self._tsc_page.value,
+            tlfs.HV_X64_MSR_REFERENCE_TSC: lambda: self.tsc_page.value,
             tlfs.HV_X64_MSR_TSC_FREQUENCY: lambda: khz * 1000,
             tlfs.HV_X64_MSR_APIC_FREQUENCY: lambda: APIC_FREQUENCY,
             tlfs.HV_X64_MSR_VP_ASSIST_PAGE: lambda: self._assist[index],
@@ -147,7 +147,7 @@ class UserHyperv:
             tlfs.HV_X64_MSR_GUEST_OS_ID: self._write_os_id,
             tlfs.HV_X64_MSR_HYPERCALL: self._write_hypercall,
             tlfs.HV_X64_MSR_RESET: self._write_reset,
-            tlfs.HV_X64_MSR_REFERENCE_TSC: lambda value: self._tsc_page.write(value, vcpu),
+            tlfs.HV_X64_MSR_REFERENCE_TSC: lambda value: self.tsc_page.write(value, vcpu),
             tlfs.HV_X64_MSR_VP_ASSIST_PAGE: partial(self._write_assist, index),
             tlfs.HV_X64_MSR_CRASH_CTL: self._write_crash_ctl,
             tlfs.HV_X64_MSR_TSC_INVARIANT_CONTROL: partial(self._write_tsc_invariant, vcpu),
@@ -251,7 +251,7 @@ class UserHyperv:
             self.hypercall_page.place(None)
             self._stored.update(dict.fromkeys(_STORED, 0))
             self._assist[:] = [0] * len(self._assist)
-        self._tsc_page.reset()
+        self.tsc_page.reset()
 
     def hold(self) -> None:
         """Let no timer go off. Every vCPU is paused."""
@@ -271,7 +271,7 @@ class UserHyperv:
             self._hypercall,
             dict(self._stored),
             self._tsc_invariant,
-            self._tsc_page.value,
+            self.tsc_page.value,
             tuple(self._assist),
             () if self.synic is None else self.synic.save(),
         )
@@ -299,7 +299,7 @@ class UserHyperv:
                 raise ValueError("its hypercall page cannot lie where it was")
         if state.tsc_invariant:
             _tell_kvm_tsc_invariant(self._boot_vcpu, state.tsc_invariant)
-        self._tsc_page.load(state.reference_tsc, self._boot_vcpu)
+        self.tsc_page.load(state.reference_tsc, self._boot_vcpu)
         if self.synic is not None:
             self.synic.load(state.vps)
         elif state.vps:
