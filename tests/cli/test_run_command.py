@@ -284,7 +284,7 @@ def test_who_gets_a_terminal(
 ) -> None:
     """A guest with streams gets no answer to its question for a size, one with a terminal does."""
     code = READY + say(CONTROL, b"size\n") + say(STREAMS, b"up\n")
-    code += copy_line(CONTROL, STREAMS) + end(0)
+    code += copy_line(CONTROL, STREAMS) + copy_line(STREAMS, STREAMS) + end(0)  # it never ends: no more comes
     reading, writing = os.pipe()
     output = terminal.follower if output_is_terminal else writing
     running = start(code, *options, stdin=terminal.follower, stdout=output)

@@ -144,10 +144,11 @@ def test_counts_are_shown_by_what_they_mean() -> None:
 @pytest.mark.kvm
 @pytest.mark.parametrize("operation", ["message", "event"])
 def test_work_is_counted_on_the_synic_asked_for(operation: str) -> None:
+    # Less what an idle guest costs, which differs by a few exits from run to run: a little may be missing.
     found = bench_count.count(operation, "user")
-    assert found["exits"] >= 1
+    assert found["exits"] > 0.9
     assert found["eventfd reads"] < 0.5, "a doorbell that somebody reads"
-    assert (found["copies into the guest"] >= 1) == (operation == "message")
+    assert (found["copies into the guest"] > 0.9) == (operation == "message")
 
 
 def test_synics_stand_side_by_side_and_a_failed_run_is_told_not_counted() -> None:
