@@ -15,7 +15,7 @@ from hvkvm.machine.config import MachineConfig
 from hvkvm.machine.disk_spec import DiskSpec
 from hvkvm.machine.machine import Machine
 
-pytestmark = [pytest.mark.kvm, pytest.mark.timeout(600)]
+pytestmark = [pytest.mark.kvm, pytest.mark.timeout(1000)]
 
 MEMORY = 256 << 20
 COLOUR = re.compile(r"\x1b\[[0-9;]*m")
@@ -99,7 +99,7 @@ def test_its_uefi_runs_a_script_in_the_shell(tmp_path: Path) -> None:
         console.run("nvme scan")
         console.run("setenv bootargs shell -delay 0")
         guest.type("run bootcmd_virtio0")
-        guest.wait_until(lambda: machine.resets == 1, "the script's reset", TIMES)
+        guest.wait_until(lambda: machine.resets == 1, "the script's reset", 2 * TIMES)
         said = COLOUR.sub("", guest.text)
         assert "Found EFI removable media binary efi/boot/bootia32.efi" in said, guest.report()
         assert "UEFI Interactive Shell" in said, guest.report()
