@@ -19,6 +19,11 @@ from hvkvm.events import Event, Observer
 sys.path.insert(0, str(Path(__file__).parent))
 
 
+def _taken(waiting: list[Any]) -> list[Any]:
+    """What waits, taken off the list itself: another thread may be about to add to this very list."""
+    return [waiting.pop(0) for _ in range(len(waiting))]
+
+
 class ManualLoop:
     """IoLoop's part that devices use; the test says when it turns."""
 
@@ -52,13 +57,13 @@ class ManualLoop:
         ready = select.select(list(self.readers), [], [], 0)[0]
         for fd in ready:
             self.readers[fd]()
-        batch, self.soon = self.soon, []
+        batch = _taken(self.soon)
         for fn, args in batch:
             fn(*args)
         return len(batch) + len(ready)
 
     def run_later(self) -> int:
-        batch, self.later = self.later, []
+        batch = _taken(self.later)
         for _seconds, fn, args in batch:
             fn(*args)
         return len(batch)
