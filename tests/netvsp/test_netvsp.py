@@ -164,3 +164,20 @@ def test_a_driver_that_leaves_and_comes_back_finds_a_new_nic(lan: Make) -> None:
     driver.loop.client.free_pages += driver.receive_pages + driver.send_pages
     assert driver.start().query(rndis.RNDIS_OID_GEN_CURRENT_PACKET_FILTER) == b"\x0d\0\0\0"
     assert net.inject(frame()) == [(frame(), {})]
+
+
+def test_a_wire_that_waits_for_a_driver_goes_on_once_that_has_left(lan: Make) -> None:
+    """A kernel is kexec'ed while frames come, and has no room for them at last: the next one got none."""
+    net = lan()
+    driver = net.driver.start()
+    driver.complete = False
+    net.inject(*(frame(1500) for _ in range(3000)))
+    assert net.port.waiting
+    net.loop.client.close(driver.channel)
+    net.loop.run()
+    assert not net.port.waiting
+    net.loop.client.reclaim(driver.channel)
+    driver.complete, driver.held = True, []
+    driver.loop.client.free_pages += driver.receive_pages + driver.send_pages
+    driver.start()
+    assert net.inject(frame()) == [(frame(), {})]

@@ -13,9 +13,9 @@ Make = Callable[..., Any]
 KEY = bytes(range(40))
 
 
-def scaled(net: Any, queues: int) -> NetvscDriver:
+def scaled(net: Any, queues: int, **options: Any) -> NetvscDriver:
     """A driver that has as many channels as it gets, and spreads frames over all of them."""
-    driver: NetvscDriver = net.driver.start()
+    driver: NetvscDriver = net.driver.start(**options)
     caps = driver.query(rndis.OID_GEN_RECEIVE_SCALE_CAPABILITIES, bytes(18))
     assert caps is not None
     assert struct.unpack_from("<I", caps, 12)[0] == queues
@@ -77,3 +77,16 @@ def test_sub_channels_go_with_their_primary_and_come_back(lan: Make) -> None:
         assert net.inject(udp(1)) == []
         assert net.nic.inspect()["channels"] == 0
     assert net.complaints == {}
+
+
+def test_a_sub_channel_without_room_that_goes_has_the_wire_go_on(lan: Make) -> None:
+    net = lan(queues=2)
+    driver = scaled(net, 2, receive_pages=400)
+    driver.scale([1] * 128, KEY)
+    driver.subs[1].on_interrupt = lambda: None
+    while not net.port.waiting:
+        net.inject(udp(1))
+    assert net.nic.receive.pieces.room(2048)[1] >= 2048, "it was to be the ring that is full"
+    net.loop.client.close(driver.subs[1])
+    net.loop.run()
+    assert not net.port.waiting

@@ -104,10 +104,10 @@ class Netvsp:
     def _clear(self) -> None:
         """As a NIC that no driver has taken."""
         self._told_link: bool | None = None
-        self._starved = False
         self.receive.forget()
         self.control_state.clear()
         self.agreed.clear()
+        self.room()
 
     def _offer(self, index: int) -> Offer:
         instance = hashlib.sha256(f"hvkvm netvsp {self.name}".encode()).digest()[:GUID_BYTES]
@@ -140,6 +140,7 @@ class Netvsp:
     def release_gpadl(self, gpadl_id: int, done: Callable[[], object]) -> None:
         """See `vmbus.device.GpadlUser`. Nothing that is under way touches it."""
         self.agreed.release(gpadl_id)
+        self.room()
         done()
 
     def bind(self, sub_channels: SubChannels) -> None:
@@ -242,6 +243,13 @@ class Netvsp:
                     self.agreed.offer_sub_channels(primary)
         if (self.control_state.rsc4, self.control_state.rsc6) != self._settled:
             self._settle_offloads()
+        self.room()
+
+    def room(self) -> None:
+        """See `netvsp_channel.Nic`. Without a guest too: the port gives what it keeps, and that is dropped.
+
+        A port that is not told reads nothing more, whoever opens the NIC next.
+        """
         if self._starved:
             self._starved = False
             self.port.resume()

@@ -80,6 +80,10 @@ class Nic(Protocol):
 
     def after(self, io: ChannelIo) -> None: ...
 
+    def room(self) -> None:
+        """What the wire waits for may have come, or have gone."""
+        ...
+
 
 class Waiting:
     """A packet whose frames are not all taken yet."""
@@ -127,6 +131,7 @@ class NvspChannel:
     def close(self, done: Callable[[], object]) -> None:
         """See `vmbus.device`. Frames under way are lost, as on a wire."""
         self.clear()
+        self.nic.room()
         done()
 
     def clear(self) -> None:
