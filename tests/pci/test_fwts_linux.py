@@ -36,6 +36,8 @@ def said_by(shell: Shell, tests: str) -> fwts_runs.Said:
     return said
 
 
+# Its suite moves on, and a library of another name there is no fault of ours.
+@pytest.mark.skipif(not os.environ.get("HVKVM_FWTS"), reason="needs fwts: scripts/artifacts fetch fwts")
 def test_fwts_fails_in_what_is_documented_only(tmp_path: Path) -> None:
     disks = [tmp_path / "nvme", tmp_path / "virtio"]
     for disk in disks:
