@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing
 
 import pytest
+from at_once import at_once
 
 from hvkvm.kvm.irqfd import EventFd
 from hvkvm.kvm.system import Kvm
@@ -75,25 +76,7 @@ def bench(kvm: Kvm) -> Iterator[Bench]:
 @pytest.fixture
 def in_threads() -> Callable[..., None]:
     """Run several functions at once, each in a thread of its own; the first error is raised here."""
-
-    def run(*functions: Callable[[], object]) -> None:
-        errors: list[BaseException] = []
-
-        def guarded(function: Callable[[], object]) -> None:
-            try:
-                function()
-            except BaseException as error:
-                errors.append(error)
-
-        threads = [threading.Thread(target=guarded, args=(function,)) for function in functions]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-        if errors:
-            raise errors[0]
-
-    return run
+    return at_once
 
 
 @pytest.fixture
