@@ -15,7 +15,6 @@ lets the copies go and changes nothing for the one that runs.
 
 from __future__ import annotations
 
-import os
 from contextlib import ExitStack
 from pathlib import Path
 from types import TracebackType
@@ -29,6 +28,7 @@ from hvkvm.machine.assembly import assemble
 from hvkvm.machine.completion import completed
 from hvkvm.machine.config import MachineConfig
 from hvkvm.machine.host_limits import make_room_for_files, named_when_exhausted
+from hvkvm.machine.names import own_name
 from hvkvm.machine.outcome import Ending, Outcome
 from hvkvm.memory.guest import GuestMemory
 from hvkvm.state.file import Saved
@@ -45,9 +45,9 @@ class Machine:
 
     def __init__(self, config: MachineConfig, *, observer: Observer = NULL_OBSERVER) -> None:
         self.config = config.validate()
-        self.name = config.name or f"hvkvm-{os.getpid()}"
         self._closed = False
         with named_when_exhausted(), ExitStack() as stack:
+            self.name = config.name or own_name(stack)
             file = self.config.saved
             saved = None if file is None else stack.enter_context(Saved(file))
             if saved is not None:
