@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from steps import artifacts, lab_host, lab_image
+from steps import artifacts, lab_host, lab_image, lab_kept
 from steps.distribution import StepError
 
 PROJECT = Path(__file__).resolve().parents[2]
@@ -70,6 +70,15 @@ def test_missing_emulator_names_the_package(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setenv("PATH", "/nowhere")
     with pytest.raises(StepError, match="qemu-system-x86"):
         lab_host.qemu_version()
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_a_runtime_folder_that_is_gone_is_not_missed(
+    there: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    place = tmp_path if there else tmp_path / "gone"
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(place))
+    assert lab_kept.KeptLab().folder.parent == (place if there else Path(tempfile.gettempdir()))
 
 
 def test_last_words_are_the_end_of_the_console(tmp_path: Path) -> None:
