@@ -106,7 +106,10 @@ while :; do
 	done
 	sleep 0.2
 done <${port}2 >/dev/null 2>&1 &
-while sleep 5; do echo beat >&9; done &
+# A command that has nothing to do says so by a file, and is then not taken for one that hangs.
+while sleep 5; do
+	[ ! -e /new/run/lab/resting ] && echo beat >&9 || echo beat resting >&9
+done &
 
 # A job has mounts of its own, with its root moved over this machine's. Merely entered by chroot, it could
 # make no user namespace, which passt needs.
@@ -139,7 +142,7 @@ while :; do
 		printf '\0%s' "$token" >${port}4
 		printf '\0%s' "$token" >${port}5
 	fi
-	rm -f /new/run/lab/pid
+	rm -f /new/run/lab/pid /new/run/lab/resting
 	sync
 	echo "exit $status" >&9
 done

@@ -31,7 +31,7 @@ class KeptLab:
     def __init__(self) -> None:
         # Socket paths are short by law, so not in the cache, whose path may be long.
         place = os.environ.get("XDG_RUNTIME_DIR", "")
-        if not os.access(place, os.W_OK | os.X_OK):  # it is named after the session, say, and has gone with it
+        if not os.access(place, os.W_OK | os.X_OK):  # the end of a login takes it away
             place = tempfile.gettempdir()
         self.folder = Path(place) / f"hvkvm-lab-kept-{os.getuid()}"
         self._lock: int | None = None

@@ -29,8 +29,10 @@ BOOT_SECONDS = 120.0
 # or loops, and only time tells which.
 SILENCE_SECONDS = 60.0
 BUSY_SILENCE_SECONDS = 900.0
-# How long a command that is asked what it waits for may take to say so, before its lab is ended.
+# How long a command that is asked what it waits for has to say so. That takes its processor some seconds,
+# which are no sign of life: what it does after it is.
 TELL_SECONDS = 20.0
+AFTER_TELL_SECONDS = 20.0
 # Once in some hundred guest runs L1 was seen halted for ever, interrupts on and no tick coming: QEMU 7.2's
 # nested SVM seems to lose a pending one. Any other interrupt makes the local APIC look again.
 POKE_SECONDS = 1.0
@@ -104,7 +106,7 @@ class Session:
         self.stall, self.asked_at = stall, math.inf
         self.processor = Processor(pid)
         self.ready = not fresh
-        self.heard = self.poked = time.monotonic()
+        self.heard = self.poked = self.rested = time.monotonic()
         self.token = os.urandom(8).hex()
         self.poll = selectors.PollSelector()
         self.sockets: dict[str, socket.socket] = {}
@@ -221,15 +223,21 @@ class Session:
             )
         elif silent >= BUSY_SILENCE_SECONDS:
             self.reason = f"it has said nothing for {BUSY_SILENCE_SECONDS:g} s, though its processor works"
-        elif self.stall is None or idle < self.stall:
-            self.asked_at = math.inf
-        elif self.asked_at == math.inf:
+        elif self.asked_at != math.inf:
+            self._look_after_asking(now, idle)
+        elif self.stall is not None and min(idle, now - self.rested) >= self.stall:
             # It is alive and what runs in it waits for ever: that is worth a look before it is ended.
             self.asked_at = now
             say(f"lab: its processor has been idle for {int(idle)} s: asking the command what it waits for")
             self._forward("TELL")
-        elif now >= self.asked_at + TELL_SECONDS:
-            self.reason = f"it stands still: its processor has been idle for {int(idle)} s"
+
+    def _look_after_asking(self, now: float, idle: float) -> None:
+        if self.rested > self.asked_at:
+            self.asked_at = math.inf
+        elif now >= self.asked_at + TELL_SECONDS + AFTER_TELL_SECONDS:
+            if idle >= AFTER_TELL_SECONDS:
+                self.reason = f"it stands still: idle again for {int(idle)} s after it was asked"
+            self.asked_at = math.inf
 
     def _poke(self) -> float:
         """Send L1 an interrupt if it is time; returns when it next is."""
@@ -267,6 +275,8 @@ class Session:
             if verb == "hello":
                 self.ready = True
                 self.detail(f"lab: up after {rest} s of its own time")
+            elif verb == "beat" and rest == "resting":
+                self.rested = self.heard
             elif verb == "fatal":
                 self.reason = rest
             elif verb == "ending":

@@ -25,6 +25,9 @@ PROGRESS_SECONDS = 60.0
 STATUS_DEADLINE = 124
 # Shorter tests than this stay in the order of their files, which shares what a module sets up once.
 LONG_SECONDS = 2.0
+# Where a lab's command says that it has nothing to do; and the process that is the lab's command.
+RESTING = Path("/run/lab/resting")
+COMMAND_PID = Path("/run/lab/pid")
 # The stream that is not captured: what a worker that stands still is asked for must be seen at once.
 _STDERR = os.dup(2)
 
@@ -78,10 +81,31 @@ class Worker:
     """Puts long tests first: a long one at the end of the list that all draw from leaves the others idle.
 
     Every worker must come to the same order, so the durations are the controller's.
+
+    In a lab it says when no test runs: it then waits for the other workers, and nobody must take it for one
+    that hangs. pytest-xdist keeps a worker's last test back until the others are done, too.
     """
 
     def __init__(self, known: dict[str, float]) -> None:
         self.known = known
+        try:
+            self.in_lab = COMMAND_PID.read_text().strip() == str(os.getpid())
+        except OSError:
+            self.in_lab = False
+
+    def pytest_collection_finish(self) -> None:
+        self._rest()
+
+    def pytest_runtest_logstart(self) -> None:
+        if self.in_lab:
+            RESTING.unlink(missing_ok=True)
+
+    def pytest_runtest_logfinish(self) -> None:
+        self._rest()
+
+    def _rest(self) -> None:
+        if self.in_lab:
+            RESTING.touch()
 
     @pytest.hookimpl(trylast=True)
     def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
@@ -95,10 +119,11 @@ def _tell_when_asked() -> None:
 
     def describe_machines(*_: object) -> None:
         from hvkvm.machine.dump import describe
+        from hvkvm.machine.lifecycle import Phase
         from hvkvm.machine.parts import Parts
 
         for thing in gc.get_objects():
-            if isinstance(thing, Parts):
+            if isinstance(thing, Parts) and thing.lifecycle.phase is not Phase.ENDED:
                 try:
                     text = describe(thing)
                 except Exception as error:  # it would end in whatever test runs

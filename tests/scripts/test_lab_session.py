@@ -9,6 +9,7 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -304,7 +305,7 @@ def beat(played: Machine, until: threading.Event) -> None:
 def test_idle_machine_that_is_alive_is_asked_first_and_then_given_up(
     machine: Machine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    quick(monkeypatch, SILENCE_SECONDS=0.5, TELL_SECONDS=0.5)
+    quick(monkeypatch, SILENCE_SECONDS=0.5, TELL_SECONDS=0.3, AFTER_TELL_SECONDS=0.3)
     over = threading.Event()
     told: list[bytes] = []
 
@@ -322,6 +323,81 @@ def test_idle_machine_that_is_alive_is_asked_first_and_then_given_up(
     assert outcome.status is None
     assert "stands still" in outcome.reason
     assert outcome.printed
+
+
+class Moved:
+    """Stands for the lab's processor: idle since the last `work()`."""
+
+    def __init__(self) -> None:
+        self.longest, self.since = 0.0, time.monotonic()
+
+    def work(self) -> None:
+        self.since = time.monotonic()
+
+    def idle(self, now: float) -> float:
+        return now - self.since
+
+
+def asked(machine: Machine, monkeypatch: pytest.MonkeyPatch, work: Callable[[Moved], object]) -> list[float]:
+    """A machine that does `work` each time it is asked what it waits for; when that was, thrice at most."""
+    quick(monkeypatch, SILENCE_SECONDS=60.0, TELL_SECONDS=0.4, AFTER_TELL_SECONDS=0.2)
+    processor = Moved()
+    monkeypatch.setattr(lab_session, "Processor", lambda pid: processor)
+    over = threading.Event()
+    times: list[float] = []
+
+    def play(played: Machine) -> None:
+        played.say("control", b"hello 3.1\n")
+        token = played.job()[1]
+        threading.Thread(target=beat, args=(played, over), daemon=True).start()
+        while len(times) < 3:
+            got = played.ends["signals"].recv(100)
+            if not got:
+                return  # given up
+            if b"TELL" in got:
+                times.append(time.monotonic())
+                work(processor)
+        played.finish(token, 0)
+
+    machine.play(play)
+    outcome = run(machine, stall=0.3)
+    over.set()
+    assert (outcome.status is None) == (len(times) < 3)
+    return times
+
+
+def test_what_the_asking_costs_is_no_sign_of_life(machine: Machine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else one that stands for ever would be asked for ever."""
+    assert len(asked(machine, monkeypatch, Moved.work)) == 1
+
+
+def test_a_machine_that_goes_on_after_it_was_asked_is_not_given_up(
+    machine: Machine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def for_long(processor: Moved) -> None:
+        processor.since = time.monotonic() + 2.0
+
+    assert len(asked(machine, monkeypatch, for_long)) == 3
+
+
+def test_a_command_that_has_nothing_to_do_is_not_asked(
+    machine: Machine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A worker of pytest-xdist waits for the others at its end, as long as they take."""
+    quick(monkeypatch, SILENCE_SECONDS=60.0)
+    monkeypatch.setattr(lab_session, "Processor", lambda pid: Moved())
+
+    def play(played: Machine) -> None:
+        played.say("control", b"hello 3.1\n")
+        token = played.job()[1]
+        end = time.monotonic() + 3.0
+        while time.monotonic() < end:
+            assert b"TELL" not in played.ends["signals"].recv(100)
+            played.say("control", b"beat resting\n")
+        played.finish(token, 0)
+
+    machine.play(play)
+    assert run(machine, stall=1.5).status == 0
 
 
 def test_idle_machine_is_left_alone_when_nobody_minds(

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from steps import suite
+from steps import suite, suite_plugin
 
 PROJECT = Path(__file__).resolve().parents[2]
 GIB = 1 << 30
@@ -320,3 +320,21 @@ def test_a_worker_that_is_asked_tells_what_it_waits_for_and_goes_on(session: Ses
     done = session("def test_waits():\n    import signal\n    os.kill(os.getpid(), signal.SIGUSR2)\n")
     assert done.returncode == 0, done.stdout
     assert 'test_it.py", line 4 in test_waits' in done.stderr
+
+
+def test_a_worker_in_a_lab_says_when_it_has_nothing_to_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pid, resting = tmp_path / "pid", tmp_path / "resting"
+    monkeypatch.setattr(suite_plugin, "COMMAND_PID", pid)
+    monkeypatch.setattr(suite_plugin, "RESTING", resting)
+    suite_plugin.Worker({}).pytest_collection_finish()
+    assert not resting.exists()  # in no lab
+    pid.write_text(f"{os.getpid()}\n")
+    worker = suite_plugin.Worker({})
+    worker.pytest_collection_finish()
+    assert resting.exists()
+    worker.pytest_runtest_logstart()
+    assert not resting.exists()
+    worker.pytest_runtest_logfinish()
+    assert resting.exists()
