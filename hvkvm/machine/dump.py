@@ -9,7 +9,7 @@ from time import monotonic
 from typing import TYPE_CHECKING
 
 from hvkvm.machine import dump_vcpu, inspect, kernel_log
-from hvkvm.observe import bus_text
+from hvkvm.observe import bus_text, tree
 
 if TYPE_CHECKING:
     from hvkvm.machine.parts import Parts
@@ -18,7 +18,8 @@ CONSOLE_LINES = 12
 
 
 def describe(parts: Parts) -> str:
-    """Several lines: vCPUs and their exits, the SynIC's queues, last lines of console and kernel log."""
+    """Many lines: vCPUs and their exits, what the SynIC, the bus, PCI and the wires hold, and the last of
+    console and kernel log."""
     lines = []
     platform, lifecycle, partition = parts.platform, parts.lifecycle, parts.hyperv.partition
     elapsed = 0.0 if lifecycle.started_at is None else monotonic() - lifecycle.started_at
@@ -30,6 +31,7 @@ def describe(parts: Parts) -> str:
     if parts.bus is not None:
         lines += bus_text.bus_lines(parts.bus.host.snapshot())
         lines += bus_text.device_lines(inspect.devices(parts.bus))
+    lines += tree.lines(inspect.beyond_the_bus(parts))
     lines.append(f"i/o loop: {platform.io.state}")
     tail = parts.board.tail.lines(CONSOLE_LINES)
     lines.append("console: no output yet" if not tail else "console, last lines:")

@@ -71,6 +71,14 @@ def inspect(parts: Parts) -> dict[str, Any]:
     }
 
 
+def beyond_the_bus(parts: Parts) -> dict[str, Any]:
+    """What a dump shows besides VMBus: PCI and its queues, and the wires of the NICs."""
+    found: dict[str, Any] = {} if parts.pci is None else {"pci": parts.pci.inspect()}
+    if parts.nics is not None and parts.nics.nics:
+        found["wires"] = {name: nic.wire.inspect() for name, nic in list(parts.nics.nics.items())}
+    return found
+
+
 def exit_counts(platform: Platform) -> dict[str, int]:
     """Exits of all vCPUs so far, by the C name of the reason. Any thread."""
     from hvkvm.kvm.exit_names import exit_name

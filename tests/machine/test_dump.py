@@ -4,14 +4,19 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import kernel_images as ki
 import pytest
 from guest_machine import Guest
 
 from hvkvm.machine.config import MachineConfig
+from hvkvm.machine.disk_spec import DiskSpec
 from hvkvm.machine.dump import describe
 from hvkvm.machine.kernel_log import kernel_log
 from hvkvm.machine.machine import Machine
+from hvkvm.machine.nic_spec import NicSpec
 from hvkvm.observe.kernel_log import NoKernelLog
+
+KERNEL = Path(__file__).parents[1] / "guests/warm_late.s"
 
 
 @pytest.mark.kvm
@@ -39,3 +44,25 @@ def test_before_its_start_while_it_runs_stopped_and_closed(saved: bool, tmp_path
     assert "vcpu1: ended" in texts[-1] or saved
     with pytest.raises(NoKernelLog, match="RAM cannot be read"):
         kernel_log(machine.platform)
+
+
+@pytest.mark.kvm
+def test_it_tells_of_pci_and_of_wires(tmp_path: Path) -> None:
+    """Where a guest of NVMe hangs, or one whose wire has gone, is to be seen there and nowhere else."""
+    disk = tmp_path / "disk.raw"
+    disk.write_bytes(bytes(1 << 20))
+    config = MachineConfig(
+        kernel=ki.assembled_pvh(KERNEL, tmp_path),
+        synic="user",
+        vmbus="on",
+        memory=64 << 20,
+        disks=(DiskSpec(str(disk), bus="nvme"),),
+        nets=(NicSpec(listen=tmp_path / "wire"),),
+    )
+    with Machine(config) as machine:
+        text = describe(machine.parts)
+    print(text)
+    assert "wires:" in text
+    assert "received_frames 0" in text
+    assert "pci:" in text
+    assert "nvme" in text.partition("pci:")[2]
