@@ -36,20 +36,32 @@ def make(file: Path, *options: object) -> None:
     assert f"{file}: a warm guest, " in done.stderr
 
 
-@pytest.fixture(scope="session")
-def warm_files(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+class WarmFiles:
     """A guest with vsock for its streams, and one with serial ports alone, and nothing to see in /dev/mem.
 
-    Of the session, since the suite runs the longest tests first, so those of a module are not in a row.
+    Each is made when it is asked for: a worker of the suite has not all tests of this module.
     """
-    folder = tmp_path_factory.mktemp("warm")
-    blind = folder / "blind"
-    blind.write_text("#!/bin/sh\nexit 1\n")
-    blind.chmod(0o755)
-    files = {"vsock": folder / "vsock", "serial": folder / "serial"}
-    make(files["vsock"], *settings(vmbus=True))
-    make(files["serial"], *settings(vmbus=False), "--file", f"/bin/guest-orders={blind}")
-    return files
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+
+    def __getitem__(self, way: str) -> Path:
+        file = self._folder / way
+        if not file.exists():
+            make(file, *settings(vmbus=way == "vsock"), *(self._blind() if way == "serial" else ()))
+        return file
+
+    def _blind(self) -> tuple[str, str]:
+        blind = self._folder / "blind"
+        blind.write_text("#!/bin/sh\nexit 1\n")
+        blind.chmod(0o755)
+        return "--file", f"/bin/guest-orders={blind}"
+
+
+@pytest.fixture(scope="session")
+def warm_files(tmp_path_factory: pytest.TempPathFactory) -> WarmFiles:
+    """Of the session, since the suite runs the longest tests first, so those of a module are not in a row."""
+    return WarmFiles(tmp_path_factory.mktemp("warm"))
 
 
 def words(file: Path, script: str, *options: object) -> list[str]:
@@ -71,7 +83,7 @@ def running(line: list[str], runtime: Path) -> Iterator[subprocess.Popen[bytes]]
 
 @pytest.mark.parametrize("way", ["vsock", "serial"])
 def test_a_copy_runs_a_command_with_files_as_a_booted_guest_does(
-    way: str, warm_files: dict[str, Path], tmp_path: Path
+    way: str, warm_files: WarmFiles, tmp_path: Path
 ) -> None:
     big = way == "vsock"
     data, handed = os.urandom(500_001 if big else 3_001), os.urandom(300_000 if big else 3_000)
@@ -91,7 +103,7 @@ def test_a_copy_runs_a_command_with_files_as_a_booted_guest_does(
 
 
 def test_copies_run_side_by_side_and_nothing_of_them_is_the_same(
-    warm_files: dict[str, Path], tmp_path: Path
+    warm_files: WarmFiles, tmp_path: Path
 ) -> None:
     file = warm_files["vsock"]
     before = file.stat()
@@ -116,7 +128,7 @@ def test_copies_run_side_by_side_and_nothing_of_them_is_the_same(
 
 
 @pytest.mark.parametrize("way", ["vsock", "serial"])
-def test_the_clock_is_right_within_a_second(way: str, warm_files: dict[str, Path], tmp_path: Path) -> None:
+def test_the_clock_is_right_within_a_second(way: str, warm_files: WarmFiles, tmp_path: Path) -> None:
     with running(words(warm_files[way], "while read -r ask; do date +%s; done"), tmp_path) as process:
         assert process.stdin is not None
         assert process.stdout is not None
@@ -130,7 +142,7 @@ def test_the_clock_is_right_within_a_second(way: str, warm_files: dict[str, Path
         assert process.returncode == 0
 
 
-def test_signals_reach_the_command_of_a_copy(warm_files: dict[str, Path], tmp_path: Path) -> None:
+def test_signals_reach_the_command_of_a_copy(warm_files: WarmFiles, tmp_path: Path) -> None:
     script = "trap 'echo caught; kill -9 $$' TERM; echo up; while :; do sleep 1000; done"
     with running(words(warm_files["vsock"], script), tmp_path) as process:
         assert process.stdout is not None
@@ -140,7 +152,7 @@ def test_signals_reach_the_command_of_a_copy(warm_files: dict[str, Path], tmp_pa
         assert (process.returncode, output) == (137, b"caught\n")
 
 
-def test_a_copy_has_a_terminal_if_asked(warm_files: dict[str, Path]) -> None:
+def test_a_copy_has_a_terminal_if_asked(warm_files: WarmFiles) -> None:
     leader, follower = pty.openpty()
     process = subprocess.Popen(
         words(warm_files["serial"], "tty; echo $TERM; read line; echo got $line; sleep 1000", "-t"),
