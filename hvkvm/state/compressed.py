@@ -1,8 +1,9 @@
 """RAM of a saved machine as zstd has it: for keeping files, not for guests that shall begin at once.
 
-Why this library: of those for Python (zstandard, pyzstd, backports.zstd) zstandard unpacked a
-kernel image fastest, at 1.1 GB/s of processor time and 0.8 and 0.7; all packed at 250 MB/s (level 3).
-It is an extra of this package, and imported when somebody asks for it.
+Python has zstd itself from 3.14 on. Before, or where it was built without, the library is zstandard, an
+extra of this package: of those for Python (zstandard, pyzstd, backports.zstd) it unpacked a kernel image
+fastest, at 1.1 GB/s of processor time and 0.8 and 0.7; all packed at 250 MB/s (level 3). Either is imported
+when somebody asks for it, and reads what the other has written.
 
 Each piece is a frame of its own, which says how much is in it. A reader believes
 that only if it is what the manifest says. Any thread; one object, one thread.
@@ -10,12 +11,11 @@ that only if it is what the manifest says. Any thread; one object, one thread.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable
+from contextlib import suppress
+from typing import NamedTuple
 
 from hvkvm.errors import CapabilityMissing
-
-if TYPE_CHECKING:
-    from types import ModuleType
 
 LEVEL = 3
 MAX_PIECE = 1 << 20
@@ -23,39 +23,71 @@ MAX_PIECE = 1 << 20
 REMEDY = "needs the Python module zstandard; install it, such as by pip install 'hvkvm[zstd]'"
 
 
-def _module(what: str) -> ModuleType:
-    try:
-        import zstandard
-    except ImportError:
-        raise CapabilityMissing(f"{what}: {REMEDY}") from None
-    return zstandard  # type: ignore[no-any-return,unused-ignore]
+class _Codec(NamedTuple):
+    pack: Callable[[bytes], bytes]
+    unpack: Callable[[bytes, int], bytes | None]
+    """The bytes of a frame that says it has so many; None else, and of a damaged one."""
+
+
+def _pythons() -> _Codec:
+    from compression import zstd  # type: ignore[import-not-found,unused-ignore]
+
+    def unpack(frame: bytes, size: int) -> bytes | None:
+        reader = zstd.ZstdDecompressor()
+        try:
+            # Before anything is unpacked: room is made for what a frame says of itself.
+            if zstd.get_frame_info(frame).decompressed_size != size:
+                return None
+            data: bytes = reader.decompress(frame, size)
+        except zstd.ZstdError:
+            return None
+        return data if reader.eof else None
+
+    return _Codec(lambda data: bytes(zstd.compress(data, LEVEL)), unpack)
+
+
+def _librarys() -> _Codec:
+    import zstandard
+
+    packer, reader = zstandard.ZstdCompressor(level=LEVEL), zstandard.ZstdDecompressor()
+
+    def unpack(frame: bytes, size: int) -> bytes | None:
+        try:
+            # As above.
+            if zstandard.get_frame_parameters(frame).content_size != size:
+                return None
+            return bytes(reader.decompress(frame))
+        except zstandard.ZstdError:
+            return None
+
+    return _Codec(lambda data: bytes(packer.compress(data)), unpack)
+
+
+def _codec(what: str) -> _Codec:
+    for codec in (_pythons, _librarys):
+        with suppress(ImportError):
+            return codec()
+    raise CapabilityMissing(f"{what}: {REMEDY}")
 
 
 class Packer:
-    """`pack(data)` makes frames. CapabilityMissing, naming `what`, where the module is not there."""
+    """`pack(data)` makes frames. CapabilityMissing, naming `what`, where no module for it is there."""
 
     def __init__(self, what: str) -> None:
-        self._context: Any = _module(what).ZstdCompressor(level=LEVEL)
+        self._codec = _codec(what)
 
     def pack(self, data: bytes) -> bytes:
         """The frame of `data`, of at most MAX_PIECE bytes."""
-        return bytes(self._context.compress(data))
+        return self._codec.pack(data)
 
 
 class Unpacker:
     """`unpack(frame, size)` takes them apart. CapabilityMissing as `Packer`."""
 
     def __init__(self, what: str) -> None:
-        self._zstd = _module(what)
-        self._context: Any = self._zstd.ZstdDecompressor()
+        self._codec = _codec(what)
 
     def unpack(self, frame: bytes, size: int) -> bytes | None:
         """The `size` bytes of a frame; None where it is damaged or has another size."""
-        try:
-            # Before anything is unpacked: the library makes room for what a frame says of itself.
-            if self._zstd.get_frame_parameters(frame).content_size != size:
-                return None
-            data = bytes(self._context.decompress(frame))
-        except self._zstd.ZstdError:
-            return None
-        return data if len(data) == size else None
+        data = self._codec.unpack(frame, size)
+        return data if data is not None and len(data) == size else None

@@ -77,12 +77,33 @@ def test_damage_anywhere_is_one_line_and_leaves_nothing_open(tmp_path: Path) -> 
     assert len(os.listdir("/proc/self/fd")) == fds
 
 
+@pytest.fixture(params=["compression", "zstandard"])
+def module(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """The one module for zstd that is there."""
+    name: str = request.param
+    pytest.importorskip(name)
+    for other in {"compression", "zstandard"} - {name}:
+        monkeypatch.setitem(sys.modules, other, None)
+    return name
+
+
+def test_frames_of_either_module_are_the_others(module: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    data = contents()[: 9 * PAGE_SIZE]
+    frame = Packer("x").pack(data)
+    monkeypatch.undo()
+    assert Unpacker("x").unpack(frame, len(data)) == data
+
+
+@pytest.mark.usefixtures("module")
 def test_a_frame_that_says_it_is_huge_is_not_unpacked() -> None:
     packer, unpacker = Packer("x"), Unpacker("x")
     frame = packer.pack(bytes(64 << 20))
     assert unpacker.unpack(frame, PAGE_SIZE) is None
     assert unpacker.unpack(b"none", PAGE_SIZE) is None
-    assert unpacker.unpack(packer.pack(b"x" * PAGE_SIZE), PAGE_SIZE) == b"x" * PAGE_SIZE
+    one = packer.pack(b"x" * PAGE_SIZE)
+    assert unpacker.unpack(one, PAGE_SIZE) == b"x" * PAGE_SIZE
+    assert unpacker.unpack(one[:-1], PAGE_SIZE) is None
+    assert unpacker.unpack(one, PAGE_SIZE - 1) is None
 
 
 def test_extents_of_impossible_sizes_are_refused(tmp_path: Path) -> None:
@@ -106,7 +127,8 @@ def test_extents_of_impossible_sizes_are_refused(tmp_path: Path) -> None:
 
 def test_without_the_module_the_remedy_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     file = written(tmp_path / "vm")
-    monkeypatch.setitem(sys.modules, "zstandard", None)
+    for name in ("zstandard", "compression"):
+        monkeypatch.setitem(sys.modules, name, None)
     with pytest.raises(CapabilityMissing, match=r"a compressed file: needs .* pip install"):
         Saved(file)
     with pytest.raises(
