@@ -141,6 +141,9 @@ def start_user(
     except (OSError, subprocess.TimeoutExpired) as error:
         raise ConfigError(f"--net user: {program}: {error}; reinstall passt") from None
     known_options = (known.stdout + known.stderr).decode(errors="replace")
+    if "--foreground" not in known_options:  # it has not come as far as its options
+        why = " ".join(known_options.split())[:200] or f"exit status {known.returncode}"
+        raise ConfigError(f"--net user: {program}: {why}; try {program} --help by hand")
     if "--fd" not in known_options:
         raise ConfigError("--net user: this passt is older than 2023 and knows no --fd; install a newer one")
     ours, theirs = socket.socketpair()

@@ -134,11 +134,22 @@ def test_a_port_that_is_taken_is_told(loop):
             start_user(loop, forwards=(Forward("tcp", "127.0.0.1", server.getsockname()[1], 22),))
 
 
-def test_without_passt_there_is_the_remedy(loop):
+@pytest.mark.parametrize(
+    ("does", "said"),
+    [
+        ("echo '-f, --foreground Do not'", "this passt is older than 2023"),
+        ("echo 'no /proc here' >&2; exit 1", r"passt: no /proc here; try .*passt --help by hand$"),
+        ("exit 3", "exit status 3; try"),
+    ],
+)
+def test_a_passt_that_is_of_no_use_is_told_from_none(loop, does, said, tmp_path):
     with pytest.raises(ConfigError, match="apt-get install passt"):
         start_user(loop, program="no-such-passt")
-    with pytest.raises(ConfigError, match="older"):
-        start_user(loop, program="true")
+    program = tmp_path / "passt"
+    program.write_text(f"#!/bin/sh\n{does}\n")
+    program.chmod(0o755)
+    with pytest.raises(ConfigError, match=said):
+        start_user(loop, program=str(program))
 
 
 def test_a_passt_that_dies_is_a_link_that_is_down(loop, user):
