@@ -202,29 +202,41 @@ def _has_default_route() -> bool:
 
 
 def _answers(sock: socket.socket) -> bool:
-    """Whether passt works: False once it has ended. It is asked for its gateway's MAC as by a guest."""
+    """Whether passt works: False once it has ended. It is asked for its gateway's MAC as by a guest.
+
+    What it says unasked is no answer: one of 2026 announces its addresses before it listens for what is
+    forwarded, and ends where it cannot.
+    """
     mac = bytes.fromhex("525500000015")
     question = b"\xff" * 6 + mac + bytes.fromhex("08060001080006040001")
     question += mac + bytes(4) + bytes(6) + socket.inet_aton(GATEWAY)
     sock.settimeout(READY_SECONDS)
     try:
         sock.sendall(len(question).to_bytes(LENGTH_BYTES, "big") + question)
-        length = sock.recv(LENGTH_BYTES, socket.MSG_WAITALL)
-        return bool(length) and bool(sock.recv(int.from_bytes(length, "big"), socket.MSG_WAITALL))
+        while length := sock.recv(LENGTH_BYTES, socket.MSG_WAITALL):
+            frame = sock.recv(int.from_bytes(length, "big"), socket.MSG_WAITALL)
+            if frame[:6] == mac and frame[12:14] == b"\x08\x06":
+                return True
+        return False
     except TimeoutError:
         return True
     except OSError:
         return False
 
 
+_PORT = ("bind", "listen")
+"""How passt calls what forward= asks for; a newer one says in its last line just that something failed."""
+
+
 def reason_in(said: bytes) -> str:
-    """The last line of what passt said that means something."""
+    """The line of what passt said that means something: of a port that it cannot have, or the last."""
     lines = [line.strip() for line in said.decode(errors="replace").splitlines()]
     lines = [line for line in lines if line and "to syslog" not in line and "Don't run as root" not in line]
-    return "".join(c for c in lines[-1] if c.isprintable()) if lines else ""
+    about_ports = [line for line in lines if any(word in line.lower() for word in _PORT)]
+    return "".join(c for c in [*lines, *about_ports[:1]][-1] if c.isprintable()) if lines else ""
 
 
 def _remedy(said: bytes) -> str:
-    if b"bind" in said.lower():
+    if any(word.encode() in said.lower() for word in _PORT):
         return "another program has a port that forward= names, or it is below 1024: name another"
     return "try passt --foreground by hand"

@@ -75,7 +75,8 @@ def test_udp_whose_checksum_is_left_undone_reaches_the_host_and_its_answer_comes
         server.sendto(b"answer", address)
         answer = nic.frame(is_udp_from(port))
         whole = p.udp(GATEWAY, GUEST, port, 9990, b"answer")
-        assert answer[34:] in (whole, whole[:6] + b"\0\0" + whole[8:])  # UDP over IPv4 needs no checksum
+        found = answer[34 : 34 + len(whole)]  # a newer passt fills the frame up to Ethernet's least
+        assert found in (whole, whole[:6] + b"\0\0" + whole[8:])  # UDP over IPv4 needs no checksum
 
 
 def test_a_tcp_packet_that_is_not_cut_reaches_the_host_whole(loop, user):
@@ -123,7 +124,7 @@ def test_a_forwarded_port_reaches_the_guest(loop):
             nic.frame(lambda f: f[12:14] == b"\x08\x00" and f[23] == 6 and f[36:38] == b"\0\x16")
         with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as client:
             client.sendto(b"question", ("127.0.0.1", port))
-            nic.frame(lambda f: f.endswith(b"question") and f[36:38] == b"\0\x35")
+            nic.frame(lambda f: b"question" in f and f[36:38] == b"\0\x35")
     finally:
         loop.do(user.close)
 
