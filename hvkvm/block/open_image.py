@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from errno import EINVAL
 from pathlib import Path
 
+from hvkvm import given_file
 from hvkvm.block.image import CACHES, DEFAULTS, FORMATS, SECTOR_SIZES, Image, ImageOptions
 from hvkvm.errors import ImageError
 
@@ -50,10 +52,11 @@ def guess_format(path: Path) -> str:
     be named so, too.
     """
     try:
-        with path.open("rb", buffering=0) as file:
-            head = file.read(8)
+        head = given_file.read(path, 8)
     except OSError as error:
-        raise ImageError(f"{path}: {error.strerror}") from None
+        if error.errno != EINVAL:
+            raise ImageError(f"{path}: {error.strerror}") from None
+        head = b""  # no file: whoever opens the image says so
     found = next((name for magic, name in _MAGICS if head.startswith(magic)), "raw")
     if found == "vhdx" and path.suffix.lower() not in (".vhdx", ".avhdx"):
         raise ImageError(f"{path}: begins like a VHDX, but is not named .vhdx; say format=vhdx or format=raw")

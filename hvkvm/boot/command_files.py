@@ -12,6 +12,7 @@ import stat
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from hvkvm import given_file
 from hvkvm.abi.guest_command import CommandIo
 from hvkvm.boot import cpio, guest_scripts
 from hvkvm.errors import BootError
@@ -78,6 +79,6 @@ def _file(name: str, source: bytes | Path) -> cpio.Entry:
 def read(path: Path) -> bytes:
     """Its content. BootError."""
     try:
-        return path.read_bytes()
+        return given_file.read(path)
     except OSError as error:
-        raise BootError(f"{path}: {error.strerror}") from error
+        raise BootError(f"{path}: {error.strerror}; check the path") from error

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import NamedTuple
 from uuid import UUID
 
+from hvkvm import given_file
 from hvkvm.abi import board
 from hvkvm.abi.elf import ELFMAG
 from hvkvm.boot.e820 import E820_TYPE_RAM, E820_TYPE_RESERVED, E820Entry, boot_params_table
@@ -44,8 +45,7 @@ def find(asked: str | Path) -> Path:
 def read(path: Path) -> bytes:
     """The image, whole pages that end at 4 GiB. BootError for what is none."""
     try:
-        with path.open("rb") as file:
-            image = file.read(board.FIRMWARE_LIMIT + 1)
+        image = given_file.read(path, board.FIRMWARE_LIMIT + 1)
     except OSError as error:
         raise BootError(f"--firmware {path}: {error.strerror}; check the path") from None
     if len(image) > board.FIRMWARE_LIMIT:
@@ -114,7 +114,7 @@ class KernelParts(NamedTuple):
 def kernel_parts(path: Path) -> KernelParts:
     """The parts of a kernel that firmware can start: a bzImage with an EFI stub. BootError."""
     try:
-        image = path.read_bytes()
+        image = given_file.read(path)
     except OSError as error:
         raise BootError(f"--kernel {path}: {error.strerror}; check the path") from None
     if image[:2] != b"MZ" or image[0x202:0x206] != b"HdrS":

@@ -15,6 +15,7 @@ from types import TracebackType
 
 from hvkvm.boot.layout import GuestRam
 from hvkvm.errors import BootError
+from hvkvm.given_file import open_at_once
 
 _READ_AT_ONCE = 1 << 30  # Linux moves at most 2 GiB - 4 KiB a call
 
@@ -30,8 +31,7 @@ class KernelFile:
         self.path = shown or path
         self.flag = flag
         try:
-            # O_NONBLOCK: a FIFO without a writer must be refused below, not waited for.
-            self._fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+            self._fd = open_at_once(path)
         except FileNotFoundError:
             raise BootError(f"{flag} {path}: no such file; check the path") from None
         except (OSError, ValueError) as error:

@@ -13,6 +13,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+from hvkvm import given_file
 from hvkvm.abi.elf import ELF64_EHDR, ELF64_IDENT, ELF64_SHDR, Ehdr, Shdr
 from hvkvm.errors import BootError
 
@@ -95,7 +96,10 @@ def dependencies(elf: bytes) -> tuple[list[str], list[str]]:
 
 def read_module(path: Path) -> bytes:
     """A module file's ELF bytes, decompressed. Raises BootError when that cannot be done."""
-    raw = path.read_bytes()
+    try:
+        raw = given_file.read(path)
+    except OSError as error:
+        raise BootError(f"{path}: {error.strerror}; check the folder of modules") from None
     try:
         if path.name.endswith(".xz"):
             import lzma

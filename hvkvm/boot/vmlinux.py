@@ -14,6 +14,7 @@ import struct
 from pathlib import Path
 from typing import Any
 
+from hvkvm import given_file
 from hvkvm.abi.elf import ELF64_EHDR, ELF64_IDENT, ELF64_PHDR, ELFMAG, PT_LOAD, Ehdr, Phdr
 from hvkvm.boot import cache
 
@@ -121,7 +122,7 @@ def extract(bzimage: Path, cache_dir: Path | None = None) -> Path | None:
     known = folder / _stat_key(bzimage)
     if known.exists():
         return known.resolve()
-    data = bzimage.read_bytes()
+    data = given_file.read(bzimage)
     if data[:4] == ELFMAG:
         return bzimage
     import hashlib

@@ -11,6 +11,7 @@ from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from hvkvm import given_file
 from hvkvm.boot import cache
 from hvkvm.errors import CapabilityMissing, ConfigError
 from hvkvm.machine.disk_spec import CdromSpec
@@ -59,8 +60,7 @@ def _read(folder: Path) -> dict[str, bytes]:
     left = MOST_BYTES
     for name in FILES:
         try:
-            with (folder / name).open("rb") as file:
-                found[name] = file.read(left + 1)
+            found[name] = given_file.read(folder / name, left + 1)
         except FileNotFoundError:
             continue
         except OSError as error:

@@ -7,6 +7,7 @@ file, "--disk size=" for a key of a structured option (`config_words`).
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping
 from errno import EACCES, EPERM
 from os.path import isdir
@@ -14,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from hvkvm.errors import ConfigError
+from hvkvm.given_file import open_at_once
 
 MIB = 1 << 20
 GIB = 1 << 30
@@ -236,8 +238,7 @@ def check_file(name: str, path: Path) -> None:
     if isdir(path):  # Path.is_dir raises for a name that is too long
         raise ConfigError(f"{said(name, path)}: is a directory; name the file in it")
     try:
-        with path.open("rb"):
-            pass
+        os.close(open_at_once(path))
     except (FileNotFoundError, NotADirectoryError):
         raise ConfigError(f"{said(name, path)}: no such file; check the path") from None
     except OSError as error:

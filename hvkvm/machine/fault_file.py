@@ -18,6 +18,7 @@ import re
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
 
+from hvkvm import given_file
 from hvkvm.abi.scsi import Sense
 from hvkvm.devices.scsi.fault_rules import OPERATIONS, SENSES, Action, Plan, Rule
 from hvkvm.errors import ConfigError
@@ -137,8 +138,10 @@ def read_plan(path: Path, name: str = "--disk faults=") -> Plan:
 
     where = said(name, path)
     try:
-        values = tomllib.loads(path.read_text())
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        values = tomllib.loads(given_file.read(path).decode())
+    except OSError as error:
+        raise ConfigError(f"{where}: {error.strerror}; give a readable TOML file") from None
+    except (UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
         raise ConfigError(f"{where}: {error}; give a readable TOML file") from None
     return plan_of(values, where)
 

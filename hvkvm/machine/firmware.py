@@ -122,11 +122,13 @@ class Firmware:
 
     def _add_kernel(self, fw_cfg: FirmwareFwCfg, kernel: Path, image: GuestImage) -> None:
         """Have firmware start a kernel: it reads it, its initrd and its command line by fw_cfg."""
+        from hvkvm.machine.guest_image import read_initrd
+
         config = self._platform.config
         parts = images.kernel_parts(kernel)
         initrd = image.initrd() or b""
         if isinstance(initrd, Path):
-            initrd = initrd.read_bytes()
+            initrd = read_initrd(initrd)
         line = f"{default_cmdline(config.serial_ports)} {config.append}".strip()
         cmdline = line.encode("utf-8", "surrogateescape") + b"\0"
         for size_key, data_key, content in (

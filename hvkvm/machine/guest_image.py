@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from hvkvm import __version__
-from hvkvm.errors import ConfigError, HvkvmError
+from hvkvm import __version__, given_file
+from hvkvm.errors import BootError, ConfigError, HvkvmError
 from hvkvm.machine import boot_again
 from hvkvm.machine.config import MachineConfig
 
@@ -145,7 +145,7 @@ def initial_ramdisk(config: MachineConfig) -> bytes | Path | None:
     if config.initrd is None:
         return archive
     # The kernel unpacks archives one behind the other; later files win. cpio pads to 512.
-    first = config.initrd.read_bytes()
+    first = read_initrd(config.initrd)
     return first + bytes(-len(first) % 512) + archive
 
 
@@ -193,3 +193,11 @@ def find_busybox() -> Path:
         if found := which(name):
             return Path(found)
     raise ConfigError("--busybox: no busybox in PATH; install the busybox-static package or name one")
+
+
+def read_initrd(path: Path) -> bytes:
+    """The user's own. BootError."""
+    try:
+        return given_file.read(path)
+    except OSError as error:
+        raise BootError(f"--initrd {path}: {error.strerror}; check the path") from None

@@ -28,6 +28,7 @@ from struct import Struct
 from typing import Any
 
 from hvkvm.errors import StateError
+from hvkvm.given_file import open_at_once
 from hvkvm.memory.mapping import PAGE_SIZE, sealed_memfd
 from hvkvm.state.codec import plain, restored
 from hvkvm.state.compressed import MAX_PIECE, Packer, Unpacker
@@ -140,7 +141,7 @@ class Saved:
     def __init__(self, path: Path) -> None:
         self.path = path
         try:
-            self.fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+            self.fd = open_at_once(path)
         except OSError as error:
             raise StateError(f"{path}: {error.strerror}") from None
         try:

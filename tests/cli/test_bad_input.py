@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
@@ -76,6 +77,36 @@ def test_usage_errors(
     kernel = guest(HANG)
     result = hvkvm(*(str(kernel) if argument == "KERNEL" else argument for argument in arguments))
     one_line(result, 2, *words)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("--kernel", "FIFO", "--hv", "none"),
+        ("--kernel", "KERNEL", "--initrd", "FIFO", "--hv", "none"),
+        ("--kernel", "KERNEL", "--vmbus", "on", "--synic", "user", "--disk", "FIFO"),
+        ("--kernel", "KERNEL", "--vmbus", "on", "--synic", "user", "--disk", "FIFO,format=raw"),
+        ("--kernel", "KERNEL", "--vmbus", "on", "--synic", "user", "--disk", "KERNEL,faults=FIFO"),
+        ("--kernel", "KERNEL", "--vmbus", "on", "--synic", "user", "--cdrom", "FIFO"),
+        ("--firmware", "FIFO"),
+        ("--kernel", "FIFO", "--firmware", "KERNEL"),
+        ("--restore", "FIFO"),
+        ("--from", "FIFO", "--", "true"),
+    ],
+)
+@pytest.mark.kvm
+def test_a_pipe_that_nobody_writes_is_refused_not_waited_for(
+    hvkvm: Callable[..., subprocess.CompletedProcess[str]],
+    guest: Callable[[bytes], Path],
+    tmp_path: Path,
+    arguments: tuple[str, ...],
+) -> None:
+    """open(2) would wait, and a run that has taken its signals over does not even end by Ctrl-C then."""
+    fifo = tmp_path / "fifo"
+    os.mkfifo(fifo)
+    named = {"FIFO": str(fifo), "KERNEL": str(guest(HANG))}
+    words = [re.sub("FIFO|KERNEL", lambda name: named[name[0]], word) for word in arguments]
+    one_line(hvkvm("run", *words), 2, str(fifo))
 
 
 @pytest.mark.parametrize(

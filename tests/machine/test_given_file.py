@@ -1,0 +1,55 @@
+"""Files that a user names are read at once or refused: a pipe that nobody writes is not waited for."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from hvkvm import given_file
+from hvkvm.boot import command_files, firmware, kmod
+from hvkvm.errors import HvkvmError
+from hvkvm.machine import cloud_init, fault_file, guest_image
+
+
+@pytest.fixture
+def fifo(tmp_path: Path) -> Path:
+    path = tmp_path / "user-data"
+    os.mkfifo(path)
+    return path
+
+
+def test_a_file_is_read_whole_or_so_much_of_it(tmp_path: Path) -> None:
+    path = tmp_path / "file"
+    path.write_bytes(b"0123456789")
+    assert given_file.read(path) == b"0123456789"
+    assert given_file.read(path, 4) == b"0123"
+
+
+@pytest.mark.parametrize("name", [".", "/dev/null", "gone"])
+def test_what_is_no_file_is_an_oserror_with_words(name: str, tmp_path: Path) -> None:
+    with pytest.raises(OSError, match=r"\w+") as caught:
+        given_file.read(tmp_path / name)
+    assert caught.value.strerror
+
+
+@pytest.mark.parametrize(
+    "reader",
+    [
+        command_files.read,
+        kmod.read_module,
+        firmware.read,
+        firmware.kernel_parts,
+        guest_image.read_initrd,
+        fault_file.read_plan,
+        lambda path: cloud_init.seed(path.parent),
+    ],
+)
+def test_no_reader_waits_for_a_writer(reader: Callable[[Path], Any], fifo: Path) -> None:
+    fds = len(os.listdir("/proc/self/fd"))
+    with pytest.raises(HvkvmError, match="is not a regular file; "):
+        reader(fifo)
+    assert len(os.listdir("/proc/self/fd")) == fds
