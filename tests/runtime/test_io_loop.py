@@ -112,13 +112,23 @@ def test_timers_run_in_due_order_and_not_early(loop: IoLoop) -> None:
 
     seen: list[tuple[str, float]] = []
     done = threading.Event()
-    start = monotonic()
-    loop.call_later(0.06, lambda: (seen.append(("c", monotonic())), done.set()))
-    loop.call_later(0.02, lambda: seen.append(("a", monotonic())))
-    loop.call_later(0.04, lambda: seen.append(("b", monotonic())))
+    due: dict[str, float] = {}
+
+    def ran(name: str) -> None:
+        seen.append((name, monotonic()))
+        if len(seen) == 3:
+            done.set()
+
+    def begin() -> None:
+        for name, delay in (("c", 0.06), ("a", 0.02), ("b", 0.04)):
+            asked = monotonic()
+            due[name] = loop.call_later(delay, ran, name).due
+            assert due[name] >= asked + delay
+
+    loop.call_soon(begin)  # one call of the loop's: none of them runs before all three are there
     assert done.wait(100)
-    assert [name for name, _when in seen] == ["a", "b", "c"]
-    assert all(when - start >= due for (_name, when), due in zip(seen, (0.02, 0.04, 0.06), strict=True))
+    assert [name for name, _when in seen] == sorted(due, key=due.__getitem__)
+    assert all(when >= due[name] for name, when in seen)
 
 
 def test_an_earlier_timer_wakes_a_loop_that_waits_for_a_later_one(loop: IoLoop, settle: Settle) -> None:
