@@ -88,15 +88,21 @@ def wait_for(thread: VcpuThread, state: str) -> None:
 
 def test_each_exit_goes_to_its_handler_with_the_vcpu() -> None:
     seen: list[tuple[str, object, bool]] = []
+    third = threading.Event()
+
+    def handled(name: str, vcpu: object) -> None:
+        seen.append((name, vcpu, thread.is_current()))
+        if len(seen) == 3:
+            third.set()
+
     vcpu = FakeVcpu(KVM_EXIT_IO, KVM_EXIT_MMIO, KVM_EXIT_IO)
     with running(vcpu, start=False) as thread:
         thread._handlers = {
-            KVM_EXIT_IO: lambda v: seen.append(("io", v, thread.is_current())),
-            KVM_EXIT_MMIO: lambda v: seen.append(("mmio", v, thread.is_current())),
+            KVM_EXIT_IO: lambda v: handled("io", v),
+            KVM_EXIT_MMIO: lambda v: handled("mmio", v),
         }
         thread.start()
-        while len(seen) < 3:
-            thread.call(int)
+        assert third.wait(100)  # without a kick, which would be an exit between them
         assert seen == [("io", vcpu, True), ("mmio", vcpu, True), ("io", vcpu, True)]
         assert thread.exit_counts[KVM_EXIT_IO] == 2
         assert thread.exit_counts[KVM_EXIT_MMIO] == 1
