@@ -66,6 +66,7 @@ class Workers:
         # Threads that wait for work or are about to, less the queues that wait for a thread.
         self._surplus = 0
         self._threads: dict[threading.Thread, Running | None] = {}
+        self._leaving: list[threading.Thread] = []  # no longer among those, and not ended yet
         self._queues: list[WorkerQueue] = []
         self._made = 0
         self.closed = False
@@ -100,9 +101,9 @@ class Workers:
         """
         with self._lock:
             self.closed = True
-            threads = list(self._threads)
+            threads = [*self._threads, *self._leaving]
             queues = list(self._queues)
-            for _ in threads:
+            for _ in self._threads:
                 self._ready.put(None)
         for queue in queues:
             queue.take_back()
@@ -147,15 +148,20 @@ class Workers:
                     if self._surplus <= 0:
                         continue  # a queue is on its way to this thread
                     self._surplus -= 1
-                    del self._threads[me]
+                    self._leave(me)
                     return
             if queue is None:
                 with self._lock:
-                    del self._threads[me]
+                    self._leave(me)
                 return
             self._serve(queue, me)
             with self._lock:
                 self._surplus += 1
+
+    def _leave(self, me: threading.Thread) -> None:
+        del self._threads[me]
+        self._leaving = [thread for thread in self._leaving if thread.is_alive()]
+        self._leaving.append(me)  # `close()` waits for its end, too
 
     def _serve(self, queue: WorkerQueue, me: threading.Thread) -> None:
         threads, finished = self._threads, self._finished

@@ -100,6 +100,25 @@ def test_idle_threads_end_and_come_back(loop: IoLoop) -> None:
     workers.close()
 
 
+def test_closing_waits_for_a_thread_that_had_gone_idle_just_before(
+    loop: IoLoop, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = threading.Thread.run
+
+    def end_late(thread: threading.Thread) -> None:
+        run(thread)
+        sleep(0.2)
+
+    monkeypatch.setattr(threading.Thread, "run", end_late)
+    workers = Workers(loop, idle_seconds=0.01, name="idler")
+    answers = Answers(1)
+    workers.queue(1, "one").submit(lambda item: item, 1, answers.done)
+    assert answers.all_in.wait(SECONDS)
+    wait_until(lambda: workers.threads == 0)
+    workers.close()
+    assert not [thread for thread in threading.enumerate() if thread.name.startswith("idler")]
+
+
 def test_closing_gives_back_what_has_not_begun_and_waits_for_the_rest(loop: IoLoop) -> None:
     workers = Workers(loop)
     queue = workers.queue(1, "one")
