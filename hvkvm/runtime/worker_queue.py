@@ -115,7 +115,8 @@ class WorkerQueue:
     def take_back(self) -> int:
         """Give what has not begun back, each with Stopped; how many."""
         jobs = []
-        with suppress(IndexError):
+        # Under the lock: who has seen that the workers are not closed has put its jobs there, too.
+        with self._lock, suppress(IndexError):
             while True:
                 jobs.append(self._waiting.popleft())
         for job in jobs:

@@ -148,6 +148,33 @@ def test_closing_gives_back_what_has_not_begun_and_waits_for_the_rest(loop: IoLo
         queue.submit(work, 4, answers.done)
 
 
+def test_what_is_submitted_while_they_close_is_answered() -> None:
+    """Closing comes between a submission's look at whether it may and its putting the job there."""
+    answered: list[object] = []
+
+    class ClosesNow:
+        @property
+        def closed(self) -> bool:
+            took_back.start()
+            took_back.join(0.2)
+            return False
+
+        def offer(self, _queue: WorkerQueue) -> None:
+            pass  # closed: no worker comes any more
+
+        def finish(self, _done: object, _item: object, outcome: object) -> None:
+            answered.append(outcome)
+
+        def deliver_now(self) -> None:
+            pass
+
+    queue = WorkerQueue(ClosesNow(), 1, "one")
+    took_back = threading.Thread(target=queue.take_back)
+    queue.submit(lambda item: item, 1, lambda _item, _outcome: None)
+    took_back.join()
+    assert [type(outcome) for outcome in answered] == [Stopped]
+
+
 def test_a_job_that_hangs_is_named_when_closing(loop: IoLoop) -> None:
     workers = Workers(loop)
     release = threading.Event()
