@@ -144,7 +144,7 @@ def test_s39_a_handler_that_raises_does_not_block_its_removal(connections: Conne
     assert connections.remove_message(1) == 0
 
 
-def test_s39_removing_an_event_waits_for_its_callback(connections: Connections) -> None:
+def test_s39_removing_an_event_waits_for_its_callback(connections: Connections, loop: IoLoop) -> None:
     inside, let_go = threading.Event(), threading.Event()
     order: list[str] = []
 
@@ -166,7 +166,11 @@ def test_s39_removing_an_event_waits_for_its_callback(connections: Connections) 
         pass
     let_go.set()
     remover.join()
-    assert order == ["callback left", "removed"]
+    settle(loop)
+    # A signal that came before it was out of the table may have called it once more; never afterwards.
+    assert order.count("removed") == 1
+    assert order[0] == "callback left"
+    assert order[-1] == "removed"
 
 
 def test_s39_an_event_may_remove_itself(connections: Connections, loop: IoLoop) -> None:
