@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import socket
+import threading
 
 import pytest
 
@@ -149,8 +150,15 @@ def test_a_stopped_wire_lets_nothing_arrive(loop):
     below = TestWire(loop)
     wire = FaultyWire(loop, below, Faults(delay=0.01))
     nic = connect(loop, wire)
-    loop.do(below.arrive, views(*FRAMES[:10]))
-    loop.do(wire.stop, lambda: None)
+    late = threading.Event()
+
+    def arrive_and_stop() -> None:
+        below.arrive(views(*FRAMES[:10]))
+        wire.stop(lambda: None)  # in the same call: else they may have come before
+        loop.call_later(0.02, late.set)
+
+    loop.do(arrive_and_stop)
+    assert late.wait(100)  # what would let them arrive was due before this
     assert nic.got == []
     loop.do(wire.start)
     nic.wait(lambda n: n.got == FRAMES[:10])
