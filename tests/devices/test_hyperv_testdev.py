@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import errno
 import threading
+from functools import partial
 
 import pytest
+from at_once import at_once
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -297,32 +299,38 @@ def test_a_stopped_loop_is_a_complaint(kit, loop):
     kit.do(5, conn=1)
 
 
-def test_creating_destroying_and_posting_from_several_vcpus(new_loop):
-    kit = Kit(new_loop())
-    go = threading.Barrier(4)
+def test_creating_destroying_and_posting_from_several_vcpus(io, tiny_switch_interval):
+    kit = Kit(io)
+    hammering = [True] * 3
 
     def hammer(seed: int) -> None:
-        go.wait()
-        for i in range(400):
-            conn = (i * 7 + seed) % 4
-            kit.do(4 + (i + seed) % 4, vp=seed % 2, sint=conn, conn=conn)
-            kit.post(conn, b"x")
-            kit.partition.connections.signal(conn)
+        try:
+            for i in range(400):
+                conn = i // 4 % 4  # each of the four commands for one, then for the next
+                kit.do(4 + (i + seed) % 4, vp=seed % 2, sint=conn, conn=conn)
+                kit.post(conn, b"x")
+                kit.partition.connections.signal(conn)
+        finally:
+            hammering[seed] = False
 
-    threads = [threading.Thread(target=hammer, args=(seed,)) for seed in range(3)]
-    for thread in threads:
-        thread.start()
-    go.wait()
-    while any(thread.is_alive() for thread in threads):
-        kit.loop.run_soon()
+    def empty_slots() -> None:
         for vp in kit.synic.vps:
             for sint in range(4):
                 vp.eom(sint)
+
+    def empty_on() -> None:
+        while any(hammering):
+            empty_slots()
+
+    at_once(*(partial(hammer, seed) for seed in range(3)), empty_on)
+    # Each of the 200 that one of them makes and destroys was made by somebody, and destroyed by somebody.
+    assert 3 * 400 - kit.testdev.complaints.count >= 400
     kit.testdev.reset()
-    for vp in kit.synic.vps:
-        for sint in range(4):
-            vp.eom(sint)
-    kit.loop.settle()
+    empty_slots()
+    for _ in range(2):  # whole rounds of the loop
+        done = threading.Event()
+        io.call_soon(done.set)
+        assert done.wait(100)
     assert kit.synic.lines == 0
 
 
