@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+import signal
 import socket
 import struct
 import subprocess
@@ -109,10 +110,15 @@ def test_requests_in_flight_survive_a_server_that_dies(tmp_path: Path, asker: As
         disk = asker.disk(image, width=6)
         reads = [(Op.READ, number * 4096, page_buffer(4096), {}) for number in range(200)]
         assert asker.ask(disk, Op.WRITE, 0, page_buffer(4096, data[:4096])).status is Status.OK
-        threading.Timer(0.01, first.kill).start()
+        first.send_signal(signal.SIGSTOP)  # what it is asked from now on stays in flight
         results: list[object] = []
         thread = threading.Thread(target=lambda: results.extend(asker.ask_all(disk, reads * 20)))
         thread.start()
+        end = time.monotonic() + SECONDS
+        while len(asker.workers.running()) < 6:
+            assert time.monotonic() < end, disk.inspect()
+            time.sleep(0.005)
+        first.kill()
         first.wait()
         with serving(qemu_nbd(file, path), path):
             thread.join(SECONDS)
