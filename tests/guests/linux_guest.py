@@ -11,7 +11,7 @@ import os
 import threading
 from codecs import getincrementaldecoder
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from time import monotonic, sleep
 from typing import Any, TypeVar
@@ -19,6 +19,7 @@ from typing import Any, TypeVar
 from guest_artifacts import artifact
 from running_vm import whole_lines
 
+from hvkvm.errors import Stopped
 from hvkvm.machine.bus import Bus
 from hvkvm.machine.config import MachineConfig
 from hvkvm.machine.machine import Machine
@@ -96,16 +97,27 @@ class LinuxGuest:
         """
         end = monotonic() + seconds
         while True:
-            found = happened()
+            ended = self.machine.outcome is not None
+            if ended:
+                self._hear_the_rest()
+            found = happened()  # asked after that: a guest may do it and end at once
             if found:
                 return found
-            assert self.machine.outcome is None, f"{what}: {self.machine.outcome}\n{self.report()}"
+            assert not ended, f"{what}: {self.machine.outcome}\n{self.report()}"
             assert monotonic() < end, f"{what}: not within {seconds:g} s\n{self.report()}"
             # A lab has one processor, so looking often would slow the guest down: not at each character.
             if (news or self._printed).wait(0.05):
                 if news is None:
                     sleep(0.01)
                 self._printed.clear()
+
+    def _hear_the_rest(self) -> None:
+        """What the guest printed before its end may still be under way to the loop."""
+        heard = threading.Event()
+        with suppress(Stopped):  # else the loop has ended, and the board has given all
+            self.machine.platform.io.call_soon(self.machine.board.flush)
+            self.machine.platform.io.call_soon(heard.set)
+            assert heard.wait(SECONDS), self.machine.platform.io.state
 
     def wait_for(self, marker: str, *, count: int = 1, seconds: float = SECONDS) -> str:
         """The console's whole lines, once `marker` stands in them `count` times."""
