@@ -83,11 +83,16 @@ class RunningVm:
     def wait_for(self, marker: str, *, count: int = 1, errors: bool = False) -> str:
         """The output's whole lines, once `marker` stands in them `count` times; those of `errors` if so."""
         end = monotonic() + SECONDS
-        while (lines := whole_lines(self.error_text if errors else self.text)).count(marker) < count:
-            assert self.process.poll() is None, f"ended before {marker!r}\n{self.report()}"
+        while True:
+            ended = self.process.poll() is not None
+            if ended:
+                self.finish()  # what it has printed is read to its end
+            lines = whole_lines(self.error_text if errors else self.text)
+            if lines.count(marker) >= count:
+                return lines
+            assert not ended, f"ended before {marker!r}\n{self.report()}"
             assert monotonic() < end, f"no {marker!r}\n{self.report()}"
             sleep(0.05)
-        return lines
 
     def ctl(self, *arguments: object, status: int = 0, seconds: float = SECONDS) -> str:
         """What `hvkvm ctl` printed; AssertionError for another exit status. Its errors where it failed."""
