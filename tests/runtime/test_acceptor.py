@@ -6,7 +6,7 @@ import errno
 import os
 import socket
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pytest
 
@@ -54,7 +54,9 @@ def call(listener: Listener) -> socket.socket:
     return caller
 
 
-def test_every_connection_is_handed_over_without_blocking(loop: IoLoop, listener: Listener) -> None:
+def test_every_connection_is_handed_over_without_blocking(
+    loop: IoLoop, listener: Listener, settle: Callable[[IoLoop], None]
+) -> None:
     came: list[socket.socket] = []
     all_here = threading.Event()
 
@@ -70,6 +72,7 @@ def test_every_connection_is_handed_over_without_blocking(loop: IoLoop, listener
     taker.close()
     taker.close()
     with call(listener):
+        settle(loop)  # else the loop may not have looked at it yet
         assert len(came) == 5
     for sock in came + callers:
         sock.close()
