@@ -6,7 +6,7 @@ import os
 import pty
 import queue
 import socket
-import time
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -170,7 +170,9 @@ def test_a_background_job_reads_its_terminal_only_in_the_foreground(
     allowed.append(True)
     assert reader.got.get(timeout=SECONDS) == b"typed\n"
     reader.ask()
-    time.sleep(0.1)  # it watches the terminal now
+    watches = threading.Event()
+    reader.io.call_soon(watches.set)
+    assert watches.wait(SECONDS)  # the terminal, now: the loop does what it is asked in order
     allowed.clear()
     os.write(leader, b"more\n")
     with pytest.raises(queue.Empty):
