@@ -157,6 +157,7 @@ def test_s6_an_address_kvm_cannot_back_is_the_guests_own_fault(
 ) -> None:
     with OverlayPage(memory) as page:
         page.place(INSIDE[0])
+        gc.collect()
         fds = os.listdir("/proc/self/fd")
         vm.refuse = refusal
         for gpa in (1 << 52, (1 << 64) - PAGE_SIZE):
@@ -189,6 +190,7 @@ def test_an_address_that_is_no_pages_is_a_callers_mistake(memory: GuestMemory, g
 
 
 def test_closing_uncovers_and_frees() -> None:
+    gc.collect()  # what an earlier test dropped in a cycle is not this one's
     before = set(os.listdir("/proc/self/fd"))
     vm = SlotTable()
     memory = GuestMemory(vm, RAM_SIZE)
