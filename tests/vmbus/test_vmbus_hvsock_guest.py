@@ -99,6 +99,13 @@ class Host:
 
         return next_one
 
+    def begun(self, port: int, received: int = 0) -> None:
+        """Wait until a program serves `port`, to which the guest has sent so much."""
+        programs = self.came[port]
+        self.guest.wait_until(
+            lambda: programs and programs[0].received >= received, f"a stream on port {port}"
+        )
+
 
 def ran(output: str) -> tuple[str, int, str, int, str, int]:
     """What the guest's program says of a connection: action, bytes and CRC each way, milliseconds."""
@@ -160,7 +167,9 @@ def test_streams_arrive_unchanged_and_end_with_the_machine(tmp_path: Path, kerne
 
         # A reset in the middle of a stream ends it, and the next life of the guest has its own.
         cut = host.expect(1006)
-        shell.send("/vsock connect 1006 send 100000000000 & sleep 1; reboot -f")
+        shell.check("/vsock connect 1006 send 100000000000 &")
+        host.begun(1006, 1)
+        shell.send("reboot -f")
         assert cut().received > 0
         shell.ready()
         sink = host.expect(1007)
@@ -249,10 +258,14 @@ def test_connections_of_every_kind(tmp_path: Path, kernel: str) -> None:
 
         # A program that is killed while it sends, and one that is while it does not read.
         killed = host.expect(1004)
-        shell.check("/vsock connect 1004 send 1000000000 & sleep 1; kill -9 $!; wait")
+        shell.check("/vsock connect 1004 send 1000000000 &")
+        host.begun(1004, 1)
+        shell.check("kill -9 $!; wait")
         assert killed().error is None
         full = host.expect(1005, to_send=STREAM)
-        shell.check("/vsock connect 1005 hold & sleep 1; kill -9 $!; wait")
+        shell.check("/vsock connect 1005 hold >/dev/null &")
+        host.begun(1005)
+        shell.check("kill -9 $!; wait")
         assert isinstance(full().error, ConnectionError)
         calm(guest)
         assert guest.bus.vsock.connections.counters.bytes_to_host > 0
