@@ -347,13 +347,19 @@ def test_views_taken_by_several_threads_are_all_revoked(tiny_switch_interval: No
 
 
 def watch(memory: GuestMemory, stop_at: int, words: list[tuple[int, Callable[[int], int], int]]) -> int:
-    """Fork a process that shares RAM and, free of our GIL, looks for any value but 0 and the full word."""
+    """Fork a process that shares RAM and, free of our GIL, looks for any value but 0 and the full word.
+
+    It says so in the word behind `stop_at` when it begins.
+    """
     pid = os.fork()
     if pid:
+        while not memory.read_u32(stop_at + 4):
+            os.sched_yield()
         return pid
     status = 2
     try:
         status = 0
+        memory.write_u32(stop_at + 4, 1)  # before that it would see nothing of what is stored
         while not status and not memory.read_u32(stop_at):
             for gpa, read, full in words:
                 status |= read(gpa) not in (0, full)
