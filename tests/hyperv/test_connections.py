@@ -212,15 +212,17 @@ def test_s39_signals_racing_with_removal_reach_nobody_else(
 def test_s43_an_eventfd_is_not_closed_under_its_signaller(
     connections: Connections, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    inside, removed = threading.Event(), threading.Event()
+    inside, removing, removed = threading.Event(), threading.Event(), threading.Event()
     open_throughout: list[bool] = []
 
     def slow_signal(self: EventFd, n: int = 1) -> None:
         inside.set()
+        assert removing.wait(WAIT)
         removed.wait(0.1)  # as long as a removal that does not wait would take
         open_throughout.append(self.fd >= 0)
 
     def remove() -> None:
+        removing.set()
         connections.remove_event(1)
         removed.set()
 
