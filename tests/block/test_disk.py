@@ -256,14 +256,21 @@ def test_closing_gives_back_what_has_not_begun(asker: Asker, file: Path) -> None
     disk = asker.disk(image, width=2)
     pages = [page_buffer(4096) for _ in range(6)]
     results: dict[int, Result] = {}
+    four_back = threading.Event()
+
+    def done(number: int, result: Result) -> None:
+        results[number] = result
+        if len(results) == 4:
+            four_back.set()
+
     asker.submit(
-        disk,
-        [Request(Op.READ, 0, [page], lambda r, n=n: results.update({n: r})) for n, page in enumerate(pages)],
+        disk, [Request(Op.READ, 0, [page], lambda r, n=n: done(n, r)) for n, page in enumerate(pages)]
     )
     for _ in range(2):
         assert image.began.acquire(timeout=SECONDS)
     closed = threading.Event()
     asker.loop.call_soon(disk.close, lambda _result: closed.set())
+    assert four_back.wait(SECONDS)  # it has begun to close, and the two are in the kernel yet
     assert not closed.wait(0.05)
     image.open.set()
     assert closed.wait(SECONDS)
