@@ -22,7 +22,7 @@ from nbd_servers import qemu_nbd, serving
 
 from hvkvm.block.image import ImageOptions
 from hvkvm.block.nbd import handshake, wire
-from hvkvm.block.nbd.handshake import Address, parse_address
+from hvkvm.block.nbd.handshake import Address, Export, parse_address
 from hvkvm.block.nbd.image import NbdImage
 from hvkvm.block.open_image import open_image
 from hvkvm.block.request import Op, PeerGone, Request, Result, Status
@@ -146,16 +146,25 @@ def test_a_server_that_does_not_come_back_is_gone(tmp_path: Path, asker: Asker) 
             assert result.status is Status.GONE, result
 
 
-def test_closing_ends_a_wait_for_the_server(tmp_path: Path) -> None:
+def test_closing_ends_a_wait_for_the_server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tried = threading.Event()
+
+    def try_again(address: Address) -> tuple[socket.socket, Export]:
+        tried.set()
+        return handshake.connect(address)
+
     file, path = tmp_path / "disk.raw", tmp_path / "socket"
     file.write_bytes(bytes(MIB))
     with serving(qemu_nbd(file, path), path) as server:
         image = NbdImage(Address(path=str(path)), ImageOptions(), reconnect_seconds=SECONDS)
         server.kill()
         server.wait()
-        threading.Timer(0.1, image.close).start()
-        with pytest.raises(PeerGone):
+        monkeypatch.setattr("hvkvm.block.nbd.image.connect", try_again)
+        closer = threading.Thread(target=lambda: (tried.wait(SECONDS), image.close()))
+        closer.start()
+        with pytest.raises(PeerGone, match=r": closed$"):
             image.readv(0, [page_buffer(512)])
+        closer.join()
 
 
 @pytest.mark.parametrize(
