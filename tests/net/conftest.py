@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import os
 import shutil
+import socket
 import subprocess
 import threading
 from contextlib import contextmanager
@@ -42,6 +43,13 @@ class Loop(IoLoop):
         if error is not None:
             raise error
         return result
+
+
+def free_port(kind: socket.SocketKind) -> int:
+    """One that nobody has just now."""
+    with socket.socket(socket.AF_INET, kind) as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])
 
 
 class Nic:

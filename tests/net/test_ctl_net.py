@@ -14,7 +14,7 @@ import guest_images
 import pytest
 from running_vm import RunningVm, command_line, running_vm
 
-from tests.net.conftest import needs_taps
+from tests.net.conftest import free_port, needs_taps
 from tests.net.test_endings import wait_for_end
 
 pytestmark = pytest.mark.kvm
@@ -95,8 +95,9 @@ def test_ssh_says_which_command_reaches_the_guest(tmp_path: Path) -> None:
         with socket.create_connection(("127.0.0.1", port), timeout=30):
             vm.ctl("quit")
             vm.finish()
-    with running_vm(tmp_path, *options("--net", "user,forward=2299-22", "--ssh")) as vm:
-        assert "ssh -p 2299 root@127.0.0.1" in vm.wait_for("root@", errors=True)
+    free = free_port(socket.SOCK_STREAM)  # another run of these tests may be under way
+    with running_vm(tmp_path, *options("--net", f"user,forward={free}-22", "--ssh")) as vm:
+        assert f"ssh -p {free} root@127.0.0.1" in vm.wait_for("root@", errors=True)
         vm.wait_until_listening()
         vm.ctl("quit")
         vm.finish()

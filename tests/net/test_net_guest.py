@@ -28,7 +28,7 @@ from hvkvm.machine.nic_spec import NicSpec
 from hvkvm.machine.nics import Nics
 from hvkvm.net.tap_make import NewTap, make_tap
 from hvkvm.net.user import GATEWAY, GATEWAY6, GUEST
-from tests.net.conftest import Netns, needs_taps
+from tests.net.conftest import Netns, free_port, needs_taps
 
 SOAK = bool(os.environ.get("HVKVM_SOAK"))
 pytestmark = [
@@ -85,12 +85,6 @@ def uplink() -> Iterator[Uplink]:
         finally:
             groups.write_text(before)
             os.close(tap.fd)
-
-
-def free_port(kind: socket.SocketKind) -> int:
-    with socket.socket(socket.AF_INET, kind) as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
 
 
 class Way:
