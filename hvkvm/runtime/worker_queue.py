@@ -96,8 +96,11 @@ class WorkerQueue:
                     self._serving -= left
                     if self._serving:
                         return  # the host has no more threads; those there are do it
-                    for job in jobs:
-                        self._waiting.remove(job)  # there is no thread that could have taken it
+                    try:
+                        for job in jobs:
+                            self._waiting.remove(job)  # there is no thread that could have taken it
+                    except ValueError:
+                        return  # the workers closed meanwhile, and have answered them all
                 raise Stopped(f"{self.name}: {error}") from None
 
     def look(self) -> bool:

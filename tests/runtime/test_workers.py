@@ -175,6 +175,24 @@ def test_what_is_submitted_while_they_close_is_answered() -> None:
     assert [type(outcome) for outcome in answered] == [Stopped]
 
 
+def test_a_job_that_was_given_back_while_no_thread_was_to_be_had_is_answered_once() -> None:
+    answered: list[object] = []
+
+    class ClosesNow:
+        closed = False
+
+        def offer(self, queue: WorkerQueue) -> None:
+            queue.take_back()
+            raise RuntimeError("can't start new thread")
+
+        def finish(self, _done: object, _item: object, outcome: object) -> None:
+            answered.append(outcome)
+
+    queue = WorkerQueue(ClosesNow(), 1, "one")
+    queue.submit_all(lambda item: item, [1, 2], lambda _item, _outcome: None)
+    assert [type(outcome) for outcome in answered] == [Stopped, Stopped]
+
+
 def test_a_job_that_hangs_is_named_when_closing(loop: IoLoop) -> None:
     workers = Workers(loop)
     release = threading.Event()
