@@ -13,7 +13,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import suppress
-from typing import NamedTuple
 
 from hvkvm.errors import CapabilityMissing
 
@@ -23,13 +22,12 @@ MAX_PIECE = 1 << 20
 REMEDY = "needs the Python module zstandard; install it, such as by pip install 'hvkvm[zstd]'"
 
 
-class _Codec(NamedTuple):
-    pack: Callable[[bytes], bytes]
-    unpack: Callable[[bytes, int], bytes | None]
-    """The bytes of a frame that says it has so many; None else, and of a damaged one."""
+Pack = Callable[[bytes], bytes]
+Unpack = Callable[[bytes, int], "bytes | None"]
+"""The bytes of a frame that says it has so many; None else, and of a damaged one."""
 
 
-def _pythons() -> _Codec:
+def _pythons() -> tuple[Pack, Unpack]:
     from compression import zstd  # type: ignore[import-not-found,unused-ignore]
 
     def unpack(frame: bytes, size: int) -> bytes | None:
@@ -43,10 +41,10 @@ def _pythons() -> _Codec:
             return None
         return data if reader.eof else None
 
-    return _Codec(lambda data: bytes(zstd.compress(data, LEVEL)), unpack)
+    return lambda data: bytes(zstd.compress(data, LEVEL)), unpack
 
 
-def _librarys() -> _Codec:
+def _librarys() -> tuple[Pack, Unpack]:
     import zstandard
 
     packer, reader = zstandard.ZstdCompressor(level=LEVEL), zstandard.ZstdDecompressor()
@@ -60,10 +58,10 @@ def _librarys() -> _Codec:
         except zstandard.ZstdError:
             return None
 
-    return _Codec(lambda data: bytes(packer.compress(data)), unpack)
+    return lambda data: bytes(packer.compress(data)), unpack
 
 
-def _codec(what: str) -> _Codec:
+def _codec(what: str) -> tuple[Pack, Unpack]:
     for codec in (_pythons, _librarys):
         with suppress(ImportError):
             return codec()
@@ -74,20 +72,20 @@ class Packer:
     """`pack(data)` makes frames. CapabilityMissing, naming `what`, where no module for it is there."""
 
     def __init__(self, what: str) -> None:
-        self._codec = _codec(what)
+        self._pack, _unpack = _codec(what)
 
     def pack(self, data: bytes) -> bytes:
         """The frame of `data`, of at most MAX_PIECE bytes."""
-        return self._codec.pack(data)
+        return self._pack(data)
 
 
 class Unpacker:
     """`unpack(frame, size)` takes them apart. CapabilityMissing as `Packer`."""
 
     def __init__(self, what: str) -> None:
-        self._codec = _codec(what)
+        _pack, self._unpack = _codec(what)
 
     def unpack(self, frame: bytes, size: int) -> bytes | None:
         """The `size` bytes of a frame; None where it is damaged or has another size."""
-        data = self._codec.unpack(frame, size)
+        data = self._unpack(frame, size)
         return data if data is not None and len(data) == size else None
