@@ -122,6 +122,11 @@ class World:
             gate.wait(0.005)
         raise AssertionError(f"it did not happen; phase {self.lifecycle.phase}, log {self.log}")
 
+    def until_it_runs(self, resets: int = 0) -> None:
+        """Until it goes on after so many resets; it says that it runs just before its vCPUs do."""
+        self.until(lambda: self.lifecycle.resets == resets and self.lifecycle.phase is Phase.RUNNING)
+        self.on_loop()
+
 
 @pytest.fixture
 def world() -> Iterator[World]:
@@ -141,7 +146,7 @@ RESTED = ["pause", "disk stops", "bus stops"]
 
 def test_a_reset_stops_resets_and_starts_the_parts_in_order(world: World) -> None:
     world.lifecycle.request_reset("asked")
-    world.until(lambda: world.lifecycle.resets == 1 and world.lifecycle.phase is Phase.RUNNING)
+    world.until_it_runs(resets=1)
     assert world.log == [*STARTED, *RESTED, "disk resets", "bus resets", *STARTED]
 
 
@@ -187,7 +192,7 @@ def test_work_asked_for_on_the_way_is_done_in_the_same_rest(world: World) -> Non
     world.on_loop(lambda: world.lifecycle.at_rest(lambda go_on: (world.log.append("second"), go_on())))
     world.user.slow = False
     world.on_loop(world.user.waiting.pop())
-    world.until(lambda: world.lifecycle.phase is Phase.RUNNING)
+    world.until_it_runs()
     assert world.log == [*STARTED, *RESTED, "first", "second", *STARTED]
 
 
@@ -199,7 +204,7 @@ def test_the_machine_stays_at_rest_until_its_work_lets_it_go_on(world: World) ->
     assert world.lifecycle.phase is Phase.AT_REST
     assert world.log == [*STARTED, *RESTED]
     threading.Thread(target=kept.pop()).start()
-    world.until(lambda: world.lifecycle.phase is Phase.RUNNING)
+    world.until_it_runs()
     assert world.log == [*STARTED, *RESTED, *STARTED]
 
 
