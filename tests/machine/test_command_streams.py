@@ -27,6 +27,7 @@ from hvkvm.machine.command_serial import CommandSerial
 from hvkvm.machine.command_vsock import CommandVsock
 from hvkvm.machine.command_way import CommandState, Lines
 from hvkvm.runtime.io_loop import IoLoop
+from hvkvm.runtime.timers import Timer
 
 SECONDS = 30.0
 MIB = 1 << 20
@@ -414,12 +415,39 @@ class Board:
             self.command_ports[2].write(0, 1, value)
 
 
+class Patience:
+    """The loop, with timers whose time passes when the test says so: a busy host answers late."""
+
+    def __init__(self, io: IoLoop) -> None:
+        self._io = io
+        self.call_soon = io.call_soon
+        self.timers: list[Timer] = []
+
+    def call_later(self, seconds: float, fn: Callable[..., object]) -> Timer:
+        self.timers.append(Timer(seconds, fn, (), lambda _timer: None))
+        return self.timers[-1]
+
+    def ends(self) -> None:
+        """Until all that were made have gone off, or not where they were cancelled."""
+        wait_until(lambda: self.timers)
+        assert {timer.due for timer in self.timers} == {command.SIGNAL_SECONDS}
+        done = threading.Event()
+        for timer in self.timers:
+            self._io.call_soon(timer.run)
+        self._io.call_soon(done.set)
+        assert done.wait(SECONDS)
+
+
 @pytest.fixture
-def signalled(io: IoLoop, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[Board, Command, list[str]]]:
+def patience(io: IoLoop) -> Patience:
+    return Patience(io)
+
+
+@pytest.fixture
+def signalled(io: IoLoop, patience: Patience) -> Iterator[tuple[Board, Command, list[str]]]:
     """A command that has started, and what it is told of guests that do not answer."""
-    monkeypatch.setattr(command, "SIGNAL_SECONDS", 0.3)
     board = Board(io)
-    made = Command(io, board, None)  # type: ignore[arg-type]
+    made = Command(patience, board, None)  # type: ignore[arg-type]
     silences: list[str] = []
     assert not made.signal("INT", lambda: silences.append("too early")), "nobody is there yet"
     board.say(b"ready\n")
@@ -429,47 +457,57 @@ def signalled(io: IoLoop, monkeypatch: pytest.MonkeyPatch) -> Iterator[tuple[Boa
     made.close()
 
 
-def test_a_signal_that_is_answered_is_forgotten(signalled: tuple[Board, Command, list[str]]) -> None:
+def test_a_signal_that_is_answered_is_forgotten(
+    signalled: tuple[Board, Command, list[str]], patience: Patience
+) -> None:
     board, made, silences = signalled
     assert made.signal("INT", lambda: silences.append("INT"))
     wait_until(lambda: board.command_ports[2].read(5, 1) & 1)
     board.say(b"signaled\n")
-    sleep(1)
+    wait_until(lambda: made._unanswered is None)
+    patience.ends()
     assert silences == []
 
 
-def test_a_signal_that_is_not_answered_is_told(signalled: tuple[Board, Command, list[str]]) -> None:
+def test_a_signal_that_is_not_answered_is_told(
+    signalled: tuple[Board, Command, list[str]], patience: Patience
+) -> None:
     _board, made, silences = signalled
     assert made.signal("INT", lambda: silences.append("INT"))
-    wait_until(lambda: silences == ["INT"])
+    patience.ends()
+    assert silences == ["INT"]
 
 
-def test_a_guest_that_starts_anew_has_no_command_yet(signalled: tuple[Board, Command, list[str]]) -> None:
+def test_a_guest_that_starts_anew_has_no_command_yet(
+    signalled: tuple[Board, Command, list[str]], patience: Patience
+) -> None:
     board, made, silences = signalled
     made.signal("INT", lambda: silences.append("INT"))
     assert board.on_reset is not None
     made._io.call_soon(board.on_reset)
     wait_until(lambda: not made.started)
-    sleep(0.6)
+    patience.ends()
     assert silences == []
 
 
-def test_a_command_goes_on_with_another_run(signalled: tuple[Board, Command, list[str]]) -> None:
+def test_a_command_goes_on_with_another_run(
+    signalled: tuple[Board, Command, list[str]], io: IoLoop, patience: Patience
+) -> None:
     """Whose signals it gets, and whose line of control may have begun with the run before."""
     board, made, _silences = signalled
     board.say(b"signa")
-    sleep(0.1)
     wait_until(lambda: made.save().serial_line == b"signa")
     assert board.command_state() == made.save() == CommandState(True, True, False, b"signa", b"", b"")
-    other = Board(made._io)  # type: ignore[arg-type]
+    other = Board(io)
     other.command_loaded = made.save()
     silences: list[str] = []
-    second = Command(made._io, other, None)  # type: ignore[arg-type]
+    second = Command(patience, other, None)  # type: ignore[arg-type]
     assert second.started
     assert second.signal("INT", lambda: silences.append("INT"))
     wait_until(lambda: other.command_ports[2].read(5, 1) & 1)
     other.say(b"led\n")
-    sleep(1)
+    wait_until(lambda: second._unanswered is None)
+    patience.ends()
     assert silences == []
     second.close()
 
