@@ -219,9 +219,14 @@ def session(tmp_path: Path) -> Session:
             "--maxschedchunk",
             "1",
         ]
-        return subprocess.run(
-            [*line, "test_it.py"], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
-        )
+        told = tmp_path / "told"  # where a test may look for what was shown by then
+        with told.open("w") as out:
+            done = subprocess.run(
+                [*line, "test_it.py"],
+                cwd=tmp_path, env=environment, stdout=out, stderr=subprocess.PIPE, text=True, check=False,
+            )  # fmt: skip
+        done.stdout = told.read_text()
+        return done
 
     return run
 
@@ -230,11 +235,12 @@ def test_failure_is_shown_whole_when_it_happens(session: Session) -> None:
     """Before the test that is still running ends."""
     done = session(
         "def test_waits():\n"
-        "    while not pathlib.Path('seen').exists(): time.sleep(0.01)\n"
-        "    time.sleep(0.5)\n"
+        "    end = time.monotonic() + 60\n"
+        "    while 'FAILED test_it.py::test_fails (call' not in pathlib.Path('told').read_text():\n"
+        "        assert time.monotonic() < end; time.sleep(0.01)\n"
         "    print('end of the other'); assert False\n"
         "def test_fails():\n"
-        "    pathlib.Path('seen').touch(); print('captured words'); assert 1 == 2\n"
+        "    print('captured words'); assert 1 == 2\n"
     )
     assert done.returncode == 1
     text = done.stdout
