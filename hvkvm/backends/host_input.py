@@ -62,6 +62,11 @@ class HostInput:
         if self._reader is None:
             self._soon(self._try)
 
+    def withdraw(self) -> None:
+        """Forget a request that is still open: what comes is kept for who asks next."""
+        self._taker = None
+        self._unwatch()
+
     def _soon(self, fn: Callable[[], None], seconds: float = 0.0) -> None:
         if self._scheduled or self._closed:
             return
@@ -133,8 +138,7 @@ class HostInput:
     def close(self) -> None:
         """Read no more. Idempotent."""
         self._closed = True
-        self._taker = None
-        self._unwatch()
+        self.withdraw()
         own, self._own = self._own, None
         if own is not None:
             os.close(own)

@@ -95,7 +95,9 @@ class CommandSerial:
         done()
 
     def reset(self) -> None:
-        """The guest has gone; the ports are reset by the board."""
+        """The guest has gone; the ports are reset by the board. It has asked for input in vain."""
+        if self._source is not None:
+            self._source.withdraw()
         self.connected = self.asked = False
         self.lines.clear()
 

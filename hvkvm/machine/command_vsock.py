@@ -234,7 +234,8 @@ class CommandVsock:
             self._rest()
 
     def reset(self) -> None:
-        """The guest has gone, and its connections with it."""
+        """The guest has gone, and its connections with it. It has asked for input in vain."""
+        self._source.withdraw()
         for stream in self._streams.values():
             stream.close()
         self._left = (b"", b"")

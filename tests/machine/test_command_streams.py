@@ -237,6 +237,31 @@ def test_control_goes_both_ways_and_a_guest_that_starts_anew_is_served(streams) 
     os.close(reading)
 
 
+def rounds(io: IoLoop) -> None:
+    """The loop has looked what is ready since."""
+    for _ in range(3):
+        done = threading.Event()
+        io.call_soon(done.set)
+        assert done.wait(SECONDS)
+
+
+def test_input_that_comes_while_the_guest_starts_anew_is_kept_for_it(streams) -> None:
+    """The guest of before had asked for it."""
+    reading, writing = os.pipe()
+    host = streams(reading)
+    first = host.vsock.connect(abi.VSOCK_INPUT)
+    wait_until(lambda: host.source._reader is not None)
+    host.io.call_soon(host.way.reset)
+    assert first.recv(100) == b""
+    os.write(writing, b"for the second")
+    rounds(host.io)
+    second = host.vsock.connect(abi.VSOCK_INPUT)
+    second.settimeout(SECONDS)
+    assert second.recv(100) == b"for the second"
+    os.close(writing)
+    os.close(reading)
+
+
 def test_input_that_found_no_room_and_a_begun_line_go_on_with_the_next_run(streams) -> None:
     reading, writing = os.pipe()
     host = streams(reading)
@@ -366,6 +391,21 @@ def test_serial_input_that_was_asked_for_comes_from_the_next_run(serial_guest) -
     assert not second.way.asked
     for fd in (reading, writing, idle, unused):
         os.close(fd)
+
+
+def test_serial_input_that_comes_while_the_guest_starts_anew_is_kept_for_it(serial_guest) -> None:
+    reading, writing = os.pipe()
+    guest = serial_guest(reading)
+    guest.write(2, b"input\n")
+    wait_until(lambda: guest.source._reader is not None)
+    guest.io.call_soon(guest.way.reset)
+    rounds(guest.io)
+    os.write(writing, b"for the second")
+    rounds(guest.io)
+    assert not guest.ports[0].read(5, 1) & 1, "something came that nobody asked for"
+    assert guest.ask() == b"for the second"
+    os.close(writing)
+    os.close(reading)
 
 
 def test_serial_output_is_byte_exact_and_apart(serial_guest) -> None:
