@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+import running_vm
 from running_vm import RunningVm, whole_lines
 
 IN_PIECES = """
@@ -26,6 +29,25 @@ def test_a_marker_is_found_when_its_line_has_come_whole(tmp_path: Path) -> None:
         assert vm.wait_for("guest-time") == "up\nguest-time <1795>\n"
         process.kill()
         vm.finish()
+
+
+def test_a_marker_is_found_that_was_said_last(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Here between a look and the next one, in which it has ended."""
+    gate = tmp_path / "gate"
+    os.mkfifo(gate)
+    with subprocess.Popen(
+        ["sh", "-c", f"read line <{gate}; echo marker"], stdout=subprocess.PIPE, stderr=subprocess.PIPE
+    ) as process:
+        vm = RunningVm(process, tmp_path)
+
+        def ended_behind_the_look(text: str) -> str:
+            if process.returncode is None:
+                gate.write_text("go\n")
+                process.wait()
+            return whole_lines(text)
+
+        monkeypatch.setattr(running_vm, "whole_lines", ended_behind_the_look)
+        assert vm.wait_for("marker") == "marker\n"
 
 
 def test_a_line_without_an_end_is_left_out() -> None:
