@@ -150,6 +150,11 @@ class AgentCpu:
         self._set("MB_IDLE", ABI[f"IDLE_{mode}"])
         self.agent.wake(self.index)
 
+    def await_round(self) -> None:
+        """Until the vCPU idles as it was told last, behind its answer to the last command."""
+        rounds = self._get("MB_HEARTBEAT")
+        self.agent.until(lambda: self._get("MB_HEARTBEAT") > rounds, f"vcpu{self.index} idles")
+
     def await_halt(self) -> None:
         """Until the vCPU is about to execute HLT, or in it, and stays there."""
         rounds = self._get("MB_HEARTBEAT")

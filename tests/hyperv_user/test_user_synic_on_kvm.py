@@ -216,6 +216,7 @@ def test_auto_eoi_waits_for_interrupts_to_be_enabled(guest: Guest) -> None:
     cpu.synic_on(sints={SINT: NO_EOI})
     cpu.idle("DEAF")
     cpu.do("NOP")
+    cpu.await_round()  # behind its answer it hears for some instructions yet
     route = guest.partition.open_route(0, SINT)
     assert (route.pulse(), route.pulse()) == (0, 0)
     rounds = cpu.counter("HEARTBEAT")
