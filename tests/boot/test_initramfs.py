@@ -225,6 +225,7 @@ def test_guest_orders_is_what_its_source_says(tmp_path: Path) -> None:
     assert (tmp_path / "x.bin").read_bytes() == guest_orders.code()
 
 
+@needs_cpio
 def test_an_init_that_waits_has_no_command_and_finds_it_in_its_orders(busybox: Path, tmp_path: Path) -> None:
     tool = tmp_path / "tool"
     tool.write_bytes(b"tool")
