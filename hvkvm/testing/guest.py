@@ -108,6 +108,8 @@ class Guest:
         while True:
             # Asked before: what happens last before a guest's end has happened.
             outcome = self.machine.outcome
+            if outcome is not None:
+                self._take_rest(outcome)
             found = happened()
             if found:
                 return found
@@ -140,6 +142,10 @@ class Guest:
             raise GuestFailure(f"the guest has not ended within {limit:g} s")
         self._finish(outcome)
         return outcome
+
+    def _take_rest(self, outcome: Outcome) -> None:
+        """Take what the guest has said last, which is still on its way when it has ended. Repeatable."""
+        self.call(self.machine.board.flush)
 
     def _finish(self, outcome: Outcome) -> None:
         self.machine.stop()

@@ -158,10 +158,14 @@ class LinuxGuest(Guest):
         outcome = self.wait_for_end(seconds)
         return LinuxResult(outcome.status, self.stdout, self.stderr, self.console, self.dmesg, outcome)
 
-    def _finish(self, outcome: Outcome) -> None:
+    def _take_rest(self, outcome: Outcome) -> None:
         from hvkvm.machine.outcome import Ending
 
         self._command.take_rest(exited=outcome.ending is Ending.COMMAND_EXITED)
+        super()._take_rest(outcome)
+
+    def _finish(self, outcome: Outcome) -> None:
+        self._take_rest(outcome)
         super()._finish(outcome)
         for output in self._outputs.values():
             output.drain(DRAIN_SECONDS)

@@ -1,4 +1,4 @@
-"""What a test may change of a guest that runs: cables and faults."""
+"""What a test may change of a guest that runs: cables and faults. And what it hears of one that has ended."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from hvkvm.devices.port import serial_output
 from hvkvm.errors import ConfigError, HvkvmError
 from hvkvm.testing.micro import MicroGuest
 
@@ -50,6 +51,17 @@ def test_a_cable_and_faults_change_while_it_runs(
         ):
             with pytest.raises(error, match=text):
                 call()
+
+
+def test_what_a_guest_says_last_has_come_when_it_has_ended(
+    micro_guest: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A line that follows another closely waits a little before it is given on: here each, and for a day."""
+    monkeypatch.setattr(serial_output.OutputBatch, "_pause", 0.0)
+    monkeypatch.setattr(serial_output, "TX_INTERVAL", 1e5)
+    guest = micro_guest('print "first\\n"\nprint "last\\n"\nexit 0')
+    guest.start()
+    assert guest.wait_for("last\n") == "first\nlast\n"
 
 
 def test_a_guest_without_a_bus_has_neither(micro_guest: Make) -> None:
