@@ -69,6 +69,7 @@ class Command:
         self.in_line = False
         """Whether what came last of standard error has no newline at its end."""
         self._unanswered: Timer | None = None
+        self._owed: list[str] = []  # signals that the guest has not carried out yet
         self._serial = CommandSerial(board.command_ports, source, self._took, self._heard)
         self._vsock: CommandVsock | None = None
         self._ways: list[Way] = [self._serial]
@@ -129,6 +130,8 @@ class Command:
         if line == b"ready":
             self._started = True
             self._board.note_output()
+            for name in self._owed:  # whose guest has started anew instead
+                self._say(f"signal {name}")
         elif line == b"signaled":
             self._answered()
         elif line == b"size":
@@ -146,9 +149,12 @@ class Command:
     def _signal(self, name: str, on_silence: Callable[[], object]) -> None:
         if self._unanswered is None:
             self._unanswered = self._io.call_later(SIGNAL_SECONDS, on_silence)
+        if name not in self._owed:
+            self._owed.append(name)
         self._say(f"signal {name}")
 
     def _answered(self) -> None:
+        self._owed.clear()
         timer, self._unanswered = self._unanswered, None
         if timer is not None:
             timer.cancel()
@@ -188,7 +194,6 @@ class Command:
 
     def _reset(self) -> None:
         self._started = False
-        self._answered()
         for way in self._ways:
             way.reset()
 

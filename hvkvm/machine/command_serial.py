@@ -95,8 +95,14 @@ class CommandSerial:
         done()
 
     def reset(self) -> None:
-        """The guest has gone; the ports are reset by the board. It has asked for input in vain."""
+        """The guest has gone; the ports are reset by the board. It has asked for input in vain.
+
+        What it has not read is dropped: the rest of a piece or of a line would be another one's to the next.
+        Keys for a terminal wait on.
+        """
+        self._control.drop_input()
         if self._source is not None:
+            self._input.drop_input()
             self._source.withdraw()
         self.connected = self.asked = False
         self.lines.clear()

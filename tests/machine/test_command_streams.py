@@ -408,6 +408,26 @@ def test_serial_input_that_comes_while_the_guest_starts_anew_is_kept_for_it(seri
     os.close(reading)
 
 
+def test_the_rest_of_a_piece_and_of_a_line_are_not_the_next_lifes(serial_guest) -> None:
+    reading, writing = os.pipe()
+    guest = serial_guest(reading)
+    os.write(writing, b"for the first")
+    guest.write(2, b"ready\ninput\n")
+    assert guest.read(0, 5) == b"13\nfo"
+    guest.io.call_soon(guest.way.send_control, b"signal INT\n")
+    assert guest.read(2, 3) == b"sig"
+    guest.io.call_soon(guest.way.reset)
+    rounds(guest.io)
+    os.write(writing, b"for the second")
+    assert guest.ask() == b"for the second"
+    guest.write(2, b"ready\n")
+    wait_until(lambda: guest.way.connected)
+    guest.io.call_soon(guest.way.send_control, b"size 1 2\n")
+    assert guest.read_line(2) == b"size 1 2\n"
+    os.close(writing)
+    os.close(reading)
+
+
 def test_serial_output_is_byte_exact_and_apart(serial_guest) -> None:
     guest = serial_guest()
     data = bytes(range(256)) * 8
@@ -518,16 +538,33 @@ def test_a_signal_that_is_not_answered_is_told(
     assert silences == ["INT"]
 
 
-def test_a_guest_that_starts_anew_has_no_command_yet(
-    signalled: tuple[Board, Command, list[str]], patience: Patience
+@pytest.mark.parametrize("comes_back", [True, False])
+def test_a_signal_that_met_a_reset_is_owed_to_the_next_life(
+    signalled: tuple[Board, Command, list[str]], patience: Patience, comes_back: bool
 ) -> None:
+    """Who sent it wants the command to end, in whatever life: a guest that reboots for ever would go on."""
     board, made, silences = signalled
     made.signal("INT", lambda: silences.append("INT"))
+    made.signal("INT", lambda: silences.append("twice"))
+    rounds(made._io)
+    assert board.command_ports[2].read(5, 1) & 1
+    for port in board.command_ports:
+        port.reset()
     assert board.on_reset is not None
     made._io.call_soon(board.on_reset)
     wait_until(lambda: not made.started)
+    assert not board.command_ports[2].read(5, 1) & 1
+    if comes_back:
+        board.say(b"ready\n")
+        got = bytearray()
+        while not got.endswith(b"\n"):
+            wait_until(lambda: board.command_ports[2].read(5, 1) & 1)
+            got.append(board.command_ports[2].read(0, 1))
+        assert got == b"signal INT\n"
+        board.say(b"signaled\n")
+        wait_until(lambda: made._unanswered is None)
     patience.ends()
-    assert silences == []
+    assert silences == ([] if comes_back else ["INT"])
 
 
 def test_a_command_goes_on_with_another_run(
