@@ -20,6 +20,8 @@ from contextlib import suppress
 from time import monotonic
 from types import FrameType
 
+from hvkvm.runtime.timers import MAX_WAIT
+
 _PIECE = 4096
 
 
@@ -50,14 +52,14 @@ class Signals:
         poller = select.poll()
         poller.register(fd, select.POLLIN)
         poller.register(self._reader, select.POLLIN)
-        end = None if timeout is None else monotonic() + timeout
+        end = monotonic() + (float("inf") if timeout is None else timeout)
         while True:
             self._take()
             if self._noted:
                 return self._noted.popleft()
-            left = None if end is None else max(0.0, end - monotonic()) * 1000
-            ready = dict(poller.poll(left))
-            if self._reader not in ready and (fd in ready or not ready):
+            left = max(0.0, end - monotonic())
+            ready = dict(poller.poll(min(MAX_WAIT, left) * 1000))
+            if self._reader not in ready and (fd in ready or left <= 0):
                 return None
 
     def _take(self) -> None:

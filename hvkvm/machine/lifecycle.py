@@ -33,6 +33,7 @@ from hvkvm.kvm.irqfd import EventFd
 from hvkvm.machine.outcome import EXIT_MACHINE_FAULT, EXIT_PANIC, EXIT_TIMEOUT, Ending, Outcome
 from hvkvm.machine.part import Part
 from hvkvm.machine.platform import Platform
+from hvkvm.runtime.timers import MAX_WAIT
 
 if TYPE_CHECKING:
     from hvkvm.runtime.timers import Timer
@@ -151,7 +152,9 @@ class Lifecycle:
         """Wait up to `timeout` seconds (None: without limit) for the end; None if it has not come."""
         poller = select.poll()
         poller.register(self._ended.fd, select.POLLIN)
-        poller.poll(None if timeout is None else timeout * 1000)
+        end = monotonic() + (float("inf") if timeout is None else timeout)
+        while not poller.poll(min(MAX_WAIT, left := max(0.0, end - monotonic())) * 1000) and left > 0:
+            pass
         return self.outcome
 
     def finish(self, ending: Ending, status: int, detail: str = "") -> None:
@@ -190,8 +193,11 @@ class Lifecycle:
         ended = threading.Event()
         try:
             self._platform.io.call_soon(self._end_all, iter(self._enders), ended.set)
-            if not ended.wait(END_SECONDS if self._enders else seconds):
-                raise Stuck(f"the disks have not been flushed and closed within {END_SECONDS:g} s")
+            limit, what = (END_SECONDS, "disks have not been flushed and closed")
+            if not self._enders:
+                limit, what = (seconds, "I/O loop has not answered")
+            if not ended.wait(limit):
+                raise Stuck(f"the {what} within {limit:g} s")
             self._platform.io.call_soon(self._stop_parts, iter(self._parts), stopped.set)
         except Stopped:
             return  # the loop has ended: nothing is in flight any more

@@ -49,7 +49,7 @@ from hvkvm.errors import Stopped, Stuck
 from hvkvm.memory.atomics import FREE_THREADED, fence
 from hvkvm.runtime.kick import block_signals
 from hvkvm.runtime.thread_start import start_thread
-from hvkvm.runtime.timers import Timer, TimerHeap
+from hvkvm.runtime.timers import MAX_WAIT, Timer, TimerHeap
 from hvkvm.runtime.workqueue import Cancelled, WorkQueue
 
 MAX_EVENTS = 64
@@ -275,7 +275,7 @@ class IoLoop:
 
     def _seconds_to_wait(self) -> float | None:
         due = self._timers.next_due()
-        return None if due is None else max(0.0, due - monotonic())
+        return None if due is None else min(MAX_WAIT, max(0.0, due - monotonic()))
 
     def _run(self, source: Timer) -> None:
         self._current = source

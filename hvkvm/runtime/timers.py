@@ -11,6 +11,8 @@ import threading
 from collections.abc import Callable, Sequence
 from typing import Any
 
+MAX_WAIT = 86_400.0
+"""Seconds: who waits longer looks again meanwhile, since poll(2) and epoll_wait(2) take 24.8 days at most."""
 _COMPACT_AT = 64
 """So many cancelled timers may wait in the heap before it is rebuilt without them."""
 

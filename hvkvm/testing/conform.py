@@ -19,6 +19,7 @@ from time import monotonic
 from typing import NamedTuple
 
 from hvkvm.errors import ConfigError, HvkvmError
+from hvkvm.runtime.timers import MAX_WAIT
 from hvkvm.testing.conform_rules import FAULT, RULES, Rule, program
 from hvkvm.testing.micro_image import micro_image
 
@@ -115,8 +116,10 @@ def _output(command: Sequence[str], seconds: float) -> bytes:
             selector.register(process.stdout, selectors.EVENT_READ)
             while b"\nEND" not in output and len(output) < MAX_OUTPUT:
                 left = end - monotonic()
-                if left <= 0 or not selector.select(left):
+                if left <= 0:
                     break
+                if not selector.select(min(MAX_WAIT, left)):
+                    continue
                 data = os.read(process.stdout.fileno(), 1 << 16)
                 if not data:
                     break

@@ -68,6 +68,13 @@ def test_timeout_is_124_and_says_who_waits_for_what(hvkvm: Hvkvm, guest: Guest, 
         assert "no output yet" in result.stderr
 
 
+@pytest.mark.parametrize("seconds", ["3000000", "1e300", "inf"])
+def test_a_time_that_no_poll_takes_at_once_is_waited_for(hvkvm: Hvkvm, guest: Guest, seconds: str) -> None:
+    end = out(board.GUEST_EXIT_PORT, 7) + HANG
+    result = hvkvm(*run_arguments(guest(end), "--timeout", seconds))
+    assert (result.returncode, result.stderr) == (7, "")
+
+
 def test_reset_reboots_in_place(hvkvm: Hvkvm, guest: Guest) -> None:
     # The first life marks a byte of RAM, which a reset leaves alone; the second finds it and exits.
     mark = 0x200000

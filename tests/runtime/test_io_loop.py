@@ -131,9 +131,13 @@ def test_timers_run_in_due_order_and_not_early(loop: IoLoop) -> None:
     assert all(when >= due[name] for name, when in seen)
 
 
-def test_an_earlier_timer_wakes_a_loop_that_waits_for_a_later_one(loop: IoLoop, settle: Settle) -> None:
+@pytest.mark.parametrize("seconds", [3600, 3e6, float("inf")])
+def test_an_earlier_timer_wakes_a_loop_that_waits_for_a_later_one(
+    loop: IoLoop, settle: Settle, seconds: float
+) -> None:
+    """poll(2) takes no more than 24.8 days at a time."""
     done = threading.Event()
-    late = loop.call_later(3600, done.set)
+    late = loop.call_later(seconds, done.set)
     settle(loop)
     loop.call_later(0.01, done.set)
     assert done.wait(100)
