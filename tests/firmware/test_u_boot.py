@@ -72,10 +72,12 @@ def test_u_boot_reads_disks_on_nvme_and_virtio(tmp_path: Path) -> None:
         guest.wait_until(lambda: guest.text.count("stop autoboot") == 2, "the second life", TIMES)
 
 
+@pytest.mark.firmware
+@pytest.mark.hyperv
 def test_its_uefi_runs_a_script_in_the_shell(tmp_path: Path) -> None:
     """U-Boot finds EFI/BOOT on the virtio disk by itself; the shell copies a file there from the one on NVMe.
 
-    Here each character is an exit and each instruction is emulated, so the shell's countdown is left out.
+    A KVM that emulates each instruction takes a minute for it, a lab some seconds: it is firmware's, there.
     """
     text = b"read from NVMe, written to virtio"
     nvme = fat_disk(tmp_path / "nvme", {"from.txt": text})
