@@ -27,7 +27,7 @@ IN_SOAK = bool({"HVKVM_SOAK", "HVKVM_DISK_SAVES"} & set(os.environ))
 pytestmark = [pytest.mark.hyperv, pytest.mark.timeout(7 * 24 * 3600 if IN_SOAK else 1800)]
 ahead("verify")
 IN_A_SOAK = pytest.mark.skipif(not IN_SOAK, reason="minutes: set HVKVM_SOAK=1")
-SAVES = int(os.environ.get("HVKVM_DISK_SAVES", "100" if os.environ.get("HVKVM_SOAK") else "8"))
+SAVES = int(os.environ.get("HVKVM_DISK_SAVES", "100" if os.environ.get("HVKVM_SOAK") else "6"))
 SCRIPT = """
 dmesg -n 1
 mkdir /m

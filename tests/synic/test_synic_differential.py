@@ -19,7 +19,7 @@ from synic_random import is_sound, made_up, shortened
 from synic_recorder import Recorder
 
 BOTH = ("kernel", "user")
-SEEDS = 12
+SEEDS = 8
 """Made-up programs for each number of VPs."""
 
 Pairs = Callable[[int], "Pair"]
