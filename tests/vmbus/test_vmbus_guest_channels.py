@@ -58,8 +58,8 @@ def move_channels(guest: LinuxGuest, shell: Shell) -> None:
         before = callbacks(shell)
         assert set(converse(guest, 50)) == {0}
         after = callbacks(shell)
-        # Not every request interrupts: one that comes while the guest still reads its ring is found there.
-        assert after[cpu] - before[cpu] >= 25
+        # How many interrupt depends on the host: one that comes while the guest still reads is found there.
+        assert after[cpu] - before[cpu] > after[1 - cpu] - before[1 - cpu]
     for name in UTILITIES:
         move(guest, shell, name, 0)
     for online in (0, 1):
