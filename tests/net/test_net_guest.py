@@ -137,7 +137,7 @@ class Way:
 def see_passt(shell: Shell, nics: Nics, host: Uplink, forwards: tuple[int, int]) -> None:
     """DHCP, ping, TCP and UDP both ways, large packets, forwarded ports, IPv6."""
     wire = nics.nics["net0"].wire
-    shell.check("udhcpc -q -n -i eth0")
+    shell.check("udhcpc -q -n -t 100 -i eth0")
     assert f"inet {GUEST}/24" in shell.check("ip addr show eth0")
     assert f"default via {GATEWAY}" in shell.check("ip route")
     if host.address:
