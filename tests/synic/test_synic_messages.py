@@ -182,6 +182,7 @@ def test_a_waiting_message_is_tried_at_each_eom_until_its_slot_is_free(guest: Gu
     assert poster.post(checked_payload(1)) == 0
     slot = SCRATCH + 256 * SINT
     guest.until(lambda: memory.read(slot + 5, 1) == b"\1", "the slot is flagged")
+    guest.settle()
     for _ in range(early):
         cpu.eom()
         guest.settle()
