@@ -70,6 +70,7 @@ class Command:
         """Whether what came last of standard error has no newline at its end."""
         self._unanswered: Timer | None = None
         self._owed: list[str] = []  # signals that the guest has not carried out yet
+        self._anew = False  # since a reset it has not been ready
         self._serial = CommandSerial(board.command_ports, source, self._took, self._heard)
         self._vsock: CommandVsock | None = None
         self._ways: list[Way] = [self._serial]
@@ -130,8 +131,9 @@ class Command:
         if line == b"ready":
             self._started = True
             self._board.note_output()
-            for name in self._owed:  # whose guest has started anew instead
+            for name in self._owed if self._anew else ():
                 self._say(f"signal {name}")
+            self._anew = False
         elif line == b"signaled":
             self._answered()
         elif line == b"size":
@@ -194,6 +196,7 @@ class Command:
 
     def _reset(self) -> None:
         self._started = False
+        self._anew = True
         for way in self._ways:
             way.reset()
 

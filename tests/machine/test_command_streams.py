@@ -538,6 +538,20 @@ def test_a_signal_that_is_not_answered_is_told(
     assert silences == ["INT"]
 
 
+def test_a_signal_sent_while_ready_is_on_its_way_is_sent_once(
+    signalled: tuple[Board, Command, list[str]],
+) -> None:
+    board, made, _silences = signalled
+    assert made.signal("INT", lambda: None)
+    rounds(made._io)
+    board.say(b"ready\nsize\n")
+    got = bytearray()
+    while not got.endswith(b"size 24 80\n"):
+        wait_until(lambda: board.command_ports[2].read(5, 1) & 1)
+        got.append(board.command_ports[2].read(0, 1))
+    assert got == b"signal INT\nsize 24 80\n"
+
+
 @pytest.mark.parametrize("comes_back", [True, False])
 def test_a_signal_that_met_a_reset_is_owed_to_the_next_life(
     signalled: tuple[Board, Command, list[str]], patience: Patience, comes_back: bool
