@@ -30,7 +30,7 @@ class Shell:
     def __init__(self) -> None:
         self.pid, self.fd = pty.fork()
         if self.pid == 0:
-            environment = {**os.environ, "PS1": "ready> ", "HISTFILE": "", "PROMPT_COMMAND": "sleep 1"}
+            environment = {**os.environ, "PS1": "ready> ", "HISTFILE": ""}
             os.execvpe("bash", ["bash", "--norc", "--noprofile", "--noediting", "-i"], environment)
         self.seen = ""
         self._at = 0
