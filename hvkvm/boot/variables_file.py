@@ -19,6 +19,7 @@ from pathlib import Path
 
 from hvkvm.boot.firmware import variables_size
 from hvkvm.errors import BootError
+from hvkvm.given_file import open_at_once
 
 _TRIES = 100
 _NO_LOCKS = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS)
@@ -118,7 +119,7 @@ def _locked(path: Path) -> int:
 
 def _opened(path: Path) -> int:
     try:
-        return os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)  # a FIFO would wait for a writer
+        return open_at_once(path)
     except FileNotFoundError:
         return os.open(path, os.O_RDONLY | os.O_CREAT | os.O_CLOEXEC, 0o600)
 
