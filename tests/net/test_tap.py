@@ -33,8 +33,14 @@ def tap(loop, netns):
     loop.do(port.close)
 
 
-def learn(loop, port, nic):
-    """Have Linux know the guest's MAC, and return Linux's own."""
+def learn(loop, port, nic, netns=None, interface="hvkvm0"):
+    """Have Linux know the guest's MAC, and return Linux's own.
+
+    In `netns` Linux knows it for good: it would else ask again after five seconds, and a test's NIC answers
+    nothing.
+    """
+    if netns is not None:
+        netns.run("ip", "neigh", "replace", GUEST, "lladdr", p.OURS.hex(":"), "dev", interface)
     loop.do(port.send, views(p.arp_request(p.OURS, GUEST, HOST)))
     return nic.frame(p.is_arp_reply)[6:12]
 
@@ -63,7 +69,7 @@ def test_linux_answers_what_the_guest_asks(loop, tap):
 
 def test_linux_sums_what_the_guest_left_to_it_and_leaves_to_the_guest_what_it_takes(loop, tap, netns):
     nic = connect(loop, tap)
-    mac = learn(loop, tap, nic)
+    mac = learn(loop, tap, nic, netns)
     with udp_socket(netns, 7) as sock:
         packet = p.ethernet(
             mac, p.OURS, 0x800, p.ipv4(GUEST, HOST, 17, p.udp(GUEST, HOST, 9, 7, b"hello", partial=True))
@@ -127,7 +133,7 @@ def test_linux_cuts_a_packet_as_we_do(loop, netns, ends, size):
 
 def test_a_nic_without_room_gets_the_rest_later_in_order(loop, tap, netns):
     nic = connect(loop, tap)
-    learn(loop, tap, nic)
+    learn(loop, tap, nic, netns)
     nic.wait(lambda n: n.got)
     with nic.changed:
         nic.room = 3
@@ -153,7 +159,7 @@ def test_a_nic_without_room_gets_the_rest_later_in_order(loop, tap, netns):
 
 def test_frames_that_come_alone_cost_few_reads_that_find_nothing(loop, tap, netns, monkeypatch):
     nic = connect(loop, tap)
-    learn(loop, tap, nic)
+    learn(loop, tap, nic, netns)
     readv, reads = os.readv, []
 
     def counted(fd, buffers):
@@ -177,7 +183,7 @@ def test_frames_that_come_alone_cost_few_reads_that_find_nothing(loop, tap, netn
 
 def test_a_stopped_port_gives_nothing_and_goes_on_where_it_was(loop, tap, netns):
     nic = connect(loop, tap)
-    learn(loop, tap, nic)
+    learn(loop, tap, nic, netns)
     done = []
     loop.do(tap.stop, lambda: done.append(True))
     assert done == [True]
@@ -192,7 +198,7 @@ def test_a_stopped_port_gives_nothing_and_goes_on_where_it_was(loop, tap, netns)
 
 def test_a_pulled_cable_carries_nothing(loop, tap, netns):
     nic = connect(loop, tap)
-    mac = learn(loop, tap, nic)
+    mac = learn(loop, tap, nic, netns)
     with udp_socket(netns) as sock:
         loop.do(tap.plug, False)
         nic.wait(lambda n: n.links == [True, False])
@@ -271,7 +277,7 @@ def test_flows_keep_to_their_queues(loop, netns):
     port = WatchedPort(loop, make_tap(NewTap(netns=netns.name, addresses=(f"{HOST}/24",), queues=3)))
     try:
         nic = connect(loop, port)
-        mac = learn(loop, port, nic)
+        mac = learn(loop, port, nic, netns)
         with udp_socket(netns, 7) as sock:
             for flow in range(9):
                 # A NIC may have more channels than the interface has queues.
@@ -317,7 +323,7 @@ def test_what_a_killed_process_used_is_used_again_without_its_offloads(loop, net
     port = TapPort(loop, netns.do(open_tap, "kept"))
     try:
         nic = connect(loop, port)
-        learn(loop, port, nic)
+        learn(loop, port, nic, netns, "kept")
         with udp_socket(netns, 7) as sock:
             sock.sendto(b"summed", (GUEST, 9))
             frame = nic.frame(lambda f: f.endswith(b"summed"))
@@ -356,7 +362,7 @@ def test_an_fd_without_vnet_header_carries_whole_frames(loop, netns):
     try:
         assert port.offloads == NO_OFFLOADS
         nic = connect(loop, port)
-        learn(loop, port, nic)
+        learn(loop, port, nic, netns, "plain")
     finally:
         loop.do(port.close)
 
