@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from pathlib import Path
 
@@ -27,4 +28,7 @@ def test_table_of_enlightenments_is_right(column: str, capsys: pytest.CaptureFix
     said = {row[0]: row[cell].strip() for row in rows}
     # Those depend on the host's processor and kernel.
     said.pop("hv-tsc-invariant")
+    if column == "kvm" and tuple(map(int, re.findall(r"\d+", os.uname().release)[:2])) < (6, 1):
+        # The column is of Linux 6.1: an older one may lack what it names, but has nothing beyond it.
+        said = {name: word for name, word in said.items() if not found[name][key]}
     assert said == {name: "no" if found[name][key] else "yes" for name in said}
