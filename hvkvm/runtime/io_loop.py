@@ -134,7 +134,7 @@ class IoLoop:
         From the loop itself it only asks, in a forked child not even that. Stuck,
         naming what runs, if the loop has not ended in `timeout` seconds.
         """
-        if os.getpid() != self._pid:
+        if self._is_copy:
             return
         self._stopping = True
         if self._thread.ident is None:
@@ -189,6 +189,11 @@ class IoLoop:
         if self._timers.add(timer) and self._polling:
             self._wake()
         return timer
+
+    @property
+    def _is_copy(self) -> bool:
+        """Whether this is a forked child, where a lock that was held at the fork stays held for ever."""
+        return os.getpid() != self._pid
 
     @property
     def state(self) -> str:
@@ -319,23 +324,25 @@ class IoLoop:
                 os.eventfd_write(self._wake_fd, 1)
 
     def _unwatch(self, handle: Handle) -> None:
+        if self._is_copy:
+            return
         with self._lock:
             if self._handles.get(handle.fd) is not handle:
                 return
             del self._handles[handle.fd]
-            if os.getpid() != self._pid:
-                return
             try:
                 self._epoll.unregister(handle.fd)
             except OSError:
                 return  # closed before it was removed: epoll has forgotten it by itself
 
     def _timer_cancelled(self, timer: Timer) -> None:
+        if self._is_copy:
+            return
         self._timers.discard(timer)
         self._wait_until_not_running(timer)
 
     def _wait_until_not_running(self, source: Handle | Timer) -> None:
-        if self.in_loop():
+        if self.in_loop() or self._is_copy:
             return
         with self._ran:
             self._removers += 1

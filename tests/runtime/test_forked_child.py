@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import select
+import signal
 import socket
 import sys
 import termios
@@ -46,6 +47,33 @@ def test_a_childs_removal_leaves_the_parents_fd_watched(loop: IoLoop, pulse: Eve
     pulse.signal()
     assert heard.wait(SECONDS)
     handle.remove()
+
+
+def test_a_child_waits_for_no_thread_of_its_parents(loop: IoLoop, pulse: EventFd) -> None:
+    """What ran at the fork, and what it had locked, stays so in the child for ever."""
+    inside, go_on = threading.Event(), threading.Event()
+
+    def busy() -> None:
+        with loop._lock, loop._timers._lock:
+            inside.set()
+            go_on.wait(SECONDS)
+
+    handle = loop.add_reader(pulse.fd, busy, edge=True)
+    timer = loop.call_later(SECONDS * 1000, busy)
+
+    def undo() -> None:
+        signal.alarm(int(SECONDS))
+        timer.cancel()
+        handle.remove()
+
+    pulse.signal()
+    assert inside.wait(SECONDS)
+    try:
+        in_a_child(undo)
+    finally:
+        go_on.set()
+    handle.remove()
+    timer.cancel()
 
 
 def test_a_child_that_stops_the_loop_stops_nothing(loop: IoLoop) -> None:
