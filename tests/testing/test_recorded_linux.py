@@ -36,7 +36,10 @@ def test_a_boot_is_recorded_whole(tmp_path: Path) -> None:
         "disks": (DiskSpec(str(image)),),
         "nets": (NicSpec(listen=tmp_path / "wire"),),
     }
-    script = "head -c 5 /dev/sda; ip link set eth0 up; rmmod hv_utils"
+    script = """
+    until [ -b /dev/sda ] && [ -e /sys/class/net/eth0 ]; do sleep 0.1; done
+    head -c 5 /dev/sda; ip link set eth0 up; rmmod hv_utils
+    """
     with linux_guest(script, **settings) as guest:
         assert guest.finish().status == 0
         assert "hello" in guest.text
