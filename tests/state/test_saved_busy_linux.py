@@ -137,8 +137,9 @@ def test_a_busy_linux_goes_on_wherever_it_was_saved(synic: str, cpus: int, tmp_p
                     lambda opened=opened, read=read: streams.opened > opened and streams.read > read,  # type: ignore[misc]
                     "another stream",
                 )
-            guest.wait_until(lambda: not guest.bus.vss.frozen, "the guest to be thawed")
             guest.wait_until(lambda: guest.bus.kvp.ready_for_requests, "KVP to be there")
+            # Also by a thaw that the host still owes it, or that is under way: a freeze is refused meanwhile.
+            guest.wait_until(lambda: not guest.bus.vss.save().frozen, "the guest to be thawed")
             told = ask(guest, guest.bus.kvp.enumerate, kvp.KVP_POOL_AUTO)
             assert dict(told.pairs)["ProcessorArchitecture"] == "x86_64"
             assert ask(guest, guest.bus.vss.freeze).ok
