@@ -14,7 +14,7 @@ from random import Random
 
 import disk_writer
 import pytest
-from disk_asker import SECONDS, page_buffer, read
+from disk_asker import page_buffer, read
 
 from hvkvm.block.image import ImageOptions
 from hvkvm.block.open_image import open_image
@@ -26,6 +26,7 @@ pytestmark = pytest.mark.timeout(1800)  # a slow host's flushes take their time
 KILLS = int(os.environ.get("HVKVM_DISK_KILLS", "10"))
 """Of each kind of image; `make soak-disks` has 200."""
 MIB = 1 << 20
+WRITER_SECONDS = 600.0
 
 
 def new_disk(folder: Path, kind: str) -> Path:
@@ -48,7 +49,7 @@ def write_and_be_killed(path: Path, seed: int, rounds: int, *more: int) -> list[
     program = [sys.executable, disk_writer.__file__, str(path), str(seed), *map(str, more)]
     with subprocess.Popen(program, stdout=subprocess.PIPE, text=True) as child:
         assert child.stdout is not None
-        watchdog = threading.Timer(SECONDS, child.kill)
+        watchdog = threading.Timer(WRITER_SECONDS, child.kill)
         watchdog.start()
         lines: list[str] = []
         while rounds and (line := child.stdout.readline()):
