@@ -71,10 +71,8 @@ class Pci:
         self._pm = PowerManagement(
             self.blocks.move, power_on_base=None if with_firmware else numbers.PM1A_EVT_PORT
         )
-        bridge = host_bridge(pci.PCI_DEVICE_ID_CLOUDHV) if cloud_firmware else host_bridge()
-        if cloud_firmware:
-            board.power.on_sleep = board.sleep.on_power_off
-        self.bus.add_function(pci.HOST_BRIDGE_SLOT, 0, bridge)
+        self._board = board
+        self._be_board(cloud=cloud_firmware)
         self.bus.add_function(pci.ISA_BRIDGE_SLOT, 0, isa_bridge())
         self.bus.add_function(pci.ISA_BRIDGE_SLOT, pci.PM_FUNCTION, self._pm)
         self.blocks.move(self._pm.base)
@@ -87,6 +85,12 @@ class Pci:
         self.hpet: Hpet | None = None
         if platform.config.hpet == "on":
             self.hpet = self._add_hpet(board)
+
+    def _be_board(self, *, cloud: bool) -> None:
+        """Look, and go off, as cloud-hypervisor's board does, or as a PC. No vCPU runs."""
+        bridge = host_bridge(pci.PCI_DEVICE_ID_CLOUDHV) if cloud else host_bridge()
+        self.bus.set_function(pci.HOST_BRIDGE_SLOT, 0, bridge)
+        self._board.power.on_sleep = self._board.sleep.on_power_off if cloud else None
 
     def _add_hpet(self, board: Board) -> Hpet:
         """It stands outside of PCI, but only on machines that are PCs as far as that."""
@@ -211,6 +215,9 @@ class Pci:
                 raise ValueError("other disks were there when it was saved")
             if (self.hpet is None) != (state.hpet is None):
                 raise ValueError("--hpet must be as it was when it was saved")
+            # Not as the kernel's file would have it, which may be gone or another by now.
+            bridge = state.bus.device_id(pci.HOST_BRIDGE_SLOT, 0)
+            self._be_board(cloud=bridge == pci.PCI_DEVICE_ID_CLOUDHV)
             self.bus.load(state.bus)
             for slot, controller in self.controllers.items():
                 controller.load(state.nvme[slot])

@@ -31,10 +31,18 @@ class PciDevice(Protocol):
         ...
 
 
+_DEVICE_ID = slice(pci.PCI_DEVICE_ID, pci.PCI_DEVICE_ID + 2)
+
+
 class BusState(NamedTuple):
     """Each function's registers, by "slot.function"."""
 
     functions: dict[str, FunctionState]
+
+    def device_id(self, slot: int, number: int) -> int:
+        """That of the function which was there; 0 for none."""
+        function = self.functions.get(f"{slot}.{number}")
+        return 0 if function is None else int.from_bytes(function.config[_DEVICE_ID], "little")
 
 
 class _Plugged(NamedTuple):
@@ -61,6 +69,10 @@ class PciBus:
         """Put a function without BARs there: the board's own. ConfigError where one is already."""
         if (slot, number) in self._functions:
             raise ConfigError(f"PCI {slot:02x}.{number}: taken already")
+        self._functions[slot, number] = function
+
+    def set_function(self, slot: int, number: int, function: Function) -> None:
+        """Have one of the board's own there, without BARs, in the place of another. No vCPU runs."""
         self._functions[slot, number] = function
 
     def plug(self, device: PciDevice, slot: int | None = None) -> int:
