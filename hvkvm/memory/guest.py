@@ -215,7 +215,10 @@ class GuestMemory:
             base += mapping.size
 
     def show_page(self, gpa: int, fd: int) -> None:
-        """Present the first page of `fd` at the RAM page `gpa`; for overlays. GuestMemoryError, OSError."""
+        """Present the first page of `fd` at the RAM page `gpa`; for overlays.
+
+        GuestMemoryError, OSError; NoPageLeft in a restored guest.
+        """
         mapping, at = self._locate(gpa, PAGE_SIZE)
         mapping.show(at, PAGE_SIZE, fd, 0)
 

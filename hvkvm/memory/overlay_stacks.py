@@ -21,6 +21,7 @@ from typing import Protocol
 from hvkvm.errors import KvmIoctlError
 from hvkvm.memory.address_space import AddressSpace, NoSlotLeft
 from hvkvm.memory.mapping import PAGE_SIZE, Mapping
+from hvkvm.memory.private import NoPageLeft
 
 
 class Layer(Protocol):
@@ -73,7 +74,8 @@ class OverlayStacks:
         """Show `page` at `gpa`, above what is there.
 
         False when KVM has no room for a page there (past the guest's physical
-        address width, or on an internal slot of its own), or no slot. OSError when the host fails.
+        address width, or on an internal slot of its own), or no slot, or when overlays have lain on
+        `private.MAX_MOVED` other pages of a restored guest. OSError when the host fails.
         """
         with self._lock:
             return self._lay(page, gpa)
@@ -91,7 +93,10 @@ class OverlayStacks:
     def _lay(self, page: Layer, gpa: int) -> bool:
         stack = self._stacks.get(gpa, [])
         if self._ram.contains(gpa, PAGE_SIZE):
-            self._ram.show_page(gpa, page.fd)
+            try:
+                self._ram.show_page(gpa, page.fd)
+            except NoPageLeft:
+                return False
         elif stack:
             self._windows[gpa].show(page.fd)
         else:

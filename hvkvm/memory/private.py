@@ -13,7 +13,12 @@ import os
 from collections.abc import Iterator
 from mmap import MAP_PRIVATE
 
+from hvkvm.errors import HvkvmError
 from hvkvm.memory.mapping import PAGE_SIZE, Mapping, data_stretches
+
+MAX_MOVED = 8192
+"""Pages that overlays may cover one after the other: each stays one or two of the 65,530 mappings that Linux
+gives a process (vm.max_map_count). The SynIC's pages of 254 VPs take a sixteenth."""
 
 # Of an entry of /proc/self/pagemap: in memory or swapped out, and whether it is the file's own page.
 # All three are bits of its last byte, so what is said of a byte here is said of a page.
@@ -21,6 +26,10 @@ _ENTRY = 8
 _SOMEWHERE = 1 << 7 | 1 << 6
 _OF_FILE = 1 << 5
 _OWN = bytes(int(bool(last & _SOMEWHERE and not last & _OF_FILE)) for last in range(256))
+
+
+class NoPageLeft(HvkvmError):
+    """An overlay has lain on MAX_MOVED other pages of this RAM before."""
 
 
 class PrivateMapping(Mapping):
@@ -39,7 +48,7 @@ class PrivateMapping(Mapping):
         super().__init__(fd, offset, size, align=align)
 
     def show(self, at: int, size: int, fd: int, offset: int) -> None:
-        """See `Mapping.show`; one page at a time."""
+        """See `Mapping.show`; one page at a time. NoPageLeft."""
         if at not in self._covered:
             self._move(at)
         super().show(at, size, fd, offset)
@@ -90,6 +99,8 @@ class PrivateMapping(Mapping):
     def _move(self, at: int) -> None:
         if at in self._moved:
             return  # and mapped from there, since it was last uncovered
+        if len(self._moved) >= MAX_MOVED:
+            raise NoPageLeft(f"overlays have lain on {MAX_MOVED} pages of a restored guest's RAM")
         if self._moved_fd < 0:
             self._moved_fd = os.memfd_create("hvkvm-ram-moved", os.MFD_CLOEXEC)
         place = len(self._moved) * PAGE_SIZE

@@ -15,9 +15,10 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 
 from hvkvm.errors import HvkvmError, KvmIoctlError
 from hvkvm.memory import mapping
-from hvkvm.memory.guest import GuestMemory
+from hvkvm.memory.guest import GuestMemory, RamSource
 from hvkvm.memory.mapping import PAGE_SIZE
 from hvkvm.memory.overlay import OverlayPage
+from hvkvm.memory.private import MAX_MOVED
 
 RAM_SIZE = 16 * PAGE_SIZE
 INSIDE = (0, 3 * PAGE_SIZE, RAM_SIZE - PAGE_SIZE)
@@ -168,6 +169,24 @@ def test_s6_an_address_kvm_cannot_back_is_the_guests_own_fault(
         assert os.listdir("/proc/self/fd") == fds
         assert page.place(OUTSIDE[0])
         assert set(vm.slots) == {0, 1}, "refused slots are given back"
+
+
+def test_a_restored_guest_that_goes_through_its_pages_leaves_the_process_its_mappings(vm: SlotTable) -> None:
+    """Each page that was covered once is one mapping more, and Linux gives a process 65,530."""
+    size = 2 * (MAX_MOVED + 2) * PAGE_SIZE
+    file = os.memfd_create("saved")
+    os.ftruncate(file, size)
+    os.pwrite(file, b"saved", 0)
+    with GuestMemory(vm, size, RamSource(file, 0)) as memory, OverlayPage(memory) as page:
+        for at in range(0, MAX_MOVED * 2 * PAGE_SIZE, 2 * PAGE_SIZE):
+            assert page.place(at)
+        for at in (size - PAGE_SIZE, size - 3 * PAGE_SIZE):
+            assert page.place(at) is False
+            assert page.gpa is None
+        assert page.place(2 * PAGE_SIZE)
+        memory.write(size - PAGE_SIZE, b"goes on")
+        assert (memory.read(0, 5), memory.read(size - PAGE_SIZE, 7)) == (b"saved", b"goes on")
+    os.close(file)
 
 
 def test_a_host_error_is_raised_and_leaves_the_page_nowhere(vm: SlotTable, memory: GuestMemory) -> None:
