@@ -71,6 +71,7 @@ class Command:
         self._unanswered: Timer | None = None
         self._owed: list[str] = []  # signals that the guest has not carried out yet
         self._anew = False  # since a reset it has not been ready
+        self._telling = False
         self._serial = CommandSerial(board.command_ports, source, self._took, self._heard)
         self._vsock: CommandVsock | None = None
         self._ways: list[Way] = [self._serial]
@@ -162,9 +163,19 @@ class Command:
             timer.cancel()
 
     def tell_window(self) -> None:
-        """Tell the guest the size of its terminal, if it has asked before. Any thread."""
+        """Tell the guest the size of its terminal, if it has asked before. Any thread.
+
+        The size is that when it is told, and so one request is enough, however often a guest asks.
+        """
+        if not self._telling:
+            self._telling = True
+            if not self._soon(self._tell):
+                self._telling = False
+
+    def _tell(self) -> None:
+        self._telling = False
         rows, columns = self._window()
-        self._soon(self._say, f"size {rows} {columns}")
+        self._say(f"size {rows} {columns}")
 
     def _say(self, words: str) -> None:
         for way in self._ways:

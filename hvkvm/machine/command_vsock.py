@@ -24,6 +24,8 @@ if TYPE_CHECKING:
     from hvkvm.devices.synth.vsock import Vsock
 
 PIECE = 1 << 16
+CONTROL_PIECE = 256
+"""Bytes of control a turn: a guest says one line at a time, and each may have an answer."""
 TURN = 4
 """So many pieces before others have their turn."""
 _ROUNDS = 4
@@ -117,7 +119,7 @@ class CommandVsock:
 
     def _control_ready(self, _mask: int) -> None:
         stream = self._streams[abi.VSOCK_CONTROL]
-        data = self._receive(stream)
+        data = self._receive(stream, CONTROL_PIECE)
         if data and stream.watched is not None:
             stream.watched.arm(READ)
             self.lines.add(data)
@@ -196,12 +198,12 @@ class CommandVsock:
             if stream.sock is not None and stream.watched is not None and name not in self._held:
                 stream.watched.arm(READ)
 
-    def _receive(self, stream: _Stream) -> bytes | None:
+    def _receive(self, stream: _Stream, most: int = PIECE) -> bytes | None:
         """What has come; b"" when the guest has closed it, None if nothing, and then the socket will tell."""
         if stream.sock is None or stream.watched is None:
             return None
         try:
-            data = stream.sock.recv(PIECE)
+            data = stream.sock.recv(most)
         except BlockingIOError:
             stream.watched.arm(READ)
             return None

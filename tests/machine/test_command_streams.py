@@ -7,6 +7,7 @@ import queue
 import socket
 import threading
 import zlib
+from collections import Counter
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -24,7 +25,7 @@ from hvkvm.devices.port.serial import Serial16550
 from hvkvm.machine import command
 from hvkvm.machine.command import Command
 from hvkvm.machine.command_serial import CommandSerial
-from hvkvm.machine.command_vsock import CommandVsock
+from hvkvm.machine.command_vsock import CONTROL_PIECE, CommandVsock
 from hvkvm.machine.command_way import CommandState, Lines
 from hvkvm.runtime.io_loop import IoLoop
 from hvkvm.runtime.timers import Timer
@@ -159,6 +160,16 @@ def test_a_guest_that_does_not_read_holds_the_input_up(streams) -> None:
         got += len(piece)
     assert got == sent
     os.close(reading)
+
+
+def test_a_guest_that_floods_control_gets_a_few_lines_taken_a_round(streams) -> None:
+    host = streams()
+    seen: list[int] = []
+    host.way.lines = Lines(lambda _line: seen.append(host.io.rounds))
+    with host.vsock.connect(abi.VSOCK_CONTROL) as guest:
+        guest.sendall(b"size\n" * 4000)
+        wait_until(lambda: len(seen) == 4000)
+    assert max(Counter(seen).values()) <= CONTROL_PIECE // len(b"size\n") + 1
 
 
 def test_a_command_that_closes_its_input_is_not_waited_for(streams) -> None:
@@ -550,6 +561,26 @@ def test_a_signal_sent_while_ready_is_on_its_way_is_sent_once(
         wait_until(lambda: board.command_ports[2].read(5, 1) & 1)
         got.append(board.command_ports[2].read(0, 1))
     assert got == b"signal INT\nsize 24 80\n"
+
+
+def test_however_often_the_size_is_asked_for_one_answer_waits(
+    signalled: tuple[Board, Command, list[str]],
+) -> None:
+    """Else a guest that asks without end makes the loop's queue grow, and all others wait behind it."""
+    _board, made, _silences = signalled
+    told: list[bytes] = []
+    made._ways[0].send_control = told.append  # type: ignore[method-assign]
+    inside, go_on = threading.Event(), threading.Event()
+    for asked in (1, 2):
+        made._io.call_soon(lambda: (inside.set(), go_on.wait(SECONDS)))
+        assert inside.wait(SECONDS)
+        for _ in range(1000):
+            made.tell_window()
+        go_on.set()
+        rounds(made._io)
+        assert told == [b"size 24 80\n"] * asked
+        inside.clear()
+        go_on.clear()
 
 
 @pytest.mark.parametrize("comes_back", [True, False])
