@@ -147,6 +147,23 @@ def test_a_file_may_be_written_within_its_size(firmware: Firmware) -> None:
     assert bytes(content) == b"12567f"
 
 
+def test_another_vcpu_that_selects_meanwhile_makes_no_file_longer(firmware: Firmware) -> None:
+    written: list[tuple[int, bytes]] = []
+    firmware.device.add_file("large", bytes(0x1000))
+    firmware.device.add_writable("small", 6, lambda: bytes(6), lambda *what: written.append(what))
+    (_size, large), (_size, small) = (firmware.files()[name] for name in ("large", "small"))
+
+    class Racing(dict[int, Any]):
+        def get(self, key: int, default: Any = None) -> Any:
+            firmware.bus.write(0x510, 2, large)
+            return super().get(key, default)
+
+    firmware.device._writers = Racing(firmware.device._writers)
+    control = small << 16 | keys.FW_CFG_DMA_CTL_SELECT | keys.FW_CFG_DMA_CTL_WRITE
+    firmware.dma(control, 0x1000, 0x2000)
+    assert all(offset + len(data) <= 6 for offset, data in written)
+
+
 words = st.integers(0, (1 << 32) - 1) | st.sampled_from((0, 1, 2, 0x1A, 0x19000A, 0x210018, 0xFFFFFFFF))
 places = st.integers(0, SIZE + 16) | st.integers(0, (1 << 64) - 1)
 

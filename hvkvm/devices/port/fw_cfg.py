@@ -95,7 +95,7 @@ class FwCfg:
 
     def save(self) -> FwCfgState:
         """The selection."""
-        return FwCfgState(self._key, self._cursor, self._dma_high)
+        return FwCfgState(self._selected[0], self._cursor, self._dma_high)
 
     def load(self, state: FwCfgState) -> None:
         """Put it back. An unknown key has an item without bytes, as ever."""
@@ -105,9 +105,8 @@ class FwCfg:
 
     def select(self, key: int) -> None:
         """Begin with an item."""
-        self._key = key
         found = self._items.get(key, b"")
-        self._item = found() if callable(found) else found
+        self._selected = key, found() if callable(found) else found
         self._cursor = 0
 
     def read(self, offset: int, size: int) -> int:
@@ -115,7 +114,7 @@ class FwCfg:
         if offset != 1:
             return 0
         # Two vCPUs may race for the cursor: either gets some byte of the item, as on a board.
-        cursor, item = self._cursor, self._item
+        cursor, (_key, item) = self._cursor, self._selected
         if cursor >= len(item):
             return 0
         self._cursor = cursor + 1
@@ -194,15 +193,17 @@ class FirmwareFwCfg(FwCfg):
                 elif control & FW_CFG_DMA_CTL_WRITE:
                     good = self._store(address, length)
                 elif control & FW_CFG_DMA_CTL_SKIP:
-                    self._cursor = min(self._cursor + length, len(self._item))
+                    self._cursor = min(self._cursor + length, len(self._selected[1]))
                 self._ram.write(gpa, struct.pack(">I", 0 if good else FW_CFG_DMA_CTL_ERROR))
             except GuestMemoryError:
                 return  # a descriptor outside RAM: there is nowhere to say so
 
     def _store(self, gpa: int, length: int) -> bool:
         """`length` bytes of RAM into an item that guests may write; no byte behind its end."""
-        on_write, cursor = self._writers.get(self._key), self._cursor
-        if on_write is None or length > len(self._item) - cursor or not self._ram.contains(gpa, length):
+        # Another vCPU may select by the port meanwhile: what is written is bounded by the item whose it is.
+        (key, item), cursor = self._selected, self._cursor
+        on_write = self._writers.get(key)
+        if on_write is None or length > len(item) - cursor or not self._ram.contains(gpa, length):
             return False
         self._cursor = cursor + length
         on_write(cursor, self._ram.read(gpa, length))
@@ -213,7 +214,7 @@ class FirmwareFwCfg(FwCfg):
         if not self._ram.contains(gpa, length):
             return False
         cursor = self._cursor
-        data = memoryview(self._item)[cursor : cursor + length]
+        data = memoryview(self._selected[1])[cursor : cursor + length]
         self._cursor = cursor + len(data)
         # In pieces, between which other threads may run.
         for at in range(0, len(data), _PIECE):
