@@ -7,6 +7,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
+from hvkvm.given_file import check_replaceable
 from hvkvm.observe.png import png
 
 if TYPE_CHECKING:
@@ -26,6 +27,7 @@ def screenshot(display: Ramfb, ram: Ram, path: Path) -> Size:
     ValueError with the reason where the guest shows nothing; OSError.
     """
     picture = display.picture(ram)
+    check_replaceable(path)
     beside = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         with beside.open("xb") as file:

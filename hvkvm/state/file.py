@@ -28,7 +28,7 @@ from struct import Struct
 from typing import Any
 
 from hvkvm.errors import StateError
-from hvkvm.given_file import open_at_once
+from hvkvm.given_file import check_replaceable, open_at_once
 from hvkvm.memory.mapping import PAGE_SIZE, sealed_memfd
 from hvkvm.state.codec import plain, restored
 from hvkvm.state.compressed import MAX_PIECE, Packer, Unpacker
@@ -74,11 +74,14 @@ def ram_checksum(data: bytes) -> int:
 class Writer:
     """Writes `path` beside its name; `commit` puts it there, anything else leaves nothing. OSError.
 
+    What is there already must be a regular file (EINVAL).
+
     Use it in a with block. `compress` makes it small, and RAM nothing that can be mapped: CapabilityMissing
     where that cannot be.
     """
 
     def __init__(self, path: Path, ram_size: int, *, compress: bool = False) -> None:
+        check_replaceable(path)
         self._packer = Packer("--compress") if compress else None
         self._end = RAM_OFFSET
         self._path = path

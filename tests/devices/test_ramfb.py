@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import stat
 import struct
 from pathlib import Path
 
@@ -83,6 +85,17 @@ def test_what_cannot_be_shown_is_one_line(tmp_path: Path, content: bytes, why: s
         screenshot(display, Ram(), tmp_path / "screen.png")
     assert "\n" not in str(caught.value)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_picture_takes_the_place_of_a_file_alone(tmp_path: Path) -> None:
+    ram, display = Ram(), Ramfb()
+    display.write(0, config())
+    path = tmp_path / "pipe"
+    os.mkfifo(path)
+    with pytest.raises(OSError, match="not a regular file; name another"):
+        screenshot(display, ram, path)
+    assert stat.S_ISFIFO(path.stat().st_mode)
+    assert [one.name for one in tmp_path.iterdir()] == ["pipe"]
 
 
 numbers = st.integers(0, 40) | st.integers(0, (1 << 32) - 1)
