@@ -47,7 +47,7 @@ def test_a_vm_is_saved_and_goes_on_in_another_process(tmp_path: Path) -> None:
         assert "No such file" in vm.ctl("save", tmp_path / "no" / "folder", status=1)
         os.mkfifo(tmp_path / "fifo")
         for name in ("fifo", "hvkvm"):
-            assert re.search("is not a regular file|Is a directory", vm.ctl("save", tmp_path / name, status=1))
+            assert "is not a regular file" in vm.ctl("save", tmp_path / name, status=1)
         assert stat.S_ISFIFO((tmp_path / "fifo").stat().st_mode)
         assert os.listdir(tmp_path / "hvkvm") == ["first.sock"]
         vm.ctl("quit")
