@@ -84,12 +84,16 @@ class HostInput:
             return
         if self._fd is None:
             self._give(b"")
-        elif self._tty and not in_foreground(self._fd):
+        elif self._is_background(self._fd):
             self._soon(self._try, FOREGROUND_SECONDS)
         elif self._own is not None and not self._tty:
             self._read()
         else:
             self._watch()
+
+    def _is_background(self, fd: int) -> bool:
+        """Whether reading would stop this process. A terminal that has hung up is none: it is at its end."""
+        return self._tty and not in_foreground(fd) and os.isatty(fd)
 
     def _watch(self) -> None:
         if self._fd is None:
@@ -102,7 +106,7 @@ class HostInput:
             self._read()  # a file or its like: epoll does not take what is always readable
 
     def _readable(self) -> None:
-        if self._tty and self._fd is not None and not in_foreground(self._fd):
+        if self._fd is not None and self._is_background(self._fd):
             self._unwatch()
             self._soon(self._try, FOREGROUND_SECONDS)
         else:

@@ -182,3 +182,22 @@ def test_a_background_job_reads_its_terminal_only_in_the_foreground(
     reader.input.close()
     os.close(leader)
     os.close(follower)
+
+
+@pytest.mark.parametrize("waiting", [True, False])
+def test_a_terminal_that_hangs_up_is_at_its_end(read_from, waiting: bool) -> None:
+    """Also where the signal for that, SIGHUP, is ignored or goes to somebody else."""
+    leader, follower = pty.openpty()
+    reader = read_from(follower)
+    if waiting:
+        reader.ask()
+        watches = threading.Event()
+        reader.io.call_soon(watches.set)
+        assert watches.wait(SECONDS)
+    os.close(leader)
+    if not waiting:
+        reader.ask()
+    assert reader.got.get(timeout=SECONDS) == b""
+    assert reader.next() == b""
+    reader.input.close()
+    os.close(follower)
