@@ -7,6 +7,7 @@ Why: a copy of a warm guest is handed this alone, and then needs nothing of what
 from __future__ import annotations
 
 import os
+import posixpath
 import shlex
 import stat
 from collections.abc import Mapping, Sequence
@@ -16,6 +17,12 @@ from hvkvm import given_file
 from hvkvm.abi.guest_command import CommandIo
 from hvkvm.boot import cpio, guest_scripts
 from hvkvm.errors import BootError
+
+OWN = frozenset(
+    {"init", "begin", "command", "session", "launch", "terminal"}
+    | {f"bin/guest-{name}" for name in ("exit", "orders", "vsock")}
+)
+"""Where our own programs are that run a command: a file of somebody's there would take their place."""
 
 
 def orders(
@@ -35,11 +42,17 @@ def orders(
 
 
 def pack_files(files: Mapping[str, bytes | Path], programs: Mapping[str, str] | None = None) -> bytes:
-    """An archive of `files` as `initramfs.build` takes them and of executable `programs`. BootError."""
+    """An archive of `files` as `initramfs.build` takes them and of executable `programs`. BootError.
+
+    With `programs` no file may lie where one of ours does.
+    """
     entries = [
         cpio.regular(name, text.encode(errors="surrogateescape"), 0o755)
         for name, text in (programs or {}).items()
     ]
+    for name in files if programs is not None else ():
+        if posixpath.normpath(f"/{name}").lstrip("/") in OWN:
+            raise BootError(f"--file {name}: hvkvm's own program is there; give it another path in the guest")
     entries += [_file(name, source) for name, source in files.items()]
     return cpio.pack(cpio.with_parents(entries))
 
