@@ -86,21 +86,21 @@ def _verb(arguments: list[str]) -> int:
 
 def guarded(work: Callable[[], int]) -> int:
     """Do `work` with three standard streams; its exit status, or that of its failure, which is one line."""
-    hold_standard_fds()
-    from hvkvm.cli.output import complain, drop_output
-    from hvkvm.errors import HvkvmError
-
-    _write_any_text()
     try:
+        hold_standard_fds()
+        from hvkvm.cli.output import complain, drop_output
+        from hvkvm.errors import HvkvmError
+
+        _write_any_text()
         return work()
+    except KeyboardInterrupt:  # first: it may come before there are the names of the others
+        return 130
     except BrokenPipeError:
         drop_output()
         return 141
     except HvkvmError as error:
         complain(f"hvkvm: {error}")
         return error.exit_status
-    except KeyboardInterrupt:
-        return 130
 
 
 def _write_any_text() -> None:

@@ -1,9 +1,11 @@
-"""`cli.signals`: a signal ends the wait whenever it comes, and whichever thread the kernel gives it to."""
+"""`cli.signals`: a signal ends the wait whenever it comes, on whichever thread; and Ctrl-C before there is one."""
 
 from __future__ import annotations
 
 import os
 import signal
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from time import monotonic
@@ -114,3 +116,19 @@ def test_everything_is_given_back(never: EventFd) -> None:
         signal.signal(signal.SIGUSR1, mine)
         os.close(reader)
         os.close(writer)
+
+
+@pytest.mark.parametrize("module", ["hvkvm.cli.output", "hvkvm.errors", "hvkvm.cli.doctor"])
+def test_ctrl_c_while_the_command_is_being_loaded_ends_it_without_a_word(module: str) -> None:
+    code = f"""
+import sys
+class Interrupted:
+    def find_spec(self, name, *_more):
+        if name == {module!r}:
+            raise KeyboardInterrupt
+sys.meta_path.insert(0, Interrupted())
+from hvkvm.cli import main
+sys.exit(main(["doctor", "--help"]))
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "")
