@@ -1,4 +1,4 @@
-"""`cli.signals`: a signal ends the wait whenever it comes, on whichever thread; and Ctrl-C before there is one."""
+"""`cli.signals`: a signal ends the wait whenever it comes, on any thread. And Ctrl-C before there is one."""
 
 from __future__ import annotations
 
