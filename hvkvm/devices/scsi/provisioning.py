@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from functools import partial
-from mmap import mmap
 
 from hvkvm.abi import scsi
 from hvkvm.block.request import Op, Request, Result, Status
 from hvkvm.devices.scsi.command import Command, Rejected
 from hvkvm.devices.scsi.medium import Blocks, answer, checked, sense_of
+from hvkvm.memory.mapping import PAGE_SIZE
 
 MAX_DESCRIPTORS = 256
 MAX_UNMAP_BYTES = 1 << 30
@@ -16,6 +16,7 @@ MAX_UNMAP_BYTES = 1 << 30
 MAX_SAME_BYTES = 256 << 20
 """Of one WRITE SAME: a host without a quick way for it writes that much."""
 PATTERN_BYTES = 1 << 20
+"""Of one block over and over, written at a time."""
 
 _ANCHOR = 0x10
 _UNMAP = 0x08
@@ -100,7 +101,7 @@ def write_same(command: Command, disk: Blocks, sector: int) -> None:
 
 
 class _Pattern:
-    """Writes one block over and over, a piece at a time."""
+    """Writes one block over and over, a piece at a time: a page of it, as often as a piece has pages."""
 
     def __init__(
         self, command: Command, disk: Blocks, offset: int, length: int, block: bytes, lba: int
@@ -111,13 +112,12 @@ class _Pattern:
         self._left = length
         self._lba = lba
         self._given = len(block)
-        n = min(length, PATTERN_BYTES)
-        self._piece = memoryview(mmap(-1, n))
-        self._piece[:] = block * (n // len(block))
+        self._page = memoryview(block * max(1, PAGE_SIZE // len(block)))
 
     def next(self) -> None:
-        n = min(self._left, len(self._piece))
-        self._disk.submit(Request(Op.WRITE, self._offset, [self._piece[:n]], self._written))
+        whole, rest = divmod(min(self._left, PATTERN_BYTES), len(self._page))
+        piece = [self._page] * whole + ([self._page[:rest]] if rest else [])
+        self._disk.submit(Request(Op.WRITE, self._offset, piece, self._written))
 
     def _written(self, result: Result) -> None:
         if result.status is Status.OK:
