@@ -9,6 +9,7 @@ import pytest
 from scsi_asker import Scsi, sense_in
 
 from hvkvm.abi import scsi
+from hvkvm.block.request import Request
 from hvkvm.devices.scsi.command import Command, Reply
 from hvkvm.devices.scsi.disk import ScsiDisk, ScsiDiskState
 from hvkvm.devices.scsi.target import Bus
@@ -246,6 +247,40 @@ def test_verify(ask: Scsi, unit: ScsiDisk, file: Path, sector: int, operation: i
     )
     assert ask.sense(unit, cdb(operation, 1, 2, 0x02), bytes(sector)) == scsi.DATA_PHASE_ERROR
     assert ask.sense(unit, cdb(operation, 1, 2, 0x06), bytes(sector)) == scsi.INVALID_FIELD_IN_CDB
+
+
+@pytest.mark.parametrize(
+    ("operation", "flags"), [(scsi.VERIFY, 0), (scsi.VERIFY, 0x02), (scsi.WRITE_SAME, 0)]
+)
+def test_many_at_once_take_little_memory(
+    ask: Scsi,
+    unit: ScsiDisk,
+    file: Path,
+    sector: int,
+    monkeypatch: pytest.MonkeyPatch,
+    operation: int,
+    flags: int,
+) -> None:
+    """A guest may have a thousand in flight; each is answered, and before the disk counts as drained."""
+    data = file.read_bytes()[: MIB if flags else sector]
+    given = [memoryview(bytearray(data))] if flags or operation == scsi.WRITE_SAME else []
+    asked: list[Request] = []
+    submit = unit.disk.submit
+
+    def seen(request: Request) -> None:
+        asked.append(request)
+        submit(request)
+
+    monkeypatch.setattr(unit.disk, "submit", seen)
+    told: list[Reply | None] = []
+    for _ in range(100):
+        unit.execute(Command(cdb(operation, 0, MIB // sector, flags), given, told.append))
+    unit.drain(lambda: told.append(None))
+    memory = {id(view.obj): memoryview(view.obj) for request in asked for view in request.buffers}
+    assert sum(view.nbytes for view in memory.values()) <= 100 * 4096
+    ask.loop.run()
+    assert told.pop() is None
+    assert told == [Reply(scsi.GOOD, b"", sum(map(len, given)))] * 100
 
 
 @pytest.mark.parametrize("operation", [scsi.WRITE_VERIFY, scsi.WRITE_VERIFY_12, scsi.WRITE_VERIFY_16])

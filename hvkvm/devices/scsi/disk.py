@@ -25,7 +25,7 @@ from hvkvm.devices.scsi.provisioning import (
     write_same,
 )
 from hvkvm.devices.scsi.unit import Handler, Unit
-from hvkvm.devices.scsi.verify import verify
+from hvkvm.devices.scsi.verify import Comparisons, verify
 
 BLOCK_LIMITS = 0xB0
 CHARACTERISTICS = 0xB1
@@ -62,6 +62,7 @@ class ScsiDisk(Unit):
         self._sector = disk.image.sector_size
         self._started = True
         disk.on_resize = self._resized
+        comparisons = Comparisons()
         on_medium: dict[int, Handler] = {
             scsi.READ_CAPACITY: self._read_capacity,
             scsi.SERVICE_ACTION_IN_16: self._service_action,
@@ -74,7 +75,7 @@ class ScsiDisk(Unit):
             **dict.fromkeys(_READS, self._read),
             **dict.fromkeys(_WRITES, self._write),
             **dict.fromkeys(_WRITES_STABLE, self._write_stable),
-            **dict.fromkeys(_VERIFIES, lambda command: verify(command, disk, self._sector)),
+            **dict.fromkeys(_VERIFIES, lambda command: verify(command, disk, self._sector, comparisons)),
         }
         for operation, handler in on_medium.items():
             self.handlers[operation] = self._when_started(handler)

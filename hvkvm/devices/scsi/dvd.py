@@ -19,7 +19,7 @@ from hvkvm.devices.scsi.medium import checked, read_or_write
 from hvkvm.devices.scsi.mmc import SECTOR
 from hvkvm.devices.scsi.mode import ModePages
 from hvkvm.devices.scsi.unit import Handler, Unit
-from hvkvm.devices.scsi.verify import verify
+from hvkvm.devices.scsi.verify import Comparisons, verify
 from hvkvm.errors import StateError
 
 _STANDARDS = (0x00A0, 0x0460, 0x0580)
@@ -56,12 +56,13 @@ class DvdDrive(Unit):
         self.on_eject: Callable[[Disk], object] | None = None
         """Called when the guest opens the tray, with the medium, which is not in the drive any more."""
         self._events: list[int] = []
+        self._comparisons = Comparisons()
         on_medium: dict[int, Handler] = {
             scsi.READ_CAPACITY: self._read_capacity,
             scsi.READ_10: self._read,
             scsi.READ_12: self._read,
             scsi.SEEK_10: self._seek,
-            scsi.VERIFY: lambda command: verify(command, self._medium(), SECTOR),
+            scsi.VERIFY: lambda command: verify(command, self._medium(), SECTOR, self._comparisons),
             scsi.READ_TOC: self._read_toc,
             scsi.READ_DISC_INFO: self._read_disc_info,
             scsi.READ_TRACK_INFO: self._read_track_info,
@@ -86,6 +87,7 @@ class DvdDrive(Unit):
         if self.disk is not None:
             raise ValueError("a medium is in the drive; eject it first")
         self.disk = disk
+        self._comparisons = Comparisons()  # none waits for those of another disk
         self.tray_open = False
         self._event(mmc.EVENT_NEW_MEDIA)
         self.attention(scsi.MEDIUM_CHANGED)
