@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from errno import EIO
 from pathlib import Path
 from random import Random
 
@@ -186,14 +187,18 @@ def test_a_disk_that_is_read_only(ask: Scsi, file: Path) -> None:
     ask.good(unit, cdb(scsi.SYNCHRONIZE_CACHE))
 
 
+def parameters(*ranges: tuple[int, int]) -> bytes:
+    """What an UNMAP of `ranges` brings along."""
+    rows = b"".join(scsi.unmap_descriptor.pack(*one) for one in ranges)
+    return scsi.unmap_head.pack(6 + len(rows), len(rows)) + rows
+
+
+def unmap(data: bytes) -> bytes:
+    """The CDB for them."""
+    return bytes((0x42,)) + bytes(6) + len(data).to_bytes(2, "big") + b"\0"
+
+
 def test_unmap(ask: Scsi, unit: ScsiDisk, file: Path, sector: int) -> None:
-    def parameters(*ranges: tuple[int, int]) -> bytes:
-        rows = b"".join(scsi.unmap_descriptor.pack(*one) for one in ranges)
-        return scsi.unmap_head.pack(6 + len(rows), len(rows)) + rows
-
-    def unmap(data: bytes) -> bytes:
-        return bytes((0x42,)) + bytes(6) + len(data).to_bytes(2, "big") + b"\0"
-
     before = file.read_bytes()
     per = 65536 // sector
     data = parameters((per, per), (3 * per, per))
@@ -211,6 +216,28 @@ def test_unmap(ask: Scsi, unit: ScsiDisk, file: Path, sector: int) -> None:
     assert ask.sense(unit, unmap(data), data[:20]) == scsi.PARAMETER_LIST_LENGTH
     many = parameters(*[(0, 1)] * 300)
     assert ask.sense(unit, unmap(many), many) == scsi.INVALID_FIELD_IN_PARAMETERS
+
+
+def test_unmap_goes_from_range_to_range(ask: Scsi, unit: ScsiDisk, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A command has one request in flight; the first range that fails is told, and is the last."""
+    tried: list[int] = []
+
+    def discard(offset: int, length: int) -> None:
+        tried.append(offset // length)
+        if tried[-1] == 7:
+            raise OSError(EIO, "broken")
+
+    monkeypatch.setattr(unit.disk.image, "discard", discard)
+    told: list[Reply] = []
+    for first in (0, 0x100, 0):
+        data = parameters((first + 1, 0), *((first + number, 1) for number in range(10)), (first + 2, 0))
+        unit.execute(Command(unmap(data), [memoryview(bytearray(data))], told.append))
+    assert unit.disk.in_flight == 3
+    ask.loop.run()
+    assert sorted(tried) == sorted([*range(8), *range(0x100, 0x10A), *range(8)])
+    assert [reply.status for reply in told].count(scsi.GOOD) == 1
+    failed = [reply for reply in told if reply.status != scsi.GOOD]
+    assert [reply.sense for reply in failed] == [scsi.WRITE_ERROR.fixed(7)] * 2
 
 
 @pytest.mark.parametrize("operation", [scsi.WRITE_SAME, scsi.WRITE_SAME_16])

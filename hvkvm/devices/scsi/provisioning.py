@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from functools import partial
-
 from hvkvm.abi import scsi
 from hvkvm.block.request import Op, Request, Result, Status
 from hvkvm.devices.scsi.command import Command, Rejected
-from hvkvm.devices.scsi.medium import Blocks, answer, checked, sense_of
+from hvkvm.devices.scsi.medium import Blocks, answer, checked
 from hvkvm.memory.mapping import PAGE_SIZE
 
 MAX_DESCRIPTORS = 256
@@ -40,34 +38,45 @@ def unmap(command: Command, disk: Blocks, sector: int) -> None:
     count = min(described, length - scsi.unmap_head.size) // scsi.unmap_descriptor.size
     if count > MAX_DESCRIPTORS:
         raise Rejected(scsi.INVALID_FIELD_IN_PARAMETERS)
-    ranges = []
-    for number in range(count):
-        at = scsi.unmap_head.size + number * scsi.unmap_descriptor.size
-        lba, blocks = scsi.unmap_descriptor.unpack_from(data, at)
-        checked(scsi.Transfer(lba, blocks, 0), disk, sector)
-        if blocks:
-            ranges.append((lba, blocks))
-    if sum(blocks for _lba, blocks in ranges) * sector > MAX_UNMAP_BYTES:
+    listed = data[scsi.unmap_head.size :][: count * scsi.unmap_descriptor.size]
+    last = disk.size // sector
+    total = 0
+    for lba, blocks in scsi.unmap_descriptor.iter_unpack(listed):
+        if lba + blocks > last:
+            raise Rejected(scsi.LBA_OUT_OF_RANGE, lba=lba)
+        total += blocks
+    if total * sector > MAX_UNMAP_BYTES:
         raise Rejected(scsi.INVALID_FIELD_IN_PARAMETERS)
-    if not ranges:
+    if total:
+        _Unmapping(command, disk, sector, listed, length).go_on(Result(Status.OK))
+    else:
         command.good(length)
-        return
-    left = len(ranges)
-    failed: list[tuple[Result, int]] = []
 
-    def done_one(lba: int, result: Result) -> None:
-        nonlocal left
-        left -= 1
-        if result.status is not Status.OK:
-            failed.append((result, lba))
-        if not left:
-            if failed:
-                command.fail(sense_of(failed[0][0], Op.DISCARD), lba=failed[0][1])
-            else:
-                command.good(length)
 
-    for lba, blocks in ranges:
-        disk.submit(Request(Op.DISCARD, lba * sector, (), partial(done_one, lba), length=blocks * sector))
+class _Unmapping:
+    """Discards ranges one after the other, so that a command holds one request at a time; then answers.
+
+    The first that fails is told, and is the last.
+    """
+
+    def __init__(self, command: Command, disk: Blocks, sector: int, listed: bytes, given: int) -> None:
+        self._command = command
+        self._disk = disk
+        self._sector = sector
+        self._ranges = scsi.unmap_descriptor.iter_unpack(listed)
+        self._lba = 0
+        self._given = given
+
+    def go_on(self, result: Result) -> None:
+        """Do the next range that has blocks, unless the last one failed."""
+        if result.status is Status.OK:
+            for lba, blocks in self._ranges:
+                if blocks:
+                    self._lba = lba
+                    offset, length = lba * self._sector, blocks * self._sector
+                    self._disk.submit(Request(Op.DISCARD, offset, (), self.go_on, length=length))
+                    return
+        answer(self._command, Op.DISCARD, result, self._lba, self._given)
 
 
 def write_same(command: Command, disk: Blocks, sector: int) -> None:
