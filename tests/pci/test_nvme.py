@@ -292,6 +292,25 @@ def test_it_tests_itself(guest: NvmeGuest) -> None:
     assert {found[4 + 28 * index] for index in range(20)} == {0x10}
 
 
+def test_a_test_that_was_ended_keeps_its_reads_until_they_are_answered(guest: NvmeGuest) -> None:
+    """Tests begun and ended in turn leave three reads at a disk that does not answer, over resets, too."""
+    start = nvme.NVME_ADMIN_DEV_SELF_TEST
+    guest.disk.held = True
+    assert guest.do(start, cdw=(1,)) == (0, 0)
+    for _ in range(10):
+        assert guest.do(start, cdw=(0xF,)) == (0, 0)
+        assert guest.do(start, cdw=(1,)) == (nvme.NVME_SC_SELT_TEST_IN_PROGRESS, 0)
+    guest.device.self_test.reset()
+    assert guest.do(start, cdw=(1,)) == (nvme.NVME_SC_SELT_TEST_IN_PROGRESS, 0)
+    assert len(guest.disk.waiting) == 3
+    guest.disk.release()
+    assert self_test_log(guest)[4] == 0x11
+    assert self_test_log(guest)[4 + 28] == 0x0F
+    guest.disk.held = False
+    assert guest.do(start, cdw=(1,)) == (0, 0)
+    assert self_test_log(guest)[4] == 0x10
+
+
 def test_a_state_that_cannot_be_is_refused(guest: NvmeGuest) -> None:
     guest.make_queues()
     guest.device.stop(lambda: None)

@@ -38,39 +38,32 @@ class SelfTest:
         self._disk = disk
         self._sector = sector_size
         self._running: tuple[int, int] | None = None
-        self._number = 0
+        self._out = 0
+        """Reads that the disk has not answered, also those of a test that was ended."""
 
     def start(self, code: int, nsid: int) -> bool:
-        """Begin a test that was asked for by its code; False while one is running."""
-        if self._running is not None:
+        """Begin a test that was asked for by its code; False while one is running or waits for the disk."""
+        if self._running is not None or self._out:
             return False
         self._running = code, nsid
-        self._number += 1
         last = max(self._disk.size // self._sector - 1, 0)
-        self._read(self._number, [0, last // 2, last])
+        # All at once, so that a disk that comes to rest has the whole test behind it.
+        for sector in (0, last // 2, last):
+            buffer = memoryview(bytearray(self._sector))
+            self._out += 1
+            self._disk.submit(Request(Op.READ, sector * self._sector, (buffer,), self._read))
         return True
 
     def abort(self) -> None:
         """End the one that is running, if any."""
         self._finish(_ABORTED)
 
-    def _read(self, number: int, sectors: list[int]) -> None:
-        """All at once, so that a disk that comes to rest has the whole test behind it."""
-        left = len(sectors)
-
-        def done(result: Result) -> None:
-            nonlocal left
-            left -= 1
-            if number != self._number or self._running is None:
-                return  # one that was aborted
-            if result.status is not Status.OK:
-                self._finish(_FAILED)
-            elif not left:
-                self._finish(_PASSED)
-
-        for sector in sectors:
-            buffer = memoryview(bytearray(self._sector))
-            self._disk.submit(Request(Op.READ, sector * self._sector, (buffer,), done))
+    def _read(self, result: Result) -> None:
+        self._out -= 1
+        if result.status is not Status.OK:
+            self._finish(_FAILED)
+        elif not self._out:
+            self._finish(_PASSED)
 
     def _finish(self, outcome: int) -> None:
         if self._running is not None:
@@ -91,7 +84,7 @@ class SelfTest:
         return bytes(data)
 
     def reset(self) -> None:
-        """Forget what is running: its reads are answered to nobody. Results outlive a reset."""
+        """Forget what is running: its reads count still, for nobody. Results outlive a reset."""
         self._running = None
 
     def load(self, results: tuple[TestResult, ...]) -> None:
