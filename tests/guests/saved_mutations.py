@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from base64 import b64decode, b64encode
 from binascii import Error
+from collections.abc import Iterator
 from copy import deepcopy
 from typing import Any
 
@@ -39,6 +40,17 @@ def places(tree: Any) -> list[tuple[Any, Any]]:
             found.append((one, key))
             waiting.append(one[key])
     return found
+
+
+def extremes(tree: Any) -> Iterator[Any]:
+    """Copies of `tree`, each with one of its numbers made one that is larger than some register."""
+    for container, key in places(tree):
+        value = container[key]
+        if type(value) is int:
+            for number in (-(1 << 63), -1, 1 << 8, 1 << 16, 1 << 32, (1 << 64) - 1):
+                container[key] = number
+                yield deepcopy(tree)
+            container[key] = value
 
 
 def mutate(tree: Any, chance: random.Random) -> None:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Iterator
+from contextlib import suppress
 from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from nvme_guest import MIB, ram
+from saved_mutations import extremes
 from virtio_guest import (
     AVAILABLE,
     DATA,
@@ -25,12 +27,15 @@ from virtio_guest import (
 )
 
 from hvkvm.abi import pci, virtio
+from hvkvm.devices.pci.msix import PBA_OFFSET
 from hvkvm.devices.pci.virtio import function as places
 from hvkvm.devices.pci.virtio.intake import BUDGET
 from hvkvm.devices.pci.virtio.registers import QueueState
 from hvkvm.devices.pci.virtio.ring import Place, Ring
+from hvkvm.devices.pci.virtio.saved import VirtioState
 from hvkvm.devices.pci.virtio.transport import MAX_IN_FLIGHT
 from hvkvm.errors import GuestMemoryError
+from hvkvm.state import codec
 
 NEEDS_RESET = virtio.VIRTIO_CONFIG_S_NEEDS_RESET
 FLUSH = virtio.VIRTIO_BLK_T_FLUSH
@@ -190,6 +195,41 @@ def test_a_saved_one_is_not_believed(guest: VirtioGuest) -> None:
     with pytest.raises(ValueError, match="number of queues"):
         guest.device.load(state._replace(queues=()))
     guest.device.load(state._replace(status=-1, driver_features=1 << 99, isr=1 << 40, selects=(-1, -1, -1)))
+    read_all(guest)
+
+
+def read_all(guest: VirtioGuest) -> None:
+    """What has registers in the BAR, and the configuration space."""
+    for area in range(0, places.BAR.size, PBA_OFFSET):
+        for offset in range(area, area + 64, 4):
+            guest.device.read(offset, 4)
+    for offset in range(0, pci.PCI_CFG_SPACE_SIZE, 4):
+        guest.device.function.read(offset, 4)
+
+
+def test_no_saved_number_harms(guest: VirtioGuest, routes: Any) -> None:
+    """Loaded or refused: then every register can be read, and interrupts go where there are vectors."""
+    function = guest.device.function
+    function.write(function.capability_offsets[pci.PCI_CAP_ID_MSIX] + 2, 2, pci.PCI_MSIX_FLAGS_ENABLE)
+    guest.enable(vector=1)
+    guest.device.stop(lambda: None)
+    guest.loop.settle()
+    config, state = function.save(), codec.plain(guest.device.save())
+    loaded = 0
+    for tree in extremes(state):
+        again = VirtioGuest(routes, memory=guest.memory)
+        again.device.stop(lambda: None)
+        again.loop.settle()
+        again.device.function.load(config)
+        with suppress(ValueError):
+            again.device.load(codec.restored(VirtioState, tree, "test"))
+            loaded += 1
+        again.device.start()
+        again.loop.settle()
+        read_all(again)
+        again.device.inspect()
+        again.device.close()
+    assert loaded >= 50
 
 
 REGISTER = st.tuples(

@@ -53,12 +53,12 @@ class Queue:
         """Where the driver has put it."""
         return Place(self.size, self.descriptors, self.driver, self.device)
 
-    def load(self, state: QueueState) -> None:
-        """Take a saved one. ValueError for a size that cannot be."""
+    def load(self, state: QueueState, vector: int) -> None:
+        """Take a saved one, with a `vector` that there is. ValueError for a size that cannot be."""
         if not 0 < state.size <= self.most or state.size & state.size - 1:
             raise ValueError(f"its virtqueue has {state.size} entries")
         self.size, self.enabled = state.size, state.enabled
-        self.vector = state.vector & 0xFFFF
+        self.vector = vector
         mask = (1 << 64) - 1
         self.descriptors, self.driver = state.descriptors & mask, state.driver & mask
         self.device = state.device & mask
@@ -131,7 +131,7 @@ class Registers:
                 shift = 32 * self.driver_select
                 self.driver_features = self.driver_features & ~(_LOW << shift) | value << shift
         elif (offset, size) == (virtio.VIRTIO_PCI_COMMON_MSIX, 2):
-            self.config_vector = self._vector(value)
+            self.config_vector = self.vector(value)
         elif (offset, size) == (virtio.VIRTIO_PCI_COMMON_Q_SELECT, 2):
             self.queue_select = value
         elif self.chosen is not None:
@@ -139,7 +139,7 @@ class Registers:
 
     def _write_queue(self, queue: Queue, offset: int, size: int, value: int) -> None:
         if (offset, size) == (virtio.VIRTIO_PCI_COMMON_Q_MSIX, 2):
-            queue.vector = self._vector(value)
+            queue.vector = self.vector(value)
         elif queue.enabled:
             return  # it lies where it lies
         elif (offset, size) == (virtio.VIRTIO_PCI_COMMON_Q_SIZE, 2):
@@ -151,6 +151,6 @@ class Registers:
             name, shift = _ADDRESSES[offset & -8], 8 * (offset & 4)
             setattr(queue, name, getattr(queue, name) & ~(_LOW << shift) | value << shift)
 
-    def _vector(self, value: int) -> int:
+    def vector(self, value: int) -> int:
         """The vector, or none for one that there is not: the driver reads it back, and sees that."""
         return value if value < self._vectors else virtio.VIRTIO_MSI_NO_VECTOR

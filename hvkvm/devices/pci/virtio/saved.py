@@ -49,12 +49,14 @@ def load(state: VirtioState, registers: Registers, make: Callable[[Place], Ring]
         raise ValueError("its virtio device has another number of queues")
     registers.status = state.status & 0xFF
     registers.driver_features = state.driver_features & registers.features
-    selects = [one & 0xFFFFFFFF for one in state.selects]
-    registers.feature_select, registers.driver_select, registers.queue_select = selects
-    registers.config_vector = state.config_vector & 0xFFFF
+    feature_select, driver_select, queue_select = state.selects
+    registers.feature_select = feature_select & 0xFFFFFFFF
+    registers.driver_select = driver_select & 0xFFFFFFFF
+    registers.queue_select = queue_select & 0xFFFF
+    registers.config_vector = registers.vector(state.config_vector & 0xFFFF)
     rings = {}
     for index, (queue, one) in enumerate(zip(registers.queues, state.queues, strict=True)):
-        queue.load(one)
+        queue.load(one, registers.vector(one.vector & 0xFFFF))
         if queue.enabled:
             try:
                 ring = make(queue.place)
