@@ -142,5 +142,5 @@ class Bus:
         try:
             states |= self.vsock.restore(state.streams)
             self.host.load(state.host, states)
-        except (ValueError, *OPEN_FAILURES) as error:
+        except (ValueError, StateError, *OPEN_FAILURES) as error:
             raise StateError(f"{self.name}: {error}") from None
