@@ -19,10 +19,19 @@ import pytest
 from saved_file import rewrite
 from saved_mutations import mutate
 
+from hvkvm.abi import nvme, pci, virtio
+from hvkvm.abi.board import HPET_ADDRESS
+from hvkvm.abi.hpet import HPET_SIZE
+from hvkvm.devices.pci.function import Function
+from hvkvm.devices.pci.msix import PBA_OFFSET
+from hvkvm.devices.pci.nvme.controller import Controller
+from hvkvm.devices.pci.virtio.transport import Transport
 from hvkvm.errors import ConfigError, HvkvmError, StateError
 from hvkvm.machine import saving
 from hvkvm.machine.config import MachineConfig
+from hvkvm.machine.disk_spec import BUSES, DiskSpec
 from hvkvm.machine.machine import Machine
+from hvkvm.machine.nic_spec import NicSpec
 from hvkvm.state import file as state_file
 from hvkvm.state.codec import restored
 
@@ -36,20 +45,102 @@ FRESH = 1000
 """So many changes are loaded into the parts of one machine."""
 WHOLE = 1000 if SOAK else 300
 """Every so often a change is tried by a machine of its own, which then runs."""
-SHARES = {"board": 25, "network": 3, "VMBus": 35, "Hyper-V interface": 20, "vCPUs": 7, "manifest": 10}
+SHARES = {
+    "board": 15,
+    "PCI": 25,
+    "network": 3,
+    "VMBus": 25,
+    "Hyper-V interface": 15,
+    "vCPUs": 7,
+    "manifest": 10,
+}
+RINGS = range(32 << 20, 64 << 20, 64 << 10)
+"""Guest memory that the agent leaves alone."""
 
 
 @pytest.fixture
 def saved(tmp_path: Path) -> Path:
-    """An agent guest with a bus and the SynIC in user space, whose devices all have a state."""
-    file = tmp_path / "vm"
+    """An agent guest with buses, disks on each, a NIC, and the SynIC in user space: all have a state."""
+    file, disk = tmp_path / "vm", tmp_path / "disk.raw"
+    disk.write_bytes(bytes(1 << 20))
     config = MachineConfig(
-        kernel=guest_images.image("agent"), memory=64 << 20, synic="user", vmbus="on", hv="host-model"
+        kernel=guest_images.image("agent"),
+        memory=64 << 20,
+        synic="user",
+        vmbus="on",
+        hv="host-model",
+        hpet="on",
+        disks=tuple(DiskSpec(str(disk), readonly=True, bus=bus) for bus in BUSES),  # several VMs have them
+        nets=(NicSpec(socket=tmp_path / "nobody"),),
     )
     with Machine(config) as machine:
+        assert machine.pci is not None
+        for number, device in enumerate(machine.pci.bus.devices.values()):
+            place(device.function, 0xC0000000 + number * (1 << 20))
+        for controller in machine.pci.controllers.values():
+            use_nvme(controller)
+        for transport in machine.pci.virtio.values():
+            use_virtio(transport)
         machine.start()
         machine.save(file)
     return file
+
+
+def place(function: Function, gpa: int) -> None:
+    """Do what a guest does first: say where the BAR is, and switch MSI-X on."""
+    function.write(pci.PCI_BASE_ADDRESS_0, 4, gpa)
+    function.write(pci.PCI_COMMAND, 2, pci.PCI_COMMAND_MEMORY | pci.PCI_COMMAND_MASTER)
+    at = function.capability_offsets[pci.PCI_CAP_ID_MSIX] + pci.PCI_MSIX_FLAGS
+    function.write(at, 2, pci.PCI_MSIX_FLAGS_ENABLE)
+
+
+def use_nvme(controller: Controller) -> None:
+    """Give it its admin queues."""
+    for offset, value in (
+        (nvme.NVME_REG_AQA, 7 << 16 | 7),
+        (nvme.NVME_REG_ASQ, RINGS[0]),
+        (nvme.NVME_REG_ACQ, RINGS[1]),
+        (nvme.NVME_REG_CC, 0x00460001),
+    ):
+        controller.write(offset, 4, value)
+
+
+def use_virtio(transport: Transport) -> None:
+    """Give it its queue."""
+    for offset, size, value in (
+        (virtio.VIRTIO_PCI_COMMON_GFSELECT, 4, 1),
+        (virtio.VIRTIO_PCI_COMMON_GF, 4, 1 << virtio.VIRTIO_F_VERSION_1 - 32),
+        (virtio.VIRTIO_PCI_COMMON_STATUS, 1, virtio.VIRTIO_CONFIG_S_FEATURES_OK),
+        (virtio.VIRTIO_PCI_COMMON_Q_MSIX, 2, 1),
+        (virtio.VIRTIO_PCI_COMMON_Q_DESCLO, 4, RINGS[2]),
+        (virtio.VIRTIO_PCI_COMMON_Q_AVAILLO, 4, RINGS[3]),
+        (virtio.VIRTIO_PCI_COMMON_Q_USEDLO, 4, RINGS[4]),
+        (virtio.VIRTIO_PCI_COMMON_Q_ENABLE, 2, 1),
+        (
+            virtio.VIRTIO_PCI_COMMON_STATUS,
+            1,
+            virtio.VIRTIO_CONFIG_S_FEATURES_OK | virtio.VIRTIO_CONFIG_S_DRIVER_OK,
+        ),
+    ):
+        transport.write(offset, size, value)
+    assert transport.inspect()["queues"]
+
+
+def look_at(machine: Machine) -> None:
+    """Read every register that has something in it."""
+    assert machine.pci is not None
+    for port in list(machine.board.ports._claims):
+        for size in (1, 2, 4):
+            machine.board.ports.read(port, size)
+    for one in machine.pci.bus.devices.values():
+        for offset in range(0, pci.PCI_CFG_SPACE_SIZE, 4):
+            one.function.read(offset, 4)
+        region = one.region(one.function.bars[0])
+        for area in range(0, one.function.bars[0].size, PBA_OFFSET):
+            for offset in range(area, area + 64, 4):
+                region.read(offset, 4)
+    for offset in range(0, HPET_SIZE, 4):
+        machine.pci.mmio.read(HPET_ADDRESS + offset, 4)
 
 
 class Fuzzer:
@@ -96,6 +187,9 @@ class Fuzzer:
             self.by_its_own(lambda whole: whole["parts"].__setitem__(name, tree))
         else:
             self.loaded += 1
+            if name in ("board", "PCI"):
+                assert self.machine is not None
+                look_at(self.machine)
 
     def manifest(self, chance: random.Random) -> None:
         """Change the manifest, in a file with the checksums of its own; some of its bytes without."""
@@ -143,7 +237,7 @@ class Fuzzer:
         assert text.isprintable(), text
         assert len(text) < 1000, text
         assert re.match(
-            rf"{re.escape(str(self.file.parent))}|vCPUs|board|VMBus|Hyper-V interface|network", text
+            rf"{re.escape(str(self.file.parent))}|vCPUs|board|VMBus|Hyper-V interface|network|PCI", text
         ), text
 
 
