@@ -1,7 +1,8 @@
 """What every backend has: its receiver, link state, and frames that the receiver had no room for.
 
-A backend derives from `BasePort` and says how a batch goes out (`_transmit`) and how reading begins and ends
-(`_read_on`, `_read_off`); what it read it gives to `_deliver`. Owner: the I/O loop, for all but construction.
+A backend derives from `BasePort` and says how a batch goes out (`_transmit`), how it hears of room
+(`_watch_room`), and how reading begins and ends (`_read_on`, `_read_off`); what it read it gives to
+`_deliver`. Owner: the I/O loop, for all but construction.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from hvkvm.events import NULL_OBSERVER, Observer, Warned
 from hvkvm.net.port import NO_OFFLOADS, Frame, Offloads, Receiver, Statistics, frame_bytes
 from hvkvm.runtime.protocols import Loop
+from hvkvm.runtime.retry import Retry
 
 TURN_FRAMES = 64
 """Most frames that a backend reads in a turn."""
@@ -48,6 +50,8 @@ class BasePort(ABC):
         self._kept: Sequence[Frame] = ()
         self._reading = False
         self._resuming = False
+        self._read_retry = Retry(io, self._go_on)
+        self._room_retry = Retry(io, self._room)
 
     # The receiver's calls.
 
@@ -117,11 +121,14 @@ class BasePort(ABC):
 
     @abstractmethod
     def _read_on(self) -> None:
-        """Begin to read."""
+        """Begin to read. OSError where the host has no memory for that; it is tried again."""
 
     @abstractmethod
     def _read_off(self) -> None:
         """Read no more; also after the loop's end."""
+
+    def _watch_room(self, fd: int) -> None:
+        """Have `_room` called once `fd` takes more. OSError as for `_read_on`."""
 
     def _details(self) -> Mapping[str, object]:
         return {}
@@ -140,6 +147,17 @@ class BasePort(ABC):
             )
         self._stop_reading()
         self._wire(False)
+
+    def _await_room(self, fd: int) -> None:
+        """`fd` takes no more now: `_room` comes when it does, or after a while where it cannot be watched."""
+        try:
+            self._watch_room(fd)
+        except OSError:
+            self._room_retry.later()
+
+    def _room(self) -> None:
+        """There may be room again. In a turn of ours."""
+        self._writable()
 
     def _writable(self) -> None:
         """There is room again. In a turn of ours."""
@@ -183,9 +201,14 @@ class BasePort(ABC):
             self._deliver(kept)
         if not self._kept and not self._reading and self._started and self._wire_up:
             self._reading = True
-            self._read_on()
+            try:
+                self._read_on()
+            except OSError:
+                self._stop_reading()
+                self._read_retry.later()
 
     def _stop_reading(self) -> None:
+        self._read_retry.cancel()
         if self._reading:
             self._reading = False
             self._read_off()

@@ -91,6 +91,7 @@ class StreamPort(BasePort):
 
     def _drop_peer(self) -> None:
         self._stop_reading()
+        self._room_retry.cancel()
         self._kept = ()
         self._tail = b""
         if self._watch is not None:
@@ -126,7 +127,7 @@ class StreamPort(BasePort):
             try:
                 count = self._sock.sendmsg(views, (), _FLAGS)
             except BlockingIOError:
-                self._await_room()
+                self._await_room(self._sock.fileno())
                 break
             except OSError as error:
                 self.io.call_soon(self._hung_up, error.strerror or str(error))
@@ -183,13 +184,14 @@ class StreamPort(BasePort):
         if at > count:
             self._tail = b"".join(views)[count:at]
         if at > count or frames < len(sizes):
-            self._await_room()
+            self._await_room(self._sock.fileno())
         return frames
 
-    def _await_room(self) -> None:
-        if self._watch is None or self._watched is None:
+    def _watch_room(self, fd: int) -> None:
+        if self._watch is None:
             self._watch = SocketWatch(self.io)
-            self._watched = self._watch.add(self._sock.fileno(), lambda _mask: self._room())
+        if self._watched is None:
+            self._watched = self._watch.add(fd, lambda _mask: self._room())
         self._watched.arm(WRITE)
 
     def _room(self) -> None:
@@ -203,7 +205,7 @@ class StreamPort(BasePort):
                 return
             self._tail = self._tail[count:]
             if self._tail:
-                self._await_room()
+                self._await_room(self._sock.fileno())
                 return
         self._writable()
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 import os
 import socket
 from pathlib import Path
-from typing import Any
 
 from hvkvm.errors import ConfigError, NameTaken
 from hvkvm.events import NULL_OBSERVER, Observer, Warned
@@ -16,9 +15,7 @@ from hvkvm.net.stream import StreamPort
 from hvkvm.runtime import unix_listener
 from hvkvm.runtime.acceptor import Acceptor
 from hvkvm.runtime.protocols import Loop
-
-RETRY_SECONDS = 1.0
-"""Until a socket is tried again at which nobody listened."""
+from hvkvm.runtime.retry import Retry
 
 
 class Caller:
@@ -30,11 +27,10 @@ class Caller:
         if len(os.fsencode(path)) > unix_listener.MAX_PATH:
             most = unix_listener.MAX_PATH
             raise ConfigError(f"--net socket={path}: longer than {most} bytes; choose a shorter path")
-        self._io = io
         self._port = port
         self._path = path
         self._observer = observer
-        self._timer: Any = None
+        self._retry = Retry(io, self._call)
         self._closed = False
         self._told = False
         port.lost = self._lost
@@ -42,33 +38,39 @@ class Caller:
         io.call_soon(self._call)
 
     def _call(self) -> None:
-        self._timer = None
         if self._closed:
             return
-        sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-        sock.setblocking(False)
-        error = sock.connect_ex(str(self._path))
-        if not error:
-            self._told = False
-            self._port.connected(sock)
+        try:
+            sock = self._connect()
+        except OSError as error:  # nobody listens, or the host has no fd or memory
+            if not self._told:
+                self._told = True
+                why = error.strerror or str(error)
+                text = f"network socket {self._path}: {why}; trying again until somebody listens"
+                self._observer.event(Warned("net-socket", text))
+            self._retry.later()
             return
-        sock.close()
-        if not self._told:
-            self._told = True
-            text = f"network socket {self._path}: {os.strerror(error)}; trying again until somebody listens"
-            self._observer.event(Warned("net-socket", text))
-        self._timer = self._io.call_later(RETRY_SECONDS, self._call)
+        self._told = False
+        self._port.connected(sock)
+
+    def _connect(self) -> socket.socket:
+        sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        try:
+            sock.setblocking(False)
+            sock.connect(str(self._path))
+        except BaseException:
+            sock.close()
+            raise
+        return sock
 
     def _lost(self, _reason: str) -> None:
         if not self._closed:
-            self._timer = self._io.call_later(RETRY_SECONDS, self._call)
+            self._retry.later()
 
     def close(self) -> None:
         """Try no more. Idempotent."""
         self._closed = True
-        timer, self._timer = self._timer, None
-        if timer is not None:
-            timer.cancel()
+        self._retry.cancel()
 
 
 class Answerer:
@@ -89,13 +91,17 @@ class Answerer:
         self._owned = unix_listener.identity(path)
         self._closed = False
         self._acceptor: Acceptor | None = None
+        self._retry = Retry(io, self._listen)
         port.lost = lambda _reason: self._listen()
         port.on_close(self.close)
         io.call_soon(self._listen)
 
     def _listen(self) -> None:
         if not self._closed and self._acceptor is None:
-            self._acceptor = Acceptor(self._io, self._listener, self._accepted)
+            try:
+                self._acceptor = Acceptor(self._io, self._listener, self._accepted)
+            except OSError:  # no memory to watch it; who connects meanwhile waits
+                self._retry.later()
 
     def _accepted(self, sock: socket.socket) -> None:
         """The next one waits in the listener's queue meanwhile."""
@@ -109,6 +115,7 @@ class Answerer:
         if self._closed:
             return
         self._closed = True
+        self._retry.cancel()
         if self._acceptor is not None:
             self._acceptor.close()
         unix_listener.remove(self._path, self._owned)

@@ -80,6 +80,7 @@ class TapPort(BasePort):
         """See `Port.close`. An interface that was made for us goes with its fds."""
         self._started = False
         self._stop_reading()
+        self._room_retry.cancel()
         if self._watch is not None:
             self._watch.close()
             self._watch, self._watched = None, {}
@@ -117,15 +118,16 @@ class TapPort(BasePort):
             sent += 1
         return sent
 
-    def _await_room(self, fd: int) -> None:
+    def _watch_room(self, fd: int) -> None:
         if self._watch is None:
             self._watch = SocketWatch(self.io)
         if fd not in self._watched:
-            self._watched[fd] = self._watch.add(fd, lambda _mask: self._writable())
+            self._watched[fd] = self._watch.add(fd, lambda _mask: self._room())
         self._watched[fd].arm(WRITE)
 
     def _read_on(self) -> None:
-        self._handles = [self.io.add_reader(fd, partial(self._readable, fd)) for fd in self._fds]
+        for fd in self._fds:
+            self._handles.append(self.io.add_reader(fd, partial(self._readable, fd)))
 
     def _read_off(self) -> None:
         while self._handles:

@@ -25,6 +25,7 @@ from hvkvm.net.port import ALL_OFFLOADS, Frame
 from hvkvm.net.stream import LENGTH_BYTES, StreamPort
 from hvkvm.net.tcp_help import TcpHelp, little_room
 from hvkvm.runtime.protocols import Loop
+from hvkvm.runtime.retry import Retry
 
 PROGRAM = "passt"
 GUEST, PREFIX, GATEWAY = "10.0.2.15", 24, "10.0.2.2"
@@ -67,6 +68,7 @@ class UserPort(StreamPort):
         self._help = TcpHelp(io, self.send, little_room=little_room())
         self._said = b""
         self._listening: Any = None
+        self._listen_retry = Retry(io, self._watch_words)
         self.lost = self._ended
         self.on_close(self._end_process)
         assert process.stderr is not None
@@ -94,7 +96,10 @@ class UserPort(StreamPort):
 
     def _watch_words(self) -> None:
         if self.process.stderr is not None and not self.process.stderr.closed:
-            self._listening = self.io.add_reader(self.process.stderr.fileno(), self._hear)
+            try:
+                self._listening = self.io.add_reader(self.process.stderr.fileno(), self._hear)
+            except OSError:  # the host has no memory for it now
+                self._listen_retry.later()
 
     def _hear(self) -> None:
         assert self.process.stderr is not None
@@ -105,6 +110,7 @@ class UserPort(StreamPort):
                 self._listen_no_more()
 
     def _listen_no_more(self) -> None:
+        self._listen_retry.cancel()
         listening, self._listening = self._listening, None
         if listening is not None:
             listening.remove()
@@ -122,7 +128,8 @@ class UserPort(StreamPort):
         with suppress(OSError):
             self.process.send_signal(signal.SIGKILL)
         # A killed process is gone soon, but not at once, and the loop waits for nothing.
-        threading.Thread(target=self.process.wait, name="passt-end", daemon=True).start()
+        with suppress(RuntimeError):  # no thread to be had: subprocess waits for it some time later
+            threading.Thread(target=self.process.wait, name="passt-end", daemon=True).start()
 
 
 def start_user(

@@ -24,6 +24,7 @@ from hvkvm.errors import KvmIoctlError
 from hvkvm.kvm import ioctl as door
 from hvkvm.kvm import vcpu as vcpu_module
 from hvkvm.memory import mapping
+from hvkvm.net import stream_peer
 from hvkvm.runtime import timerfd, unix_listener
 
 ERRNOS = (errno.EMFILE, errno.ENOMEM, errno.ENOSPC, errno.EAGAIN)
@@ -62,6 +63,9 @@ class HostFailures:
         listening = SimpleNamespace(**vars(_socket))
         listening.socket = self._socket_class(_socket.socket)
         patched.setattr(unix_listener, "_socket", listening)
+        calling = SimpleNamespace(**vars(socket))
+        calling.socket = self._socket_class(socket.socket)
+        patched.setattr(stream_peer, "socket", calling)
         patched.setattr(socket, "socketpair", self._raising("socketpair", socket.socketpair))
         patched.setattr(threading.Thread, "start", self._thread_start())
 
@@ -132,10 +136,10 @@ class HostFailures:
         due = self._due
 
         class Socket(real):  # type: ignore[misc]
-            def __init__(self, *arguments: Any) -> None:
-                if number := due("socket"):
+            def __init__(self, *arguments: Any, **options: Any) -> None:
+                if "fileno" not in options and (number := due("socket")):
                     raise OSError(number, os.strerror(number))
-                super().__init__(*arguments)
+                super().__init__(*arguments, **options)
 
             def bind(self, address: Any) -> None:
                 if number := due("bind"):
