@@ -46,8 +46,9 @@ class Staging:
 
     `on_complete(status)` gets 0 (the message is in the slot), -ENXIO (no message
     page), -ECANCELED (reset, closed, vCPU stopped) or the -errno of the
-    interrupt. `drop` is called once: when this is closed and nothing is under
-    way, so that the line outlives the message and its callback (S19, S22).
+    interrupt, or of waiting for the guest's EOM. `drop` is called once: when this is
+    closed and nothing is under way, so that the line outlives the message and its
+    callback (S19, S22).
     """
 
     __slots__ = (
@@ -132,22 +133,26 @@ class Staging:
             if status == 0:
                 status = self._line.pulse()
             elif status == -errno.EAGAIN:
-                if not self._closed and self._wait_for_ack(number):
+                status = self._wait_for_ack(number)
+                if status == 0:
                     return
-                status = -errno.ECANCELED  # nobody is left to try again
             self._state, self._status = _POSTED, status
         self._schedule(number)
 
-    def _wait_for_ack(self, number: int) -> bool:
-        """Lock held. False when no ack can ever come because the I/O loop is gone."""
+    def _wait_for_ack(self, number: int) -> int:
+        """Lock held. 0, or the status of a message that is not tried again, since no ack will be heard."""
+        if self._closed:
+            return -errno.ECANCELED
         waiter = partial(self._acked, number)
         try:
             self._line.arm_ack(waiter)
-        except Stopped:
-            return False
+        except Stopped:  # the I/O loop is gone
+            return -errno.ECANCELED
+        except OSError as error:
+            return -(error.errno or errno.EIO)
         self._waiter = waiter
         self._state = _PENDING
-        return True
+        return 0
 
     def _acked(self, number: int) -> None:
         """The guest may have freed the slot: try again. I/O loop."""

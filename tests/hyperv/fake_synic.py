@@ -158,6 +158,7 @@ class FakeLine:
         assert self.acks
         if self._synic.loop.stopped:
             raise Stopped("the loop has ended")
+        self._synic.maybe_fail("ack")
         self.waiters.append(waiter)
 
     def disarm_ack(self, waiter: Callable[[], None]) -> None:
@@ -175,7 +176,7 @@ class FakeLine:
 
 
 class FakeSynic:
-    """`vps` VPs; `fail` names the steps that raise when they come: "line", "acks"."""
+    """`vps` VPs; `fail` names the steps that raise when they come: "line", "acks", "ack"."""
 
     signal_path = None
     signal_path_missing = "the stand-in has none"

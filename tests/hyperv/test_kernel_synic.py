@@ -270,6 +270,28 @@ def test_s29_the_loop_watches_for_acks_only_while_a_message_waits(bench: Bench) 
     assert statuses == [0, 0]
 
 
+def test_s23_a_host_without_memory_to_watch_for_the_ack_completes_the_message(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_arguments: object, **_options: object) -> None:
+        raise OSError(errno.ENOSPC, "no more watches")
+
+    bench.activate()
+    statuses: list[int] = []
+    route = bench.routes.open(0, 2, statuses.append)
+    bench.synic_exit(0, 1, 0, 0x10001)
+    with monkeypatch.context() as patched:
+        patched.setattr(bench.io, "add_reader", refuse)
+        for _ in range(2):
+            assert route.post(1, b"") == 0
+            bench.threads[0].run()
+            bench.io.run()
+    assert statuses == [0, -errno.ENOSPC]
+    route.post(1, b"")
+    bench.threads[0].run()
+    assert len(bench.io.readers) == 1
+
+
 def test_s11_a_vp_that_kvm_would_take_is_still_refused(bench: Bench) -> None:
     bench.activate()
     for vp_index, sint in ((9, 2), (0, 99), (-1, 0), (0, -1)):

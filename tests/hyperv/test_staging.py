@@ -73,6 +73,21 @@ def test_s23_the_interrupts_own_error_is_the_status(world: World, status: int) -
     assert route.staging.state is State.FREE
 
 
+def test_s23_an_eom_that_the_host_cannot_wait_for_is_the_status(world: World) -> None:
+    route, statuses = world.sender()
+    route.post(1, b"in the slot")
+    world.settle()
+    world.synic.fail["ack"] = OSError(errno.ENOMEM, "no memory")
+    assert route.post(1, b"behind it") == 0
+    world.settle()
+    assert statuses == [0, -errno.ENOMEM]
+    world.synic.fail.clear()
+    world.free_slot()
+    assert route.post(1, b"another") == 0
+    world.settle()
+    assert statuses == [0, -errno.ENOMEM, 0]
+
+
 def test_s24_the_next_message_may_be_posted_inside_the_callback(world: World) -> None:
     results: list[int] = []
     states: list[State] = []

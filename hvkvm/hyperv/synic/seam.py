@@ -61,7 +61,7 @@ class SintLine(Protocol):
 
         It may come early (a stale EOM, an EOI of the vector) but must come if
         the EOM follows this call. Any thread; never calls `waiter` itself.
-        Raises Stopped when the I/O loop is gone.
+        Raises Stopped when the I/O loop is gone, OSError when the host has no memory for it.
         """
 
     def disarm_ack(self, waiter: Callable[[], None]) -> None:
