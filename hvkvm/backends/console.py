@@ -28,7 +28,7 @@ from hvkvm.backends.console_tail import ConsoleTail
 from hvkvm.backends.escape_keys import HELP, Command, EscapeKeys
 from hvkvm.backends.output import Output, open_again
 from hvkvm.backends.terminal import RawTerminal, in_foreground
-from hvkvm.errors import Stopped
+from hvkvm.errors import Stopped, exhausted
 
 if TYPE_CHECKING:
     from hvkvm.runtime.io_loop import Handle, IoLoop
@@ -172,7 +172,11 @@ class Console:
             return
         self._unwatch()
         hung_up = self._input_fd is None or not os.isatty(self._input_fd)
-        if not hung_up and not self._looking and not self._closed:
+        if not hung_up:
+            self._look_later()
+
+    def _look_later(self) -> None:
+        if not self._looking and not self._closed:
             with suppress(Stopped):
                 self._io.call_later(BACKGROUND_SECONDS, self._look_again)
                 self._looking = True
@@ -201,8 +205,11 @@ class Console:
                 return
             except Stopped:
                 return
-            except (OSError, ValueError):
-                pass  # a file or /dev/null: epoll does not take what is always readable
+            except (OSError, ValueError) as error:
+                if exhausted(error) is not None:
+                    self._look_later()
+                    return
+                # Else a file or /dev/null: epoll does not take what is always readable.
         self._unwatchable = True
         self._readable()
 

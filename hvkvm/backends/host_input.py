@@ -18,7 +18,8 @@ from typing import TYPE_CHECKING
 
 from hvkvm.backends.output import open_again
 from hvkvm.backends.terminal import in_foreground
-from hvkvm.errors import Stopped
+from hvkvm.errors import Stopped, exhausted
+from hvkvm.runtime import retry
 
 if TYPE_CHECKING:
     from hvkvm.runtime.io_loop import Handle, IoLoop
@@ -102,8 +103,11 @@ class HostInput:
             self._reader = self._io.add_reader(self._fd, self._readable)
         except Stopped:
             pass
-        except (OSError, ValueError):
-            self._read()  # a file or its like: epoll does not take what is always readable
+        except (OSError, ValueError) as error:
+            if exhausted(error) is not None:
+                self._soon(self._try, retry.RETRY_SECONDS)
+            else:
+                self._read()  # a file or its like: epoll does not take what is always readable
 
     def _readable(self) -> None:
         if self._fd is not None and self._is_background(self._fd):

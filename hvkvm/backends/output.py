@@ -22,11 +22,11 @@ import select
 import stat
 import threading
 from collections.abc import Callable
-from contextlib import suppress
 from time import monotonic
 from typing import TYPE_CHECKING
 
 from hvkvm.errors import Stopped
+from hvkvm.runtime.retry import Retry
 
 if TYPE_CHECKING:
     from hvkvm.runtime.io_loop import Handle, IoLoop
@@ -97,6 +97,7 @@ class Output:
         except OSError:
             self.broken = True  # started with stdout closed
         self._watch: Handle | None = None
+        self._retry = Retry(io, self._writable)
 
     def write(self, data: bytes) -> None:
         """Send `data`, or keep it until the reader is ready. Any thread."""
@@ -139,6 +140,7 @@ class Output:
         watch = self._watch
         if watch is not None:
             watch.remove()  # not under the lock, which its callback takes
+        self._retry.cancel()  # nor this
         with self._lock:
             self._watch = None
             self._waiting.clear()
@@ -168,8 +170,12 @@ class Output:
         self._tell_source()
         if waiting and self._watch is None:
             # An epoll fd is itself readable when its fd is ready: the loop needs no notion of "writable".
-            with suppress(Stopped, ValueError):
+            try:
                 self._watch = self._io.add_reader(self._ready.fileno(), self._writable)
+            except (Stopped, ValueError):
+                return
+            except OSError:  # the host has no memory for it now
+                self._retry.later()
         elif not waiting and self._watch is not None and self._io.in_loop():
             self._watch.remove()
             self._watch = None

@@ -6,6 +6,7 @@ import os
 import pty
 import select
 import signal
+import socket
 import subprocess
 import sys
 import termios
@@ -335,6 +336,21 @@ def test_input_from_a_file(guest, until, tmp_path):
         g.print(b"done\n")
         until(lambda: path.with_name("out").read_bytes() == b"done\n")
         g.close()
+
+
+def test_input_that_the_host_refused_to_watch_is_not_read_before_it_is_ready(guest, until, refused):
+    ours, theirs = socket.socketpair()
+    out = os.open("/dev/null", os.O_WRONLY)
+    g = guest(input_fd=ours.fileno(), output_fd=out)
+    g.console.start()
+    g.listen()
+    until(lambda: refused == [])
+    theirs.sendall(b"hello")
+    until(lambda: g.got == b"hello")
+    theirs.close()
+    g.close()
+    ours.close()
+    os.close(out)
 
 
 @pytest.mark.parametrize("fd", [None, -1, "null"])

@@ -100,6 +100,19 @@ def test_a_socket(read_from) -> None:
     ours.close()
 
 
+def test_a_socket_that_the_host_refused_to_watch_is_not_read_before_it_is_ready(
+    read_from, until, refused: list[int]
+) -> None:
+    ours, theirs = socket.socketpair()
+    reader = read_from(ours.fileno())
+    reader.ask()
+    until(lambda: refused == [])
+    theirs.sendall(b"hello")
+    assert reader.got.get(timeout=SECONDS) == b"hello"
+    theirs.close()
+    ours.close()
+
+
 @pytest.mark.parametrize("what", ["closed", "none", "null", "folder", "for writing"])
 def test_what_has_nothing_to_read_is_at_its_end(read_from, tmp_path: Path, what: str) -> None:
     fd: int | None = None

@@ -112,6 +112,17 @@ def test_drain_waits_for_a_reader(io, pipe):
     assert got == DATA[:300_000]
 
 
+def test_what_waits_is_sent_though_the_host_refused_to_watch_the_pipe(io, until, pipe, refused):
+    output = Output(pipe[1], io)
+    output.write(DATA[:200_000])
+    got = bytearray()
+    while len(got) < 200_000:
+        got += os.read(pipe[0], 1 << 16)
+    assert refused == []
+    assert got == DATA[:200_000]
+    output.close()
+
+
 def test_drain_works_after_the_loop_has_stopped(io, pipe):
     output = Output(pipe[1], io)
     io.stop()
