@@ -147,6 +147,14 @@ def test_a_version_nobody_offered_is_not_taken(loopback: Any) -> None:
     assert not device.ready_for_requests
 
 
+def test_a_frame_version_nobody_offered_is_not_taken(loopback: Any) -> None:
+    shutdown = Shutdown()
+    driver = IcDriver(loopback(), shutdown)
+    (payload,) = driver.requests()
+    driver.answer(payload, pack("<HHIHHHH", 1, 1, 0, 2, 0, *shutdown.MESSAGE_VERSIONS[0]))
+    assert (shutdown.frame_version, shutdown.ready_for_requests) == (None, False)
+
+
 def test_junk_and_answers_to_nothing_are_ignored(loopback: Any) -> None:
     device = Shutdown()
     driver = IcDriver(loopback(), device)

@@ -23,6 +23,9 @@ from hvkvm.vmbus.offer import Offer, only_instance
 
 MAX_WAITING = 16
 
+_TRANSACTIONS = 1 << 63
+"""More than a device ever counts to: a packet's id has 64 bits."""
+
 Reply = Callable[[int, bytes], object]
 """reply(status, body): the guest's HRESULT and what follows its header; E_FAIL if it left without answer."""
 
@@ -122,9 +125,11 @@ class IntegrationComponent:
         """Take back what `save_frame` gave."""
         if io is None:
             return  # a closed channel has agreed on nothing
-        known = state.message_version is None or state.message_version in self.MESSAGE_VERSIONS
-        if not known or not 0 <= state.transaction < 1 << 64:
+        agreed = state.frame_version in ic.FRAME_VERSIONS and state.message_version in self.MESSAGE_VERSIONS
+        if not agreed and (state.frame_version, state.message_version) != (None, None):
             raise ValueError(f"the {self.NAME} speaks a version that this host does not")
+        if not 0 <= state.transaction < _TRANSACTIONS:
+            raise ValueError(f"the {self.NAME} is at transaction {state.transaction}")
         self._io = io
         self.frame_version, self.message_version = state.frame_version, state.message_version
         self._trans_id = state.transaction
@@ -189,7 +194,7 @@ class IntegrationComponent:
             self._fail(sent, f"its answer of {len(packet.payload)} bytes makes no sense")
         elif sent.kind == ic.ICMSGTYPE_NEGOTIATE:
             chosen = ic.parse_negotiated(message.body)
-            if chosen is not None and chosen[1] in self.MESSAGE_VERSIONS:
+            if chosen and chosen[0] in ic.FRAME_VERSIONS and chosen[1] in self.MESSAGE_VERSIONS:
                 self.frame_version, self.message_version = chosen
                 self.negotiated()
         elif sent.reply is not None:
