@@ -91,6 +91,7 @@ def test_an_mtu_that_is_said_too_late_changes_nothing(lan: Make) -> None:
         {"pieces": ((5, 0, 0), (5, 8, 0), (6, 0, 0))},
         {"waiting": (b"",) * 100},
         {"receive_set": 1 << 20},
+        {"send_gpadl": 0x77},
     ],
 )
 def test_what_no_nic_was_is_refused(lan: Make, change: dict[str, Any]) -> None:

@@ -194,7 +194,9 @@ class Netvsp:
                 raise ValueError(f"the NIC {self.name} has a receive buffer that is none")
             self.receive.pieces.load(state.pieces)
         if state.send_gpadl is not None:
-            self.send.buffer = self.agreed.buffer(state.send_gpadl)
+            self.send.buffer = self.agreed.send_buffer(state.send_gpadl)
+            if self.send.buffer is None:
+                raise ValueError(f"the NIC {self.name} has a send buffer that is none")
         self.receive.waiting.extend(state.waiting)
         self.agreed.subchannels = max(0, min(state.subchannels, self._queues - 1))
         self._saved = dict(state.channels)

@@ -99,6 +99,11 @@ class Agreement:
         except ValueError:
             return None
 
+    def send_buffer(self, gpadl_id: int) -> GuestBuffer | None:
+        """A GPADL of the guest as a send buffer; None if it has no room for a section."""
+        buffer = self.buffer(gpadl_id)
+        return None if buffer is None or buffer.size < SECTION_BYTES else buffer
+
     def release(self, gpadl_id: int) -> None:
         """A GPADL is torn down, revoked or not: what was lent in it is the guest's own again."""
         if self._receive.buffer is not None and self._receive.buffer.gpadl_id == gpadl_id:
@@ -148,8 +153,8 @@ class Agreement:
 
     def _lend_send(self, gpadl_id: int, _id: int) -> bytes:
         kind = nvsp.NVSP_MSG1_TYPE_SEND_SEND_BUF_COMPLETE
-        buffer = self.buffer(gpadl_id) if self.version and self._send.buffer is None else None
-        if buffer is None or buffer.size < SECTION_BYTES:
+        buffer = self.send_buffer(gpadl_id) if self.version and self._send.buffer is None else None
+        if buffer is None:
             return nvsp.send_buf_complete.pack(kind, nvsp.NVSP_STAT_FAIL, 0)
         self._send.buffer = buffer
         return nvsp.send_buf_complete.pack(kind, nvsp.NVSP_STAT_SUCCESS, SECTION_BYTES)
