@@ -117,6 +117,13 @@ def test_s7_reset_switches_off_unplaces_and_zeroes(vp: FakeVp) -> None:
     assert (vp.messages.gpa, vp.flags.gpa) == (MESSAGE_GPA, EVENT_GPA)
 
 
+@pytest.mark.parametrize("value", [-1, 1 << 64])
+@pytest.mark.parametrize("register", ["scontrol", "siefp", "simp"])
+def test_a_saved_register_that_is_no_64_bit_number_is_refused(vp: FakeVp, register: str, value: int) -> None:
+    with pytest.raises(ValueError, match="64-bit"):
+        vp.load(vp.save()._replace(**{register: value}))
+
+
 def test_s8_a_host_that_cannot_place_a_page_raises(vp: FakeVp, monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(self: FakeOverlay, gpa: int | None) -> bool:
         raise OSError(errno.ENOMEM, "no mappings left")

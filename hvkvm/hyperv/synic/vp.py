@@ -137,6 +137,8 @@ class VpSynic:
         )
         if any(len(view) != len(data) for view, data in pages):
             raise ValueError(f"a SynIC page of VP {self.vp_index} has another size")
+        if not all(0 <= register < 1 << 64 for register in state[:3]):
+            raise ValueError(f"VP {self.vp_index} has a SynIC register that is no 64-bit number")
         for view, data in pages:
             view[:] = data
         self.update(state.scontrol, state.siefp, state.simp)
