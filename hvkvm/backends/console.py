@@ -29,6 +29,7 @@ from hvkvm.backends.escape_keys import HELP, Command, EscapeKeys
 from hvkvm.backends.output import Output, open_again
 from hvkvm.backends.terminal import RawTerminal, in_foreground
 from hvkvm.errors import Stopped, exhausted
+from hvkvm.runtime.retry import Retry
 
 if TYPE_CHECKING:
     from hvkvm.runtime.io_loop import Handle, IoLoop
@@ -98,7 +99,7 @@ class Console:
         self._reader: Handle | None = None
         self._unwatchable = False
         self._pieces: deque[bytes | Command] = deque()  # input that the UART had no room for, breaks among it
-        self._looking = False
+        self._look_again = Retry(io, self._look, BACKGROUND_SECONDS)
         # _reader, _closed and the terminal's mode, between the loop and close(). Reentrant: signal handlers
         # restore the terminal.
         self._lock = threading.RLock()
@@ -149,6 +150,7 @@ class Console:
         try:
             if reader is not None:
                 reader.remove()
+            self._look_again.cancel()
             self.output.drain(DRAIN_SECONDS)
             self.output.close()
         finally:
@@ -172,18 +174,8 @@ class Console:
             return
         self._unwatch()
         hung_up = self._input_fd is None or not os.isatty(self._input_fd)
-        if not hung_up:
-            self._look_later()
-
-    def _look_later(self) -> None:
-        if not self._looking and not self._closed:
-            with suppress(Stopped):
-                self._io.call_later(BACKGROUND_SECONDS, self._look_again)
-                self._looking = True
-
-    def _look_again(self) -> None:
-        self._looking = False
-        self._look()
+        if not hung_up and not self._closed:
+            self._look_again.later()
 
     def _take_terminal(self) -> bool:
         """Whether the terminal is ours; it is raw then. The main thread too."""
@@ -207,7 +199,7 @@ class Console:
                 return
             except (OSError, ValueError) as error:
                 if exhausted(error) is not None:
-                    self._look_later()
+                    self._look_again.later()
                     return
                 # Else a file or /dev/null: epoll does not take what is always readable.
         self._unwatchable = True

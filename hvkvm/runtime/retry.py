@@ -18,21 +18,28 @@ RETRY_SECONDS = 1.0
 
 
 class Retry:
-    """Calls `fn()` on the loop, RETRY_SECONDS after `later`; it waits for one call at a time.
+    """Calls `fn()` on the loop, `seconds` (or RETRY_SECONDS) after `later`; it waits for one call at a time.
 
     `later` may be called on any thread, but not on two at once.
     """
 
-    def __init__(self, io: Delayer, fn: Callable[[], object]) -> None:
+    def __init__(self, io: Delayer, fn: Callable[[], object], seconds: float | None = None) -> None:
         self._io = io
         self._fn = fn
+        self._seconds = seconds
         self._timer: TimerHandle | None = None
+
+    @property
+    def waits(self) -> bool:
+        """Whether a call is to come."""
+        return self._timer is not None
 
     def later(self) -> None:
         """Ask for the call. Nothing happens if it is asked for already, or if the loop takes no timers."""
-        if self._timer is None:
+        if not self.waits:
             with suppress(Stopped):
-                self._timer = self._io.call_later(RETRY_SECONDS, self._again)
+                seconds = RETRY_SECONDS if self._seconds is None else self._seconds
+                self._timer = self._io.call_later(seconds, self._again)
 
     def cancel(self) -> None:
         """Ask for it no more. Synchronous, so not under a lock that `fn` takes. Idempotent."""

@@ -191,7 +191,7 @@ def test_a_terminal_that_hangs_up_ends_input_only(guest, io, until):
     until(lambda: g.console._reader is not None)
     os.close(master)
     until(lambda: g.console._reader is None)
-    assert not g.console._looking, "and nobody asks any more whether it is in front"
+    assert not g.console._look_again.waits, "and nobody asks any more whether it is in front"
     g.print(b"still here\n")
     g.close()
     assert g.console.tail.lines() == ["still here"]
