@@ -23,8 +23,15 @@ MAX_GPADLS = 8192
 MAX_UNFINISHED = 256
 """Most that may wait for bodies."""
 
+MAX_RANGES = 16
+"""Most of one GPADL. Linux and UEFI send one, and a ring or a NIC's buffer must be one."""
+
 MAX_VALUES = 1 << 20
-"""Most 8-byte values a connection may hold: page lists of 4 GiB, in 8 MiB of ours."""
+"""Most 8-byte values a connection may hold: page lists of 4 GiB, in 8 MiB of ours.
+With all that stands around the lists it is up to 11 MiB."""
+
+RANGE_VALUES = 32
+"""A range costs as much of ours as so many values, beside its list: so many are claimed for it."""
 
 _range = Struct("<II")
 
@@ -79,6 +86,10 @@ class Finished(NamedTuple):
     why: str = ""
 
 
+def _claim(size: int, rangecount: int) -> int:
+    return size // 8 + RANGE_VALUES * rangecount
+
+
 PageCheck = Callable[[int, int], bool]
 """contains(gpa, size in bytes): whether all of it is guest RAM."""
 
@@ -95,6 +106,8 @@ class GpadlTable:
         self._complete: dict[tuple[int, int], Gpadl] = {}
         self._unfinished: dict[int, _Unfinished] = {}
         self._values = 0
+        self.checked = 0
+        """Pages looked at so far: who takes a guest's messages counts the cost of a turn by it."""
 
     def header(self, relid: int, gpadl_id: int, buflen: int, rangecount: int, tail: bytes) -> Finished | None:
         """Begin one. The result if it is complete, or refused, at once; None while bodies must follow."""
@@ -104,9 +117,11 @@ class GpadlTable:
 
         if gpadl_id in self._unfinished or (relid, gpadl_id) in self._complete:
             return refuse("the id is in use")
-        if not rangecount or buflen % 8 or buflen < 16 * rangecount:
+        if rangecount < 1 or buflen % 8 or buflen < 16 * rangecount:
             return refuse(f"{rangecount} ranges in {buflen} bytes")
-        values = buflen // 8
+        if rangecount > MAX_RANGES:
+            return refuse(f"{rangecount} ranges, of which {MAX_RANGES} are the most")
+        values = _claim(buflen, rangecount)
         if len(self) >= MAX_GPADLS or self._values + values > MAX_VALUES:
             return refuse("too many pages are described already")
         if len(tail) < buflen and len(self._unfinished) >= MAX_UNFINISHED:
@@ -130,7 +145,7 @@ class GpadlTable:
             return None
         del self._unfinished[unfinished.gpadl_id]
         ranges = self._ranges(unfinished)
-        values = unfinished.need // 8
+        values = _claim(unfinished.need, unfinished.rangecount)
         if isinstance(ranges, str):
             self._values -= values
             return Finished(unfinished.gpadl_id, unfinished.relid, None, ranges)
@@ -153,6 +168,7 @@ class GpadlTable:
                 return f"a range of {byte_count} bytes with too few pages"
             pfns = array("Q", data[at : at + pages * 8])
             at += pages * 8
+            self.checked += pages
             lowest, highest = min(pfns), max(pfns)
             if not self._contains(lowest * HV_HYP_PAGE_SIZE, (highest - lowest + 1) * HV_HYP_PAGE_SIZE):
                 # Some are outside, or on both sides of RAM's hole.
@@ -176,7 +192,7 @@ class GpadlTable:
         if unfinished is None or unfinished.relid != relid:
             return False
         del self._unfinished[gpadl_id]
-        self._values -= unfinished.need // 8
+        self._values -= _claim(unfinished.need, unfinished.rangecount)
         return True
 
     def drop(self, relid: int, gpadl_id: int) -> bool:
@@ -212,7 +228,7 @@ class GpadlTable:
 
     @property
     def values(self) -> int:
-        """8-byte values claimed; for invariants and dumps."""
+        """8-byte values claimed, and what ranges cost; for invariants and dumps."""
         return self._values
 
     @property

@@ -43,7 +43,11 @@ from hvkvm.vmbus.server import BusState, Server
 from hvkvm.vmbus.tap import Both, Tap
 
 TURN_MESSAGES = 4
-"""Messages of the guest taken a turn of the I/O loop: the last of a GPADL takes a millisecond or two."""
+"""Messages of the guest taken a turn of the I/O loop."""
+
+TURN_PAGES = 2048
+"""Pages of GPADLs looked at a turn: the message that completes one and goes beyond is the turn's last. The
+longest GPADL has 8190, and takes a millisecond or two."""
 
 COSTLY_MESSAGES = frozenset(
     (
@@ -179,6 +183,8 @@ class VmbusHost:
 
     def _receive(self) -> None:
         """Take a turn's share of what is queued, while the guest takes our answers. I/O loop."""
+        gpadls = self.server.channels.gpadls
+        most = gpadls.checked + TURN_PAGES
         for _ in range(TURN_MESSAGES):
             message = self.inbox.take(crowded=self.outbox.full, held=self._resting)
             if message is None:
@@ -187,7 +193,7 @@ class VmbusHost:
                 self.tap.received(message.payload)
             self.server.receive(message)
             self._perform()
-            if message.kind.type in COSTLY_MESSAGES:
+            if message.kind.type in COSTLY_MESSAGES or gpadls.checked > most:
                 break
         self._soon(self._receive)
 

@@ -161,6 +161,28 @@ def test_costly_messages_are_taken_one_a_turn(loopback: Any, echo: Any) -> None:
     assert device.log.count("closed") == PAIRS
 
 
+@pytest.mark.parametrize(("pages", "a_turn"), [(8000, 1), (40, TURN_MESSAGES)])
+def test_a_gpadl_of_many_pages_ends_a_turn(loopback: Any, echo: Any, pages: int, a_turn: int) -> None:
+    """Of each GPADL all messages but the last have come; those come together."""
+    loop = loopback()
+    loop.host.add(echo(1))
+    loop.connect(vmbus.VERSION_WIN10_V5_3)
+    (guest,) = loop.client.offers.values()
+    last = []
+    for number in range(2 * TURN_MESSAGES):
+        *first, end = gpadl_messages(
+            guest.relid, number, [(pages * 4096, 0, [n % 500 for n in range(pages)])]
+        )
+        for payload in first:
+            loop.post(payload)
+            loop.run()
+        last.append(end)
+    for payload in last:
+        loop.post(payload)
+    assert max(flood(loop)) == a_turn
+    assert [m["status"] for m in loop.client.messages if m.kind.type == wire.GPADL_CREATED] == [0] * len(last)
+
+
 @pytest.mark.parametrize("leave", [wire.INITIATE_CONTACT, wire.UNLOAD], ids=["contact", "unload"])
 def test_a_connection_ends_some_channels_a_turn_and_is_answered_behind_the_last(
     loopback: Any, echo: Any, leave: int

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import count
+from struct import pack
 from typing import Any
 
 import pytest
@@ -92,6 +94,34 @@ def test_s59_impossible_headers_are_refused_and_leave_nothing(name: str) -> None
     assert done is not None
     assert done.gpadl is None
     assert done.why
+    assert (len(table), table.values) == (0, 0)
+
+
+def described(ranges: int) -> bytes:
+    return pack("<IIQ", PAGE, 0, 5) * ranges
+
+
+def test_a_gpadl_of_more_ranges_than_any_driver_has_is_refused() -> None:
+    table = GpadlTable(ram)
+    most = gpadl_module.MAX_RANGES
+    good = table.header(1, 1, 16 * most, most, described(most))
+    assert good is not None
+    assert good.gpadl is not None
+    assert len(good.gpadl.ranges) == most
+    bad = table.header(1, 2, 16 * (most + 1), most + 1, described(most + 1))
+    assert bad == Finished(2, 1, None, "17 ranges, of which 16 are the most")
+    assert len(table) == 1
+
+
+@pytest.mark.parametrize("ranges", [1, 4, 16])
+def test_ranges_are_counted_by_what_they_cost(monkeypatch: pytest.MonkeyPatch, ranges: int) -> None:
+    monkeypatch.setattr(gpadl_module, "MAX_VALUES", 10_000)
+    table = GpadlTable(ram)
+    ids = count()
+    while (done := table.header(1, next(ids), 16 * ranges, ranges, described(ranges))) and done.gpadl:
+        pass
+    assert sum(len(gpadl.ranges) for gpadl in table) <= 10_000 // gpadl_module.RANGE_VALUES
+    table.drop_channel(1)
     assert (len(table), table.values) == (0, 0)
 
 
