@@ -20,7 +20,8 @@ BUDGET = 64
 """Packets taken a turn; a guest that writes as fast as we read must not keep the loop for itself."""
 
 BUDGET_BYTES = 1 << 16
-"""Bytes of payload a turn: the packet that goes beyond is the turn's last."""
+"""Bytes of packets copied a turn, what stands before a payload included: the packet that goes beyond is the
+turn's last."""
 
 
 class ChannelIo:
@@ -101,7 +102,7 @@ class ChannelIo:
                         break
                     continue
                 count += 1
-                size += len(packet.payload)
+                size += len(packet.payload) + len(packet.header)
                 handle(packet)
                 if self._on_broken is None:
                     break

@@ -8,6 +8,7 @@ import pytest
 
 from hvkvm.abi import vmbus
 from hvkvm.abi import vmbus_messages as wire
+from hvkvm.abi.ring import VM_PKT_DATA_USING_GPA_DIRECT
 from hvkvm.errors import GuestMemoryError
 from hvkvm.memory.guest import GuestMemory
 from hvkvm.testing.vmbus_client import gpadl_messages
@@ -102,6 +103,19 @@ def test_large_packets_end_a_turn_by_their_bytes(loopback: Any, echo: Any) -> No
     assert sum(len(packet.payload) for packet in device.got) < BUDGET_BYTES + 40_000
     loop.run()
     assert sum(len(packet.payload) for packet in device.got) > 5 * BUDGET_BYTES
+
+
+def test_what_stands_before_a_payload_counts_too(loopback: Any, echo: Any) -> None:
+    loop, greedy, _, device, _ = two_channels(loopback, echo)
+    count = 0
+    with greedy.opened as io:
+        while io.send(b"", kind=VM_PKT_DATA_USING_GPA_DIRECT, header=bytes(40_000)):
+            count += 1
+    assert count > 10
+    loop.synic.events[greedy.connection_id]()
+    assert sum(len(packet.header) for packet in device.got) < BUDGET_BYTES + 40_000
+    loop.run()
+    assert len(device.got) == count
 
 
 def test_a_turn_that_is_pending_ends_with_its_channel(loopback: Any, echo: Any) -> None:
