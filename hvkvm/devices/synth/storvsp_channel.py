@@ -17,11 +17,7 @@ from typing import NamedTuple, Protocol
 
 from hvkvm.abi import scsi
 from hvkvm.abi import storvsp as wire
-from hvkvm.abi.ring import (
-    VM_PKT_COMP,
-    VMBUS_DATA_PACKET_FLAG_COMPLETION_REQUESTED,
-    Packet,
-)
+from hvkvm.abi.ring import VM_PKT_COMP, VMBUS_DATA_PACKET_FLAG_COMPLETION_REQUESTED, Packet
 from hvkvm.abi.storvsp import Srb
 from hvkvm.block.request import Request
 from hvkvm.devices.scsi.command import Command, Reply
@@ -46,6 +42,9 @@ SHORT_HEADER = 512
 
 BUDGET_BYTES = 1 << 18
 """Bytes of packets copied a turn: the packet that goes beyond is the turn's last."""
+
+BUDGET_VIEWS = 2048
+"""Views of guest pages made a turn: likewise. Linux's requests are too short to have so many."""
 
 _SRB_STATUS = {
     scsi.GOOD: wire.SRB_STATUS_SUCCESS,
@@ -185,7 +184,7 @@ class StorvspChannel:
             self._turn = False
 
     def _receive(self, io: ChannelIo) -> None:
-        reader, size = io.reader, 0
+        reader, size, most_views = io.reader, 0, self._pages.made + BUDGET_VIEWS
         reader.mask()
         taken = 0
         if self._controller.ready and not self._long:
@@ -204,7 +203,7 @@ class StorvspChannel:
             header = len(packet.header)
             self._long = header > SHORT_HEADER
             size += header + len(packet.payload)
-            if size > BUDGET_BYTES:
+            if size > BUDGET_BYTES or self._pages.made > most_views:
                 break
         io.again()
 

@@ -42,6 +42,8 @@ class DataPages:
         self._memory = memory
         self.kept: dict[int, memoryview] = {}
         """By page number; a view of what is not mapped any more raises ValueError when it is used."""
+        self.made = 0
+        """Views of pages made for requests of more than one page: what they cost a turn is counted by it."""
         self._lists: dict[bytes, PageVector] = {}
         """By the header that named the pages: all that decides them but how much of their last is used."""
 
@@ -71,7 +73,9 @@ class DataPages:
                     if len(header) <= MOST_HEADER and not FREE_THREADED:
                         self._lists[header] = vector
                     return vector
-            return range_views(self._memory, gpa_pfns(header, count), offset, length, self.page)
+            views = range_views(self._memory, gpa_pfns(header, count), offset, length, self.page)
+            self.made += len(views)
+            return views
         except GuestMemoryError:
             return None
 
