@@ -31,7 +31,7 @@ from hvkvm.devices.synth.netvsp_receive import Receive
 from hvkvm.devices.synth.netvsp_send import SECTION_BYTES, Send
 from hvkvm.net.port import Frame
 from hvkvm.runtime.protocols import CallLater, TimerHandle
-from hvkvm.vmbus.channel_io import ChannelIo
+from hvkvm.vmbus.channel_io import BUDGET_BYTES, ChannelIo
 from hvkvm.vmbus.guard import Guard
 from hvkvm.vmbus.offer import Offer
 
@@ -43,6 +43,12 @@ TURN_FRAMES = 128
 
 TURN_BYTES = 1 << 20
 """Bytes of frames a turn: the packet that goes beyond is the turn's last."""
+
+TURN_PIECES = 1024
+"""What `Send.work` counts, a turn: likewise. A frame of Linux's has up to 32."""
+
+REQUEST_PIECES = TURN_PIECES // 2
+"""What a message that is no RNDIS counts: a buffer of thousands of pages may be lent by it."""
 
 MAX_WAITING = 512
 """Packets that may wait for the wire."""
@@ -193,7 +199,7 @@ class NvspChannel:
         reader.mask()
         nic, counters, waiting = self.nic, self.nic.send.counters, self._waiting
         quick = nic.send.quick if io.pointed is None else None
-        most = counters.bytes + TURN_BYTES
+        most, most_work, size = counters.bytes + TURN_BYTES, nic.send.work + TURN_PIECES, 0
         for _ in range(TURN_PACKETS):
             packet = reader.get()
             if packet is None:
@@ -202,6 +208,7 @@ class NvspChannel:
                 if io.rest():
                     return
                 continue
+            frame = None
             if packet.type == VM_PKT_COMP:
                 nic.receive.pieces.back(packet.trans_id)  # who completes what is not out is not heeded
             elif packet.type != VM_PKT_CANCEL_REQUEST:  # iPXE's, for frames that it leaves: they have gone
@@ -214,7 +221,13 @@ class NvspChannel:
                     self._take(io, packet)
                     if self.io is not io or reader.broken:
                         return
+                    if nic.send.work > most_work:
+                        break
                 if counters.bytes > most or len(self._frames) >= TURN_FRAMES:
+                    break
+            if frame is None:  # else it is short
+                size += len(packet.payload) + len(packet.header)
+                if size > BUDGET_BYTES:
                     break
             if len(waiting) >= MAX_WAITING:
                 break
@@ -229,6 +242,7 @@ class NvspChannel:
         kind = int.from_bytes(payload[:4], "little")
         if kind != nvsp.NVSP_MSG1_TYPE_SEND_RNDIS_PKT:
             answer = None
+            self.nic.send.work += REQUEST_PIECES
             if packet.type == VM_PKT_DATA_INBAND:
                 answer = self.nic.request(packet)
             if packet.wants_completion:

@@ -67,6 +67,9 @@ class Send:
         self.buffer: GuestBuffer | None = None
         self.max_frame = 0
         """Longest frame that is not to be segmented, its VLAN tag included."""
+        self.work = 0
+        """Pieces looked at by `bytes_of` and `frames_of`, whether they were sent or dropped: ranges and pages
+        of page lists, RNDIS messages, and pages copied."""
 
     def bytes_of(self, packet: Packet) -> tuple[bytes, list[memoryview], int] | str:
         """What a packet of RNDIS messages holds: its copied beginning, the rest, and bytes in all."""
@@ -84,6 +87,7 @@ class Send:
         views = self._views(packet.header)
         if isinstance(views, str):
             return views
+        self.work += len(packet.header) >> 4
         total = len(blob) + sum(map(len, views))
         return b"".join((blob, *_front(views))), views, total
 
@@ -93,7 +97,9 @@ class Send:
         None for any other, and for one that is to be dropped or refused: that is for `bytes_of`, `frames_of`.
         """
         payload, buffer = packet.payload, self.buffer
-        if packet.type != VM_PKT_DATA_INBAND or buffer is None or len(payload) < nvsp.RNDIS_PKT_BYTES:
+        if packet.type != VM_PKT_DATA_INBAND or buffer is None or packet.header:
+            return None
+        if not nvsp.RNDIS_PKT_BYTES <= len(payload) <= _QUICK_BYTES:
             return None
         kind, channel, index, size = _rndis_pkt.unpack_from(payload)
         if kind != nvsp.NVSP_MSG1_TYPE_SEND_RNDIS_PKT or channel != nvsp.RMC_DATA:
@@ -181,6 +187,7 @@ class Send:
         while total - at >= rndis.header.size:
             if at + _packet_size > len(blob) and rest:
                 blob, rest = b"".join([blob, *rest]), []
+                self.work += total >> 12
             if at + _packet_size > len(blob):
                 return f"an RNDIS message at {at} of {total} bytes"
             kind, length = rndis.header.unpack_from(blob, at)
@@ -197,6 +204,7 @@ class Send:
             else:
                 found.append(frame)
             at += length
+        self.work += count
         return found
 
     def _frame(
@@ -235,6 +243,8 @@ class Send:
 
 
 _rndis_pkt = Struct("<IIII")
+_QUICK_BYTES = 256
+"""More than a packet has that points to a section."""
 _packet_size = rndis.packet.size
 _MARKS = rndis.packet.size - rndis.BODY
 """Where Linux puts the marks: at once behind the message's head."""
