@@ -1,6 +1,6 @@
-"""Files that a user names: opened and read without waiting for anybody, replaced only where they are files.
+"""Files that a user names: opened, read and written without waiting, replaced only where they are files.
 
-`open(2)` of a FIFO waits for its writer: a wrong name would be a run that hangs and does not say why.
+`open(2)` of a FIFO waits for its other end: a wrong name would be a run that hangs and does not say why.
 What may be a pipe (a text of settings, say) is not read by this module. Any thread.
 """
 
@@ -8,8 +8,12 @@ from __future__ import annotations
 
 import errno
 import os
+import select
 import stat
 from pathlib import Path
+from time import monotonic
+
+from hvkvm.errors import ConfigError
 
 
 def open_at_once(path: Path) -> int:
@@ -42,3 +46,36 @@ def check_replaceable(path: Path) -> None:
             "is not a regular file; name another",
             str(path),
         )
+
+
+def open_to_write(path: Path, flag: str, mode: int = 0o666) -> int:
+    """An fd of the file, made or emptied; a pipe must have its reader. ConfigError, which names `flag`.
+
+    The fd does not block, and is the caller's alone to make blocking.
+    """
+    flags = os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC | os.O_NONBLOCK
+    try:
+        fd = os.open(path, flags, mode)
+    except OSError as error:
+        if error.errno == errno.ENXIO:
+            raise ConfigError(f"{flag} {path}: nobody reads this pipe; start its reader first") from None
+        raise ConfigError(f"{flag} {path}: {error.strerror}; name a file that can be written") from None
+    if stat.S_ISREG(os.fstat(fd).st_mode):
+        os.ftruncate(fd, 0)
+    return fd
+
+
+def write_in_time(fd: int, data: bytes, seconds: float) -> None:
+    """Write all of `data` to an fd that does not block. OSError; ETIMEDOUT after `seconds` without room."""
+    view = memoryview(data)
+    end = monotonic() + seconds
+    poller = select.poll()
+    poller.register(fd, select.POLLOUT)
+    while view:
+        try:
+            view = view[os.write(fd, view) :]
+        except BlockingIOError:
+            left = end - monotonic()
+            if left <= 0:
+                raise OSError(errno.ETIMEDOUT, "is not read") from None
+            poller.poll(left * 1000)

@@ -30,9 +30,9 @@ if TYPE_CHECKING:
 
 EPILOG = """exit status:
   the guest command's own; 0 after a power-off; 2 usage; 69 KVM unavailable;
-  74 instead of 0 when output, or firmware's variables, are lost; 77 capability missing; 124 timeout;
-  130 interrupted; 141 nobody reads the output; 254 triple fault or KVM internal
-  error; 255 guest panic
+  74 instead of 0 when output, firmware's variables, a recording or a timeline are lost;
+  77 capability missing; 124 timeout; 130 interrupted; 141 nobody reads the output;
+  254 triple fault or KVM internal error; 255 guest panic
 
 a standard output that takes nothing (a full disk, ulimit -f) does not end the guest:
 it is said at once, tried again with what the guest prints next, and counted at the end
@@ -216,19 +216,22 @@ def run_machine(config: MachineConfig, options: Any) -> int:
             status.clear()
             lost = front.send_last_output(signals, patience(outcome, end))
         unkept = "" if machine.firmware is None else machine.firmware.unkept
-        if lost or unkept or options.json or not outcome.clean:
+        if lost or unkept or machine.unwritten or options.json or not outcome.clean:
             front.begin_line(teller)
         if unkept:
             teller.say(f"the firmware's variables are not kept: {config.firmware_vars}: {unkept}")
         if lost:
             teller.say(f"{lost} bytes of the guest's output are lost: {front.why_lost()}")
+        if options.quiet or options.json:  # else they were warned of
+            for text in machine.unwritten:
+                teller.say(text)
         if report:
             teller.write(f"{report}\n", always=True)
         tell_last_lines(last_lines, teller)
         _conclude(machine, outcome, monotonic() - began, options, teller)
         told_to_end = outcome.ending in (Ending.QUIT, Ending.TIMEOUT)
         told = teller.close(DRAIN_SECONDS if told_to_end else CLOSE_SECONDS)
-    missing = lost or unkept or not told
+    missing = lost or unkept or machine.unwritten or not told
     return OutputError.exit_status if outcome.status == 0 and missing else outcome.status
 
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from hvkvm.cli.arguments import Parser
 from hvkvm.cli.run import machine_config, machine_parser, values_of
-from hvkvm.errors import ConfigError
+from hvkvm.errors import ConfigError, OutputError
 
 if TYPE_CHECKING:
     from hvkvm.cli.signals import Signals
@@ -24,8 +24,8 @@ if TYPE_CHECKING:
 
 EPILOG = """exit status:
   0 saved; 1 the guest ended before it waited, or could not be saved; 2 usage; 69 KVM
-  unavailable; 77 capability missing; 124 timeout; 130 interrupted; 254 triple fault or
-  KVM internal error; 255 guest panic
+  unavailable; 74 saved, but a recording or a timeline is lost; 77 capability missing;
+  124 timeout; 130 interrupted; 254 triple fault or KVM internal error; 255 guest panic
 
 examples:
   hvkvm warm --kernel vmlinuz -o warm.state
@@ -107,7 +107,10 @@ def save_machine(config: MachineConfig, options: Any) -> int:
                 f"{options.output}: a warm guest, {room >> 20} MiB on disk, {size() >> 20} MiB when mapped,"
                 f" {monotonic() - began:.1f} s"
             )
-    return 0
+        if options.quiet:  # else they were warned of
+            for text in machine.unwritten:
+                teller.say(text)
+    return OutputError.exit_status if machine.unwritten else 0
 
 
 def _attend(machine: Machine, signals: Signals, teller: Teller | None) -> Outcome:

@@ -54,10 +54,11 @@ def assemble(
     for ends in (firmware, shelf):
         if ends is not None:
             lifecycle.at_end(ends.end)
+    records = None
     if config.record or config.timeline is not None:
         from hvkvm.machine.recording import watch
 
-        watch(platform, interface, board, bus, shelf, nics, stack)
+        records = watch(platform, interface, board, bus, shelf, nics, stack)
     processors = Processors(platform, image)
     optional = (nics, bus, firmware, pci)
     order: list[Part] = [board, *(part for part in optional if part is not None), interface, processors]
@@ -74,4 +75,6 @@ def assemble(
 
     saver = saving.Saver(name, platform, lifecycle, interface, order, shelf, waits=waits, recipe=image.recipe)
     stack.callback(saver.close)
-    return Parts(name, platform, lifecycle, interface, board, bus, nics, shelf, saver, pci, firmware, orders)
+    return Parts(
+        name, platform, lifecycle, interface, board, bus, nics, shelf, saver, pci, firmware, orders, records
+    )

@@ -162,6 +162,11 @@ class Machine:
         return self.lifecycle.resets
 
     @property
+    def unwritten(self) -> list[str]:
+        """Recordings and pictures of the run that could not be written, with the reasons. After `close`."""
+        return [] if self.parts.records is None else self.parts.records.unwritten
+
+    @property
     def memory(self) -> GuestMemory:
         """Guest RAM."""
         return self.platform.memory

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from hvkvm.machine.orders import Orders
     from hvkvm.machine.pci import Pci
     from hvkvm.machine.platform import Platform
+    from hvkvm.machine.recording import Records
     from hvkvm.machine.saving import Saver
 
 
@@ -41,3 +42,5 @@ class Parts(NamedTuple):
     firmware: Firmware | None = None
     orders: Orders | None = None
     """What a warm guest is handed, where it is one or is made one."""
+    records: Records | None = None
+    """Where the configuration asks for a recording or a picture of the run."""

@@ -1,10 +1,12 @@
 """Has a machine's bus recorded and its run drawn, where the configuration asks for it.
 
 Made by `assembly` when its parts are there and before vCPUs run; closed when they have ended.
+`Records.unwritten` says then what could not be written.
 """
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from contextlib import ExitStack
 from functools import partial
@@ -14,6 +16,7 @@ from typing import TYPE_CHECKING
 from hvkvm import __version__
 from hvkvm.errors import ConfigError, Stopped
 from hvkvm.events import Warned
+from hvkvm.given_file import open_to_write, write_in_time
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -24,6 +27,25 @@ if TYPE_CHECKING:
     from hvkvm.machine.hyperv import Hyperv
     from hvkvm.machine.nics import Nics
     from hvkvm.machine.platform import Platform
+    from hvkvm.record.recorder import Recorder
+
+WRITE_SECONDS = 10.0
+"""How long the reader of a pipe may take for a picture at the end."""
+
+
+class Records:
+    """The recordings and the picture of a run. Owner: the thread that makes and closes the machine."""
+
+    def __init__(self) -> None:
+        self.recorders: list[Recorder] = []
+        self.no_picture = ""
+        """Why there is no picture; empty where there is one, or none was asked for."""
+
+    @property
+    def unwritten(self) -> list[str]:
+        """What could not be written, each with its file and the reason, once the machine is closed."""
+        found = [recorder.unwritten for recorder in self.recorders]
+        return [text for text in (*found, self.no_picture) if text]
 
 
 def watch(
@@ -34,16 +56,18 @@ def watch(
     shelf: DiskShelf | None,
     nics: Nics | None,
     stack: ExitStack,
-) -> None:
+) -> Records:
     """Record and draw whatever the configuration names a file for. ConfigError."""
     config = platform.config
+    records = Records()
     if config.record:
-        record(platform, hyperv, bus, stack)
+        record(platform, hyperv, bus, stack, records)
     if config.timeline is not None:
-        draw(platform, board, bus, config.timeline, stack, partial(moved, shelf, nics))
+        draw(platform, board, bus, config.timeline, stack, records, partial(moved, shelf, nics))
+    return records
 
 
-def record(platform: Platform, hyperv: Hyperv, bus: Bus | None, stack: ExitStack) -> None:
+def record(platform: Platform, hyperv: Hyperv, bus: Bus | None, stack: ExitStack, records: Records) -> None:
     """Open the files that `--record` names. ConfigError."""
     from hvkvm.record.recorder import Recorder
 
@@ -61,6 +85,7 @@ def record(platform: Platform, hyperv: Hyperv, bus: Bus | None, stack: ExitStack
             "devices": list(bus.devices),
         }
         recorder = Recorder(spec.file, spec.depth, facts, observer=platform.observer)
+        records.recorders.append(recorder)
         stack.callback(recorder.close)
         bus.host.listen(recorder)
         if hyperv.partition is not None:
@@ -85,16 +110,14 @@ def draw(
     bus: Bus | None,
     path: Path,
     stack: ExitStack,
+    records: Records,
     moved: Callable[[], dict[str, int]],
 ) -> None:
     """Collect what `--timeline` draws, and write it when the machine is closed. ConfigError."""
     from hvkvm.kvm.exit_names import exit_name
     from hvkvm.record.timeline import Timeline
 
-    try:
-        file = stack.enter_context(path.open("w"))
-    except OSError as error:
-        raise ConfigError(f"--timeline {path}: {error.strerror}; name a file that can be written") from None
+    file = open_to_write(path, "--timeline")
     timeline = Timeline(monotonic())
     timeline.mark("building")
     if bus is not None:
@@ -127,12 +150,15 @@ def draw(
             if path.suffix == ".json":
                 import json
 
-                json.dump(chrome(timeline), file)
+                text = json.dumps(chrome(timeline))
             else:
-                file.write(svg(timeline))
-            file.flush()
+                text = svg(timeline)
+            write_in_time(file, text.encode("utf-8", "backslashreplace"), WRITE_SECONDS)
         except OSError as error:
-            platform.observer.event(Warned("timeline", f"{path}: {error.strerror}; there is no picture"))
+            records.no_picture = f"{path}: {error.strerror}; there is no picture"
+            platform.observer.event(Warned("timeline", records.no_picture))
+        finally:
+            os.close(file)
 
     stack.callback(write)
     platform.io.call_soon(sample)

@@ -9,9 +9,7 @@ are the main thread's.
 
 from __future__ import annotations
 
-import errno
 import os
-import stat
 import threading
 from collections import deque
 from collections.abc import Mapping
@@ -21,8 +19,8 @@ from typing import Any, Literal
 
 from hvkvm.abi import pcapng
 from hvkvm.abi.record_format import LINK_DESCRIPTION, LINK_NAME, ChannelEvent, Entry, Kind
-from hvkvm.errors import ConfigError
 from hvkvm.events import NULL_OBSERVER, Observer, Warned
+from hvkvm.given_file import open_to_write
 from hvkvm.record.words import packets
 from hvkvm.runtime.thread_start import start_thread
 from hvkvm.vmbus.offer import Channel
@@ -74,6 +72,8 @@ class Recorder(Tap):
         """Entries that nobody took in time, or that the file refused."""
         self.entries = 0
         """Entries taken."""
+        self.unwritten = ""
+        """Why the file lacks the end of the recording; empty where it has all that there was time for."""
         self._most = None if depth == "full" else PACKET_BYTES
         self._observer = observer
         self._max = max_waiting
@@ -84,7 +84,8 @@ class Recorder(Tap):
         self._closing = False
         self._awake = threading.Event()
         self._ending = threading.Event()
-        self._fd = _open(path)
+        self._fd = open_to_write(path, "--record", 0o600)
+        os.set_blocking(self._fd, True)
         self._failed = False
         self._header = pcapng.section_header("hvkvm") + pcapng.interface_description(
             pcapng.LINKTYPE_USER0, LINK_NAME, description=LINK_DESCRIPTION
@@ -217,8 +218,11 @@ class Recorder(Tap):
                 view = view[os.write(self._fd, view) :]
         except OSError as error:
             self._failed = True
-            text = f"{self.path}: {error.strerror}; the recording ends here"
-            self._observer.event(Warned("record", text))
+            self._tell_unwritten(f"{self.path}: {error.strerror}; the recording ends here")
+
+    def _tell_unwritten(self, text: str) -> None:
+        self.unwritten = text
+        self._observer.event(Warned("record", text))
 
     def close(self) -> None:
         """Write what waits, for CLOSE_SECONDS at most. Nothing is told any more. Idempotent."""
@@ -230,8 +234,7 @@ class Recorder(Tap):
         self._awake.set()
         self._thread.join(CLOSE_SECONDS)
         if self._thread.is_alive():
-            text = f"{self.path}: is not read; the recording lacks what came last"
-            self._observer.event(Warned("record", text))
+            self._tell_unwritten(f"{self.path}: is not read; the recording lacks what came last")
             return  # its thread still has the file
         os.close(self._fd)
         if self.lost:
@@ -244,18 +247,3 @@ def _block(at: int, entry: Entry, data: bytes, length: int) -> bytes:
     cut = len(data) < length
     packed = entry.pack() if data is entry.data and not cut else entry._replace(data=data, cut=cut).pack()
     return pcapng.enhanced_packet(0, at, packed, length=len(packed) - len(data) + length)
-
-
-def _open(path: Path) -> int:
-    """The file, empty. A pipe must have its reader: opening one would wait for it."""
-    flags = os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC | os.O_NONBLOCK
-    try:
-        fd = os.open(path, flags, 0o600)
-    except OSError as error:
-        if error.errno == errno.ENXIO:
-            raise ConfigError(f"--record {path}: nobody reads this pipe; start its reader first") from None
-        raise ConfigError(f"--record {path}: {error.strerror}; name a file that can be written") from None
-    os.set_blocking(fd, True)
-    if stat.S_ISREG(os.fstat(fd).st_mode):
-        os.ftruncate(fd, 0)
-    return fd

@@ -154,6 +154,37 @@ def test_a_trace_that_cannot_be_written_ends_nothing(guest: Guest, more: tuple[s
     assert shell("2>/dev/full", "trace", *more, "--", *command).returncode == 74
 
 
+@pytest.mark.kvm
+@pytest.mark.parametrize("name", ["run.svg", "run.json"])
+def test_a_picture_that_cannot_be_written_is_one_line_and_74(guest: Guest, tmp_path: Path, name: str) -> None:
+    path = tmp_path / name
+    path.symlink_to("/dev/full")
+    told = f"hvkvm: {path}: {FULL}; there is no picture\n"
+    for more in ((), ("--quiet",)):
+        result = shell("", *run_arguments(guest(ends_with(0)), "--timeline", path, *more))
+        assert (result.returncode, result.stdout, result.stderr) == (74, "hello\n", told)
+    assert shell("", *run_arguments(guest(ends_with(3)), "--timeline", path)).returncode == 3
+
+
+@pytest.mark.kvm
+def test_a_recording_that_cannot_be_written_is_one_line_and_74(guest: Guest, tmp_path: Path) -> None:
+    path = tmp_path / "recording"
+    path.symlink_to("/dev/full")
+    words = ("run", "--kernel", guest(ends_with(0)), "--memory", "16M", "--vmbus", "on", "--synic", "user")
+    result = shell("", *words, "--record", path)
+    assert result.returncode == 74
+    assert result.stderr.count(f"hvkvm: {path}: {FULL}; the recording ends here\n") == 1
+
+
+@pytest.mark.kvm
+def test_a_picture_for_a_pipe_that_nobody_reads_is_refused_at_once(guest: Guest, tmp_path: Path) -> None:
+    path = tmp_path / "run.svg"
+    os.mkfifo(path)
+    result = shell("", *run_arguments(guest(ends_with(0)), "--timeline", path))
+    said = f"hvkvm: --timeline {path}: nobody reads this pipe; start its reader first\n"
+    assert (result.returncode, result.stderr) == (2, said)
+
+
 class HungUp:
     """A terminal that was one when the run began."""
 

@@ -11,7 +11,7 @@ import pytest
 
 from hvkvm import given_file
 from hvkvm.boot import command_files, firmware, kmod
-from hvkvm.errors import HvkvmError
+from hvkvm.errors import ConfigError, HvkvmError
 from hvkvm.machine import cloud_init, fault_file, guest_image
 
 
@@ -53,3 +53,16 @@ def test_no_reader_waits_for_a_writer(reader: Callable[[Path], Any], fifo: Path)
     with pytest.raises(HvkvmError, match="is not a regular file; "):
         reader(fifo)
     assert len(os.listdir("/proc/self/fd")) == fds
+
+
+def test_a_pipe_that_is_not_read_is_not_waited_for_either(fifo: Path) -> None:
+    with pytest.raises(ConfigError, match=r"--out .*: nobody reads this pipe; "):
+        given_file.open_to_write(fifo, "--out")
+    reader = os.open(fifo, os.O_RDONLY | os.O_NONBLOCK)
+    writer = given_file.open_to_write(fifo, "--out")
+    given_file.write_in_time(writer, b"abc", 0)
+    assert os.read(reader, 10) == b"abc"
+    with pytest.raises(OSError, match="is not read"):
+        given_file.write_in_time(writer, bytes(1 << 21), 0.01)
+    os.close(reader)
+    os.close(writer)
