@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import os
-import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hvkvm.cli.arguments import Parser, split_words
+from hvkvm.cli.output import complain, show
 from hvkvm.cli.progress import Progress
 from hvkvm.errors import ConfigError, ImageDamaged, ImageError
 
@@ -53,8 +53,12 @@ def main(arguments: list[str]) -> int:
     """Run the verb; returns the exit status."""
     verbs = {"info": _info, "create": _create, "convert": _convert, "check": _check, "compact": _compact}
     if not arguments or arguments[0] in ("-h", "--help"):
-        Parser("hvkvm disk VERB", DESCRIPTION, EPILOG).print_help(sys.stdout if arguments else sys.stderr)
-        return 0 if arguments else 2
+        help_text = Parser("hvkvm disk VERB", DESCRIPTION, EPILOG)
+        if arguments:
+            help_text.print_help()
+            return 0
+        complain(help_text.format_help().rstrip("\n"))
+        return 2
     options = parse(arguments)
     return verbs[options.verb](options)
 
@@ -127,14 +131,14 @@ def _info(options: argparse.Namespace) -> int:
     if options.json:
         import json
 
-        print(json.dumps(facts, indent=2))
+        show(json.dumps(facts, indent=2))
         return 0
     for key, value in facts.items():
         if value is None:
             continue
         exact = f" ({value} bytes)" if key == "size" else ""
         text = human(value) + exact if key in _SIZES and isinstance(value, int) else value
-        print(f"{key.replace('_', ' ')}: {text}")
+        show(f"{key.replace('_', ' ')}: {text}")
     return 0
 
 
@@ -223,11 +227,11 @@ def _check(options: argparse.Namespace) -> int:
         finally:
             image.close()
     except ImageDamaged as error:
-        print(f"hvkvm: {error}", file=sys.stderr)
+        complain(f"hvkvm: {error}")
         return 1
     for note in notes:
-        print(f"note: {note}")
-    print(f"{options.file}: sound")
+        show(f"note: {note}")
+    show(f"{options.file}: sound")
     return 0
 
 
@@ -254,5 +258,5 @@ def _compact(options: argparse.Namespace) -> int:
         raise ImageError(f"{path}: {error.strerror or error}") from None
     finally:
         image.close()
-    print(f"{path}: {human(before)} before, {human(os.stat(path).st_blocks * 512)} now")
+    show(f"{path}: {human(before)} before, {human(os.stat(path).st_blocks * 512)} now")
     return 0

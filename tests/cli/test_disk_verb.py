@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 from pathlib import Path
@@ -173,6 +174,40 @@ def test_progress_is_told_after_two_seconds(
         told(50, 100)
         told(51, 100)
     assert capsys.readouterr().err == "hvkvm: copying: 50 %, 2 s left\n"
+
+
+class Takes:
+    """A standard error that takes so many texts, and then none."""
+
+    def __init__(self, terminal: bool, texts: int) -> None:
+        self.terminal, self.left, self.tried = terminal, texts, 0
+
+    def isatty(self) -> bool:
+        return self.terminal
+
+    def write(self, text: str) -> None:
+        self.tried += 1
+        self.left -= 1
+        if self.left < 0:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    def flush(self) -> None:
+        pass
+
+
+@pytest.mark.parametrize("terminal", [False, True])
+@pytest.mark.parametrize("texts", [0, 1])
+def test_progress_that_cannot_be_told_ends_no_work(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, raw: Path, terminal: bool, texts: int
+) -> None:
+    for name in ("QUIET_SECONDS", "REDRAW_SECONDS", "LINE_SECONDS"):
+        monkeypatch.setattr(progress, name, -1.0)
+    errors = Takes(terminal, texts)
+    monkeypatch.setattr("sys.stderr", errors)
+    target = tmp_path / "new.raw"
+    assert main(["disk", "convert", str(raw), str(target)]) == 0
+    assert target.read_bytes() == raw.read_bytes()
+    assert errors.tried == texts + 1, "it is not tried again"
 
 
 def test_sizes() -> None:
