@@ -53,16 +53,33 @@ def open_to_write(path: Path, flag: str, mode: int = 0o666) -> int:
 
     The fd does not block, and is the caller's alone to make blocking.
     """
-    flags = os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC | os.O_NONBLOCK
     try:
-        fd = os.open(path, flags, mode)
+        return _open_to_write(path, mode)
     except OSError as error:
         if error.errno == errno.ENXIO:
-            raise ConfigError(f"{flag} {path}: nobody reads this pipe; start its reader first") from None
+            raise ConfigError(f"{flag} {path}: {error.strerror}; start its reader first") from None
         raise ConfigError(f"{flag} {path}: {error.strerror}; name a file that can be written") from None
+
+
+def _open_to_write(path: Path, mode: int) -> int:
+    try:
+        fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC | os.O_NONBLOCK, mode)
+    except OSError as error:
+        if error.errno == errno.ENXIO:
+            raise OSError(errno.ENXIO, "nobody reads this pipe") from None
+        raise
     if stat.S_ISREG(os.fstat(fd).st_mode):
         os.ftruncate(fd, 0)
     return fd
+
+
+def write_at_once(path: Path, data: bytes, seconds: float) -> None:
+    """Make or empty the file, and write it in time. OSError; ENXIO for a pipe that nobody reads."""
+    fd = _open_to_write(path, 0o666)
+    try:
+        write_in_time(fd, data, seconds)
+    finally:
+        os.close(fd)
 
 
 def write_in_time(fd: int, data: bytes, seconds: float) -> None:

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from hvkvm.cli.arguments import Parser
 from hvkvm.cli.output import cannot_write, complain, show
 from hvkvm.errors import CapabilityMissing, ConfigError, HvkvmError, OutputError
+from hvkvm.given_file import write_at_once
 
 if TYPE_CHECKING:
     from hvkvm.testing.matrix.cases import Case, Result
@@ -39,6 +40,8 @@ examples:
   hvkvm matrix matrix.toml --dask tcp://127.0.0.1:8786
 """
 MAX_JOBS = 1024
+WRITE_SECONDS = 10.0
+"""How long the reader of a pipe may take for a result."""
 ENDING_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
@@ -151,14 +154,18 @@ class _Matrix:
         from hvkvm.testing.matrix.cases import OK, SKIPPED
 
         status = 0
-        for line in report.table(self._results, self._cases):
-            show(line)
-        for path, text in self._files():
+        for path, text in self._files():  # first: the table's reader may be gone
             try:
-                path.write_text(text, errors="backslashreplace")
+                write_at_once(path, text.encode("utf-8", "backslashreplace"), WRITE_SECONDS)
             except OSError as error:
                 complain(f"hvkvm: {cannot_write(str(path), error)}")
                 status = OutputError.exit_status
+        try:
+            for line in report.table(self._results, self._cases):
+                show(line)
+        except OutputError as error:
+            complain(f"hvkvm: {error}")
+            status = OutputError.exit_status
         verdicts = {result.verdict for result in self._results.values()}
         if self._signal:
             return 128 + self._signal

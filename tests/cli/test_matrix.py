@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import subprocess
 import time
@@ -78,6 +79,24 @@ def test_one_table_for_all(hvkvm: Hvkvm, folder: Path) -> None:
     assert [case["status"] for case in cases] == [0, 0, 3, 3]
     assert cases[0]["output"] == "hello\n"
     assert list((folder / "made").iterdir()) == []
+
+
+@pytest.mark.parametrize(("redirection", "status"), [(">/dev/full", 74), ("| true", 141)])
+def test_the_files_are_written_whoever_takes_the_table(folder: Path, redirection: str, status: int) -> None:
+    path = file(folder, 'kernel = "good"\n')
+    words = command_line("matrix", path, "--quiet", "--junit", folder / "j.xml")
+    line = f'"$@" {redirection}; exit ${{PIPESTATUS[0]}}'
+    assert subprocess.run(["bash", "-c", line, "bash", *words], timeout=100, check=False).returncode == status
+    assert ET.parse(folder / "j.xml").getroot().get("failures") == "0"
+
+
+def test_a_result_for_a_pipe_that_nobody_reads_is_not_waited_for(hvkvm: Hvkvm, folder: Path) -> None:
+    os.mkfifo(folder / "j.xml")
+    path = file(folder, 'kernel = "good"\n')
+    result = hvkvm("matrix", path, "--quiet", "--junit", folder / "j.xml")
+    said = f"hvkvm: cannot write to {folder / 'j.xml'}: nobody reads this pipe\n"
+    assert (result.returncode, result.stderr) == (74, said)
+    assert result.stdout
 
 
 def test_a_case_has_a_time_limit(hvkvm: Hvkvm, folder: Path) -> None:
