@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from typing import Any
 
 from hvkvm.cli.arguments import Parser
@@ -53,7 +54,6 @@ def main(arguments: list[str]) -> int:
     """Run the verb; returns the exit status."""
     options = parse(arguments)
     from hvkvm.cli.output import show
-    from hvkvm.record import explain
 
     if options.wireshark:
         from hvkvm.record.dissector import dissector
@@ -62,15 +62,25 @@ def main(arguments: list[str]) -> int:
         return 0
     name = options.what[0]
     if len(options.what) == 1 and os.path.exists(name):
-        try:
-            with open(name, "rb") as file:
-                for line in explain.lines(file):
-                    show(line)
-        except (OSError, ValueError) as error:
-            raise ConfigError(f"{name}: {error}; give a recording of `hvkvm run --record`") from None
+        for line in _lines(name):
+            show(line)
         return 0
+    from hvkvm.record import explain
+
     try:
-        show(explain.from_hex(" ".join(options.what), options.protocol))
+        text = explain.from_hex(" ".join(options.what), options.protocol)
     except ValueError as error:
         raise ConfigError(f"{' '.join(options.what)[:60]}: {error}") from None
+    show(text)
     return 0
+
+
+def _lines(name: str) -> Iterator[str]:
+    """The lines of the recording in a file. ConfigError for what is no recording."""
+    from hvkvm.record import explain
+
+    try:
+        with open(name, "rb") as file:
+            yield from explain.lines(file)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{name}: {error}; give a recording of `hvkvm run --record`") from None
