@@ -384,10 +384,7 @@ class MachineConfig(NamedTuple):
 
         `defaults` are for keys that the file leaves out.
         """
-        import tomllib
+        from hvkvm.machine.toml_file import read_toml
 
-        try:
-            values = tomllib.loads(path.read_text())
-        except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-            raise ConfigError(f"--config {path}: {error}; give a readable TOML file") from None
+        values = read_toml(path, f"--config {path}")
         return cls.from_mapping({**defaults, **values}, path.parent)

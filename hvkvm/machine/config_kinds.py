@@ -14,7 +14,7 @@ from os.path import isdir
 from pathlib import Path
 from typing import Any
 
-from hvkvm.errors import ConfigError
+from hvkvm.errors import ConfigError, harmless
 from hvkvm.given_file import open_at_once
 
 MIB = 1 << 20
@@ -22,12 +22,21 @@ GIB = 1 << 30
 
 _UNITS = {"": MIB, "b": 1, "k": 1 << 10, "m": MIB, "g": GIB, "t": 1 << 40}
 
+MAX_NUMBER = 1 << 63
+_MOST_SHOWN = 400
+"""Characters of a value in an error."""
+
 Check = Callable[[str, Any], None]
 """(name, value): raises ConfigError for a value of the right type that cannot work."""
 
 
 def said(name: str, value: object) -> str:
-    """A value as its user gave it: "--cpus 0", "--disk size=0", "config key cpus: 0"."""
+    """A value as its user gave it: "--cpus 0", "--disk size=0", "config key cpus: 0".
+
+    It is one line as a terminal shows it, and what is long is cut.
+    """
+    text = harmless(str(value))
+    value = text if len(text) <= _MOST_SHOWN else f"{text[:_MOST_SHOWN]}..."
     if name.endswith("="):
         return f"{name}{value}"
     return f"{name}: {value}" if name.startswith("config key ") else f"{name} {value}"
@@ -71,6 +80,8 @@ class Kind:
 
     def check(self, name: str, value: Any) -> None:
         """Raise ConfigError for a value that no machine could have."""
+        if isinstance(value, str):
+            check_no_nul(name, value)
 
     def more_help(self) -> str:
         """What is put behind the flag's help."""
@@ -115,12 +126,16 @@ class Number(Kind):
 
     def from_text(self, name: str, text: str, folder: Path | None = None) -> int:
         try:
-            return int(text, 0 if text[:2].lower() == "0x" else 10)
+            value = int(text, 0 if text[:2].lower() == "0x" else 10)
         except ValueError:
             raise not_a_number(name, text, self.example) from None
+        if abs(value) > MAX_NUMBER:
+            raise ConfigError(f"{said(name, text)}: too large; write {said(name, self.example)}, say")
+        return value
 
     def from_plain(self, name: str, value: object, folder: Path | None) -> int:
         if isinstance(value, int) and not isinstance(value, bool):
+            check_range(name, value)
             return value
         raise wrong_type(name, value)
 
@@ -139,6 +154,7 @@ class Seconds(Kind):
 
     def from_plain(self, name: str, value: object, folder: Path | None) -> float:
         if isinstance(value, int | float) and not isinstance(value, bool):
+            check_range(name, value)
             return float(value)
         raise wrong_type(name, value)
 
@@ -150,6 +166,7 @@ class Size(Kind):
         return parse_size(text, name)
 
     def from_plain(self, name: str, value: object, folder: Path | None) -> int:
+        check_range(name, value)
         return parse_size(str(value), name)
 
 
@@ -161,14 +178,20 @@ class PathName(Kind):
 
     def from_plain(self, name: str, value: object, folder: Path | None) -> Path:
         if isinstance(value, str | Path):
+            check_no_nul(name, value)
             return Path(value) if folder is None else folder / value
         raise wrong_type(name, value)
+
+    def check(self, name: str, value: Path | None) -> None:
+        if value is not None:
+            check_no_nul(name, value)
 
 
 class File(PathName):
     """A Path of a file that must be there and readable; None stands for none."""
 
     def check(self, name: str, value: Path | None) -> None:
+        super().check(name, value)
         if value is not None:
             check_file(name, value)
 
@@ -194,6 +217,10 @@ class Words(Kind):
             return tuple(value)
         raise wrong_type(name, value)
 
+    def check(self, name: str, value: tuple[str, ...]) -> None:
+        for word in value:
+            super().check(name, word)
+
 
 class GuestFiles(Kind):
     """Pairs of a guest path and a Path of this host: GUEST=HOST, in TOML a table."""
@@ -215,6 +242,8 @@ class GuestFiles(Kind):
 
     def check(self, name: str, value: tuple[tuple[str, Path], ...]) -> None:
         for guest, host in value:
+            check_no_nul(name, guest)
+            check_no_nul(name, host)
             check_file(f"{name} {guest}", host)
         for guest, _host in value:
             if not guest.startswith("/") or guest.endswith("/") or ".." in guest.split("/"):
@@ -225,7 +254,25 @@ class GuestFiles(Kind):
 
 def wrong_type(name: str, value: object) -> ConfigError:
     """The error for a value that is not of the kind's type."""
-    return ConfigError(f"{name}: {value!r} has the wrong type; see MachineConfig for what it takes")
+    try:
+        shown = repr(value)
+    except ValueError:  # with a number in it that Python does not print
+        shown = type(value).__name__
+    if len(shown) > _MOST_SHOWN:
+        shown = f"{shown[:_MOST_SHOWN]}..."
+    return ConfigError(f"{name}: {shown} has the wrong type; see MachineConfig for what it takes")
+
+
+def check_no_nul(name: str, value: str | Path) -> None:
+    """Raise ConfigError for text that the kernel's calls and C's programs would cut."""
+    if "\0" in str(value):
+        raise ConfigError(f"{name}: cannot hold NUL; remove it")
+
+
+def check_range(name: str, value: object) -> None:
+    """Raise ConfigError for an int that is larger than any that a machine could have."""
+    if isinstance(value, int) and abs(value) > MAX_NUMBER:
+        raise ConfigError(f"{name}: a number that is too large; write a smaller one")
 
 
 def not_a_number(name: str, text: str, example: float) -> ConfigError:

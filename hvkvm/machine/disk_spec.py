@@ -28,6 +28,7 @@ class ImageName(Kind):
     def check(self, name: str, value: str) -> None:
         if not value:
             raise ConfigError(f"{name}: empty; name an image file, or nbd:unix:PATH")
+        super().check(name, value)
         if not value.startswith("nbd:"):
             check_file(name, Path(value))
 

@@ -23,7 +23,8 @@ from hvkvm.abi.scsi import Sense
 from hvkvm.devices.scsi.fault_rules import OPERATIONS, SENSES, Action, Plan, Rule
 from hvkvm.errors import ConfigError
 from hvkvm.machine.config_fields import Field, check_values, read_table
-from hvkvm.machine.config_kinds import Choice, Kind, Number, OnOff, Seconds, said, wrong_type
+from hvkvm.machine.config_kinds import Choice, Kind, Number, OnOff, Seconds, check_range, said, wrong_type
+from hvkvm.machine.toml_file import parse_toml
 
 MAX_RULES = 64
 MAX_SECONDS = 3600.0
@@ -43,6 +44,7 @@ class _Range(Kind):
 
     def from_plain(self, name: str, value: object, folder: Path | None) -> tuple[int, int]:
         is_number = isinstance(value, int) and not isinstance(value, bool)
+        check_range(name, value)
         return super().from_plain(name, str(value) if is_number else value, folder)  # type: ignore[no-any-return]
 
 
@@ -68,6 +70,7 @@ class _Operations(Kind):
         if isinstance(value, int) and not isinstance(value, bool):
             if 0 <= value < 256:
                 return frozenset((value,))
+            check_range(name, value)
             raise ConfigError(f"{said(name, value)}: no operation code; they are 0 to 255")
         if not isinstance(value, str):
             raise wrong_type(name, value)
@@ -134,16 +137,12 @@ class FaultSpec(NamedTuple):
 
 def read_plan(path: Path, name: str = "--disk faults=") -> Plan:
     """The plan in a file. ConfigError, which begins with `name`."""
-    import tomllib
-
     where = said(name, path)
     try:
-        values = tomllib.loads(given_file.read(path).decode())
+        content = given_file.read(path)
     except OSError as error:
         raise ConfigError(f"{where}: {error.strerror}; give a readable TOML file") from None
-    except (UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-        raise ConfigError(f"{where}: {error}; give a readable TOML file") from None
-    return plan_of(values, where)
+    return plan_of(parse_toml(content, where), where)
 
 
 def plan_of(values: dict[str, Any], where: str) -> Plan:

@@ -10,7 +10,7 @@ from typing import Annotated, NamedTuple
 
 from hvkvm.errors import ConfigError
 from hvkvm.machine.config_fields import Field
-from hvkvm.machine.config_kinds import Choice, Kind, Number, PathName, Words, said
+from hvkvm.machine.config_kinds import Choice, Kind, Number, PathName, Words, check_range, said
 from hvkvm.net.port import MAX_MTU, MAX_QUEUES, MIN_MTU
 
 BACKENDS = ("user", "create")
@@ -33,6 +33,7 @@ class Share(Kind):
 
     def from_plain(self, name: str, value: object, folder: Path | None) -> float:
         if isinstance(value, int | float) and not isinstance(value, bool):
+            check_range(name, value)
             return float(value)
         return float(super().from_plain(name, value, folder))
 

@@ -194,11 +194,9 @@ class Guest:
         Counts begin anew; an empty text ends all faults. ConfigError for a mistake in it, HvkvmError
         for a disk that is not there or was made without faults.
         """
-        import tomllib
-
         from hvkvm.devices.scsi.faulty import FaultyDisk
-        from hvkvm.errors import ConfigError
         from hvkvm.machine.fault_file import plan_of
+        from hvkvm.machine.toml_file import parse_toml
 
         shelf = self.machine.disk_shelf
         found = {} if shelf is None else shelf.attached
@@ -208,11 +206,8 @@ class Guest:
         if not isinstance(unit, FaultyDisk):
             why = "no disk of the VMBus that was made with faults"
             raise HvkvmError(f'{disk}: {why}; give its disk(...) some, such as faults="# none yet"')
-        try:
-            values = tomllib.loads(faults)
-        except tomllib.TOMLDecodeError as error:
-            raise ConfigError(f"faults of {disk}: {error}; give TOML") from None
-        plan = plan_of(values, f"faults of {disk}")
+        where = f"faults of {disk}"
+        plan = plan_of(parse_toml(faults, where), where)
 
         def exchange() -> None:
             unit.plan = plan

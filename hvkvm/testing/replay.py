@@ -192,7 +192,7 @@ def replay(file: BinaryIO) -> Replayed:
         raise ValueError("it does not begin with its machine")
     try:
         facts = json.loads(entries[0][1].data)
-    except ValueError:
+    except (ValueError, RecursionError):
         raise ValueError("what it says of its machine is not JSON") from None
     if not isinstance(facts, dict) or facts.get("depth", "full") != "full":
         raise ValueError("only a recording with depth=full can be played")

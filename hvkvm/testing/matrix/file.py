@@ -6,7 +6,6 @@ Every error is one ConfigError: the file, the table, the key, the reason and the
 from __future__ import annotations
 
 import itertools
-import tomllib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from typing import Any
 from hvkvm.errors import ConfigError
 from hvkvm.machine.config import MachineConfig
 from hvkvm.machine.config_fields import fields_of, read_table
+from hvkvm.machine.toml_file import read_toml
 from hvkvm.testing.matrix.cases import Case, can_be_warm
 
 SECONDS = 300.0
@@ -27,13 +27,7 @@ _SECONDS_REMEDY = "give seconds to a [[command]]"
 
 def read(path: Path) -> list[Case]:
     """The cases that the file at `path` asks for; its relative paths start beside it. ConfigError."""
-    try:
-        text = path.read_text()
-        tables = tomllib.loads(text)
-    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-        reason = error.strerror if isinstance(error, OSError) else error
-        raise ConfigError(f"{path}: {reason}; give a readable TOML file") from None
-    return cases(tables, path.parent, str(path))
+    return cases(read_toml(path, str(path)), path.parent, str(path))
 
 
 def cases(tables: Mapping[str, Any], folder: Path, file: str) -> list[Case]:
