@@ -62,6 +62,8 @@ class HostFile:
             self.alignment = self._find_alignment() if direct else 1
         except BaseException:
             os.close(self.fd)
+            if create:
+                os.unlink(path)
             raise
         self.now = FileNow(self.fd, able=not direct)
         """What the page cache does at once; the I/O loop's."""

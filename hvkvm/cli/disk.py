@@ -19,7 +19,10 @@ if TYPE_CHECKING:
 
 FORMATS = ("raw", "vhdx")
 TYPES = ("dynamic", "fixed")
+SECTOR_SIZES = ("512", "4096")
 _UNITS = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
+MAX_SIZE = (1 << 63) - 1
+MAX_DIGITS = 20
 
 DESCRIPTION = "Look at disk images, make, copy, check and compact them: raw files, block devices, VHDX."
 EPILOG = """\
@@ -36,9 +39,13 @@ verbs:
 def size_of(text: str, what: str) -> int:
     """A number of bytes, with K, M, G or T behind it (1024 each) or not. ConfigError."""
     number, unit = (text[:-1], text[-1:].upper()) if text[-1:].isalpha() else (text, "")
+    shown = text if len(text) <= 40 else f"{text[:40]}..."
     if not number.isascii() or not number.isdecimal() or unit not in _UNITS:
-        raise ConfigError(f"{what} {text}: say a number of bytes, or one with K, M, G or T behind it")
-    return int(number) * _UNITS[unit]
+        raise ConfigError(f"{what} {shown}: say a number of bytes, or one with K, M, G or T behind it")
+    size = int(number) * _UNITS[unit] if len(number) <= MAX_DIGITS else MAX_SIZE + 1
+    if size > MAX_SIZE:
+        raise ConfigError(f"{what} {shown}: larger than any file can be; say less than {1 << 23}T")
+    return size
 
 
 def human(n: int) -> str:
@@ -83,6 +90,7 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
         raise ConfigError(f"disk {verb}: no such verb; choose {', '.join(SUMMARY)}")
     options: argparse.Namespace = verb_parser(verb).parse_args([*given, "--", *words])
     options.verb = verb
+    options.sector_size = int(getattr(options, "sector_size", None) or 0)
     return options
 
 
@@ -109,7 +117,7 @@ def verb_parser(verb: str) -> Parser:
     if verb in ("create", "convert"):
         parser.add_argument("--type", choices=TYPES, default="dynamic", help="of a VHDX (dynamic)")
         parser.add_argument("--block-size", metavar="SIZE", help="of a VHDX: 1M to 256M (32M, a child 2M)")
-        parser.add_argument("--sector-size", type=int, default=0, metavar="N", help="512 or 4096 (512)")
+        parser.add_argument("--sector-size", choices=SECTOR_SIZES, metavar="N", help="512 or 4096 (512)")
     return parser
 
 
@@ -170,7 +178,11 @@ def _make(path: Path, size: int, options: argparse.Namespace, parent: Path | Non
         raise ConfigError(f"SIZE {size}: say a multiple of {sector} bytes")
     try:
         with path.open("xb") as file:
-            file.truncate(size)
+            try:
+                file.truncate(size)
+            except BaseException:
+                path.unlink()
+                raise
     except OSError as error:
         raise ImageError(f"{path}: {error.strerror}") from None
 

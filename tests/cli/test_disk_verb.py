@@ -5,10 +5,14 @@ from __future__ import annotations
 import errno
 import json
 import os
+import subprocess
+from functools import partial
 from pathlib import Path
 from random import Random
+from resource import RLIMIT_FSIZE, setrlimit
 
 import pytest
+from running_vm import command_line
 
 from hvkvm.block.open_image import open_image
 from hvkvm.cli import disk, main, progress
@@ -215,3 +219,51 @@ def test_sizes() -> None:
         7, 1 << 10, 2 << 20, 3 << 30, 4 << 40,
     ]  # fmt: skip
     assert [disk.human(n) for n in (5, 1536, 3 << 40)] == ["5 bytes", "1.5 KiB", "3 TiB"]
+
+
+@pytest.mark.parametrize("size", ["9" * 5000, "99999999999999999488", "8388608T", "99999999T"], ids=len)
+def test_no_size_is_larger_than_a_file(tmp_path: Path, capsys: pytest.CaptureFixture[str], size: str) -> None:
+    for name in ("disk.raw", "disk.vhdx"):
+        assert main(["disk", "create", str(tmp_path / name), size]) == 2
+        said = capsys.readouterr().err
+        assert said.startswith(f"hvkvm: SIZE {size[:20]}"[: 13 + len(size)])
+        assert "larger than any file can be; say less than 8388608T\n" in said
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("sector", ["-512", "1", "0", "1024", "x"])
+def test_a_sector_has_512_or_4096_bytes(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], sector: str
+) -> None:
+    assert main(["disk", "create", str(tmp_path / "disk.raw"), "1M", "--sector-size", sector]) == 2
+    assert "--sector-size: invalid choice" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("name", ["disk.raw", "disk.vhdx"])
+def test_an_image_that_cannot_be_made_is_not_left_behind(tmp_path: Path, name: str) -> None:
+    words = command_line("disk", "create", tmp_path / name, "1M")
+    limit = partial(setrlimit, RLIMIT_FSIZE, (1 << 16, 1 << 16))
+    result = subprocess.run(words, capture_output=True, text=True, check=False, preexec_fn=limit)
+    assert (result.returncode, result.stderr) == (2, f"hvkvm: {tmp_path / name}: File too large\n")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_an_image_that_is_there_is_left_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "disk.raw"
+    path.write_bytes(b"content")
+    assert main(["disk", "create", str(path), "1M"]) == 2
+    assert capsys.readouterr().err == f"hvkvm: {path}: File exists\n"
+    assert path.read_bytes() == b"content"
+
+
+def test_a_child_cannot_name_a_parent_that_is_no_text(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    parent = tmp_path / os.fsdecode(b"p\xff.vhdx")
+    fds = len(os.listdir("/proc/self/fd"))
+    assert main(["disk", "create", str(parent), "4M"]) == 0
+    assert main(["disk", "create", str(tmp_path / "child.vhdx"), "--parent", str(parent)]) == 2
+    assert "whose name is no UTF-8; rename it\n" in capsys.readouterr().err
+    assert os.listdir(tmp_path) == [parent.name]
+    assert len(os.listdir("/proc/self/fd")) == fds

@@ -51,10 +51,12 @@ def create_vhdx(path: Path, options: VhdxOptions) -> None:
         from hvkvm.block.vhdx.image import VhdxImage
 
         above = VhdxImage(options.parent, ImageOptions(read_only=True))
-        size, sector_size = size or above.size, sector_size or above.sector_size
-        locator = build_locator(above.header.data_write_guid, options.parent, path)
-        parent_sector = above.sector_size
-        above.close()
+        try:
+            size, sector_size = size or above.size, sector_size or above.sector_size
+            locator = build_locator(above.header.data_write_guid, options.parent, path)
+            parent_sector = above.sector_size
+        finally:
+            above.close()
         if sector_size != parent_sector:
             raise ImageError(f"{path}: sectors of {sector_size} bytes, and its parent's have {parent_sector}")
         if options.fixed:

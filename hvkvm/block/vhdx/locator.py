@@ -8,7 +8,7 @@ from typing import NamedTuple
 from uuid import UUID
 
 from hvkvm.block.vhdx import layout
-from hvkvm.errors import ImageDamaged
+from hvkvm.errors import ImageDamaged, ImageError, harmless
 
 MAX_PAIRS = 64
 
@@ -62,18 +62,22 @@ def parse_locator(path: Path, at: int, raw: bytes) -> ParentLocator:
 
 
 def build_locator(linkage: bytes, parent: Path, child: Path) -> bytes:
-    """One for `parent`, as seen from the folder of `child`, in Windows' spelling."""
+    """One for `parent`, as seen from the folder of `child`, in Windows' spelling. ImageError."""
     relative = os.path.relpath(parent.resolve(), child.parent.resolve()).replace("/", "\\")
     pairs = {
         "parent_linkage": "{" + str(UUID(bytes_le=linkage)) + "}",
         "relative_path": relative if relative.startswith("..") else ".\\" + relative,
         "absolute_win32_path": str(parent.resolve()),
     }
+    try:
+        encoded = [(key.encode("utf-16-le"), value.encode("utf-16-le")) for key, value in pairs.items()]
+    except UnicodeEncodeError:
+        shown = harmless(str(parent.resolve()))
+        raise ImageError(f"{shown}: a child cannot name a parent whose name is no UTF-8; rename it") from None
     at = layout.parent_locator_header.size + len(pairs) * layout.parent_locator_entry.size
     head = layout.parent_locator_header.pack(layout.VHDX_PARENT, 0, len(pairs))
     texts = b""
-    for key, value in pairs.items():
-        raw = key.encode("utf-16-le"), value.encode("utf-16-le")
+    for raw in encoded:
         where = at + len(texts)
         head += layout.parent_locator_entry.pack(where, where + len(raw[0]), len(raw[0]), len(raw[1]))
         texts += raw[0] + raw[1]
