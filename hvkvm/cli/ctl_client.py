@@ -18,6 +18,7 @@ CONNECT_SECONDS = 5.0
 GRACE_SECONDS = 5.0
 """How much longer than the VM itself we wait for an answer."""
 MAX_REPLY = 1 << 23
+MAX_PID_DIGITS = 10
 _ucred = struct.Struct("iII")
 
 
@@ -113,9 +114,10 @@ def find(wanted: str | None) -> Vm:
     for path in paths:
         if path.stem == wanted:
             return Vm(path)
-    for path in paths if wanted.isdecimal() else []:
+    for path in paths if wanted.isdecimal() and len(wanted) <= MAX_PID_DIGITS else []:
         vm = Vm(path)
         if vm.pid == int(wanted):
             return vm
         vm.close()
-    raise VmGone(f"--vm {wanted}: no such VM; running: {names or 'none'}")
+    shown = wanted if len(wanted) <= 200 else f"{wanted[:200]}..."
+    raise VmGone(f"--vm {shown}: no such VM; running: {names or 'none'}")

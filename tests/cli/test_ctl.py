@@ -102,6 +102,15 @@ def run(capsys: pytest.CaptureFixture[str]) -> Run:
     return call
 
 
+def test_a_number_that_no_process_has_is_no_vm(play: Callable[[str], PlayedVm], run: Run) -> None:
+    play("played")
+    for wanted in ("9" * 5000, "\u0663" * 5000):
+        status, _out, err = run("info", "--vm", wanted)
+        assert status == 69
+        assert len(err) < 1000
+        assert "no such VM; running: played\n" in err
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
