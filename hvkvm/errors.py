@@ -63,6 +63,12 @@ class KvmUnavailable(HvkvmError):
     exit_status = 69
 
 
+class VmmNotRun(HvkvmError):
+    """The command of a VMM that is to be tried cannot be started."""
+
+    exit_status = 69
+
+
 class HostExhausted(HvkvmError):
     """The host has no more files, memory or threads for what was asked: names what, and the remedy."""
 

@@ -13,7 +13,8 @@ EPILOG = """COMMAND starts any VMM that loads a multiboot image and shows the gu
 on standard output; {kernel} in it is the image's path. The guest looks for
 hyperv-testdev at port 0x3000 and for a VMBus; what is not there is "absent".
 
-exit status: 0 every rule holds; 1 some do not; 2 usage; 69 the VMM did not run the guest
+exit status: 0 every rule holds; 1 some do not; 2 usage; 69 the VMM cannot be started, or did
+not run the guest; 74 the result could not be written
 
 examples:
   hvkvm conform --vmm hvkvm

@@ -18,7 +18,7 @@ from contextlib import suppress
 from time import monotonic
 from typing import NamedTuple
 
-from hvkvm.errors import ConfigError, HvkvmError
+from hvkvm.errors import ConfigError, VmmNotRun
 from hvkvm.runtime.timers import MAX_WAIT
 from hvkvm.testing.conform_rules import FAULT, RULES, Rule, program
 from hvkvm.testing.micro_image import micro_image
@@ -68,7 +68,6 @@ class Found(NamedTuple):
 
 def command_of(vmm: str, synic: str = "auto") -> list[str]:
     """The command for "qemu", "hvkvm", or one of the user's with {kernel} in it. ConfigError."""
-    kernel = micro_image(program())
     if vmm == "qemu":
         template = shlex.split(QEMU)
     elif vmm == "hvkvm":
@@ -80,11 +79,12 @@ def command_of(vmm: str, synic: str = "auto") -> list[str]:
             raise ConfigError(f"--vmm {vmm}: {error}; quote it as a shell wants it") from None
         if not any("{kernel}" in word for word in template):
             raise ConfigError(f"--vmm {vmm}: names no {{kernel}}; put it where the image's path belongs")
+    kernel = micro_image(program())
     return [word.replace("{kernel}", str(kernel)).replace("{synic}", synic) for word in template]
 
 
 def run(command: Sequence[str], seconds: float) -> tuple[list[Found], str]:
-    """Run the guest, for `seconds` at most: what it saw, and all that the VMM printed. HvkvmError."""
+    """Run the guest, for `seconds` at most: what it saw, and all that the VMM printed. VmmNotRun."""
     output = _output(command, seconds)
     return findings(output), output.decode(errors="replace")
 
@@ -107,7 +107,9 @@ def _output(command: Sequence[str], seconds: float) -> bytes:
             start_new_session=True,
         )
     except OSError as error:
-        raise HvkvmError(f"{command[0]}: {error.strerror}; install it, or name it with its path") from None
+        raise VmmNotRun(
+            f"--vmm {command[0]}: {error.strerror}; install it, or name it with its path"
+        ) from None
     assert process.stdout is not None
     end = monotonic() + seconds
     output = bytearray()

@@ -11,6 +11,9 @@ from pathlib import Path
 import pytest
 from running_vm import command_line
 
+from hvkvm.block.vhdx.create import VhdxOptions, create_vhdx
+from hvkvm.record.recorder import Recorder
+
 MULTIBOOT_MAGIC = 0x1BADB002
 LOAD_ADDRESS = 0x100000
 
@@ -39,6 +42,20 @@ def guest(tmp_path: Path) -> Callable[[bytes], Path]:
         return path
 
     return make
+
+
+@pytest.fixture(scope="session")
+def verb_files(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a small file of each sort that a verb takes: a recording, disks, a matrix."""
+    folder = tmp_path_factory.mktemp("verbs")
+    with (folder / "disk.raw").open("wb") as file:
+        file.truncate(1 << 20)
+    create_vhdx(folder / "disk.vhdx", VhdxOptions(4 << 20))
+    machine = {"memory": 1 << 24, "cpus": 1, "vmbus_max_version": "6.0", "devices": []}
+    Recorder(folder / "recording", "full", machine).close()
+    (folder / "kernel").write_bytes(bytes(64))
+    (folder / "matrix.toml").write_text('[machine]\nkernel = "kernel"\n')
+    return folder
 
 
 Hvkvm = Callable[..., "subprocess.CompletedProcess[str]"]

@@ -7,10 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
 from tiny_guests import DEADLINE
-
-from hvkvm.record.recorder import Recorder
 
 FULL = "hvkvm: cannot write to standard output: No space left on device\n"
 
@@ -34,6 +31,7 @@ ANSWERS: list[list[str]] = [
     ["replay", "recording"],
     ["replay", "recording", "--json"],
     ["conform", "--help"],
+    ["conform", "--vmm", "sh -c 'echo; echo R 0 1; echo END' {kernel}"],
     ["doctor", "--help"],
     ["features", "--help"],
     ["man"],
@@ -41,7 +39,8 @@ ANSWERS: list[list[str]] = [
     ["completion", "bash"],
 ]
 
-# One process takes all, and each has a standard output of its own: /dev/full, or a pipe without a reader.
+# What they name is in `verb_files`. One process takes all of them, each with a standard output of its own:
+# /dev/full, or a pipe without a reader.
 EACH = """
 import json, os, sys
 from hvkvm.cli import main
@@ -69,23 +68,9 @@ os._exit(0)
 """
 
 
-@pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    """With what ANSWERS name."""
-    with (tmp_path / "disk.raw").open("wb") as file:
-        file.truncate(1 << 20)
-    machine = {"memory": 1 << 24, "cpus": 1, "vmbus_max_version": "6.0", "devices": []}
-    Recorder(tmp_path / "recording", "full", machine).close()
-    (tmp_path / "kernel").write_bytes(bytes(64))
-    (tmp_path / "matrix.toml").write_text('[machine]\nkernel = "kernel"\n')
-    command = [sys.executable, "-m", "hvkvm", "disk", "create", "disk.vhdx", "4M"]
-    subprocess.run(command, cwd=tmp_path, timeout=DEADLINE, check=True)
-    return tmp_path
-
-
 def each(folder: Path, output: str) -> list[list[object]]:
     """The words, status and standard error of each of ANSWERS."""
-    report = folder / "report"
+    report = folder / f"report-{output}"
     words = [sys.executable, "-c", EACH, output, json.dumps(ANSWERS), str(report)]
     # Python asks at its start whether its standard output can seek: a pipe cannot.
     subprocess.run(words, cwd=folder, stdout=subprocess.PIPE, timeout=DEADLINE, check=True)
@@ -93,9 +78,9 @@ def each(folder: Path, output: str) -> list[list[object]]:
     return found
 
 
-def test_every_answer_that_cannot_be_written_is_74(folder: Path) -> None:
-    assert each(folder, "full") == [[words, 74, FULL] for words in ANSWERS]
+def test_every_answer_that_cannot_be_written_is_74(verb_files: Path) -> None:
+    assert each(verb_files, "full") == [[words, 74, FULL] for words in ANSWERS]
 
 
-def test_every_answer_that_nobody_reads_is_141_and_silent(folder: Path) -> None:
-    assert each(folder, "pipe") == [[words, 141, ""] for words in ANSWERS]
+def test_every_answer_that_nobody_reads_is_141_and_silent(verb_files: Path) -> None:
+    assert each(verb_files, "pipe") == [[words, 141, ""] for words in ANSWERS]

@@ -92,6 +92,51 @@ SENTENCES: list[list[str]] = [
     ["trace", "--pid", BYTES],
     ["trace", "--filter", BYTES, "--", "true"],
     ["trace", "--output", f"/dev/null/none/{BYTES}", "--", "true"],
+    # These find their files in `verb_files`.
+    ["warm"],
+    ["warm", "--help"],
+    ["warm", BYTES],
+    ["warm", "--kernel", "kernel", "-o", f"{BYTES}/x"],
+    ["warm", "--kernel", BYTES, "-o", "x"],
+    ["top"],
+    ["top", "--help"],
+    ["top", "--vm", BYTES],
+    ["top", "--interval", BYTES],
+    ["matrix"],
+    ["matrix", "--help"],
+    ["matrix", BYTES],
+    ["matrix", "matrix.toml", "--list"],
+    ["matrix", "matrix.toml", "--junit", f"{BYTES}/x"],
+    ["disk"],
+    ["disk", "--help"],
+    ["disk", BYTES],
+    ["disk", "info", BYTES],
+    ["disk", "info", "disk.vhdx", "--json"],
+    ["disk", "create", f"{BYTES}/x", "1M"],
+    ["disk", "create", "x", BYTES],
+    ["disk", "convert", BYTES, BYTES],
+    ["disk", "check", "disk.vhdx"],
+    ["disk", "compact", "disk.raw"],
+    ["explain"],
+    ["explain", BYTES],
+    ["explain", "recording"],
+    ["explain", "0e00"],
+    ["explain", "--wireshark"],
+    ["explain", "--protocol", BYTES, "00"],
+    ["replay"],
+    ["replay", BYTES],
+    ["replay", "recording"],
+    ["conform", "--help"],
+    ["conform", BYTES],
+    ["conform", "--vmm", BYTES],
+    ["conform", "--vmm", f"{BYTES} {{kernel}}"],
+    ["conform", "--format", BYTES],
+    ["man"],
+    ["man", BYTES],
+    ["man", "disk"],
+    ["completion"],
+    ["completion", BYTES],
+    ["completion", "zsh"],
 ]
 
 # One process takes all sentences: what differs is the environment it was started in.
@@ -121,8 +166,13 @@ def environment(changes: dict[str, str | None]) -> dict[str, str]:
     return {name: value for name, value in found.items() if value is not None}
 
 
-def unhappy(changes: dict[str, str | None], sentences: list[list[str]], redirection: str = "") -> str:
-    """What went wrong with any of `sentences`."""
+def unhappy(
+    changes: dict[str, str | None],
+    sentences: list[list[str]],
+    redirection: str = "",
+    folder: Path | None = None,
+) -> str:
+    """What went wrong with any of `sentences`, which are said in `folder`."""
     reader, writer = os.pipe()
     lines = ["\n".join(words) for words in sentences]
     command = [sys.executable, "-c", MANY, str(writer), *lines]
@@ -130,7 +180,7 @@ def unhappy(changes: dict[str, str | None], sentences: list[list[str]], redirect
         result = subprocess.run(
             ["/bin/sh", "-c", f'exec "$@" {redirection}', "sh", *command],
             stdin=subprocess.DEVNULL, capture_output=True, pass_fds=(writer,), timeout=DEADLINE, check=False,
-            env=environment(changes),
+            env=environment(changes), cwd=folder,
         )  # fmt: skip
         os.close(writer)
         said = report.read().decode(errors="replace")
@@ -142,19 +192,20 @@ def unhappy(changes: dict[str, str | None], sentences: list[list[str]], redirect
 
 
 @pytest.mark.parametrize("changes", ENVIRONMENTS.values(), ids=ENVIRONMENTS)
-def test_no_environment_brings_a_traceback(changes: dict[str, str | None]) -> None:
+def test_no_environment_brings_a_traceback(changes: dict[str, str | None], verb_files: Path) -> None:
     sentences = SENTENCES
     if "XDG_RUNTIME_DIR" in changes:  # then VMs that are not this test's may be found
-        sentences = [words for words in SENTENCES if words[:2] not in (["ctl", "keys"], ["ctl", "kvp"])]
-    assert unhappy(changes, sentences) == ""
+        others = (["ctl", "keys"], ["ctl", "kvp"], ["top"])
+        sentences = [words for words in SENTENCES if words[:2] not in others]
+    assert unhappy(changes, sentences, folder=verb_files) == ""
 
 
 REDIRECTIONS = ["<&-", ">&-", "2>&-", "<&- >&-", "<&- 2>&-", ">&- 2>&-", "<&- >&- 2>&-", "</dev/full"]
 
 
 @pytest.mark.parametrize("redirection", REDIRECTIONS)
-def test_no_closed_stream_brings_a_traceback(redirection: str) -> None:
-    assert unhappy({}, SENTENCES, redirection) == ""
+def test_no_closed_stream_brings_a_traceback(redirection: str, verb_files: Path) -> None:
+    assert unhappy({}, SENTENCES, redirection, verb_files) == ""
 
 
 # What a run reads beyond its arguments: folders, programs, and how its streams encode.

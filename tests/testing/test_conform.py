@@ -11,7 +11,8 @@ import xml.etree.ElementTree as ET
 
 import pytest
 
-from hvkvm.errors import ConfigError, HvkvmError
+from hvkvm.cli import conform as cli_conform
+from hvkvm.errors import ConfigError, VmmNotRun
 from hvkvm.testing import conform
 from hvkvm.testing.conform_rules import FAULT, RULES
 
@@ -61,8 +62,15 @@ def test_a_command_without_the_image_or_its_quote_is_refused(vmm: str) -> None:
 
 
 def test_a_program_that_is_not_there_is_told() -> None:
-    with pytest.raises(HvkvmError, match="install it"):
+    with pytest.raises(VmmNotRun, match=r"--vmm /no/such/vmm: .*install it"):
         conform.run(["/no/such/vmm"], 1)
+    assert VmmNotRun.exit_status == cli_conform.NOT_RUN
+
+
+def test_a_cache_that_cannot_be_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HVKVM_CACHE", "/dev/null/none")
+    with pytest.raises(ConfigError, match="HVKVM_CACHE"):
+        conform.command_of("nothing {kernel}")
 
 
 def test_a_vmm_that_says_nothing_is_ended() -> None:
