@@ -1,7 +1,10 @@
 """Files that a user names: opened, read and written without waiting, replaced only where they are files.
 
 `open(2)` of a FIFO waits for its other end: a wrong name would be a run that hangs and does not say why.
-What may be a pipe (a text of settings, say) is not read by this module. Any thread.
+What may be a pipe (a text of settings, say) is not read by this module.
+
+Before Python 3.14 `Path.is_dir` and `Path.exists` raise OSError for a name that is too long or lies in a
+folder that this user may not enter. `os.path` has those that do not. Any thread.
 """
 
 from __future__ import annotations
@@ -24,11 +27,14 @@ def open_at_once(path: Path) -> int:
 def read(path: Path, most: int = -1) -> bytes:
     """Its bytes, `most` of them at most. OSError; EINVAL, with words of its own, for no regular file."""
     fd = open_at_once(path)
-    with open(fd, "rb") as file:
+    try:
         mode = os.fstat(fd).st_mode
         if not stat.S_ISREG(mode) and not stat.S_ISBLK(mode):
             raise OSError(errno.EISDIR if stat.S_ISDIR(mode) else errno.EINVAL, "is not a regular file")
-        return file.read(most)
+        with open(fd, "rb", closefd=False) as file:
+            return file.read(most)
+    finally:
+        os.close(fd)
 
 
 def check_replaceable(path: Path) -> None:
@@ -96,3 +102,31 @@ def write_in_time(fd: int, data: bytes, seconds: float) -> None:
             if left <= 0:
                 raise OSError(errno.ETIMEDOUT, "is not read") from None
             poller.poll(left * 1000)
+
+
+def why_no_folder(folder: Path) -> str:
+    """Why `folder` is none that this user could use, with the remedy; "" where it is one."""
+    try:
+        if stat.S_ISDIR(os.stat(folder).st_mode):
+            return ""
+    except (FileNotFoundError, NotADirectoryError):
+        pass
+    except OSError as error:
+        remedy = "name a folder that this user may enter" if error.errno == errno.EACCES else "name another"
+        return f"{folder}: {error.strerror}; {remedy}"
+    return f"no folder {folder}; create it, or name another"
+
+
+def why_no_place(path: Path) -> str:
+    """Why no file can be made at `path`, as far as looking tells, with the remedy; "" where one can."""
+    if os.path.isdir(path):
+        return "is a directory; name a file in it"
+    if why := why_no_folder(path.parent):
+        return why
+    try:
+        os.lstat(path)
+    except FileNotFoundError:
+        pass
+    except OSError as error:
+        return f"{error.strerror}; name another"
+    return ""

@@ -20,6 +20,7 @@ from hvkvm.errors import BootError
 _SUFFIXES = (".ko", ".ko.xz", ".ko.zst", ".ko.gz")
 # A module is a few MB at most; more than this in one file is not a module.
 _MODULE_MAX = 256 << 20
+_REMEDY = "name a lib/modules/VERSION folder that this user can read"
 
 
 class Module(NamedTuple):
@@ -146,7 +147,7 @@ class ModuleTree:
             plain = relative[: relative.rindex(".ko")]
             for suffix in _SUFFIXES:
                 candidate = self.root / (plain + suffix)
-                if candidate.exists():
+                if os.path.exists(candidate):
                     return candidate
         raise BootError(f"kernel {self.version} has no module {name} (looked in {self.root})")
 
@@ -186,10 +187,15 @@ class ModuleTree:
             stack.append((Module(child, data, path), iter(needs)))
 
     def _lines(self, name: str) -> list[str]:
+        path = self.root / name
         try:
-            return (self.root / name).read_text().splitlines()
+            return given_file.read(path).decode().splitlines()
         except FileNotFoundError:
             return []
+        except OSError as error:
+            raise BootError(f"--modules-dir: {path}: {error.strerror}; {_REMEDY}") from None
+        except UnicodeDecodeError:
+            raise BootError(f"--modules-dir: {path}: is no UTF-8 text; {_REMEDY}") from None
 
     def _listed(self) -> Iterable[str]:
         # One read instead of a walk over thousands of files, which a network file system feels.
@@ -205,8 +211,14 @@ class ModuleTree:
 
 
 def _version_folder(root: Path) -> Path:
+    try:
+        os.stat(root / "kernel")
+    except (FileNotFoundError, NotADirectoryError):
+        pass
+    except OSError as error:
+        raise BootError(f"--modules-dir {root}: {error.strerror}; {_REMEDY}") from None
     for parent in (root, root / "lib/modules", root / "usr/lib/modules"):
-        if (parent / "kernel").is_dir() or (parent / "modules.order").exists():
+        if os.path.isdir(parent / "kernel") or os.path.exists(parent / "modules.order"):
             return parent
         versions = sorted(parent.glob("*/kernel")) if parent != root else []
         if len(versions) == 1:

@@ -9,6 +9,7 @@ import signal
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from hvkvm import given_file
 from hvkvm.cli.arguments import Parser
 from hvkvm.cli.output import cannot_write, complain, show
 from hvkvm.errors import CapabilityMissing, ConfigError, HvkvmError, OutputError
@@ -75,8 +76,8 @@ def parse(arguments: list[str]) -> Any:
         if options.dask:
             raise ConfigError("--jobs: Dask's workers say how many run on each; leave one of the two out")
     for flag, path in (("--junit", options.junit), ("--json", options.json)):
-        if path is not None and (path.is_dir() or not path.absolute().parent.is_dir()):
-            raise ConfigError(f"{flag} {path}: no file can be there; name one in a folder that exists")
+        if path is not None and (why := given_file.why_no_place(path)):
+            raise ConfigError(f"{flag} {path}: no file can be there: {why}")
     return options
 
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from time import monotonic
 from typing import TYPE_CHECKING, Any
 
+from hvkvm import given_file
 from hvkvm.cli.arguments import Parser
 from hvkvm.cli.run import machine_config, machine_parser, values_of
 from hvkvm.errors import ConfigError, OutputError
@@ -60,8 +61,8 @@ def parse(arguments: list[str]) -> tuple[MachineConfig, Any]:
     options = parser().parse_args(arguments)
     if options.output is None:
         raise ConfigError("-o: missing; name the file to save the warm guest to")
-    if options.output.is_dir() or not options.output.absolute().parent.is_dir():
-        raise ConfigError(f"-o {options.output}: no file can be there; name one in a folder that exists")
+    if why := given_file.why_no_place(options.output):
+        raise ConfigError(f"-o {options.output}: no file can be there: {why}")
     return machine_config(options, values_of(options))._replace(awaits=True).validate(), options
 
 

@@ -9,6 +9,7 @@ import os
 import socket
 from pathlib import Path
 
+from hvkvm import given_file
 from hvkvm.errors import ConfigError, NameTaken
 from hvkvm.events import NULL_OBSERVER, Observer, Warned
 from hvkvm.net.stream import StreamPort
@@ -22,11 +23,11 @@ class Caller:
     """Keeps `port` connected to whoever listens at `path`. ConfigError if no socket can ever be there."""
 
     def __init__(self, io: Loop, port: StreamPort, path: Path, *, observer: Observer = NULL_OBSERVER) -> None:
-        if not path.parent.is_dir():
-            raise ConfigError(f"--net socket={path}: no folder {path.parent}; create it, or name another")
         if len(os.fsencode(path)) > unix_listener.MAX_PATH:
             most = unix_listener.MAX_PATH
             raise ConfigError(f"--net socket={path}: longer than {most} bytes; choose a shorter path")
+        if why := given_file.why_no_folder(path.parent):
+            raise ConfigError(f"--net socket={path}: {why}")
         self._port = port
         self._path = path
         self._observer = observer

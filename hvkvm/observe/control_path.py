@@ -83,7 +83,11 @@ def sockets() -> list[Path]:
 
 def _scan(folder: Path, *, remove: bool) -> list[Path]:
     alive = []
-    for path in folder.iterdir():
+    try:
+        listed = list(folder.iterdir())
+    except OSError:  # one without its user's own permissions, say
+        return []
+    for path in listed:
         try:
             if path.suffix != SUFFIX or not path.is_socket():
                 continue
@@ -91,6 +95,6 @@ def _scan(folder: Path, *, remove: bool) -> list[Path]:
                 alive.append(path)
             elif remove:
                 path.unlink()
-        except FileNotFoundError:
+        except OSError:
             continue
     return alive

@@ -8,6 +8,7 @@ say, and last this machine's own kernel, where its file may be read.
 from __future__ import annotations
 
 import os
+from os.path import exists, isdir, isfile
 from pathlib import Path
 from typing import NamedTuple
 
@@ -35,12 +36,12 @@ class GuestKernel(NamedTuple):
 
 def kernel_at(path: Path) -> GuestKernel:
     """The kernel in `path`, a file or a folder that has one, with its modules. ConfigError."""
-    if path.is_dir():
+    if isdir(path):
         images = sorted([*path.glob("vmlinuz*"), *path.glob("boot/vmlinuz*")])
         if not images:
             raise ConfigError(f"--hvkvm-kernels {path}: no vmlinuz in this folder; name the kernel's file")
         path = images[-1]
-    if not path.is_file():
+    if not isfile(path):
         raise ConfigError(f"--hvkvm-kernels {path}: no such file; check the path")
     return GuestKernel(path, _modules_of(path))
 
@@ -48,13 +49,13 @@ def kernel_at(path: Path) -> GuestKernel:
 def _modules_of(image: Path) -> Path | None:
     """Beside it: an unpacked package, an installed kernel, or the folder of the modules itself."""
     image = image.resolve()
-    if (image.parent / "modules.dep").exists() or (image.parent / "kernel").is_dir():
+    if exists(image.parent / "modules.dep") or isdir(image.parent / "kernel"):
         return image.parent
     version = image.name.partition("-")[2]
     if version:
         roots = [image.parent.parent, Path("/")]
         for folder in (root / lib / version for root in roots for lib in ("lib/modules", "usr/lib/modules")):
-            if folder.is_dir():
+            if isdir(folder):
                 return folder
     return None
 
@@ -64,12 +65,12 @@ def find() -> GuestKernel | None:
     if named := os.environ.get("HVKVM_GUEST_KERNEL"):
         modules = os.environ.get("HVKVM_GUEST_MODULES")
         image = Path(named)
-        if not image.is_file():
+        if not isfile(image):
             raise ConfigError(f"HVKVM_GUEST_KERNEL={named}: no such file; check the path")
         return GuestKernel(image, Path(modules) if modules else _modules_of(image))
     version = os.uname().release
     for image in (Path(f"/boot/vmlinuz-{version}"), Path(f"/lib/modules/{version}/vmlinuz")):
-        if image.is_file() and os.access(image, os.R_OK):
+        if isfile(image) and os.access(image, os.R_OK):
             return GuestKernel(image, _modules_of(image))
     return None
 

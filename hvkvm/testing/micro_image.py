@@ -8,6 +8,7 @@ thread, any number of processes.
 from __future__ import annotations
 
 import hashlib
+import os
 import subprocess
 import tempfile
 from pathlib import Path
@@ -34,8 +35,8 @@ class AssemblyError(ConfigError):
 def micro_image(source: str) -> Path:
     """The image of `source`: GNU as's AT&T syntax in 64-bit mode, run from its first line on.
 
-    At its end the guest ends with status 0. AssemblyError for
-    what does not assemble, and when binutils are missing; ConfigError where the image cannot be kept.
+    At its end the guest ends with status 0. AssemblyError for what does not assemble, and when
+    binutils are missing; ConfigError where the image cannot be kept.
     """
     runtime = "".join((_FOLDER / name).read_text() for name in _PARTS)
     # The logical line numbers have complaints name the test's own lines.
@@ -44,12 +45,13 @@ def micro_image(source: str) -> Path:
     for piece in (repr((_ASSEMBLE, _LINK, _NARROW)), _LAYOUT.read_text(), text):
         digest.update(piece.encode())
     path = cache.root() / "micro" / f"{digest.hexdigest()[:24]}.elf"
-    try:
-        if not path.exists():
-            cache.publish(path, [_build(text)])
-    except OSError as error:
-        remedy = "have HVKVM_CACHE name a folder that can be written"
-        raise ConfigError(f"{path}: {error.strerror or error}; {remedy}") from None
+    if not os.path.exists(path):
+        image = _build(text)
+        try:
+            cache.publish(path, [image])
+        except OSError as error:
+            remedy = "set HVKVM_CACHE to a folder with room"
+            raise ConfigError(f"{path}: {error.strerror or error}; {remedy}") from None
     return path
 
 

@@ -140,3 +140,22 @@ def test_cut_modules_raise_nothing_else(length: int, make_module: MakeModule) ->
     if length < len(good):
         with pytest.raises(BootError):
             kmod.modinfo(good[:length])
+
+
+def test_a_list_of_modules_that_is_none_is_named(tmp_path: Path, make_tree: MakeTree) -> None:
+    root = make_tree({"a": []}).root
+    (root / "modules.order").write_bytes(b"kernel/\xff.ko\n")
+    with pytest.raises(BootError, match=r"^--modules-dir: .*/modules.order: is no UTF-8 text; name "):
+        kmod.ModuleTree(root)
+    (root / "modules.order").unlink()
+    (root / "modules.order").mkdir()
+    with pytest.raises(BootError, match=r"^--modules-dir: .*/modules.order: is not a regular file; name "):
+        kmod.ModuleTree(root)
+
+
+def test_a_listed_name_that_is_too_long_is_a_missing_module(tmp_path: Path, make_tree: MakeTree) -> None:
+    name = "n" * 300
+    root = make_tree({"a": [f"depends={name}"]}).root
+    (root / "modules.order").write_text(f"kernel/drivers/a.ko\nkernel/{name}.ko\n")
+    with pytest.raises(BootError, match="has no module n"):
+        kmod.ModuleTree(root).closure(["a"])

@@ -22,6 +22,13 @@ def fifo(tmp_path: Path) -> Path:
     return path
 
 
+def modules(path: Path, name: str) -> kmod.ModuleTree:
+    """A folder of modules whose list called `name` is at `path`."""
+    (path.parent / "kernel").mkdir()
+    path.rename(path.with_name(name))
+    return kmod.ModuleTree(path.parent)
+
+
 def test_a_file_is_read_whole_or_so_much_of_it(tmp_path: Path) -> None:
     path = tmp_path / "file"
     path.write_bytes(b"0123456789")
@@ -31,9 +38,11 @@ def test_a_file_is_read_whole_or_so_much_of_it(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", [".", "/dev/null", "gone"])
 def test_what_is_no_file_is_an_oserror_with_words(name: str, tmp_path: Path) -> None:
+    fds = len(os.listdir("/proc/self/fd"))
     with pytest.raises(OSError, match=r"\w+") as caught:
         given_file.read(tmp_path / name)
     assert caught.value.strerror
+    assert len(os.listdir("/proc/self/fd")) == fds
 
 
 @pytest.mark.parametrize(
@@ -46,6 +55,8 @@ def test_what_is_no_file_is_an_oserror_with_words(name: str, tmp_path: Path) -> 
         guest_image.read_initrd,
         fault_file.read_plan,
         lambda path: cloud_init.seed(path.parent),
+        lambda path: modules(path, "modules.order"),
+        lambda path: modules(path, "modules.builtin"),
     ],
 )
 def test_no_reader_waits_for_a_writer(reader: Callable[[Path], Any], fifo: Path) -> None:
@@ -66,3 +77,19 @@ def test_a_pipe_that_is_not_read_is_not_waited_for_either(fifo: Path) -> None:
         given_file.write_in_time(writer, bytes(1 << 21), 0.01)
     os.close(reader)
     os.close(writer)
+
+
+def test_a_place_for_a_file(tmp_path: Path) -> None:
+    there, link = tmp_path / "file", tmp_path / "link"
+    there.touch()
+    link.symlink_to("nowhere")
+    for path in (there, link, tmp_path / "new"):
+        assert given_file.why_no_place(path) == ""
+    for path, why in (
+        (tmp_path, "is a directory; name a file in it"),
+        (tmp_path / "no" / "x", f"no folder {tmp_path}/no; create it, or name another"),
+        (there / "x", f"no folder {there}; create it, or name another"),
+        (tmp_path / ("n" * 300), "File name too long; name another"),
+        (tmp_path / ("n" * 300) / "x", f"{tmp_path}/{'n' * 300}: File name too long; name another"),
+    ):
+        assert given_file.why_no_place(path) == why

@@ -13,6 +13,7 @@ import os
 import socket
 from pathlib import Path
 
+from hvkvm import given_file
 from hvkvm.abi.hvsock import MAX_LISTEN_PORT
 from hvkvm.errors import NO_FILE, ConfigError, HostExhausted, NameTaken, exhausted
 from hvkvm.runtime.unix_listener import MAX_PATH, identity, listen_fd, remove
@@ -32,8 +33,8 @@ class ListeningSocket:
             raise self._error(
                 f"longer than the {most} bytes that leave room for _PORT; choose a shorter path"
             )
-        if not path.parent.is_dir():
-            raise self._error(f"no folder {path.parent}; create it, or name another")
+        if why := given_file.why_no_folder(path.parent):
+            raise self._error(why)
         try:
             self.socket = socket.socket(fileno=listen_fd(path, BACKLOG))
         except NameTaken as error:

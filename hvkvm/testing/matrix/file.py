@@ -6,6 +6,7 @@ Every error is one ConfigError: the file, the table, the key, the reason and the
 from __future__ import annotations
 
 import itertools
+import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from typing import Any
 from hvkvm.errors import ConfigError
 from hvkvm.machine.config import MachineConfig
 from hvkvm.machine.config_fields import fields_of, read_table
+from hvkvm.machine.config_kinds import check_file
 from hvkvm.machine.toml_file import read_toml
 from hvkvm.testing.matrix.cases import Case, can_be_warm
 
@@ -75,7 +77,7 @@ def _fields(values: Mapping[str, Any], where: str, folder: Path) -> dict[str, An
     found = read_table(MachineConfig, values, folder, where)
     if "kernel" in found:
         found = {**_with_modules(found["kernel"], where), **found}
-        if found["kernel"].is_dir():
+        if os.path.isdir(found["kernel"]):
             found["kernel"] = found.pop("_image")
         found.pop("_image", None)
     if "disks" in found:
@@ -91,8 +93,8 @@ def _with_modules(kernel: Path, where: str) -> dict[str, Any]:
     """The modules beside a kernel, and the kernel in a folder."""
     from hvkvm.testing.kernels import kernel_at
 
-    if not kernel.exists():
-        raise ConfigError(f"{where} kernel {kernel}: no such file; check the path")
+    if not os.path.isdir(kernel):
+        check_file(f"{where} kernel", kernel)
     try:
         found = kernel_at(kernel)
     except ConfigError as error:
