@@ -6,6 +6,7 @@ refused in one line (BootError).
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import NamedTuple
 from uuid import UUID
@@ -86,11 +87,14 @@ def split(path: Path, image: bytes) -> Images:
     beside = path.with_name(
         path.name.replace("CODE", "VARS").replace(".secboot", "").replace(".strictnx", "")
     )
-    if beside == path or not beside.is_file():
+    if beside == path or not os.path.isfile(beside):
         raise BootError(
             f"--firmware-vars: {path} has no room for variables; give an image that has, such as OVMF.fd"
         )
-    template = beside.read_bytes()
+    try:
+        template = given_file.read(beside, board.FIRMWARE_LIMIT)
+    except OSError as error:
+        raise BootError(f"--firmware-vars: {beside}: {error.strerror}; make it readable") from None
     if variables_size(template) != len(template) or len(image) + len(template) > board.FIRMWARE_LIMIT:
         raise BootError(f"--firmware-vars: {beside} is no template of variables; name another --firmware")
     return Images(image, template)

@@ -28,7 +28,7 @@ _CPU_FACTS = ("vendor_id", "model name", "flags")
 def find(config: MachineConfig) -> Path | None:
     """The file of a warm guest made of `config`, if one is kept."""
     path = _path(config)
-    return path if path.exists() else None
+    return path if os.path.exists(path) else None
 
 
 def kept(config: MachineConfig, *, on_console: Callable[[bytes], object] | None = None) -> Path:
@@ -38,7 +38,7 @@ def kept(config: MachineConfig, *, on_console: Callable[[bytes], object] | None 
     `warm`. Raises what `warm` raises, and OSError where nothing can be written there.
     """
     path = _path(config)
-    if not path.exists():
+    if not os.path.exists(path):
         path.parent.mkdir(parents=True, exist_ok=True)
         warm(config, path, on_console=on_console)
         _forget_old(path.parent)

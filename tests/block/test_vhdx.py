@@ -21,6 +21,7 @@ from hvkvm.block.vhdx.crc32c import crc32c
 from hvkvm.block.vhdx.create import VhdxOptions, create_vhdx
 from hvkvm.block.vhdx.image import VhdxImage
 from hvkvm.block.vhdx.layout import TIB
+from hvkvm.block.vhdx.locator import ParentLocator, find_parent
 from hvkvm.errors import ImageError
 
 MIB = 1 << 20
@@ -304,3 +305,12 @@ class TestWithQemu:
         self.qemu_img("check", path)
         self.qemu_img("convert", "-O", "raw", path, raw)
         assert raw.read_bytes() == model
+
+
+def test_a_parent_whose_name_is_too_long_is_not_there(tmp_path: Path) -> None:
+    """The name is of a file that anybody made: the next one is tried."""
+    child, parent = tmp_path / "child.vhdx", tmp_path / "parent.vhdx"
+    parent.touch()
+    named = ParentLocator((), ("n" * 300, ".\\parent.vhdx"))
+    assert find_parent(child, named) == parent
+    assert find_parent(child, named._replace(paths=("n" * 300,))) is None

@@ -88,6 +88,6 @@ def find_parent(child: Path, locator: ParentLocator) -> Path | None:
     """The file that it names: the first that is there."""
     for text in locator.paths:
         path = child.resolve().parent / text.replace("\\", "/")
-        if path.is_file():
+        if os.path.isfile(path):
             return path
     return None

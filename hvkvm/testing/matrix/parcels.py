@@ -80,7 +80,7 @@ class Sender:
         """The name of what is at `path`, which can be sent from now on. ConfigError."""
         if path not in self._names:
             try:
-                self._names[path] = self._packed_folder(path) if path.is_dir() else self._file(path, "")
+                self._names[path] = self._packed_folder(path) if os.path.isdir(path) else self._file(path, "")
             except OSError as error:
                 raise ConfigError(f"{path}: {error.strerror}; make it readable for this user") from None
         return self._names[path]
@@ -95,7 +95,7 @@ class Sender:
         with tarfile.open(archive, "w", format=tarfile.PAX_FORMAT) as out:
             # In order and without times, so that the same content is the same archive.
             for path in sorted(folder.rglob("*")):
-                if path.is_file():
+                if os.path.isfile(path):
                     entry = tarfile.TarInfo(str(path.relative_to(folder)))
                     entry.size = path.stat().st_size
                     with path.open("rb") as file:
