@@ -81,15 +81,13 @@ def open_door(parts: Parts, stack: ExitStack) -> ControlDoor | None:
     automatic = choice == "auto"
     path = Path(choice)
     try:
-        if automatic:
-            path = control_path.make_folder() / f"{parts.name}{control_path.SUFFIX}"
-        fd = control_path.listen_fd(path)
+        fd, path = control_path.listen_as(parts.name) if automatic else (control_path.listen_fd(path), path)
     except NameTaken as error:
         if not automatic:
             raise ConfigError(f"--control {path}: {error}") from None
         if parts.platform.config.name:
-            raise ConfigError(f"--name {parts.name}: {path}: {error.reason}; choose another name") from None
-        _go_without(parts, f"{path}: {error.reason}; --control names another path")
+            raise ConfigError(f"--name {parts.name}: {error.reason}; choose another name") from None
+        _go_without(parts, f"{error.reason}; --control names another path")
         return None
     except (OSError, FolderUnusable) as error:
         reason = (error.strerror if isinstance(error, OSError) else "") or str(error)

@@ -11,9 +11,10 @@ from __future__ import annotations
 
 import os
 import stat
+from collections.abc import Sequence
 from pathlib import Path
 
-from hvkvm.errors import FolderUnusable
+from hvkvm.errors import NO_FILE, FolderUnusable, NameTaken
 from hvkvm.runtime import unix_listener
 from hvkvm.runtime.unix_listener import dead, locked
 
@@ -45,10 +46,13 @@ def why_not(folder: Path) -> str:
     return ""
 
 
-def make_folder() -> Path:
-    """The first folder that can be had, made if need be. FolderUnusable names the reason for each."""
+def make_folder(among: Sequence[Path] = ()) -> Path:
+    """The first folder of `among`, else of all, that can be had, made if need be.
+
+    FolderUnusable names the reason for each.
+    """
     reasons = []
-    for folder in folders():
+    for folder in among or folders():
         try:
             folder.mkdir(mode=0o700, exist_ok=True)
         except OSError as error:
@@ -63,6 +67,29 @@ def make_folder() -> Path:
 def listen_fd(path: Path) -> int:
     """A socket that listens at `path`, mode 0600. Raises as `unix_listener.listen_fd`."""
     return unix_listener.listen_fd(path, BACKLOG, 0o600)
+
+
+def listen_as(name: str) -> tuple[int, Path]:
+    """A socket as of `listen_fd` for the VM `name`, and its path: in the first folder that takes one.
+
+    FolderUnusable names the reason for each that does not. NameTaken, and OSError where this host has
+    no more files: another folder would not help.
+    """
+    reasons = []
+    for folder in folders():
+        path = folder / f"{name}{SUFFIX}"
+        try:
+            make_folder([folder])
+            return listen_fd(path), path
+        except NameTaken as error:
+            raise NameTaken(f"{path}: {error.reason}", "choose another name") from None
+        except FolderUnusable as error:
+            reasons.append(str(error))
+        except OSError as error:
+            if error.errno in NO_FILE:
+                raise
+            reasons.append(f"{path}: {error.strerror or error}")
+    raise FolderUnusable("; ".join(reasons))
 
 
 def sockets() -> list[Path]:

@@ -60,7 +60,7 @@ def test_a_control_socket_that_nobody_asked_for_is_done_without(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     told = Told()
-    monkeypatch.setattr(control_path, "make_folder", lambda: tmp_path)
+    monkeypatch.setattr(control_path, "folders", lambda: [tmp_path])
     with no_more_files(), ExitStack() as stack:
         assert open_door(parts("auto", told), stack) is None
     [text] = told.texts

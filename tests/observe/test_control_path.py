@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import socket
 import stat
@@ -85,6 +86,29 @@ def test_the_second_folder_is_taken_when_the_first_cannot_be_had(
 ) -> None:
     monkeypatch.setattr(control_path, "folders", lambda: [tmp_path / "no" / "hvkvm", tmp_path / "yes"])
     assert control_path.make_folder() == tmp_path / "yes"
+
+
+@pytest.mark.parametrize("reason", ["107 bytes", "Permission denied"])
+def test_the_second_folder_is_taken_when_the_first_takes_no_socket(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, reason: str
+) -> None:
+    first, second = tmp_path / ("x" * (100 if reason == "107 bytes" else 1)), Path("yes")
+    monkeypatch.chdir(tmp_path)  # its own path may be too long already
+    monkeypatch.setattr(control_path, "folders", lambda: [first, second])
+    listen_fd = control_path.listen_fd
+
+    def refuse(path: Path) -> int:
+        if path.parent == first and reason == "Permission denied":
+            raise PermissionError(errno.EACCES, reason)
+        return listen_fd(path)
+
+    monkeypatch.setattr(control_path, "listen_fd", refuse)
+    fd, path = control_path.listen_as("a")
+    os.close(fd)
+    assert path == second / "a.sock"
+    monkeypatch.setattr(control_path, "folders", lambda: [first, tmp_path / "no" / "such"])
+    with pytest.raises(FolderUnusable, match=rf"{first}/a.sock: .*{reason}.*; {tmp_path}/no/such: No such"):
+        control_path.listen_as("a")
 
 
 def test_a_dead_vms_socket_is_replaced_and_a_live_ones_is_not(runtime: Path) -> None:
