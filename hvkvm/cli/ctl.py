@@ -144,8 +144,9 @@ def _seconds(text: str) -> float:
     except ValueError:
         seconds = 0.0
     if not 0 < seconds <= MOST_SECONDS:
+        limit = f"above 0 and up to {MOST_SECONDS:.0f} (24 h)"
         raise ConfigError(
-            f"--timeout {text}: not a number of seconds above 0; write one, such as --timeout 30"
+            f"--timeout {text}: not a number of seconds {limit}; write one, such as --timeout 30"
         )
     return seconds
 

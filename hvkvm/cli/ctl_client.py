@@ -8,7 +8,7 @@ from __future__ import annotations
 import socket
 import struct
 from pathlib import Path
-from time import monotonic
+from time import monotonic, sleep
 from typing import Any
 
 from hvkvm.errors import ConfigError, Refused, VmGone
@@ -34,16 +34,29 @@ class Vm:
         self._buffer = b""
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         try:
-            self._socket.settimeout(CONNECT_SECONDS)
-            self._socket.connect(str(path))
+            self._connect()
             credentials = self._socket.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _ucred.size)
         except TimeoutError:
             self._socket.close()
-            raise Refused(f"{path}: the VM takes no connection within {CONNECT_SECONDS:g} s") from None
+            text = f"{path}: the VM is busy: it takes no connection within {CONNECT_SECONDS:g} s; try again"
+            raise Refused(text) from None
         except OSError as error:
             self._socket.close()
             raise VmGone(f"{path}: no VM listens there ({error.strerror or error})") from None
         self.pid: int = _ucred.unpack(credentials)[0]
+
+    def _connect(self) -> None:
+        """OSError; TimeoutError while as many as the VM lets wait do so already."""
+        self._socket.settimeout(CONNECT_SECONDS)
+        end = monotonic() + CONNECT_SECONDS
+        while True:
+            try:
+                self._socket.connect(str(self.path))
+                return
+            except BlockingIOError:  # a Unix socket has its timeout for something else
+                if monotonic() >= end:
+                    raise TimeoutError from None
+                sleep(CONNECT_SECONDS / 100)
 
     def ask(self, do: str, seconds: float, **request: Any) -> Any:
         """The result of one request, for which the VM may take `seconds`.

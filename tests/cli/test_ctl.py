@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import signal
@@ -9,6 +10,7 @@ import socket
 import subprocess
 import threading
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -122,7 +124,7 @@ def test_a_number_that_no_process_has_is_no_vm(play: Callable[[str], PlayedVm], 
         (("--timeout", "soon", "info"), ("--timeout soon", "--timeout 30")),
         (("info", "--timeout", "0"), ("--timeout 0",)),
         (("info", "--timeout", "nan"), ("--timeout nan",)),
-        (("info", "--timeout", "1e9"), ("--timeout 1e9",)),
+        (("info", "--timeout", "1e9"), ("--timeout 1e9", "up to 86400 (24 h)")),
         (("time",), ("what", "hvkvm ctl time --help")),
         (("time", "fly"), ("fly", "sync")),
         (("keys",), ("what to type",)),
@@ -199,6 +201,45 @@ def test_silence_has_an_end(
     assert "does not answer within" in err
     assert vm.came.wait(SECONDS)  # who asked has gone by then, on a busy host
     assert vm.asked[0]["timeout"] == 0.1
+
+
+def full(path: Path, queued: list[socket.socket]) -> None:
+    """Connect to `path`, of which nobody takes a connection, until no more can wait there."""
+    while True:
+        queued.append(socket.socket(socket.AF_UNIX, socket.SOCK_STREAM))
+        queued[-1].setblocking(False)
+        if queued[-1].connect_ex(str(path)) == errno.EAGAIN:
+            return
+
+
+def test_a_vm_that_takes_no_connection_is_busy(
+    tmp_path: Path, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = tmp_path / "hvkvm"
+    folder.mkdir(mode=0o700)
+    monkeypatch.setattr(control_path, "folders", lambda: [folder])
+    monkeypatch.setattr(ctl_client, "CONNECT_SECONDS", 0.1)
+    queued: list[socket.socket] = []
+
+    def take() -> None:
+        listener.accept()[0].close()
+
+    with listen(folder / "a.sock") as listener, ExitStack() as stack:
+        full(folder / "a.sock", queued)
+        for one in queued:
+            stack.enter_context(one)
+        status, out, err = run("info")
+        assert (status, out) == (1, "")
+        assert "a.sock: the VM is busy: it takes no connection within 0.1 s; try again" in err
+        status, out, err = run("list")
+        assert (status, err) == (0, "")
+        assert "the VM is busy" in out
+        monkeypatch.setattr(ctl_client, "CONNECT_SECONDS", SECONDS)
+        taking = threading.Timer(0.2, take)
+        taking.start()
+        with ctl_client.Vm(folder / "a.sock") as vm:
+            assert vm.pid == os.getpid()
+        taking.join()
 
 
 def test_ctrl_c_is_clean(tmp_path: Path, play: Callable[[str], PlayedVm]) -> None:
