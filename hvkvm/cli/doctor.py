@@ -1,8 +1,7 @@
 """`hvkvm doctor`: everything hvkvm stands on, PASS, WARN or FAIL, each with its remedy.
 
 FAIL means that no guest can run, WARN that something named will be missing.
-Exit status 0, or that of the first FAIL (69 KVM unavailable, 77 capability
-missing).
+The exit status is 0, or that of the first FAIL.
 """
 
 from __future__ import annotations
@@ -17,9 +16,14 @@ from hvkvm.abi import kvm as abi
 from hvkvm.cli.arguments import Parser
 from hvkvm.cli.doctor_check import KERNEL_REMEDY, Check, carrier
 from hvkvm.cli.output import show
-from hvkvm.errors import CapabilityMissing, HvkvmError, KvmUnavailable
+from hvkvm.errors import CapabilityMissing, ConfigError, HvkvmError, KvmUnavailable
 from hvkvm.kvm.kind import probe
 from hvkvm.kvm.system import Kvm
+
+EPILOG = """exit status:
+  0 nothing fails; 2 usage; 69 KVM unavailable; 77 capability missing, or with --ci a tier of
+  HVKVM_REQUIRE; 74 the report, or with --ci a file of the job's, could not be written
+"""
 
 SHMEM_ENABLED = Path("/sys/kernel/mm/transparent_hugepage/shmem_enabled")
 NEEDED = (
@@ -159,7 +163,7 @@ def _cpuid(kvm: Kvm) -> Check:
 
 def parser() -> Parser:
     """The options."""
-    p = Parser("hvkvm doctor", "Check what hvkvm needs of this machine.")
+    p = Parser("hvkvm doctor", "Check what hvkvm needs of this machine.", EPILOG)
     p.add_argument("--kvm", default="/dev/kvm", metavar="PATH", help="the KVM device (/dev/kvm)")
     p.add_argument("--json", action="store_true", help="print JSON")
     p.add_argument("--windows", action="store_true", help="what a Windows guest would need of this machine")
@@ -174,6 +178,8 @@ def parser() -> Parser:
 def main(arguments: list[str]) -> int:
     """Run the verb; returns the exit status."""
     options = parser().parse_args(arguments)
+    if options.ci and options.json:
+        raise ConfigError("--json: --ci says all in words, to people and to GitHub; leave one of the two out")
     if options.windows:
         from hvkvm.cli.doctor_windows import checks as windows_checks
 

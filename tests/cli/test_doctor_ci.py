@@ -62,6 +62,13 @@ def test_what_cannot_be_is_told() -> None:
         main(GOOD, "text", {"GITHUB_OUTPUT": "/no/such/folder"})
 
 
+def test_it_has_no_report_as_json(hvkvm: Hvkvm) -> None:
+    result = hvkvm("doctor", "--ci", "--json")
+    assert (result.returncode, result.stdout) == (2, "")
+    assert result.stderr.startswith("hvkvm: --json: --ci ")
+    assert result.stderr.count("\n") == 1
+
+
 def steps() -> dict[str, str]:
     """The action's shell steps by their names."""
     found = {}
