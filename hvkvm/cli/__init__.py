@@ -1,9 +1,9 @@
 """The `hvkvm` command: one file a verb, only the chosen one is imported.
 
 Exit status: 0 ok; N the guest command's own; 2 usage; 69 KVM unavailable; 74
-output that could not be written; 77 capability missing; 124 timeout; 130
-interrupted; 141 nobody reads the output; 254 triple fault or KVM internal error;
-255 guest panic.
+output that could not be written; 77 capability missing; 124 timeout;
+130 interrupted (129 by SIGHUP, 143 by SIGTERM); 141 nobody reads the output;
+254 triple fault or KVM internal error; 255 guest panic.
 """
 
 from __future__ import annotations

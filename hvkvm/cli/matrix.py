@@ -32,7 +32,8 @@ EPILOG = """FILE has three tables; docs/matrix.md says more:
 
 exit status:
   0 every case is ok, or skipped; 1 a case is not; 2 usage, or an error in FILE; 74 a
-  result could not be written; 77 this host can run none of them; 130 interrupted
+  result could not be written; 77 this host can run none of them;
+  130 interrupted (129 by SIGHUP, 143 by SIGTERM)
 
 examples:
   hvkvm matrix matrix.toml --list

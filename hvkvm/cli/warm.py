@@ -26,7 +26,8 @@ if TYPE_CHECKING:
 EPILOG = """exit status:
   0 saved; 1 the guest ended before it waited, or could not be saved; 2 usage; 69 KVM
   unavailable; 74 saved, but a recording or a timeline is lost; 77 capability missing;
-  124 timeout; 130 interrupted; 254 triple fault or KVM internal error; 255 guest panic
+  124 timeout; 130 interrupted (129 by SIGHUP, 143 by SIGTERM); 254 triple fault or KVM
+  internal error; 255 guest panic
 
 examples:
   hvkvm warm --kernel vmlinuz -o warm.state

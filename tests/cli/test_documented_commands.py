@@ -9,6 +9,7 @@ from __future__ import annotations
 import ast
 import re
 import shlex
+import signal
 import subprocess
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -309,3 +310,15 @@ def test_python_in_the_pages_is_about_what_there_is(page: Path) -> None:
 def test_a_link_leads_somewhere(page: Path) -> None:
     for target in re.findall(r"\]\(([^)#:]+)\)", page.read_text()):
         assert (page.parent / target).exists(), target
+
+
+@pytest.mark.parametrize("verb", ["run", "warm", "matrix", "README.md", "docs/ci.md", "docs/matrix.md", ""])
+def test_the_status_of_each_signal_that_ends_a_run_is_listed(verb: str) -> None:
+    """128 and the signal's number, wherever exit statuses are listed; `test_run` has each seen."""
+    if verb.endswith(".md"):
+        text = (ROOT / verb).read_text()
+    else:
+        text = all_parsers()[verb].format_help() if verb else man.overview()
+    numbers = {name: 128 + getattr(signal, name) for name in ("SIGINT", "SIGHUP", "SIGTERM")}
+    wanted = "{SIGINT} interrupted ({SIGHUP} by SIGHUP, {SIGTERM} by SIGTERM)".format(**numbers)
+    assert wanted in " ".join(text.split())
