@@ -180,9 +180,16 @@ class ModuleTree:
             if child in seen or child in self._builtin or (not needed and child not in self._paths):
                 continue
             seen.add(child)
-            path = self.path(child)
-            data = read_module(path)
-            hard, soft = dependencies(data)
+            try:
+                path = self.path(child)
+                data = read_module(path)
+            except BootError as error:
+                raise BootError(f"--module {child}: {error}") from None
+            try:
+                hard, soft = dependencies(data)
+            except BootError as error:
+                text = f"--module {child}: {path}: {error}; check the folder of modules"
+                raise BootError(text) from None
             needs = [(name, False) for name in soft] + [(name, True) for name in hard]
             stack.append((Module(child, data, path), iter(needs)))
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import lzma
+import re
 import shutil
 import subprocess
 from collections.abc import Callable
@@ -159,3 +160,16 @@ def test_a_listed_name_that_is_too_long_is_a_missing_module(tmp_path: Path, make
     (root / "modules.order").write_text(f"kernel/drivers/a.ko\nkernel/{name}.ko\n")
     with pytest.raises(BootError, match="has no module n"):
         kmod.ModuleTree(root).closure(["a"])
+
+
+def test_a_file_that_is_no_module_is_named_with_its_flag(make_tree: MakeTree) -> None:
+    found = make_tree({"a": ["depends=b"], "b": []})
+    path = found.root / "kernel/drivers/b.ko"
+    path.write_text("no module")
+    text = f"--module b: {path}: not a 64-bit ELF kernel module; check the folder of modules"
+    with pytest.raises(BootError, match=f"^{re.escape(text)}$"):
+        found.closure(["a"])
+    path.with_name("b.ko.xz").write_text("no archive")
+    path.unlink()
+    with pytest.raises(BootError, match=f"^--module b: {re.escape(str(path))}.xz: cannot be decompressed"):
+        found.closure(["a"])
