@@ -6,7 +6,7 @@ looking at a file. A `MachineConfig` is `Any` here, since its table names these 
 
 from __future__ import annotations
 
-from os.path import isdir
+from os.path import isdir, samefile
 from pathlib import Path
 from typing import Any
 
@@ -121,12 +121,25 @@ def together(config: Any) -> None:
         if wanted and config.vmbus == "off":
             what = f"{flag} {wanted[0].file}"
             raise ConfigError(f"{what}: needs the VMBus host that carries it; add --vmbus on")
+    _images_once(config)
     if config.restore is None and config.firmware_vars is not None and not config.starts_firmware:
         raise ConfigError(f"--firmware-vars {config.firmware_vars}: nobody to have them; add --firmware auto")
     if config.saved is None and config.display == "ramfb" and not config.starts_firmware:
         raise ConfigError("--display ramfb: firmware sets a framebuffer up; add --firmware auto")
     if config.modules and config.modules_dir is None:
         raise ConfigError("--module: needs --modules-dir, the kernel's lib/modules/VERSION folder")
+
+
+def _images_once(config: Any) -> None:
+    """Of two disks on one image none may be written: its lock would say that another program uses it."""
+    named = [(flag, one) for flag in ("--disk", "--cdrom") for one in getattr(config, f"{flag[2:]}s")]
+    files = [(flag, one) for flag, one in named if one.file and not one.file.startswith("nbd:")]
+    for number, (flag, one) in enumerate(files):
+        for _flag, other in files[:number]:
+            reads_only = all(each.options.read_only or each.options.snapshot for each in (one, other))
+            if not reads_only and samefile(one.file, other.file):
+                remedy = "leave one out, or give each readonly=on or snapshot=on"
+                raise ConfigError(f"{flag} {one.file}: given twice; {remedy}")
 
 
 def _needs_no_boot(config: Any) -> None:

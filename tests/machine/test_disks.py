@@ -71,11 +71,11 @@ def make(folder: Path) -> Iterator[Callable[..., World]]:
 
 def test_what_a_command_line_says(folder: Path) -> None:
     kernel = str(folder / "kernel")
-    a, iso = str(folder / "a.raw"), str(folder / "c.iso")
-    disks = ["--disk", f"{a},readonly,serial=abc,lun=3", "--disk", a]
+    a, b, iso = (str(folder / name) for name in ("a.raw", "b.raw", "c.iso"))
+    disks = ["--disk", f"{a},readonly,serial=abc,lun=3", "--disk", b]
     cdroms = ["--cdrom", iso, "--cdrom", "none,controller=2"]
     config, _options = config_from(["--kernel", kernel, "--vmbus", "on", *disks, *cdroms])
-    assert config.disks == (DiskSpec(a, readonly=True, serial="abc", lun=3), DiskSpec(a))
+    assert config.disks == (DiskSpec(a, readonly=True, serial="abc", lun=3), DiskSpec(b))
     assert config.cdroms == (CdromSpec(iso), CdromSpec("", controller=2))
 
 
@@ -115,6 +115,30 @@ def test_what_cannot_be_is_one_line(
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("words", "refused"),
+    [
+        ("--disk a.raw --disk a.raw", "--disk a.raw"),
+        ("--disk a.raw --disk ./b.raw --disk link", "--disk link"),
+        ("--disk a.raw,readonly=on --disk a.raw,bus=nvme", "--disk a.raw"),
+        ("--disk c.iso --cdrom c.iso", "--cdrom c.iso"),
+        ("--disk a.raw,readonly=on --disk a.raw,snapshot=on --cdrom a.raw --cdrom none", ""),
+        ("--disk nbd:unix:x --disk nbd:unix:x", ""),
+    ],
+)
+def test_an_image_that_is_given_twice(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, words: str, refused: str
+) -> None:
+    monkeypatch.chdir(folder)
+    (folder / "link").symlink_to("a.raw")
+    arguments = ["--kernel", "kernel", "--vmbus", "on", *words.split()]
+    if refused:
+        with pytest.raises(ConfigError, match=f"^{refused}: given twice; leave one out, or give each"):
+            config_from(arguments)
+    else:
+        config_from(arguments)
+
+
 def test_disks_need_the_bus(folder: Path) -> None:
     with pytest.raises(ConfigError, match="needs the VMBus host that carries it; add --vmbus on"):
         MachineConfig(folder / "kernel", disks=(DiskSpec(str(folder / "a.raw")),)).validate()
@@ -136,7 +160,7 @@ def test_a_place_that_is_taken_and_an_image_in_use(folder: Path, make: Callable[
     with pytest.raises(ConfigError, match=r"--disk .*b.raw: controller=0,lun=1: target 0 has a LUN 1"):
         make(a, b)
     with pytest.raises(ConfigError, match=r"a.raw: another program uses it"):
-        make(a, a._replace(lun=2))
+        make(a)  # the machine before this one has it
 
 
 def test_the_end_closes_and_flushes(folder: Path, make: Callable[..., World]) -> None:
