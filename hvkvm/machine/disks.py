@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING
 from hvkvm.block.disk import Disk
 from hvkvm.block.image import Image
 from hvkvm.block.open_image import open_image
-from hvkvm.block.request import Op, Request, Result, Status
+from hvkvm.block.request import Op, PeerGone, Request, Result, Status
 from hvkvm.devices.scsi.disk import ScsiDisk
 from hvkvm.devices.scsi.dvd import DvdDrive
 from hvkvm.devices.synth.storvsp import Storvsp
@@ -74,6 +74,8 @@ class Disks:
             return None
         try:
             return open_image(spec.file, spec.options)
+        except PeerGone as error:
+            raise PeerGone(f"{'--disk' if isinstance(spec, DiskSpec) else '--cdrom'} {error}") from None
         except OSError as error:
             raise ImageError(f"{spec.file}: {error.strerror or error}; check the image") from None
 

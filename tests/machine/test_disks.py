@@ -139,6 +139,11 @@ def test_an_image_that_is_given_twice(
         config_from(arguments)
 
 
+def test_a_server_that_is_not_there_is_named_with_its_flag(folder: Path, make: Callable[..., World]) -> None:
+    with pytest.raises(ConfigError, match=r"^--disk nbd:unix:.*/no: No such file .*; is the server running"):
+        make(DiskSpec(f"nbd:unix:{folder}/no"))
+
+
 def test_disks_need_the_bus(folder: Path) -> None:
     with pytest.raises(ConfigError, match="needs the VMBus host that carries it; add --vmbus on"):
         MachineConfig(folder / "kernel", disks=(DiskSpec(str(folder / "a.raw")),)).validate()

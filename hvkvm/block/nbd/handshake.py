@@ -69,6 +69,12 @@ def connect(address: Address) -> tuple[socket.socket, Export]:
     try:
         export = _negotiate(_Talk(sock, monotonic() + SECONDS), address)
         sock.settimeout(None)
+    except TimeoutError:
+        sock.close()
+        raise PeerGone(
+            f"{address}: timed out: no NBD server has answered within {SECONDS:g} s; see that one listens"
+            " there, and that it serves one more client (qemu-nbd --shared=2)"
+        ) from None
     except OSError as error:
         sock.close()
         raise PeerGone(f"{address}: {error.strerror or error}") from None
