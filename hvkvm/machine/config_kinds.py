@@ -250,6 +250,12 @@ class GuestFiles(Kind):
                 raise ConfigError(
                     f"{name} {guest}=...: not a guest path; write an absolute one, such as /root/x"
                 )
+        found: dict[tuple[str, ...], Path] = {}
+        for guest, host in value:
+            place = tuple(part for part in guest.split("/") if part not in ("", "."))
+            if place in found:
+                raise ConfigError(f"{name} {guest}: given twice, as {found[place]} and {host}; leave one out")
+            found[place] = host
 
 
 def wrong_type(name: str, value: object) -> ConfigError:

@@ -64,6 +64,14 @@ def test_a_size_is_a_number_or_one_clear_line(text: str) -> None:
             {"files": (("/root/x", Path("/nonexistent/x")),)},
             ("--file /root/x /nonexistent/x", "no such file"),
         ),
+        (
+            {"files": (("/root/x", Path("/dev/null")), ("/root//./x", Path("/dev/zero")))},
+            ("--file /root//./x: given twice, as /dev/null and /dev/zero; leave one out",),
+        ),
+        (
+            {"files": (("/x", Path("/dev/null")), ("/x", Path("/dev/null")))},
+            ("--file /x: given twice, as /dev/null and /dev/null",),
+        ),
     ],
 )
 def test_bad_values_name_flag_reason_and_remedy(
