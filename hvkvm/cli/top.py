@@ -190,5 +190,7 @@ def main(arguments: list[str]) -> int:
 
 
 def _fit(picture: list[str]) -> list[str]:
-    size = os.get_terminal_size()
-    return [line[: size.columns - 1] for line in picture[: max(1, size.lines - 1)]]
+    from hvkvm.cli.front import window_size
+
+    rows, columns = window_size()
+    return [line[: columns - 1] for line in picture[: max(1, rows - 1)]]

@@ -14,6 +14,7 @@ import pytest
 from running_vm import SECONDS, command_line, environment, running_vm
 
 from hvkvm.abi import vmbus
+from hvkvm.cli import top
 from hvkvm.cli.top import Look, lines, parse
 from hvkvm.devices.synth.keyboard import Keyboard
 from hvkvm.errors import ConfigError
@@ -62,6 +63,15 @@ def test_rates_are_differences_by_time() -> None:
     assert row.split()[1:5] == ["0.5", "0%", "5.5", "0%"]
     assert "sent.bytes 1.5M" in text
     assert "nvme02                   disk.operations.read.requests 2500" in text
+
+
+def test_a_terminal_that_has_no_size_is_taken_for_a_usual_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    """That of a new pty, or of a serial line, is 0 by 0."""
+    picture = ["x" * 100] * 100
+    monkeypatch.setattr(os, "get_terminal_size", lambda _fd=1: os.terminal_size((0, 0)))
+    assert top._fit(picture) == ["x" * 79] * 23
+    monkeypatch.setattr(os, "get_terminal_size", lambda _fd=1: os.terminal_size((40, 10)))
+    assert top._fit(picture) == ["x" * 39] * 9
 
 
 def test_odd_options_are_refused() -> None:
