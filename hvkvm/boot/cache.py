@@ -14,9 +14,23 @@ from pathlib import Path
 
 
 def root() -> Path:
-    """The cache folder: `$HVKVM_CACHE`, or `~/.cache/hvkvm`. It need not exist yet."""
-    chosen = os.environ.get("HVKVM_CACHE")
-    return Path(chosen) if chosen else Path(os.path.expanduser("~/.cache/hvkvm"))
+    """The cache folder: `$HVKVM_CACHE`, or `~/.cache/hvkvm`. It need not exist yet.
+
+    A variable that is empty counts as one that is not set.
+    """
+    if chosen := os.environ.get("HVKVM_CACHE"):
+        return Path(chosen)
+    return Path(os.environ.get("HOME") or _home(), ".cache/hvkvm")
+
+
+def _home() -> str:
+    """The user's home without $HOME: `expanduser` takes it from the system then, but not for an empty one."""
+    import pwd
+
+    try:
+        return pwd.getpwuid(os.getuid()).pw_dir
+    except KeyError:
+        return "~"
 
 
 def publish(path: Path, chunks: Iterable[bytes]) -> None:

@@ -6,17 +6,19 @@ import bz2
 import gzip
 import lzma
 import os
+import pwd
 import shutil
 import struct
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hvkvm.boot import vmlinux
+from hvkvm.boot import cache, vmlinux
 
 ELF = b"\x7fELF" + bytes(range(256)) * 40
 
@@ -213,3 +215,17 @@ def test_the_kept_vmlinux_loads_the_same_memory(tmp_path: Path) -> None:
                 memory.write(0x200000, b"guest" * 10000)
     assert len(images) == 4
     assert len(set(images)) == 1
+
+
+@pytest.mark.parametrize("home", ["", None])
+def test_an_empty_home_is_none(monkeypatch: pytest.MonkeyPatch, home: str | None) -> None:
+    """The folder would be one at the root, which a container's root can make."""
+    monkeypatch.delenv("HVKVM_CACHE", raising=False)
+    monkeypatch.setattr(pwd, "getpwuid", lambda _uid: SimpleNamespace(pw_dir="/home/somebody"))
+    monkeypatch.delenv("HOME", raising=False)
+    if home is not None:
+        monkeypatch.setenv("HOME", home)
+    assert cache.root() == Path("/home/somebody/.cache/hvkvm")
+    monkeypatch.setenv("HVKVM_CACHE", "")
+    monkeypatch.setenv("HOME", "/h")
+    assert cache.root() == Path("/h/.cache/hvkvm")
