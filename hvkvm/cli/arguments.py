@@ -11,6 +11,7 @@ import argparse
 import os
 import re
 from collections.abc import Collection, Sequence
+from pathlib import Path
 from typing import Any, NoReturn
 
 from hvkvm.errors import ConfigError
@@ -66,6 +67,13 @@ class Parser(argparse.ArgumentParser):
         from hvkvm.cli.output import show
 
         show(self.format_help().rstrip("\n"))
+
+
+def path_word(text: str) -> Path:
+    """The type of an argument that is a path. Path takes an empty one for the current folder."""
+    if not text:
+        raise argparse.ArgumentTypeError("empty; name a path")
+    return Path(text)
 
 
 def split_words(arguments: Sequence[str], with_value: Collection[str]) -> tuple[list[str], list[str]]:

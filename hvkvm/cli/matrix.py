@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hvkvm import given_file
-from hvkvm.cli.arguments import Parser
+from hvkvm.cli.arguments import Parser, path_word
 from hvkvm.cli.output import cannot_write, complain, show
 from hvkvm.errors import CapabilityMissing, ConfigError, HvkvmError, OutputError
 from hvkvm.given_file import write_at_once
@@ -52,11 +52,11 @@ def parser() -> Parser:
     p = Parser(
         "hvkvm matrix", "Run a file's commands over kernels, SynICs, vCPUs and disks: one table.", EPILOG
     )
-    p.add_argument("file", metavar="FILE", type=Path, help="the matrix, in TOML")
+    p.add_argument("file", metavar="FILE", type=path_word, help="the matrix, in TOML")
     p.add_argument("--jobs", metavar="N", help="guests side by side (as memory and processors bear)")
     p.add_argument("--list", action="store_true", help="print the cases, and run none")
-    p.add_argument("--junit", metavar="FILE", type=Path, help="write the results as JUnit's XML")
-    p.add_argument("--json", metavar="FILE", type=Path, help="write the results as JSON")
+    p.add_argument("--junit", metavar="FILE", type=path_word, help="write the results as JUnit's XML")
+    p.add_argument("--json", metavar="FILE", type=path_word, help="write the results as JSON")
     p.add_argument("--quiet", action="store_true", help="say nothing of a case before the table")
     p.add_argument(
         "--dask", metavar="ADDRESS", help="run the cases on the workers of this Dask scheduler: hvkvm[dask]"

@@ -11,11 +11,10 @@ import gc
 import signal
 import sys
 from collections.abc import Collection
-from pathlib import Path
 from time import monotonic
 from typing import TYPE_CHECKING, Any
 
-from hvkvm.cli.arguments import Parser, split_command
+from hvkvm.cli.arguments import Parser, path_word, split_command
 from hvkvm.errors import ConfigError, OutputError
 from hvkvm.machine.config import MachineConfig
 from hvkvm.machine.config_fields import Field, fields_of
@@ -69,7 +68,7 @@ def machine_parser(prog: str, description: str, epilog: str, without: Collection
     """A parser with the options that make a machine, but for those of the fields `without`."""
     p = _RunParser(prog, description, epilog)
     p.add_argument(
-        "--config", type=Path, metavar="TOML", help="read a machine from this file; flags override it"
+        "--config", type=path_word, metavar="TOML", help="read a machine from this file; flags override it"
     )
     for key, field in fields_of(MachineConfig).items():
         if field.flag and key not in without:

@@ -7,12 +7,11 @@ from __future__ import annotations
 
 import signal
 import sys
-from pathlib import Path
 from time import monotonic
 from typing import TYPE_CHECKING, Any
 
 from hvkvm import given_file
-from hvkvm.cli.arguments import Parser
+from hvkvm.cli.arguments import Parser, path_word
 from hvkvm.cli.run import machine_config, machine_parser, values_of
 from hvkvm.errors import ConfigError, OutputError
 
@@ -49,7 +48,7 @@ def parser() -> Parser:
         EPILOG,
         NOT_FOR_WARM,
     )
-    p.add_argument("-o", "--output", type=Path, metavar="FILE", help="where to save it")
+    p.add_argument("-o", "--output", type=path_word, metavar="FILE", help="where to save it")
     p.add_argument("--console", action="store_true", help="show the guest's console, on stderr")
     p.add_argument("--quiet", action="store_true", help="say nothing on standard error unless it fails")
     return p

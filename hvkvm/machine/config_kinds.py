@@ -177,6 +177,8 @@ class PathName(Kind):
         return self.from_plain(name, text, folder)
 
     def from_plain(self, name: str, value: object, folder: Path | None) -> Path:
+        if value == "":  # which Path would take for the current folder
+            raise ConfigError(f"{name}: empty; name a path")
         if isinstance(value, str | Path):
             check_no_nul(name, value)
             return Path(value) if folder is None else folder / value

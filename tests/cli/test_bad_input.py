@@ -66,6 +66,11 @@ def one_line(result: subprocess.CompletedProcess[str], status: int, *words: str)
         (("run", "--kernel", "KERNEL", "--mem", "2"), ("--mem", "hvkvm run --help")),
         (("run", "--kernel", "KERNEL", "spare"), ("spare", "hvkvm run --help")),
         (("features", "sinyc"), ("sinyc",)),
+        (("run", "--kernel", "KERNEL", "--net", "socket="), ("--net socket=: empty; name a path",)),
+        (("run", "--config", ""), ("--config: empty; name a path",)),
+        (("warm", "-o", ""), ("-o/--output: empty; name a path",)),
+        (("matrix", ""), ("FILE: empty; name a path",)),
+        (("matrix", "KERNEL", "--junit", ""), ("--junit: empty; name a path",)),
     ],
 )
 def test_usage_errors(

@@ -8,9 +8,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from hvkvm.cli.run import config_from
 from hvkvm.errors import ConfigError
 from hvkvm.machine.config import MachineConfig
-from hvkvm.machine.config_kinds import MIB, parse_size
+from hvkvm.machine.config_fields import fields_of
+from hvkvm.machine.config_kinds import MIB, PathName, parse_size
 
 
 @pytest.mark.parametrize(
@@ -111,6 +113,7 @@ def test_toml_round_trip(tmp_path: Path, kernel: Path) -> None:
         ("files = 3", "wrong type"),
         ("files = {a = 1}", "wrong type"),
         ('timeout = "x"', "wrong type"),
+        ('vsock = ""', "config key vsock: empty; name a path"),
     ],
 )
 def test_bad_toml(tmp_path: Path, kernel: Path, body: str, word: str) -> None:
@@ -118,3 +121,12 @@ def test_bad_toml(tmp_path: Path, kernel: Path, body: str, word: str) -> None:
     toml.write_text(("" if body.startswith("kernel") else 'kernel = "kernel"\n') + body + "\n")
     with pytest.raises(ConfigError, match=word):
         MachineConfig.from_toml(toml)
+
+
+@pytest.mark.parametrize(
+    "flag", [one.flag for one in fields_of(MachineConfig).values() if isinstance(one.kind, PathName)]
+)
+def test_an_empty_path_is_refused_in_words(flag: str) -> None:
+    """Path would take it for the folder that we are in."""
+    with pytest.raises(ConfigError, match=f"^{flag}: empty; name a path"):
+        config_from(["--kernel", "/dev/null", flag, ""])
