@@ -6,6 +6,7 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import guest_images
@@ -20,13 +21,14 @@ DEVICES = ("--kernel", "KERNEL", "--vmbus", "on", "--synic", "user")
 
 
 @pytest.fixture
-def closed(tmp_path: Path) -> Path:
+def closed(tmp_path: Path) -> Iterator[Path]:
     """A folder of files, in a folder that nobody may enter."""
     inside = tmp_path / "closed" / "in"
     inside.mkdir(parents=True)
     (inside / "k").write_bytes(b"x")
     inside.parent.chmod(0)
-    return inside
+    yield inside
+    inside.parent.chmod(0o700)  # who removes it has to look inside
 
 
 def answer(
