@@ -32,7 +32,6 @@ EPILOG = """exit status:
   74 instead of 0 when output, firmware's variables, a recording or a timeline are lost;
   77 capability missing; 124 timeout; 130 interrupted (129 by SIGHUP, 143 by SIGTERM);
   141 nobody reads the output; 254 triple fault or KVM internal error; 255 guest panic
-  254 triple fault or KVM internal error; 255 guest panic
 
 a standard output that takes nothing (a full disk, ulimit -f) does not end the guest:
 it is said at once, tried again with what the guest prints next, and counted at the end
