@@ -63,6 +63,10 @@ def parse(arguments: list[str]) -> tuple[MachineConfig, Any]:
         raise ConfigError("-o: missing; name the file to save the warm guest to")
     if why := given_file.why_no_place(options.output):
         raise ConfigError(f"-o {options.output}: no file can be there: {why}")
+    try:
+        given_file.check_replaceable(options.output)
+    except OSError as error:
+        raise ConfigError(f"-o {options.output}: {error.strerror}") from None
     return machine_config(options, values_of(options))._replace(awaits=True).validate(), options
 
 

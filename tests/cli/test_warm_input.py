@@ -26,6 +26,10 @@ Hvkvm = Callable[..., "subprocess.CompletedProcess[str]"]
         (("warm", "-o", "FILE"), "--kernel: missing"),
         (("warm", "-o", "FILE", "--kernel", "/dev/null", "--", "true"), "--: a warm guest waits"),
         (("warm", "-o", "/", "--kernel", "/dev/null"), "-o /: no file can be there"),
+        (
+            ("warm", "-o", "/dev/null", "--kernel", "/dev/null"),
+            "-o /dev/null: is not a regular file; name another",
+        ),
         (("warm", "-o", "/no/such/folder", "--kernel", "/dev/null"), "-o /no/such/folder: no file"),
         (("warm", "-o", "FILE", "--kernel", "/dev/null", "--vsock", "x"), "--vsock"),
         (("run", "--from", "/no/such", "--", "true"), "--from /no/such: no such file"),
