@@ -147,8 +147,8 @@ def test_what_passt_says_is_heard(loop, failures):
         while port._said != b"words\n":
             assert monotonic() < end, failures.failed
             sleep(0.001)
+        loop.do(port.close)  # while the process lives: who has ended needs no thread that waits for that
         port.process.stdin.close()
-        loop.do(port.close)
         port.process.wait()
         theirs.close()
 
