@@ -144,7 +144,7 @@ def test_what_passt_says_is_heard(loop, failures):
         port = loop.do(begin)
         attach(loop, port)
         end = monotonic() + SECONDS
-        while port._said != b"words\n":
+        while port._said != b"words\n" or not port._reading:
             assert monotonic() < end, failures.failed
             sleep(0.001)
         loop.do(port.close)  # while the process lives: who has ended needs no thread that waits for that
