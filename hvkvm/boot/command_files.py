@@ -18,11 +18,9 @@ from hvkvm.abi.guest_command import CommandIo
 from hvkvm.boot import cpio, guest_scripts
 from hvkvm.errors import BootError
 
-OWN = frozenset(
-    {"init", "begin", "command", "session", "launch", "terminal"}
-    | {f"bin/guest-{name}" for name in ("exit", "orders", "vsock")}
-)
-"""Where our own programs are that run a command: a file of somebody's there would take their place."""
+OWN = frozenset({"init", "begin", "command", "session", "launch", "terminal"})
+"""Where our own scripts are that run a command: a file of somebody's there would take their place.
+Who gives one for a program of ours in /bin means to."""
 
 
 def orders(
@@ -52,7 +50,7 @@ def pack_files(files: Mapping[str, bytes | Path], programs: Mapping[str, str] | 
     ]
     for name in files if programs is not None else ():
         if posixpath.normpath(f"/{name}").lstrip("/") in OWN:
-            raise BootError(f"--file {name}: hvkvm's own program is there; give it another path in the guest")
+            raise BootError(f"--file {name}: hvkvm's own script is there; give it another path in the guest")
     entries += [_file(name, source) for name, source in files.items()]
     return cpio.pack(cpio.with_parents(entries))
 
