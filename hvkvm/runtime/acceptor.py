@@ -12,6 +12,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Protocol
 
 from hvkvm.runtime.protocols import Delayer, ReaderHandle, Watcher
+from hvkvm.runtime.retry import Retry
 
 if TYPE_CHECKING:
     from socket import socket
@@ -42,7 +43,7 @@ class Acceptor:
         self._listener = listener
         self._accepted = accepted
         self._failed = failed
-        self._closed = False
+        self._again = Retry(io, self._resume, ACCEPT_PAUSE)
         self._reader: ReaderHandle | None = io.add_reader(listener.fileno(), self._accept)
 
     def _accept(self) -> None:
@@ -53,7 +54,8 @@ class Acceptor:
         except OSError as error:
             # Out of fds or memory, say. Whoever waits goes on waiting; and the listener stays readable, on
             # which the loop must not turn.
-            self._pause()
+            self._stop_reading()
+            self._again.later()
             self._failed(error.strerror or str(error))
             return
         sock.setblocking(False)
@@ -63,17 +65,11 @@ class Acceptor:
             sock.close()
             self._failed(error.strerror or str(error))
 
-    def _pause(self) -> None:
-        self._stop_reading()
-        self._io.call_later(ACCEPT_PAUSE, self._resume)
-
     def _resume(self) -> None:
-        if self._closed:
-            return
         try:
             self._reader = self._io.add_reader(self._listener.fileno(), self._accept)
         except OSError:
-            self._io.call_later(ACCEPT_PAUSE, self._resume)
+            self._again.later()
 
     def _stop_reading(self) -> None:
         reader, self._reader = self._reader, None
@@ -82,5 +78,5 @@ class Acceptor:
 
     def close(self) -> None:
         """Take no more. Idempotent; also after the loop's end."""
-        self._closed = True
+        self._again.cancel()
         self._stop_reading()
