@@ -32,7 +32,14 @@ To the guest:
 
 from __future__ import annotations
 
+import posixpath
 from typing import Literal
+
+
+def place_of(guest: str) -> str:
+    """Where an archive has the file that is to be at `guest`: "/a", "//a" and "/./a" are one place, "a"."""
+    return posixpath.normpath(f"/{guest}").lstrip("/")
+
 
 CommandIo = Literal["console", "streams", "terminal"]
 """Where a command's input and output lead: the console, streams of its own, a terminal of its own."""

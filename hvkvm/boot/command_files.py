@@ -7,14 +7,13 @@ Why: a copy of a warm guest is handed this alone, and then needs nothing of what
 from __future__ import annotations
 
 import os
-import posixpath
 import shlex
 import stat
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from hvkvm import given_file
-from hvkvm.abi.guest_command import CommandIo
+from hvkvm.abi.guest_command import CommandIo, place_of
 from hvkvm.boot import cpio, guest_scripts
 from hvkvm.errors import BootError
 
@@ -49,7 +48,7 @@ def pack_files(files: Mapping[str, bytes | Path], programs: Mapping[str, str] | 
         for name, text in (programs or {}).items()
     ]
     for name in files if programs is not None else ():
-        if posixpath.normpath(f"/{name}").lstrip("/") in OWN:
+        if place_of(name) in OWN:
             raise BootError(f"--file {name}: hvkvm's own script is there; give it another path in the guest")
     entries += [_file(name, source) for name, source in files.items()]
     return cpio.pack(cpio.with_parents(entries))

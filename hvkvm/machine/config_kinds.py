@@ -14,6 +14,7 @@ from os.path import isdir
 from pathlib import Path
 from typing import Any
 
+from hvkvm.abi.guest_command import place_of
 from hvkvm.errors import ConfigError, harmless
 from hvkvm.given_file import open_at_once
 
@@ -252,9 +253,9 @@ class GuestFiles(Kind):
                 raise ConfigError(
                     f"{name} {guest}=...: not a guest path; write an absolute one, such as /root/x"
                 )
-        found: dict[tuple[str, ...], Path] = {}
+        found: dict[str, Path] = {}
         for guest, host in value:
-            place = tuple(part for part in guest.split("/") if part not in ("", "."))
+            place = place_of(guest)
             if place in found:
                 raise ConfigError(f"{name} {guest}: given twice, as {found[place]} and {host}; leave one out")
             found[place] = host
