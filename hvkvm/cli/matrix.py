@@ -13,7 +13,6 @@ from hvkvm import given_file
 from hvkvm.cli.arguments import Parser, path_word
 from hvkvm.cli.output import cannot_write, complain, show
 from hvkvm.errors import CapabilityMissing, ConfigError, HvkvmError, OutputError
-from hvkvm.given_file import write_at_once
 
 if TYPE_CHECKING:
     from hvkvm.testing.matrix.cases import Case, Result
@@ -158,7 +157,7 @@ class _Matrix:
         status = 0
         for path, text in self._files():  # first: the table's reader may be gone
             try:
-                write_at_once(path, text.encode("utf-8", "backslashreplace"), WRITE_SECONDS)
+                given_file.write_at_once(path, text.encode("utf-8", "backslashreplace"), WRITE_SECONDS)
             except OSError as error:
                 complain(f"hvkvm: {cannot_write(str(path), error)}")
                 status = OutputError.exit_status
