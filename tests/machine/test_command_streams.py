@@ -485,6 +485,14 @@ class Board:
         for value in line:
             self.command_ports[2].write(0, 1, value)
 
+    def hear(self, end: bytes) -> bytes:
+        """What is said to the guest, up to `end`."""
+        got = bytearray()
+        while not got.endswith(end):
+            wait_until(lambda: self.command_ports[2].read(5, 1) & 1)
+            got.append(self.command_ports[2].read(0, 1))
+        return bytes(got)
+
 
 class Patience:
     """The loop, with timers whose time passes when the test says so: a busy host answers late."""
@@ -556,11 +564,7 @@ def test_a_signal_sent_while_ready_is_on_its_way_is_sent_once(
     assert made.signal("INT", lambda: None)
     rounds(made._io)
     board.say(b"ready\nsize\n")
-    got = bytearray()
-    while not got.endswith(b"size 24 80\n"):
-        wait_until(lambda: board.command_ports[2].read(5, 1) & 1)
-        got.append(board.command_ports[2].read(0, 1))
-    assert got == b"signal INT\nsize 24 80\n"
+    assert board.hear(b"size 24 80\n") == b"signal INT\nsize 24 80\n"
 
 
 def test_however_often_the_size_is_asked_for_one_answer_waits(
@@ -601,11 +605,7 @@ def test_a_signal_that_met_a_reset_is_owed_to_the_next_life(
     assert not board.command_ports[2].read(5, 1) & 1
     if comes_back:
         board.say(b"ready\n")
-        got = bytearray()
-        while not got.endswith(b"\n"):
-            wait_until(lambda: board.command_ports[2].read(5, 1) & 1)
-            got.append(board.command_ports[2].read(0, 1))
-        assert got == b"signal INT\n"
+        assert board.hear(b"\n") == b"signal INT\n"
         board.say(b"signaled\n")
         wait_until(lambda: made._unanswered is None)
     patience.ends()
