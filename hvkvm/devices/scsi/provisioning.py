@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from hvkvm.abi import scsi
+from hvkvm.block.in_turn import Range, in_turn
 from hvkvm.block.request import Op, Request, Result, Status
 from hvkvm.devices.scsi.command import Command, Rejected
 from hvkvm.devices.scsi.medium import Blocks, answer, checked
@@ -47,36 +48,16 @@ def unmap(command: Command, disk: Blocks, sector: int) -> None:
         total += blocks
     if total * sector > MAX_UNMAP_BYTES:
         raise Rejected(scsi.INVALID_FIELD_IN_PARAMETERS)
-    if total:
-        _Unmapping(command, disk, sector, listed, length).go_on(Result(Status.OK))
-    else:
+    if not total:
         command.good(length)
+        return
 
+    def done(result: Result, offset: int) -> None:
+        answer(command, Op.DISCARD, result, offset // sector, length)
 
-class _Unmapping:
-    """Discards ranges one after the other, so that a command holds one request at a time; then answers.
-
-    The first that fails is told, and is the last.
-    """
-
-    def __init__(self, command: Command, disk: Blocks, sector: int, listed: bytes, given: int) -> None:
-        self._command = command
-        self._disk = disk
-        self._sector = sector
-        self._ranges = scsi.unmap_descriptor.iter_unpack(listed)
-        self._lba = 0
-        self._given = given
-
-    def go_on(self, result: Result) -> None:
-        """Do the next range that has blocks, unless the last one failed."""
-        if result.status is Status.OK:
-            for lba, blocks in self._ranges:
-                if blocks:
-                    self._lba = lba
-                    offset, length = lba * self._sector, blocks * self._sector
-                    self._disk.submit(Request(Op.DISCARD, offset, (), self.go_on, length=length))
-                    return
-        answer(self._command, Op.DISCARD, result, self._lba, self._given)
+    pairs = scsi.unmap_descriptor.iter_unpack(listed)
+    ranges = (Range(lba * sector, blocks * sector) for lba, blocks in pairs if blocks)
+    in_turn(disk, Op.DISCARD, ranges, done)
 
 
 def write_same(command: Command, disk: Blocks, sector: int) -> None:

@@ -10,6 +10,7 @@ from functools import partial
 from typing import NamedTuple, Protocol
 
 from hvkvm.abi import nvme
+from hvkvm.block.in_turn import Range, in_turn
 from hvkvm.block.request import Op, Request, Result, Status
 from hvkvm.devices.pci.nvme.identify import MAX_TRANSFER
 from hvkvm.devices.pci.nvme.prp import Memory, PrpError, buffers, copy_in
@@ -123,34 +124,17 @@ class Namespace:
             answer(error.status, 0)
             return
         ranges = [
-            (first * self.sector_size, sectors * self.sector_size)
+            Range(first * self.sector_size, sectors * self.sector_size)
             for _attributes, sectors, first in nvme.DSM_RANGE.iter_unpack(raw)
             if sectors
         ]
-        if any(offset + length > self.disk.size for offset, length in ranges):
+        if any(one.offset + one.length > self.disk.size for one in ranges):
             answer(nvme.NVME_SC_LBA_RANGE | _DNR, 0)
             return
-        _Discards(self.disk, ranges, answer).go_on(Result(Status.OK))
+        in_turn(self.disk, Op.DISCARD, ranges, lambda result, _offset: _answered(answer, Op.DISCARD, result))
 
     def _submit(self, request: Request) -> None:
         self.disk.submit(request)
-
-
-class _Discards:
-    """Discards ranges one after the other, so that a command holds one request at a time; then answers."""
-
-    def __init__(self, disk: BlockDisk, ranges: list[tuple[int, int]], answer: Answer) -> None:
-        self._disk = disk
-        self._left = ranges[::-1]
-        self._answer = answer
-
-    def go_on(self, result: Result) -> None:
-        """Do the next range, unless the last one failed."""
-        if self._left and result.status is Status.OK:
-            offset, length = self._left.pop()
-            self._disk.submit(Request(Op.DISCARD, offset, (), self.go_on, length=length))
-        else:
-            _answered(self._answer, Op.DISCARD, result)
 
 
 def _answered(answer: Answer, op: Op, result: Result) -> None:

@@ -6,12 +6,12 @@ that into buffers is its own affair. The header is copied once. Owner: the I/O l
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from functools import partial
+from collections.abc import Callable
 from typing import Protocol
 
 from hvkvm.abi import pci, virtio
 from hvkvm.block.buffers import Buffers, Cutter, size_of
+from hvkvm.block.in_turn import Range, in_turn
 from hvkvm.block.request import Op, Request, Result, Status
 from hvkvm.devices.pci.virtio.ring import Chain
 
@@ -134,7 +134,9 @@ class VirtioBlk:
         elif any(count > _MAX_RANGE_SECTORS for _sector, count, _flags in ranges):
             answer.give(virtio.VIRTIO_BLK_S_IOERR)
         else:
-            _go_through(self.disk, _OPS[kind], ranges, answer, Result(Status.OK))
+            flag = virtio.VIRTIO_BLK_WRITE_ZEROES_FLAG_UNMAP
+            parts = (Range(at * _SECTOR, count * _SECTOR, bool(flags & flag)) for at, count, flags in ranges)
+            in_turn(self.disk, _OPS[kind], parts, lambda result, _offset: answer.finish(result))
 
     def flush_answers(self) -> None:
         """See `transport.Device`."""
@@ -181,23 +183,3 @@ class _Answer:
             self._done(size_of(self.data) + 1)
         else:
             self.give(virtio.VIRTIO_BLK_S_IOERR)
-
-
-def _go_through(
-    disk: Disk, op: Op, ranges: Sequence[tuple[int, int, int]], answer: _Answer, result: Result
-) -> None:
-    """One range after the other, so that a request of the driver's holds one of the disk's at a time."""
-    if result.status is not Status.OK or not ranges:
-        answer.finish(result)
-        return
-    (sector, count, flags), *rest = ranges
-    disk.submit(
-        Request(
-            op,
-            sector * _SECTOR,
-            (),
-            partial(_go_through, disk, op, rest, answer),
-            length=count * _SECTOR,
-            may_unmap=bool(flags & virtio.VIRTIO_BLK_WRITE_ZEROES_FLAG_UNMAP),
-        )
-    )
