@@ -55,6 +55,8 @@ class Disk:
         self.name = name
         self.on_resize: Callable[[], object] | None = None
         """Called on the loop after the size has changed."""
+        self.on_fault: Callable[[Exception], object] | None = None
+        """Called on the loop with what a request's `done` raises; without it, that goes on up."""
         self._io = io
         self._queue = workers.queue(width, name)
         self._hang_seconds = hang_seconds
@@ -277,6 +279,10 @@ class Disk:
             counter.failed += 1
         try:
             request.done(result)
+        except Exception as error:
+            if self.on_fault is None:
+                raise
+            self.on_fault(error)
         finally:
             self._flying.look()
 

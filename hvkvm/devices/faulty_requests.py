@@ -52,6 +52,8 @@ class FaultyRequests:
     def __init__(self, disk: Disk, plan: Plan, sector: int, call_later: Later) -> None:
         self.plan = plan
         """May be exchanged for another at any time, on the I/O loop."""
+        self.on_fault: Callable[[Exception], object] | None = None
+        """As a disk's."""
         self._disk = disk
         self._sector = sector
         self._call_later = call_later
@@ -94,7 +96,7 @@ class FaultyRequests:
         for request, timer in held.items():
             if timer is not None:
                 timer.cancel()
-            request.done(Result(Status.CANCELLED, 0, _DETAIL))
+            self._end(request, Result(Status.CANCELLED, 0, _DETAIL))
         self._disk.drain(done)
 
     def inspect(self) -> dict[str, object]:
@@ -114,7 +116,15 @@ class FaultyRequests:
 
     def _fail(self, request: Request, result: Result) -> None:
         if self._held.pop(request, self) is not self:
+            self._end(request, result)
+
+    def _end(self, request: Request, result: Result) -> None:
+        try:
             request.done(result)
+        except Exception as error:
+            if self.on_fault is None:
+                raise
+            self.on_fault(error)
 
     def _tear(self, request: Request, rule: Rule) -> None:
         """Write the first sectors only; then fail, or call it good."""

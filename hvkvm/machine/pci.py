@@ -6,8 +6,10 @@ BARs are written by vCPU threads; the devices have their queues on the I/O loop.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
+from functools import partial
 from typing import TYPE_CHECKING, NamedTuple
 
 from hvkvm.abi import board as numbers
@@ -21,8 +23,10 @@ from hvkvm.devices.pci.config_ports import Mechanism1
 from hvkvm.devices.pci.nvme.saved import ControllerState
 from hvkvm.devices.pci.power import PmBlocks
 from hvkvm.devices.pci.virtio.saved import VirtioState
-from hvkvm.errors import StateError
+from hvkvm.errors import StateError, Stopped
+from hvkvm.events import Warned
 from hvkvm.machine.pci_kvm import Bell, MsiRoutes
+from hvkvm.runtime.guard import fault_text
 
 if TYPE_CHECKING:
     from hvkvm.block.image import Image
@@ -78,10 +82,13 @@ class Pci:
         self.blocks.move(self._pm.base)
         self._platform = platform
         self._stack = stack
+        self._failing = threading.Lock()
         self.controllers: dict[int, Controller] = {}
         """NVMe controllers by slot."""
         self.virtio: dict[int, Transport] = {}
         """virtio devices by slot."""
+        self.failed: dict[int, str] = {}
+        """By slot: what the code of its device raised. Nobody answers there any more."""
         self.hpet: Hpet | None = None
         if platform.config.hpet == "on":
             self.hpet = self._add_hpet(board)
@@ -152,9 +159,27 @@ class Pci:
 
     def _plug(self, device: Controller | Transport) -> int:
         slot = self.bus.plug(device)
+        device.guard.attach(partial(self._fail, slot, device))
         device.on_intx = lambda level: self.bus.set_intx(slot, level)
         self._stack.callback(device.close)
         return slot
+
+    def _fail(self, slot: int, device: Controller | Transport, error: Exception) -> None:
+        """A device's code raised: its slot is empty for the rest of the run, and says why. Any thread."""
+        with self._failing:
+            if slot in self.failed:
+                return
+            self.failed[slot] = reason = fault_text(error)
+        self.bus.end(slot)
+        text = f"{device.name}, in PCI slot {slot:02x}: {reason}; the guest finds that slot empty from now on"
+        self._platform.observer.event(Warned("PCI device failed", text))
+
+        def give_back() -> None:
+            with suppress(Exception):  # told already
+                device.close()
+
+        with suppress(Stopped):
+            self._platform.io.call_soon(give_back)
 
     @property
     def _devices(self) -> list[Controller | Transport]:
@@ -168,7 +193,7 @@ class Pci:
     def start(self) -> None:
         """See `Part.start`."""
         for device in self._devices:
-            device.start()
+            device.guard.run(device.start)
         if self.hpet is not None:
             self.hpet.start()
 
@@ -176,32 +201,37 @@ class Pci:
         """See `Part.stop`: every device has answered what it took."""
         if self.hpet is not None:
             self.hpet.stop()
-        left = len(self._devices)
-        if not left:
+        busy = list(self._devices)
+        if not busy:
             done()
             return
 
-        def one_stopped() -> None:
-            nonlocal left
-            left -= 1
-            if not left:
-                done()
+        def stopped(device: Controller | Transport) -> None:
+            if device in busy:  # one that fails in its `stop` may say so twice
+                busy.remove(device)
+                if not busy:
+                    done()
 
         for device in self._devices:
-            device.stop(one_stopped)
+            device.guard.run(device.stop, partial(stopped, device))
+            if device.guard.failed:
+                device.drain(partial(stopped, device))
 
     def reset(self) -> None:
         """See `Part.reset`."""
         self._ports.address = 0
         for device in self._devices:
-            device.reset()
+            device.guard.run(device.reset)
         self.bus.reset()
         if self.hpet is not None:
             self.hpet.reset()
         self.blocks.move(self._pm.base)
 
     def save(self) -> PciState:
-        """See `Part.save`."""
+        """See `Part.save`. StateError where a device has failed: it would be there again when restored."""
+        if self.failed:
+            slot, reason = next(iter(self.failed.items()))
+            raise StateError(f"{self.name}: the device in slot {slot:02x} has failed: {reason}")
         controllers = {slot: one.save() for slot, one in self.controllers.items()}
         virtio = {slot: one.save() for slot, one in self.virtio.items()}
         hpet = None if self.hpet is None else self.hpet.save()
@@ -236,6 +266,7 @@ class Pci:
         nvme = {f"{slot:02x}": one.inspect() for slot, one in self.controllers.items()}
         virtio = {f"{slot:02x}": one.inspect() for slot, one in self.virtio.items()}
         found: dict[str, object] = {"functions": self.bus.inspect(), "nvme": nvme, "virtio": virtio}
+        found["failed"] = {f"{slot:02x}": reason for slot, reason in list(self.failed.items())}
         if self.hpet is not None:
             found["hpet"] = self.hpet.inspect()
         return found

@@ -43,6 +43,7 @@ class PciDisks(Disks):
             add = self._pci.add_nvme if bus == "nvme" else self._pci.add_virtio_blk
             behind = disk if plan is None else self._faulty(spec, disk, plan)
             slot, unit = add(behind, image, name=name, serial=spec.serial or f"hvkvm-{name}")
+            disk.on_fault = behind.on_fault = unit.guard.fail
         except BaseException:
             self._drop(disk, image)
             raise

@@ -15,9 +15,9 @@ from functools import partial
 from typing import Any
 
 from hvkvm.abi import vmbus
+from hvkvm.runtime.guard import Guarded, fault_text
 from hvkvm.vmbus.actions import OpenChannel, RetargetChannel
 from hvkvm.vmbus.device import BusyDevice, Device, GpadlUser, MultiChannel, SavedDevice, StreamDevice
-from hvkvm.vmbus.guard import Guarded, fault_text
 from hvkvm.vmbus.offer import Channel
 from hvkvm.vmbus.open_channel import OPEN_FAILURES, OpenedChannel, SynicUser
 from hvkvm.vmbus.pages import Ram

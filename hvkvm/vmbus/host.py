@@ -16,6 +16,7 @@ from hvkvm.abi import vmbus_messages as wire
 from hvkvm.abi.hv_synic import hv_post_message_input
 from hvkvm.errors import Stopped
 from hvkvm.events import NULL_OBSERVER, Observer
+from hvkvm.runtime.guard import fault_text
 from hvkvm.runtime.protocols import CallLater
 from hvkvm.vmbus.actions import (
     Action,
@@ -32,7 +33,6 @@ from hvkvm.vmbus.actions import (
 from hvkvm.vmbus.channel_devices import ChannelDevices
 from hvkvm.vmbus.device import Device, StreamDevice
 from hvkvm.vmbus.gpadl import Gpadl
-from hvkvm.vmbus.guard import fault_text
 from hvkvm.vmbus.inbox import Inbox
 from hvkvm.vmbus.offer import Channel
 from hvkvm.vmbus.open_channel import OPEN_FAILURES, SynicUser

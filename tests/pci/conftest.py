@@ -14,6 +14,7 @@ from hvkvm.devices.mmio_bus import MmioBus
 from hvkvm.devices.pci.bus import PciBus
 from hvkvm.devices.pci.config_ports import Mechanism1
 from hvkvm.devices.pci.function import Bar, Function, Identity
+from hvkvm.runtime.guard import Guard
 
 # A module for tests, not part of the package.
 sys.path.insert(0, str(Path(__file__).parent))
@@ -39,6 +40,8 @@ class Device:
 
     def __init__(self, *bars: Bar, name: str = "device", pin: int = 1) -> None:
         self.name = name
+        self.guard = Guard()
+        self.reads_when_failed = -1
         self.function = Function(Identity(0x1234, 0x5678, 0xFF0000, pin=pin), bars)
         self.memories = {bar: Memory(f"{name}.{bar.register}") for bar in bars}
         self.moves: list[tuple[int, int | None]] = []

@@ -12,10 +12,10 @@ from hvkvm.abi import hvsock, ic, vmbus
 from hvkvm.abi import vmbus_messages as wire
 from hvkvm.devices.synth.heartbeat import INTERVAL, Heartbeat
 from hvkvm.observe.bus_text import bus_lines
+from hvkvm.runtime.guard import MAX_TEXT, fault_text
 from hvkvm.testing.ic_driver import IcDriver
 from hvkvm.testing.vmbus_loopback import Loopback
 from hvkvm.vmbus.channel_devices import MAX_ENDED
-from hvkvm.vmbus.guard import MAX_TEXT, fault_text
 from hvkvm.vmbus.server import BusState
 
 MAKER = "the device's own mistake"

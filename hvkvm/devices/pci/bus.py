@@ -2,6 +2,9 @@
 
 Configuration accesses come on vCPU threads by way of `config_ports`. A BAR that moves is laid onto the
 MMIO bus at once, on the thread of the vCPU that wrote it, so the guest's next access finds it there.
+
+A device whose code raises is ended by its guard. Then its slot is empty: configuration space gives all ones,
+by which drivers know a device that was pulled out. Its BARs stay where they are, and give what it chose.
 """
 
 from __future__ import annotations
@@ -14,6 +17,7 @@ from hvkvm.abi import pci
 from hvkvm.devices.mmio_bus import MmioBus, MmioDevice, MmioRange
 from hvkvm.devices.pci.function import Bar, Function, FunctionState
 from hvkvm.errors import ConfigError
+from hvkvm.runtime.guard import Guard
 
 
 class PciDevice(Protocol):
@@ -21,6 +25,10 @@ class PciDevice(Protocol):
 
     name: str
     function: Function
+    guard: Guard
+    """Runs its code; who plugs it in attaches it."""
+    reads_when_failed: int
+    """What its BARs give when that has ended it."""
 
     def region(self, bar: Bar) -> MmioDevice:
         """Who answers in a BAR. Asked once, when the device is plugged in."""
@@ -46,8 +54,33 @@ class BusState(NamedTuple):
 
 
 class _Plugged(NamedTuple):
+    slot: int
     device: PciDevice
     memory: dict[Bar, MmioDevice]
+
+
+class _Region:
+    """A BAR of a guarded device."""
+
+    __slots__ = ("_guard", "_reads_when_failed", "_region")
+
+    def __init__(self, region: MmioDevice, device: PciDevice) -> None:
+        self._region = region
+        self._guard = device.guard
+        self._reads_when_failed = device.reads_when_failed
+
+    def read(self, offset: int, size: int) -> int:
+        """See `MmioDevice`."""
+        if not self._guard.failed:
+            try:
+                return self._region.read(offset, size)
+            except Exception as error:
+                self._guard.fail(error)
+        return self._reads_when_failed
+
+    def write(self, offset: int, size: int, value: int) -> None:
+        """See `MmioDevice`."""
+        self._guard.run(self._region.write, offset, size, value)
 
 
 class PciBus:
@@ -59,6 +92,7 @@ class PciBus:
         self._functions: dict[tuple[int, int], Function] = {}
         self._lock = threading.RLock()
         self._devices: list[_Plugged] = []
+        self._ended: set[int] = set()  # slots whose device has failed
         self._decoded: dict[tuple[Function, Bar], MmioRange] = {}
         self._asserted: set[int] = set()  # slots whose INTx is asserted, disabled or not
         self._pulling: dict[int, set[int]] = {}  # by GSI: the slots that keep it up
@@ -84,14 +118,50 @@ class PciBus:
                 raise ConfigError(f"{device.name}: all {pci.DEVICES} PCI slots are taken; use fewer devices")
         self.add_function(slot, 0, device.function)
         self.devices[slot] = device
-        plugged = _Plugged(device, {bar: device.region(bar) for bar in device.function.bars})
+        regions: dict[Bar, MmioDevice] = {
+            bar: _Region(device.region(bar), device) for bar in device.function.bars
+        }
+        plugged = _Plugged(slot, device, regions)
         self._devices.append(plugged)
         device.function.on_decoding = lambda: self._command_or_bar_written(slot, plugged)
         return slot
 
     def function(self, slot: int, number: int) -> Function | None:
         """Who answers there, if anybody."""
-        return self._functions.get((slot, number))
+        return None if slot in self._ended else self._functions.get((slot, number))
+
+    def read(self, slot: int, number: int, offset: int, size: int) -> int:
+        """A guest's read of `size` bytes of configuration space: all ones where nobody is. vCPU threads."""
+        function = self.function(slot, number)
+        if function is not None:
+            try:
+                return function.read(offset, size)
+            except Exception as error:
+                self._blame(slot, error)
+        return -1
+
+    def write(self, slot: int, number: int, offset: int, size: int, value: int) -> None:
+        """A guest's write there. vCPU threads."""
+        function = self.function(slot, number)
+        if function is not None:
+            try:
+                function.write(offset, size, value)
+            except Exception as error:
+                self._blame(slot, error)
+
+    def _blame(self, slot: int, error: Exception) -> None:
+        """The device in `slot` has raised; the board's own functions have no guard."""
+        device = self.devices.get(slot)
+        if device is None:
+            raise error
+        device.guard.fail(error)
+
+    def end(self, slot: int) -> None:
+        """The device in `slot` has failed: nobody answers there any more. Idempotent, any thread."""
+        with self._lock:
+            self._ended.add(slot)
+            self._asserted.discard(slot)
+            self._pull(slot)
 
     # Where BARs are.
 
@@ -112,7 +182,8 @@ class PciBus:
                     del self._decoded[function, bar]
                 if where is not None:
                     self._decoded[function, bar] = self._mmio.add(where, bar.size, plugged.memory[bar])
-                plugged.device.moved(bar, where)
+                if plugged.slot not in self._ended:
+                    plugged.device.moved(bar, where)
 
     # Interrupt lines.
 
@@ -120,7 +191,7 @@ class PciBus:
         """Assert or release the INTx of function 0 in `slot`. Lines are shared: one holder keeps it up."""
         self._functions[slot, 0].set_interrupt_status(level)
         with self._lock:
-            if level:
+            if level and slot not in self._ended:
                 self._asserted.add(slot)
             else:
                 self._asserted.discard(slot)

@@ -16,7 +16,6 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from hvkvm.devices.pci.bus import PciBus
-    from hvkvm.devices.pci.function import Function
 
 _DATA = pci.PCI_CONFIG_DATA - pci.PCI_CONFIG_ADDRESS
 
@@ -33,7 +32,7 @@ class Mechanism1(PciConfigPorts):
         if offset < _DATA:
             return super().read(offset, size)
         at = self._selected(offset)
-        return -1 if at is None else at[0].read(at[1], size)
+        return -1 if self.bus is None or at is None else self.bus.read(*at, size)
 
     def write(self, offset: int, size: int, value: int) -> None:
         """Name a register, ask for a reset, or write configuration space."""
@@ -41,13 +40,12 @@ class Mechanism1(PciConfigPorts):
             super().write(offset, size, value)
         else:
             at = self._selected(offset)
-            if at is not None:
-                at[0].write(at[1], size, value)
+            if self.bus is not None and at is not None:
+                self.bus.write(*at, size, value)
 
-    def _selected(self, offset: int) -> tuple[Function, int] | None:
-        """The function and register that a data port leads to now; None where nobody is."""
+    def _selected(self, offset: int) -> tuple[int, int, int] | None:
+        """The slot, function and register that a data port leads to now; None for another bus than ours."""
         address = self.address
-        if self.bus is None or not address & pci.PCI_CONFIG_ENABLE or address >> 16 & 0xFF:
+        if not address & pci.PCI_CONFIG_ENABLE or address >> 16 & 0xFF:
             return None
-        function = self.bus.function(address >> 11 & 0x1F, address >> 8 & 7)
-        return None if function is None else (function, (address & 0xFC) + offset - _DATA)
+        return address >> 11 & 0x1F, address >> 8 & 7, (address & 0xFC) + offset - _DATA

@@ -39,12 +39,12 @@ from hvkvm.abi import hvsock as abi
 from hvkvm.abi.ring import VM_PKT_DATA_INBAND
 from hvkvm.devices.synth.hvsock_host import HostEnd
 from hvkvm.devices.synth.hvsock_packets import FULL_PACKET, HEADER_BYTES, PACKETS, data_header, take
+from hvkvm.runtime.guard import Guard
 from hvkvm.runtime.protocols import CallLater, TimerHandle
 from hvkvm.runtime.rotation import Rotation
 from hvkvm.runtime.socket_watch import HANG_UP, READ, WRITE, SocketWatch
 from hvkvm.vmbus.channel_io import ChannelIo
 from hvkvm.vmbus.device import Done
-from hvkvm.vmbus.guard import Guard
 from hvkvm.vmbus.offer import Offer
 
 LEAST_DATA = 512

@@ -16,9 +16,9 @@ from typing import Any, NamedTuple
 
 from hvkvm.abi import ic, vmbus
 from hvkvm.abi.ring import VM_PKT_DATA_INBAND, Packet
+from hvkvm.runtime.guard import Guard, call_all
 from hvkvm.vmbus.channel_io import ChannelIo
 from hvkvm.vmbus.device import Done
-from hvkvm.vmbus.guard import Guard, call_all
 from hvkvm.vmbus.offer import Offer, only_instance
 
 MAX_WAITING = 16

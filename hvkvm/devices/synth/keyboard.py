@@ -18,9 +18,9 @@ from typing import NamedTuple
 from hvkvm.abi import keyboard as wire
 from hvkvm.abi import vmbus
 from hvkvm.abi.ring import VM_PKT_DATA_INBAND, Packet
+from hvkvm.runtime.guard import call_all
 from hvkvm.vmbus.channel_io import ChannelIo
 from hvkvm.vmbus.device import Done
-from hvkvm.vmbus.guard import call_all
 from hvkvm.vmbus.offer import Offer, only_instance
 
 MAX_WAITING = 16384

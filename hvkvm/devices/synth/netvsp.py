@@ -25,10 +25,10 @@ from hvkvm.devices.synth.netvsp_rndis import Control, ControlState, NicFacts
 from hvkvm.devices.synth.netvsp_rss import Toeplitz, hash_input
 from hvkvm.devices.synth.netvsp_send import Send
 from hvkvm.net.port import MAX_MTU, MAX_QUEUES, MIN_MTU, Frame, Offloads, Port
+from hvkvm.runtime.guard import Guard
 from hvkvm.runtime.protocols import CallLater
 from hvkvm.vmbus.channel_io import ChannelIo
 from hvkvm.vmbus.device import SubChannels
-from hvkvm.vmbus.guard import Guard
 from hvkvm.vmbus.offer import Offer
 from hvkvm.vmbus.pages import Ram
 

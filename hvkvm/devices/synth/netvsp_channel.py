@@ -30,9 +30,9 @@ from hvkvm.abi.ring import (
 from hvkvm.devices.synth.netvsp_receive import Receive
 from hvkvm.devices.synth.netvsp_send import SECTION_BYTES, Send
 from hvkvm.net.port import Frame
+from hvkvm.runtime.guard import Guard
 from hvkvm.runtime.protocols import CallLater, TimerHandle
 from hvkvm.vmbus.channel_io import BUDGET_BYTES, ChannelIo
-from hvkvm.vmbus.guard import Guard
 from hvkvm.vmbus.offer import Offer
 
 TURN_PACKETS = 64

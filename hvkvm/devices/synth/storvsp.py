@@ -25,9 +25,9 @@ from hvkvm.devices.scsi.unit import Unit
 from hvkvm.devices.synth.storvsp_channel import MAX_IN_FLIGHT, Answer, SavedCompletion, StorvspChannel
 from hvkvm.devices.synth.storvsp_handshake import Handshake, Phase
 from hvkvm.errors import StateError
+from hvkvm.runtime.guard import Guard
 from hvkvm.vmbus.channel_io import ChannelIo
 from hvkvm.vmbus.device import Done, SubChannels
-from hvkvm.vmbus.guard import Guard
 from hvkvm.vmbus.offer import Offer
 from hvkvm.vmbus.pages import Ram
 from hvkvm.vmbus.pending import Pending

@@ -25,9 +25,9 @@ from hvkvm.devices.scsi.plain import Plain
 from hvkvm.devices.synth.storvsp_io import DiskIo
 from hvkvm.devices.synth.storvsp_pages import DataPages
 from hvkvm.devices.synth.storvsp_plain import take_plain
+from hvkvm.runtime.guard import Guard
 from hvkvm.vmbus.channel_io import ChannelIo
 from hvkvm.vmbus.device import Done
-from hvkvm.vmbus.guard import Guard
 from hvkvm.vmbus.offer import Offer
 from hvkvm.vmbus.pages import Ram
 

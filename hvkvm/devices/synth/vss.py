@@ -19,9 +19,9 @@ from typing import NamedTuple
 
 from hvkvm.abi import ic, vmbus, vss
 from hvkvm.devices.synth.ic import MAX_WAITING, IcState, IntegrationComponent
+from hvkvm.runtime.guard import call_all
 from hvkvm.runtime.protocols import CallLater, TimerHandle
 from hvkvm.vmbus.channel_io import ChannelIo
-from hvkvm.vmbus.guard import call_all
 
 RETRY_SECONDS = 2.0
 RETRIES = 30

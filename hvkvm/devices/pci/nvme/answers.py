@@ -6,6 +6,7 @@ Owner: the I/O loop.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 from hvkvm.devices.pci.messages import Messages
 from hvkvm.devices.pci.nvme.prp import Memory
@@ -14,6 +15,7 @@ from hvkvm.devices.pci.nvme.queues import MAX_IN_FLIGHT, Completion, Shadow, Sub
 from hvkvm.devices.pci.nvme.registers import Registers
 from hvkvm.devices.turn import Turn
 from hvkvm.memory.atomics import fence
+from hvkvm.runtime.guard import Guard
 from hvkvm.runtime.protocols import Deferrer
 
 _LOOKS = 4
@@ -31,8 +33,9 @@ class Answers:
         queues: QueueTable,
         registers: Registers,
         messages: Messages,
-        io: Deferrer,
         more: Callable[[], object],
+        io: Deferrer,
+        guard: Guard,
     ) -> None:
         self.on_intx: Callable[[bool], object] | None = None
         """Drives the INTx of the slot that the controller is in."""
@@ -44,7 +47,7 @@ class Answers:
         self._messages = messages
         self._more = more
         self._dirty: set[Completion] = set()
-        self._signals = Turn(io, self.signal)
+        self._signals = Turn(io, partial(guard.run, self.signal))
 
     def give(self, queue: Submission, command_id: int, status: int, result: int) -> None:
         """Answer a command that was taken from `queue`."""

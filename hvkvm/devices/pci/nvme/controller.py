@@ -35,6 +35,7 @@ from hvkvm.devices.pci.nvme.registers import Registers
 from hvkvm.devices.pci.nvme.saved import ControllerState, queues_of
 from hvkvm.devices.pci.nvme.self_test import SelfTest
 from hvkvm.devices.turn import Turn
+from hvkvm.runtime.guard import Guard
 from hvkvm.runtime.protocols import Deferrer
 
 BUDGET = 64
@@ -56,6 +57,9 @@ class Disk(BlockDisk, Protocol):
 class Controller:
     """One controller with `disk` as namespace 1. Made before the vCPUs run; it is stopped then."""
 
+    reads_when_failed = -1
+    """CSTS of all ones: Linux then looks whether the function is there."""
+
     def __init__(
         self,
         memory: Memory,
@@ -70,6 +74,7 @@ class Controller:
         read_only: bool = False,
     ) -> None:
         self.name = name
+        self.guard = Guard()
         self.serial = serial
         self.memory = memory
         self.read_only = read_only
@@ -78,11 +83,14 @@ class Controller:
         self.msix = msix.Msix(self.function, VECTORS, router)
         self.messages = Messages(self.msix, msi.Msi(self.function, router))
         self.function.on_write = lambda _offset, _size: self._control_written()
-        self._turns = Turn(io, self._turn)
+        turn = partial(self.guard.run, self._turn)
+        self._turns = Turn(io, turn)
         self._registers = Registers()
-        self._bells = Bells(make_bell, self._turn)
+        self._bells = Bells(make_bell, turn)
         self.queues = QueueTable(memory, self._bells)
-        self._answers = Answers(memory, self.queues, self._registers, self.messages, io, self._turns.ask)
+        self._answers = Answers(
+            memory, self.queues, self._registers, self.messages, self._turns.ask, io, self.guard
+        )
         self.intake = Intake(memory, self.queues, self._perform)
         self.admin = Admin(self)
         self.namespace = Namespace(disk, sector_size, memory)
@@ -213,7 +221,7 @@ class Controller:
     def _begin_reset(self) -> None:
         self._forget()
         self._draining = True
-        self.disk.drain(self._reset_done)
+        self.disk.drain(partial(self.guard.run, self._reset_done))
 
     def _reset_done(self) -> None:
         if self._draining:
@@ -246,10 +254,14 @@ class Controller:
             self._stopped = True
 
         def rested() -> None:
-            self._answers.signal()
+            self.guard.run(self._answers.signal)
             done()
 
         self.disk.drain(rested)
+
+    def drain(self, done: Callable[[], object]) -> None:
+        """`done()` when no worker has guest memory: all that can be asked of a device that has failed."""
+        self.disk.drain(done)
 
     def reset(self) -> None:
         """Power-on state. Only while stopped."""

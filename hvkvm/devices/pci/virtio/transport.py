@@ -33,6 +33,7 @@ from hvkvm.devices.pci.virtio.ring import Chain, Memory, Place, Ring
 from hvkvm.devices.pci.virtio.saved import VirtioState
 from hvkvm.devices.turn import Turn
 from hvkvm.errors import GuestMemoryError
+from hvkvm.runtime.guard import Guard
 from hvkvm.runtime.protocols import Deferrer
 
 MAX_IN_FLIGHT = 256
@@ -49,6 +50,9 @@ _FEATURES = (
 class Transport:
     """`device` in a slot. Made before the vCPUs run; it is stopped then. A `PciDevice`."""
 
+    reads_when_failed = 0
+    """device_status of a device that was reset: Linux waits for that without end when it powers off."""
+
     def __init__(
         self,
         memory: Memory,
@@ -60,6 +64,7 @@ class Transport:
         name: str = "virtio",
     ) -> None:
         self.name = name
+        self.guard = Guard()
         self.device = device
         queues = len(device.queue_sizes)
         function = VirtioFunction(device.kind, device.class_code, queues, len(device.config))
@@ -73,8 +78,9 @@ class Transport:
         self.broken = ""
         """How the last driver broke the rules, for people."""
         self._memory = memory
-        self._turns = Turn(io, self._turn)
-        self._signals = Turn(io, self._signal)
+        turn = partial(self.guard.run, self._turn)
+        self._turns = Turn(io, turn)
+        self._signals = Turn(io, partial(self.guard.run, self._signal))
         self._lock = threading.Lock()
         self._registers = Registers(device.features | _FEATURES, device.queue_sizes, function.vectors)
         self._rings: dict[int, Ring] = {}
@@ -84,7 +90,7 @@ class Transport:
         # The loop's own.
         self._stopped = True
         self._first = 0
-        self._bells = Bells(make_bell, self._turn)
+        self._bells = Bells(make_bell, turn)
         self._dirty: set[int] = set()
 
     @property
@@ -253,10 +259,14 @@ class Transport:
         self._stopped = True
 
         def rested() -> None:
-            self._signal()
+            self.guard.run(self._signal)
             done()
 
         self.device.drain(rested)
+
+    def drain(self, done: Callable[[], object]) -> None:
+        """`done()` when no worker has guest memory: all that can be asked of a device that has failed."""
+        self.device.drain(done)
 
     def reset(self) -> None:
         """Power-on state. Only while stopped."""

@@ -1,11 +1,11 @@
 """What a device's callback raises ends that device, not the machine.
 
 Why: a device is reached by guest bytes, by host programs and by a test's own code. A
-mistake in one of them must cost its channel and nothing else, under a name. So whatever
-runs for a device runs here: calls of the bus by `host.VmbusHost`, and what a device
-defers (timers, sockets) by the `Guard` that it owns.
+mistake in one of them must cost that device and nothing else, under a name. So whatever
+runs for a device runs here: calls of its bus (`vmbus.host`, `devices.pci.bus`), and what it
+defers (turns, timers, sockets) by the `Guard` that it owns.
 
-Owner: the I/O loop.
+The I/O loop; a device on PCI is called by vCPU threads too.
 """
 
 from __future__ import annotations
@@ -21,30 +21,38 @@ OnFault = Callable[[Exception], object]
 
 
 class Guard:
-    """Runs the deferred callbacks of one device. Before `attach`, what they raise goes on up."""
+    """Runs the code of one device. Before `attach`, what it raises goes on up."""
 
-    __slots__ = ("_failed", "_on_fault")
+    __slots__ = ("_on_fault", "failed")
 
     def __init__(self) -> None:
         self._on_fault: OnFault | None = None
-        self._failed = False
+        self.failed = False
+        """Whether something raised: nothing is run any more."""
 
     def attach(self, on_fault: OnFault) -> None:
-        """Give the first error to `on_fault(error)`, which ends the device; afterwards nothing is run."""
+        """Give errors to `on_fault(error)`, which ends the device.
+
+        It is called once where one thread runs all of the device, else perhaps once for each thread.
+        """
         self._on_fault = on_fault
-        self._failed = False
+        self.failed = False
 
     def run(self, fn: Callable[..., object], *args: Any) -> None:
         """Call `fn(*args)`."""
-        if self._failed:
+        if self.failed:
             return
         try:
             fn(*args)
         except Exception as error:
-            if self._on_fault is None:
-                raise
-            self._failed = True
-            self._on_fault(error)
+            self.fail(error)
+
+    def fail(self, error: Exception) -> None:
+        """End the device, whose code has raised `error` elsewhere than in `run`."""
+        if self._on_fault is None:
+            raise error
+        self.failed = True
+        self._on_fault(error)
 
 
 def call_all(calls: Iterable[Callable[[], object]]) -> None:
@@ -64,7 +72,7 @@ def call_all(calls: Iterable[Callable[[], object]]) -> None:
 
 @runtime_checkable
 class Guarded(Protocol):
-    """A device that defers work, and has it run by a guard."""
+    """A device whose work is run by a guard."""
 
     @property
     def guard(self) -> Guard: ...
