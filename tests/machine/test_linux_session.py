@@ -53,7 +53,10 @@ def test_ctrl_c_is_the_commands(script: str, status: int, last: str) -> None:
         guest.wait_for("now\n")
         guest.press(CTRL_C)
         assert guest.finish().status == status
-        assert guest.text.split("now\n")[1].strip() == f"^C{last}"
+        said = guest.text.split("now\n")[1]
+        # Linux sends the signal before it echoes the key: the command may be quicker than the echo.
+        assert said.count("^C") == 1
+        assert said.replace("^C", "").strip() == last
 
 
 @pytest.mark.parametrize(
