@@ -111,6 +111,17 @@ def test_a_folder_of_modules(closed: Path, tmp_path: Path) -> None:
     )
 
 
+def test_the_variables_of_firmware(closed: Path, tmp_path: Path) -> None:
+    (tmp_path / "unreadable").touch(mode=0o200)
+    code = (
+        "import sys; from pathlib import Path; from hvkvm.boot.variables_file import VariablesFile\n"
+        "from hvkvm.cli import guarded; sys.exit(guarded(lambda: VariablesFile(Path('FILE'), b'')))"
+    )
+    for name in ("closed/in/k", "unreadable"):
+        said = answer(tmp_path, (), code=code.replace("FILE", name))
+        refused(said, f"--firmware-vars {name}: Permission denied; name a file that can be made")
+
+
 def test_a_cache_that_keeps_no_image(closed: Path, tmp_path: Path) -> None:
     refused(
         answer(tmp_path, ("conform", "--vmm", "qemu"), HVKVM_CACHE=str(closed)),
