@@ -160,13 +160,12 @@ class Disk:
         def finished(_item: object, outcome: object) -> None:
             nonlocal closed
             closed = True
-            done(result_of(outcome))
+            done(self._shut_here() if isinstance(outcome, Stopped) else result_of(outcome))
 
         def shut() -> None:
             try:
                 self._queue.submit(self._shut, None, finished)
-            except Stopped as error:  # no worker to flush it: that is told, and the file is let go
-                self.image.interrupt()
+            except Stopped as error:
                 finished(None, error)
 
         def give_up() -> None:
@@ -297,3 +296,11 @@ class Disk:
         finally:
             self.image.close()
         return Result(Status.OK)
+
+    def _shut_here(self) -> Result:
+        """On the loop, for no worker can be had: else the file stays open. No server is waited for."""
+        self.image.interrupt()
+        try:
+            return self._shut(None)
+        except Exception as error:
+            return failure(error)

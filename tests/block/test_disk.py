@@ -345,3 +345,28 @@ def test_what_the_page_cache_has_is_read_on_the_loop(asker: Asker, file: Path) -
         assert asker.ask(disk, Op.READ, number * 4096, page_buffer(4096)).status is Status.OK
     assert disk.inspect()["answered_on_loop"] == 8
     assert asker.workers.threads == 0
+
+
+@pytest.mark.parametrize("when", ["no thread", "no workers"])
+def test_a_disk_is_closed_though_nobody_else_can(
+    asker: Asker, file: Path, monkeypatch: pytest.MonkeyPatch, when: str
+) -> None:
+    image = RawImage(file)
+    disk = asker.disk(image)
+    results: list[Result] = []
+    closed = threading.Event()
+
+    def close() -> None:
+        disk.close(lambda result: (results.append(result), closed.set()))
+        if when == "no workers":
+            asker.workers.close()
+
+    def refuse(_thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    if when == "no thread":
+        monkeypatch.setattr(threading.Thread, "start", refuse)
+    asker.loop.call_soon(close)
+    assert closed.wait(SECONDS)
+    assert [result.status for result in results] == [Status.OK]
+    assert image.file.fd < 0
