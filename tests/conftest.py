@@ -17,6 +17,7 @@ sys.path.insert(0, str(Path(__file__).parent / "guests"))
 
 if TYPE_CHECKING:
     from guest_machine import Guest
+    from host_failures import HostFailures
 
     from hvkvm.runtime.io_loop import IoLoop
 
@@ -115,6 +116,23 @@ def io() -> Iterator[IoLoop]:
     yield loop
     loop.stop()
     assert faults == []
+
+
+@pytest.fixture
+def failures(monkeypatch: pytest.MonkeyPatch) -> HostFailures:
+    """The host's calls, of which one fails when it is to."""
+    from host_failures import HostFailures
+
+    return HostFailures(monkeypatch)
+
+
+@pytest.fixture
+def uncaught(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """What no thread caught, and what was raised where nobody hears it."""
+    found: list[str] = []
+    monkeypatch.setattr(threading, "excepthook", lambda args: found.append(repr(args.exc_value)))
+    monkeypatch.setattr(sys, "unraisablehook", lambda args: found.append(repr(args.exc_value)))
+    return found
 
 
 @pytest.fixture

@@ -69,7 +69,7 @@ class Pci:
         self.bus = PciBus(self.mmio, lambda gsi, level: vm.irq_line(gsi, int(level)))
         self._ports = board.pci_ports
         self._ports.bus = self.bus
-        self.routes = MsiRoutes(vm, platform.gsi)
+        self.routes = MsiRoutes(vm, platform.gsi, platform.io)
         self.blocks = PmBlocks(board.ports, board.power, board.sleep)
         with_firmware = platform.config.firmware is not None
         self._pm = PowerManagement(

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
+from contextlib import suppress
 from typing import TYPE_CHECKING
 
 from hvkvm.abi.kvm import KVM_PIT_FLAGS_HPET_LEGACY
+from hvkvm.errors import KvmIoctlError
 from hvkvm.kvm.doorbell import IoEventFd
 from hvkvm.kvm.irqfd import Irqfd
 
@@ -27,29 +30,31 @@ class Bell:
             raise
 
     def close(self) -> None:
-        """Untie it. On the loop, or when it has ended."""
+        """Untie it. On the loop, or when it has ended.
+
+        KvmIoctlError where KVM keeps it tied: then it swallows what a guest writes there, and the device
+        cannot go on.
+        """
         self._handle.remove()
         self._ioeventfd.close()
 
 
 class MsiLine:
-    """A route in KVM's table and an eventfd tied to it."""
+    """An eventfd tied to a GSI that leads to an MSI. OSError, HvkvmError."""
 
-    def __init__(self, vm: Vm, gsi: GsiTable, address: int, data: int) -> None:
-        self._table = gsi
-        self._gsi = gsi.add_msi(address, data)
-        try:
-            self._irqfd = Irqfd(vm, self._gsi)
-        except BaseException:
-            gsi.release(self._gsi)
-            raise
+    def __init__(self, vm: Vm, gsi: int, release: Callable[[int], object]) -> None:
+        self._gsi = gsi
+        self._release = release
+        self._irqfd = Irqfd(vm, gsi)
         self.signal = self._irqfd.signal
 
     def close(self) -> None:
         """Untie the eventfd and give the route back."""
-        self._irqfd.deassign()
-        self._table.release(self._gsi)
-        self._irqfd.close()
+        with suppress(KvmIoctlError):
+            self._irqfd.deassign()
+        self._release(self._gsi)
+        with suppress(KvmIoctlError):
+            self._irqfd.close()  # which unties it in any case
 
 
 class PitPlace:
@@ -68,12 +73,35 @@ class PitPlace:
 
 
 class MsiRoutes:
-    """Opens lines on one VM."""
+    """Opens lines on one VM; a `msix.MsiRouter`."""
 
-    def __init__(self, vm: Vm, gsi: GsiTable) -> None:
+    def __init__(self, vm: Vm, gsi: GsiTable, io: IoLoop) -> None:
         self._vm = vm
         self._gsi = gsi
+        self._lock = threading.Lock()
+        self._kept: list[int] = []  # routes that KVM had no memory to go without
+        self.call_later = io.call_later
 
     def open(self, address: int, data: int) -> MsiLine:
         """See `msix.MsiRouter.open`."""
-        return MsiLine(self._vm, self._gsi, address, data)
+        gsi = self._route(address, data)
+        try:
+            return MsiLine(self._vm, gsi, self._release)
+        except BaseException:
+            self._release(gsi)
+            raise
+
+    def _route(self, address: int, data: int) -> int:
+        with self._lock:
+            if not self._kept:
+                return self._gsi.add_msi(address, data)
+            self._gsi.update_msi(self._kept[-1], address, data)
+            return self._kept.pop()
+
+    def _release(self, gsi: int) -> None:
+        """Any thread. One that cannot be given back leads nowhere, and is the next one's."""
+        with self._lock:
+            try:
+                self._gsi.release(gsi)
+            except KvmIoctlError:
+                self._kept.append(gsi)

@@ -2,53 +2,24 @@
 
 from __future__ import annotations
 
-import gc
 import json
-import os
 import socket
-import sys
 import threading
-from collections.abc import Iterator
 from contextlib import suppress
-from itertools import count
 from pathlib import Path
 from typing import Any
 
 import pytest
-from guest_agent import DRAIN, EOM_PENDING, SCRATCH, GuestStuckError
+from guest_agent import DRAIN, EOM_PENDING, SCRATCH
 from guest_machine import Guest, Poster
-from host_failures import ERRNOS, HostFailures
+from host_failures import HostFailures
+from host_lives import LIMIT, SECONDS, check_each_call
 
 from hvkvm.abi import tlfs
 from hvkvm.errors import HvkvmError
 
-SECONDS = 30.0
 OUTSIDE_RAM = 0xD000_0000
 SINT = 3
-
-
-@pytest.fixture
-def failures(monkeypatch: pytest.MonkeyPatch) -> HostFailures:
-    return HostFailures(monkeypatch)
-
-
-@pytest.fixture
-def uncaught(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """What no thread caught, and what was raised where nobody hears it."""
-    found: list[str] = []
-    monkeypatch.setattr(threading, "excepthook", lambda args: found.append(repr(args.exc_value)))
-    monkeypatch.setattr(sys, "unraisablehook", lambda args: found.append(repr(args.exc_value)))
-    return found
-
-
-def open_files() -> dict[str, str]:
-    found = {}
-    for name in os.listdir("/proc/self/fd"):
-        try:
-            found[name] = os.readlink(f"/proc/self/fd/{name}")
-        except OSError:
-            continue  # the folder's own
-    return found
 
 
 class ToldSo(HvkvmError):
@@ -122,58 +93,10 @@ class Life:
             self.guest.close()
 
 
-def one_life(folder: Path, failures: HostFailures, at: int, number: int) -> tuple[str | None, str]:
-    """What failed, if it came so far; and what became of it."""
-    failures.fail(at, number)
-    life = Life(folder)
-    what = "went on"
-    try:
-        try:
-            life.live()
-        finally:
-            life.close()
-    except HvkvmError as error:
-        what = f"{type(error).__name__}: {error}"
-    except (GuestStuckError, OSError) as error:
-        machine = life.guest.machine if life.guest is not None else None
-        outcome = None if machine is None else machine.outcome
-        what = f"ended: {outcome}"
-        named = (number and os.strerror(number) in what) or "can't start new thread" in what
-        assert named, f"{failures.failed}: {what}: {error!r}"
-    return failures.failed, what
-
-
-def nth_calls() -> Iterator[tuple[int, int]]:
-    """Which call fails, and with what, until none does: all of them in a soak, else some of them."""
-    if os.environ.get("HVKVM_SOAK"):
-        return ((at, number) for at in count(1) for number in ERRNOS)
-    return ((at, ERRNOS[at % len(ERRNOS)]) for at in count(1, 3))
-
-
 @pytest.mark.kvm
 @pytest.mark.user_synic
-@pytest.mark.timeout(0 if "HVKVM_SOAK" in os.environ else 400)
+@pytest.mark.timeout(LIMIT)
 def test_each_call_that_fails_has_an_answer(
     tmp_path: Path, failures: HostFailures, uncaught: list[str]
 ) -> None:
-    one_life(tmp_path, failures, 0, 0)  # imports what is to be imported
-    files, threads = open_files(), set(threading.enumerate())
-    faults: list[str] = []
-    seen: set[str] = set()
-    for at, number in nth_calls():
-        try:
-            failed, what = one_life(tmp_path, failures, at, number)
-        except Exception as error:
-            failed, what = failures.failed, repr(error)
-            faults.append(f"{failed}: {what}")
-        gc.collect()
-        left = {fd: target for fd, target in open_files().items() if files.get(fd) != target}
-        more = {thread.name for thread in set(threading.enumerate()) - threads}
-        names = os.listdir(tmp_path)
-        if left or more or uncaught or names:
-            faults.append(f"{failed}: {what}: left {left} {more} {names}, uncaught {uncaught}")
-        if failed is None:
-            break
-        seen.add(failed.partition(":")[0])
-    assert not faults, "\n".join(faults)
-    assert len(seen) > 20
+    assert len(check_each_call(lambda: Life(tmp_path), tmp_path, failures, uncaught)) > 20

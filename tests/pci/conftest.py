@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -60,6 +61,11 @@ class Routes:
         self.sent: list[tuple[int, int]] = []
         self.open_now: list[tuple[int, int]] = []
         self.broken = False
+        self.later: list[Callable[[], object]] = []
+
+    def call_later(self, _seconds: float, fn: Callable[[], object]) -> Any:
+        self.later.append(fn)
+        return SimpleNamespace(cancel=lambda: self.later.remove(fn))
 
     def open(self, address: int, data: int) -> Any:
         if self.broken:

@@ -7,7 +7,7 @@ from typing import Any
 
 from guest_agent import SCRATCH
 from guest_machine import Guest
-from pci_driver import BAR, PciDriver
+from pci_driver import PciDriver
 
 from hvkvm.abi import nvme, pci
 
@@ -18,8 +18,8 @@ ENTRIES = 8
 class Driver(PciDriver):
     """Its one controller, with an admin queue and one for I/O."""
 
-    def __init__(self, guest: Guest) -> None:
-        super().__init__(guest)
+    def __init__(self, guest: Guest, slot: int = 2) -> None:
+        super().__init__(guest, slot)
         self.tails = [0, 0]
         self.heads = [0, 0]
         self.phases = [1, 1]
@@ -27,7 +27,7 @@ class Driver(PciDriver):
 
     def enable(self) -> None:
         assert self.config(pci.PCI_VENDOR_ID) == pci.NVME_DEVICE_ID << 16 | pci.PCI_VENDOR_ID_MICROSOFT
-        self.config(pci.PCI_BASE_ADDRESS_0, BAR)
+        self.config(pci.PCI_BASE_ADDRESS_0, self.bar)
         self.config(pci.PCI_COMMAND, pci.PCI_COMMAND_MEMORY | pci.PCI_COMMAND_MASTER, 2)
         self.reg(nvme.NVME_REG_AQA, (ENTRIES - 1) * 0x10001)
         self.reg(nvme.NVME_REG_ASQ, ADMIN_SQ, 8)

@@ -88,15 +88,25 @@ def test_masked_it_waits_and_shows(routes: Any) -> None:
     assert len(routes.open_now) == 2, "masking and unmasking makes no new route"
 
 
-def test_a_host_without_more_routes_costs_the_guest_its_interrupt_only(routes: Any) -> None:
+def test_a_host_without_more_routes_is_asked_again_until_it_has_one(routes: Any) -> None:
+    msi = make(routes)
+    routes.broken = True
+    switch_on(msi, log2=1)
+    msi.raise_vector(0)
+    for _ in range(3):
+        assert (msi.failures > 0, routes.sent, len(routes.later)) == (True, [], 1)
+        routes.later.pop()()
+    routes.broken = False
+    routes.later.pop()()
+    assert (routes.sent, routes.later, len(routes.open_now)) == ([(0xFEE00000, 0x40)], [], 2)
+
+
+def test_none_is_asked_for_once_it_is_closed(routes: Any) -> None:
     msi = make(routes)
     routes.broken = True
     switch_on(msi)
-    msi.raise_vector(0)
-    assert (msi.failures > 0, routes.sent) == (True, [])
-    routes.broken = False
-    write(msi, FLAGS, ENABLE, 2)
-    assert routes.sent == [(0xFEE00000, 0x40)]
+    msi.close()
+    assert (routes.later, routes.open_now) == ([], [])
 
 
 def test_reset_gives_every_route_back(routes: Any) -> None:

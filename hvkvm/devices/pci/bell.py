@@ -10,7 +10,7 @@ class Closable(Protocol):
     """The ioeventfd."""
 
     def close(self) -> object:
-        """Its writes are exits again."""
+        """Its writes are exits again. KvmIoctlError."""
 
 
 BellMaker = Callable[[int, int, Callable[[], object]], Closable]

@@ -45,4 +45,7 @@ class Messages:
         self.msix.reset()
         self.msi.reset()
 
-    close = reset
+    def close(self) -> None:
+        """Give every route back, and ask for none any more."""
+        self.msix.close()
+        self.msi.close()

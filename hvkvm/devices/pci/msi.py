@@ -17,6 +17,7 @@ from hvkvm.abi import pci
 from hvkvm.devices.pci.function import Capability, Function
 from hvkvm.devices.pci.msix import Line, MsiRouter
 from hvkvm.errors import HvkvmError
+from hvkvm.runtime.retry import Retry
 
 MESSAGES = 32
 """What the capability offers."""
@@ -36,7 +37,7 @@ class Msi:
 
     def __init__(self, function: Function, router: MsiRouter) -> None:
         self.failures = 0
-        """Messages that the host had no more routes for, counted."""
+        """How often the host had no route for a message."""
         self.overruled: Callable[[], bool] = lambda: False
         """Whether the guest has MSI-X on as well, which counts: then this one holds no route."""
         self._function = function
@@ -48,6 +49,7 @@ class Msi:
         self._leads_to: list[tuple[int, int] | None] = [None] * MESSAGES
         self._live = 0  # a bit for each message that may be sent
         self._pending = 0
+        self._retry = Retry(router, self.control_written)
 
     def _register(self, offset: int, size: int) -> int:
         at = self._at + offset
@@ -85,6 +87,7 @@ class Msi:
             line = self._router.open(*where)
         except (HvkvmError, OSError):
             self.failures += 1
+            self._retry.later()
             return False
         self._replace(message, line)
         self._leads_to[message] = where
@@ -134,7 +137,10 @@ class Msi:
                 self._pending = 0
                 self._show()
 
-    close = reset
+    def close(self) -> None:
+        """Give every route back, and ask for none any more. Not under a lock of its own."""
+        self._retry.cancel()
+        self.reset()
 
     def save(self) -> int:
         """The pending bits; the rest is in the function's registers."""

@@ -3,7 +3,8 @@
 A vector that may fire has a route in KVM's table and an eventfd tied to it, so raising it is one write
 to the eventfd. Routes are made when a vector is first unmasked and changed only when its address or data
 are: each change makes KVM wait for every vCPU. They are given back when MSI-X is switched off. A vector that
-is masked when it is raised stays pending until it is unmasked, and shows in the pending bit array.
+is masked when it is raised stays pending until it is unmasked, and shows in the pending bit array. So does
+one for which the host has no route now: it is asked again, until it has.
 
 Registers come on vCPU threads, `raise_vector` on any. Two locks: `_table_lock` is held by who changes
 the table and so may wait for KVM; `_lock` is held for a few instructions, and is all that raising takes.
@@ -17,6 +18,8 @@ from typing import NamedTuple, Protocol
 from hvkvm.abi import pci
 from hvkvm.devices.pci.function import Capability, Function
 from hvkvm.errors import HvkvmError
+from hvkvm.runtime.protocols import Delayer
+from hvkvm.runtime.retry import Retry
 
 _MASKED_AT_RESET = bytes(12) + pci.PCI_MSIX_ENTRY_CTRL_MASKBIT.to_bytes(4, "little")
 _ENTRY_MASKS = (0xFFFFFFFC, 0xFFFFFFFF, 0xFFFFFFFF, pci.PCI_MSIX_ENTRY_CTRL_MASKBIT)
@@ -35,8 +38,8 @@ class Line(Protocol):
         """Give its route back."""
 
 
-class MsiRouter(Protocol):
-    """Makes ways to MSIs: KVM's routing table with irqfds, or a recorder in a test."""
+class MsiRouter(Delayer, Protocol):
+    """Makes ways to MSIs: KVM's routing table with irqfds, or a recorder in a test. It delays on the loop."""
 
     def open(self, address: int, data: int) -> Line:
         """A line that raises this MSI. HvkvmError or OSError where the host has no more of them."""
@@ -66,7 +69,7 @@ class Msix:
             raise ValueError(f"{vectors} MSI-X vectors")
         self.vectors = vectors
         self.failures = 0
-        """Vectors that the host had no more routes for, counted."""
+        """How often the host had no route for a vector."""
         self._function = function
         self._flags_at = function.capability_offsets[pci.PCI_CAP_ID_MSIX] + pci.PCI_MSIX_FLAGS
         self._router = router
@@ -77,6 +80,7 @@ class Msix:
         self._lines: list[Line | None] = [None] * vectors
         self._leads_to: list[tuple[int, int] | None] = [None] * vectors
         self._live = [False] * vectors
+        self._retry = Retry(router, self.control_written)
 
     @property
     def enabled(self) -> bool:
@@ -144,6 +148,7 @@ class Msix:
                 self._replace(vector, self._router.open(*wanted))
             except (HvkvmError, OSError):
                 self.failures += 1
+                self._retry.later()
                 return
             self._leads_to[vector] = wanted
         with self._lock:
@@ -172,7 +177,10 @@ class Msix:
             with self._lock:
                 self._pending = 0
 
-    close = reset
+    def close(self) -> None:
+        """Give every route back, and ask for none any more. Not under a lock of its own."""
+        self._retry.cancel()
+        self.reset()
 
     def save(self) -> MsixState:
         """Table and pending bits."""

@@ -7,9 +7,11 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from contextlib import suppress
+from functools import partial
 
 from hvkvm.abi import nvme
 from hvkvm.devices.pci.bell import BellMaker, Closable
+from hvkvm.runtime.guard import call_all
 
 
 class Bells:
@@ -39,8 +41,7 @@ class Bells:
 
     def drop_all(self) -> None:
         """Of all queues."""
-        for qid in list(self._bells):
-            self.drop(qid)
+        call_all([partial(self.drop, qid) for qid in list(self._bells)])
 
     def move(self, base: int | None, queues: Iterable[int]) -> None:
         """The BAR is elsewhere: ring there, for these queues."""

@@ -35,7 +35,7 @@ from hvkvm.devices.pci.nvme.registers import Registers
 from hvkvm.devices.pci.nvme.saved import ControllerState, queues_of
 from hvkvm.devices.pci.nvme.self_test import SelfTest
 from hvkvm.devices.turn import Turn
-from hvkvm.runtime.guard import Guard
+from hvkvm.runtime.guard import Guard, call_all
 from hvkvm.runtime.protocols import Deferrer
 
 BUDGET = 64
@@ -274,8 +274,7 @@ class Controller:
 
     def close(self) -> None:
         """Give back every bell and route. Nothing runs any more."""
-        self._bells.drop_all()
-        self.messages.close()
+        call_all([self._bells.drop_all, self.messages.close])
 
     def counters(self) -> tuple[int, int, int, int]:
         """Units read and written (thousands of 512 bytes), reads and writes: for the SMART log."""

@@ -7,6 +7,7 @@ from contextlib import suppress
 
 from hvkvm.devices.pci.bell import BellMaker, Closable
 from hvkvm.devices.pci.virtio import function as places
+from hvkvm.runtime.guard import call_all
 
 
 class Bells:
@@ -37,6 +38,5 @@ class Bells:
 
     def drop(self) -> None:
         """None is there, and the BAR is nowhere."""
-        while self._bells:
-            self._bells.popitem()[1].close()
-        self._base = None
+        bells, self._bells, self._base = self._bells, {}, None
+        call_all([bell.close for bell in bells.values()])

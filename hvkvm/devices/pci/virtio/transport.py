@@ -33,7 +33,7 @@ from hvkvm.devices.pci.virtio.ring import Chain, Memory, Place, Ring
 from hvkvm.devices.pci.virtio.saved import VirtioState
 from hvkvm.devices.turn import Turn
 from hvkvm.errors import GuestMemoryError
-from hvkvm.runtime.guard import Guard
+from hvkvm.runtime.guard import Guard, call_all
 from hvkvm.runtime.protocols import Deferrer
 
 MAX_IN_FLIGHT = 256
@@ -280,8 +280,7 @@ class Transport:
 
     def close(self) -> None:
         """Give back every bell and route. Nothing runs any more."""
-        self._bells.drop()
-        self.msix.close()
+        call_all([self._bells.drop, self.msix.close])
 
     def save(self) -> VirtioState:
         """All that the guest could tell apart. Only while stopped."""
