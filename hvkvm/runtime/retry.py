@@ -20,7 +20,7 @@ RETRY_SECONDS = 1.0
 class Retry:
     """Calls `fn()` on the loop, `seconds` (or RETRY_SECONDS) after `later`; it waits for one call at a time.
 
-    `later` may be called on any thread, but not on two at once.
+    `later` may be called on any thread, but not on two at once: under a lock that `fn` takes, or on the loop.
     """
 
     def __init__(self, io: Delayer, fn: Callable[[], object], seconds: float | None = None) -> None:
@@ -28,15 +28,14 @@ class Retry:
         self._fn = fn
         self._seconds = seconds
         self._timer: TimerHandle | None = None
-
-    @property
-    def waits(self) -> bool:
+        self.waits = False
         """Whether a call is to come."""
-        return self._timer is not None
 
     def later(self) -> None:
         """Ask for the call. Nothing happens if it is asked for already, or if the loop takes no timers."""
         if not self.waits:
+            # Said before it is asked for: on another thread the timer may run before its handle is stored.
+            self.waits = True
             with suppress(Stopped):
                 seconds = RETRY_SECONDS if self._seconds is None else self._seconds
                 self._timer = self._io.call_later(seconds, self._again)
@@ -46,7 +45,8 @@ class Retry:
         timer, self._timer = self._timer, None
         if timer is not None:
             timer.cancel()
+        self.waits = False
 
     def _again(self) -> None:
-        self._timer = None
+        self.waits = False
         self._fn()
