@@ -45,7 +45,8 @@ class StatusLine:
         """Start drawing; the guest's first byte ends it."""
         if self._live:
             self._machine.board.on_first_output = self.clear
-            self._timer = self._machine.platform.io.call_later(REDRAW_SECONDS, self._draw)
+            with self._lock:
+                self._timer = self._machine.platform.io.call_later(REDRAW_SECONDS, self._draw)
 
     def _draw(self) -> None:
         with self._lock:
@@ -64,10 +65,10 @@ class StatusLine:
         """Erase the line and draw no more. Any thread, any number of times."""
         with self._lock:
             self._live = False
-            if self._timer is not None:
-                self._timer.cancel()
-                self._timer = None
+            timer, self._timer = self._timer, None
             if self._drawn:
                 self._drawn = False
                 self._stream.write(ERASE)
                 self._stream.flush()
+        if timer is not None:
+            timer.cancel()  # not under the lock: it waits for `_draw`, which takes that
