@@ -22,6 +22,7 @@ from hvkvm.machine.config import MachineConfig
 from hvkvm.machine.control_disks import DiskRequests
 from hvkvm.machine.disk_shelf import DiskShelf
 from hvkvm.machine.disk_spec import DiskSpec
+from hvkvm.runtime.guard import Guard
 from hvkvm.runtime.io_loop import IoLoop
 from hvkvm.testing.vmbus_loopback import Notes
 
@@ -50,7 +51,7 @@ class World:
 
     def add_nvme(self, _disk: Disk, _image: object, *, name: str, serial: str) -> tuple[int, Any]:
         """As PCI plugs one in."""
-        return 3, SimpleNamespace(inspect=lambda: {"name": name, "serial": serial})
+        return 3, SimpleNamespace(guard=Guard(), inspect=lambda: {"name": name, "serial": serial})
 
     def remove(self, name: str, done: Any) -> None:
         del self.devices[name]
