@@ -137,6 +137,8 @@ class DiskRequests:
                 image = disks.open(spec)
             except HvkvmError as error:
                 why = str(error)
+            except Exception as error:
+                why = f"{type(error).__name__}: {error}"
             try:
                 io.call_soon(opened, image, plan, why)
             except Stopped:  # the machine ends

@@ -19,7 +19,7 @@ from time import time
 from typing import TYPE_CHECKING, Any, get_args
 
 from hvkvm.abi.guest_command import CommandIo
-from hvkvm.errors import CapabilityMissing, HvkvmError, StateError
+from hvkvm.errors import CapabilityMissing, HvkvmError, StateError, Stopped
 from hvkvm.machine.outcome import Ending
 from hvkvm.state.file import Saved, Writer
 from hvkvm.state.manifest import Manifest, SavedBoot, SavedConfig
@@ -136,11 +136,14 @@ class Saver:
         def write() -> None:
             try:
                 size, why = self._write(path, states, compress), ""
-            except (OSError, ValueError, CapabilityMissing) as error:
-                what = "" if isinstance(error, CapabilityMissing) else f"{path}: "
-                size, why = 0, f"{what}{getattr(error, 'strerror', None) or error}"
+            except CapabilityMissing as error:
+                size, why = 0, str(error)
+            except Exception as error:  # whatever it is: the machine stands still until it hears of it
+                reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
+                size, why = 0, f"{path}: {reason}"
             if not self._ending:
-                self._platform.io.call_soon(finish, size, why)
+                with suppress(Stopped):
+                    self._platform.io.call_soon(finish, size, why)
 
         try:
             states = {part.name: part.save() for part in self._order}

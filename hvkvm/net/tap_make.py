@@ -23,6 +23,7 @@ from hvkvm.net.tap_open import (
     prepared,
     set_interface,
 )
+from hvkvm.runtime.thread_start import start_thread
 
 if TYPE_CHECKING:
     from pyroute2 import IPRoute
@@ -56,7 +57,7 @@ def host_mac(guest: str) -> str:
 
 
 def make_tap(wanted: NewTap) -> Tap:
-    """Make it and bring it up. ConfigError, and then nothing is left."""
+    """Make it and bring it up. ConfigError, HostExhausted, and then nothing is left."""
     results: list[Tap] = []
     errors: list[BaseException] = []
 
@@ -67,7 +68,7 @@ def make_tap(wanted: NewTap) -> Tap:
             errors.append(error)
 
     thread = threading.Thread(target=work, name="make-tap")
-    thread.start()
+    start_thread(thread)
     thread.join()
     if errors:
         raise errors[0]

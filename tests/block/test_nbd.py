@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import signal
 import socket
@@ -328,6 +329,38 @@ def test_a_request_in_flight_is_sent_again_after_a_resize(tmp_path: Path) -> Non
         image.close()
     finally:
         liar.close()
+
+
+def test_a_host_without_a_thread_for_it_is_tried_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And is one error where it stays so. No socket is left open."""
+    file, path = tmp_path / "disk.raw", tmp_path / "socket"
+    file.write_bytes(b"x" * MIB)
+    refusals = 0
+    start = threading.Thread.start
+
+    def refuse(thread: threading.Thread) -> None:
+        nonlocal refusals
+        if refusals:
+            refusals -= 1
+            raise RuntimeError("can't start new thread")
+        start(thread)
+
+    monkeypatch.setattr(threading.Thread, "start", refuse)
+    with serving(qemu_nbd(file, path), path):
+        before = len(os.listdir("/proc/self/fd"))
+        refusals = 1
+        with pytest.raises(PeerGone, match=r"^nbd:unix:.*: no thread for .*raise `ulimit -u`"):
+            NbdImage(Address(path=str(path)), ImageOptions())
+        assert len(os.listdir("/proc/self/fd")) == before
+        image = NbdImage(Address(path=str(path)), ImageOptions())
+        image._connection.end("a test")
+        refusals = 2
+        assert read(image, 0, 512) == b"x" * 512
+        assert (refusals, image.reconnects) == (0, 1)
+        image.close()
+        assert len(os.listdir("/proc/self/fd")) == before
 
 
 @settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])

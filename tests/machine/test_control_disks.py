@@ -19,7 +19,7 @@ from hvkvm.devices.scsi.faulty import FaultyDisk
 from hvkvm.devices.synth.storvsp import Storvsp
 from hvkvm.errors import ConfigError
 from hvkvm.machine.config import MachineConfig
-from hvkvm.machine.control_disks import DiskRequests
+from hvkvm.machine.control_disks import MOST_OPENING, DiskRequests
 from hvkvm.machine.disk_shelf import DiskShelf
 from hvkvm.machine.disk_spec import DiskSpec
 from hvkvm.runtime.guard import Guard
@@ -235,3 +235,18 @@ def test_clients_mistakes_are_answered(world: World, request_: dict[str, Any]) -
     answer = world.ask(**request_)
     assert isinstance(answer, str)
     assert answer.startswith(("usage: ", "guest: "))
+
+
+def test_an_image_that_fails_to_open_in_any_way_is_answered(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """More often than may be opened at once: none counts as being opened any more."""
+
+    def fail(*_arguments: object) -> None:
+        raise MemoryError("no more")
+
+    assert world.shelf.disks is not None or world.typed("add", "a.raw")
+    disks: Any = world.shelf.disks
+    monkeypatch.setattr(disks, "open", fail)
+    for _ in range(MOST_OPENING + 2):
+        assert world.typed("add", "b.raw") == "guest: MemoryError: no more"

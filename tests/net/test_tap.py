@@ -7,11 +7,12 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 
 import pytest
 
 from hvkvm.abi.virtio_net_hdr import VIRTIO_NET_HDR_F_NEEDS_CSUM, VnetHeader, parse
-from hvkvm.errors import ConfigError
+from hvkvm.errors import ConfigError, HostExhausted
 from hvkvm.net.port import ALL_OFFLOADS, NO_OFFLOADS
 from hvkvm.net.segment import finish
 from hvkvm.net.tap import TapPort
@@ -389,6 +390,17 @@ def test_what_cannot_be_is_told_with_the_remedy(netns):
     with open(os.devnull) as file:
         assert "is no tap interface" in refused(take_fd, file.fileno())
     assert "is not open" in refused(take_fd, 987)
+
+
+def test_a_host_without_a_thread_for_it_is_told(netns, monkeypatch):
+    def refuse(_thread):
+        raise RuntimeError("can't start new thread")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(threading.Thread, "start", refuse)
+        with pytest.raises(HostExhausted, match="no thread for make-tap: can't start new thread; "):
+            make_tap(NewTap(netns=netns.name))
+    assert netns.interfaces() == {"lo"}
 
 
 def test_who_may_not_make_one_is_told_what_an_administrator_runs():

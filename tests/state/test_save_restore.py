@@ -17,6 +17,7 @@ from guest_agent import CHECK, DRAIN, EOM_PENDING, SCRATCH
 from guest_machine import Guest, Sender
 
 from hvkvm.abi import tlfs
+from hvkvm.errors import StateError
 from hvkvm.kvm.saved_vcpu import SavedVcpu
 from hvkvm.kvm.vcpu import Vcpu
 from hvkvm.kvm.vcpu_state import tscs
@@ -167,3 +168,26 @@ def test_messages_through_many_machines_come_once_and_in_order(chain: Any, cpus:
         assert taken() == count
         guest[index].expect_clean()
     assert sum(sent) >= rounds
+
+
+@pytest.mark.parametrize("error", [MemoryError(), RuntimeError("nobody knows"), OSError(28, "full")])
+def test_a_machine_whose_file_cannot_be_written_goes_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    """Whatever the writing thread raises: the machine stood still for ever, and whoever asked waited."""
+    guest = Guest(synic="user", hv="passthrough").start()
+
+    def fail(*_arguments: object) -> None:
+        raise error
+
+    try:
+        with monkeypatch.context() as patched:
+            patched.setattr(guest.machine.parts.saver, "_write", fail)
+            with pytest.raises(
+                StateError, match=r"^not saved: .*/vm: (MemoryError|nobody knows|full)$"
+            ):
+                guest.machine.save(tmp_path / "vm")
+        guest[0].do("RDMSR", tlfs.HV_X64_MSR_VP_INDEX)
+        assert guest.machine.save(tmp_path / "vm") > 0
+    finally:
+        guest.close()

@@ -16,6 +16,7 @@ from hvkvm.block.buffers import IOV_MAX, Buffers, Cutter, clear, size_of
 from hvkvm.block.nbd import wire
 from hvkvm.block.nbd.handshake import Export, receive
 from hvkvm.runtime.kick import block_signals
+from hvkvm.runtime.thread_start import start_thread
 
 MORE_CHUNKS = 64
 LEAST_CHUNK = 512
@@ -48,6 +49,7 @@ class Connection:
     """A negotiated socket, which it owns. Any thread may call."""
 
     def __init__(self, sock: socket.socket, export: Export, name: str) -> None:
+        """HostExhausted, and then the socket is closed."""
         self.export = export
         self._sock = sock
         self._pending: dict[int, _Pending] = {}
@@ -56,7 +58,11 @@ class Connection:
         self._sending = threading.Lock()
         self._lost = ""
         self._thread = threading.Thread(target=self._receive, name=name, daemon=True)
-        self._thread.start()
+        try:
+            start_thread(self._thread)
+        except BaseException:
+            sock.close()
+            raise
 
     @property
     def lost(self) -> str:

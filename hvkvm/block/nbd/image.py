@@ -11,6 +11,7 @@ from __future__ import annotations
 import errno
 import threading
 from time import monotonic
+from typing import TYPE_CHECKING
 
 from hvkvm.block.buffers import Buffers, Cutter, size_of, zeros
 from hvkvm.block.image import Extent, ImageOptions
@@ -18,7 +19,10 @@ from hvkvm.block.nbd import wire
 from hvkvm.block.nbd.connection import Connection, Lost
 from hvkvm.block.nbd.handshake import Address, Export, connect
 from hvkvm.block.request import PeerGone
-from hvkvm.errors import ImageError
+from hvkvm.errors import HostExhausted, ImageError
+
+if TYPE_CHECKING:
+    import socket
 
 RECONNECT_SECONDS = 30.0
 FIRST_PAUSE = 0.05
@@ -53,7 +57,7 @@ class NbdImage:
         self._lock = threading.Lock()
         self._connecting = threading.Lock()
         self._closing = threading.Event()
-        self._connection = Connection(sock, export, f"{address}")
+        self._connection = self._connected(sock, export)
         self.reconnects = 0
         self._written = self._flushed = 0
         self._unsure = False
@@ -194,8 +198,15 @@ class NbdImage:
             raise ImageError(f"{self.address}: its server came back with another export")
         self.export = export
         self.size = export.size
-        self._connection = Connection(sock, export, f"{self.address}")
+        self._connection = self._connected(sock, export)
         self.reconnects += 1
+
+    def _connected(self, sock: socket.socket, export: Export) -> Connection:
+        """PeerGone where the host has no thread for it: another attempt may find one."""
+        try:
+            return Connection(sock, export, f"{self.address}")
+        except HostExhausted as error:
+            raise PeerGone(f"{self.address}: {error}") from None
 
 
 def _sector_size(address: Address, export: Export, options: ImageOptions) -> int:
