@@ -168,6 +168,13 @@ class Recorder(Tap):
     # The thread.
 
     def _main(self) -> None:
+        try:
+            self._record()
+        except Exception as error:  # out of memory, say: the machine goes on without it
+            self._failed = True
+            self._tell_unwritten(f"{self.path}: {type(error).__name__}: {error}; the recording ends here")
+
+    def _record(self) -> None:
         self._write(self._header)
         while True:
             self._awake.wait()

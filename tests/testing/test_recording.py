@@ -24,7 +24,7 @@ from hvkvm.devices.synth.keyboard import Keyboard
 from hvkvm.devices.synth.kvp import Kvp
 from hvkvm.devices.synth.timesync import TimeSync
 from hvkvm.errors import ConfigError
-from hvkvm.events import Event, Observer
+from hvkvm.events import Event, Observer, Warned
 from hvkvm.record import explain
 from hvkvm.record.recorder import PACKET_BYTES, Recorder
 from hvkvm.testing.device import ScriptedDevice
@@ -173,6 +173,21 @@ def test_a_full_disk_ends_the_recording_and_nothing_else() -> None:
     talk(recorder).close()
     recorder.close()
     assert any("No space left on device; the recording ends here" in str(event) for event in heard.events)
+
+
+def test_whatever_fails_in_it_ends_the_recording_and_is_told(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_arguments: object) -> None:
+        raise MemoryError("no more")
+
+    monkeypatch.setattr(Recorder, "_blocks", fail)
+    heard = Heard()
+    recorder = Recorder(tmp_path / "record", "full", {}, observer=heard)
+    recorder.close()
+    said = f"{tmp_path}/record: MemoryError: no more; the recording ends here"
+    assert recorder.unwritten == said
+    assert [event.text for event in heard.events if isinstance(event, Warned)] == [said]
 
 
 def test_files_that_cannot_be_are_refused(tmp_path: Path) -> None:
