@@ -331,6 +331,23 @@ def test_a_request_in_flight_is_sent_again_after_a_resize(tmp_path: Path) -> Non
         liar.close()
 
 
+def test_a_socket_is_not_closed_under_who_sends(tmp_path: Path) -> None:
+    """Its number may be another file's right after."""
+    file, path = tmp_path / "disk.raw", tmp_path / "socket"
+    file.write_bytes(bytes(MIB))
+    with serving(qemu_nbd(file, path), path):
+        image = NbdImage(Address(path=str(path)), ImageOptions())
+        connection = image._connection
+        with connection._sending:
+            connection.end("a test")
+            connection._thread.join(0.2)
+            assert connection._thread.is_alive()
+            assert connection._sock.fileno() >= 0
+        connection._thread.join(SECONDS)
+        assert connection._sock.fileno() == -1
+        image.close()
+
+
 def test_a_host_without_a_thread_for_it_is_tried_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -107,9 +107,8 @@ class Connection:
 
     def end(self, why: str) -> None:
         """Nothing is sent any more, and the receiving thread comes to its end: what is in flight is lost."""
-        with self._lock:
+        with self._lock, contextlib.suppress(OSError):
             self._lost = self._lost or why
-        with contextlib.suppress(OSError):
             self._sock.shutdown(socket.SHUT_RDWR)
 
     # The receiving thread.
@@ -130,9 +129,11 @@ class Connection:
             self._lost = self._lost or why
             pending = list(self._pending.values())
             self._pending.clear()
-        with contextlib.suppress(OSError):
-            self._sock.shutdown(socket.SHUT_RDWR)
-        self._sock.close()
+            with contextlib.suppress(OSError):
+                self._sock.shutdown(socket.SHUT_RDWR)  # so nobody waits in a send
+        # Its number may be another file's right after, which nobody may send to or shut down in its place.
+        with self._sending, self._lock:
+            self._sock.close()
         # Only now, when nobody here touches a buffer any more.
         for one in pending:
             one.lost = self._lost
