@@ -183,9 +183,7 @@ def test_a_machine_whose_file_cannot_be_written_goes_on(
     try:
         with monkeypatch.context() as patched:
             patched.setattr(guest.machine.parts.saver, "_write", fail)
-            with pytest.raises(
-                StateError, match=r"^not saved: .*/vm: (MemoryError|nobody knows|full)$"
-            ):
+            with pytest.raises(StateError, match=r"^not saved: .*/vm: (MemoryError|nobody knows|full)$"):
                 guest.machine.save(tmp_path / "vm")
         guest[0].do("RDMSR", tlfs.HV_X64_MSR_VP_INDEX)
         assert guest.machine.save(tmp_path / "vm") > 0
