@@ -42,7 +42,6 @@ FOR_USERS = {
     "get_directly": "a value of the guest's key-value daemon, asked for by its key",
     "ip_info": "the guest's addresses, as its key-value daemon has them",
     "set_ip_info": "and given to it",
-    "update_msi": "and where its MSI goes",
     "io_data": "the data of an exit, for who enters a vCPU by hand",
 }
 """What only tests use here, and who else may."""
