@@ -95,16 +95,6 @@ def pytest_runtest_teardown(item: pytest.Item) -> Iterator[None]:
         raise AssertionError(f"{item.nodeid} left the process in {now}")
 
 
-def _open_fds() -> dict[str, str]:
-    fds = {}
-    for name in os.listdir("/proc/self/fd"):
-        try:
-            fds[name] = os.readlink(f"/proc/self/fd/{name}")
-        except OSError:
-            continue  # the directory's own
-    return fds
-
-
 @pytest.fixture
 def io() -> Iterator[IoLoop]:
     """A running I/O loop; the test fails if one of its callbacks raised."""
@@ -151,8 +141,9 @@ def boot_agent() -> Iterator[Callable[..., Guest]]:
     Afterwards the machine is closed, and no thread and no fd of it may be left.
     """
     from guest_machine import Guest
+    from open_files import open_files
 
-    fds, threads = _open_fds(), set(threading.enumerate())
+    fds, threads = open_files(), set(threading.enumerate())
     guests: list[Guest] = []
 
     def boot(**config: Any) -> Guest:
@@ -168,5 +159,5 @@ def boot_agent() -> Iterator[Callable[..., Guest]]:
             guest.close()
     left = {thread.name for thread in set(threading.enumerate()) - threads}
     assert not left, f"threads left behind: {left}"
-    leaked = {fd: target for fd, target in _open_fds().items() if fds.get(fd) != target}
+    leaked = {fd: target for fd, target in open_files().items() if fds.get(fd) != target}
     assert not leaked, f"fds left open: {leaked}"

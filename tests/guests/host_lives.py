@@ -16,6 +16,7 @@ from typing import Protocol
 from guest_agent import GuestStuckError
 from guest_machine import Guest
 from host_failures import ERRNOS, HostFailures
+from open_files import open_files
 
 from hvkvm.errors import HvkvmError
 
@@ -33,17 +34,6 @@ class Life(Protocol):
     def live(self) -> None: ...
 
     def close(self) -> None: ...
-
-
-def open_files() -> dict[str, str]:
-    """What this process has open, by fd."""
-    found = {}
-    for name in os.listdir("/proc/self/fd"):
-        try:
-            found[name] = os.readlink(f"/proc/self/fd/{name}")
-        except OSError:
-            continue  # the folder's own
-    return found
 
 
 def one_life(life: Life, failures: HostFailures, at: int, number: int) -> tuple[str | None, str]:

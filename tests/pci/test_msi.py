@@ -101,6 +101,17 @@ def test_a_host_without_more_routes_is_asked_again_until_it_has_one(routes: Any)
     assert (routes.sent, routes.later, len(routes.open_now)) == ([(0xFEE00000, 0x40)], [], 2)
 
 
+def test_a_host_without_more_routes_costs_the_guest_its_interrupt_only(routes: Any) -> None:
+    msi = make(routes)
+    routes.broken = True
+    switch_on(msi)
+    msi.raise_vector(0)
+    assert (msi.failures > 0, routes.sent) == (True, [])
+    routes.broken = False
+    write(msi, FLAGS, ENABLE, 2)
+    assert routes.sent == [(0xFEE00000, 0x40)]
+
+
 def test_none_is_asked_for_once_it_is_closed(routes: Any) -> None:
     msi = make(routes)
     routes.broken = True

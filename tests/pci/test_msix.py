@@ -61,6 +61,18 @@ def test_masked_it_waits_and_shows(routes: Any) -> None:
     assert len(routes.open_now) == 1, "masking and unmasking makes no new route"
 
 
+def test_a_host_without_more_routes_costs_the_guest_its_interrupt_only(routes: Any) -> None:
+    msix = make(routes)
+    routes.broken = True
+    entry(msix, 0, 0xFEE00000, 0x60)
+    control(msix, ENABLE)
+    msix.raise_vector(0)
+    assert (msix.failures > 0, routes.sent) == (True, [])
+    routes.broken = False
+    control(msix, ENABLE)
+    assert routes.sent == [(0xFEE00000, 0x60)]
+
+
 def test_a_host_without_more_routes_is_asked_again_until_it_has_one(routes: Any) -> None:
     msix = make(routes)
     routes.broken = True

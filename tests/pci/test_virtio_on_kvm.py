@@ -38,7 +38,7 @@ def boot(boot_agent: Callable[..., Guest], disk: Path) -> Callable[..., Guest]:
 def test_a_request_makes_no_exit(boot: Callable[..., Guest], disk: Path) -> None:
     driver = Driver(boot())
     driver.enable()
-    driver.guest.until(lambda: driver.shown["bells"] == 1, "the queue rings by an ioeventfd")
+    driver.await_bell()
     content = disk.read_bytes()
     before = driver.guest.machine.exit_counts().get("KVM_EXIT_MMIO", 0)
     for round_ in range(20):
@@ -52,6 +52,7 @@ def test_a_request_makes_no_exit(boot: Callable[..., Guest], disk: Path) -> None
 def test_a_reset_of_the_machine_takes_it_back(boot: Callable[..., Guest]) -> None:
     driver = Driver(boot())
     driver.enable()
+    driver.await_bell()
     driver.read(0)
     boots = driver.guest.agent.boots
     driver.guest.machine.request_reset("test")
@@ -59,6 +60,7 @@ def test_a_reset_of_the_machine_takes_it_back(boot: Callable[..., Guest]) -> Non
     assert driver.config(pci.PCI_BASE_ADDRESS_0) == 0
     assert driver.shown["status"] == "0x0"
     driver.enable()
+    driver.await_bell()
     driver.read(0)
 
 
@@ -84,8 +86,9 @@ def test_saved_and_restored_the_driver_notices_nothing(
 ) -> None:
     driver = Driver(boot())
     driver.enable()
+    driver.await_bell()
     content = disk.read_bytes()
     for sector in (0, 64, 128):
         chain(driver)
         assert driver.read(sector) == content[512 * sector : 512 * sector + 4096]
-        driver.guest.until(lambda: driver.shown["bells"] == 1, "it rings by an ioeventfd again")
+        driver.await_bell()

@@ -51,6 +51,10 @@ class Driver(PciDriver):
         assert self.reg(virtio.VIRTIO_PCI_COMMON_Q_ENABLE, size=2) == 1
         self.reg(virtio.VIRTIO_PCI_COMMON_STATUS, READY | virtio.VIRTIO_CONFIG_S_DRIVER_OK, 1)
 
+    def await_bell(self) -> None:
+        """Wait until the queue rings by an ioeventfd."""
+        self.guest.until(lambda: self.shown["bells"] == 1, "the queue rings by an ioeventfd")
+
     @property
     def shown(self) -> Any:
         return inspect(self.guest.machine.parts)["pci"]["virtio"][f"{self.slot:02x}"]
