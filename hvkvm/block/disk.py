@@ -277,11 +277,7 @@ class Disk:
         if result.status is not Status.OK:
             counter.failed += 1
         try:
-            request.done(result)
-        except Exception as error:
-            if self.on_fault is None:
-                raise
-            self.on_fault(error)
+            request.answer(result, self.on_fault)
         finally:
             self._flying.look()
 

@@ -115,6 +115,15 @@ class Request:
         self.may_unmap = may_unmap
         self.began = 0.0
 
+    def answer(self, result: Result, on_fault: Callable[[Exception], object] | None) -> None:
+        """Call `done(result)`. What that raises goes to `on_fault`, or on up where there is none."""
+        try:
+            self.done(result)
+        except Exception as error:
+            if on_fault is None:
+                raise
+            on_fault(error)
+
     def __str__(self) -> str:
         if self.op is Op.FLUSH:
             return "flush"

@@ -96,7 +96,7 @@ class FaultyRequests:
         for request, timer in held.items():
             if timer is not None:
                 timer.cancel()
-            self._end(request, Result(Status.CANCELLED, 0, _DETAIL))
+            request.answer(Result(Status.CANCELLED, 0, _DETAIL), self.on_fault)
         self._disk.drain(done)
 
     def inspect(self) -> dict[str, object]:
@@ -116,15 +116,7 @@ class FaultyRequests:
 
     def _fail(self, request: Request, result: Result) -> None:
         if self._held.pop(request, self) is not self:
-            self._end(request, result)
-
-    def _end(self, request: Request, result: Result) -> None:
-        try:
-            request.done(result)
-        except Exception as error:
-            if self.on_fault is None:
-                raise
-            self.on_fault(error)
+            request.answer(result, self.on_fault)
 
     def _tear(self, request: Request, rule: Rule) -> None:
         """Write the first sectors only; then fail, or call it good."""
