@@ -6,7 +6,7 @@ looking at a file. A `MachineConfig` is `Any` here, since its table names these 
 
 from __future__ import annotations
 
-from os.path import isdir, samefile
+from os.path import isdir
 from pathlib import Path
 from typing import Any
 
@@ -133,13 +133,14 @@ def together(config: Any) -> None:
 def _images_once(config: Any) -> None:
     """Of two disks on one image none may be written: its lock would say that another program uses it."""
     named = [(flag, one) for flag in ("--disk", "--cdrom") for one in getattr(config, f"{flag[2:]}s")]
-    files = [(flag, one) for flag, one in named if one.file and not one.file.startswith("nbd:")]
-    for number, (flag, one) in enumerate(files):
-        for _flag, other in files[:number]:
-            reads_only = all(each.options.read_only or each.options.snapshot for each in (one, other))
-            if not reads_only and samefile(one.file, other.file):
-                remedy = "leave one out, or give each readonly=on or snapshot=on"
-                raise ConfigError(f"{flag} {one.file}: given twice; {remedy}")
+    if len(named) < 2:
+        return
+    from hvkvm.machine.disk_spec import shut_out
+
+    for number, (flag, one) in enumerate(named):
+        if any(shut_out(one, other) for _flag, other in named[:number]):
+            remedy = "leave one out, or give each readonly=on or snapshot=on"
+            raise ConfigError(f"{flag} {one.file}: given twice; {remedy}")
 
 
 def _needs_no_boot(config: Any) -> None:

@@ -129,10 +129,13 @@ class DiskRequests:
             answer.fail("busy", "other images are being opened; try again")
             return
         io = self._parts.platform.io
+        shelf = self._parts.disk_shelf
+        there = list(shelf.attached.values()) if shelf is not None else []
 
         def work() -> None:
             image, plan, why = None, None, ""
             try:
+                _refuse_twice(spec, there)
                 plan = disks.plan(spec)
                 image = disks.open(spec)
             except HvkvmError as error:
@@ -202,6 +205,16 @@ def _checked(kind: str, values: dict[str, Any]) -> Spec:
     spec: Spec = table(**read_table(table, values, None, f"--{kind}"))
     check_values(spec, f"--{kind}")
     return spec
+
+
+def _refuse_twice(spec: Spec, there: list[Attached]) -> None:
+    """ConfigError for an image that a disk of this VM has: its lock would name another program."""
+    from hvkvm.machine.disk_spec import shut_out
+
+    for one in there:
+        if one.disk is not None and shut_out(spec, one.spec):
+            remedy = "remove that first, or give each readonly=on or snapshot=on"
+            raise ConfigError(f"{spec.file}: {one.name} has it; {remedy}")
 
 
 def _row(one: Attached) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 # No `from __future__ import annotations`: the annotations are the table, and read at run time.
 
+from os.path import samefile
 from pathlib import Path
 from typing import Annotated, NamedTuple
 
@@ -132,3 +133,14 @@ class CdromSpec(NamedTuple):
     def options(self) -> ImageOptions:
         """How the image is opened."""
         return ImageOptions("raw", read_only=True)
+
+
+def shut_out(one: DiskSpec | CdromSpec, other: DiskSpec | CdromSpec) -> bool:
+    """Whether both are one image file and either writes it, so that its lock shuts the other out."""
+    files = [each.file for each in (one, other) if each.file and not each.file.startswith("nbd:")]
+    if len(files) < 2 or all(each.options.read_only or each.options.snapshot for each in (one, other)):
+        return False
+    try:
+        return samefile(*files)
+    except OSError:  # opening it tells
+        return False

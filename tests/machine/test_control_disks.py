@@ -155,6 +155,19 @@ def test_media(world: World, tmp_path: Path) -> None:
     assert world.typed("insert", "cdrom0", "a.raw") == f"cdrom0 has {tmp_path}/a.raw"
 
 
+def test_an_image_that_the_vm_has(world: World, tmp_path: Path) -> None:
+    """It names the disk, not another program; two that only read share it."""
+    (tmp_path / "link").symlink_to("a.raw")
+    world.typed("add", "a.raw,readonly=on")
+    assert world.typed("add", "link,snapshot=on") == "disk1: controller 0, LUN 1"
+    assert world.typed("add", "none", cdrom=True) == "cdrom0: controller 0, LUN 2"
+    assert world.typed("insert", "cdrom0", "a.raw") == f"cdrom0 has {tmp_path}/a.raw"
+    assert world.typed("add", "link").startswith(f"guest: {tmp_path}/link: disk0 has it; remove that first")
+    world.typed("add", "b.raw")
+    assert "is empty" in world.typed("eject", "cdrom0")
+    assert world.typed("insert", "cdrom0", "b.raw").startswith(f"guest: {tmp_path}/b.raw: disk2 has it; ")
+
+
 def test_stats(world: World) -> None:
     world.typed("add", "a.raw")
     found = world.ask(what="stats", name="disk0")
@@ -191,7 +204,8 @@ def test_faults_and_a_rescinded_controller(world: World, tmp_path: Path) -> None
         (("add", "none.raw"), "disk add file=none.raw: no such file"),
         (("add", "b.raw,format=qcow2"), "disk add format=qcow2: unknown; choose"),
         (("add", "b.raw,lun=0"), "choose another place"),
-        (("add", "a.raw"), "another program uses it"),
+        (("add", "a.raw"), "a.raw: disk0 has it; remove that first, or give each readonly=on or snapshot=on"),
+        (("add", "a.raw,readonly=on"), "a.raw: disk0 has it; remove that first"),
         (("add", "b.raw,bus=nvme"), "a disk on PCI cannot come while the VM runs; leave out bus=nvme"),
         (("resize", "disk0"), "disk resize: takes NAME SIZE"),
         (("resize", "disk0", "big"), "SIZE big: not a size"),
