@@ -12,6 +12,7 @@ from resource import RLIMIT_FSIZE, setrlimit
 from typing import TextIO, cast
 from unittest import mock
 
+import kernel_images
 import pytest
 from running_vm import command_line
 from tiny_guests import DEADLINE, HANG, SPIN, out, out_string, run_arguments
@@ -174,6 +175,25 @@ def test_a_recording_that_cannot_be_written_is_one_line_and_74(guest: Guest, tmp
     result = shell("", *words, "--record", path)
     assert result.returncode == 74
     assert result.stderr.count(f"hvkvm: {path}: {FULL}; the recording ends here\n") == 1
+
+
+@pytest.mark.kvm
+def test_a_warm_guest_is_saved_though_its_recording_is_lost(tmp_path: Path) -> None:
+    """74, and the file is whole: a copy goes on from it."""
+    kernel, busybox, path, file = (tmp_path / name for name in ("kernel", "busybox", "recording", "warm"))
+    waits = out_string(b"warm serial\n", board.COM_PORTS[3][0])
+    kernel.write_bytes(kernel_images.bzimage(bytes(kernel_images.ENTRY_64) + waits + HANG))
+    busybox.write_bytes(kernel_images.vmlinux())  # a static program, which nobody runs
+    path.symlink_to("/dev/full")
+    words = ("--kernel", kernel, "--busybox", busybox, "--memory", "64M", "--vmbus", "on", "--synic", "user")
+    for more in ((), ("--quiet",)):
+        result = shell("", "warm", *words, "--record", path, *more, "-o", file)
+        assert (result.returncode, result.stdout) == (74, ""), result.stderr
+        assert result.stderr.count(f"hvkvm: {path}: {FULL}; the recording ends here\n") == 1
+        assert (f"{file}: a warm guest, " in result.stderr) == (not more)
+        copy = shell("", "run", "--from", file, "--timeout", "1", "--quiet", "--", "true")
+        assert copy.returncode == 124, copy.stderr
+        file.unlink()
 
 
 @pytest.mark.kvm

@@ -12,9 +12,9 @@ TRIPLE_FAULT = b"\x0f\x01\x1d\x00\x00\x00\x00\x0f\x0b"  # lidt [0], where a limi
 DEADLINE = 100.0
 
 
-def out_string(text: bytes) -> bytes:
-    """Machine code that prints `text` on COM1."""
-    code = b"\x66\xba" + board.COM1_PORT.to_bytes(2, "little")  # mov dx, COM1
+def out_string(text: bytes, port: int = board.COM1_PORT) -> bytes:
+    """Machine code, for 64 bits too, that prints `text` on a serial port."""
+    code = b"\x66\xba" + port.to_bytes(2, "little")  # mov dx, port
     return code + b"".join(bytes([0xB0, byte, 0xEE]) for byte in text)  # mov al, byte; out dx, al
 
 
