@@ -15,7 +15,7 @@ from hvkvm.machine.machine import Machine
 from hvkvm.machine.outcome import Ending
 from hvkvm.machine.screenshot import screenshot
 
-pytestmark = [pytest.mark.hyperv, pytest.mark.firmware]
+pytestmark = [pytest.mark.hyperv, pytest.mark.firmware, pytest.mark.timeout(4 * SECONDS)]
 
 SCRIPT = b"""@echo -off
 echo script begins

@@ -305,12 +305,15 @@ def test_outside_of_labs_a_worker_that_dies_is_a_failure_at_once(session: Sessio
     assert "1 failed, 6 passed in" in done.stdout
 
 
+@pytest.mark.timeout(900)
 def test_a_deadline_names_what_runs_and_what_failed_before(session: Session) -> None:
-    done = session(
-        "def test_fails():\n    assert 0\ndef test_stands():\n    time.sleep(1000)\n", "--part-deadline", "15"
-    )
-    assert done.returncode == 124, done.stdout
-    assert "small: the deadline of 15 s has passed" in done.stdout
+    tests = "def test_fails():\n    assert 0\ndef test_stands():\n    time.sleep(1000)\n"
+    for seconds in (8, 32, 128, 512):  # it counts from before the workers start, which takes a busy host long
+        done = session(tests, "--part-deadline", str(seconds))
+        assert done.returncode == 124, done.stdout
+        assert f"small: the deadline of {seconds} s has passed" in done.stdout
+        if "1 failed; running: test_it.py::test_stands (" in done.stdout:
+            break
     assert "running: test_it.py::test_stands (" in done.stdout
     assert "failed before: test_it.py::test_fails" in done.stdout
 
