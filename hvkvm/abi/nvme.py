@@ -37,6 +37,7 @@ NVME_CC_IOCQES_SHIFT = 20
 NVME_CSTS_RDY = 1 << 0
 NVME_CSTS_CFS = 1 << 1
 NVME_CSTS_SHST_CMPLT = 2 << 2
+NVME_CSTS_SHST_MASK = 3 << 2
 
 # Queue entries.
 SQE = struct.Struct("<BBHI8xQQQ6I")

@@ -174,6 +174,66 @@ def test_a_shutdown_flushes(guest: NvmeGuest) -> None:
     assert guest.disk.seen[-1].op is Op.FLUSH
 
 
+def test_it_is_enabled_again_behind_a_shutdown(guest: NvmeGuest) -> None:
+    """FreeBSD, SPDK and edk2 clear EN in what they read of CC: what asked for the shutdown stays in it."""
+
+    def control(value: int) -> int:
+        guest.reg(nvme.NVME_REG_CC, value)
+        guest.loop.settle()
+        return guest.reg(nvme.NVME_REG_CSTS)
+
+    enabled, shutdown = 0x00460001, 0x4000
+    for round_ in range(1, 3):
+        assert control(enabled | shutdown) == nvme.NVME_CSTS_RDY | nvme.NVME_CSTS_SHST_CMPLT
+        assert sum(request.op is Op.FLUSH for request in guest.disk.seen) == round_
+        assert control(guest.reg(nvme.NVME_REG_CC) & ~nvme.NVME_CC_ENABLE) == 0
+        assert not guest.reg(nvme.NVME_REG_CC) & nvme.NVME_CC_SHN_MASK
+        assert control(enabled) == nvme.NVME_CSTS_RDY
+    control(enabled & ~nvme.NVME_CC_ENABLE)
+    assert control(enabled & ~nvme.NVME_CC_ENABLE | shutdown) == 0, "it is not up"
+    assert control(enabled) == nvme.NVME_CSTS_RDY
+    assert len(guest.disk.seen) == 2
+
+
+def test_a_shutdown_asked_for_in_a_reset_comes_behind_it(guest: NvmeGuest) -> None:
+    guest.make_queues()
+    guest.disk.held = True
+    guest.put(1, guest.command(READ, nsid=1))
+    guest.ring(1)
+    guest.loop.settle()
+    for value in (0x00460000, 0x00464001):
+        guest.reg(nvme.NVME_REG_CC, value)
+        guest.loop.settle()
+    assert [request.op for request in guest.disk.seen] == [Op.READ], "a worker still has the guest's pages"
+    guest.disk.held = False
+    guest.disk.release()
+    guest.loop.settle()
+    assert guest.reg(nvme.NVME_REG_CSTS) == nvme.NVME_CSTS_RDY | nvme.NVME_CSTS_SHST_CMPLT
+    assert guest.disk.seen[-1].op is Op.FLUSH
+
+
+def test_a_shutdown_is_saved_and_one_of_what_is_not_up_forgotten(guest: NvmeGuest, new_routes: Any) -> None:
+    """Older versions saved controllers that said so while they were not up, and never came up again."""
+    guest.reg(nvme.NVME_REG_CC, 0x00464001)
+    guest.device.stop(lambda: None)
+    guest.loop.settle()
+    state = guest.device.save()
+    shut = nvme.NVME_CSTS_RDY | nvme.NVME_CSTS_SHST_CMPLT
+    assert state.csts == shut
+    for saved, csts in (
+        (state, shut),
+        (state._replace(cc=0x00460001, csts=shut & ~1, submissions=(), completions=()), nvme.NVME_CSTS_RDY),
+    ):
+        other = NvmeGuest(new_routes(), guest.memory)
+        other.device.stop(lambda: None)
+        other.device.load(saved)
+        other.device.start()
+        other.loop.settle()
+        assert other.reg(nvme.NVME_REG_CSTS) == csts
+        assert other.disk.seen == []
+        other.device.close()
+
+
 def test_doorbells_in_memory_ring_only_when_asked_to(guest: NvmeGuest) -> None:
     guest.make_queues()
     assert guest.do(nvme.NVME_ADMIN_DBBUF, prp1=SHADOW, prp2=EVENTS) == (0, 0)

@@ -173,7 +173,8 @@ class Controller:
             self._begin_reset()
         if not self._draining and not self._csts and self._registers.cc & nvme.NVME_CC_ENABLE:
             self._enable()
-        if self._registers.cc & nvme.NVME_CC_SHN_MASK and not self._shutting:
+        is_up = self._csts & nvme.NVME_CSTS_RDY and not self._draining
+        if is_up and self._registers.cc & nvme.NVME_CC_SHN_MASK and not self._shutting:
             self._shut_down()
         self.intake.rung(doorbells)
         self.queues.move_bells(self._base)
@@ -307,6 +308,8 @@ class Controller:
         queues = queues_of(state, self.memory, VECTORS)
         self._registers.load(state.cc, state.aqa, state.asq, state.acq, state.interrupt_mask)
         self._csts = state.csts & 0x3F
+        if not self._csts & nvme.NVME_CSTS_RDY:  # only one that is up can have been shut down
+            self._csts &= ~nvme.NVME_CSTS_SHST_MASK
         self._shutting = bool(self._csts & nvme.NVME_CSTS_SHST_CMPLT)
         self.queues.load(*queues)
         for which, value in state.features.items():

@@ -68,6 +68,7 @@ class Registers:
             if offset == nvme.NVME_REG_CC:
                 if self.cc & ~value & nvme.NVME_CC_ENABLE:
                     self._reset_asked = True
+                    value &= ~nvme.NVME_CC_SHN_MASK  # a reset ends the shutdown; many drivers leave it in
                 self.cc = value & _CC_WRITABLE
             elif offset == nvme.NVME_REG_INTMS:
                 self.mask |= value
