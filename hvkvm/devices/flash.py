@@ -28,8 +28,9 @@ STATUS_READY = 0x80
 STATUS_BAD_SEQUENCE = 0x30
 BLOCK = 4096
 _ERASED = b"\xff" * BLOCK
-_NEEDS_EXITS = frozenset((READ_STATUS, BLOCK_ERASE, READ_ID))
+_NEEDS_EXITS = frozenset((READ_STATUS, BLOCK_ERASE, CONFIRM, READ_ID))
 _COMMANDS = frozenset((READ_ARRAY, READ_STATUS, WRITE_BYTE, WRITE_BYTE_ALTERNATE, BLOCK_ERASE, READ_ID))
+_MODES = _COMMANDS | {CONFIRM}  # in which a chip can be: behind a confirmed erase, too
 
 
 class Array(Protocol):
@@ -129,7 +130,7 @@ class Flash:
             raise ValueError("its firmware's variables have another size")
         self._bytes[:] = content
         self._status = state.status & 0xFF
-        self._enter(state.command if state.command in _COMMANDS else READ_ARRAY)
+        self._enter(state.command if state.command in _MODES else READ_ARRAY)
 
 
 class WriteProtected:

@@ -110,10 +110,22 @@ def test_any_sequence_of_commands(steps: list[tuple[int, int, bool]]) -> None:
     other = Guest()
     other.flash.load(state)
     assert other.array.bytes == guest.array.bytes
-    assert other.array.shown or state.command in (0x70, 0x20, 0x90)
+    assert other.array.shown or state.command in (0x70, 0x20, 0x90, 0xD0)
+    assert other.flash.save()[:2] == state[:2]
+    assert other.read(0) == guest.read(0)
     assert other.flash.save().content == state.content
     guest.flash.reset()
     assert guest.array.shown
+
+
+def test_a_confirmed_erase_is_saved() -> None:
+    guest, other = Guest(b"\0" * SIZE), Guest()
+    guest.write(BLOCK, 0x20, 0xD0)
+    other.flash.load(guest.flash.save())
+    assert not other.array.shown
+    assert other.read(0) == 0x80, "the status: ready"
+    other.write(0, 0xFF)
+    assert (other.read(0), other.read(BLOCK)) == (0, 0xFF)
 
 
 @pytest.mark.parametrize("content", [b"", b"x", b"x\x9c", None])
