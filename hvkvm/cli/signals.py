@@ -7,6 +7,8 @@ that the kernel gives to another thread, would leave it asleep. So the handlers 
 nothing; the interpreter's own C handler writes the number into a pipe
 (`signal.set_wakeup_fd`), which ends a `poll` at any moment and on any thread.
 Owner: the main thread.
+
+A verb without a machine, which only has something to take away at its end, takes `ending_by_exit`.
 """
 
 from __future__ import annotations
@@ -15,8 +17,8 @@ import os
 import select
 import signal
 from collections import deque
-from collections.abc import Iterable
-from contextlib import suppress
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
 from time import monotonic
 from types import FrameType
 
@@ -32,6 +34,30 @@ def _hang_up_is_ignored(number: signal.Signals) -> bool:
 
 def _leave_to_the_pipe(_number: int, _frame: FrameType | None) -> None:
     """A handler must be there, or the interpreter would not write the number."""
+
+
+@contextmanager
+def ending_by_exit() -> Iterator[None]:
+    """Have SIGTERM and SIGHUP end the block by SystemExit (143, 129), as Ctrl-C does by KeyboardInterrupt.
+
+    Their own action ends the process where it stands, and half a file or another process is left.
+    One that is ignored stays so, and a second one does not cut short what the first has begun to clean up.
+    """
+    ended = False
+
+    def end(number: int, _frame: FrameType | None) -> None:
+        nonlocal ended
+        if not ended:
+            ended = True
+            raise SystemExit(128 + number)
+
+    numbers = [n for n in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(n) is not signal.SIG_IGN]
+    before = {number: signal.signal(number, end) for number in numbers}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler if handler is not None else signal.SIG_DFL)
 
 
 class Signals:

@@ -5,7 +5,9 @@ from __future__ import annotations
 import errno
 import json
 import os
+import signal
 import subprocess
+import sys
 from functools import partial
 from pathlib import Path
 from random import Random
@@ -161,7 +163,78 @@ def test_a_copy_that_fails_leaves_nothing(
 
     monkeypatch.setattr("hvkvm.block.copy.copy", interrupted)
     assert main(["disk", "convert", str(raw), str(tmp_path / "new.vhdx")]) == 130
-    assert not (tmp_path / "new.vhdx").exists()
+    assert list(tmp_path.iterdir()) == [raw]
+
+
+SIGNALLED = """
+import os, signal, sys
+from importlib import import_module
+module, function, number, *words = sys.argv[1:]
+setattr(import_module(module), function, lambda *_: os.kill(os.getpid(), int(number)))
+from hvkvm.cli import main
+sys.exit(main(["disk", *words]))
+"""
+"""A signal to itself where the file is begun, and its contents are still to come."""
+COPY = ("hvkvm.block.copy", "copy")
+
+
+def signalled(where: tuple[str, str], number: signal.Signals, *words: object) -> int:
+    """The exit status of `hvkvm disk` with that signal in place of a function."""
+    command = [sys.executable, "-c", SIGNALLED, *where, str(int(number)), *map(str, words)]
+    return subprocess.run(command, check=False, timeout=100).returncode
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGHUP, 129)])
+def test_what_a_signal_ends_leaves_nothing(
+    tmp_path: Path, raw: Path, number: signal.Signals, status: int
+) -> None:
+    new, disk = tmp_path / "new.vhdx", tmp_path / "disk.vhdx"
+    assert main(["disk", "create", str(disk), "4M"]) == 0
+    before = disk.read_bytes()
+    assert signalled(COPY, number, "convert", raw, new) == status
+    assert signalled(COPY, number, "convert", raw, tmp_path / "new.raw") == status
+    assert signalled(("hvkvm.block.vhdx.create", "_write"), number, "create", new, "4M") == status
+    assert signalled(("hvkvm.block.vhdx.compact", "_copy_blocks"), number, "compact", disk) == status
+    assert sorted(tmp_path.iterdir()) == [disk, raw]
+    assert disk.read_bytes() == before
+
+
+def test_a_copy_under_nohup_outlives_its_terminal(tmp_path: Path, raw: Path) -> None:
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        assert signalled(COPY, signal.SIGHUP, "convert", raw, tmp_path / "new.raw") == 0
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+def test_no_half_of_a_copy_is_ever_found_at_its_name(tmp_path: Path, raw: Path) -> None:
+    new = tmp_path / "new.vhdx"
+    assert signalled(COPY, signal.SIGKILL, "convert", raw, new) == -signal.SIGKILL
+    assert not new.exists()
+    assert main(["disk", "convert", str(raw), str(new)]) == 0, "what is left of the first is not in its way"
+
+
+@pytest.mark.parametrize("links", [True, False])
+def test_a_target_that_comes_during_the_copy_is_left_alone(
+    tmp_path: Path,
+    raw: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    links: bool,
+) -> None:
+    def refused(*_arguments: object) -> None:
+        raise PermissionError(errno.EPERM, "Operation not permitted")  # as FAT does
+
+    if not links:
+        monkeypatch.setattr(os, "link", refused)
+    assert main(["disk", "convert", str(raw), str(tmp_path / "first.raw")]) == 0
+    assert (tmp_path / "first.raw").read_bytes() == raw.read_bytes()
+    new = tmp_path / ("n" * 251 + ".raw")
+    monkeypatch.setattr("hvkvm.block.copy.copy", lambda *_: new.write_bytes(b"another's"))
+    assert main(["disk", "convert", str(raw), str(new)]) == 2
+    assert capsys.readouterr().err == f"hvkvm: {new}: File exists\n"
+    assert new.read_bytes() == b"another's"
+    assert sorted(tmp_path.iterdir()) == [tmp_path / "first.raw", new, raw]
 
 
 def test_progress_is_told_after_two_seconds(
