@@ -117,12 +117,13 @@ class Bus:
 
     def save(self) -> BusState:
         """See `Part.save`."""
+        host = self.host.save()
         states = {
             name: entry.device.save()
             for name, entry in self.devices.items()
             if isinstance(entry.device, SavedDevice)
         }
-        return BusState(self.host.save(), states, self.vsock.save())
+        return BusState(host, states, self.vsock.save())
 
     def load(self, state: BusState) -> None:
         """See `Part.load`. The machine has to have the devices that were saved, and no others."""

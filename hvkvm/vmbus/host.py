@@ -289,7 +289,14 @@ class VmbusHost:
         self.inbox.resume()
 
     def save(self) -> HostState:
-        """Everything but the rings, which are RAM, and the devices, which know best. Stopped."""
+        """Everything but the rings, which are RAM, and the devices, which know best. Stopped.
+
+        Before the devices' states are taken: what came up at rest (a stream that ended, a device that came
+        or went) is carried out first, and what the guest is to hear of it is saved. StateError.
+        """
+        held, self._held = self._held, False
+        self._perform()
+        self._held = held
         return save_host(self.server, self.inbox, self.outbox, self.devices)
 
     def load(self, state: HostState, devices: Mapping[int, Any]) -> None:

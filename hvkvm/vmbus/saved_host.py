@@ -13,6 +13,7 @@ from contextlib import suppress
 from typing import Any, NamedTuple
 
 from hvkvm.abi.hv_synic import HV_MESSAGE_PAYLOAD_BYTE_COUNT, HV_SYNIC_SINT_COUNT
+from hvkvm.errors import StateError
 from hvkvm.vmbus.actions import SendMessage
 from hvkvm.vmbus.channel_devices import ChannelDevices
 from hvkvm.vmbus.device import MultiChannel, SavedDevice
@@ -43,7 +44,10 @@ class HostState(NamedTuple):
 
 
 def save_host(server: Server, inbox: Inbox, outbox: Outbox, devices: ChannelDevices) -> HostState:
-    """Everything but the rings and the devices."""
+    """Everything but the rings and the devices. StateError while a channel is being opened or closed."""
+    for channel in server.channels.all:
+        if channel.state in (ChannelState.OPENING, ChannelState.CLOSING):
+            raise StateError(f"VMBus: {channel.offer.name} is {channel.state.value}; save again")
     return HostState(
         save_server(server), inbox.save(), tuple(SavedMessage(*m) for m in outbox), devices.started
     )

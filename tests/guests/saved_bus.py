@@ -16,8 +16,17 @@ def through_json(state: Any) -> Any:
     return restored(type(state), json.loads(json.dumps(plain(state))), "it")
 
 
-def swap(loop: Loopback, devices: list[Any], change: Callable[[Any], Any] = lambda tree: tree) -> None:
-    """Save the host and its devices; another host with `devices` goes on. What was on its way is lost."""
+def swap(
+    loop: Loopback,
+    devices: list[Any],
+    change: Callable[[Any], Any] = lambda tree: tree,
+    *,
+    at_rest: Callable[[], object] = lambda: None,
+) -> None:
+    """Save the host and its devices; another host with `devices` goes on. What was on its way is lost.
+
+    `at_rest()` is what the loop does while the disks of a machine that stands still are made stable.
+    """
     old = loop.host
     for _ in range(3):  # what vCPUs had left on the loop runs before the parts stop
         for _ in range(len(loop.deferred)):
@@ -25,6 +34,9 @@ def swap(loop: Loopback, devices: list[Any], change: Callable[[Any], Any] = lamb
     rested: list[bool] = []
     old.stop(lambda: rested.append(True))
     while not rested:
+        loop._run_deferred()
+    at_rest()
+    while loop.deferred:
         loop._run_deferred()
     tree = change(json.loads(json.dumps(plain(old.save()))))
     states = {

@@ -23,7 +23,11 @@ from hvkvm.vmbus.host import VmbusHost
 PORT = abi.VSOCK_OUTPUT
 
 
-def swap(bench: VsockLoopback, came: Callable[[socket.socket], object]) -> tuple[SavedStream, ...]:
+def swap(
+    bench: VsockLoopback,
+    came: Callable[[socket.socket], object],
+    at_rest: Callable[[], object] = lambda: None,
+) -> tuple[SavedStream, ...]:
     """Save the bus and its streams; another goes on, where `came` listens. The former programs are left."""
     loop, old = bench.loopback, bench.vsock
     for _ in range(3):
@@ -32,6 +36,9 @@ def swap(bench: VsockLoopback, came: Callable[[socket.socket], object]) -> tuple
     rested: list[bool] = []
     loop.host.stop(lambda: rested.append(True))
     while not rested:
+        loop._run_deferred()
+    at_rest()
+    while loop.deferred:
         loop._run_deferred()
     state = through_json(loop.host.save())
     streams = restored(tuple[SavedStream, ...], json.loads(json.dumps(plain(old.save()))), "streams")
@@ -126,6 +133,19 @@ def test_other_streams_are_reset(make_vsock: Make) -> None:
     assert swap(bench, came.append) == ()
     bench.run(lambda: guest.state == "gone")
     assert came == []
+
+
+def test_a_stream_that_ends_while_the_machine_is_at_rest_ends_in_the_restored_guest(make_vsock: Make) -> None:
+    """The program has left, and the time in which the guest may still read what it sent passes at rest."""
+    bench = make_vsock(3)
+    program, guest = from_guest(bench, 99)
+    program.outgoing += b"answer"
+    bench.run(lambda: guest.incoming == b"answer")
+    program.sock.close()
+    bench.programs.clear()
+    bench.run()
+    assert swap(bench, lambda _sock: None, at_rest=lambda: bench.io.advance(60)) == ()
+    bench.run(lambda: guest.state == "gone")
 
 
 def sample(**changed: Any) -> SavedStream:
