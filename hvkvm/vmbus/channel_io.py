@@ -37,6 +37,7 @@ class ChannelIo:
         "_on_broken",
         "_signal",
         "_wanted",
+        "_why",
         "held",
         "pointed",
         "reader",
@@ -59,6 +60,7 @@ class ChannelIo:
         self._again = again
         self._batch = 0
         self._wanted = False
+        self._why = "", ""
         self.held = False
         """Whether the machine is at rest. Only `hold` and `release` change it."""
         self.pointed: Callable[[bool, bytes], object] | None = None
@@ -74,15 +76,17 @@ class ChannelIo:
 
     def hold(self) -> None:
         """Touch guest memory no more until `release`: nothing can be read, and nothing has room."""
-        if not self.held and not self.broken:
+        if not self.held:
             self.held = True
+            # A ring that broke in this turn has yet to be told of: that waits too.
+            self._why = self.reader.broken, self.writer.broken
             self.reader.broken = self.writer.broken = "the machine is at rest"
 
     def release(self) -> None:
         """Undo `hold`."""
         if self.held:
             self.held = False
-            self.reader.broken = self.writer.broken = ""
+            self.reader.broken, self.writer.broken = self._why
 
     def drain(self, handle: Callable[[Packet], object], budget: int = BUDGET) -> int:
         """Give every packet to `handle`; how many there were. Run it at open and at each doorbell.

@@ -133,6 +133,84 @@ def test_a_channel_without_its_device_is_rescinded(loopback: Any, echo: type[Any
     assert len(loop.host.server.channels.all) == 1
 
 
+def test_a_device_that_comes_while_the_machine_is_at_rest_is_offered(loopback: Any, echo: type[Any]) -> None:
+    loop: Loopback = loopback()
+    loop.host.add(echo(1))
+    loop.connect(vmbus.VERSION_WIN10_V5_3)
+    swap(loop, [echo(1), echo(2)], at_rest=lambda: loop.host.add(echo(2)))
+    loop.run()
+    _first, second = loop.client.offers.values()
+    loop.open(second)
+    second.opened.send(b"now here")
+    loop.run()
+    assert [packet.payload for packet in second.received] == [b"now here"]
+
+
+def test_a_device_that_goes_while_the_machine_is_at_rest_is_rescinded(loopback: Any, echo: type[Any]) -> None:
+    loop: Loopback = loopback()
+    gone = loop.host.add(echo(1))
+    loop.host.add(echo(2))
+    loop.connect(vmbus.VERSION_WIN10_V5_3)
+    first, second = loop.client.offers.values()
+    loop.open(first)
+    loop.open(second)
+    swap(loop, [echo(2)], at_rest=lambda: loop.host.remove(gone))
+    loop.run()
+    assert loop.client.last(wire.RESCIND_CHANNELOFFER)["relid"] == first.relid
+    assert loop.client.count(wire.RESCIND_CHANNELOFFER) == 1
+    second.opened.send(b"still he")
+    loop.run()
+    assert [packet.payload for packet in second.received] == [b"still he"]
+
+
+def test_what_a_device_still_closes_is_not_saved(loopback: Any, echo: type[Any]) -> None:
+    """A file would say that its channel is neither open nor closed, and nothing could go on from it."""
+
+    class Slow(echo):  # type: ignore[misc]
+        def close(self, done: Callable[[], object]) -> None:
+            closing.append(done)
+
+    closing: list[Callable[[], object]] = []
+    loop: Loopback = loopback()
+    channel = loop.host.add(Slow(1))
+    loop.connect(vmbus.VERSION_WIN10_V5_3)
+    loop.open(*loop.client.offers.values())
+    loop.host.stop(lambda: None)
+    loop.host.remove(channel)
+    with pytest.raises(StateError, match=r"is closing; save again"):
+        loop.host.save()
+    closing[0]()
+    loop.host.save()
+
+
+def test_a_ring_that_broke_on_the_way_to_rest_is_left_alone_until_the_machine_goes_on(
+    loopback: Any, echo: type[Any]
+) -> None:
+    loop: Loopback = loopback()
+    channel = loop.host.add(echo(1))
+    loop.connect(vmbus.VERSION_WIN10_V5_3)
+    (offer,) = loop.client.offers.values()
+    loop.open(offer)
+    opened = loop.host.devices.opened(channel)
+    opened.io.reader.broken = "a rule"
+    opened.io.again()
+    loop.host.stop(lambda: None)
+
+    def rings() -> list[bytes]:
+        return [bytes(loop.memory.read(page * 4096, 4096)) for page in offer.pages]
+
+    before, raised = rings(), len(loop.synic.flags_set)
+    while loop.deferred:
+        loop._run_deferred()
+    assert rings() == before
+    assert len(loop.synic.flags_set) == raised
+    assert loop.host.server.reports.total == 0
+    loop.host.go_on()
+    loop.run()
+    assert loop.host.server.reports.counts == {"channel broken": 1}
+    assert loop.client.last(wire.RESCIND_CHANNELOFFER)["relid"] == offer.relid
+
+
 def made(loop: Loopback, name: str) -> tuple[Any, ic.Version]:
     devices: dict[str, tuple[Any, ic.Version]] = {
         "heartbeat": (Heartbeat(loop.call_later), (3, 0)),
