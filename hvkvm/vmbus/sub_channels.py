@@ -46,6 +46,9 @@ class BoundSubChannels:
 
     def offer(self, index: int) -> bool:
         """Offer it, whatever the primary is: for a saved machine. ValueError as of `sub_channel`."""
+        here = self._server.channels.subs(self._primary)
+        if any(one.offer.sub_channel_index == index and not one.withdrawn for one in here):
+            return False  # asked for twice: the device is to know of one
         device = self._device.sub_channel(index)
         try:
             channel = self._server.offer(device.offer)
