@@ -13,6 +13,7 @@ from hvkvm.abi.ring import VM_PKT_DATA_USING_GPA_DIRECT, GpaRange, Packet, gpa_d
 from hvkvm.abi.storvsp import Srb
 from hvkvm.block.buffers import size_of
 from hvkvm.devices.synth import storvsp_pages
+from hvkvm.devices.synth.storvsp_channel import MAX_IN_FLIGHT
 from hvkvm.devices.synth.storvsp_handshake import Phase
 from hvkvm.memory.atomics import FREE_THREADED
 from hvkvm.testing.storvsc_driver import PAGE, RESET_ID, StorvscDriver
@@ -393,6 +394,55 @@ def test_sub_channels_carry_requests_to_any_unit(bench: Any) -> None:
     assert world.device.inspect()["channels"] == 0
     assert driver.subs == []
     assert not world.loop.notes.events
+
+
+def test_sub_channels_that_are_asked_for_twice_are_those_that_there_are(bench: Any) -> None:
+    """A request on one of them is waited for before the machine is at rest."""
+    world = bench(vp_count=4)
+    driver = world.start(sub_channels=1)
+    awake(driver)
+    assert driver.control(wire.CREATE_SUB_CHANNELS, wire.count_body(1))[0] == wire.STATUS_SUCCESS
+    world.workers.held = True
+    read = {"pages": [900], "length": 512, "channel": driver.subs[0]}
+    trans_id = driver.begin(rw(scsi.READ_10, 0, 1), **read)
+    world.loop.run()
+    rested: list[int] = []
+    world.loop.host.stop(lambda: rested.append(1))
+    world.loop.run()
+    assert not rested
+    assert world.device.inspect()["in_flight"] == {0: 0, 1: 1}
+    world.workers.held = False
+    world.workers.release()
+    while world.loop.deferred:
+        world.loop._run_deferred()
+    assert rested
+    assert len(world.device.save().done) == 1
+    world.loop.host.go_on()
+    world.loop.run()
+    assert driver.finished(trans_id).srb_status == SUCCESS
+
+
+@pytest.mark.parametrize("length", [512, 4096])
+def test_requests_that_want_no_answer_make_room_for_others(bench: Any, length: int) -> None:
+    """As many as may be in flight, and more in the ring: when they end, what stands behind them is taken."""
+    world = bench(vp_count=1)
+    driver = world.start()
+    awake(driver)
+    world.workers.held = True
+    count = length // 512
+    srb = Srb(0, 0, 0, rw(scsi.READ_10, 0, count), wire.READ_TYPE, length, 0)
+    sent = 0
+    while sent < MAX_IN_FLIGHT:
+        sent += driver.send(wire.request(srb), sent + 10, ranges=[GpaRange(length, 0, (900,))], flags=0)
+        world.loop.run()
+    assert world.device.inspect()["in_flight"] == {0: MAX_IN_FLIGHT}
+    waits = driver.begin(bytes(6))
+    world.loop.run()
+    assert driver.finished(waits) is None
+    world.workers.held = False
+    world.workers.release()
+    world.loop.run()
+    assert driver.finished(waits).srb_status == SUCCESS
 
 
 def test_a_machine_of_one_processor_has_no_sub_channels(bench: Any) -> None:

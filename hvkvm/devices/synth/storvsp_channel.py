@@ -132,6 +132,7 @@ class StorvspChannel:
         self._notices: list[int] = []
         self._pages = DataPages(memory)
         self._turn = False  # whether one runs, or is asked for
+        self._full = False  # whether the ring has more than may be in flight, and is masked
         self._long = False  # whether the last request named many pages: the next are no plain ones, then
         self.guard = Guard()
         self.in_flight = InFlight()
@@ -158,7 +159,7 @@ class StorvspChannel:
     def opened(self, io: ChannelIo) -> None:
         """The guest has opened it."""
         self._io = io
-        self._turn = False
+        self._turn = self._full = False
 
     def close(self, done: Done) -> None:
         """Answer nothing any more; `done()` when no request has the guest's pages."""
@@ -182,18 +183,27 @@ class StorvspChannel:
             self._send(io)
         finally:
             self._turn = False
+        if self._full and self._room > 0:
+            self._wake(io)
+
+    @property
+    def _room(self) -> int:
+        """How many more requests may be taken."""
+        return MAX_IN_FLIGHT - self.in_flight.count - len(self._done)
 
     def _receive(self, io: ChannelIo) -> None:
+        self._full = False
         reader, size, most_views = io.reader, 0, self._pages.made + BUDGET_VIEWS
         reader.mask()
         taken = 0
         if self._controller.ready and not self._long:
-            most = min(BUDGET, MAX_IN_FLIGHT - self.in_flight.count - len(self._done))
+            most = min(BUDGET, self._room)
             taken = take_plain(reader, most, self._controller.plain, self._pages, self._done)
             self.requests += taken
         for _ in range(BUDGET - taken):
-            if self.in_flight.count + len(self._done) >= MAX_IN_FLIGHT:
-                return  # masked as it is: what is done next brings us back
+            if self._room <= 0:
+                self._full = True
+                return  # masked as it is: what is done next brings us back, whether it is answered or not
             packet = reader.get()
             if packet is None:
                 if reader.broken or io.rest():
@@ -254,9 +264,11 @@ class StorvspChannel:
             self._notices.pop(0)
 
     def _answer(self, io: ChannelIo, packet: Packet, payload: bytes) -> None:
-        if self._io is io and packet.wants_completion:
-            self._done.append((packet.trans_id, payload))
-            self._wake(io)
+        if self._io is io:
+            if packet.wants_completion:
+                self._done.append((packet.trans_id, payload))
+            if packet.wants_completion or self._full:
+                self._wake(io)
 
     # In.
 
@@ -273,9 +285,11 @@ class StorvspChannel:
 
     def completed(self, io: ChannelIo, packet: Packet, payload: bytes) -> None:
         """As `end`, for what runs no code that may fail."""
-        if self._io is io and packet.flags & VMBUS_DATA_PACKET_FLAG_COMPLETION_REQUESTED:
-            self._done.append((packet.trans_id, payload))
-            if not self._turn:
+        if self._io is io:
+            wants = packet.flags & VMBUS_DATA_PACKET_FLAG_COMPLETION_REQUESTED
+            if wants:
+                self._done.append((packet.trans_id, payload))
+            if (wants or self._full) and not self._turn:
                 self._wake(io)
         self.in_flight.ended()
 
