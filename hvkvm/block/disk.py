@@ -146,7 +146,7 @@ class Disk:
         self._stopped = False
 
     def drain(self, done: Callable[[], object]) -> None:
-        """`done()` on the loop once no request is in flight; whoever submits more makes it wait for them."""
+        """`done()` on the loop once no request and no resize is under way; one more makes it wait for that."""
         self._flying.when_none(done)
 
     def close(self, done: Callable[[Result], object]) -> None:
@@ -178,19 +178,26 @@ class Disk:
         self._io.call_later(self._hang_seconds, give_up)
 
     def resize(self, size: int, done: Callable[[Result], object]) -> None:
-        """Make it `size` bytes, or look again how large it is; `done(result)` on the loop."""
+        """Make it `size` bytes, or look again how large it is; `done(result)` on the loop.
+
+        `drain`, `stop` and `close` wait for it, as for a request.
+        """
 
         def finished(_item: object, outcome: object) -> None:
             result = result_of(outcome)
-            if result.status is Status.OK and self.on_resize is not None:
-                self.on_resize()
-            done(result)
+            try:
+                if result.status is Status.OK and self.on_resize is not None:
+                    self.on_resize()
+                done(result)
+            finally:
+                self._flying.let_go()
 
         def work(_item: object) -> Result:
             self.image.resize(size)
             return Result(Status.OK)
 
         self._queue.submit(work, None, finished)
+        self._flying.hold()
 
     def inspect(self) -> dict[str, object]:
         """Its image, what it did, and what it is at."""

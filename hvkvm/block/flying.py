@@ -27,6 +27,7 @@ class Flying:
         self._observer = observer
         self._hang_seconds = hang_seconds
         self._requests: set[Request] = set()
+        self._held = 0
         self._waiting: list[Callable[[], object]] = []
         self._watching = False
         self._told: set[Request] = set()
@@ -46,9 +47,18 @@ class Flying:
         self._requests.discard(request)
         return monotonic() - request.began
 
+    def hold(self) -> None:
+        """Something else is under way on the image, until `let_go`: who waits for none waits for that too."""
+        self._held += 1
+
+    def let_go(self) -> None:
+        """It has ended."""
+        self._held -= 1
+        self.look()
+
     def look(self) -> None:
         """Tell who waits for that, if there are none."""
-        if self._waiting and not self._requests:
+        if self._waiting and not self._requests and not self._held:
             waiting, self._waiting = self._waiting, []
             for done in waiting:
                 self._io.call_soon(done, cancelled=done)

@@ -91,6 +91,9 @@ class DiskRequests:
         size = request.get("size")
         if isinstance(size, bool) or not isinstance(size, int) or not 0 < size < 1 << 63:
             raise ValueError('"size" is a number of bytes above 0')
+        if self._parts.saver.busy:  # the file may say by now how large it is
+            answer.fail("busy", f"{name} keeps its size while the VM is being saved; try again")
+            return
 
         def resized(result: Result) -> None:
             _tell(answer, name, result, size=size)

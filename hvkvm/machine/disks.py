@@ -238,7 +238,10 @@ class Disks:
         return ""
 
     def flush(self, done: Callable[[str], object]) -> None:
-        """Make all stable, so that whoever opens the images next has it; `done(why_not)` on the loop."""
+        """Make all stable, so that whoever opens the images next has it; `done(why_not)` on the loop.
+
+        What is under way on an image, such as a resize, has ended then.
+        """
         pending, failed = Pending(), []
 
         def flushed(name: str, answered: Callable[[], object], result: Result) -> None:
@@ -246,10 +249,14 @@ class Disks:
                 failed.append(f"{name}: {result}")
             answered()
 
-        for disk in list(self._open):
-            if not disk.image.read_only:
-                answered = pending.begin(lambda: None)
+        def drained(disk: Disk, answered: Callable[[], object]) -> None:
+            if disk.image.read_only:
+                answered()
+            else:
                 disk.submit(Request(Op.FLUSH, 0, (), partial(flushed, disk.name, answered)))
+
+        for disk in list(self._open):
+            disk.drain(partial(drained, disk, pending.begin(lambda: None)))
         pending.when_none(lambda: done("; ".join(failed)))
 
     def saved(self) -> tuple[SavedDisk, ...]:

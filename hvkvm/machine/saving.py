@@ -70,6 +70,11 @@ class Saver:
         self._ending = False
         self._writer: threading.Thread | None = None
 
+    @property
+    def busy(self) -> bool:
+        """Whether a save is being made. I/O loop."""
+        return self._busy
+
     def save(self, path: Path, done: Done, *, end: bool = False, compress: bool = False) -> bool:
         """Write the machine to `path` soon; `done` hears how it went. False while another save is made.
 
@@ -135,7 +140,7 @@ class Saver:
 
         def write() -> None:
             try:
-                size, why = self._write(path, states, compress), ""
+                size, why = self._write(path, saved, states, compress), ""
             except CapabilityMissing as error:
                 size, why = 0, str(error)
             except Exception as error:  # whatever it is: the machine stands still until it hears of it
@@ -147,17 +152,16 @@ class Saver:
 
         try:
             states = {part.name: part.save() for part in self._order}
+            saved = self._config()  # here: a disk or NIC may come while the file is written
             self._writer = threading.Thread(target=write, name="save", daemon=True)
             self._writer.start()
         except (HvkvmError, RuntimeError) as error:  # a KVM that refuses; "can't start new thread"
             finish(0, str(error))
 
-    def _write(self, path: Path, states: dict[str, Any], compress: bool) -> int:
-        from hvkvm import __version__
-
-        platform, offered = self._platform, self._offered
-        config = platform.config
-        saved = SavedConfig(
+    def _config(self) -> SavedConfig:
+        """What a machine must be made as to go on from the parts' states, but for how it was booted."""
+        config, offered = self._platform.config, self._offered
+        return SavedConfig(
             _absolute(config.kernel),
             config.append,
             config.cpus,
@@ -173,17 +177,23 @@ class Saver:
             () if self._shelf is None else self._shelf.saved(),
             config.awaits,
             self._waits(),
-            self._recipe(),
+            None,  # `_write` knows
             "ramfb" if config.has_display else "none",
             config.command,
             config.command_io,
             config.hpet,
         )
+
+    def _write(self, path: Path, saved: SavedConfig, states: dict[str, Any], compress: bool) -> int:
+        from hvkvm import __version__
+
+        platform, config = self._platform, self._platform.config
         with Writer(path, config.memory, compress=compress) as writer:
             for offset, data in platform.memory.pieces():
                 if self._ending:
                     raise ValueError("the run ended before it was saved")
                 writer.write_ram(offset, data)
+            saved = saved._replace(boot=self._recipe())
             return writer.commit(Manifest(__version__, time(), self._name, saved, ()), states)
 
     def close(self) -> None:

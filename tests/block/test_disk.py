@@ -311,6 +311,31 @@ def test_resizing_is_told_and_seen(asker: Asker, file: Path) -> None:
     assert disk.size == 2 * MIB
 
 
+@pytest.mark.parametrize("how", ["drain", "stop", "close"])
+def test_what_ends_a_disk_waits_for_a_resize(asker: Asker, file: Path, how: str) -> None:
+    """Else a machine that is saved meanwhile has one size in its file, and its guest never hears of another."""
+    image = RawImage(file)
+    disk = asker.disk(image)
+    inside, gate, ended = threading.Event(), threading.Event(), threading.Event()
+    resize, order = image.resize, []
+
+    def slow(size: int) -> None:
+        inside.set()
+        assert gate.wait(SECONDS)
+        resize(size)
+
+    image.resize = slow  # type: ignore[method-assign]
+    disk.on_resize = lambda: order.append("told")
+    asker.loop.call_soon(disk.resize, 2 * MIB, lambda result: order.append(str(result.status.value)))
+    assert inside.wait(SECONDS)
+    asker.loop.call_soon(getattr(disk, how), lambda *_: (order.append("ended"), ended.set()))
+    asker.wait(asker.loop.call_soon)
+    assert not order
+    gate.set()
+    assert ended.wait(SECONDS)
+    assert order == ["told", Status.OK.value, "ended"]
+
+
 def test_a_done_that_raises_is_the_loops_fault_and_nobody_elses(
     asker: Asker, faults: list[BaseException], file: Path
 ) -> None:

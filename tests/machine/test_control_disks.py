@@ -41,7 +41,8 @@ class World:
         config = MachineConfig(folder / "kernel", vmbus="on", disks=disks).validate()
         platform = SimpleNamespace(config=config, io=self.io, memory=None, observer=Notes())
         self.shelf = DiskShelf(platform, self, self, stack)  # type: ignore[arg-type]
-        parts = SimpleNamespace(platform=platform, disk_shelf=self.shelf)
+        self.saver = SimpleNamespace(busy=False)
+        parts = SimpleNamespace(platform=platform, disk_shelf=self.shelf, saver=self.saver)
         self.requests = DiskRequests(parts)  # type: ignore[arg-type]
         self.io.start()
 
@@ -139,6 +140,9 @@ def test_resize(world: World, tmp_path: Path) -> None:
     assert "not a multiple of 512" in world.ask(what="resize", name="disk0", size=1000)
     for size in (0, -1, 1 << 63, True, "1G", None):
         assert world.ask(what="resize", name="disk0", size=size).startswith("usage: ")
+    world.saver.busy = True
+    assert world.typed("resize", "disk0", "2G").startswith("busy: disk0 keeps its size while the VM is being")
+    assert (tmp_path / "a.raw").stat().st_size == 1 << 30
 
 
 def test_media(world: World, tmp_path: Path) -> None:
