@@ -146,7 +146,7 @@ class Disk:
         self._stopped = False
 
     def drain(self, done: Callable[[], object]) -> None:
-        """`done()` on the loop once no request and no resize is under way; one more makes it wait for that."""
+        """`done()` on the loop once no request and no resize is under way; one more makes it wait on."""
         self._flying.when_none(done)
 
     def close(self, done: Callable[[Result], object]) -> None:

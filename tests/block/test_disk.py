@@ -313,7 +313,7 @@ def test_resizing_is_told_and_seen(asker: Asker, file: Path) -> None:
 
 @pytest.mark.parametrize("how", ["drain", "stop", "close"])
 def test_what_ends_a_disk_waits_for_a_resize(asker: Asker, file: Path, how: str) -> None:
-    """Else a machine that is saved meanwhile has one size in its file, and its guest never hears of another."""
+    """Else a machine that is saved meanwhile has the old size, and its guest never hears of the new one."""
     image = RawImage(file)
     disk = asker.disk(image)
     inside, gate, ended = threading.Event(), threading.Event(), threading.Event()
