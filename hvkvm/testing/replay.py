@@ -44,6 +44,8 @@ from hvkvm.vmbus.ring_writer import RingWriter
 SLACK_SECONDS = 1.0
 """How much later than recorded the host may say something: a timer's time is not exact."""
 STEP_SECONDS = 0.05
+MAX_GAP_SECONDS = 60.0
+"""The most time between two entries that is played: none of the host's timers here is as long."""
 MAX_CPUS = 254
 MAX_MEMORY = 512 << 30
 
@@ -209,7 +211,8 @@ class _Replay:
     def __init__(self, player: _Player, entries: list[tuple[int, Entry]]) -> None:
         self._player = player
         self._entries = entries
-        self._began = entries[0][0]
+        self._began = self._before = entries[0][0]
+        self._played = 0.0
         self._real: set[bytes] = set()
         self._offers = list(_offers(entry for _at, entry in entries))
         self._messages = self._packets = 0
@@ -252,13 +255,25 @@ class _Replay:
         for number, (at, entry) in enumerate(self._entries):
             seconds = (at - self._began) / 1e9
             self._player.run()
-            self._player.advance(max(0.0, seconds - self._player.now))
+            self._pass(at)
             self._player.run()
             found = self._from_guest(entry) if entry.to_host else self._from_host(entry, seconds)
             if found is not None:
                 difference = Difference(number, seconds, explain.described(entry), found)
                 break
         return Replayed(self._messages, self._packets, self._skipped, difference)
+
+    def _pass(self, at: int) -> None:
+        """Let time pass up to an entry that was recorded `at`.
+
+        It was taken from the recorded host's clock, which somebody may have set, or which went on while
+        that host slept. A gap that is too long, or goes back, is played as the longest: what the host says
+        too early waits for its entry, and what it says too late would be a difference.
+        """
+        gap = (at - self._before) / 1e9
+        self._before = at
+        self._played += gap if 0 <= gap <= MAX_GAP_SECONDS else MAX_GAP_SECONDS
+        self._player.advance(max(0.0, self._played - self._player.now))
 
     def _from_guest(self, entry: Entry) -> str | None:
         player = self._player

@@ -23,7 +23,7 @@ from hvkvm.devices.synth.timesync import TimeSync
 from hvkvm.record import explain
 from hvkvm.record.recorder import Recorder
 from hvkvm.testing.device import ScriptedDevice
-from hvkvm.testing.replay import replay
+from hvkvm.testing.replay import MAX_GAP_SECONDS, replay
 from hvkvm.testing.vmbus_loopback import MIB, Loopback
 from hvkvm.vmbus.server import Server
 
@@ -198,6 +198,30 @@ def made(*entries: Entry) -> bytes:
     return data + b"".join(
         pcapng.enhanced_packet(0, at * 1000, entry.pack()) for at, entry in enumerate(entries)
     )
+
+
+@pytest.mark.parametrize("step", [40 * 365 * 86400, 3600, -3600])
+def test_a_clock_that_was_set_is_no_difference_and_costs_no_time(
+    path: Path, monkeypatch: pytest.MonkeyPatch, step: int
+) -> None:
+    """The recorded host's, in the middle of the recording: by NTP from 1970 on, say."""
+    entries = list(explain.read(io.BytesIO(path.read_bytes())))
+    data = pcapng.section_header("x") + pcapng.interface_description(147, record_format.LINK_NAME)
+    for number, (at, entry) in enumerate(entries):
+        moved = step if number >= len(entries) // 2 else 0
+        data += pcapng.enhanced_packet(0, at + 10**13 + moved * 10**9, entry.pack())
+    passed = []
+    advance = Loopback.advance
+
+    def noted(self: Loopback, seconds: float) -> None:
+        passed.append(seconds)
+        advance(self, min(seconds, 7200.0))
+
+    monkeypatch.setattr(Loopback, "advance", noted)
+    result = replay(io.BytesIO(data))
+    assert result.difference is None, result.difference
+    assert result.packets > 12
+    assert max(passed) <= MAX_GAP_SECONDS
 
 
 @settings(max_examples=60)
