@@ -122,17 +122,27 @@ def config_from(arguments: list[str]) -> tuple[MachineConfig, Any]:
 
 def machine_config(options: Any, values: dict[str, Any]) -> MachineConfig:
     """The checked configuration that `values`, of `values_of`, and `options.config` make. ConfigError."""
+    from_file: dict[str, Any] = {}
     if options.config is not None:
-        return MachineConfig.from_toml(options.config, control="auto")._replace(**values).validate()
-    if (file := values.get("restore") or values.get("warm")) is not None:
-        for key, field in fields_of(MachineConfig).items():
-            if field.in_saved and key in values:
-                flag = "--restore" if "restore" in values else "--from"
-                raise ConfigError(f"{flag} {file}: the file decides {field.flag}; leave it out")
-        values["kernel"] = file
-    if not values.keys() & {"kernel", "firmware", "disks", "cdroms"}:
+        from_file = MachineConfig.read_toml(options.config)
+    made = {"control": "auto", **from_file, **values}
+    if made.get("restore") or made.get("warm"):
+        _leave_to_the_file(options, values, from_file)
+        made["kernel"] = made.get("restore") or made["warm"]
+    if not made.keys() & {"kernel", "firmware", "disks", "cdroms"}:
         raise ConfigError("--kernel: missing; name the guest kernel's file, or a --config that does")
-    return MachineConfig(**{"control": "auto", **values}).validate()
+    return MachineConfig(**made).validate()
+
+
+def _leave_to_the_file(options: Any, values: dict[str, Any], from_file: dict[str, Any]) -> None:
+    """Refuse what the command line or a --config says of what a saved machine's file decides. ConfigError."""
+    made = {**from_file, **values}
+    flag = f"{'--restore' if 'restore' in made else '--from'} {made.get('restore') or made['warm']}"
+    for key, field in fields_of(MachineConfig).items():
+        if field.in_saved and key in values:
+            raise ConfigError(f"{flag}: the file decides {field.flag}; leave it out")
+    if key := MachineConfig.decided_by_file(from_file):
+        raise ConfigError(f"{flag}: the file decides {key}; leave it out of --config {options.config}")
 
 
 def values_of(options: Any) -> dict[str, Any]:

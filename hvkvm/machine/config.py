@@ -15,7 +15,7 @@ from hvkvm.abi.guest_command import SERIAL_PORTS, CommandIo
 from hvkvm.abi.vmbus import HOST_VERSIONS, version_text
 from hvkvm.errors import ConfigError
 from hvkvm.machine import config_checks as checks
-from hvkvm.machine.config_fields import Field, check_values, read_table
+from hvkvm.machine.config_fields import Field, check_values, fields_of, read_table
 from hvkvm.machine.config_kinds import (
     MIB,
     AutoFile,
@@ -374,6 +374,11 @@ class MachineConfig(NamedTuple):
         Raises ConfigError for unknown keys or wrong types, and as `validate` does.
         """
         read = read_table(cls, values, folder)
+        if (file := read.get("restore") or read.get("warm")) is not None:
+            if key := cls.decided_by_file(read):
+                by = "restore" if "restore" in read else "warm"
+                raise ConfigError(f"config key {by}: {file}: the file decides {key}; leave it out")
+            read.setdefault("kernel", file)
         if not read.keys() & {"kernel", "firmware", "disks", "cdroms"}:
             raise ConfigError("config key kernel: missing; name the guest kernel's file, or give firmware")
         return cls(**read).validate()
@@ -388,3 +393,19 @@ class MachineConfig(NamedTuple):
 
         values = read_toml(path, f"--config {path}")
         return cls.from_mapping({**defaults, **values}, path.parent)
+
+    @classmethod
+    def read_toml(cls, path: Path) -> dict[str, Any]:
+        """The fields that a TOML file gives, not checked beside one another; otherwise as `from_toml`."""
+        from hvkvm.machine.toml_file import read_toml
+
+        return read_table(cls, read_toml(path, f"--config {path}"), path.parent)
+
+    @classmethod
+    def decided_by_file(cls, given: Mapping[str, Any]) -> str:
+        """The first key of `given` that a saved machine has already; "" where none is.
+
+        A kernel may be named: the same table may be that of the machine that is booted.
+        """
+        decided = (key for key, field in fields_of(cls).items() if field.in_saved and key != "kernel")
+        return next((key for key in decided if key in given), "")

@@ -60,6 +60,30 @@ def test_what_a_saved_machine_has_is_not_asked_for(key: str, kernel: Path) -> No
         config_from(["--restore", str(kernel), *given])
 
 
+def test_a_config_file_leaves_to_a_saved_machine_what_that_has(tmp_path: Path, kernel: Path) -> None:
+    machine, saved, bare = tmp_path / "machine.toml", tmp_path / "saved.toml", tmp_path / "bare.toml"
+    machine.write_text('kernel = "kernel"\nhpet = "on"\n')
+    saved.write_text('restore = "kernel"\nacpi = false\n')
+    bare.write_text('warm = "kernel"\nname = "x"\n')
+    for words, said in (
+        (["--config", str(machine), "--restore", str(kernel)], f"hpet; leave it out of --config {machine}"),
+        (["--config", str(machine), "--from", str(kernel)], f"hpet; leave it out of --config {machine}"),
+        (["--config", str(machine), "--restore", str(kernel), "--cpus", "2"], "--cpus; leave it out"),
+        (["--config", str(saved)], f"acpi; leave it out of --config {saved}"),
+        (["--config", str(bare), "--kernel", str(kernel)], "--kernel; leave it out"),
+    ):
+        with pytest.raises(ConfigError) as caught:
+            config_from(words)
+        assert str(caught.value).endswith(f" {kernel}: the file decides {said}")
+    with pytest.raises(ConfigError, match=f"^config key restore: {kernel}: the file decides acpi; leave it"):
+        MachineConfig.from_toml(saved)
+    machine.write_text('kernel = "kernel"\nname = "x"\n')
+    wanted = MachineConfig(kernel, restore=kernel, name="x", control="auto")
+    assert config_from(["--config", str(machine), "--restore", str(kernel)])[0] == wanted
+    assert config_from(["--config", str(bare)])[0] == wanted._replace(restore=None, warm=kernel)
+    assert MachineConfig.from_toml(bare) == MachineConfig(kernel, warm=kernel, name="x")
+
+
 @pytest.mark.parametrize("key", [key for key, field in FIELDS.items() if field.boot_only])
 def test_what_only_a_boot_can_use_is_refused_by_name(key: str, kernel: Path) -> None:
     values = {"initrd": kernel, "files": (("/x", kernel),)}
