@@ -132,12 +132,19 @@ def _kernels(config: pytest.Config) -> list[GuestKernel]:
     return [] if found is None else [found]
 
 
+def synic_of(item: pytest.Item) -> str:
+    """Who emulates Hyper-V for the guests of a collected test."""
+    callspec = getattr(item, "callspec", None)
+    given = None if callspec is None else callspec.params.get("hvkvm_synic")
+    return str(given or item.config.getoption("--hvkvm-synic"))
+
+
 @pytest.fixture
 def hvkvm_synic(request: pytest.FixtureRequest) -> str:
     """Who emulates Hyper-V for the test's guests: "auto", "kernel" or "user"."""
     from hvkvm.testing.tiers import need
 
-    synic = str(getattr(request, "param", None) or request.config.getoption("--hvkvm-synic"))
+    synic = synic_of(request.node)
     need("hyperv" if synic == "kernel" else "kvm")
     return synic
 

@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+from hvkvm.testing.plugin import TierReport, counted_tier
+
 pytest_plugins = ["pytester"]
 pytestmark = pytest.mark.kvm
 
@@ -200,6 +202,62 @@ def test_side_by_side_and_without_a_kernel(
     refused.stdout.fnmatch_lines(["*HVKVM_GUEST_KERNEL=*/none: no such file; check the path*"])
     wrong = pytester.runpytest_subprocess("--hvkvm-kernels", str(pytester.path), "-k", "linux")
     wrong.stderr.fnmatch_lines(["*--hvkvm-kernels *: no vmlinuz in this folder; name the kernel's file*"])
+
+
+def test_a_session_that_requires_kvm_counts_what_its_fixtures_need(
+    pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No test of it is marked: that its guests ran shows that KVM was there."""
+    monkeypatch.setenv("HVKVM_REQUIRE", "kvm")
+    pytester.makepyfile("def test_it(micro_guest): assert micro_guest('exit 3').run().status == 3")
+    result = pytester.runpytest_subprocess()
+    result.assert_outcomes(passed=1)
+    assert result.ret == 0
+    result.stdout.fnmatch_lines(["hvkvm tiers: anywhere 0 ran 0 skipped, kvm 1 ran 0 skipped, hyperv 0 ran*"])
+    pytester.makepyfile("def test_it(disk): pass")
+    result = pytester.runpytest_subprocess()
+    assert result.ret == 1
+    result.stdout.fnmatch_lines(["hvkvm tiers: HVKVM_REQUIRE=kvm, but no test of it ran"])
+
+
+def test_a_test_is_counted_where_it_needs_to_run(pytester: pytest.Pytester) -> None:
+    pytester.makepyfile(
+        """
+        import pytest
+
+        def test_disk_anywhere(disk): ...
+        def test_micro_kvm(micro_guest): ...
+        def test_pair_kvm(vm_pair): ...
+        def test_handle_kvm(kvm): ...
+        def test_lab_hyperv(lab): ...
+        @pytest.mark.hyperv
+        def test_marked_hyperv(micro_guest): ...
+        @pytest.mark.kvm
+        def test_marked_kvm(): ...
+        @pytest.mark.hvkvm(synic="kernel")
+        def test_kernel_hyperv(micro_guest): ...
+        @pytest.mark.kvm
+        @pytest.mark.hvkvm(synic="kernel")
+        def test_both_hyperv(micro_guest): ...
+        @pytest.mark.hvkvm(synic="user")
+        def test_user_kvm(linux_guest): ...
+        """
+    )
+    items, _reports = pytester.inline_genitems()
+    assert len(items) == 10
+    for item in items:
+        assert counted_tier(item) == item.name.partition("[")[0].rpartition("_")[2], item.name
+    items[1].config.option.hvkvm_synic = "kernel"
+    assert counted_tier(items[1]) == "hyperv"
+
+
+def test_what_ran_with_hyperv_ran_with_kvm() -> None:
+    report = TierReport(frozenset(("kvm", "hyperv")))
+    report.ran["hyperv"] = 1
+    assert report.empty_tiers() == []
+    report.ran.clear()
+    report.ran["kvm"] = 1
+    assert report.empty_tiers() == ["hyperv"]
 
 
 def test_a_marker_with_a_typing_error_is_refused(pytester: pytest.Pytester) -> None:
