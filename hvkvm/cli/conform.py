@@ -14,7 +14,8 @@ on standard output; {kernel} in it is the image's path. The guest looks for
 hyperv-testdev at port 0x3000 and for a VMBus; what is not there is "absent".
 
 exit status: 0 every rule holds; 1 some do not; 2 usage; 69 the VMM cannot be started, or did
-not run the guest; 74 the result could not be written
+not run the guest; 74 the result could not be written; 130 interrupted (129 by SIGHUP, 143
+by SIGTERM), and then the VMM has ended, too
 
 examples:
   hvkvm conform --vmm hvkvm
@@ -58,9 +59,12 @@ def main(arguments: list[str]) -> int:
     """Run the verb; returns the exit status."""
     options = parse(arguments)
     from hvkvm.cli.output import complain
+    from hvkvm.cli.signals import ending_by_exit
     from hvkvm.testing import conform
 
-    found, printed = conform.run(conform.command_of(options.vmm, options.synic), options.timeout)
+    command = conform.command_of(options.vmm, options.synic)
+    with ending_by_exit():  # the VMM has a session of its own, and would go on
+        found, printed = conform.run(command, options.timeout)
     if all(one.seen is None for one in found):
         complain(f"hvkvm: --vmm {options.vmm}: the guest said nothing; this is what was printed:")
         complain(printed[-2000:].rstrip() or "nothing")

@@ -19,11 +19,13 @@ from time import monotonic
 from typing import NamedTuple
 
 from hvkvm.errors import ConfigError, VmmNotRun
-from hvkvm.runtime.timers import MAX_WAIT
 from hvkvm.testing.conform_rules import FAULT, RULES, Rule, program
 from hvkvm.testing.micro_image import micro_image
+from hvkvm.testing.parent_death import signal_at_parents_death
 
 MAX_OUTPUT = 1 << 20
+LOOK_SECONDS = 1.0
+"""So often a signal is seen that came just before a wait for output began, and so did not end it."""
 _LINE = re.compile(rb"^([RF]) ([0-9a-f]{1,4}) ([0-9a-f]{1,16})\r?$", re.MULTILINE)
 
 QEMU = (
@@ -105,6 +107,7 @@ def _output(command: Sequence[str], seconds: float) -> bytes:
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             start_new_session=True,
+            preexec_fn=signal_at_parents_death(signal.SIGKILL),  # noqa: PLW1509 (takes no lock)
         )
     except OSError as error:
         raise VmmNotRun(
@@ -120,7 +123,7 @@ def _output(command: Sequence[str], seconds: float) -> bytes:
                 left = end - monotonic()
                 if left <= 0:
                     break
-                if not selector.select(min(MAX_WAIT, left)):
+                if not selector.select(min(LOOK_SECONDS, left)):
                     continue
                 data = os.read(process.stdout.fileno(), 1 << 16)
                 if not data:

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 
+from hvkvm.testing.parent_death import signal_at_parents_death
 from hvkvm.testing.tiers import missing, required_tiers
 
 VARIABLE = "HVKVM_LAB"
@@ -49,6 +50,7 @@ def run(*command: str, seconds: float = SECONDS, cwd: Path | None = None) -> sub
         stderr=subprocess.PIPE,
         text=True,
         start_new_session=True,
+        preexec_fn=signal_at_parents_death(signal.SIGTERM),  # noqa: PLW1509 (takes no lock)
     ) as process:
         try:
             out, err = process.communicate(timeout=seconds)

@@ -4,10 +4,14 @@ from __future__ import annotations
 
 import json
 import os
+import select
 import shutil
+import signal
 import subprocess
 import sys
 import xml.etree.ElementTree as ET
+from contextlib import suppress
+from pathlib import Path
 
 import pytest
 
@@ -79,6 +83,35 @@ def test_a_vmm_that_says_nothing_is_ended() -> None:
     result = hvkvm("--vmm", "echo hello {kernel}")
     assert (result.returncode, result.stdout) == (69, "")
     assert "hello /" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("number", "status", "sleep"),
+    [
+        (signal.SIGTERM, 143, "sleep 1000 & wait"),
+        (signal.SIGHUP, 129, "sleep 1000 & wait"),
+        (signal.SIGKILL, -signal.SIGKILL, "exec sleep 1000"),
+    ],
+)
+def test_a_vmm_ends_with_a_conform_that_a_signal_ends(
+    tmp_path: Path, number: signal.Signals, status: int, sleep: str
+) -> None:
+    fifo = tmp_path / "fifo"
+    os.mkfifo(fifo)
+    vmm = f"sh -c 'exec 3>{fifo}; echo $$ >&3; {sleep}' {{kernel}}"
+    command = [sys.executable, "-m", "hvkvm", "conform", "--vmm", vmm]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as process:
+        with fifo.open("rb", buffering=0) as alive:
+            group = int(alive.readline())
+            try:
+                process.send_signal(number)
+                assert process.wait(SECONDS) == status
+                assert select.select([alive], [], [], 30)[0], "the VMM goes on"
+                assert alive.read() == b""
+            finally:
+                process.kill()
+                with suppress(ProcessLookupError):
+                    os.killpg(group, signal.SIGKILL)
 
 
 @pytest.mark.kvm

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import os
+import select
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -63,3 +67,31 @@ def test_its_time_is_bounded_and_nothing_is_left(
     monkeypatch.setenv("HVKVM_LAB", f"'{path}'")
     with pytest.raises(subprocess.TimeoutExpired):
         lab("sleep", "1000", seconds=0.2)
+
+
+KILLED = """
+from hvkvm.testing import lab
+lab.missing = lambda tier: "none here"
+lab.run("true")
+"""
+
+
+def test_it_ends_with_tests_that_are_killed(tmp_path: Path) -> None:
+    """A lab is told to end, so that it can end what it started."""
+    fifo = tmp_path / "fifo"
+    os.mkfifo(fifo)
+    path = program(
+        tmp_path, f"exec 3>'{fifo}'; trap 'echo told >&3; kill $!; exit' TERM; echo $$ >&3; sleep 1000 & wait"
+    )
+    environment = {**os.environ, "HVKVM_LAB": f"'{path}'", "HVKVM_REQUIRE": ""}
+    with subprocess.Popen([sys.executable, "-c", KILLED], env=environment) as process:
+        with fifo.open("rb", buffering=0) as alive:
+            group = int(alive.readline())
+            try:
+                process.kill()
+                assert select.select([alive], [], [], 30)[0], "the lab goes on"
+                assert alive.readline() == b"told\n"
+            finally:
+                process.kill()
+                with suppress(ProcessLookupError):
+                    os.killpg(group, signal.SIGKILL)
