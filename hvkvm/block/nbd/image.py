@@ -3,13 +3,15 @@
 When the connection ends, the image connects again, for `RECONNECT_SECONDS` at most. Every request of NBD
 may be carried out twice without harm, so those that were in flight are sent again. What was written before
 and not flushed may be lost with the server: the next flush fails and says so, as one after a failed write
-does, and does not claim what nobody knows. A server that does not come back makes requests fail as GONE.
+does, and does not claim what nobody knows. Each piece of a write counts by itself, since a server may go
+away between two of them. A server that does not come back makes requests fail as GONE.
 """
 
 from __future__ import annotations
 
 import errno
 import threading
+from contextlib import suppress
 from time import monotonic
 from typing import TYPE_CHECKING
 
@@ -59,8 +61,9 @@ class NbdImage:
         self._closing = threading.Event()
         self._connection = self._connected(sock, export)
         self.reconnects = 0
-        self._written = self._flushed = 0
-        self._unsure = False
+        self._written = self._flushed = self._lost = 0
+        """Pieces that a server has acknowledged; those up to which a flush covers them, and up to which some
+        may be lost with a server (0: none). With `_lock`."""
 
     def readv(self, offset: int, buffers: Buffers) -> int:
         cutter = Cutter(buffers)
@@ -82,8 +85,9 @@ class NbdImage:
         flags, flush = self._stable(fua)
         for at in range(0, n, self.export.maximum):
             parts = cutter.take(min(self.export.maximum, n - at))
-            self._call(wire.CMD_WRITE, offset + at, size_of(parts), flags=flags, send=parts)
-        self._wrote(flush)
+            self._change(wire.CMD_WRITE, offset + at, size_of(parts), flags=flags, send=parts)
+        if flush:
+            self.flush()
         return n
 
     def flush(self) -> None:
@@ -93,26 +97,30 @@ class NbdImage:
             written = self._written
         self._call(wire.CMD_FLUSH, 0, 0)
         with self._lock:
-            unsure, self._unsure = self._unsure, False
             self._flushed = max(self._flushed, written)
+            unsure = self._lost > 0
+            if written >= self._lost:  # else some were acknowledged since this began: the next flush's matter
+                self._lost = 0
         if unsure:
             raise OSError(errno.EIO, "the server was away, and what was written before may be lost")
 
     def discard(self, offset: int, length: int) -> None:
         if self._discard and self.export.flags & wire.SEND_TRIM:
-            self._in_pieces(wire.CMD_TRIM, offset, length, 0)
+            for at in range(0, length, MAX_LENGTH):
+                self._call(wire.CMD_TRIM, offset + at, min(MAX_LENGTH, length - at))
 
     def write_zeroes(self, offset: int, length: int, *, may_unmap: bool = True) -> None:
         if self.export.flags & wire.SEND_WRITE_ZEROES:
             flags = 0 if may_unmap and self._discard else wire.CMD_FLAG_NO_HOLE
-            self._in_pieces(wire.CMD_WRITE_ZEROES, offset, length, flags)
-            self._wrote(False)
+            for at in range(0, length, MAX_LENGTH):
+                self._change(wire.CMD_WRITE_ZEROES, offset + at, min(MAX_LENGTH, length - at), flags=flags)
             return
         for at in range(0, length, self.export.maximum):
             self.writev(offset + at, zeros(min(self.export.maximum, length - at)))
 
     def resize(self, size: int) -> None:
         """A server's export has the size that the server gives it: it is looked at again."""
+        self._settle()
         with self._connecting:  # what is in flight waits for it, and is sent again
             self._connection.close()
             self._again(allow_growth=True)
@@ -146,26 +154,38 @@ class NbdImage:
             return wire.CMD_FLAG_FUA, False
         return 0, fua
 
-    def _wrote(self, flush: bool) -> None:
+    def _settle(self) -> None:
+        """Have a server that is still there flush, so that leaving it leaves nothing that may be lost."""
+        with self._lock:
+            written = self._written
+            if written == self._flushed or not self.export.flags & wire.SEND_FLUSH:
+                return
+        with suppress(Lost, OSError):
+            self._connection.call(wire.CMD_FLUSH, 0, 0)
+            with self._lock:
+                self._flushed = max(self._flushed, written)
+
+    def _change(self, kind: int, offset: int, length: int, *, flags: int, send: Buffers = ()) -> None:
+        """One request that changes data, counted when it is acknowledged. OSError, PeerGone."""
+        connection = self._call(kind, offset, length, flags=flags, send=send)
         with self._lock:
             self._written += 1
-        if flush:
-            self.flush()
-
-    def _in_pieces(self, kind: int, offset: int, length: int, flags: int) -> None:
-        for at in range(0, length, MAX_LENGTH):
-            self._call(kind, offset + at, min(MAX_LENGTH, length - at), flags=flags)
+            if connection is not self._connection:  # its server went away before this was counted
+                self._lost = self._written
 
     def _call(
         self, kind: int, offset: int, length: int, *, flags: int = 0, send: Buffers = (), fill: Buffers = ()
-    ) -> None:
-        """One request, sent again on another connection if one is lost with it. OSError, PeerGone."""
+    ) -> Connection:
+        """One request, sent again on another connection if one is lost with it; the one that has answered.
+
+        OSError, PeerGone.
+        """
         until = monotonic() + self._reconnect_seconds
         while True:
             connection = self._connection
             try:
                 connection.call(kind, offset, length, flags=flags, send=send, fill=fill)
-                return
+                return connection
             except Lost as error:
                 # Not for ever, either, with a server that comes back each time to fail at this request.
                 if self._closing.is_set() or monotonic() > until:
@@ -176,8 +196,6 @@ class NbdImage:
         with self._connecting:
             if self._connection is not lost:
                 return  # another caller has done it
-            with self._lock:
-                self._unsure = self._unsure or self._written > self._flushed
             pause = FIRST_PAUSE
             while True:
                 try:
@@ -198,7 +216,11 @@ class NbdImage:
             raise ImageError(f"{self.address}: its server came back with another export")
         self.export = export
         self.size = export.size
-        self._connection = self._connected(sock, export)
+        connection = self._connected(sock, export)
+        with self._lock:  # so that what a server has acknowledged is counted before, or as another one's
+            if self._written > self._flushed:
+                self._lost = self._written
+            self._connection = connection
         self.reconnects += 1
 
     def _connected(self, sock: socket.socket, export: Export) -> Connection:
