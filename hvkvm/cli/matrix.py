@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 from hvkvm import given_file
 from hvkvm.cli.arguments import Parser, path_word
 from hvkvm.cli.output import cannot_write, complain, show
-from hvkvm.errors import CapabilityMissing, ConfigError, HvkvmError, OutputError
+from hvkvm.cli.signals import hang_up_is_ignored
+from hvkvm.errors import CapabilityMissing, ConfigError, HostExhausted, HvkvmError, OutputError
 
 if TYPE_CHECKING:
     from hvkvm.testing.matrix.cases import Case, Result
@@ -106,13 +107,18 @@ class _Matrix:
 
     def run(self) -> int:
         """Run them; the exit status."""
-        before = {number: signal.signal(number, self._noted) for number in ENDING_SIGNALS}
+        before = {
+            number: signal.signal(number, self._noted)
+            for number in ENDING_SIGNALS
+            if not hang_up_is_ignored(number)
+        }
         try:
             self._run_cases()
-        except HvkvmError as error:
+        except (HvkvmError, OSError) as error:
+            what = _in_words(error)
             if not self._results:
-                raise
-            complain(f"hvkvm: {error}")
+                raise what from error
+            complain(f"hvkvm: {what}")
             self._failed = True
         finally:
             for number, handler in before.items():
@@ -188,3 +194,10 @@ class _Matrix:
                 (self._options.json, json.dumps(report.as_json(self._results, self._cases), indent=1))
             )
         return found
+
+
+def _in_words(error: HvkvmError | OSError) -> HvkvmError:
+    """Whatever ends a matrix before its cases have run, as one line."""
+    from hvkvm.testing.matrix.local import lacking
+
+    return error if isinstance(error, HvkvmError) else HostExhausted(f"it cannot go on: {lacking(error)}")

@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
+import resource
 import signal
 import subprocess
+import tempfile
 import time
 import xml.etree.ElementTree as ET
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from running_vm import command_line
 
+from hvkvm.cli import guarded, matrix
+from hvkvm.testing.matrix import local, process
 from hvkvm.testing.micro_image import micro_image
 
 pytestmark = [pytest.mark.kvm, pytest.mark.timeout(300)]
@@ -145,6 +151,74 @@ def test_a_host_that_can_run_none_says_so(hvkvm: Hvkvm, folder: Path) -> None:
     assert "skipped: " in result.stdout
 
 
+def test_a_case_that_finds_no_file_left_waits_for_another_to_end(hvkvm: Hvkvm, folder: Path) -> None:
+    """The process may have 14: two cases side by side, and no third."""
+
+    def few() -> None:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (14, resource.getrlimit(resource.RLIMIT_NOFILE)[1]))
+
+    path = file(folder, 'kernel = "good"\n' + "".join(f'[[command]]\nname = "{n}"\n' for n in range(6)))
+    result = hvkvm("matrix", path, "--jobs", "6", preexec_fn=few)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.splitlines()[-1] == "6 cases: 6 ok"
+    assert list((folder / "made").iterdir()) == []
+
+
+@pytest.mark.parametrize(("refused", "lines"), [(1, "2 cases: 1 ok, 1 ended"), (0, "2 cases: 2 ended")])
+def test_a_host_that_starts_no_more_has_what_there_is_told(
+    folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    refused: int,
+    lines: str,
+) -> None:
+    made = 0
+
+    def start(*arguments: Any) -> process.GuestProcess:
+        nonlocal made
+        made += 1
+        if made > refused:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return process.GuestProcess(*arguments)
+
+    monkeypatch.setattr(local, "GuestProcess", start)
+    monkeypatch.setattr(tempfile, "tempdir", str(folder / "made"))
+    path = file(folder, '[axes]\nkernel = ["good", "bad"]\n')
+    assert matrix.main([str(path), "--jobs", "1", "--quiet", "--junit", str(folder / "j.xml")]) == 1
+    said = capsys.readouterr()
+    [line] = said.err.splitlines()
+    assert line.startswith(
+        f"hvkvm: no guest can be started: {folder}/made: No space left on device; make room"
+    )
+    assert said.out.splitlines()[-1] == lines
+    assert ET.parse(folder / "j.xml").getroot().get("errors") == str(2 - refused)
+    assert list((folder / "made").iterdir()) == []
+
+
+def test_what_fails_of_the_host_in_the_middle_is_a_line(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def turn(_run: local.LocalRun) -> bool:
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
+    monkeypatch.setattr(local.LocalRun, "turn", turn)
+    assert matrix.main([str(file(folder, 'kernel = "good"\n'))]) == 1
+    said = capsys.readouterr()
+    assert said.err.startswith("hvkvm: it cannot go on: Too many open files; ")
+    assert said.err.count("\n") == 1
+    assert said.out.splitlines()[-1] == "1 cases: 1 ended"
+
+
+def test_a_host_without_a_folder_for_it_says_so(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(folder / "none"))
+    path = file(folder, 'kernel = "good"\n')
+    assert guarded(lambda: matrix.main([str(path)])) == 69
+    [line] = capsys.readouterr().err.splitlines()
+    assert line.startswith("hvkvm: no guest can be started: [Errno 2] No such file or directory: ")
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_ends_all_and_leaves_nothing(folder: Path, number: signal.Signals) -> None:
     path = file(folder, '[axes]\nkernel = ["good", "spin"]\ncpus = [1, 2]\n')
@@ -159,6 +233,23 @@ def test_a_signal_ends_all_and_leaves_nothing(folder: Path, number: signal.Signa
     assert "ended" in out.splitlines()[-1]
     assert guests_of(folder / "made") == []
     assert list((folder / "made").iterdir()) == []
+
+
+def test_a_matrix_under_nohup_outlives_its_terminal(folder: Path) -> None:
+    path = file(folder, 'kernel = "spin"\n')
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        process = subprocess.Popen(
+            command_line("matrix", path), stdout=subprocess.PIPE, stderr=subprocess.PIPE
+        )
+    finally:
+        signal.signal(signal.SIGHUP, before)
+    with process:
+        wait_for(lambda: guests_of(folder / "made"), "a guest that runs")
+        process.send_signal(signal.SIGHUP)
+        process.send_signal(signal.SIGTERM)
+        out, err = process.communicate(timeout=120)
+    assert process.returncode == 143, (out, err)
 
 
 def test_guests_end_when_the_matrix_is_killed(folder: Path) -> None:

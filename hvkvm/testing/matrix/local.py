@@ -1,11 +1,13 @@
 """Runs a matrix's cases on this host: as many side by side as its memory and processors bear.
 
 One thread starts every process, reads all their streams and ends them. Cases that share
-a warm guest wait for its boot, and boot by themselves where it comes to nothing.
+a warm guest wait for its boot, and boot by themselves where it comes to nothing. A host that has
+no files, memory or processes for one more is asked again when one has ended.
 """
 
 from __future__ import annotations
 
+import errno
 import os
 import selectors
 import shutil
@@ -16,6 +18,7 @@ from pathlib import Path
 from time import monotonic
 from types import TracebackType
 
+from hvkvm.errors import NO_FILE, HostExhausted, exhausted
 from hvkvm.machine.config import MachineConfig
 from hvkvm.testing.matrix.cases import ENDED, ERROR, Case, Result
 from hvkvm.testing.matrix.process import GuestProcess
@@ -25,6 +28,10 @@ OVERHEAD = 64 << 20
 SHARE = 0.8
 """Of the memory that is free."""
 TURN_SECONDS = 0.5
+
+_NO_SPACE = frozenset({errno.ENOSPC, errno.EDQUOT})
+_FOR_NOW = NO_FILE | _NO_SPACE | {errno.EAGAIN}
+"""Why a host starts no process that it may start when another has ended."""
 
 Told = Callable[[Case, Result], None]
 
@@ -56,19 +63,24 @@ class LocalRun:
     """Runs `cases`, and tells `told` what became of each. A context manager: its end ends all of them.
 
     `jobs` is the most that run side by side; None: as many as there are processors for their vCPUs.
-    Memory bounds both. Owner: one thread, the same from first to last.
+    Memory bounds both. Owner: one thread, the same from first to last. HostExhausted, of it and of `turn`.
     """
 
     def __init__(self, cases: Sequence[Case], told: Told, jobs: int | None = None) -> None:
         self._told = told
         self._jobs = jobs
-        self._folder = Path(tempfile.mkdtemp(prefix="hvkvm-matrix-"))
         self._waiting = deque(cases)
         self._running: list[_Job] = []
         self._numbers = 0
-        self._selector = selectors.DefaultSelector()
+        self._refused = False
+        """The host had nothing for one more, and none has ended since."""
         self._cores = len(os.sched_getaffinity(0))
-        self._memory = int(free_memory() * SHARE)
+        try:
+            self._memory = int(free_memory() * SHARE)
+            self._selector = selectors.DefaultSelector()
+            self._folder = Path(tempfile.mkdtemp(prefix="hvkvm-matrix-"))
+        except OSError as error:
+            raise HostExhausted(f"no guest can be started: {lacking(error)}") from error
         self._groups: dict[int, _Group] = {}
         for case in cases:
             if case.group:
@@ -92,6 +104,8 @@ class LocalRun:
         return bool(self._running or self._waiting)
 
     def _start_one(self) -> bool:
+        if self._refused:
+            return False
         for index, case in enumerate(self._waiting):
             group = self._groups.get(case.group)
             if group is not None and group.booting:
@@ -99,15 +113,15 @@ class LocalRun:
             if not self._has_room(case.config):
                 return False  # in the file's order, so that nobody waits for ever
             if group is not None and group.usable is None:
-                group.booting = True
                 boot = case.config._replace(command=(), command_io="console", awaits=True, files=())
-                self._begin(boot, group.path, None, group)
-                return True
-            del self._waiting[index]
+                group.booting = self._begin(boot, group.path, None, group)
+                return group.booting
             config = case.config
             if group is not None and group.usable:
                 config = copy_of(config, group.path)
-            self._begin(config, None, case, group)
+            if not self._begin(config, None, case, group):
+                return False
+            del self._waiting[index]
             return True
         return False
 
@@ -122,18 +136,28 @@ class LocalRun:
 
     def _begin(
         self, config: MachineConfig, output: Path | None, case: Case | None, group: _Group | None
-    ) -> None:
+    ) -> bool:
+        """Start a process; False where the host may do so when another has ended. HostExhausted."""
         self._numbers += 1
         folder = self._folder / str(self._numbers)
-        folder.mkdir()
-        job = _Job(GuestProcess(config, folder, output), folder, config)
+        try:
+            folder.mkdir()
+            job = _Job(GuestProcess(config, folder, output), folder, config)
+        except OSError as error:
+            shutil.rmtree(folder, ignore_errors=True)
+            if not self._running or error.errno not in _FOR_NOW:
+                raise HostExhausted(f"no guest can be started: {lacking(error)}") from error
+            self._refused = True
+            return False
         job.case, job.group = case, group
         self._running.append(job)
         for fd in job.process.fds:
             self._selector.register(fd, selectors.EVENT_READ, job)
+        return True
 
     def _finish(self, job: _Job) -> None:
         self._running.remove(job)
+        self._refused = False
         for key in list(self._selector.get_map().values()):
             if key.data is job:
                 self._selector.unregister(key.fd)
@@ -190,6 +214,13 @@ def copy_of(config: MachineConfig, path: Path) -> MachineConfig:
     own = ("command", "command_io", "files", "control", "name", "timeout", "kvm_path", "signal_path")
     fields = {key: getattr(config, key) for key in own}
     return MachineConfig(kernel=path, warm=path, **fields)
+
+
+def lacking(error: OSError) -> str:
+    """What a host has no more of, or else does not allow, for the processes of a matrix; and the remedy."""
+    if error.errno in _NO_SPACE:
+        return f"{tempfile.gettempdir()}: {error.strerror}; make room there, or name another folder by TMPDIR"
+    return exhausted(error) or f"{error}; mend that, and start the matrix again"
 
 
 def free_memory() -> int:
