@@ -27,7 +27,7 @@ from hvkvm.runtime.timers import MAX_WAIT
 _PIECE = 4096
 
 
-def _hang_up_is_ignored(number: signal.Signals) -> bool:
+def hang_up_is_ignored(number: int) -> bool:
     """Whether the run was started by nohup or its like: it shall outlive its terminal."""
     return number == signal.SIGHUP and signal.getsignal(number) is signal.SIG_IGN
 
@@ -70,7 +70,7 @@ class Signals:
         self._before = {
             number: signal.signal(number, _leave_to_the_pipe)
             for number in numbers
-            if not _hang_up_is_ignored(number)
+            if not hang_up_is_ignored(number)
         }
 
     def wait(self, fd: int, timeout: float | None) -> int | None:
