@@ -33,7 +33,7 @@ class Bat:
         self.path = path
         self._taken = taken
         self._end = source.size()
-        self.pages = Pages(source, self._check_page)
+        self.pages = Pages(source, self._check_page, self._turn)
         if geometry.entries <= CHECKED_ENTRIES:
             self.check_overlaps()
 
@@ -72,6 +72,18 @@ class Bat:
                 what = f"lies at {offset:#x}, upon the block of entry {before}"
                 raise ImageDamaged(self.path, f"BAT entry {index}", self.region.offset + index * 8, what)
             end, before = offset + length, index
+
+    def _turn(self, offset: int) -> tuple[int, int]:
+        """The order in which pages are logged: whatever leads to something, behind that.
+
+        A flush may need several log entries, and a crash lose the later ones. Sector bitmaps come first: a
+        bit says nothing before its payload block is partially present, and is cleared before that. Then the
+        BAT from its end, for a chunk's bitmap block has its entry behind those of the payload blocks. Last
+        the size, which lets new entries count. Regions may lie anywhere: the offset alone would not do.
+        """
+        if self.region.offset <= offset < self.region.offset + self.region.length:
+            return 1, -offset
+        return 2 if any(one.offset <= offset < one.offset + one.length for one in self._taken) else 0, offset
 
     def _check_page(self, offset: int, page: bytes) -> None:
         at = offset - self.region.offset

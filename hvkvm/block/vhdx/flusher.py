@@ -1,7 +1,9 @@
 """When what of a VHDX becomes stable: the first write, each flush, and the end.
 
 Data first, then the log with what changed of the metadata, then the metadata in its place. So a crash at any
-moment leaves the metadata of one flush or of the next, and data that is stable where that metadata says.
+moment leaves the metadata of one flush or of the next, and data that is stable where that metadata says. What
+changed in more pages than a log entry takes is several entries, each stable and in its place before the next:
+then a crash may leave the first of the next flush's, in an order (`Bat`) in which they are sound.
 """
 
 from __future__ import annotations

@@ -20,12 +20,18 @@ MAX_PAGES = 16384
 
 
 class Pages:
-    """The pages of `source` by file offset. `check(offset, page)` sees each that is loaded, and may raise."""
+    """The pages of `source` by file offset. `check(offset, page)` sees each that is loaded, and may raise.
 
-    def __init__(self, source: Source, check: Callable[[int, bytes], None]) -> None:
+    `turn(offset)` says when a changed page is logged: those with the least first.
+    """
+
+    def __init__(
+        self, source: Source, check: Callable[[int, bytes], None], turn: Callable[[int], tuple[int, int]]
+    ) -> None:
         self.source = source
         self.lock = threading.RLock()
         self._check = check
+        self._turn = turn
         self._pages: dict[int, bytes] = {}
         self._dirty: set[int] = set()
         self._settling: set[int] = set()
@@ -51,9 +57,9 @@ class Pages:
         return not self._dirty and not self._settling
 
     def take_dirty(self) -> list[tuple[int, bytes]]:
-        """What was changed since the last time, to be logged and put in place; then call `settled`."""
+        """What was changed since the last time, to be logged and put in place so ordered; then `settled`."""
         with self.lock:
-            taken = sorted(self._dirty)
+            taken = sorted(self._dirty, key=self._turn)
             self._settling.update(taken)
             self._dirty.clear()
             return [(offset, self._pages[offset]) for offset in taken]
