@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import xml.etree.ElementTree as ET
 from pathlib import Path
 
@@ -75,6 +76,64 @@ def test_a_guest_without_a_command_and_one_that_must_boot(folder: Path) -> None:
     assert (only.config.command, only.config.command_io, only.group, only.title) == ((), "console", 0, "boot")
     text = 'warm = false\n[machine]\nkernel = "a"\n[[command]]\nrun = "x"\n[[command]]\nrun = "y"\n'
     assert [case.group for case in read(written(folder, text))] == [0, 0]
+
+
+def test_each_case_writes_files_of_its_own(folder: Path) -> None:
+    text = """
+        [machine]
+        kernel = "a"
+        vmbus = "on"
+        timeline = "t.svg"
+        record = ["r.pcapng,depth=full", "/dev/null"]
+        nets = ["user,pcap=n.pcap"]
+        [axes]
+        cpus = [1, 2]
+    """
+    for case in read(written(folder, text)):
+        number = case.number
+        assert case.config.timeline == folder / f"t-{number}.svg"
+        assert [one.file for one in case.config.record] == [folder / f"r-{number}.pcapng", Path("/dev/null")]
+        assert case.config.record[0].depth == "full"
+        assert [nic.pcap for nic in case.config.nets] == [folder / f"n-{number}.pcap"]
+    (only,) = read(written(folder, text.replace("[1, 2]", "[1]")))
+    assert (only.config.timeline, only.config.record[0].file) == (folder / "t.svg", folder / "r.pcapng")
+    own = '[machine]\nkernel = "a"\nvmbus = "on"\n[axes]\nrecord = [["x"], ["y"]]\n'
+    assert [case.config.record[0].file.name for case in read(written(folder, own))] == ["x", "y"]
+
+
+@pytest.mark.parametrize(
+    ("keys", "said"),
+    [
+        ('vsock = "v"', "vsock: {}/v is given to 2 cases, and each makes this socket; leave it out, or"),
+        (
+            'firmware = "auto"\nfirmware_vars = "f"',
+            "firmware_vars: {}/f is given to 2 cases, and each writes it",
+        ),
+        ('control = "c"', "control: c is given to 2 cases, and each makes this socket"),
+        ('control = "auto"\nname = "n"', "name: n is given to 2 cases, and each makes a control socket"),
+        ('nets = ["listen=l"]', "nets listen: {}/l is given to 2 cases"),
+        ('nets = ["tap=t"]', "nets tap: t is given to 2 cases"),
+        ('nets = ["create,name=t"]', "nets name: t is given to 2 cases"),
+        ('nets = ["user,forward=2222-22"]', "nets forward: tcp:127.0.0.1:2222 is given to 2 cases"),
+        ('record = ["pipe"]', "record: {}/pipe is a pipe, and several cases write to it; name a file"),
+    ],
+)
+def test_what_only_one_machine_can_have_is_not_given_to_several(folder: Path, keys: str, said: str) -> None:
+    os.mkfifo(folder / "pipe")
+    machine = f'[machine]\nkernel = "a"\nvmbus = "on"\n{keys}\n'
+    assert len(read(written(folder, machine))) == 1
+    with pytest.raises(ConfigError) as caught:
+        read(written(folder, f"{machine}[axes]\ncpus = [1, 2]\n"))
+    assert str(caught.value).startswith(f"{folder}/m.toml: {said.format(folder)}")
+    assert "\n" not in str(caught.value)
+
+
+def test_a_name_that_leads_to_no_socket_may_be_shared_and_a_made_name_not_be_anothers(folder: Path) -> None:
+    machine = '[machine]\nkernel = "a"\nvmbus = "on"\nname = "n"\n'
+    assert len(read(written(folder, machine + "[axes]\ncpus = [1, 2]\n"))) == 2
+    values = ", ".join(f"{{name = '{n}', record = ['{file}']}}" for n, file in enumerate(("r", "r", "r-1")))
+    with pytest.raises(ConfigError, match=r"/r of case 1 is .*/r-1, which is given, too; name another"):
+        read(written(folder, f"{machine}[axes]\nfile = [{values}]\n"))
 
 
 def test_modules_are_found_beside_the_kernel(folder: Path) -> None:

@@ -16,6 +16,7 @@ from hvkvm.machine.config import MachineConfig
 from hvkvm.machine.config_fields import fields_of, read_table
 from hvkvm.machine.config_kinds import check_file
 from hvkvm.machine.toml_file import read_toml
+from hvkvm.testing.matrix.apart import apart
 from hvkvm.testing.matrix.cases import Case, can_be_warm
 
 SECONDS = 300.0
@@ -58,7 +59,7 @@ def cases(tables: Mapping[str, Any], folder: Path, file: str) -> list[Case]:
             case = _case(len(found) + 1, place, fields, command, file)
             shared = warm and len(commands) > 1 and can_be_warm(case.config)
             found.append(case._replace(group=group if shared else 0))
-    return found
+    return apart(found, file)
 
 
 def _table(tables: Mapping[str, Any], name: str, file: str) -> dict[str, Any]:
