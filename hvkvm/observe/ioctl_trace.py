@@ -5,7 +5,8 @@ children, and hands every ioctl to `emit` as a `Call`. For `hvkvm trace` and for
 scripts that compare VMMs.
 
 Owner: one thread, the process's main one: ptrace belongs to a thread, and `follow`
-takes SIGCHLD, SIGINT, SIGTERM, SIGHUP and SIGQUIT over and reaps every child.
+takes SIGCHLD, SIGINT, SIGTERM, SIGHUP and SIGQUIT over and reaps every child. Where
+SIGHUP is ignored (nohup) it stays so: blocked, it would wait for us all the same.
 
 python-ptrace's own debugger polls its tracees with sleeps and knows neither
 PTRACE_SEIZE (attach without a stop signal, let go without a trace) nor
@@ -33,7 +34,6 @@ from hvkvm.observe.tracee import UNKNOWN, Scope, Tracee, group_of, status_field,
 
 STOPPING = (signal.SIGSTOP, signal.SIGTSTP, signal.SIGTTIN, signal.SIGTTOU)
 ASKING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
-SIGNALS = (signal.SIGCHLD, *ASKING)
 SYSCALL_STOP = signal.SIGTRAP | 0x80  # with PTRACE_O_TRACESYSGOOD
 # System calls of x86-64 that matter: the ioctl, and those that change what an fd is.
 IOCTL, CLOSE, MMAP, DUP2, DUP3, CLOSE_RANGE = 16, 3, 9, 33, 292, 436
@@ -98,6 +98,9 @@ class Tracer:
         self._main = 0
         self._command = False
         self._status = 0
+        nohup = signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+        self._asking = tuple(n for n in ASKING if n != signal.SIGHUP or not nohup)
+        self._signals = (signal.SIGCHLD, *self._asking)
         self._info = door.ptrace_syscall_info()
         self._info_at = addressof(self._info)
 
@@ -166,7 +169,7 @@ class Tracer:
         A signal to us ends the trace and leaves an attached process running (128 + its number). A command
         gets the signal, unless the terminal gave it one already; a second one lets it go.
         """
-        before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, self._signals)
         # Where it is ignored (inherited so), no stop of a tracee would wake us.
         handler = signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         try:
@@ -178,7 +181,7 @@ class Tracer:
                 if not self._threads:
                     break
                 # A busy tracee always has something to report: a signal to us must not wait for a pause.
-                info = signal.sigtimedwait(ASKING, 0) if reports else signal.sigwaitinfo(SIGNALS)
+                info = signal.sigtimedwait(self._asking, 0) if reports else signal.sigwaitinfo(self._signals)
                 if info is None or info.si_signo == signal.SIGCHLD:
                     continue
                 if not self._command or asked or self._main not in self._threads:
@@ -194,7 +197,7 @@ class Tracer:
 
     def let_go(self) -> None:
         """Detach from all that is traced; it runs on. Waits for each to stop; a signal to us ends that."""
-        before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, self._signals)
         try:
             for thread in list(self._threads.values()):
                 if thread.stopped:
@@ -206,7 +209,11 @@ class Tracer:
                 for thread, _event, _number in reports:
                     self._detach(thread)
                 # What is left when a signal comes is let go by the kernel when we end.
-                if not reports and self._threads and signal.sigwaitinfo(SIGNALS).si_signo != signal.SIGCHLD:
+                if (
+                    not reports
+                    and self._threads
+                    and signal.sigwaitinfo(self._signals).si_signo != signal.SIGCHLD
+                ):
                     break
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, before)

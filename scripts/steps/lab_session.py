@@ -397,10 +397,12 @@ def _write_all(descriptor: int, data: bytes) -> None:
 
 @contextlib.contextmanager
 def _signals_as_bytes() -> Iterator[int]:
-    """Signals arrive as bytes on the descriptor, one per signal, and do nothing else."""
+    """Signals arrive as bytes on the descriptor, one each, and do no more. What nohup ignores stays so."""
     reader, writer = os.pipe()
     os.set_blocking(writer, False)
-    before = {number: signal.signal(number, lambda *_: None) for number in (*_FORWARDED, signal.SIGWINCH)}
+    nohup = signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    numbers = {*_FORWARDED, signal.SIGWINCH} - ({signal.SIGHUP} if nohup else set())
+    before = {number: signal.signal(number, lambda *_: None) for number in numbers}
     wakeup = signal.set_wakeup_fd(writer)
     try:
         yield reader

@@ -231,6 +231,29 @@ def test_a_signal_to_the_tracer_goes_to_its_command():
     assert tracer.returncode == 11
 
 
+def test_a_trace_under_nohup_outlives_its_terminal():
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        tracer = subprocess.Popen(
+            [
+                *TRACE,
+                "--",
+                "sh",
+                "-c",
+                'trap "exit 11" TERM; echo up; for n in $(seq 400); do sleep 0.05; done',
+            ],
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+    finally:
+        signal.signal(signal.SIGHUP, before)
+    assert tracer.stdout.readline() == "up\n"
+    tracer.send_signal(signal.SIGHUP)
+    tracer.send_signal(signal.SIGTERM)  # a second signal would let the command go
+    tracer.communicate(timeout=100)
+    assert tracer.returncode == 11
+
+
 def test_threads_that_come_and_go_and_an_exec_from_a_thread():
     program = (
         "import threading, os\n"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -535,3 +536,15 @@ def test_a_python_behind_the_lab_s_streams_is_a_worker_like_any(machine: Machine
         channel.close()
     finally:
         group.terminate(20)
+
+
+def test_a_lab_under_nohup_outlives_its_terminal() -> None:
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with lab_session._signals_as_bytes() as arrived:
+            os.kill(os.getpid(), signal.SIGHUP)
+            os.kill(os.getpid(), signal.SIGTERM)
+            assert os.read(arrived, 1) == bytes([signal.SIGTERM])
+        assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
