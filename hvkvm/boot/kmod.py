@@ -11,10 +11,11 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from hvkvm import given_file
 from hvkvm.abi.elf import ELF64_EHDR, ELF64_IDENT, ELF64_SHDR, Ehdr, Shdr
+from hvkvm.boot import unpack_tool
 from hvkvm.errors import BootError
 
 _SUFFIXES = (".ko", ".ko.xz", ".ko.zst", ".ko.gz")
@@ -105,20 +106,29 @@ def read_module(path: Path) -> bytes:
         if path.name.endswith(".xz"):
             import lzma
 
-            return lzma.LZMADecompressor().decompress(raw, max_length=_MODULE_MAX)
+            return _whole(lzma.LZMADecompressor(), raw)
         if path.name.endswith(".gz"):
             import zlib
 
-            return zlib.decompressobj(wbits=31).decompress(raw, _MODULE_MAX)
+            return _whole(zlib.decompressobj(wbits=31), raw)
         if path.name.endswith(".zst"):
-            import subprocess
-
-            return subprocess.run(["zstd", "-dcq"], input=raw, stdout=subprocess.PIPE, check=True).stdout
+            return _taken(unpack_tool.unpack("zstd", raw, _MODULE_MAX))
     except FileNotFoundError:
         raise BootError(f"{path}: the zstd command is needed to read it (package zstd)") from None
     except Exception as error:  # each decompressor has an exception type of its own
         raise BootError(f"{path}: cannot be decompressed: {error}") from error
     return raw
+
+
+def _whole(unpacker: Any, packed: bytes) -> bytes:
+    unpacked: bytes = unpacker.decompress(packed, _MODULE_MAX)
+    return _taken(unpacked if unpacker.eof else None)
+
+
+def _taken(unpacked: bytes | None) -> bytes:
+    if unpacked is None:
+        raise ValueError("it is cut short or damaged, or too large for a module")
+    return unpacked
 
 
 class ModuleTree:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import lzma
 import re
 import shutil
@@ -100,6 +101,38 @@ def test_broken_compression_is_a_boot_error(tmp_path: Path) -> None:
     (tmp_path / "kernel/x.ko.xz").write_bytes(b"not xz")
     with pytest.raises(BootError, match="cannot be decompressed"):
         kmod.ModuleTree(tmp_path).closure(["x"])
+
+
+@pytest.mark.skipif(shutil.which("zstd") is None, reason="the zstd tool is not installed")
+def test_a_broken_zst_module_is_a_boot_error(tmp_path: Path) -> None:
+    path = tmp_path / "x.ko.zst"
+    path.write_bytes(b"not zstd")
+    with pytest.raises(BootError, match="cannot be decompressed: it is cut short or damaged, or too large"):
+        kmod.read_module(path)
+
+
+@pytest.mark.parametrize("suffix", ["xz", "gz", "zst"])
+def test_a_module_that_unpacks_without_bound_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, suffix: str
+) -> None:
+    tool = {"xz": "xz", "gz": "gzip", "zst": "zstd"}[suffix]
+    if shutil.which(tool) is None:
+        pytest.skip(f"the {tool} tool is not installed")
+    path = tmp_path / f"x.ko.{suffix}"
+    path.write_bytes(subprocess.run([tool, "-qc"], input=bytes(1 << 20), stdout=-1, check=True).stdout)
+    assert kmod.read_module(path) == bytes(1 << 20)
+    monkeypatch.setattr(kmod, "_MODULE_MAX", (1 << 20) - 1)
+    with pytest.raises(BootError, match="too large for a module"):
+        kmod.read_module(path)
+
+
+@pytest.mark.parametrize("suffix", ["xz", "gz"])
+def test_a_module_that_is_cut_short_is_refused(tmp_path: Path, suffix: str) -> None:
+    packed = {"xz": lzma.compress, "gz": gzip.compress}[suffix](bytes(range(256)) * 64)
+    path = tmp_path / f"x.ko.{suffix}"
+    path.write_bytes(packed[:-4])
+    with pytest.raises(BootError, match="cut short"):
+        kmod.read_module(path)
 
 
 def test_folder_without_modules_is_refused(tmp_path: Path) -> None:

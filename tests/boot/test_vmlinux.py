@@ -138,6 +138,26 @@ def test_broken_payloads_give_none(magic: bytes, rest: bytes) -> None:
     assert vmlinux.decompress(magic + rest) is None or (magic + rest).startswith(b"\x7fELF")
 
 
+@pytest.mark.skipif(shutil.which("zstd") is None, reason="the zstd tool is not installed")
+def test_a_kernel_that_says_it_is_too_large_is_not_unpacked(monkeypatch: pytest.MonkeyPatch) -> None:
+    packed = with_size(by_tool("zstd", "-q")(ELF))
+    assert vmlinux.decompress(packed) == ELF
+    monkeypatch.setattr(vmlinux, "_VMLINUX_MAX", len(ELF) - 1)
+    assert vmlinux.decompress(packed) is None
+
+
+@pytest.mark.parametrize(("tool", "magic"), [("zstd", b"\x28\xb5\x2f\xfd"), ("lz4", b"\x02\x21\x4c\x18")])
+def test_a_tool_that_unpacks_more_than_was_said_is_ended(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tool: str, magic: bytes
+) -> None:
+    script = tmp_path / tool
+    script.write_text(f"#!/bin/sh\nhead -c {8 << 20} /dev/zero\necho > {tmp_path}/finished\n")
+    script.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
+    assert vmlinux.decompress(with_size(magic)) is None
+    assert not (tmp_path / "finished").exists()
+
+
 def elf64(*segments: tuple[int, bytes, int], tail: bytes = b"symbols") -> bytes:
     """An ELF of (program header type, bytes in the file, bytes in memory) and something behind."""
     start = 64 + 56 * len(segments)
