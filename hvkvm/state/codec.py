@@ -14,6 +14,7 @@ Pure; any thread.
 from __future__ import annotations
 
 import binascii
+import math
 import types
 from base64 import b64decode, b64encode
 from functools import cache
@@ -64,7 +65,7 @@ def _restored(kind: Any, value: Any, where: str) -> Any:
             _refuse(where, value, "a number of at most 64 bits")
         return value
     if kind is float:
-        return float(value) if type(value) in (int, float) else _refuse(where, value, "a number")
+        return _float(value, where)
     if kind in (bool, str):
         return value if type(value) is kind else _refuse(where, value, f"a {kind.__name__}")
     if _is_state(kind):
@@ -104,6 +105,15 @@ def _key(kind: Any, key: str, where: str) -> Any:
         _refuse(where, key, "a number for a key")
 
 
+def _float(value: Any, where: str) -> float:
+    """JSON's NaN and Infinity are none: they pass or fail every check that was not written for them."""
+    try:
+        found = float(value) if type(value) in (int, float) else math.nan
+    except OverflowError:
+        found = math.inf
+    return found if math.isfinite(found) else _refuse(where, value, "a number, or too large a one")
+
+
 def _bytes(value: Any, where: str) -> bytes:
     try:
         return b64decode(value, validate=True) if type(value) is str else _refuse(where, value, "bytes")
@@ -128,5 +138,8 @@ def _hints(kind: Any) -> dict[str, Any]:
 
 
 def _refuse(where: str, value: Any, wanted: str) -> NoReturn:
-    shown = repr(value)
+    try:
+        shown = repr(value)
+    except (ValueError, RecursionError):  # an int of more digits than Python prints; what is nested too deep
+        shown = f"a {type(value).__name__}"
     raise StateError(f"{where}: {shown[:40]}{'...' * (len(shown) > 40)} is not {wanted}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from typing import Any, NamedTuple
 
 import pytest
@@ -87,6 +88,13 @@ def test_a_changed_value_is_the_same_type_or_refused(state: Outer, data: st.Data
         assert json.loads(json.dumps(plain(found))) == json.loads(json.dumps(tree))
 
 
+def nested(depth: int) -> list[Any]:
+    found: list[Any] = []
+    for _ in range(depth):
+        found = [found]
+    return found
+
+
 @pytest.mark.parametrize(
     ("change", "words"),
     [
@@ -95,6 +103,14 @@ def test_a_changed_value_is_the_same_type_or_refused(state: Outer, data: st.Data
         (lambda tree: tree.update(on=1), "it.on: 1 is not a bool"),
         (lambda tree: tree.update(maybe=True), "it.maybe: True is not a number"),
         (lambda tree: tree.update(maybe=1 << 64), "it.maybe: 18446744073709551616 is not a number"),
+        (
+            lambda tree: tree.update(rate=10**400),
+            "it.rate: 1000000000000000000000000000000000000000... is not",
+        ),
+        (lambda tree: tree.update(rate=math.nan), "it.rate: nan is not a number"),
+        (lambda tree: tree.update(rate=-math.inf), "it.rate: -inf is not a number"),
+        (lambda tree: tree.update(maybe=10**5000), "it.maybe: a int is not a number of at most 64 bits"),
+        (lambda tree: tree.update(maybe=nested(5000)), "it.maybe: a list is not a number"),
         (lambda tree: tree.update(page="=x"), "it.page: '=x' is not bytes in base64"),
         (lambda tree: tree["pair"].append(1), "it.pair: [1, 'a', 1] is not 2 values"),
         (lambda tree: tree["many"].append(7), "it.many[0]: 7 is not a Inner"),
