@@ -136,6 +136,36 @@ def test_a_name_that_leads_to_no_socket_may_be_shared_and_a_made_name_not_be_ano
         read(written(folder, f"{machine}[axes]\nfile = [{values}]\n"))
 
 
+def test_a_title_is_one_line(folder: Path) -> None:
+    text = '''
+        [machine]
+        kernel = "a"
+        [[command]]
+        run = """
+
+          set -e
+          true"""
+        [[command]]
+        run = "set -e\\nfalse\\n"
+        [[command]]
+        run = ["sh", "-c", "%s\\ntrue"]
+        [[command]]
+        run = "uname\\n"
+        [[command]]
+        name = "own"
+        run = "set -e\\ntrue"
+    '''
+    found = read(written(folder, text.replace("%s", "x" * 100)))
+    assert [case.title for case in found] == [
+        "set -e ...",
+        "set -e ... (2)",
+        f"sh -c {'x' * 54} ...",
+        "uname",
+        "own",
+    ]
+    assert found[1].config.command == ("sh", "-c", "set -e\nfalse\n")
+
+
 def test_modules_are_found_beside_the_kernel(folder: Path) -> None:
     (case,) = read(written(folder, '[machine]\nkernel = "boot/vmlinuz-1.2"\nmodules = ["hv_utils"]\n'))
     assert case.config.modules_dir is not None
@@ -173,6 +203,9 @@ def test_modules_are_found_beside_the_kernel(folder: Path) -> None:
         ("[[command]]\nrun = 3", "m.toml: [[command]] run: 3 has the wrong type"),
         ("[[command]]\nrun = []", "m.toml: [[command]] run: no command"),
         ("[[command]]\nrun = [1]", "m.toml: [[command]] run: no command"),
+        ('[[command]]\nname = "a\\nb"', "m.toml: [[command]] name: 'a\\nb' has several lines; write one"),
+        ('[axes]\nx = [{name = "a\\nb"}]', "m.toml: [axes] x: 'a\\nb' has several lines; write one"),
+        ('[axes]\n"a\\nb" = [1]', "m.toml: [axes]: 'a\\nb' has several lines; write one"),
         ("[[command]]\nseconds = 0", "m.toml: [[command]] seconds: 0 is no time limit"),
         ("[[command]]\nseconds = true", "m.toml: [[command]] seconds: True has the wrong type"),
         ("[[command]]\nstatus = 256", "m.toml: [[command]] status: 256 is no exit status"),

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import itertools
 import os
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,8 @@ from hvkvm.testing.matrix.cases import Case, can_be_warm
 SECONDS = 300.0
 """A case's time limit where the file has none."""
 MAX_CASES = 10_000
+MAX_NAME = 60
+"""Characters of the name that a script of several lines has."""
 _TABLES = ("machine", "axes", "command", "warm")
 _COMMAND = {"name": str, "run": (str, list), "seconds": (int, float), "status": int, "stdout": str}
 _NOT_IN_A_FILE = ("command", "command_io", "timeout", "awaits")
@@ -107,6 +110,7 @@ def _with_modules(kernel: Path, where: str) -> dict[str, Any]:
 def _axes(values: Mapping[str, Any], file: str, folder: Path) -> dict[str, list[tuple[str, dict[str, Any]]]]:
     found: dict[str, list[tuple[str, dict[str, Any]]]] = {}
     for axis, listed in values.items():
+        _check_name(axis, f"{file}: [axes]")
         where = f"{file}: [axes] {axis}"
         if not isinstance(listed, list) or not listed:
             raise ConfigError(f"{where}: no list with a value in it; write {axis} = [FIRST, SECOND]")
@@ -123,16 +127,30 @@ def _value(axis: str, value: Any, where: str, folder: Path) -> tuple[str, dict[s
         name = values.pop("name", None)
         if not isinstance(name, str) or not name:
             raise ConfigError(f'{where}: a table without a name; add name = "..." to it')
+        _check_name(name, where)
         return name, _fields(values, where, folder)
     if axis not in fields_of(MachineConfig):
         raise ConfigError(f"{where}: no key of a machine; write tables: {axis} = [{{name = ..., key = ...}}]")
     return _shown(value), _fields({axis: value}, where, folder)
 
 
+def _check_name(name: str, where: str) -> None:
+    if name and name.splitlines() != [name]:
+        raise ConfigError(f"{where}: {name!r:.80} has several lines; write one")
+
+
+def _line(text: str) -> str:
+    """`text`, or where it has several lines the first that is not empty, shortened: a title is one line."""
+    if len(text.splitlines()) < 2:
+        return text.strip("\n")
+    first = next((line.strip() for line in text.splitlines() if line.strip()), "")
+    return f"{first[:MAX_NAME]} ..." if first else ""
+
+
 def _shown(value: Any) -> str:
     if isinstance(value, list):
         return "+".join(_shown(item) for item in value) or "none"
-    text = str(value).lower() if isinstance(value, bool) else str(value)
+    text = _line(str(value).lower() if isinstance(value, bool) else str(value))
     return text.rsplit("/", 1)[-1] or text
 
 
@@ -140,6 +158,11 @@ def _commands(listed: Any, file: str) -> list[dict[str, Any]]:
     if not isinstance(listed, list) or not all(isinstance(one, dict) for one in listed):
         raise ConfigError(f"{file}: command: no list of tables; write [[command]] and its keys below")
     found = [dict(_command(one, f"{file}: [[command]]")) for one in listed] or [{"name": "boot"}]
+    scripts: Counter[str] = Counter()
+    for one in found:
+        if one.get("script"):  # which may well begin as another does
+            scripts[one["name"]] += 1
+            one["name"] += f" ({scripts[one['name']]})" if scripts[one["name"]] > 1 else ""
     names = [one["name"] for one in found]
     if twice := next((name for name in names if names.count(name) > 1), None):
         raise ConfigError(f"{file}: [[command]] name: {twice} is there twice; give each another name")
@@ -156,14 +179,16 @@ def _command(one: Mapping[str, Any], where: str) -> Iterator[tuple[str, Any]]:
     words = ("sh", "-c", run) if isinstance(run, str) else tuple(run)
     if not all(isinstance(word, str) for word in words) or (not words and "run" in one):
         raise ConfigError(f'{where} run: no command; write run = ["uname", "-r"], or a line for a shell')
-    name = one.get("name") or (run if isinstance(run, str) else " ".join(words)) or "boot"
+    _check_name(one.get("name", ""), f"{where} name")
+    text = run if isinstance(run, str) else " ".join(words)
+    name = one.get("name") or _line(text) or "boot"
     seconds = float(one.get("seconds", SECONDS))
     if not 0 < seconds <= 1e6:
         raise ConfigError(f"{where} seconds: {seconds:g} is no time limit; choose one above 0")
     status = one.get("status", 0)
     if not 0 <= status <= 255:
         raise ConfigError(f"{where} status: {status} is no exit status; choose one of 0 to 255")
-    yield "words", words
+    yield from (("words", words), ("script", not one.get("name") and name != text))
     yield from (("name", name), ("seconds", seconds), ("status", status), ("stdout", one.get("stdout", "")))
 
 
