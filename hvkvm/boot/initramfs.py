@@ -174,7 +174,7 @@ def _cached_modules(kept: Path) -> bytes | None:
         end = raw.index(b"\n", len(_CACHE_MAGIC))
         marks = json.loads(raw[len(_CACHE_MAGIC) : end])
         return raw[end + 1 :] if all(mark == _mark(Path(mark[0])) for mark in marks) else None
-    except (OSError, ValueError, TypeError, IndexError):
+    except (OSError, ValueError, TypeError, LookupError, RecursionError):
         return None
 
 

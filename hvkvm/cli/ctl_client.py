@@ -75,7 +75,7 @@ class Vm:
                 raise ValueError("it speaks another language")
         except TimeoutError:
             raise Refused(f"the VM does not answer within {seconds + GRACE_SECONDS:g} s") from None
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, RecursionError) as error:
             raise VmGone(f"the VM went before it answered ({error})") from None
         if reply.get("ok"):
             return reply.get("result")

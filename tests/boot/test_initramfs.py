@@ -104,6 +104,13 @@ def test_damaged_module_cache_is_not_believed(tmp_path_factory: pytest.TempPathF
     assert found is None or junk.startswith((b"[]", b"{}", b'""', b" "))
 
 
+@pytest.mark.parametrize("marks", [b"[" * 100_000, b"[{}]", b"[" + b"1" * 5000 + b"]"])
+def test_a_module_cache_of_other_json_is_not_believed(tmp_path: Path, marks: bytes) -> None:
+    kept = tmp_path / "kept"
+    kept.write_bytes(b"hvkvm modules 1\n" + marks + b"\n")
+    assert initramfs._cached_modules(kept) is None
+
+
 def test_modules_without_a_folder_are_refused(busybox: Path) -> None:
     with pytest.raises(BootError, match="lib/modules/VERSION"):
         initramfs.build(["true"], busybox=busybox, modules=["hv_vmbus"])

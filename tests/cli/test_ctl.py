@@ -180,7 +180,7 @@ def test_the_reason_and_the_status_of_a_refusal(
     assert run("freeze", "--json") == (status, "", "hvkvm: for a reason\n")
 
 
-@pytest.mark.parametrize("answer", [None, b"nonsense", b"\xff", b"[1", b"[1]", b"{}"])
+@pytest.mark.parametrize("answer", [None, b"nonsense", b"\xff", b"[1", b"[1]", b"{}", b"[" * 20_000])
 def test_a_vm_that_goes_or_talks_nonsense_is_gone(
     play: Callable[[str], PlayedVm], run: Run, answer: bytes | None
 ) -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from hvkvm.errors import ConfigError
-from hvkvm.testing.matrix import report
+from hvkvm.testing.matrix import process, report
 from hvkvm.testing.matrix.cases import ERROR, FAILED, OK, SKIPPED, Result
 from hvkvm.testing.matrix.file import MAX_CASES, read
 
@@ -256,3 +256,9 @@ def test_the_reports_say_the_same(folder: Path) -> None:
     text = json.loads(json.dumps(report.as_json(results, cases)))
     assert text["counts"] == {"ok": 1, "failed": 1, "error": 1, "skipped": 1}
     assert text["cases"][1]["place"] == {"cpus": "2"}
+
+
+@pytest.mark.parametrize("record", ["[" * 60_000, "1" * 5000 + "}", "", '"quit"'])
+def test_a_record_that_cannot_be_read_stays_among_the_errors(record: str) -> None:
+    errors = f'a warning\n{{"ending": {record}\n'
+    assert process._split(errors) == (errors, {})

@@ -166,7 +166,7 @@ def _split(errors: str) -> tuple[str, dict[str, Any]]:
     """The standard error of a run without the record that hvkvm writes there last, and the record."""
     at = errors.rfind(_RECORD)
     line, _newline, behind = errors[max(at, 0) :].partition("\n")
-    with suppress(ValueError):
+    with suppress(ValueError, RecursionError):
         record = json.loads(line) if at >= 0 else {}
         if isinstance(record, dict):
             return errors[:at] + behind if record else errors, record
