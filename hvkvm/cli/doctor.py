@@ -180,6 +180,8 @@ def main(arguments: list[str]) -> int:
     options = parser().parse_args(arguments)
     if options.ci and options.json:
         raise ConfigError("--json: --ci says all in words, to people and to GitHub; leave one of the two out")
+    if options.ci and options.windows:
+        raise ConfigError("--windows: --ci says which tests run here, not Windows; leave one of the two out")
     if options.windows:
         from hvkvm.cli.doctor_windows import checks as windows_checks
 

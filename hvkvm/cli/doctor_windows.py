@@ -82,7 +82,8 @@ def _firmware(kvm: Kvm) -> Check:
         )
     except BootError:
         what = "no firmware on this host"
-        return Check("FAIL", "UEFI", what, "apt install ovmf, or give --firmware FILE", BootError.exit_status)
+        remedy = "apt install ovmf, or give --firmware FILE"
+        return Check("FAIL", "UEFI", what, remedy, CapabilityMissing.exit_status)
 
 
 def _memory() -> Check:

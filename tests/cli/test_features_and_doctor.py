@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from hvkvm.cli import main
 from hvkvm.cli.doctor import huge_pages
 from hvkvm.hyperv.features import HostFeatures
 from hvkvm.hyperv.usermode.features import choose, user_host
@@ -90,3 +91,11 @@ def test_doctor_has_a_checklist_for_windows(hvkvm: Hvkvm) -> None:
     for check in found.values():
         assert check["verdict"] == "PASS" or check["remedy"] or check["name"] == "memory"
     assert "no Windows was booted" in found["tried"]["detail"]
+
+
+def test_a_host_without_firmware_lacks_a_capability(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("hvkvm.boot.firmware.OVMF", ())
+    assert main(["doctor", "--windows"]) == 77
+    assert "FAIL  UEFI" in capsys.readouterr().out
