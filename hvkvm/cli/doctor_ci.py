@@ -75,7 +75,8 @@ def _append(path: str | None, text: str) -> None:
     if not path:
         return
     try:
-        with Path(path).open("a") as file:
+        # A path in the report may be no text, and a job's locale may be C.
+        with Path(path).open("a", encoding="utf-8", errors="backslashreplace") as file:
             file.write(text)
     except OSError as error:
         raise OutputError(f"cannot write to {path}: {error.strerror}") from None

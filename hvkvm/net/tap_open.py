@@ -153,7 +153,7 @@ def _mtu_of(name: str) -> int:
 
 def check_name(what: str, name: str) -> None:
     """ConfigError unless `name` can be an interface's."""
-    bad = not 0 < len(name.encode()) < if_tun.IFNAMSIZ or name in (".", "..")
+    bad = not 0 < len(os.fsencode(name)) < if_tun.IFNAMSIZ or name in (".", "..")
     if bad or "%" in name or any(c in "/:" or c.isspace() or not c.isprintable() for c in name):
         raise ConfigError(f"{what}: not an interface's name; it has 1 to 15 characters, no / : % or blank")
 

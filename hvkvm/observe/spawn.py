@@ -56,6 +56,6 @@ def _child(wait_fd: int, path: str, argv: Sequence[str]) -> NoReturn:
             signal.signal(signal.SIGXFSZ, signal.SIG_DFL)
             os.execv(path, list(argv))
     except OSError as error:
-        os.write(2, f"hvkvm: {path}: {error.strerror}\n".encode())
+        os.write(2, os.fsencode(f"hvkvm: {path}: {error.strerror}\n"))
     finally:
         os._exit(126)

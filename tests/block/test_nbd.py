@@ -246,6 +246,26 @@ def shake_hands(
     connection.sendall(reply(wire.OPT_GO, wire.REP_ACK))
 
 
+def test_an_export_may_have_a_name_that_is_no_text(tmp_path: Path) -> None:
+    asked = []
+
+    def talk(connection: socket.socket) -> None:
+        connection.sendall(wire.greeting.pack(wire.NBDMAGIC, wire.IHAVEOPT, 3))
+        take(connection, 4 + wire.option.size)
+        connection.sendall(reply(wire.OPT_STRUCTURED_REPLY, wire.REP_ERROR + 1))
+        _magic, _option, length = wire.option.unpack(take(connection, wire.option.size))
+        asked.append(take(connection, length))
+        connection.sendall(reply(wire.OPT_GO, wire.REP_ERROR + 6))
+
+    liar = Liar(tmp_path / "liar", talk)
+    try:
+        with pytest.raises(ImageError):
+            open_image(os.fsdecode(b"nbd:unix:%b:exportname=d\xff" % os.fsencode(tmp_path / "liar")))
+    finally:
+        liar.close()
+    assert asked[0].startswith(b"\0\0\0\x02d\xff")
+
+
 def test_a_server_that_never_answers_does_not_keep_a_disk_from_closing(tmp_path: Path, asker: Asker) -> None:
     asked = threading.Event()
 

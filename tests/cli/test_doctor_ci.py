@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from hvkvm.cli import main as hvkvm_main
 from hvkvm.cli.doctor_check import Check
 from hvkvm.cli.doctor_ci import main, summary, tiers, workflow_commands
 from hvkvm.errors import ConfigError, OutputError
@@ -62,11 +63,21 @@ def test_what_cannot_be_is_told() -> None:
         main(GOOD, "text", {"GITHUB_OUTPUT": "/no/such/folder"})
 
 
-def test_it_has_no_report_as_json(hvkvm: Hvkvm) -> None:
-    result = hvkvm("doctor", "--ci", "--json")
+@pytest.mark.parametrize("flag", ["--json", "--windows"])
+def test_it_has_no_report_as_json_and_none_of_windows(hvkvm: Hvkvm, flag: str) -> None:
+    result = hvkvm("doctor", "--ci", flag)
     assert (result.returncode, result.stdout) == (2, "")
-    assert result.stderr.startswith("hvkvm: --json: --ci ")
+    assert result.stderr.startswith(f"hvkvm: {flag}: --ci ")
     assert result.stderr.count("\n") == 1
+
+
+def test_a_path_that_is_no_text_is_told_to_the_job(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("GITHUB_STEP_SUMMARY", str(tmp_path / "summary"))
+    monkeypatch.delenv("HVKVM_REQUIRE", raising=False)
+    assert hvkvm_main(["doctor", "--ci", "--kvm", os.fsdecode(b"/no/k\xff")]) == 69
+    assert "| FAIL | /no/k\\udcff | " in (tmp_path / "summary").read_text()
 
 
 def steps() -> dict[str, str]:

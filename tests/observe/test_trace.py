@@ -308,6 +308,15 @@ def test_usage_errors(arguments, words):
     assert all(word in result.stderr for word in words), result.stderr
 
 
+def test_a_command_that_no_kernel_runs_is_named_whatever_its_name_is(tmp_path):
+    program = os.fsencode(tmp_path) + b"/no\xff"
+    fd = os.open(program, os.O_WRONLY | os.O_CREAT, 0o755)
+    os.write(fd, b"neither a program nor a script")
+    os.close(fd)
+    result = subprocess.run([*TRACE, "--", program], capture_output=True, check=False, timeout=100)
+    assert (result.returncode, result.stderr) == (126, b"hvkvm: " + program + b": Exec format error\n")
+
+
 @pytest.mark.skipif(os.geteuid() != 0, reason="needs root, to have a process that another user may not trace")
 def test_no_permission_is_one_line_with_a_remedy():
     program = (

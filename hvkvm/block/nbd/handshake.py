@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import socket
 from time import monotonic
 from typing import NamedTuple
@@ -137,7 +138,7 @@ def _negotiate(talk: _Talk, address: Address) -> Export:
     no_zeroes = flags & wire.FLAG_NO_ZEROES
     talk.send((wire.FLAG_FIXED_NEWSTYLE | no_zeroes).to_bytes(4, "big"))
     structured = _ask(talk, address, wire.OPT_STRUCTURED_REPLY, b"")[0] == wire.REP_ACK
-    name = address.export.encode()
+    name = os.fsencode(address.export)  # as the command line has it, text or not
     wanted = wire.INFO_BLOCK_SIZE.to_bytes(2, "big")
     data = len(name).to_bytes(4, "big") + name + (1).to_bytes(2, "big") + wanted
     size = transmission = 0
