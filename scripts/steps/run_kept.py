@@ -55,6 +55,9 @@ if __name__ == "__main__":
     except HvkvmError as error:
         say(str(error))
         sys.exit(error.exit_status)
+    except OSError as error:
+        say(f"{error.filename}: {error.strerror}; HVKVM_WARM=off boots a guest and keeps none")
+        sys.exit(2)
     except KeyboardInterrupt:
         sys.exit(130)
     sys.exit(main(["run", "--from", str(chosen), *sys.argv[at + 1 :]]))

@@ -1,7 +1,7 @@
 #!/bin/sh
 # ssh_key.sh: prints the path of the key that guests of these scripts let in, made first when the cache lacks it.
 set -eu
-key=${HVKVM_CACHE:-$HOME/.cache/hvkvm}/ssh/id_ed25519
+key=$("${0%/*}/cache.sh")/ssh/id_ed25519
 if [ ! -e "$key" ]; then
 	command -v ssh-keygen >/dev/null || { echo "ssh: no ssh-keygen here (apt-get install openssh-client)" >&2; exit 1; }
 	echo "ssh: making a key for guests, $key" >&2

@@ -50,3 +50,17 @@ def test_the_second_time_takes_a_copy_and_the_disk_is_there(tmp_path: Path) -> N
     assert told[1][0].startswith("run: in a copy of the guest that was booted ")
     assert str(file) in told[1][0]
     assert disk.read_bytes() == before, "snapshot=on: nothing of what a copy writes is kept"
+
+
+def test_a_cache_that_takes_no_guest_is_a_line(tmp_path: Path) -> None:
+    kernel = tmp_path / "kernel"
+    kernel.write_bytes(b"some")
+    line = [sys.executable, RUN_KEPT, "--kernel", kernel, "--", "--", "true"]
+    settings = os.environ | {"HVKVM_CACHE": str(kernel)}
+    done = subprocess.run(
+        [*map(str, line)], capture_output=True, text=True, env=settings, check=False, timeout=SECONDS
+    )
+    assert done.returncode == 2, done
+    assert done.stderr.splitlines()[1:] == [
+        f"run: {kernel}/warm: Not a directory; HVKVM_WARM=off boots a guest and keeps none"
+    ]
