@@ -20,7 +20,8 @@ class Rtc:
     def __init__(self, now: float = NEW_YEAR) -> None:
         self.now = now
         self.bus = PortBus()
-        Cmos(lambda: self.now).attach(self.bus)
+        self.cmos = Cmos(lambda: self.now)
+        self.cmos.attach(self.bus)
 
     def r(self, register: int) -> int:
         self.bus.write(0x70, 1, register | 0x80)
@@ -131,10 +132,22 @@ def test_days_from_civil_agrees_with_the_calendar(now):
     st.lists(st.tuples(st.booleans(), st.integers(0x70, 0x71), st.sampled_from((1, 2, 4)), st.integers(0)))
 )
 def test_no_sequence_raises(accesses):
-    bus = PortBus()
-    Cmos().attach(bus)
+    bus, cmos = PortBus(), Cmos()
+    cmos.attach(bus)
     for is_write, port, size, value in accesses:
         if is_write:
             bus.write(port, size, value & (1 << 8 * size) - 1)
         else:
             assert 0 <= bus.read(port, size) < 1 << 8 * size
+    Cmos().load(cmos.save())
+
+
+def test_the_furthest_clock_that_a_guest_can_set_is_saved_and_loaded():
+    rtc = Rtc()
+    rtc.w(0x0B, B_24H | B_BINARY | B_SET)
+    for register in (0x32, 0x09, 0x08, 0x07, 0x04, 0x02, 0x00):
+        rtc.w(register, 255)
+    rtc.w(0x0B, B_24H | B_BINARY)
+    again = Cmos()
+    again.load(rtc.cmos.save())
+    assert again.save() == rtc.cmos.save()

@@ -165,6 +165,99 @@ def test_an_alarm_that_does_not_care() -> None:
     assert seen == 5, "each minute"
 
 
+def with_alarm(world: World, second: int) -> None:
+    """On, at `second` of this minute; the world begins at 5.25 s."""
+    for register, value in ((1, second), (3, 0x04), (5, 0x15)):
+        world.w(register, value)
+    world.w(B, B_24H | RTC_AIE)
+
+
+def test_an_alarm_comes_though_the_loop_is_late() -> None:
+    world = World()
+    with_alarm(world, 0x08)
+    world.now += 40  # a busy host, or one that slept
+    world.wait(0)
+    assert world.interrupts == 1
+    assert world.r(C) & RTC_AF
+    world.wait(3600)
+    assert world.interrupts == 1
+
+
+def test_an_alarm_of_a_machine_at_rest_comes_when_it_goes_on() -> None:
+    world = World()
+    with_alarm(world, 0x08)
+    world.device.stop()
+    world.now += 10
+    assert world.interrupts == 0
+    state = world.device.save()
+    world.now += 10
+    world.device.start()
+    assert world.interrupts == 1
+    other = World()
+    other.device.stop()
+    other.now += 3600
+    other.device.load(state)
+    other.device.start()
+    assert other.interrupts == 1
+
+
+@pytest.mark.parametrize("register", [1, A, B])
+def test_a_write_between_the_alarm_and_the_tick_does_not_lose_it(register: int) -> None:
+    world = World()
+    with_alarm(world, 0x08)
+    alarms: list[float] = []
+    world.device.on_alarm = lambda: alarms.append(world.now)
+    world.now += 2.76
+    world.w(register, {1: 0x30, A: 0x2A, B: B_24H | RTC_AIE}[register])
+    assert (world.interrupts, len(alarms)) == (1, 1)
+    assert world.r(C) & (RTC_AF | RTC_IRQF) == RTC_AF | RTC_IRQF
+
+
+def test_a_clock_that_is_set_beyond_the_alarm_does_not_ring() -> None:
+    world = World()
+    with_alarm(world, 0x08)
+    for register, value in ((0, 0x30), (0x32, 0x21)):
+        world.w(register, value)
+        world.wait(1)
+    world.w(B, B_24H | RTC_AIE | B_SET)
+    world.w(4, 0x16)
+    world.w(B, B_24H | RTC_AIE)
+    world.wait(60)
+    assert world.interrupts == 0
+
+
+@given(
+    st.integers(0, 86400 * 10),
+    st.integers(0, 255),
+    st.integers(0, 255),
+    st.integers(0, 255),
+    st.sampled_from((0, B_24H, B_BINARY, B_24H | B_BINARY)),
+    st.integers(1, 3 * 86400),
+)
+def test_a_late_look_finds_what_looking_each_second_finds(
+    start: int, second: int, minute: int, hour: int, mode: int, late: int
+) -> None:
+    world = World()
+    world.now = start + 0.5
+    for register, value in ((1, second), (3, minute), (5, hour)):
+        world.w(register, value)
+    world.w(B, mode)
+    shown = []
+    for at in (start + 1, start + late, start + late // 2, start - start % 60 + 59):
+        world.now = at
+        shown.append((at, tuple(world.r(register) for register in (0, 2, 4))))
+    alarm = (second, minute, hour)
+    for at, registers in shown:
+        rings = all(one >= 0xC0 or one == now for one, now in zip(alarm, registers, strict=True))
+        assert (world.device._next_alarm(at) == at) == rings
+    due = world.device._next_alarm(start)
+    if due is not None:
+        world.now = due
+        registers = tuple(world.r(register) for register in (0, 2, 4))
+        assert all(one >= 0xC0 or one == now for one, now in zip(alarm, registers, strict=True))
+        assert start <= due < start + 86400
+
+
 def test_setting_the_clock_holds_updates_up() -> None:
     world = World()
     world.w(B, B_24H | RTC_UIE | B_SET)

@@ -43,8 +43,8 @@ _TIME_REGISTERS = frozenset(
     (RTC_SECONDS, RTC_MINUTES, RTC_HOURS, RTC_DAY_OF_WEEK, RTC_DAY_OF_MONTH, RTC_MONTH, RTC_YEAR, RTC_CENTURY)
 )
 _PM = 0x80
-_MOST_OFFSET = 20_000 * 366 * 86400.0
-"""Seconds: more than the registers can name, and few enough for every calendar function."""
+_MOST_OFFSET = 30_000 * 366 * 86400.0
+"""Seconds: more than the registers can name (the year 25,755), and few enough for every calendar function."""
 
 
 def _days_from_civil(year: int, month: int, day: int) -> int:
@@ -64,6 +64,8 @@ class CmosState(NamedTuple):
     ram: bytes
     offset: float
     """Seconds that the guest's clock is ahead of the host's."""
+    looked: float = 0.0
+    """Up to when interrupts were looked for, by the guest's clock; 0: they were not, or it is not known."""
 
 
 class Cmos:
@@ -103,7 +105,8 @@ class Cmos:
 
     def load(self, state: CmosState) -> None:
         """Put it back. ValueError for what no CMOS of ours can hold."""
-        if len(state.ram) != len(self._ram) or not abs(state.offset) <= _MOST_OFFSET:
+        known = abs(state.offset) <= _MOST_OFFSET and abs(state.looked) <= 2 * _MOST_OFFSET
+        if len(state.ram) != len(self._ram) or not known:
             raise ValueError("its memory or its clock cannot be")
         with self._lock:
             self._index = state.chosen & 0x7F
@@ -158,15 +161,10 @@ class Cmos:
     def _refresh(self) -> None:
         """Bring the time registers up to now."""
         now = time.gmtime(self._clock() + self._offset)
-        hour = now.tm_hour
-        if not self._ram[RTC_REG_B] & RTC_24H:
-            hour = hour % 12 or 12
         put = self._encode
         self._ram[RTC_SECONDS] = put(min(now.tm_sec, 59))
         self._ram[RTC_MINUTES] = put(now.tm_min)
-        self._ram[RTC_HOURS] = put(hour)
-        if not self._ram[RTC_REG_B] & RTC_24H and now.tm_hour >= 12:
-            self._ram[RTC_HOURS] |= _PM
+        self._ram[RTC_HOURS] = self._encode_hour(now.tm_hour)
         self._ram[RTC_DAY_OF_WEEK] = put((now.tm_wday + 1) % 7 + 1)  # Sunday is 1
         self._ram[RTC_DAY_OF_MONTH] = put(now.tm_mday)
         self._ram[RTC_MONTH] = put(now.tm_mon)
@@ -186,6 +184,11 @@ class Cmos:
 
     def _encode(self, value: int) -> int:
         return value if self._ram[RTC_REG_B] & RTC_DM_BINARY else value // 10 << 4 | value % 10
+
+    def _encode_hour(self, hour: int) -> int:
+        if self._ram[RTC_REG_B] & RTC_24H:
+            return self._encode(hour)
+        return self._encode(hour % 12 or 12) | (_PM if hour >= 12 else 0)
 
     def _decode(self, value: int) -> int:
         return value if self._ram[RTC_REG_B] & RTC_DM_BINARY else (value >> 4) * 10 + (value & 15)

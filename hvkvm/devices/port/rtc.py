@@ -15,12 +15,10 @@ from collections.abc import Callable
 from typing import Protocol
 
 from hvkvm.devices.port.cmos import (
-    RTC_HOURS,
-    RTC_MINUTES,
+    RTC_CENTURY,
     RTC_REG_A,
     RTC_REG_B,
     RTC_REG_C,
-    RTC_SECONDS,
     RTC_SET,
     Cmos,
     CmosState,
@@ -31,8 +29,7 @@ from hvkvm.runtime.protocols import Deferrer, Delayer, TimerHandle
 RTC_PIE, RTC_AIE, RTC_UIE = 0x40, 0x20, 0x10  # register B
 RTC_IRQF, RTC_PF, RTC_AF, RTC_UF = 0x80, 0x40, 0x20, 0x10  # register C
 RTC_ALARM_DONT_CARE = 0xC0
-_ALARMS = ((RTC_SECONDS, 0x01), (RTC_MINUTES, 0x03), (RTC_HOURS, 0x05))
-"""Each time register with its alarm."""
+RTC_SECONDS_ALARM, RTC_MINUTES_ALARM, RTC_HOURS_ALARM = 0x01, 0x03, 0x05
 _ENABLES = RTC_PIE | RTC_AIE | RTC_UIE
 _CRYSTAL = 32768
 LEAST_SECONDS = 0.001
@@ -58,7 +55,8 @@ class Rtc(Cmos):
         """Called when an alarm is due that the guest has on. The loop."""
         self.replaced = False
         """Whether an HPET has IRQ 8 now: then alarms and the like show in register C only."""
-        self._seen = 0.0  # up to when the loop has looked, by the guest's clock
+        self._seen = 0.0  # up to when it was looked, by the guest's clock
+        self._alarm = False  # whether an alarm was noted that `on_alarm` has not heard of
 
     def read(self, offset: int, size: int) -> int:
         """As `Cmos.read`; reading register C clears it."""
@@ -70,16 +68,29 @@ class Rtc(Cmos):
 
     def write(self, offset: int, size: int, value: int) -> None:
         """As `Cmos.write`; the loop looks anew at what is due."""
+        index = self._index
+        if not offset or (index > RTC_REG_B and index != RTC_CENTURY):
+            super().write(offset, size, value)
+            return
+        with self._lock:
+            self._note()  # what came by the registers as they were
+            ahead = self._offset
         super().write(offset, size, value)
-        if offset and self._index <= RTC_REG_B:
-            if self._index == RTC_REG_B and value & RTC_SET:
-                with self._lock:
-                    self._ram[RTC_REG_B] &= ~RTC_UIE
-            self._turn.ask()
+        with self._lock:
+            if self._offset != ahead:
+                self._seen = self._now  # it was set: no alarm lies between
+            if index == RTC_REG_B and value & RTC_SET:
+                self._ram[RTC_REG_B] &= ~RTC_UIE
+        self._turn.ask()
+
+    def save(self) -> CmosState:
+        """As `Cmos.save`."""
+        return super().save()._replace(looked=self._seen)
 
     def load(self, state: CmosState) -> None:
-        """As `Cmos.load`."""
+        """As `Cmos.load`. An alarm that was due while nothing ran comes when the machine goes on."""
         super().load(state)
+        self._seen = state.looked or self._now
         self._turn.ask()
 
     def reset(self) -> None:
@@ -87,6 +98,7 @@ class Rtc(Cmos):
         with self._lock:
             self._ram[RTC_REG_B] &= ~_ENABLES
             self._ram[RTC_REG_C] = 0
+            self._alarm = False
         self._turn.ask()
 
     def start(self) -> None:
@@ -116,49 +128,76 @@ class Rtc(Cmos):
         return (1 << (rate - 1 if rate > 2 else rate + 6)) / _CRYSTAL
 
     def _arm(self) -> None:
-        """Set the timer to what comes next of what the guest has on."""
+        """Interrupt if something has come that the guest wants to hear of, and set the timer to the next."""
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+        if not self._running:
+            return
         with self._lock:
-            enabled = self._ram[RTC_REG_B] & _ENABLES
-            now = self._seen = self._now
+            self._note()
+            now, flags, enabled = self._seen, self._ram[RTC_REG_C], self._ram[RTC_REG_B] & _ENABLES
+            interrupts = flags & enabled and not flags & RTC_IRQF
+            if interrupts:
+                self._ram[RTC_REG_C] |= RTC_IRQF
+            alarm, self._alarm = self._alarm, False
             delays = []
             if enabled & RTC_PIE and (period := self._period):
                 delays.append(period - now % period)
             if enabled & (RTC_AIE | RTC_UIE) and not self._ram[RTC_REG_B] & RTC_SET:
                 delays.append(1 - now % 1)
-        if self._timer is not None:
-            self._timer.cancel()
-            self._timer = None
-        if delays and self._running:
+        if alarm and self.on_alarm is not None:
+            self.on_alarm()
+        if interrupts and not self.replaced:
+            self._interrupt()
+        if delays:
             self._timer = self._io.call_later(max(min(delays), LEAST_SECONDS), self._tick)
 
     def _tick(self) -> None:
-        """Note what has come since the last look, and interrupt if the guest wants to hear of it."""
         self._timer = None
-        with self._lock:
-            before, now = self._seen, self._now
-            flags = 0
-            if (period := self._period) and now // period != before // period:
-                flags |= RTC_PF
-            if int(now) != int(before) and not self._ram[RTC_REG_B] & RTC_SET:
-                flags |= RTC_UF
-                if self._alarm_is_due():
-                    flags |= RTC_AF
-            was = self._ram[RTC_REG_C]
-            flags |= was
-            if flags & self._ram[RTC_REG_B] & _ENABLES:
-                flags |= RTC_IRQF
-            self._ram[RTC_REG_C] = flags
-            alarm = flags & ~was & RTC_AF and self._ram[RTC_REG_B] & RTC_AIE
-        if alarm and self.on_alarm is not None:
-            self.on_alarm()
-        if flags & ~was & RTC_IRQF and not self.replaced:
-            self._interrupt()
         self._arm()
 
-    def _alarm_is_due(self) -> bool:
-        """Whether each alarm register is what its time register is, or is not to be looked at."""
-        self._refresh()
-        return all(
-            self._ram[alarm] >= RTC_ALARM_DONT_CARE or self._ram[alarm] == self._ram[now]
-            for now, alarm in _ALARMS
-        )
+    # Under the lock, on whichever thread.
+
+    def _note(self) -> None:
+        """Put into register C what has come since the last look; nothing while no interrupt is on."""
+        before, now = self._seen, self._now
+        self._seen = now
+        enabled = self._ram[RTC_REG_B] & _ENABLES
+        if not enabled:
+            return
+        flags = 0
+        if (period := self._period) and now // period != before // period:
+            flags |= RTC_PF
+        first, last = int(before // 1) + 1, int(now // 1)
+        if first != last + 1 and not self._ram[RTC_REG_B] & RTC_SET:
+            flags |= RTC_UF
+            # The loop may be seconds late. A host's clock that was set back counts as one second.
+            due = self._next_alarm(min(first, last))
+            if due is not None and due <= last:
+                flags |= RTC_AF
+        if flags & ~self._ram[RTC_REG_C] & enabled & RTC_AIE:
+            self._alarm = True
+        self._ram[RTC_REG_C] |= flags
+
+    def _next_alarm(self, second: int) -> int | None:
+        """The first second, `second` or later, of which each alarm register is, or is not to be looked at.
+
+        Seconds since 1970 by the guest's clock; None where there is none.
+        """
+        seconds = self._matching(RTC_SECONDS_ALARM, 60, self._encode)
+        minutes = self._matching(RTC_MINUTES_ALARM, 60, self._encode)
+        hours = self._matching(RTC_HOURS_ALARM, 24, self._encode_hour)
+        today = second - second % 86400
+        for hour in (day + n * 3600 for day in (today, today + 86400) for n in hours):
+            if hour + 3600 > second:
+                for minute in (hour + n * 60 for n in minutes):
+                    if minute + 60 > second:
+                        for found in (minute + n for n in seconds):
+                            if found >= second:
+                                return found
+        return None
+
+    def _matching(self, register: int, count: int, encode: Callable[[int], int]) -> list[int]:
+        byte = self._ram[register]
+        return [n for n in range(count) if byte >= RTC_ALARM_DONT_CARE or byte == encode(n)]
