@@ -64,8 +64,6 @@ class CmosState(NamedTuple):
     ram: bytes
     offset: float
     """Seconds that the guest's clock is ahead of the host's."""
-    looked: float = 0.0
-    """Up to when interrupts were looked for, by the guest's clock; 0: they were not, or it is not known."""
 
 
 class Cmos:
@@ -105,8 +103,7 @@ class Cmos:
 
     def load(self, state: CmosState) -> None:
         """Put it back. ValueError for what no CMOS of ours can hold."""
-        known = abs(state.offset) <= _MOST_OFFSET and abs(state.looked) <= 2 * _MOST_OFFSET
-        if len(state.ram) != len(self._ram) or not known:
+        if len(state.ram) != len(self._ram) or not abs(state.offset) <= _MOST_OFFSET:
             raise ValueError("its memory or its clock cannot be")
         with self._lock:
             self._index = state.chosen & 0x7F
@@ -158,9 +155,9 @@ class Cmos:
     def _updating(self) -> bool:
         return (self._clock() + self._offset) % 1.0 >= 1.0 - _UIP_SECONDS
 
-    def _refresh(self) -> None:
-        """Bring the time registers up to now."""
-        now = time.gmtime(self._clock() + self._offset)
+    def _refresh(self, at: float | None = None) -> None:
+        """Bring the time registers up to now, or have them say `at`."""
+        now = time.gmtime(self._clock() + self._offset if at is None else at)
         put = self._encode
         self._ram[RTC_SECONDS] = put(min(now.tm_sec, 59))
         self._ram[RTC_MINUTES] = put(now.tm_min)
@@ -172,7 +169,11 @@ class Cmos:
         self._ram[RTC_CENTURY] = put(now.tm_year // 100 % 100)
 
     def _set_clock(self) -> None:
-        """Take the time registers as now. Senseless numbers carry over (32 January is 1 February)."""
+        """Take the time registers as now."""
+        self._offset = self._shown() - self._clock()
+
+    def _shown(self) -> int:
+        """The time registers in seconds since 1970. Senseless numbers carry over (32 January: 1 February)."""
         ram, get = self._ram, self._decode
         hour = get(ram[RTC_HOURS])
         if not ram[RTC_REG_B] & RTC_24H:
@@ -180,7 +181,7 @@ class Cmos:
         year = get(ram[RTC_CENTURY]) * 100 + get(ram[RTC_YEAR])
         days = _days_from_civil(year, get(ram[RTC_MONTH]), get(ram[RTC_DAY_OF_MONTH]))
         seconds = (hour * 60 + get(ram[RTC_MINUTES])) * 60 + get(ram[RTC_SECONDS])
-        self._offset = days * 86400 + seconds - self._clock()
+        return days * 86400 + seconds
 
     def _encode(self, value: int) -> int:
         return value if self._ram[RTC_REG_B] & RTC_DM_BINARY else value // 10 << 4 | value % 10

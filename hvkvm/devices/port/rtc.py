@@ -84,13 +84,17 @@ class Rtc(Cmos):
         self._turn.ask()
 
     def save(self) -> CmosState:
-        """As `Cmos.save`."""
-        return super().save()._replace(looked=self._seen)
+        """As `Cmos.save`; the time registers say up to when it was looked for what is due."""
+        with self._lock:
+            if self._ram[RTC_REG_B] & _ENABLES and not self._ram[RTC_REG_B] & RTC_SET:
+                self._refresh(self._seen)
+        return super().save()
 
     def load(self, state: CmosState) -> None:
         """As `Cmos.load`. An alarm that was due while nothing ran comes when the machine goes on."""
         super().load(state)
-        self._seen = state.looked or self._now
+        with self._lock:
+            self._seen = min(self._shown(), self._now)
         self._turn.ask()
 
     def reset(self) -> None:
