@@ -62,7 +62,10 @@ class KeptVariables:
             self._rest()
             return
         self._writing = True
-        self._queue.submit(self._work, content, self._written)
+        try:
+            self._queue.submit(self._work, content, self._written)
+        except Stopped as error:  # no thread can be had
+            self._written(content, error)
 
     def _work(self, content: bytes) -> None:
         self.file.replace(content)

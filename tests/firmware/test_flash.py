@@ -186,6 +186,26 @@ def test_a_file_that_cannot_be_written_is_told_of_and_the_guest_goes_on(kept: An
     assert "not kept" in str(notes.events[0])
 
 
+def test_without_a_thread_to_write_it_is_told_and_the_next_change_is_kept(
+    kept: Any, io: IoLoop, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    guest, variables, notes = kept
+
+    def refuse(_thread: threading.Thread) -> None:
+        raise RuntimeError("can't start new thread")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", refuse)
+        guest.program(BLOCK, b"value")
+        keep(io, variables)
+    assert "can't start new thread" in variables.unkept
+    assert "not kept" in str(notes.events[0])
+    guest.program(BLOCK + 100, b"more")
+    keep(io, variables)
+    assert variables.file.path.read_bytes() == guest.flash.content
+    assert variables.unkept == ""
+
+
 # --- images ---------------------------------------------------------------------------------------
 
 
