@@ -125,10 +125,14 @@ class Lifecycle:
         if self.started_at is not None:
             raise HvkvmError("this machine was started already; build another one")
         self.started_at = monotonic()
-        for part in reversed(self._parts):
-            part.start()
-        self.phase = Phase.RUNNING
-        self._platform.io.start()
+        try:
+            for part in reversed(self._parts):
+                part.start()
+            self.phase = Phase.RUNNING
+            self._platform.io.start()
+        except BaseException:
+            self._platform.io.stop()  # else `stop` would wait for a loop that never ran
+            raise
         try:
             self._platform.group.start_all()
         except HvkvmError:

@@ -9,7 +9,7 @@ from typing import cast
 
 import pytest
 
-from hvkvm.errors import HvkvmError, Stuck
+from hvkvm.errors import HostExhausted, HvkvmError, Stuck
 from hvkvm.events import NULL_OBSERVER
 from hvkvm.machine import lifecycle as lifecycle_module
 from hvkvm.machine.config import MachineConfig
@@ -285,6 +285,24 @@ def test_a_machine_that_shall_not_reboot_ends_at_a_reset() -> None:
     assert world.lifecycle.wait(SECONDS) == (Ending.RESET, 0, "asked")
     world.lifecycle.stop(SECONDS)
     world.lifecycle.close()
+
+
+@pytest.mark.parametrize("what", ["loop", "part"])
+def test_a_start_that_fails_is_not_waited_for(what: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing has run, so nothing is to be stopped, flushed or named as stuck."""
+    world = World()
+    ended: list[str] = []
+    world.lifecycle.at_end(lambda done: (ended.append("flush"), done()))
+
+    def refuse() -> None:
+        raise HostExhausted("no thread for io")
+
+    monkeypatch.setattr(world.io if what == "loop" else world.used, "start", refuse)
+    with pytest.raises(HostExhausted):
+        world.lifecycle.start()
+    world.lifecycle.stop(SECONDS)
+    world.lifecycle.close()
+    assert ended == []
 
 
 def test_a_machine_starts_once(world: World) -> None:
