@@ -106,7 +106,7 @@ class Machine:
 
         The guest stands still meanwhile, and goes on then; with `end` the run ends. `compress` makes the
         file small (zstd), for keeping. Any thread but a vCPU's and the I/O loop's. HvkvmError when it
-        cannot be, or the run ends first.
+        cannot be, the machine has not been started, or the run ends first.
         """
         return self.parts.saver.save_and_wait(path, end=end, compress=compress)
 

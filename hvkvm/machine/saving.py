@@ -92,6 +92,8 @@ class Saver:
 
     def save_and_wait(self, path: Path, *, end: bool, compress: bool = False) -> int:
         """See `Machine.save`. Not on the I/O loop."""
+        if self._lifecycle.started_at is None:
+            raise StateError("not saved: the machine has not been started")
         heard: SimpleQueue[tuple[int, str]] = SimpleQueue()
 
         def start() -> None:

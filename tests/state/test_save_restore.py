@@ -170,6 +170,16 @@ def test_messages_through_many_machines_come_once_and_in_order(chain: Any, cpus:
     assert sum(sent) >= rounds
 
 
+def test_a_machine_that_has_not_started_is_not_saved(tmp_path: Path) -> None:
+    """Nobody would ever carry that out."""
+    guest = Guest(synic="user", hv="passthrough")
+    try:
+        with pytest.raises(StateError, match=r"^not saved: the machine has not been started$"):
+            guest.machine.save(tmp_path / "vm")
+    finally:
+        guest.close()
+
+
 @pytest.mark.parametrize("error", [MemoryError(), RuntimeError("nobody knows"), OSError(28, "full")])
 def test_a_machine_whose_file_cannot_be_written_goes_on(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
