@@ -68,17 +68,18 @@ class Nics:
         """By name: net0, net1, ..."""
         stack.callback(self.close)
         specs = platform.config.nets
-        known = len(specs) if saved is None else len(saved_nics(saved))
-        for spec in specs[:known]:
-            self._make(spec)
-        self._new = specs[known:]
+        # A saved guest knows each by what comes from its name, and one that was removed left a gap.
+        names = [""] * len(specs) if saved is None else [nic.name for nic in saved_nics(saved)]
+        for spec, name in zip(specs, names, strict=False):
+            self._make(spec, name)
+        self._new = specs[len(names) :]
         """Those that a saved machine gets besides its own, once it has been loaded."""
 
     # Adding and removing.
 
-    def _make(self, spec: NicSpec) -> None:
+    def _make(self, spec: NicSpec, name: str = "") -> None:
         addressed = self.addressed(spec)
-        self.add(addressed, self.open(addressed))
+        self.add(addressed, self.open(addressed), name)
 
     def addressed(self, spec: NicSpec) -> NicSpec:
         """`spec` with a MAC: its own, or one for the next NIC, the same at each run of a VM with a name."""
@@ -107,15 +108,18 @@ class Nics:
 
         return spec.queues if spec.queues > 0 else min(self._platform.config.cpus, MAX_QUEUES)
 
-    def add(self, spec: NicSpec, wire: Wire) -> Nic:
-        """Give the guest a NIC on `wire`. ConfigError when it cannot be, and then the wire is closed."""
+    def add(self, spec: NicSpec, wire: Wire, name: str = "") -> Nic:
+        """Give the guest a NIC on `wire`, by the first free one of net0, net1, ..., or as `name` says.
+
+        ConfigError when it cannot be, and then the wire is closed.
+        """
         from hvkvm.devices.synth.netvsp import Netvsp
 
         number = self._number()
         if number == MAX_NICS:
             wire.close()
             raise ConfigError(f"--net: a VM has up to {MAX_NICS} NICs; remove one")
-        name = f"net{number}"
+        name = name or f"net{number}"
         spec = self.addressed(spec)
         mac = bytes.fromhex(spec.mac.replace(":", ""))
         queues = self._queues(spec)
@@ -217,6 +221,11 @@ def saved_nics(saved: Saved) -> tuple[SavedNic, ...]:
     if Nics.name not in saved.parts:
         return ()
     state: NicsState = saved.state(NicsState, Nics.name)
+    free = {f"net{number}" for number in range(MAX_NICS)}
+    for nic in state.nics:
+        if nic.name not in free:
+            raise StateError(f"{saved.path}: {nic.name[:20]!r}: no name of a NIC, or one of two")
+        free.remove(nic.name)
     return state.nics
 
 

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
-from hvkvm.errors import ConfigError
+from hvkvm.errors import ConfigError, StateError
 from hvkvm.machine.config import MachineConfig
 from hvkvm.machine.config_fields import check_values
 from hvkvm.machine.config_words import parse_words
 from hvkvm.machine.nic_spec import NicSpec, forwards_of
+from hvkvm.machine.nics import NicsState, SavedNic, specs_to_restore
 
 
 def read(text):
@@ -102,3 +104,13 @@ def test_toml_says_the_same(tmp_path):
     )
     config = MachineConfig.from_toml(file)
     assert config.nets == (NicSpec("user", mtu=9000), NicSpec(socket=tmp_path / "wire", loss=0.5))
+
+
+@pytest.mark.parametrize(
+    "names", [("net1", "net1"), ("net64",), ("net01",), ("net-1",), ("scsi0",), ("",), ("a\nb",)]
+)
+def test_names_that_no_saved_nics_had_are_refused(names):
+    state = NicsState(tuple(SavedNic(name, "02:00:00:00:00:01", 1, "socket=/wire") for name in names))
+    saved = SimpleNamespace(path="saved", parts={"network": {}}, state=lambda _kind, _part: state)
+    with pytest.raises(StateError, match=r"^saved: '.*': no name of a NIC, or one of two$"):
+        specs_to_restore(saved, ())

@@ -180,3 +180,28 @@ def test_a_saved_vm_has_its_nics_on_the_wires_that_it_had_or_on_others(tmp_path:
         done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
         assert (done.returncode, why in done.stderr) == (2, True), done
     assert not other.exists()
+
+
+def test_a_nic_that_was_removed_leaves_a_gap_in_the_names_of_a_saved_vm(tmp_path: Path) -> None:
+    saved = tmp_path / "saved"
+    words = [word for name in "ab" for word in ("--net", f"listen={tmp_path / name}")]
+    with running_vm(tmp_path, *options("--name", "one", *words)) as vm:
+        vm.wait_until_listening()
+        vm.ctl("net", "remove", "net0")
+        before = nics(vm)
+        vm.ctl("save", saved, "--end")
+        vm.finish()
+    assert set(before) == {"net1"}
+    with running_vm(tmp_path, "--restore", saved, "--name", "one", "--quiet") as vm:
+        vm.wait_until_listening()
+        assert nics(vm) == before
+        assert vm.ctl("net", "add", f"listen={tmp_path / 'c'}").startswith("net0 added")
+        before = nics(vm)
+        vm.ctl("save", saved, "--end")
+        vm.finish()
+    assert list(before) == ["net1", "net0"]
+    with running_vm(tmp_path, "--restore", saved, "--name", "one", "--quiet") as vm:
+        vm.wait_until_listening()
+        assert list(nics(vm).items()) == list(before.items())
+        vm.ctl("quit")
+        vm.finish()
