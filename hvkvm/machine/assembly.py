@@ -49,7 +49,7 @@ def assemble(
     bus = build.create_bus(platform, interface, stack)
     nics = build.create_nics(platform, bus, name, stack, saved)
     pci = build.create_pci(platform, board, stack)
-    shelf = build.create_disks(platform, bus, pci, stack)
+    shelf = build.create_disks(platform, bus, pci, stack, saved)
     firmware = build.create_firmware(platform, board, pci, shelf, image, name, stack)
     for ends in (firmware, shelf):
         if ends is not None:

@@ -199,13 +199,15 @@ def create_firmware(
     return Firmware(platform, board, pci, shelf, image, name, stack)
 
 
-def create_disks(platform: Platform, bus: Bus | None, pci: Pci | None, stack: ExitStack) -> DiskShelf | None:
+def create_disks(
+    platform: Platform, bus: Bus | None, pci: Pci | None, stack: ExitStack, saved: Saved | None
+) -> DiskShelf | None:
     """The disks and DVD drives; None for a machine with neither VMBus nor PCI. ConfigError."""
     if bus is None and pci is None:
         return None
     from hvkvm.machine.disk_shelf import DiskShelf
 
-    return DiskShelf(platform, bus, pci, stack)
+    return DiskShelf(platform, bus, pci, stack, saved)
 
 
 def create_control(parts: Parts, stack: ExitStack) -> ControlDoor | None:

@@ -11,6 +11,7 @@ from contextlib import ExitStack
 from typing import TYPE_CHECKING
 
 from hvkvm.errors import ConfigError
+from hvkvm.machine.disk_spec import MAX_CONTROLLERS
 
 if TYPE_CHECKING:
     from hvkvm.machine.attached import Attached
@@ -19,13 +20,21 @@ if TYPE_CHECKING:
     from hvkvm.machine.pci import Pci
     from hvkvm.machine.pci_disks import PciDisks
     from hvkvm.machine.platform import Platform
+    from hvkvm.state.file import Saved
     from hvkvm.state.manifest import SavedDisk
 
 
 class DiskShelf:
     """Of a machine with a VMBus or PCI. ConfigError for disks that cannot be had."""
 
-    def __init__(self, platform: Platform, bus: Bus | None, pci: Pci | None, stack: ExitStack) -> None:
+    def __init__(
+        self,
+        platform: Platform,
+        bus: Bus | None,
+        pci: Pci | None,
+        stack: ExitStack,
+        saved: Saved | None = None,
+    ) -> None:
         self._platform = platform
         self._bus = bus
         self._stack = stack.enter_context(ExitStack())
@@ -37,6 +46,10 @@ class DiskShelf:
         buses = {config.bus_of(one) for one in config.media}
         if bus is not None and "vmbus" in buses:
             self.make()
+        if bus is not None and saved is not None:
+            # A controller whose disks have all gone stays with its guest, and no disk asks for it.
+            for index in _controllers(saved):
+                self.make().controller(index)
         if pci is not None and buses - {"vmbus"}:
             from hvkvm.machine.pci_disks import PciDisks
 
@@ -103,3 +116,10 @@ class DiskShelf:
                 done()
 
         end_next()
+
+
+def _controllers(saved: Saved) -> list[int]:
+    """Those of a saved machine by its bus's word, of which loading it believes no more."""
+    bus = saved.parts.get("VMBus")
+    names = bus.get("devices") if isinstance(bus, dict) else None
+    return [index for index in range(MAX_CONTROLLERS) if isinstance(names, dict) and f"scsi{index}" in names]

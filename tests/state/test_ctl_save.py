@@ -53,6 +53,26 @@ def test_a_vm_is_saved_and_goes_on_in_another_process(tmp_path: Path) -> None:
         vm.ctl("quit")
 
 
+def test_a_vm_whose_disks_have_all_gone_goes_on(tmp_path: Path) -> None:
+    """The controllers that they were on are still its guest's."""
+    file, image = tmp_path / "vm.state", tmp_path / "disk.raw"
+    image.write_bytes(bytes(1 << 16))
+    with running_vm(tmp_path, *AGENT, "--vmbus", "on", "--name", "first") as vm:
+        vm.wait_until_listening()
+        for place in ("controller=0", "controller=2"):
+            vm.ctl("disk", "add", f"{image},{place}")
+            vm.ctl("disk", "remove", "disk0")
+        vm.ctl("save", file, "--end")
+        vm.finish()
+    with running_vm(tmp_path, "--restore", file, "--quiet", "--name", "first") as vm:
+        vm.wait_until_listening()
+        assert vm.json("disk", "list") == []
+        inspected = vm.ctl("inspect")
+        assert [f"scsi{index}" in inspected for index in range(3)] == [True, False, True]
+        vm.ctl("quit")
+        vm.finish()
+
+
 def test_a_vm_with_a_disk_is_saved_and_ends_in_that_moment(tmp_path: Path) -> None:
     file, image = tmp_path / "vm.state", tmp_path / "disk.raw"
     image.write_bytes(bytes(1 << 16))
