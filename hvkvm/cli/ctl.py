@@ -35,7 +35,7 @@ EPILOG = """verbs:
 
 `hvkvm ctl VERB --help` explains a verb's options.
 
-VMs are looked for in $XDG_RUNTIME_DIR/hvkvm and /tmp/hvkvm-UID, or in $HVKVM_CONTROL_DIR.
+VMs are looked for in $XDG_RUNTIME_DIR/hvkvm and /tmp/hvkvm-UID, or in $HVKVM_CONTROL_DIR, an absolute path.
 
 exit status:
   0 done; 1 the guest or the VM refused or did not answer, and the line says why;

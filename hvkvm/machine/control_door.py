@@ -73,7 +73,7 @@ class ControlDoor:
 def open_door(parts: Parts, stack: ExitStack) -> ControlDoor | None:
     """Listen where `parts.platform.config` says.
 
-    ConfigError, HostExhausted; in "auto" only ConfigError, for a name that is taken.
+    ConfigError, HostExhausted; in "auto" only ConfigError, for a name that is taken or a relative folder.
     """
     choice = parts.platform.config.control
     if choice == "off":

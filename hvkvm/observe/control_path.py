@@ -14,7 +14,7 @@ import stat
 from collections.abc import Sequence
 from pathlib import Path
 
-from hvkvm.errors import NO_FILE, FolderUnusable, NameTaken
+from hvkvm.errors import NO_FILE, ConfigError, FolderUnusable, NameTaken
 from hvkvm.runtime import unix_listener
 from hvkvm.runtime.unix_listener import dead, locked
 
@@ -23,8 +23,13 @@ BACKLOG = 16
 
 
 def folders() -> list[Path]:
-    """Where sockets may lie, the preferred first; they need not exist. $HVKVM_CONTROL_DIR is the only one."""
-    if (only := os.environ.get("HVKVM_CONTROL_DIR", "")).startswith("/"):
+    """Where sockets may lie, the preferred first; they need not exist. $HVKVM_CONTROL_DIR is the only one.
+
+    ConfigError where that is relative: `hvkvm ctl` in another folder would look for the VM elsewhere.
+    """
+    if only := os.environ.get("HVKVM_CONTROL_DIR", ""):
+        if not only.startswith("/"):
+            raise ConfigError(f"HVKVM_CONTROL_DIR={only}: not an absolute path; write one that begins with /")
         return [Path(only)]
     runtime = os.environ.get("XDG_RUNTIME_DIR", "")
     found = [Path(runtime, "hvkvm")] if runtime.startswith("/") else []

@@ -136,6 +136,15 @@ def test_not_a_kernel(
     one_line(hvkvm("run", "--kernel", kernel, "--hv", "none"), 2, f"--kernel {kernel}", *words)
 
 
+@pytest.mark.kvm
+def test_a_relative_folder_for_control_sockets_is_refused_by_both_sides(
+    hvkvm: Callable[..., subprocess.CompletedProcess[str]], guest: Callable[[bytes], Path]
+) -> None:
+    environment = {**os.environ, "HVKVM_CONTROL_DIR": "here"}
+    for words in (("run", "--kernel", guest(HANG), "--timeout", "30"), ("ctl", "list"), ("top",)):
+        one_line(hvkvm(*words, env=environment), 2, "HVKVM_CONTROL_DIR=here", "begins with /")
+
+
 def test_no_kvm_device(
     hvkvm: Callable[..., subprocess.CompletedProcess[str]], guest: Callable[[bytes], Path], tmp_path: Path
 ) -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from control_listener import listen
 
-from hvkvm.errors import FolderUnusable, NameTaken
+from hvkvm.errors import ConfigError, FolderUnusable, NameTaken
 from hvkvm.observe import control_path
 from hvkvm.runtime import unix_listener
 
@@ -42,6 +42,9 @@ def test_folders_are_the_users_own(monkeypatch: pytest.MonkeyPatch) -> None:
         assert control_path.folders() == [ours]
     monkeypatch.setenv("HVKVM_CONTROL_DIR", "/x/y")
     assert control_path.folders() == [Path("/x/y")]
+    monkeypatch.setenv("HVKVM_CONTROL_DIR", "x/y")
+    with pytest.raises(ConfigError, match=r"^HVKVM_CONTROL_DIR=x/y: not an absolute path; "):
+        control_path.folders()
 
 
 def test_folder_and_socket_are_closed_to_others(runtime: Path) -> None:
