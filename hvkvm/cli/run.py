@@ -198,7 +198,7 @@ def run_machine(config: MachineConfig, options: Any) -> int:
         Machine(config, observer=teller) as machine,
     ):
         offered = machine.hyperv.offered
-        if not offered.features and config.hv != "none" and not options.quiet:
+        if not offered.features and config.hv != "none" and not options.quiet and not options.json:
             note = f"--hv {config.hv}: this kernel's KVM can back none; `hvkvm doctor` names the remedies"
             teller.say(f"running without enlightenments: {note}")
         elif offered.features and config.synic == "auto" and not options.quiet and not options.json:

@@ -99,6 +99,14 @@ def test_no_reboot_ends_at_the_reset(hvkvm: Hvkvm, guest: Guest) -> None:
     assert json.loads(result.stderr.splitlines()[-1])["ending"] == "reset"
 
 
+def test_json_is_all_that_is_said_of_a_machine_without_enlightenments(hvkvm: Hvkvm, guest: Guest) -> None:
+    """Which it is where KVM has no Hyper-V of its own."""
+    code = out(board.DEBUG_EXIT_PORT, 0) + HANG
+    words = ("run", "--kernel", guest(code), "--memory", "64M", "--synic", "kernel", "--timeout", "30")
+    result = hvkvm(*words, "--json")
+    assert json.loads(result.stderr)["ending"] == "debug exit"
+
+
 PANIC = b"Kernel panic - not syncing: VFS: no root"
 
 
