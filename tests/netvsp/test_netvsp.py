@@ -152,6 +152,59 @@ def test_the_link_is_indicated_when_it_changes(lan: Make) -> None:
     assert driver.query(rndis.RNDIS_OID_GEN_MEDIA_CONNECT_STATUS) == b"\1\0\0\0"
 
 
+def test_a_peer_that_comes_and_goes_does_not_cost_the_guest_its_nic(lan: Make) -> None:
+    """While the guest's vCPU is away one indication is on its way; then it hears how the link is."""
+    net = lan()
+    driver = net.driver.start()
+    driver.indications.clear()
+    take, driver.channel.on_interrupt = driver.channel.on_interrupt, lambda: None
+    lent = net.nic.receive.pieces.lent
+    for up in [False, True] * 50 + [False]:
+        net.loop.call_soon(net.nic.link, up)
+        net.loop.run()
+    assert net.nic.receive.pieces.lent == lent + 1
+    driver.channel.on_interrupt = take
+    driver.take(driver.channel)
+    net.loop.run()
+    assert driver.indications == [rndis.RNDIS_STATUS_MEDIA_DISCONNECT]
+    assert net.complaints == {}
+
+
+def test_a_wire_that_was_down_for_a_moment_is_told_as_such(lan: Make) -> None:
+    """It may lead elsewhere now. The indication before it has to come back first."""
+    net = lan()
+    driver = net.driver.start()
+    net.loop.call_soon(net.nic.link, False)
+    net.loop.run()
+    driver.indications.clear()
+    driver.complete = False
+    for up in (True, False, True):
+        net.loop.call_soon(net.nic.link, up)
+        net.loop.run()
+    connect, disconnect = rndis.RNDIS_STATUS_MEDIA_CONNECT, rndis.RNDIS_STATUS_MEDIA_DISCONNECT
+    assert driver.indications == [connect]
+    driver.complete = True
+    driver.complete_all()
+    assert driver.indications == [connect, disconnect, connect]
+
+
+def test_a_link_that_changed_is_told_by_the_nic_that_goes_on(lan: Make) -> None:
+    net = lan()
+    driver = net.driver.start()
+    driver.indications.clear()
+    driver.complete = False
+    for up in (False, True):
+        net.loop.call_soon(net.nic.link, up)
+        net.loop.run()
+    disconnect = rndis.RNDIS_STATUS_MEDIA_DISCONNECT
+    assert driver.indications == [disconnect]
+    net.go_on_with_another()
+    driver.complete = True
+    driver.complete_all()
+    assert driver.indications == [disconnect, rndis.RNDIS_STATUS_MEDIA_CONNECT]
+    assert net.nic.receive.pieces.lent == 0
+
+
 def test_a_driver_that_leaves_and_comes_back_finds_a_new_nic(lan: Make) -> None:
     net = lan()
     driver = net.driver.start(rsc=True)

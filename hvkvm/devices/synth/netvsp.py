@@ -88,6 +88,8 @@ class Netvsp:
         self._speed = speed
         self._queues = max(1, min(queues, MAX_QUEUES))
         self._wire_up = False
+        self._went_down = False  # since the guest last heard
+        self._link_waits = False  # for the indication before it
         self._taken = 0
         self._starved = False  # the port waits for room
         self._toeplitz: Toeplitz | None = None
@@ -104,6 +106,7 @@ class Netvsp:
     def _clear(self) -> None:
         """As a NIC that no driver has taken."""
         self._told_link: bool | None = None
+        self._link_waits = False
         self.receive.forget()
         self.control_state.clear()
         self.agreed.clear()
@@ -236,6 +239,8 @@ class Netvsp:
 
     def after(self, io: ChannelIo) -> None:
         """A channel's turn is at its end: what others wait for."""
+        if self._link_waits:
+            self._tell_link()
         primary = self._channels[0].io
         offers = io is primary and self.agreed.unoffered
         if (offers or self.receive.waiting) and primary is not None and not primary.broken:
@@ -316,14 +321,28 @@ class Netvsp:
     def link(self, up: bool) -> None:
         """See `net.port.Receiver`."""
         self._wire_up = up
+        self._went_down = self._went_down or not up
         self.guard.run(self._tell_link)
 
     def _tell_link(self) -> None:
-        """Indicate what has changed since the guest last heard."""
-        io, up = self._channels[0].io, self._wire_up
-        if io is None or not self.control_state.initialized or up == self._told_link:
+        """Indicate what has changed since the guest last heard: one change at a time.
+
+        A peer may come and go as often as it likes, and shall not use up the guest's receive buffer.
+        """
+        io = self._channels[0].io
+        if io is None or not self.control_state.initialized:
+            return
+        self._link_waits = self.receive.indicating
+        if self._link_waits:
+            return  # `after` comes back to it
+        # A wire that was down for a moment is told as such: it may lead elsewhere now, which a guest has to
+        # find out by new addresses and neighbours.
+        up = self._wire_up and not (self._went_down and self._told_link)
+        self._went_down = False
+        if up == self._told_link:
             return
         self._told_link = up
+        self._link_waits = up != self._wire_up
         status = rndis.RNDIS_STATUS_MEDIA_CONNECT if up else rndis.RNDIS_STATUS_MEDIA_DISCONNECT
         self.receive.tell(rndis.indicate.pack(rndis.RNDIS_MSG_INDICATE, rndis.indicate.size, status, 0, 0))
         io.again()  # sent in a turn of our own

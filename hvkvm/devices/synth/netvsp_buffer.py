@@ -74,6 +74,11 @@ class Pieces:
         """The id of the next piece."""
         return self._next_id
 
+    def is_out(self, ident: int) -> bool:
+        """Whether the guest has a piece of that id."""
+        found = self._lent.get(ident)
+        return found is not None and not found[1]
+
     def room(self, most: int) -> tuple[int, int]:
         """Where the longest free stretch that comes next begins, and its bytes, up to `most`."""
         order = self._order

@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Sequence
 
-from hvkvm.abi import nvsp
+from hvkvm.abi import nvsp, rndis
 from hvkvm.abi.ring import (
     VM_PKT_DATA_USING_XFER_PAGES,
     VMBUS_DATA_PACKET_FLAG_COMPLETION_REQUESTED,
@@ -47,6 +47,10 @@ _DATA = nvsp.rndis_pkt.pack(nvsp.NVSP_MSG1_TYPE_SEND_RNDIS_PKT, nvsp.RMC_DATA, n
 _CONTROL = nvsp.rndis_pkt.pack(
     nvsp.NVSP_MSG1_TYPE_SEND_RNDIS_PKT, nvsp.RMC_CONTROL, nvsp.NETVSC_INVALID_INDEX, 0
 )
+
+
+def _is_indication(message: bytes) -> bool:
+    return int.from_bytes(message[:4], "little") == rndis.RNDIS_MSG_INDICATE
 
 
 class ReceiveCounters:
@@ -84,6 +88,7 @@ class Receive(Layer):
         """Most frames of a packet for this guest."""
         self.waiting: deque[bytes] = deque()
         """Messages for the guest that wait for room."""
+        self._indication = 0  # the id of the last indication's piece
         self._most = 0  # bytes of a packet, after its first frame
         self._broken = broken
 
@@ -115,10 +120,20 @@ class Receive(Layer):
             return
         self.waiting.append(message)
 
+    @property
+    def indicating(self) -> bool:
+        """Whether an indication is on its way: the guest has not given it back, or has yet to get it."""
+        return self.pieces.is_out(self._indication) or any(map(_is_indication, self.waiting))
+
     def pump(self, io: ChannelIo) -> None:
         """Send what waits while there is room."""
-        while self.waiting and self._send(io, _CONTROL, (Laid(self.waiting[0], (), len(self.waiting[0])),)):
+        while self.waiting:
+            message, ident = self.waiting[0], self.pieces.next_id
+            if not self._send(io, _CONTROL, (Laid(message, (), len(message)),)):
+                return
             self.waiting.popleft()
+            if _is_indication(message):
+                self._indication = ident
 
     # Frames.
 
