@@ -38,14 +38,14 @@ class ControlDoor:
         self._reader: Handle | None = parts.platform.io.add_reader(fd, self._open)
 
     def _open(self) -> None:
-        from hvkvm.machine.control import Control
-
         if self._reader is not None:
             self._reader.remove()
             self._reader = None
         try:
+            from hvkvm.machine.control import Control  # which opens files, too
+
             self._control = Control(self._parts, self._fd)
-        except OSError:
+        except (OSError, ImportError):
             # Out of fds or memory, say: whoever connects waits, the guest does not.
             self._parts.platform.io.call_later(ACCEPT_PAUSE, self._watch)
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import select
 from collections.abc import Callable
+from json import dumps, loads
 from typing import TYPE_CHECKING, Any
 
 from hvkvm.errors import Stopped
@@ -161,8 +162,6 @@ class _Client:
         self._close_if_done()
 
     def _request(self, line: bytes) -> None:
-        from json import loads
-
         try:
             request = loads(line)
         except (ValueError, RecursionError) as error:
@@ -190,8 +189,6 @@ class _Client:
     def _send(self, reply: dict[str, object]) -> None:
         if self.closed:
             return
-        from json import dumps
-
         try:
             data = dumps(reply)
             why = f"a reply of {len(data)} bytes" if len(data) >= MAX_REPLY else ""

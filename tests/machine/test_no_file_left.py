@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import resource
+import socket
+import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -14,7 +16,7 @@ import pytest
 from hvkvm.devices.synth.vsock_socket import ListeningSocket
 from hvkvm.errors import HostExhausted
 from hvkvm.events import Event, Observer, Warned
-from hvkvm.machine.control_door import open_door
+from hvkvm.machine.control_door import ControlDoor, open_door
 from hvkvm.observe import control_path
 
 
@@ -66,3 +68,23 @@ def test_a_control_socket_that_nobody_asked_for_is_done_without(
     [text] = told.texts
     assert text.startswith("no control socket: Too many open files; ")
     assert text.endswith("raise `ulimit -n`")
+
+
+def test_the_first_client_waits_while_no_file_is_left(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Who answers is imported when somebody comes, and an import opens files: it ended the machine."""
+    later: list[Any] = []
+    handle = SimpleNamespace(remove=lambda: None)
+    io = SimpleNamespace(
+        add_reader=lambda _fd, _callback: handle, call_later=lambda _seconds, fn: later.append(fn)
+    )
+    listening = socket.socket(socket.AF_UNIX)
+    listening.bind(str(tmp_path / "c"))
+    listening.listen()
+    door = ControlDoor(SimpleNamespace(platform=SimpleNamespace(io=io)), listening.detach(), tmp_path / "c")  # type: ignore[arg-type]
+    with monkeypatch.context() as patch, no_more_files():
+        patch.delitem(sys.modules, "hvkvm.machine.control", raising=False)
+        door._open()
+    assert later == [door._watch]
+    door.close()
