@@ -109,7 +109,10 @@ class BasePort(ABC):
         return self._wire_up and self._plugged
 
     def plug(self, plugged: bool) -> None:
-        """Have the cable plugged in, or pulled out: frames are lost meanwhile, both ways."""
+        """Have the cable plugged in, or pulled out: frames are lost meanwhile, both ways.
+
+        Those that wait for room are lost as well.
+        """
         self._plugged = plugged
         self._link_changed()
 
@@ -221,3 +224,5 @@ class BasePort(ABC):
         if self._started and self._receiver is not None and self._told != self.up:
             self._told = self.up
             self._receiver.link(self.up)
+            if not self._told:
+                self._writable()  # what waited for room is offered again, and dropped

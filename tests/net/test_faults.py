@@ -59,6 +59,20 @@ def test_frames_that_are_passed_come_all_the_same(loop):
     assert shown["reordered_out"] > COUNT * 0.07
 
 
+def test_a_cable_that_is_pulled_releases_what_waited_for_room(loop):
+    below = TestWire(loop, room=0)
+    wire = FaultyWire(loop, below, Faults())
+    connect(loop, wire)
+    loop.do(wire.send, views(*FRAMES[:3]))
+    while not loop.do(lambda: wire._out._full):
+        pass
+    loop.do(wire.plug, False)
+    while loop.do(lambda: wire._out._held):
+        pass
+    assert below.statistics.sent_dropped == 3
+    loop.do(wire.close)
+
+
 def test_a_delay_is_one(loop):
     from time import monotonic
 

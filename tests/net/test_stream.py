@@ -111,6 +111,27 @@ def test_a_full_socket_holds_the_sender_up_and_nothing_is_lost_or_torn(loop, end
     assert port.statistics.send_waits >= waits
 
 
+@pytest.mark.parametrize("at_rest", [False, True])
+def test_a_cable_that_is_pulled_has_what_waits_dropped(loop, ends, at_rest):
+    """Though the peer reads nothing: a driver that waits for its completions can leave."""
+    port, _theirs = ends
+    nic = connect(loop, port)
+    batch = views(*[bytes(1514)] * 50)
+    while loop.do(port.send, batch) == len(batch):
+        pass
+    assert nic.writables == 0
+    if at_rest:
+        loop.do(port.stop, lambda: None)
+    loop.do(port.plug, False)
+    if at_rest:
+        loop.do(lambda: None)
+        assert nic.writables == 0
+        loop.do(port.start)
+    nic.wait(lambda n: n.writables)
+    assert nic.links == [True, False]
+    assert loop.do(port.send, batch) == len(batch)
+
+
 class Recording:
     """A socket that keeps what each call writes."""
 
