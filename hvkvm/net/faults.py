@@ -55,6 +55,7 @@ class Direction:
         self._held: list[tuple[float, int, bytes]] = []
         self._number = 0
         self._timer: Any = None
+        self._due = 0.0  # when the timer comes
         self._full = False
         self.running = False
         self.counts = dict.fromkeys(("lost", "corrupted", "duplicated", "reordered", "overrun"), 0)
@@ -107,8 +108,15 @@ class Direction:
         heapq.heappush(self._held, (due, self._number, data))
 
     def _arm(self) -> None:
-        if self._timer is None and self._held and not self._full and self.running:
-            self._timer = self._io.call_later(max(0.0, self._held[0][0] - monotonic()), self._arrive)
+        if not self._held or self._full or not self.running:
+            return
+        due = self._held[0][0]
+        if self._timer is not None:
+            if self._due <= due:
+                return
+            self._timer.cancel()  # what came last passes those before it
+        self._due = due
+        self._timer = self._io.call_later(max(0.0, due - monotonic()), self._arrive)
 
     def _arrive(self) -> None:
         self._timer = None

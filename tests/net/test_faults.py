@@ -8,7 +8,8 @@ import threading
 import pytest
 
 from hvkvm.abi.virtio_net_hdr import PLAIN, VALID
-from hvkvm.net.faults import MAX_HELD, Faults, FaultyWire
+from hvkvm.net import faults
+from hvkvm.net.faults import MAX_HELD, REORDER_SECONDS, Direction, Faults, FaultyWire
 from hvkvm.net.port import NO_OFFLOADS
 from tests.net.conftest import connect, views
 from tests.net.test_segment import V4, tcp_frame
@@ -57,6 +58,38 @@ def test_frames_that_are_passed_come_all_the_same(loop):
     assert sorted(got) == FRAMES
     assert got != FRAMES
     assert shown["reordered_out"] > COUNT * 0.07
+
+
+def test_one_that_comes_late_holds_up_none_behind_it(monkeypatch):
+    """In a time of the test's own."""
+    now, timers, got = [0.0], [], []
+
+    class Clock:
+        def call_later(self, seconds, call):
+            timers.append((now[0] + seconds, call))
+            return self
+
+        def cancel(self):
+            timers.pop()
+
+    def give(frames):
+        got.extend((now[0], bytes(frame[1])) for frame in frames)
+        return len(frames)
+
+    monkeypatch.setattr(faults, "monotonic", lambda: now[0])
+    way = Direction(Clock(), Faults(reorder=0.5), "out", give)
+    way.running = True
+    # Six numbers a frame, of which the fourth decides whether it is passed: the first of two.
+    way._random.random = iter([*[1.0] * 3, 0.0, *[1.0] * 8]).__next__
+    way.take(views(FRAMES[0]))
+    now[0] = 0.001
+    way.take(views(FRAMES[1]))
+    while timers:
+        assert len(timers) == 1
+        due, call = timers.pop()
+        now[0] = max(now[0], due)
+        call()
+    assert got == [(0.001, FRAMES[1]), (REORDER_SECONDS, FRAMES[0])]
 
 
 def test_a_cable_that_is_pulled_releases_what_waited_for_room(loop):
