@@ -38,7 +38,7 @@ from hvkvm.cli import (
 )
 from hvkvm.cli.arguments import split_command
 from hvkvm.cli.parsers import all_parsers
-from hvkvm.errors import BootError, ConfigError
+from hvkvm.errors import CapabilityMissing, ConfigError
 from hvkvm.hyperv.features import parse_features
 from hvkvm.machine.config import MachineConfig
 
@@ -250,7 +250,7 @@ def test_a_cheap_one_runs(hvkvm: Hvkvm, words: tuple[str, ...]) -> None:
     result = hvkvm(*words[1:])
     status = 0
     if "--windows" in words and not any(path.is_file() for path in OVMF):
-        status = BootError.exit_status  # of what a Windows guest would need, this host lacks the firmware
+        status = CapabilityMissing.exit_status  # the firmware that a Windows guest would need
         assert "apt install ovmf" in result.stdout, result
     assert (result.returncode, result.stderr) == (status, ""), result
 
