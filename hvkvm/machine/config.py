@@ -384,15 +384,11 @@ class MachineConfig(NamedTuple):
         return cls(**read).validate()
 
     @classmethod
-    def from_toml(cls, path: Path, **defaults: Any) -> "MachineConfig":
-        """Read a TOML file whose top-level keys are this class's fields; relative paths start at the file.
-
-        `defaults` are for keys that the file leaves out.
-        """
+    def from_toml(cls, path: Path) -> "MachineConfig":
+        """Read a TOML file whose top-level keys are this class's fields; relative paths start at the file."""
         from hvkvm.machine.toml_file import read_toml
 
-        values = read_toml(path, f"--config {path}")
-        return cls.from_mapping({**defaults, **values}, path.parent)
+        return cls.from_mapping(read_toml(path, f"--config {path}"), path.parent)
 
     @classmethod
     def read_toml(cls, path: Path) -> dict[str, Any]:

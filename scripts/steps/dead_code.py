@@ -42,6 +42,7 @@ FOR_USERS = {
     "get_directly": "a value of the guest's key-value daemon, asked for by its key",
     "ip_info": "the guest's addresses, as its key-value daemon has them",
     "set_ip_info": "and given to it",
+    "from_toml": "the machine of a --config file, in a program",
     "io_data": "the data of an exit, for who enters a vCPU by hand",
 }
 """What only tests use here, and who else may."""
