@@ -28,7 +28,6 @@ the guest's ring is the former program's; what that had sent, and the guest has 
 
 from __future__ import annotations
 
-import os
 import socket
 from collections.abc import Callable
 from functools import partial
@@ -117,7 +116,6 @@ class HvsockConnection:
     ) -> None:
         self._offer = offer
         self._host = HostEnd(sock)
-        self._fd = sock.fileno()
         self._turns = turns
         self._call_later = call_later
         self._on_opened = on_opened
@@ -136,7 +134,7 @@ class HvsockConnection:
         self._to_guest_bytes = self._to_host_bytes = self._wakes = 0
         self._final: Counters | None = None
         self.guard = Guard()
-        self._watched = watch.add(self._fd, partial(self.guard.run, self._socket_ready))
+        self._watched = watch.add(sock.fileno(), partial(self.guard.run, self._socket_ready))
         try:
             self._timer: TimerHandle | None = call_later(open_seconds, self.guard.run, self.end)
         except BaseException:
@@ -151,7 +149,8 @@ class HvsockConnection:
         return HvsockState(self._guest_done, self._host_done, self._told_guest, self._end_at, unsent)
 
     def load(self, io: ChannelIo | None, state: HvsockState) -> None:
-        """See `vmbus.device.SavedDevice`. Whoever made it has put `unsent` into the socket's other end."""
+        """See `vmbus.device.SavedDevice`."""
+        self._host.ahead = memoryview(state.unsent)
         if io is None:
             return  # the guest is about to accept
         self._guest_done, self._host_done = state.guest_done, state.host_done
@@ -316,7 +315,7 @@ class HvsockConnection:
                     return
                 continue
             try:
-                size = os.readv(self._fd, views)
+                size = self._host.read(views)
             except BlockingIOError:
                 self._may_read = False
                 return

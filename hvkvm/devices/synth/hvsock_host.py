@@ -7,21 +7,25 @@ Owner: the I/O loop.
 
 from __future__ import annotations
 
+import os
 import socket
+import sys
+from collections.abc import Sequence
 from contextlib import suppress
-
-MAX_UNREAD = 1 << 20
-"""Bytes; more than the system lets a socket hold that nobody made larger."""
+from fcntl import ioctl
+from termios import FIONREAD
 
 
 class HostEnd:
     """`sock` is made non-blocking; who made this closes it."""
 
-    __slots__ = ("gone", "left", "sock")
+    __slots__ = ("ahead", "gone", "left", "sock")
 
     def __init__(self, sock: socket.socket) -> None:
         sock.setblocking(False)
         self.sock = sock
+        self.ahead = memoryview(b"")
+        """What a program before this one had sent: it comes before what is in the socket."""
         self.left = b""
         """For the socket, which was full."""
         self.gone = False
@@ -29,6 +33,8 @@ class HostEnd:
 
     def has_data(self) -> bool:
         """Whether the program has sent something that was not read yet."""
+        if self.ahead:
+            return True
         try:
             return bool(self.sock.recv(1, socket.MSG_PEEK))
         except OSError:
@@ -37,9 +43,26 @@ class HostEnd:
     def unread(self) -> bytes:
         """What the program has sent and was not read yet; it stays there."""
         try:
-            return self.sock.recv(MAX_UNREAD, socket.MSG_PEEK)
+            # Its program may have made the socket as large as it liked.
+            size = int.from_bytes(ioctl(self.sock, FIONREAD, bytes(4)), sys.byteorder)
+            return bytes(self.ahead) + self.sock.recv(size, socket.MSG_PEEK)
         except OSError:
-            return b""
+            return bytes(self.ahead)
+
+    def read(self, views: Sequence[memoryview]) -> int:
+        """Move what the program has sent into `views`; how many bytes, 0 at its end. OSError of the socket.
+
+        BlockingIOError if there is nothing.
+        """
+        if not self.ahead:
+            return os.readv(self.sock.fileno(), views)
+        size = 0
+        for view in views:
+            piece = self.ahead[size : size + len(view)]
+            view[: len(piece)] = piece
+            size += len(piece)
+        self.ahead = self.ahead[size:]
+        return size
 
     def leave(self) -> None:
         """Nobody will read the socket's other end."""

@@ -16,7 +16,6 @@ from __future__ import annotations
 import os
 import socket
 from collections.abc import Callable
-from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
@@ -260,9 +259,6 @@ class Vsock:
 
     def _restored(self, stream: SavedStream) -> HvsockConnection | None:
         ours, theirs = socket.socketpair()
-        theirs.setblocking(False)
-        with suppress(OSError):
-            theirs.send(stream.state.unsent)
 
         def opened(connection: HvsockConnection) -> None:
             # When the machine runs: nobody listens yet.
