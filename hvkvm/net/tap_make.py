@@ -21,6 +21,7 @@ from hvkvm.net.tap_open import (
     more_queues,
     open_tun,
     prepared,
+    refusal,
     set_interface,
 )
 from hvkvm.runtime.thread_start import start_thread
@@ -93,9 +94,8 @@ def _make(wanted: NewTap) -> Tap:
                 if error.errno == errno.EPERM
                 else f"an administrator makes it by: ip netns add {wanted.netns}"
             )
-            raise ConfigError(
-                f"{what}: network namespace {wanted.netns}: {error.strerror}; {remedy}"
-            ) from None
+            where = f"network namespace {wanted.netns}"
+            raise refusal(f"{what}: {where}", error, f"{error.strerror}; {remedy}") from None
     fd = open_tun(what)
     try:
         flags = if_tun.IFF_TAP | if_tun.IFF_NO_PI | if_tun.IFF_VNET_HDR | if_tun.IFF_TUN_EXCL
@@ -103,7 +103,7 @@ def _make(wanted: NewTap) -> Tap:
         try:
             name = set_interface(fd, wanted.name or NAMES, flags)
         except OSError as error:
-            raise ConfigError(f"{what}: {_why_not_made(error)}") from None
+            raise refusal(what, error, _why_not_made(error)) from None
         try:
             with IPRoute() as ip:
                 _set_up(ip, what, name, wanted)

@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 from hvkvm.abi import if_tun
 from hvkvm.abi.virtio_net_hdr import VIRTIO_NET_HDR_BYTES
-from hvkvm.errors import ConfigError
+from hvkvm.errors import NO_FILE, ConfigError, HostExhausted, HvkvmError, exhausted
 from hvkvm.net.port import MAX_MTU
 
 TUN_PATH = "/dev/net/tun"
@@ -35,7 +35,7 @@ class Tap(NamedTuple):
 
 
 def open_tap(name: str, mtu: int | None = None, queues: int = 1) -> Tap:
-    """The interface `name`, which is there. `mtu` overrides the one it has. ConfigError.
+    """The interface `name`, which is there. `mtu` overrides the one it has. ConfigError, HostExhausted.
 
     Up to `queues` of its queues, if it was made for several: as many as are free.
     """
@@ -43,10 +43,12 @@ def open_tap(name: str, mtu: int | None = None, queues: int = 1) -> Tap:
     check_name(what, name)
     try:
         _socket.if_nametoindex(name)
-    except OSError:
-        raise ConfigError(
-            f"{what}: no such interface; an administrator makes it by: ip tuntap add dev {name} mode tap"
-            f" user {_user()} && ip link set {name} up"
+    except OSError as error:
+        raise refusal(
+            what,
+            error,
+            f"no such interface; an administrator makes it by: ip tuntap add dev {name} mode tap"
+            f" user {_user()} && ip link set {name} up",
         ) from None
     fd = open_tun(what)
     try:
@@ -63,7 +65,7 @@ def open_tap(name: str, mtu: int | None = None, queues: int = 1) -> Tap:
         return tap._replace(more=more_queues(name, flags, queues - 1))
     except OSError as error:
         os.close(fd)
-        raise ConfigError(f"{what}: {reason_of(error, name)}") from None
+        raise refusal(what, error, reason_of(error, name)) from None
     except BaseException:
         os.close(fd)
         raise
@@ -103,21 +105,27 @@ def set_interface(fd: int, name: str, flags: int) -> str:
 def more_queues(name: str, flags: int, count: int) -> tuple[int, ...]:
     """The fds of up to `count` further queues of `name`, if `flags` say that it has several.
 
-    Fewer if Linux gives no more. In the interface's network namespace.
+    Fewer if the interface has no more. In its network namespace. ConfigError, HostExhausted, and then none
+    is open: each would keep the interface alive.
     """
     fds: list[int] = []
-    while flags & if_tun.IFF_MULTI_QUEUE and len(fds) < count:
-        fd = open_tun(f"--net tap={name}")
-        try:
-            set_interface(fd, name, flags & ~if_tun.IFF_TUN_EXCL)
-        except OSError:
+    try:
+        while flags & if_tun.IFF_MULTI_QUEUE and len(fds) < count:
+            fds.append(open_tun(f"--net tap={name}"))
+            try:
+                set_interface(fds[-1], name, flags & ~if_tun.IFF_TUN_EXCL)
+            except OSError:
+                os.close(fds.pop())
+                break
+    except BaseException:
+        for fd in fds:
             os.close(fd)
-            break
-        fds.append(fd)
+        raise
     return tuple(fds)
 
 
 def open_tun(what: str) -> int:
+    """An fd that is to be an interface's. ConfigError, HostExhausted."""
     try:
         return os.open(TUN_PATH, os.O_RDWR | os.O_NONBLOCK | os.O_CLOEXEC)
     except OSError as error:
@@ -125,7 +133,8 @@ def open_tun(what: str) -> int:
             errno.ENOENT: f"load the module by: modprobe tun; in a container also pass {TUN_PATH} in",
             errno.ENODEV: "load the module by: modprobe tun",
         }.get(error.errno or 0, f"an administrator permits it by: chmod 0666 {TUN_PATH}")
-        raise ConfigError(f"{what}: {TUN_PATH}: {error.strerror}; {remedy}, or use --net user") from None
+        why = f"{TUN_PATH}: {error.strerror}; {remedy}, or use --net user"
+        raise refusal(what, error, why) from None
 
 
 def prepared(fd: int, name: str, mtu: int, *, vnet_header: bool) -> Tap:
@@ -156,6 +165,13 @@ def check_name(what: str, name: str) -> None:
     bad = not 0 < len(os.fsencode(name)) < if_tun.IFNAMSIZ or name in (".", "..")
     if bad or "%" in name or any(c in "/:" or c.isspace() or not c.isprintable() for c in name):
         raise ConfigError(f"{what}: not an interface's name; it has 1 to 15 characters, no / : % or blank")
+
+
+def refusal(what: str, error: OSError, why: str) -> HvkvmError:
+    """What to raise of `what`: `why` says what is behind an error, if not a host without files or memory."""
+    if error.errno in NO_FILE:
+        return HostExhausted(f"{what}: {exhausted(error)}")
+    return ConfigError(f"{what}: {why}")
 
 
 def reason_of(error: OSError, name: str) -> str:

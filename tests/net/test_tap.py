@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import _socket
+import errno
+import itertools
 import os
 import signal
 import socket
@@ -10,6 +13,7 @@ import sys
 import threading
 
 import pytest
+from open_files import open_files
 
 from hvkvm.abi.virtio_net_hdr import VIRTIO_NET_HDR_F_NEEDS_CSUM, VnetHeader, parse
 from hvkvm.errors import ConfigError, HostExhausted
@@ -391,6 +395,35 @@ def test_what_cannot_be_is_told_with_the_remedy(netns):
     with open(os.devnull) as file:
         assert "is no tap interface" in refused(take_fd, file.fileno())
     assert "is not open" in refused(take_fd, 987)
+
+
+@pytest.mark.parametrize("which", range(8))
+def test_a_host_without_a_file_for_a_queue_leaves_no_interface(netns, monkeypatch, which):
+    """It lives as long as one fd of it is open."""
+    real, calls = os.open, itertools.count()
+
+    def failing(path, *args, **options):
+        if path == "/dev/net/tun" and next(calls) == which:
+            raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+        return real(path, *args, **options)
+
+    before = open_files()
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "open", failing)
+        with pytest.raises(HostExhausted, match=r"may open no more files; raise `ulimit -n`$"):
+            make_tap(NewTap(netns=netns.name, queues=8))
+    assert open_files() == before
+    assert netns.interfaces() == {"lo"}
+
+
+def test_a_host_without_a_file_is_not_said_to_lack_an_interface(monkeypatch):
+    def failing(_name):
+        raise OSError(errno.EMFILE, os.strerror(errno.EMFILE))
+
+    with monkeypatch.context() as patched:
+        patched.setattr(_socket, "if_nametoindex", failing)
+        with pytest.raises(HostExhausted, match=r"^--net tap=tap7: Too many open files; "):
+            open_tap("tap7")
 
 
 def test_a_host_without_a_thread_for_it_is_told(netns, monkeypatch):
