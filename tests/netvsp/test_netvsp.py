@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from hvkvm.abi import nvsp, rndis
+from hvkvm.devices.synth.netvsp_channel import MAX_WAITING
 from hvkvm.testing.netvsc_driver import data_message
 
 Make = Callable[..., Any]
@@ -114,6 +115,53 @@ def test_a_guest_without_room_stops_the_wire_until_it_completes(lan: Make) -> No
     assert not net.port.waiting
     assert [data[20] for data, _ in driver.received] == [n % 256 for n in range(3000)]
     assert net.nic.receive.pieces.lent == 0
+
+
+@pytest.mark.parametrize("count", [MAX_WAITING, MAX_WAITING + 100])
+def test_what_waits_for_a_wire_keeps_nothing_from_a_guest_that_lacks_room(lan: Make, count: int) -> None:
+    """Its completions come behind its frames, and the peer reads none before its own have been taken."""
+    net = lan()
+    driver = net.driver.start()
+    driver.complete = False
+    net.port.room = 0
+    idents = [driver.send_section(0, data_message(frame(to=PEER))) for _ in range(count)]
+    frames = [frame(1500, fill=n % 256) for n in range(3000)]
+    net.inject(*frames)
+    assert net.port.waiting
+    driver.complete = True
+    driver.complete_all()
+    assert [data for data, _ in driver.received] == frames
+    lost = net.nic.inspect()["sent"]["lost"]
+    assert MAX_WAITING <= lost <= count
+    net.port.make_room(None)
+    net.loop.run()
+    done = [one for one, _ in driver.completions]
+    assert [done.count(ident) for ident in idents] == [1] * count
+    assert len(net.port.sent) == count - lost
+    assert net.complaints == {}
+
+
+def test_a_slow_wire_alone_loses_nothing(lan: Make) -> None:
+    """Nor does it after the guest has lacked room once, and has given all of it back."""
+    net = lan()
+    driver = net.driver.start()
+    driver.complete = False
+    net.inject(*[frame(1500)] * 3000)
+    assert net.port.waiting
+    net.port.waiting.clear()
+    driver.complete = True
+    driver.complete_all()
+    net.port.room = 0
+    count = MAX_WAITING + 100
+    idents = [driver.send_section(0, data_message(frame(to=PEER))) for _ in range(count)]
+    assert net.nic.inspect()["waiting"] == MAX_WAITING
+    assert net.inject(frame()) == [(frame(), {})]
+    net.port.make_room(None)
+    net.loop.run()
+    done = [one for one, _ in driver.completions]
+    assert [done.count(ident) for ident in idents] == [1] * count
+    assert len(net.port.sent) == count
+    assert net.nic.inspect()["sent"]["lost"] == 0
 
 
 def test_the_filter_is_obeyed(lan: Make) -> None:

@@ -7,6 +7,7 @@ from collections.abc import Callable
 from typing import Any
 
 from hvkvm.abi import ndis, nvsp, rndis
+from hvkvm.devices.synth.netvsp_channel import MAX_WAITING
 from hvkvm.testing.netvsc_driver import NetvscDriver, data_message
 
 Make = Callable[..., Any]
@@ -90,3 +91,29 @@ def test_a_sub_channel_without_room_that_goes_has_the_wire_go_on(lan: Make) -> N
     net.loop.client.close(driver.subs[1])
     net.loop.run()
     assert not net.port.waiting
+
+
+def test_each_channel_that_keeps_back_what_a_guest_gives_back_is_read_on(lan: Make) -> None:
+    """Others than those that are in the way lose nothing."""
+    net = lan(queues=4)
+    driver = scaled(net, 4, receive_pages=400)
+    driver.scale([1, 2] * 64, KEY)
+    driver.complete = False
+    net.port.room = 0
+    idents = []
+    for index, count in ((1, MAX_WAITING + 20), (2, MAX_WAITING), (3, 100)):
+        for _ in range(count):
+            idents.append(driver.send_section(0, data_message(udp(1)), channel=driver.subs[index]))
+    frames = [udp(port) + bytes(1400) for port in range(64)] * 20
+    net.inject(*frames)
+    assert net.port.waiting
+    driver.complete = True
+    driver.complete_all()
+    assert not net.port.waiting
+    assert sorted(data for _, data in driver.came) == sorted(frames)
+    assert net.nic._channels[3].waiting == 100
+    net.port.make_room(None)
+    net.loop.run()
+    done = [one for one, _ in driver.completions]
+    assert [done.count(ident) for ident in idents] == [1] * len(idents)
+    assert net.complaints == {}

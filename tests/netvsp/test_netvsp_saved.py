@@ -10,6 +10,7 @@ import pytest
 
 from hvkvm.abi import nvsp, rndis
 from hvkvm.devices.synth.netvsp import Netvsp
+from hvkvm.devices.synth.netvsp_channel import MAX_WAITING
 from hvkvm.testing.netvsc_driver import data_message
 
 Make = Callable[..., Any]
@@ -77,6 +78,31 @@ def test_an_mtu_that_is_said_too_late_changes_nothing(lan: Make) -> None:
     assert net.nic.agreed.mtu == 1500
     net.go_on_with_another()
     net.loop.run()
+    assert net.inject(frame(1)) == [(frame(1), {})]
+    assert net.complaints == {}
+
+
+@pytest.mark.parametrize("after", [False, True])
+def test_a_guest_that_lacks_room_behind_a_full_wire_goes_on(lan: Make, after: bool) -> None:
+    """Saved while its ring is left alone, or once what waited was lost and its completions are owed."""
+    net = lan()
+    driver = net.driver.start()
+    driver.complete = False
+    net.port.room = 0
+    count = MAX_WAITING + 100
+    idents = [driver.send_section(0, data_message(frame(n))) for n in range(count)]
+    if after:
+        net.inject(*[frame(1, 1500)] * 3000)
+        assert net.nic.inspect()["sent"]["lost"] == MAX_WAITING
+    net.go_on_with_another()
+    driver.complete = True
+    driver.complete_all()
+    net.port.make_room(None)
+    net.loop.run()
+    done = [one for one, _ in driver.completions]
+    assert [done.count(ident) for ident in idents] == [1] * count
+    assert net.nic.receive.pieces.lent == 0
+    driver.received.clear()
     assert net.inject(frame(1)) == [(frame(1), {})]
     assert net.complaints == {}
 

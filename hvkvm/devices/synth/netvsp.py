@@ -309,6 +309,9 @@ class Netvsp:
                 if primary.kept:
                     primary.release(io)
                 taken = self.receive.deliver(frames, self._channel_for)
+            if taken < len(frames) and self.receive.starved:
+                for channel in self._channels.values():
+                    channel.starved()
         if taken < len(frames):
             self._starved = True
             self._taken = taken
@@ -368,7 +371,7 @@ class Netvsp:
         return {
             rndis.RNDIS_OID_GEN_XMIT_OK: sent.frames,
             rndis.RNDIS_OID_GEN_RCV_OK: received.frames,
-            rndis.RNDIS_OID_GEN_XMIT_ERROR: sent.dropped,
+            rndis.RNDIS_OID_GEN_XMIT_ERROR: sent.dropped + sent.lost,
             rndis.RNDIS_OID_GEN_RCV_ERROR: received.malformed,
             rndis.RNDIS_OID_GEN_RCV_NO_BUFFER: 0,
         }

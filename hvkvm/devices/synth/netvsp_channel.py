@@ -2,8 +2,10 @@
 
 Frames of a turn go to the wire together. What the wire does not take waits here, a bounded number of
 packets; beyond that the ring is left alone until there is room. The guest's completions for received frames
-come by the same ring, so that it is read on as long as that: else two guests that send to one another would
-stand still.
+come by the same ring, so that it is read on as long as that. A ring that is left alone while the guest lacks
+receive buffer may hold what the guest gives back, behind its data: two guests that send to one another would
+then wait for one another for ever. There what waits for the wire is lost, as in a switch, and the ring is
+read on. A wire that is merely slow loses nothing.
 
 A completion interrupts the guest, and halts and wakes it once more, though nobody there waits for one: Linux
 takes a short packet for gone as soon as it is copied. So
@@ -175,6 +177,19 @@ class NvspChannel:
             self._blocked = False
             self.io.again()
 
+    @property
+    def _stuck(self) -> bool:
+        """Whether the ring is left alone until the wire has room."""
+        return self._blocked and len(self._waiting) >= MAX_WAITING
+
+    def starved(self) -> None:
+        """Frames for the guest wait for what it gives back, which may lie in this ring, or come by it."""
+        io = self.io
+        if self._stuck and not self._owed and io is not None:
+            with io:
+                if not io.rest():  # else its doorbell rings
+                    io.again()
+
     def fail(self, reason: str) -> None:
         """The guest broke a rule: its channel ends, when the turn does."""
         if self.io is not None:
@@ -307,7 +322,18 @@ class NvspChannel:
                     short = short and first.short
             if gone and not (short and self._keep(gone)):
                 self._complete_all(io, gone)
+        # Of an empty ring the doorbell rings, since what the guest gives back may yet come.
+        if self._stuck and not self._owed and self.nic.receive.starved and not io.rest():
+            self._lose(io)
         return not self._owed and len(self._waiting) < MAX_WAITING
+
+    def _lose(self, io: ChannelIo) -> None:
+        """Complete all that waits, as if the wire had taken it."""
+        self.nic.send.counters.lost += len(self._frames)
+        gone = [(one.trans_id, _COMPLETE) for one in self._waiting if one.wants]
+        self._frames = []
+        self._waiting.clear()  # the wire tells of room all the same
+        self._complete_all(io, gone)
 
     def _complete(self, io: ChannelIo, trans_id: int, payload: bytes) -> None:
         if self._owed or not self._answer(io, trans_id, payload):

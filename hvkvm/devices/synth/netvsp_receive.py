@@ -88,6 +88,7 @@ class Receive(Layer):
         """Most frames of a packet for this guest."""
         self.waiting: deque[bytes] = deque()
         """Messages for the guest that wait for room."""
+        self._lacks = 0  # bytes that found no free stretch when something was last to be sent
         self._indication = 0  # the id of the last indication's piece
         self._most = 0  # bytes of a packet, after its first frame
         self._broken = broken
@@ -98,6 +99,7 @@ class Receive(Layer):
         if section * MIN_SECTIONS > buffer.size:
             return False
         self.forget()
+        self._lacks = 0
         self.buffer, self.set_id = buffer, set_id
         self.section, self.sections = section, buffer.size // section
         self._most = min(BATCH_BYTES, buffer.size // 8)
@@ -108,6 +110,7 @@ class Receive(Layer):
     def drop(self) -> None:
         """The buffer is the guest's alone again; what waited is lost with it."""
         self.buffer = None
+        self._lacks = 0
         self.waiting.clear()
         self.pieces = Pieces(0, 0, self.pieces.next_id)
 
@@ -136,6 +139,11 @@ class Receive(Layer):
                 self._indication = ident
 
     # Frames.
+
+    @property
+    def starved(self) -> bool:
+        """Whether what was to be sent last has no piece, also now: the guest has to give some back first."""
+        return self._lacks > 0 and self.pieces.room(self._lacks)[1] < self._lacks
 
     def deliver(self, frames: Sequence[Frame], channel_for: Callable[[Laid], ChannelIo | None]) -> int:
         """Take frames for the guest; how many were taken: sent, or dropped for a reason of the counters."""
@@ -195,7 +203,9 @@ class Receive(Layer):
         need = (batch[0][2] + 7) & ~7 if one else sum([(laid[2] + 7) & ~7 for laid in batch])
         start, room = pieces.room(need)
         if room < need:
+            self._lacks = need
             return False
+        self._lacks = 0
         at = start
         payload = large = 0
         ranges: list[int] = []

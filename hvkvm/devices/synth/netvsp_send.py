@@ -48,7 +48,7 @@ _tag = Struct(">HH")
 class SendCounters:
     """Frames that went to the wire, and those that did not."""
 
-    __slots__ = ("bytes", "dropped", "frames", "large", "packets")
+    __slots__ = ("bytes", "dropped", "frames", "large", "lost", "packets")
 
     def __init__(self) -> None:
         self.packets = self.frames = self.bytes = 0
@@ -56,6 +56,8 @@ class SendCounters:
         """Frames to be segmented."""
         self.dropped = 0
         """Too short, too long, or marked for what cannot be done."""
+        self.lost = 0
+        """Waited for the wire, and in the way of what the guest gives back (`netvsp_channel`)."""
 
 
 class Send:
