@@ -173,6 +173,9 @@ _REMEDIES = {
 NO_FILE = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS})
 """Why a host has no file descriptor to give, whatever it was to be for."""
 
+NO_MEMORY = frozenset({errno.ENOMEM, errno.ENOBUFS})
+"""Why a host cannot send or receive at this moment, whatever else is right: nothing has gone, nor is lost."""
+
 
 def exhausted(error: BaseException) -> str | None:
     """What `error` says of a host that has no more of something, and the remedy; None of another error."""

@@ -15,6 +15,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from hvkvm.abi.virtio_net_hdr import PLAIN, VIRTIO_NET_HDR_BYTES, parse
+from hvkvm.errors import NO_MEMORY
 from hvkvm.events import NULL_OBSERVER, Observer
 from hvkvm.net.base import TURN_BYTES, TURN_FRAMES, BasePort
 from hvkvm.net.port import ETHERNET_BYTES, MAX_FRAME_BYTES, NO_OFFLOADS, Frame, Offloads
@@ -130,6 +131,10 @@ class StreamPort(BasePort):
                 self._await_room(self._sock.fileno())
                 break
             except OSError as error:
+                if error.errno in NO_MEMORY:
+                    # Linux had none for a packet. The socket is writable, so that watching it would not wait.
+                    self._room_retry.later()
+                    break
                 self.io.call_soon(self._hung_up, error.strerror or str(error))
                 self.statistics.sent_dropped += len(frames) - taken
                 return len(frames)
@@ -201,7 +206,10 @@ class StreamPort(BasePort):
             except BlockingIOError:
                 count = 0
             except OSError as error:
-                self._hung_up(error.strerror or str(error))
+                if error.errno in NO_MEMORY:
+                    self._room_retry.later()
+                else:
+                    self._hung_up(error.strerror or str(error))
                 return
             self._tail = self._tail[count:]
             if self._tail:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import socket
 import subprocess
@@ -45,14 +46,14 @@ def attach(loop, port):
     return nic
 
 
-def fill(loop, port, far, there):
+def fill(loop, port, far, there, words=350):
     """Send over `port` until it takes no more, for `there` takes nothing; then all that was sent arrives."""
     here = port._receiver
     there.room = 0
     already, sent, waits = len(there.got), [], here.writables
     taken = frames = 1
     while taken == frames:
-        batch = [len(sent).to_bytes(4, "big") * 350] * 8
+        batch = [len(sent).to_bytes(4, "big") * words] * 8
         frames, taken = len(batch), loop.do(port.send, views(*batch))
         sent += batch[:taken]
     there.room = None
@@ -111,6 +112,51 @@ def test_two_ends_of_a_stream_find_one_another_again(loop, failures, tmp_path):
         loop.do(b.close)
 
     assert each_call(failures, life) == {"socket", "epoll_create", "epoll_ctl"}
+
+
+class Poor:
+    """A socket of a host that has no memory for the next call of each of `refused`."""
+
+    def __init__(self, real):
+        self.real = real
+        self.refused = {}
+
+    def sendmsg(self, *args):
+        return self._send("sendmsg", *args)
+
+    def send(self, *args):
+        return self._send("send", *args)
+
+    def _send(self, name, *args):
+        number = self.refused.pop(name, 0)
+        if number:
+            raise OSError(number, os.strerror(number))
+        return getattr(self.real, name)(*args)
+
+    def __getattr__(self, name):
+        return getattr(self.real, name)
+
+
+@pytest.mark.parametrize("call", ["sendmsg", "send"])
+@pytest.mark.parametrize("number", [errno.ENOBUFS, errno.ENOMEM])
+def test_a_stream_outlasts_a_host_without_memory_for_what_is_sent(loop, failures, call, number):
+    """Its peer is there, and no frame is lost, torn or doubled."""
+    sockets = socket.socketpair()
+    ports = [StreamPort(loop, 1500) for _ in sockets]
+    nics = [attach(loop, port) for port in ports]
+    lost, poor = [], Poor(sockets[0])
+    for port, sock in zip(ports, (poor, sockets[1]), strict=True):
+        sock.setblocking(False)
+        port.lost = lost.append
+        loop.do(port.connected, sock)
+    poor.refused[call] = number
+    for _ in range(2):
+        fill(loop, *ports, nics[1], words=15000)  # so large that the last one goes in part
+    assert not poor.refused
+    assert not lost
+    assert ports[0].statistics.sent_dropped == 0
+    for port in ports:
+        loop.do(port.close)
 
 
 def test_a_tap_of_two_queues_carries_what_it_would(loop, failures):
