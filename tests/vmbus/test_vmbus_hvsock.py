@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 from typing import Any
 
 import pytest
@@ -29,6 +31,44 @@ def test_streams_arrive_unchanged_both_ways(make_vsock: Make, way: Any, pages: i
         counters = bench.vsock.connections.counters
         assert (counters.bytes_to_guest, counters.bytes_to_host) == (len(there), len(back))
         assert bench.loopback.host.server.reports.total == 0
+
+
+class Poor:
+    """A socket of a host that has no memory for what is sent each other time."""
+
+    def __init__(self, real: Any) -> None:
+        self.real = real
+        self.asked = 0
+
+    def sendmsg(self, *args: Any) -> int:
+        return self._send(self.real.sendmsg, *args)
+
+    def send(self, *args: Any) -> int:
+        return self._send(self.real.send, *args)
+
+    def _send(self, send: Any, *args: Any) -> int:
+        self.asked += 1
+        if self.asked % 2:
+            raise OSError(errno.ENOBUFS, os.strerror(errno.ENOBUFS))
+        return int(send(*args))
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.real, name)
+
+
+@ways
+def test_a_host_without_memory_for_a_moment_loses_nothing(make_vsock: Make, way: Any) -> None:
+    bench = make_vsock(3)
+    program, guest = way(bench)
+    (connection,) = bench.vsock.connections.live
+    poor: Any = Poor(connection._host.sock)
+    connection._host.sock = poor
+    back = bench.random.randbytes(800_000)
+    guest.outgoing += back
+    program.finish = guest.finish = True
+    ended(bench, program, guest)
+    assert program.incoming == back
+    assert poor.asked > 4
 
 
 @ways

@@ -15,6 +15,8 @@ from contextlib import suppress
 from fcntl import ioctl
 from termios import FIONREAD
 
+from hvkvm.errors import NO_MEMORY
+
 
 class HostEnd:
     """`sock` is made non-blocking; who made this closes it."""
@@ -75,11 +77,11 @@ class HostEnd:
             return True
         try:
             sent = self.sock.sendmsg(views, (), socket.MSG_NOSIGNAL)
-        except BlockingIOError:
+        except OSError as error:
+            if not _later(error):
+                self.leave()
+                return True
             sent = 0
-        except OSError:
-            self.leave()
-            return True
         if sent < size:
             self.left = b"".join(views)[sent:]
         return sent == size
@@ -90,9 +92,9 @@ class HostEnd:
             return True
         try:
             sent = self.sock.send(self.left, socket.MSG_NOSIGNAL)
-        except BlockingIOError:
-            return False
-        except OSError:
+        except OSError as error:
+            if _later(error):
+                return False
             self.leave()
             return True
         self.left = self.left[sent:]
@@ -102,3 +104,8 @@ class HostEnd:
         """Tell the program that no more comes."""
         with suppress(OSError):  # it has gone
             self.sock.shutdown(socket.SHUT_WR)
+
+
+def _later(error: OSError) -> bool:
+    """Whether the socket is full, or the host has no memory for a packet now: its program has not gone."""
+    return isinstance(error, BlockingIOError) or error.errno in NO_MEMORY
