@@ -177,6 +177,11 @@ NO_MEMORY = frozenset({errno.ENOMEM, errno.ENOBUFS})
 """Why a host cannot send or receive at this moment, whatever else is right: nothing has gone, nor is lost."""
 
 
+def is_temporary(error: OSError) -> bool:
+    """Whether a non-blocking file is full, or the host has no memory now: its other end has not gone."""
+    return isinstance(error, BlockingIOError) or error.errno in NO_MEMORY
+
+
 def exhausted(error: BaseException) -> str | None:
     """What `error` says of a host that has no more of something, and the remedy; None of another error."""
     if isinstance(error, HostExhausted):

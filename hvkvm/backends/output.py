@@ -25,7 +25,7 @@ from collections.abc import Callable
 from time import monotonic
 from typing import TYPE_CHECKING
 
-from hvkvm.errors import Stopped
+from hvkvm.errors import Stopped, is_temporary
 from hvkvm.runtime.retry import Retry
 
 if TYPE_CHECKING:
@@ -160,12 +160,10 @@ class Output:
                 if self._ask_first and not self._ready.poll(0):
                     break
                 del waiting[: os.write(self._fd, waiting[: _CAREFUL_PIECE if self._ask_first else _PIECE])]
-        except BlockingIOError:
-            pass
         except OSError as error:
             if error.errno in _GONE:
                 self._break()
-            else:
+            elif not is_temporary(error):
                 self._fail(error)
         self._tell_source()
         if waiting and self._watch is None:

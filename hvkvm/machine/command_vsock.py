@@ -14,7 +14,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Protocol
 
 from hvkvm.abi import guest_command as abi
-from hvkvm.errors import Stopped
+from hvkvm.errors import Stopped, is_temporary
 from hvkvm.machine.command_way import Lines
 from hvkvm.runtime.protocols import Deferrer, Watcher
 from hvkvm.runtime.socket_watch import READ, WRITE, SocketWatch, Watched
@@ -153,11 +153,11 @@ class CommandVsock:
             return
         try:
             sent = stream.sock.send(self._unsent, socket.MSG_NOSIGNAL) if self._unsent else 0
-        except BlockingIOError:
+        except OSError as error:
+            if not is_temporary(error):
+                stream.close()  # the command has closed its standard input
+                return
             sent = 0
-        except OSError:
-            stream.close()  # the command has closed its standard input
-            return
         self._unsent = self._unsent[sent:]
         if self._unsent:
             stream.watched.arm(WRITE)

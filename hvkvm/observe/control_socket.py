@@ -16,7 +16,7 @@ from collections.abc import Callable
 from json import dumps, loads
 from typing import TYPE_CHECKING, Any
 
-from hvkvm.errors import Stopped
+from hvkvm.errors import Stopped, is_temporary
 from hvkvm.runtime.acceptor import Acceptor
 from hvkvm.runtime.socket_watch import WRITE, SocketWatch, Watched
 
@@ -202,11 +202,11 @@ class _Client:
     def _write(self) -> None:
         try:
             sent = self._sock.send(self._out)
-        except BlockingIOError:
+        except OSError as error:
+            if not is_temporary(error):
+                self.close()
+                return
             sent = 0
-        except OSError:
-            self.close()
-            return
         del self._out[:sent]
         if sent:
             self._be_patient(None)

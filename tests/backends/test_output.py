@@ -62,6 +62,27 @@ def test_a_slow_pipe_gets_every_byte_and_its_flags_stay(io, until, pipe, nonbloc
     output.close()
 
 
+@pytest.mark.parametrize("number", [errno.ENOMEM, errno.ENOBUFS])
+def test_a_host_without_memory_for_a_moment_loses_nothing(io, until, pipe, monkeypatch, number):
+    reader, writer = pipe
+    write, refused = os.write, []
+
+    def poor(fd, data):
+        if fd == output._fd and len(refused) < 3:
+            refused.append(fd)
+            raise OSError(number, os.strerror(number))
+        return write(fd, data)
+
+    output = Output(writer, io)
+    monkeypatch.setattr(os, "write", poor)
+    output.write(b"hello")
+    assert os.read(reader, 100) == b"hello"
+    assert len(refused) == 3
+    assert (output.failure, output.lost, output.broken) == (None, 0, False)
+    until(lambda: output._watch is None)
+    output.close()
+
+
 def test_congestion_is_told_at_high_and_low_water(io, until, pipe):
     reader, writer = pipe
     told = []

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import socket
 from collections.abc import Callable
+from typing import Any
 
 import pytest
 
@@ -44,3 +46,26 @@ def ended(bench: VsockLoopback, program: HostProgram, guest: GuestSocket) -> Non
 
 WAYS = {"from host": from_host, "from guest": from_guest}
 ways = pytest.mark.parametrize("way", WAYS.values(), ids=WAYS)
+
+
+class Poor:
+    """A socket of a host that has no memory for what is sent each other time."""
+
+    def __init__(self, real: Any) -> None:
+        self.real = real
+        self.asked = 0
+
+    def sendmsg(self, *args: Any) -> int:
+        return self._send(self.real.sendmsg, *args)
+
+    def send(self, *args: Any) -> int:
+        return self._send(self.real.send, *args)
+
+    def _send(self, send: Any, *args: Any) -> int:
+        self.asked += 1
+        if self.asked % 2:
+            raise OSError(errno.ENOBUFS, os.strerror(errno.ENOBUFS))
+        return int(send(*args))
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.real, name)

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import errno
-import os
 from typing import Any
 
 import pytest
-from vsock_pairs import Make, ended, from_host, ways
+from vsock_pairs import Make, Poor, ended, from_host, ways
 
 from hvkvm.abi import vmbus_messages as wire
 
@@ -31,29 +29,6 @@ def test_streams_arrive_unchanged_both_ways(make_vsock: Make, way: Any, pages: i
         counters = bench.vsock.connections.counters
         assert (counters.bytes_to_guest, counters.bytes_to_host) == (len(there), len(back))
         assert bench.loopback.host.server.reports.total == 0
-
-
-class Poor:
-    """A socket of a host that has no memory for what is sent each other time."""
-
-    def __init__(self, real: Any) -> None:
-        self.real = real
-        self.asked = 0
-
-    def sendmsg(self, *args: Any) -> int:
-        return self._send(self.real.sendmsg, *args)
-
-    def send(self, *args: Any) -> int:
-        return self._send(self.real.send, *args)
-
-    def _send(self, send: Any, *args: Any) -> int:
-        self.asked += 1
-        if self.asked % 2:
-            raise OSError(errno.ENOBUFS, os.strerror(errno.ENOBUFS))
-        return int(send(*args))
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.real, name)
 
 
 @ways

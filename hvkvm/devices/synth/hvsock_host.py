@@ -15,7 +15,7 @@ from contextlib import suppress
 from fcntl import ioctl
 from termios import FIONREAD
 
-from hvkvm.errors import NO_MEMORY
+from hvkvm.errors import is_temporary
 
 
 class HostEnd:
@@ -78,7 +78,7 @@ class HostEnd:
         try:
             sent = self.sock.sendmsg(views, (), socket.MSG_NOSIGNAL)
         except OSError as error:
-            if not _later(error):
+            if not is_temporary(error):
                 self.leave()
                 return True
             sent = 0
@@ -93,7 +93,7 @@ class HostEnd:
         try:
             sent = self.sock.send(self.left, socket.MSG_NOSIGNAL)
         except OSError as error:
-            if _later(error):
+            if is_temporary(error):
                 return False
             self.leave()
             return True
@@ -104,8 +104,3 @@ class HostEnd:
         """Tell the program that no more comes."""
         with suppress(OSError):  # it has gone
             self.sock.shutdown(socket.SHUT_WR)
-
-
-def _later(error: OSError) -> bool:
-    """Whether the socket is full, or the host has no memory for a packet now: its program has not gone."""
-    return isinstance(error, BlockingIOError) or error.errno in NO_MEMORY

@@ -8,11 +8,10 @@ from __future__ import annotations
 
 import socket
 from collections.abc import Callable
-from contextlib import suppress
 
 from hvkvm.devices.synth.hvsock import LINGER_SECONDS, Counters, HvsockConnection
 from hvkvm.devices.synth.vsock_remainder import Remainder
-from hvkvm.errors import Stopped
+from hvkvm.errors import Stopped, is_temporary
 from hvkvm.runtime.protocols import Loop
 from hvkvm.runtime.rotation import Rotation
 from hvkvm.runtime.socket_watch import SocketWatch
@@ -101,8 +100,11 @@ class Connections:
         """A connection ends, and its program has not got all yet: what it does not take now waits for it."""
         watch, sent = self.watch, 0
         try:
-            with suppress(BlockingIOError):
+            try:
                 sent = sock.send(data, socket.MSG_NOSIGNAL)
+            except OSError as error:
+                if not is_temporary(error):
+                    raise
             if watch is None or sent == len(data):
                 sock.close()
                 return

@@ -11,6 +11,7 @@ from __future__ import annotations
 import socket
 from collections.abc import Callable
 
+from hvkvm.errors import is_temporary
 from hvkvm.runtime.protocols import CallLater, TimerHandle
 from hvkvm.runtime.socket_watch import HANG_UP, WRITE, SocketWatch
 
@@ -48,10 +49,10 @@ class Remainder:
     def _ready(self, mask: int) -> None:
         try:
             sent = 0 if mask & HANG_UP else self._sock.send(self._data, socket.MSG_NOSIGNAL)
-        except BlockingIOError:
-            self._watched.arm(WRITE)
-            return
-        except OSError:
+        except OSError as error:
+            if is_temporary(error):
+                self._watched.arm(WRITE)
+                return
             sent = 0
         self._data = self._data[sent:]
         if not sent or not self._data:
