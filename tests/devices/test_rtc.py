@@ -207,10 +207,15 @@ def test_a_write_between_the_alarm_and_the_tick_does_not_lose_it(register: int) 
     with_alarm(world, 0x08)
     alarms: list[float] = []
     world.device.on_alarm = lambda: alarms.append(world.now)
+    later: list[Callable[[], None]] = []
+    world.call_soon = lambda fn, *args, **_more: later.append(lambda: fn(*args))  # type: ignore[method-assign]
     world.now += 2.76
     world.w(register, {1: 0x30, A: 0x2A, B: B_24H | RTC_AIE}[register])
-    assert (world.interrupts, len(alarms)) == (1, 1)
+    # Linux looks at once, before the loop has had a turn.
     assert world.r(C) & (RTC_AF | RTC_IRQF) == RTC_AF | RTC_IRQF
+    for turn in later:
+        turn()
+    assert (world.interrupts, len(alarms)) == (1, 1)
 
 
 def test_a_clock_that_is_set_beyond_the_alarm_does_not_ring() -> None:

@@ -57,6 +57,7 @@ class Rtc(Cmos):
         """Whether an HPET has IRQ 8 now: then alarms and the like show in register C only."""
         self._seen = 0.0  # up to when it was looked, by the guest's clock
         self._alarm = False  # whether an alarm was noted that `on_alarm` has not heard of
+        self._due = False  # whether register C says that it interrupts, and the loop has yet to do so
 
     def read(self, offset: int, size: int) -> int:
         """As `Cmos.read`; reading register C clears it."""
@@ -81,6 +82,7 @@ class Rtc(Cmos):
                 self._seen = self._now  # it was set: no alarm lies between
             if index == RTC_REG_B and value & RTC_SET:
                 self._ram[RTC_REG_B] &= ~RTC_UIE
+            self._look_at_flags()
         self._turn.ask()
 
     def save(self) -> CmosState:
@@ -102,7 +104,7 @@ class Rtc(Cmos):
         with self._lock:
             self._ram[RTC_REG_B] &= ~_ENABLES
             self._ram[RTC_REG_C] = 0
-            self._alarm = False
+            self._alarm = self._due = False
         self._turn.ask()
 
     def start(self) -> None:
@@ -140,10 +142,9 @@ class Rtc(Cmos):
             return
         with self._lock:
             self._note()
-            now, flags, enabled = self._seen, self._ram[RTC_REG_C], self._ram[RTC_REG_B] & _ENABLES
-            interrupts = flags & enabled and not flags & RTC_IRQF
-            if interrupts:
-                self._ram[RTC_REG_C] |= RTC_IRQF
+            self._look_at_flags()
+            now, enabled = self._seen, self._ram[RTC_REG_B] & _ENABLES
+            due, self._due = self._due, False
             alarm, self._alarm = self._alarm, False
             delays = []
             if enabled & RTC_PIE and (period := self._period):
@@ -152,7 +153,7 @@ class Rtc(Cmos):
                 delays.append(1 - now % 1)
         if alarm and self.on_alarm is not None:
             self.on_alarm()
-        if interrupts and not self.replaced:
+        if due and not self.replaced:
             self._interrupt()
         if delays:
             self._timer = self._io.call_later(max(min(delays), LEAST_SECONDS), self._tick)
@@ -183,6 +184,17 @@ class Rtc(Cmos):
         if flags & ~self._ram[RTC_REG_C] & enabled & RTC_AIE:
             self._alarm = True
         self._ram[RTC_REG_C] |= flags
+        self._look_at_flags()
+
+    def _look_at_flags(self) -> None:
+        """Say in register C that it interrupts, if it has what the guest wants to hear of.
+
+        At once, not with the interrupt: Linux reads C right behind what it writes into B.
+        """
+        flags = self._ram[RTC_REG_C]
+        if flags & self._ram[RTC_REG_B] & _ENABLES and not flags & RTC_IRQF:
+            self._ram[RTC_REG_C] = flags | RTC_IRQF
+            self._due = True
 
     def _next_alarm(self, second: int) -> int | None:
         """The first second, `second` or later, of which each alarm register is, or is not to be looked at.
