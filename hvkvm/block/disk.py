@@ -18,7 +18,7 @@ from collections import deque
 from collections.abc import Callable
 
 from hvkvm.block.counter import Counter
-from hvkvm.block.flying import Flying, Loop
+from hvkvm.block.flying import Flying, Loop, Work
 from hvkvm.block.image import Image
 from hvkvm.block.now import NOW_BYTES, ReadWay, Turn, Way, WriteWay
 from hvkvm.block.perform import perform
@@ -183,21 +183,24 @@ class Disk:
         `drain`, `stop` and `close` wait for it, as for a request.
         """
 
+        under_way = Work(f"resize to {size} bytes")
+
         def finished(_item: object, outcome: object) -> None:
             result = result_of(outcome)
+            self._flying.end(under_way)
             try:
                 if result.status is Status.OK and self.on_resize is not None:
                     self.on_resize()
                 done(result)
             finally:
-                self._flying.let_go()
+                self._flying.look()
 
         def work(_item: object) -> Result:
             self.image.resize(size)
             return Result(Status.OK)
 
         self._queue.submit(work, None, finished)
-        self._flying.hold()
+        self._flying.begin(under_way)
 
     def inspect(self) -> dict[str, object]:
         """Its image, what it did, and what it is at."""

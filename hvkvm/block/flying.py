@@ -14,6 +14,19 @@ from hvkvm.events import Observer, Warned
 from hvkvm.runtime.protocols import Deferrer, Delayer
 
 
+class Work:
+    """What is under way on an image and is no request: waited for, shown and told of as one is."""
+
+    __slots__ = ("_what", "began")
+
+    def __init__(self, what: str) -> None:
+        self._what = what
+        self.began = 0.0
+
+    def __str__(self) -> str:
+        return self._what
+
+
 class Loop(Deferrer, Delayer, Protocol):
     """What a disk needs of the I/O loop."""
 
@@ -26,39 +39,29 @@ class Flying:
         self._name = name
         self._observer = observer
         self._hang_seconds = hang_seconds
-        self._requests: set[Request] = set()
-        self._held = 0
+        self._requests: set[Request | Work] = set()
         self._waiting: list[Callable[[], object]] = []
         self._watching = False
-        self._told: set[Request] = set()
+        self._told: set[Request | Work] = set()
 
     def __len__(self) -> int:
         return len(self._requests)
 
-    def begin(self, request: Request) -> None:
+    def begin(self, request: Request | Work) -> None:
         """It is the disk's now."""
         request.began = monotonic()
         self._requests.add(request)
         if not self._watching:
             self._watch()
 
-    def end(self, request: Request) -> float:
+    def end(self, request: Request | Work) -> float:
         """It is about to be answered: how many seconds it took. `look` follows, once it has been."""
         self._requests.discard(request)
         return monotonic() - request.began
 
-    def hold(self) -> None:
-        """Something else is under way on the image, until `let_go`: who waits for none waits for that too."""
-        self._held += 1
-
-    def let_go(self) -> None:
-        """It has ended."""
-        self._held -= 1
-        self.look()
-
     def look(self) -> None:
         """Tell who waits for that, if there are none."""
-        if self._waiting and not self._requests and not self._held:
+        if self._waiting and not self._requests:
             waiting, self._waiting = self._waiting, []
             for done in waiting:
                 self._io.call_soon(done, cancelled=done)

@@ -328,6 +328,7 @@ def test_what_ends_a_disk_waits_for_a_resize(asker: Asker, file: Path, how: str)
     disk.on_resize = lambda: order.append("told")
     asker.loop.call_soon(disk.resize, 2 * MIB, lambda result: order.append(str(result.status.value)))
     assert inside.wait(SECONDS)
+    assert str(disk.inspect()["oldest"]).startswith(f"resize to {2 * MIB} bytes for ")
     asker.loop.call_soon(getattr(disk, how), lambda *_: (order.append("ended"), ended.set()))
     asker.wait(asker.loop.call_soon)
     assert not order

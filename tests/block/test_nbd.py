@@ -23,6 +23,7 @@ from nbd_servers import qemu_nbd, serving
 
 from hvkvm.block.image import ImageOptions
 from hvkvm.block.nbd import handshake, wire
+from hvkvm.block.nbd import image as nbd_image
 from hvkvm.block.nbd.handshake import Address, Export, parse_address
 from hvkvm.block.nbd.image import NbdImage
 from hvkvm.block.open_image import open_image
@@ -504,6 +505,39 @@ def test_a_resize_tells_what_went_with_the_server_and_flushes_one_that_is_there(
         image.close()
     finally:
         server.close()
+
+
+def test_a_resize_waits_so_long_for_a_server_that_stands_still(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is asked to make stable what it has, and may never answer."""
+    asked = threading.Event()
+
+    def talk(connection: socket.socket) -> None:
+        shake_hands(connection, structured=False)
+        *_, cookie, _at, length = wire.request.unpack(take(connection, wire.request.size))
+        if not asked.is_set():
+            take(connection, length)
+        connection.sendall(wire.simple_reply.pack(wire.SIMPLE_MAGIC, 0, cookie))
+        if asked.is_set():  # it is there again, without what it had
+            return
+        take(connection, wire.request.size)
+        asked.set()
+        while connection.recv(4096):
+            pass
+
+    liar = Liar(tmp_path / "server", talk)
+    monkeypatch.setattr(nbd_image, "SETTLE_SECONDS", 0.1)
+    try:
+        image = NbdImage(Address(path=str(tmp_path / "server")), ImageOptions(), reconnect_seconds=0.2)
+        image.writev(0, [page_buffer(512, b"w")])
+        image.resize(MIB)
+        assert asked.is_set()
+        with pytest.raises(OSError, match="may be lost"):
+            image.flush()
+        image.close()
+    finally:
+        liar.close()
 
 
 def test_a_socket_is_not_closed_under_who_sends(tmp_path: Path) -> None:

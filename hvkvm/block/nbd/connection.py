@@ -70,9 +70,20 @@ class Connection:
         return self._lost
 
     def call(
-        self, kind: int, offset: int, length: int, *, flags: int = 0, send: Buffers = (), fill: Buffers = ()
+        self,
+        kind: int,
+        offset: int,
+        length: int,
+        *,
+        flags: int = 0,
+        send: Buffers = (),
+        fill: Buffers = (),
+        seconds: float | None = None,
     ) -> None:
-        """One request, and its answer. Lost; OSError with the server's error."""
+        """One request, and its answer. Lost; OSError with the server's error.
+
+        A server that has not answered in `seconds` is waited for no more, by anybody.
+        """
         pending = _Pending(offset, length, fill)
         with self._lock:
             if self._lost:
@@ -86,7 +97,9 @@ class Connection:
                 _send(self._sock, [memoryview(head), *send])
         except OSError as error:
             self.end(f"sending failed: {error.strerror or error}")
-        pending.done.wait()
+        if not pending.done.wait(seconds):
+            self.end(f"no answer within {seconds:g} s")
+            pending.done.wait()
         if pending.lost:
             raise Lost(pending.lost)
         if pending.error:

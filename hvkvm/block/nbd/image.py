@@ -27,6 +27,8 @@ if TYPE_CHECKING:
     import socket
 
 RECONNECT_SECONDS = 30.0
+SETTLE_SECONDS = 10.0
+"""So long a server is given to make stable what it has, before it is left for its other size."""
 FIRST_PAUSE = 0.05
 LONGEST_PAUSE = 2.0
 MAX_LENGTH = 1 << 30
@@ -161,7 +163,7 @@ class NbdImage:
             if written == self._flushed or not self.export.flags & wire.SEND_FLUSH:
                 return
         with suppress(Lost, OSError):
-            self._connection.call(wire.CMD_FLUSH, 0, 0)
+            self._connection.call(wire.CMD_FLUSH, 0, 0, seconds=SETTLE_SECONDS)
             with self._lock:
                 self._flushed = max(self._flushed, written)
 
