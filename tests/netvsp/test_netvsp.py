@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from hvkvm.abi import nvsp, rndis
-from hvkvm.devices.synth.netvsp_channel import MAX_WAITING
+from hvkvm.devices.synth.netvsp_channel import LOSE_SECONDS, MAX_WAITING
 from hvkvm.testing.netvsc_driver import data_message
 
 Make = Callable[..., Any]
@@ -138,6 +138,35 @@ def test_what_waits_for_a_wire_keeps_nothing_from_a_guest_that_lacks_room(lan: M
     done = [one for one, _ in driver.completions]
     assert [done.count(ident) for ident in idents] == [1] * count
     assert len(net.port.sent) == count - lost
+    assert net.complaints == {}
+
+
+@pytest.mark.parametrize("takes", [False, True])
+def test_a_wire_that_takes_something_in_time_loses_nothing(lan: Make, takes: bool) -> None:
+    """Another VM that waits for this one takes nothing for ever; passt on a busy host does soon."""
+    net = lan(keep=True)
+    driver = net.driver.start()
+    net.port.room = 0
+    count = MAX_WAITING + 100
+    idents = [driver.send_section(0, data_message(frame(to=PEER))) for _ in range(count)]
+    driver.complete = False
+    net.inject(*[frame(1500)] * 3000)
+    assert net.port.waiting
+    for _ in range(10):
+        net.loop.advance(LOSE_SECONDS * 0.75)
+        net.loop.run()
+        if takes:
+            net.port.make_room(1)
+            net.loop.run()
+    assert net.nic.inspect()["sent"]["lost"] == (0 if takes else MAX_WAITING)
+    net.port.make_room(None)
+    driver.complete = True
+    driver.complete_all()
+    net.loop.advance(1.0)
+    net.loop.run()
+    done = [one for one, _ in driver.completions]
+    assert [done.count(ident) for ident in idents] == [1] * count
+    assert len(net.port.sent) == count - net.nic.inspect()["sent"]["lost"]
     assert net.complaints == {}
 
 

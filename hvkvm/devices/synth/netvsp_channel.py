@@ -4,8 +4,8 @@ Frames of a turn go to the wire together. What the wire does not take waits here
 packets; beyond that the ring is left alone until there is room. The guest's completions for received frames
 come by the same ring, so that it is read on as long as that. A ring that is left alone while the guest lacks
 receive buffer may hold what the guest gives back, behind its data: two guests that send to one another would
-then wait for one another for ever. There what waits for the wire is lost, as in a switch, and the ring is
-read on. A wire that is merely slow loses nothing.
+then wait for one another for ever. There what waits for a wire that takes nothing for LOSE_SECONDS is lost,
+as in a switch, and the ring is read on. A wire that is merely slow loses nothing.
 
 A completion interrupts the guest, and halts and wakes it once more, though nobody there waits for one: Linux
 takes a short packet for gone as soon as it is copied. So
@@ -54,6 +54,9 @@ REQUEST_PIECES = TURN_PIECES // 2
 
 MAX_WAITING = 512
 """Packets that may wait for the wire."""
+
+LOSE_SECONDS = 0.2
+"""So long a wire may take nothing while the guest lacks receive buffer, before what waits for it is lost."""
 
 KEEP_SECONDS = 0.01
 """So long a completion is kept back where nothing else goes to the guest, and up to twice as long."""
@@ -120,6 +123,8 @@ class NvspChannel:
         self._blocked = False
         self.kept: list[tuple[int, bytes]] = []
         """Completions that are kept back."""
+        self._losing = False  # whether what waits is lost soon
+        self._moved = False  # whether the wire has taken something since that was decided
         self._fresh = False  # what is kept is younger than the timer
         self._timer: TimerHandle | None = None
         self.saved: ChannelState | None = None
@@ -185,7 +190,7 @@ class NvspChannel:
     def starved(self) -> None:
         """Frames for the guest wait for what it gives back, which may lie in this ring, or come by it."""
         io = self.io
-        if self._stuck and not self._owed and io is not None:
+        if self._stuck and not self._owed and not self._losing and io is not None:
             with io:
                 if not io.rest():  # else its doorbell rings
                     io.again()
@@ -307,6 +312,7 @@ class NvspChannel:
             else:
                 self._frames = []
             self.nic.send.counters.frames += taken
+            self._moved = self._moved or taken > 0
             waiting = self._waiting
             gone: list[tuple[int, bytes]] = []
             short = True
@@ -323,9 +329,29 @@ class NvspChannel:
             if gone and not (short and self._keep(gone)):
                 self._complete_all(io, gone)
         # Of an empty ring the doorbell rings, since what the guest gives back may yet come.
-        if self._stuck and not self._owed and self.nic.receive.starved and not io.rest():
-            self._lose(io)
+        if self._in_the_way and not io.rest():
+            self._lose_soon(io)
         return not self._owed and len(self._waiting) < MAX_WAITING
+
+    @property
+    def _in_the_way(self) -> bool:
+        return self._stuck and not self._owed and self.nic.receive.starved
+
+    def _lose_soon(self, io: ChannelIo) -> None:
+        if self.nic.later is None:
+            self._lose(io)
+        elif not self._losing:
+            self._losing, self._moved = True, False
+            self.nic.later(LOSE_SECONDS, self.nic.guard.run, self._lose_now, io)
+
+    def _lose_now(self, io: ChannelIo) -> None:
+        """Do so if the wire has taken nothing since; the turn that follows looks again."""
+        self._losing = False
+        if self.io is io and not io.held:
+            if self._in_the_way and not self._moved:
+                with io:
+                    self._lose(io)
+            io.again()
 
     def _lose(self, io: ChannelIo) -> None:
         """Complete all that waits, as if the wire had taken it."""
