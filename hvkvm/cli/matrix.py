@@ -87,7 +87,7 @@ def main(arguments: list[str]) -> int:
     options = parse(arguments)
     from hvkvm.testing.matrix.file import read
 
-    cases = read(options.file)
+    cases = read(options.file, alone=options.jobs == 1)
     if options.list:
         for case in cases:
             show(case.title)

@@ -104,7 +104,7 @@ def test_each_case_writes_files_of_its_own(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("keys", "said"),
     [
-        ('vsock = "v"', "vsock: {}/v is given to 2 cases, and each makes this socket; leave it out, or"),
+        ('vsock = "v"', "vsock: {}/v is given to 2 cases, and each makes this socket; leave it out, give"),
         (
             'firmware = "auto"\nfirmware_vars = "f"',
             "firmware_vars: {}/f is given to 2 cases, and each writes it",
@@ -124,6 +124,8 @@ def test_what_only_one_machine_can_have_is_not_given_to_several(folder: Path, ke
     assert len(read(written(folder, machine))) == 1
     with pytest.raises(ConfigError) as caught:
         read(written(folder, f"{machine}[axes]\ncpus = [1, 2]\n"))
+    assert str(caught.value).endswith("run them with --jobs 1")
+    assert len(read(written(folder, f"{machine}[axes]\ncpus = [1, 2]\n"), alone=True)) == 2
     assert str(caught.value).startswith(f"{folder}/m.toml: {said.format(folder)}")
     assert "\n" not in str(caught.value)
 

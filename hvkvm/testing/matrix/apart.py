@@ -18,21 +18,27 @@ from hvkvm.machine.nic_spec import NicSpec, forwards_of
 from hvkvm.testing.matrix.cases import Case
 
 
-def apart(cases: Sequence[Case], file: str) -> list[Case]:
-    """The cases, each with files of its own; `file` is the matrix's name in errors. ConfigError."""
+def apart(cases: Sequence[Case], file: str, *, alone: bool = False) -> list[Case]:
+    """The cases, each with files of its own; `file` is the matrix's name in errors. ConfigError.
+
+    `alone`: one runs at a time, so that they may share what is not a file to keep.
+    """
     taken = Counter(what for case in cases for what in set(_taken(case.config)))
     for (key, value, why), count in taken.items():
-        if count > 1:
+        if count > 1 and not alone:
             raise ConfigError(
                 f"{file}: {key}: {value} is given to {count} cases, and {why};"
-                " leave it out, or give it to one of them"
+                " leave it out, give it to one of them, or run them with --jobs 1"
             )
     written = Counter(what for case in cases for what in set(_written(case.config)))
     paths = {path for _key, path in written}
     shared = {path for (_key, path), count in written.items() if count > 1}
     for key, path in written:
-        if path in shared and _is_pipe(path):
-            raise ConfigError(f"{file}: {key}: {path} is a pipe, and several cases write to it; name a file")
+        if path in shared and _is_pipe(path) and not alone:
+            raise ConfigError(
+                f"{file}: {key}: {path} is a pipe, and several cases write to it; name a file,"
+                " or run them with --jobs 1"
+            )
     shared = {path for path in shared if _is_file(path)}
     return [_with_own_files(case, shared, paths, file) for case in cases]
 

@@ -31,12 +31,15 @@ _NOT_IN_A_FILE = ("command", "command_io", "timeout", "awaits")
 _SECONDS_REMEDY = "give seconds to a [[command]]"
 
 
-def read(path: Path) -> list[Case]:
-    """The cases that the file at `path` asks for; its relative paths start beside it. ConfigError."""
-    return cases(read_toml(path, str(path)), path.parent, str(path))
+def read(path: Path, *, alone: bool = False) -> list[Case]:
+    """The cases that the file at `path` asks for; its relative paths start beside it. ConfigError.
+
+    `alone`: one runs at a time.
+    """
+    return cases(read_toml(path, str(path)), path.parent, str(path), alone=alone)
 
 
-def cases(tables: Mapping[str, Any], folder: Path, file: str) -> list[Case]:
+def cases(tables: Mapping[str, Any], folder: Path, file: str, *, alone: bool = False) -> list[Case]:
     """As `read`, of a file that is parsed already; `file` is its name in errors."""
     for key in tables:
         if key not in _TABLES:
@@ -62,7 +65,7 @@ def cases(tables: Mapping[str, Any], folder: Path, file: str) -> list[Case]:
             case = _case(len(found) + 1, place, fields, command, file)
             shared = warm and len(commands) > 1 and can_be_warm(case.config)
             found.append(case._replace(group=group if shared else 0))
-    return apart(found, file)
+    return apart(found, file, alone=alone)
 
 
 def _table(tables: Mapping[str, Any], name: str, file: str) -> dict[str, Any]:

@@ -145,7 +145,7 @@ class LocalRun:
             job = _Job(GuestProcess(config, folder, output), folder, config)
         except OSError as error:
             shutil.rmtree(folder, ignore_errors=True)
-            if not self._running or error.errno not in _FOR_NOW:
+            if not self._running:  # else those that run well run on, whatever it is
                 raise HostExhausted(f"no guest can be started: {lacking(error)}") from error
             self._refused = True
             return False
