@@ -34,6 +34,7 @@ class ControlDoor:
         self._fd = fd
         self._owned = unix_listener.identity(path)
         self._closed = False
+        self._told = False
         self._control: Control | None = None
         self._reader: Handle | None = parts.platform.io.add_reader(fd, self._open)
 
@@ -45,7 +46,11 @@ class ControlDoor:
             from hvkvm.machine.control import Control  # which opens files, too
 
             self._control = Control(self._parts, self._fd)
-        except (OSError, ImportError):
+        except (OSError, ImportError) as error:
+            if getattr(error, "errno", None) not in NO_FILE and not self._told:
+                self._told = True
+                text = f"the control socket does not answer: {error}"
+                self._parts.platform.observer.event(Warned("control", text))
             # Out of fds or memory, say: whoever connects waits, the guest does not.
             self._parts.platform.io.call_later(ACCEPT_PAUSE, self._watch)
 

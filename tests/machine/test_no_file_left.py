@@ -82,9 +82,18 @@ def test_the_first_client_waits_while_no_file_is_left(
     listening = socket.socket(socket.AF_UNIX)
     listening.bind(str(tmp_path / "c"))
     listening.listen()
-    door = ControlDoor(SimpleNamespace(platform=SimpleNamespace(io=io)), listening.detach(), tmp_path / "c")  # type: ignore[arg-type]
+    told = Told()
+    platform = SimpleNamespace(io=io, observer=told)
+    door = ControlDoor(SimpleNamespace(platform=platform), listening.detach(), tmp_path / "c")  # type: ignore[arg-type]
     with monkeypatch.context() as patch, no_more_files():
         patch.delitem(sys.modules, "hvkvm.machine.control", raising=False)
         door._open()
     assert later == [door._watch]
+    assert told.texts == [], "somebody may close one"
+    with monkeypatch.context() as patch:
+        patch.setitem(sys.modules, "hvkvm.machine.control", None)
+        door._open()
+        door._open()
+    assert len(told.texts) == 1
+    assert told.texts[0].startswith("the control socket does not answer: ")
     door.close()
