@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import errno
 import os
-from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from hvkvm.cli.arguments import Parser, split_words
+from hvkvm.cli.disk_target import made_beside
 from hvkvm.cli.output import complain, show
 from hvkvm.cli.progress import Progress
 from hvkvm.cli.signals import ending_by_exit
@@ -16,7 +15,7 @@ from hvkvm.errors import ConfigError, ImageDamaged, ImageError
 
 if TYPE_CHECKING:
     import argparse
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Sequence
 
     from hvkvm.block.image import Image
 
@@ -162,7 +161,7 @@ def _create(options: argparse.Namespace) -> int:
         raise ConfigError("SIZE is missing; say how large the disk is to be, as 20G")
     size = size_of(options.size, "SIZE") if options.size is not None else 0
     path = Path(options.file)
-    with _made_beside(path) as partial:
+    with made_beside(path) as partial:
         _make(
             partial,
             size,
@@ -177,42 +176,6 @@ def _format_of(path: Path, options: argparse.Namespace) -> str:
     """What the new image `path` is to be."""
     named: str = options.format
     return named or ("vhdx" if path.suffix.lower() in (".vhdx", ".avhdx") else "raw")
-
-
-@contextmanager
-def _made_beside(path: Path) -> Iterator[Path]:
-    """A name to make an image under, which is at `path` once the block has ended well, and else is gone.
-
-    So no half of an image is ever found at `path`, where it would pass for one, not even after a SIGKILL.
-    ImageError, which speaks of `path`, also where something is there.
-    """
-    if os.path.lexists(path):
-        raise ImageError(f"{path}: {os.strerror(errno.EEXIST)}")
-    # No process id: in containers every run may have the same. 50 characters are 200 bytes at most, of 255.
-    partial = path.with_name(f".{path.name[:50]}.{os.urandom(4).hex()}.partial")
-    try:
-        yield partial
-        _put(partial, path)
-    except ImageError as error:
-        if str(partial) not in str(error):
-            raise
-        raise ImageError(str(error).replace(str(partial), str(path))) from None
-    except OSError as error:
-        raise ImageError(f"{path}: {error.strerror or error}") from None
-    finally:
-        with suppress(OSError):
-            partial.unlink()
-
-
-def _put(partial: Path, path: Path) -> None:
-    """Name the file `path`, where nothing may be. OSError."""
-    try:
-        os.link(partial, path)
-    except FileExistsError:
-        raise
-    except OSError:  # a file system without hard links: take the name first, so that it is nobody else's
-        os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC))
-        os.replace(partial, path)
 
 
 def _make(path: Path, size: int, kind: str, options: argparse.Namespace, parent: Path | None = None) -> None:
@@ -249,7 +212,7 @@ def _convert(options: argparse.Namespace) -> int:
         options.sector_size = options.sector_size or source.sector_size
         path = Path(options.target)
         kind = _format_of(path, options)
-        with _made_beside(path) as partial:
+        with made_beside(path) as partial:
             _make(partial, size, kind, options)
             sector = options.sector_size if options.sector_size in (512, 4096) else 0
             target = open_image(str(partial), ImageOptions(format=kind, sector_size=sector))

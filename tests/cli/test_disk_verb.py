@@ -8,6 +8,7 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from random import Random
@@ -235,6 +236,24 @@ def test_a_target_that_comes_during_the_copy_is_left_alone(
     assert capsys.readouterr().err == f"hvkvm: {new}: File exists\n"
     assert new.read_bytes() == b"another's"
     assert sorted(tmp_path.iterdir()) == [tmp_path / "first.raw", new, raw]
+
+
+def test_a_name_that_was_taken_first_is_given_back(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """On a file system without hard links, where the image cannot be put there either."""
+
+    def refuse(number: int) -> Callable[..., None]:
+        def call(*_arguments: object) -> None:
+            raise OSError(number, os.strerror(number))
+
+        return call
+
+    monkeypatch.setattr(os, "link", refuse(errno.EPERM))
+    monkeypatch.setattr(os, "replace", refuse(errno.EIO))
+    assert main(["disk", "create", str(tmp_path / "new.raw"), "1M"]) == 2
+    assert "Input/output error" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_progress_is_told_after_two_seconds(
