@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-from hvkvm.devices.synth import hvsock, vsock
+from hvkvm.devices.synth import hvsock_host, vsock
 from hvkvm.errors import RouteError
 from hvkvm.runtime.socket_watch import SocketWatch
 from hvkvm.testing.vmbus_loopback import LoopbackRoute, LoopbackSynic
@@ -106,7 +106,7 @@ class Faults:
         self._patch(SocketWatch, "add", checked("watch"))
         self._patch(vsock, "connect", connect)
         self._stack.enter_context(mock.patch.object(vsock, "socket", _SocketModule(self)))
-        self._stack.enter_context(mock.patch.object(hvsock, "os", _OsModule(self)))
+        self._stack.enter_context(mock.patch.object(hvsock_host, "os", _OsModule(self)))
 
     def _stand_before(self, route: LoopbackRoute) -> None:
         post, set_event_flag, on_complete = route.post, route.set_event_flag, route.on_complete
