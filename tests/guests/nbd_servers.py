@@ -15,11 +15,15 @@ from disk_asker import SECONDS
 
 
 def answers(path: Path) -> bool:
-    """Whether somebody listens at a socket; or a file of another kind is there."""
+    """Whether an NBD server greets at a socket; or a file of another kind is there.
+
+    One that had only accepted once refused the connection right after (seen once, on a busy host).
+    """
     if not path.is_socket():
         return path.exists()
     with socket.socket(socket.AF_UNIX) as probe:
-        return probe.connect_ex(str(path)) == 0
+        probe.settimeout(SECONDS)
+        return probe.connect_ex(str(path)) == 0 and probe.recv(8) == b"NBDMAGIC"
 
 
 @contextmanager
