@@ -11,7 +11,6 @@ from contextlib import ExitStack
 from typing import TYPE_CHECKING
 
 from hvkvm.errors import ConfigError
-from hvkvm.machine.disk_spec import MAX_CONTROLLERS
 
 if TYPE_CHECKING:
     from hvkvm.machine.attached import Attached
@@ -122,4 +121,8 @@ def _controllers(saved: Saved) -> list[int]:
     """Those of a saved machine by its bus's word, of which loading it believes no more."""
     bus = saved.parts.get("VMBus")
     names = bus.get("devices") if isinstance(bus, dict) else None
-    return [index for index in range(MAX_CONTROLLERS) if isinstance(names, dict) and f"scsi{index}" in names]
+    if not isinstance(names, dict):
+        return []
+    from hvkvm.machine.disk_spec import MAX_CONTROLLERS
+
+    return [index for index in range(MAX_CONTROLLERS) if f"scsi{index}" in names]
