@@ -19,7 +19,7 @@ from contextlib import suppress
 from typing import Any, NamedTuple
 
 from hvkvm.abi.virtio_net_hdr import VALID
-from hvkvm.errors import ConfigError
+from hvkvm.errors import ConfigError, HostExhausted, HvkvmError, exhausted
 from hvkvm.events import NULL_OBSERVER, Observer
 from hvkvm.net.port import ALL_OFFLOADS, Frame
 from hvkvm.net.stream import LENGTH_BYTES, StreamPort
@@ -132,6 +132,12 @@ class UserPort(StreamPort):
             threading.Thread(target=self.process.wait, name="passt-end", daemon=True).start()
 
 
+def _not_started(program: str, error: OSError | subprocess.TimeoutExpired) -> HvkvmError:
+    if (none_left := exhausted(error)) is not None:
+        return HostExhausted(f"--net user: {program}: {none_left}")
+    return ConfigError(f"--net user: {program}: {getattr(error, 'strerror', None) or error}; reinstall passt")
+
+
 def start_user(
     io: Loop,
     *,
@@ -140,13 +146,13 @@ def start_user(
     program: str = PROGRAM,
     observer: Observer = NULL_OBSERVER,
 ) -> UserPort:
-    """Start passt; returns when it works. ConfigError with what it says against it."""
+    """Start passt; returns when it works. ConfigError with what it says against it, HostExhausted."""
     try:
         known = subprocess.run([program, "--help"], capture_output=True, timeout=READY_SECONDS, check=False)
     except FileNotFoundError:
         raise ConfigError("--net user: needs passt; install it by: apt-get install passt") from None
     except (OSError, subprocess.TimeoutExpired) as error:
-        raise ConfigError(f"--net user: {program}: {error}; reinstall passt") from None
+        raise _not_started(program, error) from None
     known_options = (known.stdout + known.stderr).decode(errors="replace")
     if "--foreground" not in known_options:  # it has not come as far as its options
         why = " ".join(known_options.split())[:200] or f"exit status {known.returncode}"
@@ -166,7 +172,7 @@ def start_user(
         )
     except OSError as error:
         ours.close()
-        raise ConfigError(f"--net user: {program}: {error.strerror}; reinstall passt") from None
+        raise _not_started(program, error) from None
     finally:
         theirs.close()
     try:

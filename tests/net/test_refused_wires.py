@@ -11,12 +11,13 @@ from time import monotonic, sleep
 import pytest
 from host_failures import ERRNOS, HostFailures
 
+from hvkvm.errors import HostExhausted
 from hvkvm.events import NULL_OBSERVER
 from hvkvm.net.stream import StreamPort
 from hvkvm.net.stream_peer import Answerer, Caller
 from hvkvm.net.tap import TapPort
 from hvkvm.net.tap_open import Tap
-from hvkvm.net.user import UserPort
+from hvkvm.net.user import UserPort, start_user
 from hvkvm.runtime import acceptor, retry
 from tests.net.conftest import SECONDS, Loop, Nic, views
 
@@ -199,3 +200,15 @@ def test_what_passt_says_is_heard(loop, failures):
         theirs.close()
 
     assert each_call(failures, life) == {"epoll_ctl", "thread passt-end"}
+
+
+@pytest.mark.parametrize("number", [errno.EMFILE, errno.EAGAIN, errno.ENOMEM])
+def test_a_host_that_starts_no_passt_now_is_told_of_as_that(loop, monkeypatch, number):
+    """Whoever installs it anew gains nothing."""
+
+    def refuse(*_arguments, **_more):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(subprocess, "run", refuse)
+    with pytest.raises(HostExhausted, match=rf"^--net user: passt: {os.strerror(number)}; "):
+        start_user(loop)
