@@ -42,6 +42,7 @@ class Stop:
         self.names = names
         self.count = 0
         self.stopped_in: str | None = None
+        self.traces = threading.Event()
         self.reached = threading.Event()
         self.go_on = threading.Event()
 
@@ -57,6 +58,7 @@ class Stop:
 
     def trace(self, frame: FrameType, event: str, arg: object) -> Any:
         """For sys.settrace, before Python 3.12."""
+        self.traces.set()
         code = frame.f_code
         if code.co_name not in self.names or "hvkvm/runtime" not in code.co_filename:
             return None
@@ -130,6 +132,8 @@ def watched_threads(watch: Watch | None, stop: Stop) -> Iterator[None]:
     threading.settrace(stop.trace)
     try:
         yield
+        # A thread is told to have started before it looks whether it is to be traced.
+        assert stop.traces.wait(LOST)
     finally:
         threading.settrace(None)  # type: ignore[arg-type]
 
