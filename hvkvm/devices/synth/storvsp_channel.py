@@ -201,7 +201,7 @@ class StorvspChannel:
             taken = take_plain(reader, most, self._controller.plain, self._pages, self._done)
             self.requests += taken
         for _ in range(BUDGET - taken):
-            if self._room <= 0:
+            if self.in_flight.count + len(self._done) >= MAX_IN_FLIGHT:
                 self._full = True
                 return  # masked as it is: what is done next brings us back, whether it is answered or not
             packet = reader.get()
