@@ -11,11 +11,11 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from hvkvm import given_file
 from hvkvm.abi.elf import ELF64_EHDR, ELF64_IDENT, ELF64_SHDR, Ehdr, Shdr
-from hvkvm.boot import unpack_tool
+from hvkvm.boot import unpack
 from hvkvm.errors import BootError
 
 _SUFFIXES = (".ko", ".ko.xz", ".ko.zst", ".ko.gz")
@@ -106,23 +106,18 @@ def read_module(path: Path) -> bytes:
         if path.name.endswith(".xz"):
             import lzma
 
-            return _whole(lzma.LZMADecompressor(), raw)
+            return _taken(unpack.by_python(lzma.LZMADecompressor(), raw, _MODULE_MAX))
         if path.name.endswith(".gz"):
             import zlib
 
-            return _whole(zlib.decompressobj(wbits=31), raw)
+            return _taken(unpack.by_python(zlib.decompressobj(wbits=31), raw, _MODULE_MAX))
         if path.name.endswith(".zst"):
-            return _taken(unpack_tool.unpack("zstd", raw, _MODULE_MAX))
+            return _taken(unpack.by_tool("zstd", raw, _MODULE_MAX))
     except FileNotFoundError:
         raise BootError(f"{path}: the zstd command is needed to read it (package zstd)") from None
     except Exception as error:  # each decompressor has an exception type of its own
         raise BootError(f"{path}: cannot be decompressed: {error}") from error
     return raw
-
-
-def _whole(unpacker: Any, packed: bytes) -> bytes:
-    unpacked: bytes = unpacker.decompress(packed, _MODULE_MAX)
-    return _taken(unpacked if unpacker.eof else None)
 
 
 def _taken(unpacked: bytes | None) -> bytes:

@@ -12,11 +12,10 @@ from __future__ import annotations
 import os
 import struct
 from pathlib import Path
-from typing import Any
 
 from hvkvm import given_file
 from hvkvm.abi.elf import ELF64_EHDR, ELF64_IDENT, ELF64_PHDR, ELFMAG, PT_LOAD, Ehdr, Phdr
-from hvkvm.boot import cache, unpack_tool
+from hvkvm.boot import cache, unpack
 
 # No kernel's ELF comes near; what unpacks to more is not one.
 _VMLINUX_MAX = 512 << 20
@@ -53,15 +52,15 @@ def _decompress(packed: bytes) -> bytes:
     if packed.startswith((b"\xfd7zXZ\0", b"\x5d\0\0")):
         import lzma
 
-        return _whole(lzma.LZMADecompressor(), packed)
+        return unpack.by_python(lzma.LZMADecompressor(), packed, _VMLINUX_MAX) or b""
     if packed.startswith(b"\x1f\x8b"):
         import zlib
 
-        return _whole(zlib.decompressobj(wbits=31), packed)
+        return unpack.by_python(zlib.decompressobj(wbits=31), packed, _VMLINUX_MAX) or b""
     if packed.startswith(b"BZh"):
         import bz2
 
-        return _whole(bz2.BZ2Decompressor(), packed)
+        return unpack.by_python(bz2.BZ2Decompressor(), packed, _VMLINUX_MAX) or b""
     if packed.startswith(b"\x28\xb5\x2f\xfd"):
         return _by_tool("zstd", packed)
     if packed.startswith(b"\x02\x21\x4c\x18"):
@@ -69,17 +68,11 @@ def _decompress(packed: bytes) -> bytes:
     return packed
 
 
-def _whole(unpacker: Any, packed: bytes) -> bytes:
-    unpacked: bytes = unpacker.decompress(packed, _VMLINUX_MAX)
-    # A payload cut short would make a kernel cut short, with a good ELF magic.
-    return unpacked if unpacker.eof else b""
-
-
 def _by_tool(tool: str, packed: bytes) -> bytes:
     (size,) = struct.unpack("<I", packed[-4:])
     if size > _VMLINUX_MAX:
         return b""
-    unpacked = unpack_tool.unpack(tool, packed[:-4], size)
+    unpacked = unpack.by_tool(tool, packed[:-4], size)
     return unpacked if unpacked is not None and len(unpacked) == size else b""
 
 

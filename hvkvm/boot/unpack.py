@@ -1,16 +1,26 @@
-"""Unpacks with a command line tool what Python itself cannot: zstd before Python 3.14, and lz4.
+"""Unpacks a kernel or a module, whole and no more than its caller takes, by Python or a command line tool.
 
-Called by `boot.vmlinux` and `boot.kmod`. A few KB may unpack to more than the host's memory, so whoever
-calls says how much he takes. Any thread.
+Called by `boot.vmlinux` and `boot.kmod`. A few KB may unpack to more than the host's memory. What is cut
+short may begin like a good one, and is None. Any thread.
 """
 
 from __future__ import annotations
 
 import os
+from typing import Any
 
 
-def unpack(tool: str, packed: bytes, most: int) -> bytes | None:
-    """What `tool` makes of `packed`; None where it is more than `most` bytes, or broken as `tool` has it.
+def by_python(unpacker: Any, packed: bytes, most: int) -> bytes | None:
+    """What a new decompressor object of lzma, zlib or bz2 makes of `packed`; None of more than `most` bytes.
+
+    Whatever it raises for what is broken.
+    """
+    unpacked: bytes = unpacker.decompress(packed, most)
+    return unpacked if unpacker.eof else None
+
+
+def by_tool(tool: str, packed: bytes, most: int) -> bytes | None:
+    """What `tool` makes of `packed`, for what Python cannot: lz4, and zstd before 3.14. None as above.
 
     FileNotFoundError where there is no such tool, and OSError.
     """
