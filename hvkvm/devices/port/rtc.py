@@ -142,7 +142,6 @@ class Rtc(Cmos):
             return
         with self._lock:
             self._note()
-            self._look_at_flags()
             now, enabled = self._seen, self._ram[RTC_REG_B] & _ENABLES
             due, self._due = self._due, False
             alarm, self._alarm = self._alarm, False
