@@ -18,7 +18,7 @@ from pathlib import Path
 from time import monotonic
 from types import TracebackType
 
-from hvkvm.errors import NO_FILE, HostExhausted, exhausted
+from hvkvm.errors import HostExhausted, exhausted
 from hvkvm.machine.config import MachineConfig
 from hvkvm.testing.matrix.cases import ENDED, ERROR, Case, Result
 from hvkvm.testing.matrix.process import GuestProcess
@@ -30,8 +30,6 @@ SHARE = 0.8
 TURN_SECONDS = 0.5
 
 _NO_SPACE = frozenset({errno.ENOSPC, errno.EDQUOT})
-_FOR_NOW = NO_FILE | _NO_SPACE | {errno.EAGAIN}
-"""Why a host starts no process that it may start when another has ended."""
 
 Told = Callable[[Case, Result], None]
 
