@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import socket
 import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -57,6 +59,17 @@ class Forgetful(Liar):
                 return
 
 
+@contextmanager
+def image_of(server: Liar, **options: float) -> Iterator[NbdImage]:
+    """The image that it serves. At the end both are closed."""
+    try:
+        image = NbdImage(Address(path=server.listener.getsockname()), ImageOptions(), **options)
+        yield image
+        image.close()
+    finally:
+        server.close()
+
+
 @pytest.mark.parametrize("zeroes", [False, True], ids=["write", "write zeroes"])
 def test_a_server_that_dies_between_two_pieces_of_a_write_is_told_of(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, zeroes: bool
@@ -64,8 +77,7 @@ def test_a_server_that_dies_between_two_pieces_of_a_write_is_told_of(
     monkeypatch.setattr("hvkvm.block.nbd.image.MAX_LENGTH", Forgetful.PIECE)
     server = Forgetful(tmp_path / "server", dies_behind=1)
     server.stable[:] = b"x" * len(server.stable)
-    try:
-        image = NbdImage(Address(path=str(tmp_path / "server")), ImageOptions())
+    with image_of(server) as image:
         if zeroes:
             image.write_zeroes(0, 2 * Forgetful.PIECE)
         else:
@@ -75,20 +87,13 @@ def test_a_server_that_dies_between_two_pieces_of_a_write_is_told_of(
             image.flush()
         assert server.stable[0] == ord("x")  # and rightly
         image.flush()
-        image.close()
-    finally:
-        server.close()
 
 
 def test_a_stable_write_fails_whose_first_piece_went_with_the_server(tmp_path: Path) -> None:
     server = Forgetful(tmp_path / "server", dies_behind=1)
-    try:
-        image = NbdImage(Address(path=str(tmp_path / "server")), ImageOptions())
+    with image_of(server) as image:
         with pytest.raises(OSError, match="may be lost"):
             image.writev(0, [page_buffer(2 * Forgetful.PIECE, b"w")], fua=True)
-        image.close()
-    finally:
-        server.close()
 
 
 def test_a_write_that_is_counted_after_its_server_has_gone_is_told_of(
@@ -96,8 +101,7 @@ def test_a_write_that_is_counted_after_its_server_has_gone_is_told_of(
 ) -> None:
     """Another thread may have connected again since it was acknowledged."""
     server = Forgetful(tmp_path / "server", dies_behind=1)
-    try:
-        image = NbdImage(Address(path=str(tmp_path / "server")), ImageOptions())
+    with image_of(server) as image:
         call = image._call
 
         def late(kind: int, *arguments: object, **more: object) -> object:
@@ -112,17 +116,13 @@ def test_a_write_that_is_counted_after_its_server_has_gone_is_told_of(
         image.writev(0, [page_buffer(512, b"w")])
         with pytest.raises(OSError, match="may be lost"):
             image.flush()
-        image.close()
-    finally:
-        server.close()
 
 
 def test_a_flush_leaves_to_the_next_what_was_lost_since_it_began(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     server = Forgetful(tmp_path / "server", dies_behind=1)
-    try:
-        image = NbdImage(Address(path=str(tmp_path / "server")), ImageOptions())
+    with image_of(server) as image:
         call = image._call
 
         def meanwhile(kind: int, *arguments: object, **more: object) -> object:
@@ -136,9 +136,6 @@ def test_a_flush_leaves_to_the_next_what_was_lost_since_it_began(
             with pytest.raises(OSError, match="may be lost"):
                 image.flush()
         image.flush()
-        image.close()
-    finally:
-        server.close()
 
 
 @pytest.mark.parametrize("dies", [True, False], ids=["dead", "alive"])
@@ -146,8 +143,7 @@ def test_a_resize_tells_what_went_with_the_server_and_flushes_one_that_is_there(
     tmp_path: Path, dies: bool
 ) -> None:
     server = Forgetful(tmp_path / "server", dies_behind=1 if dies else 2, larger=True)
-    try:
-        image = NbdImage(Address(path=str(tmp_path / "server")), ImageOptions())
+    with image_of(server) as image:
         image.writev(0, [page_buffer(512, b"w")])
         if dies:
             assert server.dead.wait(SECONDS)
@@ -159,9 +155,6 @@ def test_a_resize_tells_what_went_with_the_server_and_flushes_one_that_is_there(
             assert server.stable[0] == ord("w")
         assert image.reconnects == 1
         image.flush()
-        image.close()
-    finally:
-        server.close()
 
 
 def test_a_resize_waits_so_long_for_a_server_that_stands_still(
@@ -185,13 +178,9 @@ def test_a_resize_waits_so_long_for_a_server_that_stands_still(
 
     liar = Liar(tmp_path / "server", talk)
     monkeypatch.setattr(nbd_image, "SETTLE_SECONDS", 0.1)
-    try:
-        image = NbdImage(Address(path=str(tmp_path / "server")), ImageOptions(), reconnect_seconds=0.2)
+    with image_of(liar, reconnect_seconds=0.2) as image:
         image.writev(0, [page_buffer(512, b"w")])
         image.resize(MIB)
         assert asked.is_set()
         with pytest.raises(OSError, match="may be lost"):
             image.flush()
-        image.close()
-    finally:
-        liar.close()
