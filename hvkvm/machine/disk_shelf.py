@@ -37,6 +37,7 @@ class DiskShelf:
         self._platform = platform
         self._bus = bus
         self._stack = stack.enter_context(ExitStack())
+        self._saved = () if saved is None else saved.manifest.config.disks
         self.disks: Disks | None = None
         """The disks on the VMBus; None while there has been none."""
         self.pci_disks: PciDisks | None = None
@@ -52,7 +53,9 @@ class DiskShelf:
         if pci is not None and buses - {"vmbus"}:
             from hvkvm.machine.pci_disks import PciDisks
 
-            self.pci_disks = PciDisks(platform, pci, self._stack)
+            self.pci_disks = PciDisks(
+                platform, pci, self._stack, [one for one in self._saved if one.bus != "vmbus"]
+            )
 
     @property
     def _all(self) -> list[Disks]:
@@ -65,7 +68,8 @@ class DiskShelf:
         if self.disks is None:
             from hvkvm.machine.disks import Disks
 
-            self.disks = Disks(self._platform, self._bus, self._stack)
+            saved = [one for one in self._saved if one.bus == "vmbus"]
+            self.disks = Disks(self._platform, self._bus, self._stack, saved)
         return self.disks
 
     @property

@@ -40,7 +40,10 @@ if TYPE_CHECKING:
 class Disks:
     """ConfigError, ImageError among them, for what the configuration asks for and cannot be had."""
 
-    def __init__(self, platform: Platform, bus: Bus | None, stack: ExitStack) -> None:
+    def __init__(
+        self, platform: Platform, bus: Bus | None, stack: ExitStack, saved: Sequence[SavedDisk] = ()
+    ) -> None:
+        """`saved`: those of the machine that this one goes on from, in their order."""
         self._platform = platform
         self._bus = bus
         self._workers = Workers(platform.io, name="disk")
@@ -48,9 +51,12 @@ class Disks:
         self.attached: dict[str, Attached] = {}
         """By name, in the order in which they were added."""
         stack.callback(self.close)
-        for spec in self.asked():
+        asked = self.asked()
+        # One that was removed left a gap, which its user may know.
+        names = [one.name for one in saved] or [""] * len(asked)
+        for spec, name in zip(asked, names, strict=True):
             plan = self.plan(spec)
-            self.attach(spec, self.open(spec), plan)
+            self.attach(spec, self.open(spec), plan, name)
 
     @property
     def _vmbus(self) -> Bus:
@@ -87,8 +93,11 @@ class Disks:
 
         return read_plan(spec.faults)
 
-    def attach(self, spec: Spec, image: Image | None, plan: Plan | None = None) -> Attached:
-        """Give the guest the unit. ConfigError if its place is taken, and then the image is closed."""
+    def attach(self, spec: Spec, image: Image | None, plan: Plan | None = None, name: str = "") -> Attached:
+        """Give the guest the unit, by the first free name, or as `name` says.
+
+        ConfigError if its place is taken, and then the image is closed.
+        """
         option = "--disk" if isinstance(spec, DiskSpec) else "--cdrom"
         disk = None
         try:
@@ -98,7 +107,7 @@ class Disks:
             lun = spec.lun if spec.lun >= 0 else self._free_lun(controller)
             kind = "disk" if isinstance(spec, DiskSpec) else "cdrom"
             number = next(n for n in range(len(self.attached) + 1) if f"{kind}{n}" not in self.attached)
-            name = f"{kind}{number}"
+            name = name or f"{kind}{number}"
             disk = None if image is None else self.disk_of(name, image)
             serial = spec.serial or f"hvkvm-{spec.controller}-{lun}"
             unit: ScsiDisk | DvdDrive

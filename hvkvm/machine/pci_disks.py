@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import ExitStack
 from typing import TYPE_CHECKING
 
@@ -17,25 +18,28 @@ if TYPE_CHECKING:
     from hvkvm.devices.scsi.fault_rules import Plan
     from hvkvm.machine.pci import Pci
     from hvkvm.machine.platform import Platform
+    from hvkvm.state.manifest import SavedDisk
 
 
 class PciDisks(Disks):
     """ConfigError, ImageError among them, for what the configuration asks for and cannot be had."""
 
-    def __init__(self, platform: Platform, pci: Pci, stack: ExitStack) -> None:
+    def __init__(
+        self, platform: Platform, pci: Pci, stack: ExitStack, saved: Sequence[SavedDisk] = ()
+    ) -> None:
         self._pci = pci
-        super().__init__(platform, None, stack)
+        super().__init__(platform, None, stack, saved)
 
     def asked(self) -> list[Spec]:
         """See `Disks.asked`."""
         config = self._platform.config
         return [one for one in config.media if config.bus_of(one) != "vmbus"]
 
-    def attach(self, spec: Spec, image: Image | None, plan: Plan | None = None) -> Attached:
+    def attach(self, spec: Spec, image: Image | None, plan: Plan | None = None, name: str = "") -> Attached:
         """Plug the disk in. ConfigError, and then the image is closed."""
         bus = self._platform.config.bus_of(spec)
         number = sum(one.bus == bus for one in self.attached.values())
-        name, disk = f"{bus}{number}", None
+        name, disk = name or f"{bus}{number}", None
         try:
             if image is None:
                 raise ConfigError("--cdrom none: PCI has no drives, only media as disks; leave out bus=")

@@ -38,13 +38,20 @@ def saved_disk(one: Attached) -> SavedDisk:
         0 if disk is None else disk.size,
         changed_at(file) if telling else 0,
         one.bus,
+        one.name,
     )
 
 
 def specs_of(saved: Sequence[SavedDisk]) -> tuple[tuple[DiskSpec, ...], tuple[CdromSpec, ...]]:
-    """What to ask for to have these again. StateError for a kind that there is not."""
+    """What to ask for to have these again. StateError for a kind or a name that there is not."""
     disks, cdroms = [], []
+    names: set[str] = set()
     for one in saved:
+        family = one.kind if one.bus == "vmbus" else one.bus
+        number = one.name.removeprefix(family)
+        if one.name in names or f"{family}{number}" != one.name or not _is_number(number):
+            raise StateError(f"it has {one.name[:20]!r}: no name of a disk, or one of two")
+        names.add(one.name)
         if one.kind == "disk":
             disks.append(
                 DiskSpec(
@@ -69,6 +76,11 @@ def specs_of(saved: Sequence[SavedDisk]) -> tuple[tuple[DiskSpec, ...], tuple[Cd
         else:
             raise StateError(f"it has a {one.kind[:20]!r} for a disk, which this hvkvm does not know")
     return tuple(disks), tuple(cdroms)
+
+
+def _is_number(text: str) -> bool:
+    """As `Disks` writes one."""
+    return text.isascii() and text.isdigit() and len(text) <= 4 and str(int(text)) == text
 
 
 def changed_at(file: str) -> int:

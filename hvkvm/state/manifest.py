@@ -39,6 +39,8 @@ class SavedDisk(NamedTuple):
     changed: int
     """When the file was last written to, in ns since the epoch; 0 where that does not matter."""
     bus: str = "vmbus"
+    name: str = ""
+    """By which its user knows it: disk0, cdrom0, nvme0, ..."""
 
 
 class SavedBoot(NamedTuple):

@@ -19,6 +19,7 @@ from hvkvm.machine.disk_spec import CdromSpec, DiskSpec
 from hvkvm.machine.disks import Disks
 from hvkvm.machine.saved_disks import specs_of
 from hvkvm.runtime.io_loop import IoLoop
+from hvkvm.state.manifest import SavedDisk
 from hvkvm.testing.vmbus_loopback import Notes
 
 SECONDS = 60
@@ -34,14 +35,21 @@ def folder(tmp_path: Path) -> Path:
 class World:
     """A machine's disks on a real loop, and a bus that only notes its devices."""
 
-    def __init__(self, folder: Path, stack: ExitStack, disks: tuple[DiskSpec, ...], **more: Any) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        stack: ExitStack,
+        disks: tuple[DiskSpec, ...],
+        saved: tuple[SavedDisk, ...] = (),
+        **more: Any,
+    ) -> None:
         self.io = IoLoop()
         stack.callback(self.io.stop)
         self.notes = Notes()
         config = MachineConfig(folder / "kernel", vmbus="on", cpus=2, disks=disks, **more).validate()
         self.devices: dict[str, Any] = {}
         platform = SimpleNamespace(config=config, io=self.io, memory=None, observer=self.notes)
-        self.disks = Disks(platform, self, stack)  # type: ignore[arg-type]
+        self.disks = Disks(platform, self, stack, saved)  # type: ignore[arg-type]
 
     def add(self, name: str, device: Storvsp) -> Storvsp:
         self.devices[name] = SimpleNamespace(device=device)
@@ -207,7 +215,27 @@ def test_what_a_saved_machine_had_is_asked_for_again(folder: Path, make: Callabl
     (told,) = again.notes.events
     assert "a.raw was written to since the VM was saved" in told.text  # type: ignore[union-attr]
     with pytest.raises(StateError, match="'tape'"):
-        specs_of([saved[0]._replace(kind="tape")])
+        specs_of([saved[0]._replace(kind="tape", name="tape0")])
+    for name in ("", "disk", "disk00", "disk-1", "disk٣", "cdrom0", "nvme0", "disk0\n", saved[1].name):
+        with pytest.raises(StateError, match=r"it has '.*': no name of a disk, or one of two") as refusal:
+            specs_of([saved[1], saved[0]._replace(name=name)])
+        assert str(refusal.value).isprintable()
+
+
+def test_a_saved_machines_disks_keep_their_names(folder: Path, make: Callable[..., World]) -> None:
+    """disk1 was disk0 where disk0 had been removed, and whoever meant disk0 from then on got another."""
+    a, b, iso = (str(folder / name) for name in ("a.raw", "b.raw", "c.iso"))
+    world = make(DiskSpec(a), DiskSpec(b), cdroms=(CdromSpec(""), CdromSpec(iso)))
+    for name in ("disk0", "cdrom0"):
+        del world.disks.attached[name]
+    saved = world.disks.saved()
+    world.wait(world.disks.end)
+    disks, cdroms = specs_of(saved)
+    again = make(*disks, cdroms=cdroms, saved=saved)
+    assert {name: one.spec.file for name, one in again.disks.attached.items()} == {"disk1": b, "cdrom1": iso}
+    assert again.disks.saved() == saved
+    added = again.disks.attach(DiskSpec(a), again.disks.open(DiskSpec(a)))
+    assert added.name == "disk0"
 
 
 def test_what_is_thrown_away_is_not_saved(folder: Path, make: Callable[..., World]) -> None:

@@ -73,6 +73,31 @@ def test_a_vm_whose_disks_have_all_gone_goes_on(tmp_path: Path) -> None:
         vm.finish()
 
 
+def test_a_vm_whose_first_disk_has_gone_has_the_others_by_their_names(tmp_path: Path) -> None:
+    """A script that knows a disk by its name means another one else."""
+    file, on_pci = tmp_path / "vm.state", tmp_path / "nvme.raw"
+    images = [tmp_path / f"{number}.raw" for number in range(3)]
+    for image in (*images, on_pci):
+        image.write_bytes(bytes(1 << 16))
+    disks = [words for image in images for words in ("--disk", image)]
+    with running_vm(
+        tmp_path, *AGENT, "--vmbus", "on", *disks, "--disk", f"{on_pci},bus=nvme", "--name", "first"
+    ) as vm:
+        vm.wait_until_listening()
+        vm.ctl("disk", "remove", "disk0")
+        listed = vm.ctl("disk", "list")
+        assert [line.split()[0] for line in listed.splitlines()] == ["NAME", "disk1", "disk2", "nvme0"]
+        vm.ctl("save", file, "--end")
+        vm.finish()
+    with running_vm(tmp_path, "--restore", file, "--quiet", "--name", "first") as vm:
+        vm.wait_until_listening()
+        assert vm.ctl("disk", "list") == listed
+        vm.ctl("disk", "remove", "disk1")
+        assert vm.ctl("disk", "add", images[1]).startswith("disk0: ")
+        vm.ctl("quit")
+        vm.finish()
+
+
 def test_a_vm_with_a_disk_is_saved_and_ends_in_that_moment(tmp_path: Path) -> None:
     file, image = tmp_path / "vm.state", tmp_path / "disk.raw"
     image.write_bytes(bytes(1 << 16))
