@@ -54,6 +54,15 @@ def check_replaceable(path: Path) -> None:
         )
 
 
+def beside(path: Path) -> Path:
+    """A name beside `path` for what is renamed to it once it is whole: not too long, and nobody else's.
+
+    No process id: threads share it, in containers every run may have the same, and what was killed left one.
+    """
+    # 50 characters are 200 bytes at most, of 255.
+    return path.with_name(f".{path.name[:50]}.{os.urandom(4).hex()}.partial")
+
+
 def open_to_write(path: Path, flag: str, mode: int = 0o666) -> int:
     """An fd of the file, made or emptied; a pipe must have its reader. ConfigError, which names `flag`.
 

@@ -8,9 +8,13 @@ processes: a file appears complete (rename) or not at all.
 
 from __future__ import annotations
 
+import fcntl
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
+
+from hvkvm import given_file
 
 
 def root() -> Path:
@@ -33,19 +37,40 @@ def _home() -> str:
         return "~"
 
 
+@contextmanager
+def filling(folder: Path) -> Iterator[None]:
+    """While `*.partial` files are made in `folder`, which is made too. What others left is removed first.
+
+    A signal or a crash ends a process where it stands, and its file stays. So all that fill the folder hold a
+    lock of it, and who finds nobody else there takes away what is left. OSError where it cannot be made.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    place = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        with suppress(OSError):  # a file system without locks keeps what is left
+            with suppress(BlockingIOError):
+                fcntl.flock(place, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                for left in folder.glob(".*.partial"):
+                    with suppress(OSError):  # another user's
+                        left.unlink()
+            fcntl.flock(place, fcntl.LOCK_SH)
+        yield
+    finally:
+        os.close(place)
+
+
 def publish(path: Path, chunks: Iterable[bytes]) -> None:
     """Write `chunks` to `path` so that readers see the whole file or the one before it.
 
     Raises OSError (full or read-only disk); nothing half-written stays behind.
     """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    # The process id keeps two writers apart; both write the same bytes, so the last rename is harmless.
-    partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        with open(partial, "wb") as out:
-            for chunk in chunks:
-                out.write(chunk)
-        os.replace(partial, path)
-    except BaseException:
-        partial.unlink(missing_ok=True)
-        raise
+    with filling(path.parent):
+        partial = given_file.beside(path)
+        try:
+            with open(partial, "wb") as out:
+                for chunk in chunks:
+                    out.write(chunk)
+            os.replace(partial, path)
+        except BaseException:
+            partial.unlink(missing_ok=True)
+            raise

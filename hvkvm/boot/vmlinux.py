@@ -19,7 +19,7 @@ from hvkvm.boot import cache, unpack
 
 # No kernel's ELF comes near; what unpacks to more is not one.
 _VMLINUX_MAX = 512 << 20
-# Room for the dot, process id and like that a partial file's name gets.
+# Of the 255 bytes that file systems have.
 _NAME_MAX = 200
 
 
@@ -144,7 +144,6 @@ def _stat_key(path: Path) -> str:
 
 
 def _point(link: Path, target: str) -> None:
-    partial = link.with_name(f".{link.name}.{os.getpid()}")
-    partial.unlink(missing_ok=True)
+    partial = given_file.beside(link)
     os.symlink(target, partial)
     os.replace(partial, link)

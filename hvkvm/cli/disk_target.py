@@ -9,6 +9,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from hvkvm.errors import ImageError
+from hvkvm.given_file import beside
 
 
 @contextmanager
@@ -20,8 +21,7 @@ def made_beside(path: Path) -> Iterator[Path]:
     """
     if os.path.lexists(path):
         raise ImageError(f"{path}: {os.strerror(errno.EEXIST)}")
-    # No process id: in containers every run may have the same. 50 characters are 200 bytes at most, of 255.
-    partial = path.with_name(f".{path.name[:50]}.{os.urandom(4).hex()}.partial")
+    partial = beside(path)
     try:
         yield partial
         _put(partial, path)

@@ -7,7 +7,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from hvkvm.given_file import check_replaceable
+from hvkvm.given_file import beside, check_replaceable
 from hvkvm.observe.png import png
 
 if TYPE_CHECKING:
@@ -28,15 +28,14 @@ def screenshot(display: Ramfb, ram: Ram, path: Path) -> Size:
     """
     picture = display.picture(ram)
     check_replaceable(path)
-    beside = path.with_name(f".{path.name}.{os.getpid()}")
+    partial = beside(path)
     try:
-        with beside.open("xb") as file:
+        with partial.open("xb") as file:
             for piece in png(*picture):
                 file.write(piece)
-        os.replace(beside, path)
-    except BaseException as error:
-        if not isinstance(error, FileExistsError):
-            with suppress(OSError):
-                beside.unlink()
+        os.replace(partial, path)
+    except BaseException:
+        with suppress(OSError):
+            partial.unlink()
         raise
     return Size(picture.width, picture.height)

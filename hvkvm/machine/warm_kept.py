@@ -39,8 +39,8 @@ def kept(config: MachineConfig, *, on_console: Callable[[bytes], object] | None 
     """
     path = _path(config)
     if not os.path.exists(path):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        warm(config, path, on_console=on_console)
+        with cache.filling(path.parent):
+            warm(config, path, on_console=on_console)
         _forget_old(path.parent)
     return path
 

@@ -28,7 +28,7 @@ from struct import Struct
 from typing import Any
 
 from hvkvm.errors import StateError
-from hvkvm.given_file import check_replaceable, open_at_once
+from hvkvm.given_file import beside, check_replaceable, open_at_once
 from hvkvm.memory.mapping import PAGE_SIZE, sealed_memfd
 from hvkvm.state.codec import plain, restored
 from hvkvm.state.compressed import MAX_PIECE, Packer, Unpacker
@@ -86,7 +86,7 @@ class Writer:
         self._end = RAM_OFFSET
         self._path = path
         self._ram_size = ram_size
-        self._partial = path.with_name(f".{path.name}.{os.getpid()}.partial")
+        self._partial = beside(path)
         self._extents: list[Extent] = []
         self._fd = os.open(self._partial, os.O_RDWR | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
 

@@ -53,12 +53,8 @@ def _make(boot: Mapping[str, Any], path: Path, seconds: float) -> None:
     kept = sorted(path.parent.glob("*.state"), key=lambda one: one.stat().st_mtime)
     for old in kept[: max(0, len(kept) - MAX_KEPT + 1)]:
         old.unlink(missing_ok=True)  # who runs a copy of it has it mapped
-    partial = path.with_suffix(f".{os.getpid()}")
-    try:
-        warm(MachineConfig(**boot, timeout=seconds), partial)
-        os.replace(partial, path)
-    finally:
-        partial.unlink(missing_ok=True)
+    with cache.filling(path.parent):
+        warm(MachineConfig(**boot, timeout=seconds), path)
 
 
 def _digest(boot: Mapping[str, Any]) -> str:

@@ -111,6 +111,13 @@ def test_compact(tmp_path: Path, raw: Path, capsys: pytest.CaptureFixture[str]) 
     assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
 
 
+def test_a_compacted_disk_may_have_the_longest_name(tmp_path: Path) -> None:
+    path = tmp_path / ("d" * 250 + ".vhdx")
+    assert main(["disk", "create", str(path), "8M"]) == 0
+    assert main(["disk", "compact", str(path)]) == 0
+    assert list(tmp_path.iterdir()) == [path]
+
+
 def test_check_names_damage(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "disk.vhdx"
     assert main(["disk", "create", str(path), "64M"]) == 0

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import stat
 import struct
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ from png_files import pixels_of
 
 from hvkvm.devices.ramfb import Ramfb
 from hvkvm.machine.screenshot import screenshot
+from hvkvm.observe.png import png as real_png
 
 SIZE = 0x8000
 
@@ -96,6 +98,33 @@ def test_a_picture_takes_the_place_of_a_file_alone(tmp_path: Path) -> None:
         screenshot(display, ram, path)
     assert stat.S_ISFIFO(path.stat().st_mode)
     assert [one.name for one in tmp_path.iterdir()] == ["pipe"]
+
+
+def test_a_name_may_be_as_long_as_the_file_system_lets_it(tmp_path: Path) -> None:
+    display = Ramfb()
+    display.write(0, config())
+    path = tmp_path / ("s" * 251 + ".png")
+    assert screenshot(display, Ram(), path) == (5, 3)
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_two_write_the_same_file_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two clients of a machine's control socket may ask at a time."""
+    display = Ramfb()
+    display.write(0, config())
+    path = tmp_path / "screen.png"
+    taken: list[object] = []
+
+    def png(*picture: object) -> Iterator[bytes]:
+        if not taken:
+            taken.append(None)
+            taken.append(screenshot(display, Ram(), path))
+        yield from real_png(*picture)
+
+    monkeypatch.setattr("hvkvm.machine.screenshot.png", png)
+    assert screenshot(display, Ram(), path) == (5, 3)
+    assert taken == [None, (5, 3)]
+    assert list(tmp_path.iterdir()) == [path]
 
 
 numbers = st.integers(0, 40) | st.integers(0, (1 << 32) - 1)

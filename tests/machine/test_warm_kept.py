@@ -51,3 +51,16 @@ def test_what_shapes_the_guest_is_in_its_key_and_nothing_else(
     assert len({first, *paths}) == len(paths) + 1
     left = {path for path in (first, *paths) if path.exists()}
     assert (len(left), first in left, paths[-1] in left) == (warm_kept.MOST, False, True), "the oldest went"
+
+
+def test_what_a_killed_one_left_half_saved_goes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It has all that the guest touched of its RAM, and nothing else looks for it."""
+    monkeypatch.setenv("HVKVM_CACHE", str(tmp_path))
+    monkeypatch.setattr(warm_kept, "warm", lambda _config, path, on_console: path.write_bytes(b"warm"))
+    kernel = tmp_path / "kernel"
+    kernel.write_bytes(b"kernel")
+    half = tmp_path / "warm" / ".0123.state.4567.partial"
+    half.parent.mkdir()
+    half.write_bytes(b"half")
+    file = warm_kept.kept(MachineConfig(kernel=kernel))
+    assert os.listdir(half.parent) == [file.name]

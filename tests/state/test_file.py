@@ -80,6 +80,23 @@ def test_what_is_not_committed_leaves_nothing_and_the_old_file_as_it_was(tmp_pat
     assert path.read_bytes() == before
 
 
+def test_two_that_write_the_same_file_do_not_write_into_one(tmp_path: Path) -> None:
+    """They may be threads, or runs in containers that have the same process id."""
+    path = tmp_path / ("v" * 250)  # of 255 that a name may have
+    with Writer(path, RAM) as first:
+        first.write_ram(0, b"1" * RAM)
+        with Writer(path, RAM) as second:
+            second.write_ram(0, b"2" * PAGE)
+            first.commit(MANIFEST, PARTS)
+            with Saved(path) as saved:
+                saved.verify()
+                assert ram_of(saved) == b"1" * RAM
+            second.commit(MANIFEST, PARTS)
+    with Saved(path) as saved:
+        assert ram_of(saved) == (b"2" * PAGE).ljust(RAM, b"\0")
+    assert [one.name for one in tmp_path.iterdir()] == [path.name]
+
+
 def test_a_full_disk_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "vm"
 

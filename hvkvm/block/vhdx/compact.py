@@ -10,6 +10,7 @@ from hvkvm.block.vhdx.create import VhdxOptions, create_vhdx
 from hvkvm.block.vhdx.image import VhdxImage
 from hvkvm.block.vhdx.layout import FULLY_PRESENT, NOT_PRESENT, PARTIALLY_PRESENT, STATE_MASK
 from hvkvm.errors import ImageError
+from hvkvm.given_file import beside
 
 
 def compact_vhdx(image: VhdxImage, progress: Progress) -> None:
@@ -21,7 +22,7 @@ def compact_vhdx(image: VhdxImage, progress: Progress) -> None:
     if metadata.fixed:
         raise ImageError(f"{image.path}: a fixed disk keeps its space; convert it to a dynamic one")
     path = image.path.resolve()
-    fresh = path.with_name(f".{path.name}.compact-{os.getpid()}")
+    fresh = beside(path)
     options = VhdxOptions(
         geometry.disk_size,
         block_size=geometry.block_size,

@@ -1,0 +1,91 @@
+"""The cache when several fill it at once, and after one that was killed halfway."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from hvkvm.boot import cache
+
+SECONDS = 100.0
+
+
+def test_two_threads_that_write_the_same_file_both_write_it(tmp_path: Path) -> None:
+    path, inside, other_done = tmp_path / "folder/file", threading.Event(), threading.Event()
+    seen: list[bytes] = []
+    errors: list[BaseException] = []
+
+    def slow() -> Iterator[bytes]:
+        yield b"first"
+        inside.set()
+        assert other_done.wait(SECONDS)
+        seen.append(path.read_bytes())
+        yield b"second"
+
+    def write() -> None:
+        try:
+            cache.publish(path, slow())
+        except BaseException as error:
+            errors.append(error)
+
+    thread = threading.Thread(target=write)
+    thread.start()
+    try:
+        assert inside.wait(SECONDS)
+        cache.publish(path, [b"first", b"second"])
+    finally:
+        other_done.set()
+        thread.join()
+    assert (errors, seen, path.read_bytes()) == ([], [b"firstsecond"], b"firstsecond")
+    assert os.listdir(path.parent) == ["file"]
+
+
+HALFWAY = """
+import sys, time
+from pathlib import Path
+from hvkvm.boot import cache
+
+def pieces():
+    yield b"half"
+    print("halfway", flush=True)
+    time.sleep(1000)
+
+cache.publish(Path(sys.argv[1]), pieces())
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_the_next_one_takes_away_what_a_killed_one_left_and_nothing_else(
+    tmp_path: Path, number: signal.Signals
+) -> None:
+    path = tmp_path / "file"
+    words = [sys.executable, "-c", HALFWAY, str(path)]
+    with subprocess.Popen(words, stdout=subprocess.PIPE) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == b"halfway\n"
+        (half,) = tmp_path.iterdir()
+        cache.publish(tmp_path / "other", [b"x"])
+        assert half.exists(), "who made it still lived"
+        process.send_signal(number)
+    assert half.exists()
+    cache.publish(path, [b"whole"])
+    assert sorted(os.listdir(tmp_path)) == ["file", "other"]
+    assert path.read_bytes() == b"whole"
+
+
+def test_a_file_system_without_locks_is_filled_as_well(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(_fd: int, _how: int) -> None:
+        raise OSError("no locks")
+
+    monkeypatch.setattr("fcntl.flock", refuse)
+    cache.publish(tmp_path / "file", [b"whole"])
+    assert (tmp_path / "file").read_bytes() == b"whole"
