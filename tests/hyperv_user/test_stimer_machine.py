@@ -251,6 +251,18 @@ def test_a_time_beyond_all_is_never(host: Host, timer: Stimer, count: int) -> No
     assert timer.count == count
 
 
+def test_a_period_beyond_all_is_saved_and_restored(host: Host, timer: Stimer) -> None:
+    """What a guest may set, a saved machine may have: the end of such a period is no 64-bit number."""
+    timer.set_config(PERIODIC | AUTO_ENABLE | ON_SINT)
+    timer.set_count((1 << 64) - 1)
+    timer.hold()
+    fresh = Stimer(1, host, host, host.make)
+    fresh.load(timer.save())
+    fresh.go_on()
+    assert (fresh.count, fresh.config) == (timer.count, timer.config)
+    assert host.alarm_at is None
+
+
 def test_an_ending_machine_is_no_error(host: Host, timer: Stimer) -> None:
     timer.set_config(AUTO_ENABLE | ON_SINT)
     timer.set_count(host.time + MS)

@@ -39,6 +39,9 @@ MIN_PERIOD = 1000
 _FAR = 1 << 55
 """100 ns units: more than a century. Later than that is never."""
 
+_LAST = (1 << 64) - 1
+"""The last moment that 64 bits can name; a guest may ask for a period that ends later, and be saved."""
+
 _SINT_SHIFT, _SINT_MASK = 16, 0xF
 _VECTOR_SHIFT, _VECTOR_MASK = 4, 0xFF
 _LAZY_PERIODIC = HV_STIMER_PERIODIC | HV_STIMER_LAZY
@@ -161,7 +164,7 @@ class Stimer:
             return False
         now = self._clock.now()
         if self.config & HV_STIMER_PERIODIC:
-            self._arm(now + max(self.count, MIN_PERIOD), now)
+            self._arm(min(now + max(self.count, MIN_PERIOD), _LAST), now)
         elif self.count <= now:
             self._expires = self.count
             return True
