@@ -226,7 +226,7 @@ class Hpet:
             self._status = state.status & (1 << hpet.TIMERS) - 1
             self._offset = (state.counter & ALL) - (now if self._counts else 0)
             for timer, given in zip(self._timers, state.timers, strict=True):
-                timer.load(given, now, counts=self._counts)
+                timer.load(given, now, self._counter(now), counts=self._counts)
             self._on_legacy(bool(self._config & hpet.HPET_CFG_LEGACY))
             self._drive()
 

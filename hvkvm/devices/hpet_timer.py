@@ -109,8 +109,13 @@ class Comparator:
         remaining = -1 if self.due is None else max(self.due - now, 0)
         return TimerState(self.config, self.comparator, self.period, remaining)
 
-    def load(self, state: TimerState, now: int, *, counts: bool) -> None:
-        """Take it, as a file that nobody believes has it."""
+    def load(self, state: TimerState, now: int, counter: int, *, counts: bool) -> None:
+        """Take it, as a file that nobody believes has it; the counter is at `counter` now."""
         self.config = state.config & _WRITABLE
         self.comparator, self.period = state.comparator & ALL, state.period & ALL
-        self.due = None if state.remaining < 0 or not counts else now + (state.remaining & ALL)
+        if state.remaining < 0 or not counts:
+            self.due = None
+        elif state.remaining:
+            self.due = now + (state.remaining & ALL)
+        else:  # it has matched, and the counter says when: the matches behind that one keep step with it
+            self.due = now - (counter - self.comparator & self.mask)

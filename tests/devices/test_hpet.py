@@ -232,6 +232,33 @@ def test_at_rest_nothing_comes_and_what_was_due_comes_afterwards() -> None:
     assert world.edges == [20]
 
 
+@pytest.mark.parametrize("enabled", [True, False])
+@pytest.mark.parametrize("rest", [3, 40])
+def test_a_periodic_timer_keeps_step_over_a_save(rest: int, enabled: bool) -> None:
+    """Its comparator fell behind by all the ticks of the rest, and came at another time than it matched."""
+    world = World()
+    world.count()
+    world.w(config_of(0), (ENABLE if enabled else 0) | PERIODIC | SETVAL | TO_PIN_20)
+    world.w(comparator_of(0), world.r(hpet.HPET_COUNTER) + MILLISECOND)
+    world.w(comparator_of(0), MILLISECOND)
+    world.wait(2 * MILLISECOND + 1000)
+    world.device.stop()
+    world.wait(rest * MILLISECOND + MILLISECOND // 3)
+    saved, before = world.device.save(), world.r(comparator_of(0))
+    other = World()
+    other.device.stop()
+    other.device.load(saved)
+    assert other.r(comparator_of(0)) == before
+    for one in (world, other):
+        one.edges.clear()
+        one.device.start()
+        one.wait(10 * MILLISECOND)
+        assert 0 < one.r(comparator_of(0)) - one.r(hpet.HPET_COUNTER) <= MILLISECOND
+    assert other.r(comparator_of(0)) == world.r(comparator_of(0))
+    assert len(other.edges) == len(world.edges)
+    assert bool(other.edges) == enabled
+
+
 def test_reset_gives_irq_0_back() -> None:
     world = World()
     power_on = world.device.save()
