@@ -22,10 +22,10 @@ import select
 import stat
 import threading
 from collections.abc import Callable
-from time import monotonic
+from time import monotonic, sleep
 from typing import TYPE_CHECKING
 
-from hvkvm.errors import Stopped, is_temporary
+from hvkvm.errors import NO_MEMORY, Stopped, is_temporary
 from hvkvm.runtime.retry import Retry
 
 if TYPE_CHECKING:
@@ -37,6 +37,7 @@ LIMIT = 1 << 20
 """Bytes a source that ignores on_congestion may leave waiting; what comes beyond is lost and counted."""
 
 _PIECE = 1 << 16
+_SHORT_SECONDS = 0.05
 _GONE = (errno.EPIPE, errno.ECONNRESET)
 _CAREFUL_PIECE = 512  # within what POLLOUT promises of a pipe (PIPE_BUF) or a terminal
 
@@ -84,6 +85,8 @@ class Output:
         self._lock = threading.RLock()
         self._waiting = bytearray()
         self._congested = False
+        self._short = False
+        """The host had no memory for what was to be written."""
         self._own = open_again(fd, os.O_WRONLY)
         self._fd = fd if self._own is None else self._own
         self._ready = select.epoll()
@@ -133,7 +136,10 @@ class Output:
             left = deadline - monotonic()
             if left <= 0:
                 return False
-            self._ready.poll(left)
+            if self._short:
+                sleep(min(left, _SHORT_SECONDS))  # the file is ready, and not what keeps us
+            else:
+                self._ready.poll(left)
 
     def close(self) -> None:
         """Stop; what still waits is dropped (`drain` first). Idempotent, any thread."""
@@ -155,6 +161,7 @@ class Output:
     def _send(self) -> None:
         """Write what can be written now; afterwards watch or stop watching the fd."""
         waiting = self._waiting
+        self._short = False
         try:
             while waiting:
                 if self._ask_first and not self._ready.poll(0):
@@ -165,8 +172,11 @@ class Output:
                 self._break()
             elif not is_temporary(error):
                 self._fail(error)
+            self._short = error.errno in NO_MEMORY
         self._tell_source()
-        if waiting and self._watch is None:
+        if waiting and self._short:
+            self._retry.later()  # the file is ready: watching it would call at once, and again
+        elif waiting and self._watch is None:
             # An epoll fd is itself readable when its fd is ready: the loop needs no notion of "writable".
             try:
                 self._watch = self._io.add_reader(self._ready.fileno(), self._writable)
@@ -174,7 +184,7 @@ class Output:
                 return
             except OSError:  # the host has no memory for it now
                 self._retry.later()
-        elif not waiting and self._watch is not None and self._io.in_loop():
+        if (self._short or not waiting) and self._watch is not None and self._io.in_loop():
             self._watch.remove()
             self._watch = None
 

@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Protocol
 from hvkvm.abi import guest_command as abi
 from hvkvm.errors import Stopped, is_temporary
 from hvkvm.machine.command_way import Lines
-from hvkvm.runtime.protocols import Deferrer, Watcher
-from hvkvm.runtime.socket_watch import READ, WRITE, SocketWatch, Watched
+from hvkvm.runtime.protocols import Deferrer, TimedWatcher
+from hvkvm.runtime.socket_watch import READ, SocketWatch, Watched
 
 if TYPE_CHECKING:
     from hvkvm.backends.host_input import HostInput
@@ -33,7 +33,7 @@ _ROUNDS = 4
 _OUTPUTS = {abi.VSOCK_OUTPUT: "out", abi.VSOCK_ERROR: "err"}
 
 
-class Loop(Watcher, Deferrer, Protocol):
+class Loop(TimedWatcher, Deferrer, Protocol):
     """What is needed of the I/O loop."""
 
 
@@ -151,16 +151,17 @@ class CommandVsock:
         stream = self._streams[abi.VSOCK_INPUT]
         if stream.sock is None or stream.watched is None:
             return
+        refused: OSError | None = None
         try:
             sent = stream.sock.send(self._unsent, socket.MSG_NOSIGNAL) if self._unsent else 0
         except OSError as error:
             if not is_temporary(error):
                 stream.close()  # the command has closed its standard input
                 return
-            sent = 0
+            sent, refused = 0, error
         self._unsent = self._unsent[sent:]
         if self._unsent:
-            stream.watched.arm(WRITE)
+            stream.watched.arm_to_send(refused)
         elif sent:
             self._source.request(PIECE, self._give_input)
 

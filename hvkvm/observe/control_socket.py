@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from hvkvm.errors import Stopped, is_temporary
 from hvkvm.runtime.acceptor import Acceptor
-from hvkvm.runtime.socket_watch import WRITE, SocketWatch, Watched
+from hvkvm.runtime.socket_watch import SocketWatch, Watched
 
 if TYPE_CHECKING:
     from socket import socket
@@ -200,30 +200,31 @@ class _Client:
         self._write()
 
     def _write(self) -> None:
+        refused: OSError | None = None
         try:
             sent = self._sock.send(self._out)
         except OSError as error:
             if not is_temporary(error):
                 self.close()
                 return
-            sent = 0
+            sent, refused = 0, error
         del self._out[:sent]
         if sent:
             self._be_patient(None)
         if self._out:
-            self._wait_for_room()
+            self._wait_for_room(refused)
         else:
             self._stop_writing()
             if not self._turning:
                 self._server.soon(self._go_on)
 
-    def _wait_for_room(self) -> None:
+    def _wait_for_room(self, refused: OSError | None) -> None:
         try:
             if self._patience is None:
                 self._be_patient(self._server.loop.call_later(READ_SECONDS, self.close))
             if self._writable is None:
                 self._writable = self._server.watch.add(self._sock.fileno(), lambda _mask: self._write())
-            self._writable.arm(WRITE)
+            self._writable.arm_to_send(refused)
         except (OSError, Stopped):
             self.close()
 

@@ -48,6 +48,10 @@ class Watcher(Protocol):
     def add_reader(self, fd: int, callback: Callable[[], object]) -> ReaderHandle: ...
 
 
+class TimedWatcher(Delayer, Watcher, Protocol):
+    """Watches file descriptors, and does something later."""
+
+
 class EdgeWatcher(Protocol):
     """Watches eventfds edge-triggered too, and so without reading them."""
 

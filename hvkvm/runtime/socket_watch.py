@@ -15,7 +15,9 @@ import os
 import select
 from collections.abc import Callable
 
-from hvkvm.runtime.protocols import Watcher
+from hvkvm.errors import NO_MEMORY
+from hvkvm.runtime.protocols import TimedWatcher
+from hvkvm.runtime.retry import Retry
 
 READ = select.EPOLLIN | select.EPOLLRDHUP
 WRITE = select.EPOLLOUT
@@ -29,12 +31,13 @@ MAX_EVENTS = 16
 class Watched:
     """One socket, from `SocketWatch.add`."""
 
-    __slots__ = ("_armed", "_callback", "_watch", "fd")
+    __slots__ = ("_armed", "_callback", "_later", "_watch", "fd")
 
     def __init__(self, watch: SocketWatch, fd: int, callback: Callable[[int], object]) -> None:
         self._watch = watch
         self._callback = callback
         self._armed = 0
+        self._later: Retry | None = None
         self.fd = fd
 
     def arm(self, mask: int) -> None:
@@ -43,6 +46,25 @@ class Watched:
         if wanted != self._armed:
             self._armed = wanted
             self._watch._epoll.modify(self.fd, wanted | select.EPOLLONESHOT)
+
+    def arm_to_send(self, refused: OSError | None) -> None:
+        """`arm` for WRITE, some time later where `refused` says that the host had no memory to send.
+
+        The socket itself has room then: `arm` would call at once, for as long as there is no memory.
+        """
+        if refused is None or refused.errno not in NO_MEMORY:
+            self.arm(WRITE)
+            return
+        if self._later is None:
+            self._later = Retry(self._watch._io, self._arm_again)
+        self._later.later()
+
+    def _arm_again(self) -> None:
+        self.arm(WRITE)
+
+    def _wait_no_more(self) -> None:
+        if self._later is not None:
+            self._later.cancel()
 
     def remove(self) -> None:
         """Forget it. Before closing the fd. Repeatable."""
@@ -56,7 +78,8 @@ class Watched:
 class SocketWatch:
     """The sockets of one service. Stopped when the loop takes no readers any more."""
 
-    def __init__(self, io: Watcher) -> None:
+    def __init__(self, io: TimedWatcher) -> None:
+        self._io = io
         self._pid = os.getpid()
         self._epoll = select.epoll()
         self._watched: dict[int, Watched] = {}
@@ -93,6 +116,7 @@ class SocketWatch:
         del self._watched[watched.fd]
         if os.getpid() != self._pid:
             return  # a forked child shares the list with its parent, whose it is
+        watched._wait_no_more()
         try:
             self._epoll.unregister(watched.fd)
         except (OSError, ValueError):
@@ -102,5 +126,7 @@ class SocketWatch:
         """Watch nothing any more. Idempotent; also after the loop's end."""
         if not self._epoll.closed:
             self._handle.remove()
+            for watched in self._watched.values():
+                watched._wait_no_more()
             self._watched.clear()
             self._epoll.close()

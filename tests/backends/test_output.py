@@ -73,6 +73,7 @@ def test_a_host_without_memory_for_a_moment_loses_nothing(io, until, pipe, monke
             raise OSError(number, os.strerror(number))
         return write(fd, data)
 
+    monkeypatch.setattr("hvkvm.runtime.retry.RETRY_SECONDS", 0.01)
     output = Output(writer, io)
     monkeypatch.setattr(os, "write", poor)
     output.write(b"hello")
@@ -81,6 +82,48 @@ def test_a_host_without_memory_for_a_moment_loses_nothing(io, until, pipe, monke
     assert (output.failure, output.lost, output.broken) == (None, 0, False)
     until(lambda: output._watch is None)
     output.close()
+
+
+@pytest.mark.parametrize("watched", [False, True])
+def test_a_host_without_memory_is_not_asked_again_at_once(io, until, pipe, monkeypatch, watched):
+    """The file is ready all along: watching it would have the loop do nothing else."""
+    reader, writer = pipe
+    write, refused = os.write, []
+
+    def poor(fd, data):
+        if fd == output._fd and not enough:
+            refused.append(fd)
+            raise OSError(errno.ENOMEM, os.strerror(errno.ENOMEM))
+        return write(fd, data)
+
+    enough = watched
+    monkeypatch.setattr("hvkvm.runtime.retry.RETRY_SECONDS", 1e6)
+    output = Output(writer, io)
+    monkeypatch.setattr(os, "write", poor)
+    sent = HIGH_WATER if watched else 5
+    output.write(bytes(sent))
+    got = 0
+    if watched:  # it was full before
+        until(lambda: output._watch is not None)
+        enough = False
+        got += len(os.read(reader, 1 << 16))
+    until(lambda: refused)
+    turns = threading.Semaphore(0)
+    for _ in range(100):
+        io.call_soon(turns.release)
+        assert turns.acquire(timeout=100)
+    assert len(refused) <= 2
+    assert not output.drain(0.2)
+    assert len(refused) < 20
+    enough = True
+    reading = threading.Thread(target=read_all, args=(reader, rest := bytearray()))
+    reading.start()
+    assert output.drain(100)
+    os.close(writer)
+    output.close()
+    pipe[1] = None
+    reading.join()
+    assert (got + len(rest), output.lost) == (sent, 0)
 
 
 def test_congestion_is_told_at_high_and_low_water(io, until, pipe):

@@ -44,15 +44,26 @@ def ended(bench: VsockLoopback, program: HostProgram, guest: GuestSocket) -> Non
     bench.run(lambda: program.at_end and guest.state == "gone")
 
 
+def ended_in_time(bench: VsockLoopback, program: HostProgram, guest: GuestSocket, seconds: float) -> None:
+    """`ended`, where what waits for its time gets it."""
+    for _ in range(100):
+        bench.run()
+        if program.at_end and guest.state == "gone":
+            return
+        bench.io.advance(seconds)
+    ended(bench, program, guest)
+
+
 WAYS = {"from host": from_host, "from guest": from_guest}
 ways = pytest.mark.parametrize("way", WAYS.values(), ids=WAYS)
 
 
 class Poor:
-    """A socket of a host that has no memory for what is sent each other time."""
+    """A socket of a host that has no memory for what is sent each other time, or `times` times at first."""
 
-    def __init__(self, real: Any) -> None:
+    def __init__(self, real: Any, times: int = 0) -> None:
         self.real = real
+        self.times = times
         self.asked = 0
 
     def sendmsg(self, *args: Any) -> int:
@@ -63,7 +74,7 @@ class Poor:
 
     def _send(self, send: Any, *args: Any) -> int:
         self.asked += 1
-        if self.asked % 2:
+        if self.asked % 2 if not self.times else self.asked <= self.times:
             raise OSError(errno.ENOBUFS, os.strerror(errno.ENOBUFS))
         return int(send(*args))
 

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import socket
 from collections.abc import Callable, Iterator
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -17,6 +20,11 @@ class Loop:
     def __init__(self) -> None:
         self.callback: Callable[[], object] = lambda: None
         self.removed = 0
+        self.timers: list[Callable[[], object]] = []
+
+    def call_later(self, _seconds: float, fn: Callable[[], object]) -> Any:
+        self.timers.append(fn)
+        return SimpleNamespace(cancel=lambda: fn in self.timers and self.timers.remove(fn))
 
     def add_reader(self, _fd: int, callback: Callable[[], object]) -> Loop:
         self.callback = callback
@@ -71,6 +79,35 @@ def test_asking_for_more_keeps_what_was_asked(bench: Bench) -> None:
     assert mask & WRITE
     bench.theirs.send(b"x")
     assert bench.turn() == []  # both were told by one call
+
+
+@pytest.mark.parametrize("number", [errno.ENOMEM, errno.ENOBUFS])
+def test_a_socket_of_a_host_without_memory_waits_for_time_and_not_for_room(bench: Bench, number: int) -> None:
+    bench.theirs.send(b"x")
+    for _ in range(3):
+        bench.watched.arm_to_send(OSError(number, "no memory"))
+        bench.watched.arm_to_send(OSError(number, "no memory"))
+        assert bench.turn() == [], "it has room, and would be told of it at once for ever"
+        bench.watched.arm(READ)
+        [mask] = bench.turn()
+        assert mask & READ, "what comes from the socket is told meanwhile"
+        (timer,) = bench.loop.timers
+        bench.loop.timers.clear()
+        timer()
+        [mask] = bench.turn()
+        assert mask & WRITE
+    for full in (None, BlockingIOError(errno.EAGAIN, "full")):
+        bench.watched.arm_to_send(full)
+        assert len(bench.turn()) == 1
+    bench.watched.arm_to_send(OSError(number, "no memory"))
+    bench.watched.remove()
+    assert bench.loop.timers == []
+
+
+def test_closing_waits_for_no_time_either(bench: Bench) -> None:
+    bench.watched.arm_to_send(OSError(errno.ENOMEM, "no memory"))
+    bench.watch.close()
+    assert bench.loop.timers == []
 
 
 def test_a_hang_up_is_told_unasked_and_once(bench: Bench) -> None:

@@ -5,9 +5,10 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from vsock_pairs import Make, Poor, ended, from_host, ways
+from vsock_pairs import Make, Poor, ended, ended_in_time, from_host, ways
 
 from hvkvm.abi import vmbus_messages as wire
+from hvkvm.runtime.retry import RETRY_SECONDS
 
 
 @pytest.mark.parametrize("mix", [False, True], ids=["in order", "in any order"])
@@ -41,9 +42,27 @@ def test_a_host_without_memory_for_a_moment_loses_nothing(make_vsock: Make, way:
     back = bench.random.randbytes(800_000)
     guest.outgoing += back
     program.finish = guest.finish = True
-    ended(bench, program, guest)
+    ended_in_time(bench, program, guest, RETRY_SECONDS)
     assert program.incoming == back
     assert poor.asked > 4
+
+
+@ways
+def test_a_host_without_memory_is_not_asked_again_at_once(make_vsock: Make, way: Any) -> None:
+    bench = make_vsock(3)
+    program, guest = way(bench)
+    (connection,) = bench.vsock.connections.live
+    connection._host.sock = poor = Poor(connection._host.sock, times=200)
+    guest.outgoing += b"word"
+    bench.run()
+    assert (poor.asked, program.incoming) == (1, b"")
+    bench.io.advance(RETRY_SECONDS)
+    bench.run()
+    assert (poor.asked, program.incoming) == (2, b"")
+    poor.times = 2
+    bench.io.advance(RETRY_SECONDS)
+    bench.run()
+    assert (poor.asked, program.incoming) == (3, b"word")
 
 
 @ways

@@ -41,7 +41,7 @@ from hvkvm.devices.synth.hvsock_packets import FULL_PACKET, HEADER_BYTES, PACKET
 from hvkvm.runtime.guard import Guard
 from hvkvm.runtime.protocols import CallLater, TimerHandle
 from hvkvm.runtime.rotation import Rotation
-from hvkvm.runtime.socket_watch import HANG_UP, READ, WRITE, SocketWatch
+from hvkvm.runtime.socket_watch import HANG_UP, READ, SocketWatch
 from hvkvm.vmbus.channel_io import ChannelIo
 from hvkvm.vmbus.device import Done
 from hvkvm.vmbus.offer import Offer
@@ -251,11 +251,10 @@ class HvsockConnection:
             return
         if self._host.gone and self._timer is None:
             self._timer = self._call_later(GONE_SECONDS, self.guard.run, self._gone)
-        mask = WRITE if self._host.left else 0
+        if self._host.left:
+            self._watched.arm_to_send(self._host.refused)
         if not self._may_read and not self._host_done:
-            mask |= READ
-        if mask:
-            self._watched.arm(mask)
+            self._watched.arm(READ)
 
     # Ring to socket.
 

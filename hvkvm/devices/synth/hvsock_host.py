@@ -21,7 +21,7 @@ from hvkvm.errors import is_temporary
 class HostEnd:
     """`sock` is made non-blocking; who made this closes it."""
 
-    __slots__ = ("ahead", "gone", "left", "sock")
+    __slots__ = ("ahead", "gone", "left", "refused", "sock")
 
     def __init__(self, sock: socket.socket) -> None:
         sock.setblocking(False)
@@ -30,6 +30,8 @@ class HostEnd:
         """What a program before this one had sent: it comes before what is in the socket."""
         self.left = b""
         """For the socket, which was full."""
+        self.refused: OSError | None = None
+        """Why it took nothing at last, if it did not."""
         self.gone = False
         """The socket takes no more, and what the guest sends goes nowhere."""
 
@@ -77,11 +79,12 @@ class HostEnd:
             return True
         try:
             sent = self.sock.sendmsg(views, (), socket.MSG_NOSIGNAL)
+            self.refused = None
         except OSError as error:
             if not is_temporary(error):
                 self.leave()
                 return True
-            sent = 0
+            sent, self.refused = 0, error
         if sent < size:
             self.left = b"".join(views)[sent:]
         return sent == size
@@ -92,8 +95,10 @@ class HostEnd:
             return True
         try:
             sent = self.sock.send(self.left, socket.MSG_NOSIGNAL)
+            self.refused = None
         except OSError as error:
             if is_temporary(error):
+                self.refused = error
                 return False
             self.leave()
             return True

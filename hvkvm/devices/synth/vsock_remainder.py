@@ -51,7 +51,7 @@ class Remainder:
             sent = 0 if mask & HANG_UP else self._sock.send(self._data, socket.MSG_NOSIGNAL)
         except OSError as error:
             if is_temporary(error):
-                self._watched.arm(WRITE)
+                self._watched.arm_to_send(error)
                 return
             sent = 0
         self._data = self._data[sent:]
