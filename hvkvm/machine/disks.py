@@ -79,11 +79,16 @@ class Disks:
         if not spec.file:
             return None
         try:
-            return open_image(spec.file, spec.options)
+            image = open_image(spec.file, spec.options)
         except PeerGone as error:
             raise PeerGone(f"{'--disk' if isinstance(spec, DiskSpec) else '--cdrom'} {error}") from None
         except OSError as error:
             raise ImageError(f"{spec.file}: {error.strerror or error}; check the image") from None
+        if isinstance(spec, DiskSpec) and not image.size:
+            # No guest can be told of it: SCSI and NVMe name a disk's size by its last sector.
+            image.close()
+            raise ImageError(f"--disk {spec.file}: it has no bytes; truncate -s SIZE makes it a disk")
+        return image
 
     def plan(self, spec: Spec) -> Plan | None:
         """The faults that were asked of it. ConfigError. May block; any thread."""

@@ -152,6 +152,14 @@ def test_a_server_that_is_not_there_is_named_with_its_flag(folder: Path, make: C
         make(DiskSpec(f"nbd:unix:{folder}/no"))
 
 
+def test_an_image_without_a_byte_is_no_disk(folder: Path, make: Callable[..., World]) -> None:
+    """Its guest's first READ CAPACITY would end the controller, with all other disks on it."""
+    (folder / "empty").touch()
+    for snapshot in (False, True):
+        with pytest.raises(ConfigError, match=r"^--disk .*empty: it has no bytes; truncate -s SIZE"):
+            make(DiskSpec(str(folder / "empty"), snapshot=snapshot))
+
+
 def test_disks_need_the_bus(folder: Path) -> None:
     with pytest.raises(ConfigError, match="needs the VMBus host that carries it; add --vmbus on"):
         MachineConfig(folder / "kernel", disks=(DiskSpec(str(folder / "a.raw")),)).validate()
