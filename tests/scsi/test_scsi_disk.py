@@ -177,6 +177,41 @@ def test_mode_pages(ask: Scsi, unit: ScsiDisk, sector: int, file: Path) -> None:
     assert ask.sense(unit, bytes((0x15, 0x10, 0, 0, 24, 0)), bytes(4)) == scsi.PARAMETER_LIST_LENGTH
 
 
+def test_block_descriptors_change_nothing(ask: Scsi, unit: ScsiDisk, sector: int) -> None:
+    """What would give the disk other blocks, as `sg_format --resize` asks, must not seem to have done so."""
+    blocks = 4 * MIB // sector
+
+    def select(descriptor: bytes, *, ten: bool = False, long_lba: int = 0) -> tuple[bytes, bytes]:
+        n = len(descriptor)
+        if not ten:
+            return bytes((0x15, 0x10, 0, 0, 4 + n, 0)), bytes((0, 0, 0, n)) + descriptor
+        return bytes((0x55, 0x10, 0, 0, 0, 0, 0, 0, 8 + n, 0)), bytes(
+            (0, 0, 0, 0, long_lba, 0, 0, n)
+        ) + descriptor
+
+    def short(count: int, size: int) -> bytes:
+        return count.to_bytes(4, "big") + size.to_bytes(4, "big")
+
+    def long(count: int, size: int) -> bytes:
+        return count.to_bytes(8, "big") + bytes(4) + size.to_bytes(4, "big")
+
+    for count in (0, blocks):
+        ask.good(unit, *select(short(count, sector)))
+        ask.good(unit, *select(short(count, sector), ten=True))
+        ask.good(unit, *select(long(count, sector), ten=True, long_lba=1))
+    for bad in (
+        select(short(blocks - 1, sector)),
+        select(short(blocks, 520)),
+        select(bytes(8)),
+        select(bytes(5)),
+        select(short(blocks, sector) * 2),
+        select(short(blocks // 2, sector), ten=True),
+        select(long(blocks, sector), ten=True),
+        select(long(blocks // 8, 8 * sector), ten=True, long_lba=1),
+    ):
+        assert ask.sense(unit, *bad) == scsi.INVALID_FIELD_IN_PARAMETERS
+
+
 def test_a_disk_that_is_read_only(ask: Scsi, file: Path) -> None:
     unit = ScsiDisk(ask.disk(file, read_only=True), "s")
     ask.sense(unit, READY)

@@ -73,6 +73,8 @@ class ModePages:
         at = head + (int.from_bytes(data[6:8], "big") if ten else data[3])
         if at > len(data):
             return scsi.PARAMETER_LIST_LENGTH
+        if at > head and not self._is_own(data[head:at], long_lba=bool(ten and data[4] & 1)):
+            return scsi.INVALID_FIELD_IN_PARAMETERS
         while at < len(data):
             if at + 2 > len(data) or at + 2 + data[at + 1] > len(data):
                 return scsi.PARAMETER_LIST_LENGTH
@@ -81,6 +83,12 @@ class ModePages:
                 return scsi.INVALID_FIELD_IN_PARAMETERS
             at += 2 + length
         return None
+
+    def _is_own(self, descriptor: bytes, *, long_lba: bool) -> bool:
+        """Whether a block descriptor leaves the medium as it is; 0 blocks are those that there are."""
+        own = self._descriptor(long_lba)
+        blocks = 8 if long_lba else 4
+        return bool(own) and descriptor in (own, bytes(blocks) + own[blocks:])
 
     def _descriptor(self, long_lba: bool) -> bytes:
         if self._geometry is None:
