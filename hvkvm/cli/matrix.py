@@ -82,6 +82,19 @@ def parse(arguments: list[str]) -> Any:
     return options
 
 
+def _refuse_lost(cases: list[Case], options: Any) -> None:
+    """Raise ConfigError where a result would take the place of what the matrix is made from."""
+    from hvkvm.machine.own_files import read, refuse, written
+
+    others = [("FILE", options.file)]
+    for case in cases:
+        others += [*read(case.config), *written(case.config)]
+    for flag, path in (("--junit", options.junit), ("--json", options.json)):
+        if path is not None:
+            refuse(flag, path, others)
+            others.append((flag, path))
+
+
 def main(arguments: list[str]) -> int:
     """Run the verb; returns the exit status."""
     options = parse(arguments)
@@ -92,6 +105,8 @@ def main(arguments: list[str]) -> int:
         for case in cases:
             show(case.title)
         return 0
+    if options.junit is not None or options.json is not None:
+        _refuse_lost(cases, options)
     return _Matrix(cases, options).run()
 
 

@@ -131,7 +131,13 @@ def machine_config(options: Any, values: dict[str, Any]) -> MachineConfig:
         made["kernel"] = made.get("restore") or made["warm"]
     if not made.keys() & {"kernel", "firmware", "disks", "cdroms"}:
         raise ConfigError("--kernel: missing; name the guest kernel's file, or a --config that does")
-    return MachineConfig(**made).validate()
+    config = MachineConfig(**made).validate()
+    if options.config is not None:
+        from hvkvm.machine.own_files import refuse, written
+
+        for flag, path in written(config):
+            refuse(flag, path, [("--config", options.config)])
+    return config
 
 
 def _leave_to_the_file(options: Any, values: dict[str, Any], from_file: dict[str, Any]) -> None:

@@ -14,6 +14,7 @@ from hvkvm import given_file
 from hvkvm.cli.arguments import Parser, path_word
 from hvkvm.cli.run import machine_config, machine_parser, values_of
 from hvkvm.errors import ConfigError, OutputError
+from hvkvm.machine import own_files
 
 if TYPE_CHECKING:
     from hvkvm.cli.signals import Signals
@@ -67,7 +68,11 @@ def parse(arguments: list[str]) -> tuple[MachineConfig, Any]:
         given_file.check_replaceable(options.output)
     except OSError as error:
         raise ConfigError(f"-o {options.output}: {error.strerror}") from None
-    return machine_config(options, values_of(options))._replace(awaits=True).validate(), options
+    config = machine_config(options, values_of(options))._replace(awaits=True).validate()
+    own_files.refuse("-o", options.output, [*own_files.read(config), *own_files.written(config)])
+    if options.config is not None:
+        own_files.refuse("-o", options.output, [("--config", options.config)])
+    return config, options
 
 
 def main(arguments: list[str]) -> int:

@@ -128,6 +128,10 @@ def together(config: Any) -> None:
         raise ConfigError("--display ramfb: firmware sets a framebuffer up; add --firmware auto")
     if config.modules and config.modules_dir is None:
         raise ConfigError("--module: needs --modules-dir, the kernel's lib/modules/VERSION folder")
+    if config.record or config.timeline is not None or config.nets:
+        from hvkvm.machine.own_files import check_written
+
+        check_written(config)
 
 
 def _images_once(config: Any) -> None:

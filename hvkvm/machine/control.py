@@ -20,6 +20,7 @@ from hvkvm.errors import HostExhausted, HvkvmError, Stopped
 from hvkvm.machine import control_guest, inspect
 from hvkvm.machine.control_net import NetControl
 from hvkvm.machine.outcome import Ending
+from hvkvm.machine.own_files import why_kept
 from hvkvm.observe.control_socket import Answer, ControlSocket
 from hvkvm.runtime.thread_start import start_thread
 
@@ -121,6 +122,10 @@ class Control:
         display = None if firmware is None else firmware.display
         if display is None:
             answer.fail("absent", "this VM has no framebuffer; start it in firmware with --display ramfb")
+            return
+        shelf = self._parts.disk_shelf
+        if why := why_kept(path, self._parts.platform.config, () if shelf is None else shelf.specs):
+            answer.fail("guest", why)
             return
 
         def work() -> dict[str, Any]:

@@ -18,6 +18,8 @@ from hvkvm.observe.control_socket import Answer
 from hvkvm.runtime.thread_start import start_thread
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from hvkvm.machine.nic_spec import NicSpec
     from hvkvm.machine.nics import Nics
     from hvkvm.machine.parts import Parts
@@ -75,6 +77,8 @@ class NetControl:
             raise ValueError(str(error)) from None
         if spec.fd >= 0:
             raise ValueError(f"--net fd={spec.fd}: an fd is of the process that has it; name a tap")
+        if spec.pcap is not None and (why := self._why_kept(nics, spec.pcap)):
+            raise ValueError(f"--net pcap={why}")
         if self._opening:
             answer.fail("busy", "another NIC is being added; try again")
             return
@@ -86,6 +90,15 @@ class NetControl:
         except HostExhausted as error:
             self._opening = False
             answer.fail("busy", str(error))
+
+    def _why_kept(self, nics: Nics, path: Path) -> str:
+        """Why `path` must not be emptied: a disk of this VM, say, or what another NIC records."""
+        from hvkvm.machine.own_files import why_kept
+
+        shelf = self._parts.disk_shelf
+        others = [nic.spec for nic in nics.nics.values()]
+        config = self._parts.platform.config
+        return why_kept(path, config, () if shelf is None else shelf.specs, others)
 
     def _open(self, nics: Nics, spec: NicSpec, answer: Answer) -> None:
         """On a thread of its own."""

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from hvkvm.errors import ConfigError
 
 if TYPE_CHECKING:
-    from hvkvm.machine.attached import Attached
+    from hvkvm.machine.attached import Attached, Spec
     from hvkvm.machine.bus import Bus
     from hvkvm.machine.disks import Disks
     from hvkvm.machine.pci import Pci
@@ -76,6 +76,11 @@ class DiskShelf:
     def attached(self) -> dict[str, Attached]:
         """All disks and drives by name: those on the VMBus first."""
         return {name: one for disks in self._all for name, one in disks.attached.items()}
+
+    @property
+    def specs(self) -> list[Spec]:
+        """What each of them was asked for by, with the image that it has now."""
+        return [one.spec for one in self.attached.values()]
 
     def inspect(self) -> dict[str, object]:
         """As `Disks.inspect`, of all."""

@@ -83,12 +83,19 @@ class Saver:
         """
         if self._busy:
             return False
-        if self._shelf is not None and (why := self._shelf.why_not_saved()):
+        why = "" if self._shelf is None else self._shelf.why_not_saved()
+        if why := why or self._why_kept(path):
             done(0, why)
             return True
         self._busy = True
         self._lifecycle.at_rest(lambda go_on: self._stable(path, done, go_on, end, compress))
         return True
+
+    def _why_kept(self, path: Path) -> str:
+        """Why `path` must not be replaced: it is a disk of this machine, say."""
+        from hvkvm.machine.own_files import why_kept
+
+        return why_kept(path, self._platform.config, () if self._shelf is None else self._shelf.specs)
 
     def save_and_wait(self, path: Path, *, end: bool, compress: bool = False) -> int:
         """See `Machine.save`. Not on the I/O loop."""

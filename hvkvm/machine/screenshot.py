@@ -24,7 +24,7 @@ class Size(NamedTuple):
 def screenshot(display: Ramfb, ram: Ram, path: Path) -> Size:
     """Write what is shown to `path`, which is replaced when the new file is whole. Blocks; any thread.
 
-    ValueError with the reason where the guest shows nothing; OSError.
+    ValueError with the reason where the guest shows nothing; OSError, whose `filename` is `path`.
     """
     picture = display.picture(ram)
     check_replaceable(path)
@@ -34,8 +34,10 @@ def screenshot(display: Ramfb, ram: Ram, path: Path) -> Size:
             for piece in png(*picture):
                 file.write(piece)
         os.replace(partial, path)
-    except BaseException:
+    except BaseException as error:
         with suppress(OSError):
             partial.unlink()
+        if isinstance(error, OSError):
+            error.filename = str(path)  # who asked knows this name, and a failed write has none
         raise
     return Size(picture.width, picture.height)

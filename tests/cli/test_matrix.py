@@ -65,6 +65,25 @@ def wait_for(condition: Callable[[], object], what: str, seconds: float = 120) -
         time.sleep(0.05)
 
 
+@pytest.mark.parametrize(
+    ("flags", "words"),
+    [
+        (("--junit", "m.toml"), ("--junit m.toml: FILE names the same file", "name another")),
+        (("--json", "good"), ("--json good: --kernel names the same file",)),
+        (("--json", "made/x", "--junit", "./made/x"), ("--json made/x: --junit names the same file",)),
+    ],
+)
+def test_results_take_no_place_of_what_they_are_of(
+    hvkvm: Hvkvm, folder: Path, flags: tuple[str, ...], words: tuple[str, ...]
+) -> None:
+    path = file(folder, '[axes]\nkernel = ["good"]\n')
+    before = {name: (folder / name).read_bytes() for name in ("m.toml", "good")}
+    result = hvkvm("matrix", path.name, *flags, cwd=folder)
+    assert result.returncode == 2, result
+    assert all(word in result.stderr for word in words), result
+    assert {name: (folder / name).read_bytes() for name in before} == before
+
+
 def test_one_table_for_all(hvkvm: Hvkvm, folder: Path) -> None:
     path = file(folder, '[axes]\nkernel = ["good", {name = "failing", kernel = "bad"}]\ncpus = [1, 2]\n')
     result = hvkvm("matrix", path, "--junit", folder / "j.xml", "--json", folder / "j.json", "--jobs", "2")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import stat
 import struct
@@ -98,6 +99,25 @@ def test_a_picture_takes_the_place_of_a_file_alone(tmp_path: Path) -> None:
         screenshot(display, ram, path)
     assert stat.S_ISFIFO(path.stat().st_mode)
     assert [one.name for one in tmp_path.iterdir()] == ["pipe"]
+
+
+@pytest.mark.parametrize(("name", "number"), [("no/such/screen.png", 2), ("screen.png", errno.ENOSPC)])
+def test_what_cannot_be_written_is_named_as_it_was_asked_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str, number: int
+) -> None:
+    """A write's own error has no name, and the one of an open the name that a file has before it is whole."""
+
+    def png(*_picture: object) -> Iterator[bytes]:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        yield b""
+
+    display = Ramfb()
+    display.write(0, config())
+    monkeypatch.setattr("hvkvm.machine.screenshot.png", png)
+    with pytest.raises(OSError) as caught:  # noqa: PT011
+        screenshot(display, Ram(), tmp_path / name)
+    assert (caught.value.errno, caught.value.filename) == (number, str(tmp_path / name))
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_name_may_be_as_long_as_the_file_system_lets_it(tmp_path: Path) -> None:

@@ -53,6 +53,26 @@ def test_a_vm_is_saved_and_goes_on_in_another_process(tmp_path: Path) -> None:
         vm.ctl("quit")
 
 
+def test_a_save_takes_no_place_of_what_the_vm_has(tmp_path: Path) -> None:
+    """A save is a new file under its name: the guest's disk would be gone when the VM ends."""
+    disk, more = tmp_path / "disk.raw", tmp_path / "more.raw"
+    for image in (disk, more):
+        image.write_bytes(b"data" * (1 << 14))
+    made = ("--record", tmp_path / "recording")
+    with running_vm(tmp_path, *AGENT, "--vmbus", "on", "--disk", disk, *made) as vm:
+        vm.wait_until_listening()
+        vm.ctl("disk", "add", more)
+        for name, flag in (("disk.raw", "--disk"), ("more.raw", "--disk"), ("recording", "--record")):
+            error = vm.ctl("save", tmp_path / name, "--end", status=1)
+            assert f"{name}: this VM has it as {flag}, whose content would be lost; name another" in error
+        assert "this VM has it as --disk, " in vm.ctl("net", "add", f"listen=wire,pcap={disk}", status=2)
+        assert vm.json("net", "list") == []
+        vm.ctl("save", tmp_path / "vm.state", "--end")
+        assert vm.finish() == 0
+    for image in (disk, more):
+        assert image.read_bytes() == b"data" * (1 << 14)
+
+
 def test_a_vm_whose_disks_have_all_gone_goes_on(tmp_path: Path) -> None:
     """The controllers that they were on are still its guest's."""
     file, image = tmp_path / "vm.state", tmp_path / "disk.raw"

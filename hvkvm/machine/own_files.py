@@ -1,0 +1,100 @@
+"""Which files a machine reads and which it writes, so that none of them is lost to a mistaken name.
+
+A recording empties its file and a save replaces it: a disk, a kernel or another recording that has the same
+name would be gone. A `MachineConfig` is `Any` here, as in `config_checks`. Any thread.
+"""
+
+from __future__ import annotations
+
+import os
+import stat
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from hvkvm.errors import ConfigError
+
+Named = tuple[str, Path]
+"""A file, and what names it: "--disk"."""
+
+_SINGLE = ("restore", "warm", "kernel", "initrd", "busybox", "firmware", "firmware_vars")
+_REMEDY = "whose content would be lost; name another file"
+
+
+def written(config: Any) -> list[Named]:
+    """What a run empties at its start: recordings and pictures."""
+    found = [("--record", spec.file) for spec in config.record]
+    if config.timeline is not None:
+        found.append(("--timeline", config.timeline))
+    return [*found, *(("--net pcap=", nic.pcap) for nic in config.nets if nic.pcap is not None)]
+
+
+def check_written(config: Any) -> None:
+    """Raise ConfigError for a file that a run would write, and that another option names as well."""
+    others = list(read(config))
+    for flag, path in written(config):
+        refuse(flag, path, others)
+        others.append((flag, path))
+
+
+def refuse(flag: str, path: Path, others: Iterable[Named]) -> None:
+    """Raise ConfigError where `path`, which `flag` has written, is one of `others`."""
+    if other := _named(path, others):
+        raise ConfigError(f"{said(flag, path)}: {other} names the same file, {_REMEDY}")
+
+
+def why_kept(path: Path, config: Any, media: Iterable[Any] = (), nets: Iterable[Any] | None = None) -> str:
+    """Why a running machine must not replace or empty `path`; "" where it may.
+
+    `media` are the disks that it has by now, beside `config`'s, `nets` all of its NICs, where they may be
+    others than `config`'s. The saved machine that it went on from may be replaced: what is mapped of that
+    stays.
+    """
+    others = [one for one in read(config) if one[0] not in ("--restore", "--from")]
+    made = written(config if nets is None else config._replace(nets=tuple(nets)))
+    other = _named(path, [*others, *made, *_images(media)])
+    return f"{path}: this VM has it as {other}, {_REMEDY}" if other else ""
+
+
+def said(flag: str, path: Path) -> str:
+    """A flag with its file, as a user writes them."""
+    return f"{flag}{path}" if flag.endswith("=") else f"{flag} {path}"
+
+
+def read(config: Any) -> Iterator[Named]:
+    """What a machine is made from, and what it keeps its state in."""
+    for key in _SINGLE:
+        if isinstance(path := getattr(config, key), Path):
+            yield f"--{'from' if key == 'warm' else key.replace('_', '-')}", path
+    yield from (("--file", host) for _guest, host in config.files)
+    if config.cloud_init is not None:
+        from hvkvm.machine.cloud_init import FILES
+
+        yield from (("--cloud-init", config.cloud_init / name) for name in FILES)
+    yield from _images(config.media)
+
+
+def _images(media: Iterable[Any]) -> Iterator[Named]:
+    for spec in media:
+        if spec.file and not spec.file.startswith("nbd:"):
+            yield ("--disk" if hasattr(spec, "faults") else "--cdrom"), Path(spec.file)
+        if getattr(spec, "faults", None) is not None:
+            yield "--disk faults=", spec.faults
+
+
+def _named(path: Path, others: Iterable[Named]) -> str:
+    """What names the same file; "" where nothing does."""
+    return next((flag for flag, other in others if _same(path, other)), "")
+
+
+def _same(one: Path, other: Path) -> bool:
+    """Whether both are one file or block device, there or not yet. Pipes and terminals keep nothing."""
+    try:
+        found = os.stat(one)
+    except OSError:
+        return os.path.realpath(one) == os.path.realpath(other)
+    try:
+        keeps = stat.S_ISREG(found.st_mode) or stat.S_ISBLK(found.st_mode)
+        return keeps and os.path.samestat(found, os.stat(other))
+    except OSError:
+        return False

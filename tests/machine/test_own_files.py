@@ -1,0 +1,118 @@
+"""What a run writes is none of the files that it is made from, and none that it writes besides."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from hvkvm.cli import run, warm
+from hvkvm.errors import ConfigError
+from hvkvm.machine import own_files
+
+ALL = ("kernel", "initrd", "disk.raw", "iso", "faults.toml", "vars", "firmware", "busybox", "host", "m.toml")
+
+
+@pytest.fixture(autouse=True)
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    for name in ALL:
+        (tmp_path / name).write_bytes(b"")
+    (tmp_path / "seed").mkdir()
+    (tmp_path / "seed" / "user-data").write_bytes(b"")
+    os.link("disk.raw", "hard")
+    os.symlink("disk.raw", "soft")
+    os.symlink("kernel", "kernel.svg")
+    os.mkfifo("pipe")
+    return tmp_path
+
+
+def words(text: str) -> list[str]:
+    return ["--kernel", "kernel", "--vmbus", "on", *text.split()]
+
+
+@pytest.mark.parametrize(
+    ("given", "flag", "other"),
+    [
+        ("--record kernel", "--record kernel", "--kernel"),
+        ("--initrd initrd --record ./initrd", "--record initrd", "--initrd"),
+        ("--disk disk.raw --record disk.raw,depth=full", "--record disk.raw", "--disk"),
+        ("--disk disk.raw --record hard", "--record hard", "--disk"),
+        ("--disk disk.raw --record soft", "--record soft", "--disk"),
+        ("--cdrom iso --record iso", "--record iso", "--cdrom"),
+        ("--disk disk.raw,faults=faults.toml --record faults.toml", "--record faults.toml", "--disk faults="),
+        ("--disk disk.raw --net user,pcap=disk.raw", "--net pcap=disk.raw", "--disk"),
+        ("--firmware firmware --firmware-vars vars --record vars", "--record vars", "--firmware-vars"),
+        ("--firmware firmware --record firmware", "--record firmware", "--firmware"),
+        ("--busybox busybox --record busybox", "--record busybox", "--busybox"),
+        ("--file /root/x=host --record host", "--record host", "--file"),
+        ("--cloud-init seed --record seed/user-data", "--record seed/user-data", "--cloud-init"),
+        ("--timeline kernel.svg", "--timeline kernel.svg", "--kernel"),
+        ("--record new.svg --timeline new.svg", "--timeline new.svg", "--record"),
+        ("--record new --record ./new", "--record new", "--record"),
+        ("--net user,pcap=new --net user,pcap=new", "--net pcap=new", "--net pcap="),
+        ("--config m.toml --record m.toml", "--record m.toml", "--config"),
+    ],
+)
+def test_a_run_does_not_empty_what_it_is_made_from(given: str, flag: str, other: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        run.config_from(words(given))
+    assert str(caught.value) == (
+        f"{flag}: {other} names the same file, whose content would be lost; name another file"
+    )
+
+
+@pytest.mark.parametrize("flag", ["--restore", "--from"])
+def test_nor_the_saved_machine_that_it_goes_on_from(flag: str) -> None:
+    more = ["--", "true"] if flag == "--from" else []
+    with pytest.raises(ConfigError, match=f"--record vars: {flag} names the same file"):
+        run.config_from([flag, "vars", "--record", "vars", *more])
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        "--record disk.raw",
+        "--disk disk.raw --record new --timeline new.svg --net user,pcap=other",
+        "--disk nbd:unix:disk.raw --record disk.raw",
+        "--cdrom none --record none",
+        "--record pipe --net user,pcap=pipe",
+        "--record /dev/null --net user,pcap=/dev/null",
+    ],
+)
+def test_other_files_are_written(given: str) -> None:
+    run.config_from(words(given))
+
+
+@pytest.mark.parametrize(
+    ("given", "other"),
+    [("", "--kernel"), ("--initrd kernel --record new", "--kernel"), ("--record new", "--record")],
+)
+def test_a_warm_guest_takes_no_place_of_what_it_is_made_from(given: str, other: str) -> None:
+    output = other.removeprefix("--") if other == "--kernel" else "new"
+    with pytest.raises(ConfigError) as caught:
+        warm.parse([*words(given), "-o", output])
+    assert str(caught.value).startswith(f"-o {output}: {other} names the same file")
+    with pytest.raises(ConfigError, match=r"-o m\.toml: --config names the same file"):
+        warm.parse([*words(""), "--config", "m.toml", "-o", "m.toml"])
+
+
+def test_a_running_machine_keeps_its_files(folder: Path) -> None:
+    config, _options = run.config_from(words("--disk disk.raw --record new --net user,pcap=frames"))
+    kept: Any = lambda path, *more: own_files.why_kept(folder / path, config, *more)  # noqa: E731
+    assert "this VM has it as --disk, " in kept("soft")
+    assert "this VM has it as --kernel, " in kept("kernel")
+    assert "this VM has it as --record, " in kept("new")
+    assert "this VM has it as --net pcap=, " in kept("frames")
+    assert kept("iso") == kept("other") == ""
+    drive = SimpleNamespace(file=str(folder / "iso"))  # as it was added while the VM ran
+    assert "this VM has it as --cdrom, " in kept("iso", [drive])
+    assert kept("frames", [], []) == ""  # that NIC was removed
+
+
+def test_a_machine_may_be_saved_over_what_it_went_on_from(folder: Path) -> None:
+    config, _options = run.config_from(["--restore", "vars"])
+    assert own_files.why_kept(folder / "vars", config._replace(kernel=folder / "kernel")) == ""
