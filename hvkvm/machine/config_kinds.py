@@ -68,6 +68,8 @@ class Kind:
     """Whether the flag may be given again and again, and the value is a tuple."""
     flag_value: object = None
     """What a flag without a value stands for; None for a flag that takes one."""
+    takes = "text in quotes"
+    """What is to be written in TOML, for the error about something else."""
 
     def from_text(self, name: str, text: str, folder: Path | None = None) -> Any:
         """The value in one word of the command line; a relative path starts at `folder`. ConfigError."""
@@ -77,7 +79,7 @@ class Kind:
         """The value in what TOML or JSON has; a relative path starts at `folder`. ConfigError."""
         if isinstance(value, str):
             return self.from_text(name, value, folder)
-        raise wrong_type(name, value)
+        raise wrong_type(name, value, self.takes)
 
     def check(self, name: str, value: Any) -> None:
         """Raise ConfigError for a value that no machine could have."""
@@ -94,6 +96,7 @@ class Choice(Kind):
 
     def __init__(self, words: tuple[str, ...]) -> None:
         self.words = words
+        self.takes = " or ".join(f'"{word}"' for word in words if word)
 
     def check(self, name: str, value: str) -> None:
         if value not in self.words:
@@ -103,6 +106,7 @@ class Choice(Kind):
 class OnOff(Kind):
     """A bool. `flag_value` is for a flag of its own; text is on or off, yes or no, true or false."""
 
+    takes = "true or false, without quotes"
     _WORDS = {"on": True, "yes": True, "true": True, "off": False, "no": False, "false": False}
 
     def __init__(self, flag_value: bool | None = None) -> None:
@@ -116,7 +120,7 @@ class OnOff(Kind):
     def from_plain(self, name: str, value: object, folder: Path | None) -> bool:
         if isinstance(value, bool):
             return value
-        raise wrong_type(name, value)
+        raise wrong_type(name, value, self.takes)
 
 
 class Number(Kind):
@@ -124,6 +128,7 @@ class Number(Kind):
 
     def __init__(self, example: int) -> None:
         self.example = example
+        self.takes = f"a whole number without quotes, such as {example}"
 
     def from_text(self, name: str, text: str, folder: Path | None = None) -> int:
         try:
@@ -138,7 +143,7 @@ class Number(Kind):
         if isinstance(value, int) and not isinstance(value, bool):
             check_range(name, value)
             return value
-        raise wrong_type(name, value)
+        raise wrong_type(name, value, self.takes)
 
 
 class Seconds(Kind):
@@ -146,6 +151,7 @@ class Seconds(Kind):
 
     def __init__(self, example: float) -> None:
         self.example = example
+        self.takes = f"a number without quotes, such as {example:g}"
 
     def from_text(self, name: str, text: str, folder: Path | None = None) -> float:
         try:
@@ -157,7 +163,7 @@ class Seconds(Kind):
         if isinstance(value, int | float) and not isinstance(value, bool):
             check_range(name, value)
             return float(value)
-        raise wrong_type(name, value)
+        raise wrong_type(name, value, self.takes)
 
 
 class Size(Kind):
@@ -174,6 +180,8 @@ class Size(Kind):
 class PathName(Kind):
     """A Path of this host, there or not."""
 
+    takes = "a path in quotes"
+
     def from_text(self, name: str, text: str, folder: Path | None = None) -> Path:
         return self.from_plain(name, text, folder)
 
@@ -183,7 +191,7 @@ class PathName(Kind):
         if isinstance(value, str | Path):
             check_no_nul(name, value)
             return Path(value) if folder is None else folder / value
-        raise wrong_type(name, value)
+        raise wrong_type(name, value, self.takes)
 
     def check(self, name: str, value: Path | None) -> None:
         if value is not None:
@@ -214,11 +222,12 @@ class Words(Kind):
     """A tuple of text: a list in TOML, on the command line a flag for each."""
 
     repeated = True
+    takes = 'a list of texts, such as ["...", "..."]'
 
     def from_plain(self, name: str, value: object, folder: Path | None) -> tuple[str, ...]:
         if isinstance(value, list | tuple) and all(isinstance(item, str) for item in value):
             return tuple(value)
-        raise wrong_type(name, value)
+        raise wrong_type(name, value, self.takes)
 
     def check(self, name: str, value: tuple[str, ...]) -> None:
         for word in value:
@@ -229,6 +238,7 @@ class GuestFiles(Kind):
     """Pairs of a guest path and a Path of this host: GUEST=HOST, in TOML a table."""
 
     repeated = True
+    takes = 'a table, such as {"/root/x" = "x"}'
 
     def from_text(self, name: str, text: str, folder: Path | None = None) -> tuple[str, Path]:
         guest, equals, host = text.partition("=")
@@ -241,7 +251,7 @@ class GuestFiles(Kind):
     def from_plain(self, name: str, value: object, folder: Path | None) -> tuple[tuple[str, Path], ...]:
         if isinstance(value, Mapping) and all(isinstance(item, str | Path) for item in value.values()):
             return tuple((str(guest), (folder or Path()) / host) for guest, host in value.items())
-        raise wrong_type(name, value)
+        raise wrong_type(name, value, self.takes)
 
     def check(self, name: str, value: tuple[tuple[str, Path], ...]) -> None:
         for guest, host in value:
@@ -261,15 +271,15 @@ class GuestFiles(Kind):
             found[place] = host
 
 
-def wrong_type(name: str, value: object) -> ConfigError:
-    """The error for a value that is not of the kind's type."""
+def wrong_type(name: str, value: object, takes: str) -> ConfigError:
+    """The error for a value that is not of the kind's type: `takes` is what to write instead."""
     try:
-        shown = repr(value)
+        shown = str(value).lower() if isinstance(value, bool) else repr(value)
     except ValueError:  # with a number in it that Python does not print
         shown = type(value).__name__
     if len(shown) > _MOST_SHOWN:
         shown = f"{shown[:_MOST_SHOWN]}..."
-    return ConfigError(f"{name}: {shown} has the wrong type; see MachineConfig for what it takes")
+    return ConfigError(f"{name}: {shown} has the wrong type; write {takes}")
 
 
 def check_no_nul(name: str, value: str | Path) -> None:

@@ -34,6 +34,7 @@ class Structured(Kind):
     """A tuple of what `type_name` of `module` describes, one for each time that the flag is given."""
 
     repeated = True
+    takes = "a list of texts or tables"
 
     def __init__(self, module: str, type_name: str) -> None:
         self._module = module
@@ -49,7 +50,7 @@ class Structured(Kind):
 
     def from_plain(self, name: str, value: object, folder: Path | None) -> tuple[Any, ...]:
         if not isinstance(value, list | tuple):
-            raise wrong_type(name, value)
+            raise wrong_type(name, value, self.takes)
         return tuple(self._one(f"{name}[{index}]", item, folder) for index, item in enumerate(value))
 
     def check(self, name: str, value: tuple[Any, ...]) -> None:
@@ -69,7 +70,7 @@ class Structured(Kind):
             return _made(self.type(), name, read_table(self.type(), item, folder, name))
         if isinstance(item, self.type()):
             return item
-        raise wrong_type(name, item)
+        raise wrong_type(name, item, "text in quotes, or a table")
 
 
 def parse_words(table: type[Any], name: str, text: str, folder: Path | None = None) -> Any:

@@ -35,6 +35,8 @@ _MAX_COUNT = 1 << 32
 class _Range(Kind):
     """Text "FIRST-LAST", or one LBA as text or number."""
 
+    takes = 'a sector, or text such as "2048-4095"'
+
     def from_text(self, name: str, text: str, folder: Path | None = None) -> tuple[int, int]:
         found = re.fullmatch(r"(\d{1,19})(?:-(\d{1,19}))?", text, re.ASCII)
         first, last = (int(found[1]), int(found[2] or found[1])) if found else (1, 0)
@@ -64,6 +66,8 @@ class _Sense(Kind):
 class _Operations(Kind):
     """A name of OPERATIONS, the number of an operation code, or a list of these."""
 
+    takes = "an operation's name in quotes, an operation code, or a list of these"
+
     def from_plain(self, name: str, value: object, folder: Path | None) -> frozenset[int]:
         if isinstance(value, list | tuple):
             return frozenset().union(*(self.from_plain(name, item, folder) for item in value))
@@ -73,7 +77,7 @@ class _Operations(Kind):
             check_range(name, value)
             raise ConfigError(f"{said(name, value)}: no operation code; they are 0 to 255")
         if not isinstance(value, str):
-            raise wrong_type(name, value)
+            raise wrong_type(name, value, self.takes)
         if value not in OPERATIONS:
             raise ConfigError(
                 f"{said(name, value)}: unknown; choose {', '.join(OPERATIONS)}, or an operation code"

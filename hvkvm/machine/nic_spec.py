@@ -25,6 +25,8 @@ _TIMES = {"us": 1e-6, "ms": 1e-3, "s": 1.0}
 class Share(Kind):
     """A float from 0 to 1, which text may give in percent."""
 
+    takes = 'a number such as 0.01, or "1%"'
+
     def from_text(self, name: str, text: str, folder: Path | None = None) -> float:
         try:
             return float(text[:-1]) / 100 if text.endswith("%") else float(text)
@@ -44,6 +46,8 @@ class Share(Kind):
 
 class Time(Kind):
     """A float, of seconds; text has the unit: us, ms or s."""
+
+    takes = 'text with its unit, such as "20ms"'
 
     def from_text(self, name: str, text: str, folder: Path | None = None) -> float:
         found = re.fullmatch(r"(\d+(?:\.\d+)?)(us|ms|s)", text, re.ASCII)

@@ -219,6 +219,7 @@ def named_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     images = ("disk.raw", "d.vhdx", "data.raw", "golden.raw", "install.iso")
     for name in ("vmlinuz", "x.flat", "initrd.img", "FILE", "guest.state", "warm.state", "test", *images):
         (tmp_path / name).write_bytes(b"\0")
+    (tmp_path / "guest.toml").write_text('kernel = "vmlinuz"\n')
     for name in ("DIR", "modules"):
         (tmp_path / name).mkdir()
     monkeypatch.chdir(tmp_path)
