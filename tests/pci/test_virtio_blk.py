@@ -321,6 +321,24 @@ def test_saved_and_restored_it_goes_on(guest: VirtioGuest, routes: Any) -> None:
     again.device.close()
 
 
+def test_a_driver_that_asks_for_too_much_is_refused_as_before_a_save(guest: VirtioGuest, routes: Any) -> None:
+    """What it had asked for was cut to what is offered, and then agreed on."""
+    wanted = 1 << virtio.VIRTIO_F_VERSION_1 - 32 | 1 << 30
+    guest.reg(virtio.VIRTIO_PCI_COMMON_STATUS, 1, 0)
+    guest.reg(virtio.VIRTIO_PCI_COMMON_GFSELECT, 4, 1)
+    guest.reg(virtio.VIRTIO_PCI_COMMON_GF, 4, wanted)
+    again = VirtioGuest(routes, memory=guest.memory)
+    for one in (guest, again):
+        one.device.stop(lambda: None)
+        one.loop.settle()
+    again.device.load(codec.restored(VirtioState, codec.plain(guest.device.save()), "test"))
+    for one in (guest, again):
+        assert one.reg(virtio.VIRTIO_PCI_COMMON_GF, 4) == wanted
+        one.reg(virtio.VIRTIO_PCI_COMMON_STATUS, 1, virtio.VIRTIO_CONFIG_S_FEATURES_OK)
+        assert one.reg(virtio.VIRTIO_PCI_COMMON_STATUS, 1) == 0
+    again.device.close()
+
+
 def test_reset_of_the_machine_is_power_on(guest: VirtioGuest, routes: Any) -> None:
     fresh = VirtioGuest(routes)
     fresh.device.stop(lambda: None)

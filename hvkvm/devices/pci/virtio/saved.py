@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
+from hvkvm.abi import virtio
 from hvkvm.devices.pci import msix
 from hvkvm.devices.pci.virtio.registers import QueueState, Registers
 from hvkvm.devices.pci.virtio.ring import Place, Positions, Ring
@@ -48,7 +49,9 @@ def load(state: VirtioState, registers: Registers, make: Callable[[Place], Ring]
     if len(state.queues) != len(registers.queues):
         raise ValueError("its virtio device has another number of queues")
     registers.status = state.status & 0xFF
-    registers.driver_features = state.driver_features & registers.features
+    registers.driver_features = state.driver_features & (1 << 64) - 1
+    if registers.status & virtio.VIRTIO_CONFIG_S_FEATURES_OK:  # before, a driver may have asked for any
+        registers.driver_features &= registers.features
     feature_select, driver_select, queue_select = state.selects
     registers.feature_select = feature_select & 0xFFFFFFFF
     registers.driver_select = driver_select & 0xFFFFFFFF
