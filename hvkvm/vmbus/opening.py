@@ -38,8 +38,9 @@ class Opening:
         """Give a channel its relid, and the signals that go with it: see `interrupt_page` for old guests."""
         channel.relid = relid
         channel.event_flag = 0 if self.version < vmbus.VERSION_WIN8 else relid
-        own = vmbus.CHANNEL_CONNECTION_ID_BASE | relid
-        channel.connection_id = vmbus.VMBUS_EVENT_CONNECTION_ID if self.version < vmbus.VERSION_WIN7 else own
+        channel.connection_id = (
+            vmbus.VMBUS_EVENT_CONNECTION_ID if self.version < vmbus.VERSION_WIN7 else _own_id(relid)
+        )
 
     def valid_target(self, vp_index: int) -> bool:
         """Whether a channel may interrupt this VP, or asks for no interrupts."""
@@ -91,8 +92,12 @@ class Opening:
             return f"event flag {event_flag}"
         if not connection_id:
             return ""
-        taken = any(c is not channel and c.relid and c.connection_id == connection_id for c in self._every)
-        if connection_id <= vmbus.VMBUS_MESSAGE_CONNECTION_ID_4 or connection_id >> 24 or taken:
+        # The ids that we give are reserved for their channels, also those that are not offered or open yet.
+        of_another = _own_id(0) <= connection_id <= _own_id(vmbus.MAX_RELID)
+        of_another = of_another and connection_id != _own_id(channel.relid)
+        taken = any(c is not channel and c.in_use and c.connection_id == connection_id for c in self._every)
+        low = connection_id <= vmbus.VMBUS_MESSAGE_CONNECTION_ID_4
+        if low or connection_id >> 24 or of_another or taken:
             return f"connection id {connection_id:#x} is not the guest's to choose"
         return ""
 
@@ -100,3 +105,8 @@ class Opening:
         """The VP that an OPENCHANNEL names; before 2.4 it names none, and the boot VP is meant."""
         target: int = message["target_vp"]
         return 0 if self.version < vmbus.VERSION_WIN8 else target
+
+
+def _own_id(relid: int) -> int:
+    """The doorbell that a channel has of us."""
+    return vmbus.CHANNEL_CONNECTION_ID_BASE | relid

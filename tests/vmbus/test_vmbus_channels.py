@@ -11,6 +11,7 @@ from hvkvm.abi import vmbus
 from hvkvm.abi import vmbus_messages as wire
 from hvkvm.abi.ring import WORD_WRITE_INDEX
 from hvkvm.errors import RouteError
+from hvkvm.testing.vmbus_client import GuestChannel
 from hvkvm.vmbus.offer import ChannelState
 
 
@@ -176,7 +177,8 @@ def test_a_6_0_guest_chooses_its_signals(loopback: Any, echo: Any) -> None:
     loop.connect(vmbus.VERSION_COPPER, features=vmbus.FEATURE_GUEST_SPECIFIED_SIGNAL_PARAMETERS)
     (guest,) = loop.client.offers.values()
     loop.client.prepare_rings(guest)
-    for connection_id, event_flag in ((4, 9), (1 << 24, 9), (0x3000, 2048)):
+    others = vmbus.CHANNEL_CONNECTION_ID_BASE | vmbus.MAX_RELID
+    for connection_id, event_flag in ((4, 9), (1 << 24, 9), (0x3000, 2048), (others, 9)):
         loop.client.open(guest, connection_id=connection_id, event_flag=event_flag)
         loop.run()
         assert loop.client.last(wire.OPENCHANNEL_RESULT)["status"] != 0
@@ -187,6 +189,27 @@ def test_a_6_0_guest_chooses_its_signals(loopback: Any, echo: Any) -> None:
     loop.run()
     assert loop.synic.rung == [0x3000]
     assert loop.synic.flags_set == [(0, 2, 9)]
+
+
+def test_a_chosen_doorbell_is_taken_while_its_channel_is_open(loopback: Any, echo: Any) -> None:
+    loop = loopback()
+    for number in (1, 2):
+        loop.host.add(echo(number))
+    loop.connect(vmbus.VERSION_COPPER, features=vmbus.FEATURE_GUEST_SPECIFIED_SIGNAL_PARAMETERS)
+    first, second = loop.client.offers.values()
+
+    def opens(guest: GuestChannel) -> bool:
+        loop.client.prepare_rings(guest)
+        loop.client.open(guest, connection_id=0x3000, event_flag=9)
+        loop.run()
+        return bool(loop.client.last(wire.OPENCHANNEL_RESULT)["status"] == 0)
+
+    assert opens(first)
+    assert not opens(second)
+    loop.client.close(first)
+    loop.run()
+    assert opens(second)
+    assert not opens(first)
 
 
 def test_s61_a_broken_channel_ends_alone_with_one_line(loopback: Any, echo: Any) -> None:

@@ -75,6 +75,25 @@ def test_echoes_come_once_and_in_order_through_many_hosts(loopback: Any, echo: t
     assert not loop.notes.events
 
 
+def test_doorbells_that_a_6_0_guest_chose_are_saved(loopback: Any, echo: type[Any]) -> None:
+    """Whatever it may choose: a file with another channel's own doorbell would be refused."""
+    saving_echo = saving(echo)
+    loop: Loopback = loopback()
+    for number in (1, 2):
+        loop.host.add(saving_echo(number))
+    loop.connect(vmbus.VERSION_COPPER, features=vmbus.FEATURE_GUEST_SPECIFIED_SIGNAL_PARAMETERS)
+    first, second = loop.client.offers.values()
+    for channel, chosen in ((second, 0x3000), (first, second.connection_id), (first, 0x3001)):
+        loop.client.prepare_rings(channel)
+        loop.client.open(channel, connection_id=chosen, event_flag=channel.relid)
+        loop.run()
+    swap(loop, [saving_echo(1), saving_echo(2)])
+    for channel in (first, second):
+        channel.opened.send(b"still here")
+        loop.run()
+        assert [packet.payload[:10] for packet in channel.received] == [b"still here"]
+
+
 @pytest.mark.parametrize("seed", range(6))
 def test_a_connection_survives_while_it_is_made(loopback: Any, echo: type[Any], seed: int) -> None:
     """Swapped between any two steps of contact, offers, GPADLs in many messages, opening and closing."""
