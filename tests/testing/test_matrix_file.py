@@ -202,14 +202,14 @@ def test_modules_are_found_beside_the_kernel(folder: Path) -> None:
         ("[axes]\nthing = [{name = 'x', cpuss = 1}]", "m.toml: [axes] thing cpuss: unknown"),
         ("command = 3", "m.toml: command: no list of tables; write [[command]]"),
         ("[[command]]\nrum = 'x'", "m.toml: [[command]] rum: unknown; the keys are name, run"),
-        ("[[command]]\nrun = 3", "m.toml: [[command]] run: 3 has the wrong type"),
+        ("[[command]]\nrun = 3", "m.toml: [[command]] run: 3 has the wrong type; write text in quotes, or"),
         ("[[command]]\nrun = []", "m.toml: [[command]] run: no command"),
         ("[[command]]\nrun = [1]", "m.toml: [[command]] run: no command"),
         ('[[command]]\nname = "a\\nb"', "m.toml: [[command]] name: 'a\\nb' has several lines; write one"),
         ('[axes]\nx = [{name = "a\\nb"}]', "m.toml: [axes] x: 'a\\nb' has several lines; write one"),
         ('[axes]\n"a\\nb" = [1]', "m.toml: [axes]: 'a\\nb' has several lines; write one"),
         ("[[command]]\nseconds = 0", "m.toml: [[command]] seconds: 0 is no time limit"),
-        ("[[command]]\nseconds = true", "m.toml: [[command]] seconds: True has the wrong type"),
+        ("[[command]]\nseconds = true", "m.toml: [[command]] seconds: true has the wrong type; write a num"),
         ("[[command]]\nstatus = 256", "m.toml: [[command]] status: 256 is no exit status"),
         ("[[command]]\nrun = 'x'\n[[command]]\nrun = 'x'", "m.toml: [[command]] name: x is there twice"),
     ],
@@ -264,3 +264,27 @@ def test_the_reports_say_the_same(folder: Path) -> None:
 def test_a_record_that_cannot_be_read_stays_among_the_errors(record: str) -> None:
     errors = f'a warning\n{{"ending": {record}\n'
     assert process._split(errors) == (errors, {})
+
+
+def test_the_pages_table_is_that_of_its_file(tmp_path: Path) -> None:
+    page = (Path(__file__).parents[2] / "docs/matrix.md").read_text()
+    shown = [
+        line for line in page.partition("$ hvkvm matrix")[2].partition("```")[0].splitlines()[1:] if line
+    ]
+    for version in ("6.1", "6.12"):
+        kernel = tmp_path / f"vmlinuz-{version}"
+        (kernel / "boot").mkdir(parents=True)
+        (kernel / f"boot/vmlinuz-{version}").write_bytes(b"k")
+        (kernel / f"lib/modules/{version}").mkdir(parents=True)
+    (tmp_path / "d.vhdx").write_bytes(b"\0")
+    cases = read(written(tmp_path, page.partition("```toml\n")[2].partition("```")[0]))
+    missing = "'7' is not in its output"
+    results = {}
+    for case in cases:
+        place = dict(case.place)
+        bad = case.name == "devices" and place["disk"] == "none"
+        seconds = 1.2 if bad else 1.3 if case.group else 5.1
+        verdict, why = (FAILED, missing) if bad else (OK, "")
+        results[case.number] = Result(verdict, why, 0, seconds, place["synic"], bool(case.group))
+    said = list(report.table(results, cases))
+    assert shown == [*said[:4], "...", said[-1]]

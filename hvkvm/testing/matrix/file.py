@@ -15,7 +15,7 @@ from typing import Any
 from hvkvm.errors import ConfigError
 from hvkvm.machine.config import MachineConfig
 from hvkvm.machine.config_fields import fields_of, read_table
-from hvkvm.machine.config_kinds import check_file
+from hvkvm.machine.config_kinds import check_file, wrong_type
 from hvkvm.machine.toml_file import read_toml
 from hvkvm.testing.matrix.apart import apart
 from hvkvm.testing.matrix.cases import Case, can_be_warm
@@ -26,7 +26,13 @@ MAX_CASES = 10_000
 MAX_NAME = 60
 """Characters of the name that a script of several lines has."""
 _TABLES = ("machine", "axes", "command", "warm")
-_COMMAND = {"name": str, "run": (str, list), "seconds": (int, float), "status": int, "stdout": str}
+_COMMAND: dict[str, tuple[type, ...]] = {
+    "name": (str,),
+    "run": (str, list),
+    "seconds": (int, float),
+    "status": (int,),
+    "stdout": (str,),
+}
 _NOT_IN_A_FILE = ("command", "command_io", "timeout", "awaits")
 _SECONDS_REMEDY = "give seconds to a [[command]]"
 
@@ -176,8 +182,11 @@ def _command(one: Mapping[str, Any], where: str) -> Iterator[tuple[str, Any]]:
     for key, value in one.items():
         if key not in _COMMAND:
             raise ConfigError(f"{where} {key}: unknown; the keys are {', '.join(_COMMAND)}")
-        if not isinstance(value, _COMMAND[key]) or isinstance(value, bool):  # type: ignore[arg-type]
-            raise ConfigError(f"{where} {key}: {value!r} has the wrong type; see docs/matrix.md")
+        if not isinstance(value, _COMMAND[key]) or isinstance(value, bool):
+            takes = "a number without quotes" if int in _COMMAND[key] else "text in quotes"
+            raise wrong_type(
+                f"{where} {key}", value, f"{takes}, or a list of words" if key == "run" else takes
+            )
     run = one.get("run", [])
     words = ("sh", "-c", run) if isinstance(run, str) else tuple(run)
     if not all(isinstance(word, str) for word in words) or (not words and "run" in one):
