@@ -64,15 +64,20 @@ class RawImage:
         self.file.zero(offset, length, may_unmap=may_unmap and self._discard)
 
     def resize(self, size: int) -> None:
-        """A file is made so long; a device, or a file that somebody else made longer, is looked at again."""
+        """A file is made so long, and never shorter, for what lay there would be gone.
+
+        A device, or a file that is not written, is looked at again: somebody else has made it longer.
+        """
         if size % self.sector_size:
             raise ImageError(f"{self.file.path}: {size} bytes: not a multiple of {self.sector_size}")
+        has = self.file.size()
         if not self.file.is_device and not self.read_only:
+            if size < has:
+                text = "a disk cannot become smaller; copy what is to be kept to a smaller one"
+                raise ImageError(f"{self.file.path}: {size} bytes: has {has}, and {text}")
             self.file.truncate(size)
-        elif self.file.size() < size:
-            raise ImageError(
-                f"{self.file.path}: has {self.file.size()} bytes, not {size}; make it larger first"
-            )
+        elif has < size:
+            raise ImageError(f"{self.file.path}: has {has} bytes, not {size}; make it larger first")
         self.size = size
 
     def extents(self, offset: int, length: int) -> list[Extent]:

@@ -27,7 +27,7 @@ HELP = """what:
   list                      disks and DVD drives, where the guest has them, and their images
   add FILE[,key=value,...]  a disk as --disk of hvkvm run takes it; with --cdrom a DVD drive
   remove NAME               take it from the guest; its image is flushed and closed
-  resize NAME SIZE          make it larger, and tell the guest
+  resize NAME SIZE          make it larger, and tell the guest; 512M, 2G, and a bare number is MiB
   eject NAME                take the medium out of a drive; --force if the guest holds it
   insert NAME ISO           put a medium into an empty drive
   stats [NAME]              requests, bytes, failures and seconds so far, and what is in flight

@@ -138,6 +138,11 @@ def test_resize(world: World, tmp_path: Path) -> None:
     assert world.typed("resize", "disk0", "1G") == "disk0 has 1 GiB now"
     assert (tmp_path / "a.raw").stat().st_size == 1 << 30
     assert "not a multiple of 512" in world.ask(what="resize", name="disk0", size=1000)
+    (tmp_path / "a.raw").write_bytes(b"kept" * (1 << 14))  # and shorter, by somebody else
+    assert world.typed("resize", "disk0", "64K") == "disk0 has 64 KiB now"
+    assert "has 65536, and a disk cannot become smaller" in world.typed("resize", "disk0", "60K")
+    assert (tmp_path / "a.raw").read_bytes() == b"kept" * (1 << 14)
+    assert world.typed("resize", "disk0", "1G") == "disk0 has 1 GiB now"
     for size in (0, -1, 1 << 63, True, "1G", None):
         assert world.ask(what="resize", name="disk0", size=size).startswith("usage: ")
     world.saver.busy = True
