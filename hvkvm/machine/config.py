@@ -285,7 +285,7 @@ class MachineConfig(NamedTuple):
         ),
     ] = "off"
     pci: Annotated[bool, Field(OnOff())] = False
-    apic_bus_ns: Annotated[int, Field(Number(20), check=checks.apic_bus_ns)] = 0
+    apic_bus_ns: Annotated[int, Field(Number(20), check=checks.apic_bus_ns, in_saved=True)] = 0
     record: Annotated[
         "tuple[RecordSpec, ...]",
         Field(

@@ -191,6 +191,7 @@ class Saver:
             config.command,
             config.command_io,
             config.hpet,
+            config.apic_bus_ns,
         )
 
     def _write(self, path: Path, saved: SavedConfig, states: dict[str, Any], compress: bool) -> int:

@@ -89,6 +89,7 @@ class SavedConfig(NamedTuple):
     """What runs in it, or was handed to it: its streams, or its terminal, are then the next run's."""
     command_io: str = "console"
     hpet: str = "off"
+    apic_bus_ns: int = 0
 
 
 class Manifest(NamedTuple):

@@ -52,7 +52,7 @@ def test_flags_are_told_apart_and_explained() -> None:
     assert all(field.option in shown for field in FIELDS.values())
 
 
-@pytest.mark.parametrize("key", [key for key, field in FIELDS.items() if field.in_saved])
+@pytest.mark.parametrize("key", [key for key, field in FIELDS.items() if field.in_saved and field.flag])
 def test_what_a_saved_machine_has_is_not_asked_for(key: str, kernel: Path) -> None:
     field = FIELDS[key]
     given = [field.flag] if field.metavar is None else [field.flag, "1"]
@@ -65,12 +65,15 @@ def test_a_config_file_leaves_to_a_saved_machine_what_that_has(tmp_path: Path, k
     machine.write_text('kernel = "kernel"\nhpet = "on"\n')
     saved.write_text('restore = "kernel"\nacpi = false\n')
     bare.write_text('warm = "kernel"\nname = "x"\n')
+    slow = tmp_path / "slow.toml"
+    slow.write_text('restore = "kernel"\napic_bus_ns = 20\n')
     for words, said in (
         (["--config", str(machine), "--restore", str(kernel)], f"hpet; leave it out of --config {machine}"),
         (["--config", str(machine), "--from", str(kernel)], f"hpet; leave it out of --config {machine}"),
         (["--config", str(machine), "--restore", str(kernel), "--cpus", "2"], "--cpus; leave it out"),
         (["--config", str(saved)], f"acpi; leave it out of --config {saved}"),
         (["--config", str(bare), "--kernel", str(kernel)], "--kernel; leave it out"),
+        (["--config", str(slow)], f"apic_bus_ns; leave it out of --config {slow}"),
     ):
         with pytest.raises(ConfigError) as caught:
             config_from(words)

@@ -9,7 +9,7 @@ import threading
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
-from time import sleep
+from time import monotonic_ns, sleep
 from typing import Any
 
 import pytest
@@ -17,11 +17,12 @@ from guest_agent import CHECK, DRAIN, EOM_PENDING, SCRATCH
 from guest_machine import Guest, Sender
 
 from hvkvm.abi import tlfs
-from hvkvm.errors import StateError
+from hvkvm.errors import CapabilityMissing, StateError
 from hvkvm.kvm.saved_vcpu import SavedVcpu
 from hvkvm.kvm.vcpu import Vcpu
 from hvkvm.kvm.vcpu_state import tscs
 from hvkvm.machine import processors
+from hvkvm.machine.warm_kept import _key
 
 SOAK = bool(os.environ.get("HVKVM_SOAK"))
 SINT = 4
@@ -168,6 +169,40 @@ def test_messages_through_many_machines_come_once_and_in_order(chain: Any, cpus:
         assert taken() == count
         guest[index].expect_clean()
     assert sum(sent) >= rounds
+
+
+@pytest.mark.kvm
+def test_apic_timers_are_as_slow_as_they_were(tmp_path: Path) -> None:
+    """`apic_bus_ns` was not saved: timers ran 20 times too fast, and a warm guest was kept for both."""
+    slow = {"synic": "user", "hv": "passthrough", "apic_bus_ns": 20}
+    try:
+        guest = Guest(**slow).start()
+    except CapabilityMissing as error:
+        pytest.skip(str(error))
+    assert _key(guest.machine.config) != _key(guest.machine.config._replace(apic_bus_ns=0))
+    try:
+        _expect_slow_apic(guest)
+        guest.machine.save(tmp_path / "vm")
+    finally:
+        guest.close()
+    guest = Guest(restore=tmp_path / "vm")
+    guest.machine.start()
+    try:
+        _expect_slow_apic(guest)
+    finally:
+        guest.close()
+
+
+def _expect_slow_apic(guest: Guest) -> None:
+    x2apic = 0x800
+    guest[0].wrmsr(0x1B, guest[0].rdmsr(0x1B) | 3 << 10)
+    for register, value in ((0x3E, 0xB), (0x32, 1 << 16), (0x38, (1 << 32) - 1)):
+        guest[0].wrmsr(x2apic | register, value)  # every tick, masked, from the top
+    began = monotonic_ns()
+    first = guest[0].rdmsr(x2apic | 0x39)
+    sleep(0.1)
+    counted = first - guest[0].rdmsr(x2apic | 0x39)
+    assert 0 < counted * 20 <= monotonic_ns() - began
 
 
 def test_a_machine_that_has_not_started_is_not_saved(tmp_path: Path) -> None:
