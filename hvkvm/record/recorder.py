@@ -95,7 +95,10 @@ class Recorder(Tap):
         try:
             start_thread(self._thread)
         except BaseException:
-            os.close(self._fd)
+            if self._thread.ident is None:
+                os.close(self._fd)
+            else:  # it runs, and only the wait for that was interrupted: the file is its own
+                self.close()
             raise
 
     # What happens on the bus.

@@ -100,7 +100,10 @@ class VcpuThread:
         try:
             start_thread(self._thread)
         except BaseException:
-            self._end()
+            self.stop()
+            if self._thread.ident is None:
+                self._end()
+            # else it runs, and only the wait for that was interrupted, by Ctrl-C: its end is its own
             raise
 
     def stop(self) -> None:

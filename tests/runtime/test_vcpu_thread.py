@@ -415,3 +415,23 @@ def test_a_thread_that_the_host_refuses_is_named_and_leaves_no_call_waiting(
     assert thread.wait_paused(0)
     assert thread.join(0)
     thread.stop()
+
+
+def test_a_start_that_is_interrupted_leaves_a_thread_that_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ctrl-C comes while the thread that runs already is waited for: it ran on, and no stop reached it."""
+    vcpu = FakeVcpu()
+    thread = VcpuThread(vcpu, {}, on_fault=lambda *_: None)  # type: ignore[arg-type]
+    start = threading.Thread.start
+
+    def interrupted(begun: threading.Thread) -> None:
+        start(begun)
+        while not vcpu.inside:
+            threading.Event().wait(0.001)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(threading.Thread, "start", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        thread.start()
+    thread.stop()
+    assert thread.join(100), thread.state
+    assert thread.state == "ended"

@@ -15,6 +15,7 @@ import pytest
 from dissected import columns, dissected, fields_of
 from hypothesis import given
 from hypothesis import strategies as st
+from open_files import open_files
 
 from hvkvm.abi import pcapng, record_format, vmbus
 from hvkvm.abi import vmbus_messages as wire
@@ -265,3 +266,25 @@ def test_tshark_shows_the_same_fields(tmp_path: Path) -> None:
     told = columns(path, tmp_path)
     assert "INITIATE_CONTACT" in told
     assert "type=SYNTH_KBD_PROTOCOL_RESPONSE" in told
+
+
+def test_a_start_that_is_interrupted_leaves_neither_file_nor_thread(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ctrl-C comes while the thread that runs already is waited for: its file was closed under it."""
+    begun: list[threading.Thread] = []
+    start = threading.Thread.start
+
+    def interrupted(thread: threading.Thread) -> None:
+        begun.append(thread)
+        start(thread)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(threading.Thread, "start", interrupted)
+    path = tmp_path / "record"
+    with pytest.raises(KeyboardInterrupt):
+        Recorder(path, "full", {})
+    begun[0].join(100)
+    assert not begun[0].is_alive()
+    assert str(path) not in open_files().values()
+    assert path.stat().st_size, "what is recorded by then is whole"
