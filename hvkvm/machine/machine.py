@@ -41,7 +41,12 @@ STOP_SECONDS = 10.0
 
 
 class Machine:
-    """One guest and everything that carries it. Raises HvkvmError's kinds when it cannot be built."""
+    """One guest and everything that carries it. Raises HvkvmError's kinds when it cannot be built.
+
+    `config` is what it was made of, `name` its name. `board.attach_sink(fn)` has `fn(data)` called with the
+    console's output, on the I/O loop; give it before `start`. `bus` is its VMBus, `nics` are its NICs; each
+    is None where it has none. A `with` block closes it.
+    """
 
     def __init__(self, config: MachineConfig, *, observer: Observer = NULL_OBSERVER) -> None:
         self.config = config.validate()

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import inspect
+import re
 from collections.abc import Iterator
+from enum import Enum
 from importlib import import_module
 from typing import Any
 
@@ -12,20 +14,38 @@ PUBLIC = (
     ("Configuration", "hvkvm.machine.config", ("MachineConfig",)),
     ("How a run ended", "hvkvm.machine.outcome", ("Outcome", "Ending")),
     ("Warm guests", "hvkvm.machine.warm", ("warm", "NotWarm")),
+    ("Warm guests that are kept", "hvkvm.machine.warm_kept", ("kept",)),
+    ("Saved machines", "hvkvm.state.file", ("Saved",)),
     ("The SynIC", "hvkvm.hyperv.partition", ("Partition",)),
     ("SINT routes", "hvkvm.hyperv.sint_route", ("SintRoute",)),
     ("Connections", "hvkvm.hyperv.connections", ("Connections",)),
-    ("VMBus devices", "hvkvm.vmbus.device", ("Device", "StreamDevice", "SavedDevice")),
+    ("A machine's VMBus", "hvkvm.machine.bus", ("Bus",)),
+    ("VMBus devices", "hvkvm.vmbus.device", ("AnyDevice", "Device", "StreamDevice", "SavedDevice")),
     ("VMBus offers", "hvkvm.vmbus.offer", ("Offer",)),
     ("An open channel", "hvkvm.vmbus.channel_io", ("ChannelIo",)),
+    ("A NIC's wire", "hvkvm.net.port", ("Port", "Receiver")),
+    ("Faulty wires", "hvkvm.net.faults", ("FaultyWire", "Faults")),
+    ("Disks that fail", "hvkvm.devices.scsi.fault_rules", ("Plan", "Rule", "Action")),
     ("Guests in tests", "hvkvm.testing.guest", ("Guest", "GuestFailure")),
     ("Micro guests", "hvkvm.testing.micro", ("MicroGuest", "MicroResult", "Fault")),
+    ("Assembly", "hvkvm.testing.micro_image", ("AssemblyError",)),
     ("Linux guests", "hvkvm.testing.linux", ("LinuxGuest", "LinuxResult")),
     ("Devices of a test", "hvkvm.testing.device", ("ScriptedDevice",)),
+    ("A bus without a guest", "hvkvm.testing.vmbus_loopback", ("Loopback",)),
     (
         "Errors",
         "hvkvm.errors",
-        ("HvkvmError", "ConfigError", "KvmUnavailable", "CapabilityMissing", "BootError"),
+        (
+            *(
+                "HvkvmError",
+                "ConfigError",
+                "KvmUnavailable",
+                "CapabilityMissing",
+                "HostExhausted",
+                "BootError",
+            ),
+            *("ImageError", "StateError", "RouteError", "KvmIoctlError", "Stopped"),
+        ),
     ),
 )
 """Titles, modules, and the names of each that are for users."""
@@ -51,6 +71,12 @@ def _entry(module: str, name: str, thing: Any) -> Iterator[str]:
     yield from (f"### {name}", "", f"`{module}.{name}{_signature(thing)}`", "", _text(thing), "")
     if not inspect.isclass(thing):
         return
+    if bases := [f"`{base.__name__}`" for base in thing.__bases__ if _is_public(base)]:
+        yield from (f"It has all that {' and '.join(bases)} has.", "")
+    if issubclass(thing, Enum):
+        for one in thing:
+            yield f"- `{thing.__name__}.{one.name}`: {one.value}"
+        yield ""
     for member, value in vars(thing).items():
         if member.startswith("_") or not (inspect.isfunction(value) or isinstance(value, property)):
             continue
@@ -59,11 +85,24 @@ def _entry(module: str, name: str, thing: Any) -> Iterator[str]:
         yield from (f"**`{member}{shown}`**", "", _text(body), "")
 
 
+def _is_public(thing: type) -> bool:
+    return any(thing.__module__ == module and thing.__name__ in names for _title, module, names in PUBLIC)
+
+
 def _signature(thing: Any) -> str:
+    if inspect.isclass(thing) and (issubclass(thing, Enum) or getattr(thing, "_is_protocol", False)):
+        return ""  # nobody makes one by calling it
     try:
         text = str(inspect.signature(thing))
     except (TypeError, ValueError):
         return ""
+    text = re.sub(r"ForwardRef\(('[^']*')\)", r"\1", text)
+    # Addresses are others each time.
+    text = re.sub(r"<[\w.]*\b(\w+) object at 0x[0-9a-f]+>", r"\1()", text)
+    text = re.sub(r"<function [\w.]*<lambda> at 0x[0-9a-f]+>", "...", text)
+    text = re.sub(r"<function [\w.]*\b(\w+) at 0x[0-9a-f]+>", r"\1", text)
+    text = re.sub(r"frozenset\(\{[^}]{80,}\}\)", "...", text)
+    text = re.sub(r"<([\w.]+): [^>]*>", r"\1", text)  # a member of an Enum
     return text.replace("(self, ", "(").replace("(self)", "()").replace("`", "'")
 
 

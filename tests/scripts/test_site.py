@@ -9,6 +9,9 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+from steps import site
+
+from hvkvm import errors
 
 ROOT = Path(__file__).parents[2]
 PAGES = {path.name for path in (ROOT / "docs").glob("*.md")}
@@ -19,6 +22,28 @@ def test_every_page_has_its_line_in_the_contents_and_on_the_first_page() -> None
     assert sorted(listed) == sorted(PAGES | {"reference.md"})
     first = re.findall(r"\]\(([\w-]+\.md)\)", (ROOT / "docs/index.md").read_text())
     assert set(first) == PAGES - {"index.md"}
+
+
+def test_what_the_pages_name_for_programs_is_in_the_reference() -> None:
+    """Its first line says that what is not there is not for users."""
+    pages = [ROOT / "README.md", *(ROOT / "docs" / name for name in PAGES - {"cookbook.md"})]
+    text = "".join(page.read_text() for page in pages)
+    named = set(re.findall(r"`(hvkvm(?:\.\w+){2,})", text)) - {"hvkvm.message.openchannel.relid"}
+    assert len(named) > 5
+    listed = {module for _title, module, _names in site.PUBLIC}
+    listed |= {f"{module}.{name}" for _title, module, names in site.PUBLIC for name in names}
+    assert named - listed == set()
+
+
+def test_the_reference_is_the_same_each_time_and_names_what_it_speaks_of() -> None:
+    text = site.reference()
+    assert re.findall(r".*(?: at 0x[0-9a-f]{6}|ForwardRef|object at).*", text) == []
+    assert "- `Ending.PANIC`: guest panic" in text
+    words = set(re.findall(r"\b[A-Z]\w+\b", text))
+    own = {word for word in words if isinstance(getattr(errors, word, None), type)}
+    assert [name for name in sorted(own) if f"### {name}\n" not in text] == []
+    for name in ("board.attach_sink", "`bus`"):  # of a Machine, by README.md and docs/testing.md
+        assert name in text.partition("### Machine\n")[2].partition("**")[0]
 
 
 @pytest.mark.skipif(find_spec("mkdocs") is None, reason="needs mkdocs: pip install -e '.[docs]'")
