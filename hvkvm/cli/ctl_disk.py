@@ -75,8 +75,12 @@ def _spec(text: str, *, cdrom: bool) -> dict[str, Any]:
 
 
 def _absolute(file: str) -> str:
-    if not file or file.startswith("nbd:"):
-        return file or "none"
+    if not file:
+        return "none"
+    if file.startswith("nbd:"):
+        from hvkvm.machine.disk_spec import server_from
+
+        return server_from("", file)
     return os.path.abspath(file)
 
 

@@ -2,6 +2,7 @@
 
 # No `from __future__ import annotations`: the annotations are the table, and read at run time.
 
+import os
 from os.path import samefile
 from pathlib import Path
 from typing import Annotated, NamedTuple
@@ -18,13 +19,27 @@ MAX_SERIAL = 20
 BUSES = ("vmbus", "nvme", "virtio")
 
 
+_UNIX = "nbd:unix:"
+_MOST_OF_A_SOCKET = 107
+"""Bytes of its name: beyond, there is only a short way to it, from some folder."""
+
+
+def server_from(folder: str | Path, name: str) -> str:
+    """An NBD server's `name`, said in `folder`, as it is from wherever; "": the current one."""
+    place, behind, export = name.partition(":exportname=")
+    if not place.startswith(_UNIX) or place == _UNIX:
+        return name
+    path = os.path.join(folder, place.removeprefix(_UNIX)) if folder else os.path.abspath(place[len(_UNIX) :])
+    return f"{_UNIX}{path}{behind}{export}" if len(os.fsencode(path)) <= _MOST_OF_A_SOCKET else name
+
+
 class ImageName(Kind):
     """A file of this host, or nbd:unix:PATH or nbd:HOST:PORT."""
 
     def from_text(self, name: str, text: str, folder: Path | None = None) -> str:
-        if text.startswith("nbd:") or folder is None:
+        if folder is None:
             return text
-        return str(folder / text)
+        return server_from(folder, text) if text.startswith("nbd:") else str(folder / text)
 
     def check(self, name: str, value: str) -> None:
         if not value:

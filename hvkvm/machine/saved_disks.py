@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from hvkvm.errors import StateError
-from hvkvm.machine.disk_spec import CdromSpec, DiskSpec
+from hvkvm.machine.disk_spec import CdromSpec, DiskSpec, server_from
 from hvkvm.state.manifest import SavedDisk
 
 if TYPE_CHECKING:
@@ -18,8 +18,8 @@ def saved_disk(one: Attached) -> SavedDisk:
     """As it stands in the file."""
     spec, disk = one.spec, one.disk
     file = spec.file if disk is not None else ""
-    if file and not file.startswith("nbd:"):
-        file = os.path.abspath(file)
+    if file:
+        file = server_from("", file) if file.startswith("nbd:") else os.path.abspath(file)
     options = spec.options
     # Whoever closes a VHDX writes to it, so that its time says nothing.
     telling = disk is not None and disk.image.format == "raw" and not disk.image.read_only

@@ -11,13 +11,15 @@ from typing import Any
 
 import pytest
 
+from hvkvm.cli import ctl_disk
 from hvkvm.cli.run import config_from
 from hvkvm.devices.synth.storvsp import Storvsp
 from hvkvm.errors import ConfigError, StateError
+from hvkvm.machine.attached import Attached
 from hvkvm.machine.config import MachineConfig
 from hvkvm.machine.disk_spec import CdromSpec, DiskSpec
 from hvkvm.machine.disks import Disks
-from hvkvm.machine.saved_disks import specs_of
+from hvkvm.machine.saved_disks import saved_disk, specs_of
 from hvkvm.runtime.io_loop import IoLoop
 from hvkvm.state.manifest import SavedDisk
 from hvkvm.testing.vmbus_loopback import Notes
@@ -98,6 +100,31 @@ def test_what_a_toml_file_says(folder: Path) -> None:
     assert config.disks[0] == DiskSpec(str(folder / "a.raw"), snapshot=True)
     assert config.disks[1].options.sector_size == 4096
     assert config.cdroms[0].file == str(folder / "c.iso")
+
+
+def test_a_servers_socket_is_named_from_the_folder_it_was_said_in(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As files are: a machine restored elsewhere, or a TOML file read from elsewhere, found nobody there."""
+    monkeypatch.chdir(folder)
+    file = folder / "machine.toml"
+    file.write_text(
+        'kernel = "kernel"\nvmbus = "on"\ndisks = ["nbd:unix:q.sock:exportname=a/b", "nbd:host:1"]\n'
+    )
+    wanted = f"nbd:unix:{folder}/q.sock:exportname=a/b"
+    assert [one.file for one in MachineConfig.from_toml(file).disks] == [wanted, "nbd:host:1"]
+    assert ctl_disk.request("add", ["nbd:unix:q.sock"], cdrom=False, force=False)["spec"] == {
+        "file": f"nbd:unix:{folder}/q.sock"
+    }
+    image = SimpleNamespace(format="nbd", read_only=False)
+    unit = SimpleNamespace(image=image, size=0)
+    for said, kept in (
+        (named, wanted),
+        ("nbd:host:1", "nbd:host:1"),
+        ("nbd:unix:" + "x" * 100, "nbd:unix:" + "x" * 100),  # too long a name of a socket elsewhere
+    ):
+        one: Any = Attached("nvme0", DiskSpec(said), 2, 0, unit, "nvme", unit)  # type: ignore[arg-type]
+        assert saved_disk(one).file == kept
 
 
 @pytest.mark.parametrize(
