@@ -108,9 +108,8 @@ def test_a_servers_socket_is_named_from_the_folder_it_was_said_in(
     """As files are: a machine restored elsewhere, or a TOML file read from elsewhere, found nobody there."""
     monkeypatch.chdir(folder)
     file = folder / "machine.toml"
-    file.write_text(
-        'kernel = "kernel"\nvmbus = "on"\ndisks = ["nbd:unix:q.sock:exportname=a/b", "nbd:host:1"]\n'
-    )
+    named = "nbd:unix:q.sock:exportname=a/b"
+    file.write_text(f'kernel = "kernel"\nvmbus = "on"\ndisks = ["{named}", "nbd:host:1"]\n')
     wanted = f"nbd:unix:{folder}/q.sock:exportname=a/b"
     assert [one.file for one in MachineConfig.from_toml(file).disks] == [wanted, "nbd:host:1"]
     assert ctl_disk.request("add", ["nbd:unix:q.sock"], cdrom=False, force=False)["spec"] == {
