@@ -20,11 +20,14 @@ from hvkvm import given_file
 def root() -> Path:
     """The cache folder: `$HVKVM_CACHE`, or `~/.cache/hvkvm`. It need not exist yet.
 
-    A variable that is empty counts as one that is not set.
+    A variable that is empty counts as one that is not set. A relative one is meant from the folder that the
+    process is in, and what finds a file there later may be in another: so the path is absolute.
     """
-    if chosen := os.environ.get("HVKVM_CACHE"):
-        return Path(chosen)
-    return Path(os.environ.get("HOME") or _home(), ".cache/hvkvm")
+    chosen = Path(os.environ.get("HVKVM_CACHE") or Path(os.environ.get("HOME") or _home(), ".cache/hvkvm"))
+    try:
+        return chosen.absolute()
+    except OSError:  # that folder has gone, and what is in it cannot be found anyway
+        return chosen
 
 
 def _home() -> str:

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from hvkvm.boot import cache, vmlinux
-from steps.distribution import Archive, Package, StepError, release_codename, say, tree_of
+from steps.distribution import Archive, Package, StepError, fetching, release_codename, say, tree_of
 
 
 class Artifact(NamedTuple):
@@ -175,32 +175,31 @@ def path(name: str, suite: str | None = None, *, update: bool = False, offline: 
     suite = (suite or release_codename()) if artifact.real or artifact.each_suite else release_codename()
     suite = artifact.only or suite
     noted = cache.root() / "resolved" / f"{suite}-{artifact.package}.json"
-    tree = None if update else _noted_tree(noted)
-    found = None
-    if tree is not None:
-        # A tree may lack it that was unpacked when packages were split otherwise.
-        with contextlib.suppress(StepError):
-            found = artifact.find(tree)
+    found = None if update else _noted(artifact, noted)
     if found is None:
         if offline:
             option = "" if suite == release_codename() else f"--suite {suite} "
             raise StepError(
                 f"{name} ({suite}) is not in the cache; run scripts/artifacts {option}fetch {name} first"
             )
-        found = _fetch(artifact, suite, noted)
+        with fetching():
+            # Another run may have brought it while this one waited.
+            found = None if update else _noted(artifact, noted)
+            found = found or _fetch(artifact, suite, noted)
     if artifact.find is _kernel:
         # Now and not when it boots: in the lab that costs ten times as much, and its cache forgets.
         vmlinux.extract(found)
     return found
 
 
-def _noted_tree(noted: Path) -> Path | None:
+def _noted(artifact: Artifact, noted: Path) -> Path | None:
     try:
         seen = json.loads(noted.read_text())
         tree = tree_of(str(seen["package"]), str(seen["version"]))
-    except (OSError, ValueError, KeyError, TypeError):
+        # A tree may lack it that was unpacked when packages were split otherwise.
+        return artifact.find(tree) if tree.is_dir() else None
+    except (OSError, ValueError, KeyError, TypeError, StepError):
         return None
-    return tree if tree.is_dir() else None
 
 
 @functools.cache

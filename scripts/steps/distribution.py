@@ -9,12 +9,15 @@ Needs no root: apt's lists and downloads stay in the project's cache.
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import os
 import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Sequence
+import tempfile
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -45,6 +48,36 @@ class Package(NamedTuple):
 def say(text: str) -> None:
     """Tell the user, on standard error so that printed paths stay clean."""
     print(text, file=sys.stderr, flush=True)
+
+
+def in_words(error: Exception) -> str:
+    """The error in one line; of the host's own, such as a full disk, which file it met, too."""
+    if not isinstance(error, OSError) or error.strerror is None:
+        return str(error)
+    return f"{error.filename}: {error.strerror}" if error.filename else error.strerror
+
+
+@contextlib.contextmanager
+def fetching() -> Iterator[None]:
+    """While packages are fetched into the cache: apt's lists there are for one process at a time.
+
+    What one that was killed had begun to unpack is removed. StepError where nothing can be written.
+    """
+    folder = cache.root() / "packages"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with open(folder / ".lock", "w") as lock:
+            with contextlib.suppress(OSError):  # a file system without locks keeps what is left
+                try:
+                    fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                except BlockingIOError:
+                    say("artifacts: waiting for another run that fetches packages")
+                    fcntl.flock(lock, fcntl.LOCK_EX)
+                for left in folder.glob(".*/"):
+                    shutil.rmtree(left, ignore_errors=True)
+            yield
+    except OSError as error:
+        raise StepError(f"{in_words(error)}; set HVKVM_CACHE to a folder with room") from error
 
 
 def release_codename() -> str:
@@ -191,8 +224,9 @@ class Archive:
         if target.is_dir():
             return target
         say(f"artifacts: fetching {package.name} {package.version} ({self.suite})")
-        folder = target.with_name(f".{target.name}.{os.getpid()}")
-        (folder / "tree").mkdir(parents=True)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        folder = Path(tempfile.mkdtemp(prefix=f".{target.name}.", dir=target.parent))
+        (folder / "tree").mkdir()
         try:
             wanted = [f"{one.name}={one.version}" for one in (package, *parts)]
             self._apt("apt-get", "download", *wanted, cwd=folder)

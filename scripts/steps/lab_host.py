@@ -18,6 +18,7 @@ import shutil
 import signal
 import socket
 import subprocess
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -25,6 +26,7 @@ from steps import artifacts
 from steps.distribution import StepError
 from steps.lab_image import QEMU, Image, Plan, image
 
+MOST_PLACE = 107 - len("/hvkvm-lab-kept-4294967295/terminal")
 CHANNELS = ("terminal", "control", "signals", "stdin", "stdout", "stderr")
 # Patching of kernel code races under the multi-threaded emulation of QEMU before 10: an L1 with two
 # processors there dies of "Oops: int3" in a run in a dozen, with one it does not.
@@ -122,6 +124,16 @@ def _file_systems(plan: Plan) -> list[tuple[str, Path, str]]:
 def _escaped(path: Path) -> str:
     """A path inside one of QEMU's comma-separated option strings."""
     return str(path).replace(",", ",,")
+
+
+def place(*wished: str) -> str:
+    """The first of these folders, or the temporary one, that can have a machine's sockets; else /tmp."""
+    for folder in (*wished, tempfile.gettempdir()):
+        # The kernel has 107 bytes for a socket's path, and a relative one leads elsewhere from elsewhere.
+        fits = os.path.isabs(folder) and len(os.fsencode(folder)) <= MOST_PLACE
+        if fits and os.access(folder, os.W_OK | os.X_OK):
+            return folder
+    return "/tmp"
 
 
 def start(plan: Plan, folder: Path, *, outlive: bool = False) -> subprocess.Popen[bytes]:

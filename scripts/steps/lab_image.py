@@ -7,6 +7,7 @@ again that has not changed. Called by `steps.lab_host`.
 from __future__ import annotations
 
 import hashlib
+import os
 from pathlib import Path
 from typing import NamedTuple
 
@@ -58,8 +59,9 @@ def image(plan: Plan, folder: Path) -> Image:
     Raises StepError when a package cannot be had.
     """
     base = _base(artifacts.path("lab-modules", plan.suite), artifacts.path("busybox"))
+    fresh = str(plan.fresh or "")
     table = "".join(f"{tag} {path}\n" for tag, path in plan.shares())
-    own = [cpio.regular("shares", table.encode()), cpio.regular("fresh", str(plan.fresh or "").encode())]
+    own = [cpio.regular(name, os.fsencode(text)) for name, text in (("shares", table), ("fresh", fresh))]
     target = folder / "initramfs"
     target.write_bytes(base.read_bytes() + cpio.pack(own))
     return Image(artifacts.booted("lab-kernel", plan.suite), target)
@@ -69,7 +71,7 @@ def _base(modules: Path, busybox: Path) -> Path:
     """The part of the initramfs that does not change, from the cache when it was made before."""
     init = INIT.read_bytes()
     recipe = "\0".join([str(modules), str(busybox), *MODULES, *OPTIONAL, APPLETS, FOLDERS])
-    key = hashlib.sha256(recipe.encode() + init).hexdigest()[:32]
+    key = hashlib.sha256(os.fsencode(recipe) + init).hexdigest()[:32]
     kept = cache.root() / "lab" / f"{key}.cpio"
     if not kept.exists():
         loaded = ModuleTree(modules).closure(MODULES, optional=OPTIONAL)

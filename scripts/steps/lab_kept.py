@@ -17,7 +17,6 @@ import json
 import os
 import shutil
 import signal
-import tempfile
 import time
 from pathlib import Path
 
@@ -29,10 +28,8 @@ class KeptLab:
     """The kept machine of this user, running or not. Use as a context manager: it holds the lock."""
 
     def __init__(self) -> None:
-        # Socket paths are short by law, so not in the cache, whose path may be long.
-        place = os.environ.get("XDG_RUNTIME_DIR", "")
-        if not os.access(place, os.W_OK | os.X_OK):  # the end of a login takes it away
-            place = tempfile.gettempdir()
+        # Not in the cache, whose path may be long. The end of a login takes this one away.
+        place = lab_host.place(os.environ.get("XDG_RUNTIME_DIR", ""))
         self.folder = Path(place) / f"hvkvm-lab-kept-{os.getuid()}"
         self._lock: int | None = None
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import math
 import os
+import re
 import selectors
 import shlex
 import signal
@@ -39,6 +40,7 @@ POKE_SECONDS = 1.0
 GRACE_SECONDS = 5.0
 STATUS_TIMEOUT = 124
 
+_NAME = re.compile(r"[A-Za-z_]\w*", re.ASCII)
 _FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)
 
 
@@ -80,9 +82,11 @@ class Tail:
 
 def job_script(command: Sequence[str], folder: Path, environment: Mapping[str, str]) -> bytes:
     """The shell script that becomes `command` in `folder` with `environment`."""
-    lines = [f"export {name}={shlex.quote(value)}" for name, value in environment.items()]
-    place = shlex.quote(str(folder))
-    lines += [f'cd {place} || {{ echo "lab: {folder.name}: not there in the lab" >&2; exit 126; }}']
+    # A shell ends at a name that is none to it, as other programs' variables may have.
+    named = {name: value for name, value in environment.items() if _NAME.fullmatch(name)}
+    lines = [f"export {name}={shlex.quote(value)}" for name, value in named.items()]
+    complaint = shlex.quote(f"lab: {folder.name}: not there in the lab")
+    lines += [f"cd {shlex.quote(str(folder))} || {{ printf '%s\\n' {complaint} >&2; exit 126; }}"]
     # The process id is the session and the group id too, because setsid ran this shell.
     lines += ["echo $$ >/run/lab/pid", f"exec {shlex.join(command)}"]
     return ("\n".join(lines) + "\n").encode(errors="surrogateescape")

@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from hvkvm.boot import cache, vmlinux
-from steps.distribution import Archive, StepError, release_codename, say
+from steps.distribution import Archive, StepError, fetching, release_codename, say
 
 SETTINGS = Path(__file__).with_name("root_disk_settings.sh")
 
@@ -89,8 +89,9 @@ def root_disk(suite: str | None = None, *, update: bool = False, offline: bool =
         raise StepError(f"no root disk of {suite} in the cache; run scripts/root-disk {option}make")
     _check_tools()
     archive = Archive(suite)
-    archive.refresh()
-    packages = _closure(archive)
+    with fetching():
+        archive.refresh()
+        packages = _closure(archive)
     key = hashlib.sha256("\n".join([recipe, *packages]).encode()).hexdigest()[:32]
     folder = cache.root() / "root" / f"{suite}-{key}"
     if not folder.is_dir():

@@ -89,3 +89,14 @@ def test_a_file_system_without_locks_is_filled_as_well(
     monkeypatch.setattr("fcntl.flock", refuse)
     cache.publish(tmp_path / "file", [b"whole"])
     assert (tmp_path / "file").read_bytes() == b"whole"
+
+
+def test_a_relative_cache_is_the_same_from_elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    here = tmp_path / "here"
+    here.mkdir()
+    monkeypatch.chdir(here)
+    monkeypatch.setenv("HVKVM_CACHE", "cache")
+    found = cache.root()
+    assert found == here / "cache"
+    here.rmdir()
+    assert cache.root() == Path("cache"), "nothing there can be found, and that is no traceback"

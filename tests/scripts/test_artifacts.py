@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import shutil
 import subprocess
+import threading
+import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -210,3 +214,38 @@ def test_a_tree_from_before_the_split_was_known_is_fetched_again(split: Path) ->
     with pytest.raises(StepError, match="--suite sid fetch guest-kernel"):
         artifacts.path("guest-kernel", "sid", offline=True)
     assert artifacts.path("guest-kernel", "sid").read_text() == f"linux-binary-{RELEASE}"
+
+
+def test_what_a_killed_run_had_begun_to_unpack_goes(split: Path) -> None:
+    left = split.parent / ".linux-image-1_1.77"
+    (left / "tree").mkdir(parents=True)
+    artifacts.path("guest-kernel", "sid")
+    assert sorted(one.name for one in split.parent.iterdir()) == [".lock", split.name]
+
+
+def test_who_waits_for_another_run_takes_what_that_has_brought(
+    split: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """apt's lists are for one process at a time: the second one failed."""
+    found: list[Path] = []
+    other = threading.Thread(target=lambda: found.append(artifacts.path("guest-kernel", "sid")))
+    fetch = artifacts._fetch
+
+    def slow(*words: Any) -> Path:
+        other.start()
+        while "waiting for another run" not in capsys.readouterr().err:
+            time.sleep(0.01)
+        return fetch(*words)
+
+    monkeypatch.setattr(artifacts, "_fetch", slow)
+    first = artifacts.path("guest-kernel", "sid")
+    other.join(60)
+    assert found == [first]
+
+
+def test_a_cache_without_locks_is_filled_as_well(split: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(_fd: object, _how: int) -> None:
+        raise OSError(errno.ENOLCK, "no locks")
+
+    monkeypatch.setattr("fcntl.flock", refuse)
+    assert artifacts.path("guest-kernel", "sid").is_relative_to(split)

@@ -72,13 +72,57 @@ def test_missing_emulator_names_the_package(monkeypatch: pytest.MonkeyPatch) -> 
         lab_host.qemu_version()
 
 
+@pytest.fixture
+def place() -> Iterator[Path]:
+    """Where a kept lab of our own lies; a socket's path is short by law."""
+    with tempfile.TemporaryDirectory(prefix="hv-", dir=lab_host.place()) as folder:
+        yield Path(folder)
+
+
 @pytest.mark.parametrize("there", [True, False])
 def test_a_runtime_folder_that_is_gone_is_not_missed(
-    there: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    there: bool, place: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    place = tmp_path if there else tmp_path / "gone"
-    monkeypatch.setenv("XDG_RUNTIME_DIR", str(place))
-    assert lab_kept.KeptLab().folder.parent == (place if there else Path(tempfile.gettempdir()))
+    runtime = place if there else place / "gone"
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(runtime))
+    assert lab_kept.KeptLab().folder.parent == (runtime if there else Path(lab_host.place()))
+
+
+def test_folders_that_no_socket_can_be_in_are_passed_over(
+    place: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Their path is too long, or leads elsewhere from elsewhere."""
+    long = tmp_path / ("d" * 80)
+    (long / "rel").mkdir(parents=True)
+    monkeypatch.chdir(long)
+    monkeypatch.setattr(tempfile, "tempdir", str(long))
+    for runtime in (str(long), "rel"):
+        monkeypatch.setenv("XDG_RUNTIME_DIR", runtime)
+        assert lab_kept.KeptLab().folder.parent == Path("/tmp")
+        assert lab_host.place(str(place)) == str(place)
+    folder = lab_kept.KeptLab().folder.with_name("hvkvm-lab-kept-4294967295")
+    assert max(len(os.fsencode(folder / name)) for name in lab_host.CHANNELS) <= 107
+
+
+@pytest.mark.parametrize("script", ["lab", "artifacts", "root-disk"])
+def test_a_cache_that_cannot_be_made_is_one_line(script: str, tmp_path: Path) -> None:
+    words = {
+        "lab": ("--nested", "--", "true"),
+        "artifacts": ("fetch", "busybox"),
+        "root-disk": ("make",),
+    }[script]
+    (tmp_path / "file").touch()
+    done = subprocess.run(
+        [PROJECT / "scripts" / script, *words],
+        capture_output=True,
+        text=True,
+        check=False,
+        env=dict(os.environ, HVKVM_CACHE=str(tmp_path / "file/cache")),
+    )
+    assert done.returncode in (1, 70)
+    assert "Traceback" not in done.stderr
+    (line,) = [line for line in done.stderr.splitlines() if "running in an emulated" not in line]
+    assert line.startswith(f"{script}: ")
 
 
 def test_last_words_are_the_end_of_the_console(tmp_path: Path) -> None:
@@ -101,6 +145,23 @@ def test_no_command_is_a_usage_error() -> None:
     done = lab()
     assert done.returncode == 2
     assert "no command" in done.stderr
+
+
+def test_writable_folder_has_a_name_of_one_line(tmp_path: Path) -> None:
+    (tmp_path / "a\nb").mkdir()
+    done = lab("--rw", str(tmp_path / "a\nb"), "--", "true")
+    assert done.returncode == 2
+    assert "line feed" in done.stderr
+
+
+def test_folders_whose_names_are_no_text_are_shared(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(artifacts, "path", lambda *_: tmp_path)
+    monkeypatch.setattr(artifacts, "booted", lambda *_: tmp_path)
+    (tmp_path / "base").write_bytes(b"")
+    monkeypatch.setattr(lab_image, "_base", lambda *_: tmp_path / "base")
+    odd = Path("/out", os.fsdecode(b"\xff"))
+    booted = lab_image.image(PLAN._replace(writable=(odd,), fresh=odd), tmp_path)
+    assert booted.initramfs.read_bytes().count(b"/out/\xff") == 2
 
 
 def test_writable_folder_must_exist() -> None:
@@ -134,13 +195,6 @@ def test_a_command_runs_in_the_lab_with_its_own_status(tmp_path: Path) -> None:
     assert (done.returncode, done.stdout) == (42, "seen\n"), done.stderr
     assert "passed on" in done.stderr
     assert not (tmp_path / "lost").exists()
-
-
-@pytest.fixture
-def place() -> Iterator[Path]:
-    """Where a kept lab of our own lies; a socket's path is short by law."""
-    with tempfile.TemporaryDirectory(prefix="hv-") as folder:
-        yield Path(folder)
 
 
 @pytest.mark.usefixtures("can_start")

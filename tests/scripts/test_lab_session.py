@@ -66,6 +66,28 @@ def test_job_in_a_folder_that_is_not_there_says_so() -> None:
     assert b"at-all: not there in the lab" in done.stderr
 
 
+@pytest.mark.parametrize("name", ['a"b', "a`b", "a$(echo x)b", "a\\nb", "it's"])
+def test_a_folder_s_name_is_no_part_of_the_script(name: str, tmp_path: Path) -> None:
+    there = tmp_path / name
+    for folder in (there, Path("/nowhere") / name):
+        text = lab_session.job_script(["pwd"], folder, {}).replace(b"echo $$ >/run/lab/pid", b"")
+        there.mkdir(exist_ok=True)
+        done = subprocess.run(["sh"], input=text, capture_output=True, check=False)
+        if folder == there:
+            assert (done.returncode, done.stdout) == (0, f"{there}\n".encode())
+        else:
+            assert done.returncode == 126
+            assert f"lab: {name}: not there in the lab\n".encode() in done.stderr
+
+
+def test_variables_that_a_shell_cannot_have_are_left_out() -> None:
+    names = {"HVKVM_A-B": "1", "PYTHON%%": "2", "HVKVM_C": "3", "PY_\u00e4": "4"}
+    text = lab_session.job_script(["sh", "-c", "echo $HVKVM_C"], Path("/"), names)
+    text = text.replace(b"echo $$ >/run/lab/pid", b"")
+    done = subprocess.run(["sh"], input=text, capture_output=True, check=False)
+    assert (done.returncode, done.stdout, done.stderr) == (0, b"3\n", b"")
+
+
 class Machine:
     """Plays the machine's side of the channels: each is a socket that the test reads and writes."""
 

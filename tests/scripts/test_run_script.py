@@ -62,7 +62,8 @@ def run(tmp_path: Path, bin_: Path, **more: str) -> tuple[list[str], str]:
 def test_without_a_home_the_cache_is_where_hvkvm_finds_it(
     tmp_path: Path, bin_: Path, home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    for more in ({}, {"HOME": ""}, {"HOME": "/a home"}, {"HVKVM_CACHE": "/a cache"}, {"HVKVM_CACHE": ""}):
+    homes = ({}, {"HOME": ""}, {"HOME": "/a home"}, {"HOME": "home"})
+    for more in (*homes, {"HVKVM_CACHE": "/a cache"}, {"HVKVM_CACHE": ""}, {"HVKVM_CACHE": "a cache"}):
         line = [SCRIPTS / "steps/cache.sh"]
         said = subprocess.check_output(line, env=settings(bin_, **more), text=True, timeout=60)
         with monkeypatch.context() as here:
