@@ -31,8 +31,9 @@ def flag_of(key: str) -> str:
 
 def rows() -> dict[str, str]:
     """The table's keys, each with the flag beside it."""
+    machine = PAGE.partition("## The environment")[0]
     found = {}
-    for keys, flags in re.findall(r"^\| (`[^|]+) \| ([^|]+) \|", PAGE, re.MULTILINE):
+    for keys, flags in re.findall(r"^\| (`[^|]+) \| ([^|]+) \|", machine, re.MULTILINE):
         names = re.findall(r"`([^`]+)`", flags) if flags.startswith("`--") else []
         for number, key in enumerate(re.findall(r"`(\w+)`", keys)):
             found[key] = names[number] if names else ""
@@ -122,3 +123,12 @@ def test_every_structured_option_is_looked_at() -> None:
     kinds = [field.kind for field in fields_of(MachineConfig).values()]
     assert {kind.type() for kind in kinds if isinstance(kind, Structured)} <= set(TABLES)
     assert isinstance(fields_of(MachineConfig)["cpus"], Field)
+
+
+def test_each_variable_of_the_environment_is_listed() -> None:
+    package = DOCS.parent / "hvkvm"
+    read = {
+        name for file in package.rglob("*.py") for name in re.findall(r"\bHVKVM_[A-Z_]+", file.read_text())
+    }
+    listed = re.findall(r"`(HVKVM_[A-Z_]+)`", PAGE.partition("## The environment")[2])
+    assert set(listed) == read

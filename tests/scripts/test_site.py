@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import subprocess
 import sys
+import tomllib
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -22,6 +23,16 @@ def test_every_page_has_its_line_in_the_contents_and_on_the_first_page() -> None
     assert sorted(listed) == sorted(PAGES | {"reference.md"})
     first = re.findall(r"\]\(([\w-]+\.md)\)", (ROOT / "docs/index.md").read_text())
     assert set(first) == PAGES - {"index.md"}
+
+
+def test_the_order_of_imports_is_the_one_that_is_held() -> None:
+    settings = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["importlinter"]
+    (held,) = [one["layers"] for one in settings["contracts"] if one["type"] == "layers"]
+    page = " ".join((ROOT / "docs/architecture.md").read_text().split())
+    (said,) = re.findall(r"Imports point one way, down: `([^`]*)`", page)
+    assert [set(layer.split(", ")) for layer in said.split(" > ")] == [
+        set(re.findall(r"\w+", layer)) for layer in held
+    ]
 
 
 def test_what_the_pages_name_for_programs_is_in_the_reference() -> None:
