@@ -47,8 +47,11 @@ RAM_OFFSET = 2 << 20
 MAX_RAM = 1 << 40
 """Bytes; more than any machine has, and less than any file may be."""
 
-MAX_MANIFEST = 64 << 20
-"""Bytes. A machine with 254 vCPUs needs some 10 MiB."""
+MAX_MANIFEST = 128 << 20
+"""Bytes. A machine with 254 vCPUs needs some 10 MiB, and a TiB of RAM 66 MiB for its extents."""
+
+MANY_EXTENTS = 100_000
+"""From so many on zero pages between others are written too: each extent takes 66 bytes, and time to read."""
 
 _CHUNK = 1 << 20
 _DIGEST = 32
@@ -72,7 +75,8 @@ def ram_checksum(data: bytes) -> int:
 
 
 class Writer:
-    """Writes `path` beside its name; `commit` puts it there, anything else leaves nothing. OSError.
+    """Writes `path` beside its name; `commit` puts it there, anything else leaves nothing. OSError; StateError
+    for more beside RAM than could be read again.
 
     What is there already must be a regular file (EINVAL).
 
@@ -92,7 +96,11 @@ class Writer:
 
     def write_ram(self, offset: int, data: bytes) -> None:
         """Put `data`, whole pages, at byte `offset` of RAM; in ascending order. Zero pages are left out."""
-        for at, size in _runs(data):
+        runs = _runs(data)
+        if len(self._extents) >= MANY_EXTENTS and (found := list(runs)):
+            start, (last, size) = found[0][0], found[-1]
+            runs = iter([(start, last + size - start)])
+        for at, size in runs:
             piece = data[at : at + size]
             if self._packer is None:
                 stored, place = piece, RAM_OFFSET + offset + at
@@ -106,6 +114,8 @@ class Writer:
         """Write the rest and rename; returns the file's size in bytes, holes included."""
         tree = {"manifest": plain(manifest._replace(extents=tuple(self._extents))), "parts": plain(parts)}
         text = json.dumps(tree, separators=(",", ":")).encode()
+        if len(text) > MAX_MANIFEST:
+            raise StateError(f"{len(text)} bytes beside its RAM, of which {MAX_MANIFEST} could be read again")
         flags = 0 if self._packer is None else COMPRESSED
         at = self._end if flags else RAM_OFFSET + self._ram_size
         size = at + len(text)

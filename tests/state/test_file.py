@@ -12,8 +12,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hvkvm.errors import StateError
+from hvkvm.errors import CapabilityMissing, StateError
 from hvkvm.state import file as state_file
+from hvkvm.state.compressed import Packer
 from hvkvm.state.file import FORMAT, RAM_OFFSET, Saved, Writer
 from hvkvm.state.manifest import Manifest, SavedConfig
 
@@ -69,6 +70,41 @@ def test_holes_stay_holes(tmp_path_factory: pytest.TempPathFactory, pages: set[i
         assert ram_of(saved) == ram
         assert sum(extent.size for extent in saved.manifest.extents) == len(pages) * PAGE
         saved.verify()
+
+
+@pytest.mark.parametrize("compress", [False, True])
+def test_ram_in_many_pieces_is_written_in_fewer(
+    compress: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Where every other page of some GiB was zero, the list of pieces was longer than a reader takes."""
+    if compress:
+        try:
+            Packer("test")
+        except CapabilityMissing as error:
+            pytest.skip(str(error))
+    chunk = 16 * PAGE
+    ram = bytearray((b"x" * PAGE + bytes(PAGE)) * (RAM // PAGE // 2))
+    ram[chunk : 2 * chunk] = bytes(chunk)
+    monkeypatch.setattr(state_file, "MANY_EXTENTS", 5)
+    with Writer(tmp_path / "vm", RAM, compress=compress) as writer:
+        for at in range(0, RAM, chunk):
+            writer.write_ram(at, bytes(ram[at : at + chunk]))
+        writer.commit(MANIFEST, PARTS)
+    with Saved(tmp_path / "vm") as saved:
+        assert ram_of(saved) == ram
+        extents = [(one.offset // PAGE, one.size // PAGE) for one in saved.manifest.extents]
+    assert extents == [*((page, 1) for page in range(0, 16, 2)), (32, 15), (48, 15)]
+
+
+def test_what_no_reader_would_take_is_not_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It said that it was saved, and was lost."""
+    path = written(tmp_path / "vm")
+    before = path.read_bytes()
+    monkeypatch.setattr(state_file, "MAX_MANIFEST", 300)
+    with pytest.raises(StateError, match=r"^\d+ bytes beside its RAM, of which 300 could be read again$"):
+        written(path, b"x")
+    assert path.read_bytes() == before
+    assert os.listdir(tmp_path) == ["vm"]
 
 
 def test_what_is_not_committed_leaves_nothing_and_the_old_file_as_it_was(tmp_path: Path) -> None:
