@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import os
 import shlex
+import shutil
+import signal
 import subprocess
 import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from steps import artifacts, lab_host, lab_image, lab_kept
+from steps import artifacts, lab_host, lab_image, lab_kept, root_disk
 from steps.distribution import StepError
 
 PROJECT = Path(__file__).resolve().parents[2]
@@ -168,6 +171,25 @@ def test_writable_folder_must_exist() -> None:
     assert "no such folder" in lab("--rw", "/not/there", "--", "true").stderr
 
 
+@pytest.mark.parametrize("script", ["artifacts", "root-disk"])
+def test_an_interrupt_while_something_is_fetched_is_one_line(script: str, tmp_path: Path) -> None:
+    apt = tmp_path / "apt-get"
+    apt.write_text("#!/bin/sh\nkill -INT $PPID\n")
+    apt.chmod(0o755)
+    for tool in ("dpkg-deb", *root_disk._TOOLS):
+        shutil.copy(apt, tmp_path / tool)
+    done = subprocess.run(
+        [PROJECT / "scripts" / script, "fetch" if script == "artifacts" else "make"],
+        capture_output=True,
+        text=True,
+        check=False,
+        env=dict(os.environ, HVKVM_CACHE=str(tmp_path / "cache"), PATH=f"{tmp_path}:{os.environ['PATH']}"),
+    )
+    assert done.returncode == 130
+    assert done.stderr.splitlines()[-1] == f"{script}: interrupted"
+    assert "Traceback" not in done.stderr
+
+
 @pytest.fixture
 def can_start() -> None:
     if os.environ.get("HVKVM_IN_LAB"):
@@ -177,6 +199,31 @@ def can_start() -> None:
         artifacts.path("lab-kernel", offline=True)
     except StepError as error:
         pytest.skip(f"needs the lab: {error}")
+
+
+@pytest.mark.usefixtures("can_start")
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
+def test_a_signal_while_the_lab_starts_leaves_nothing(place: Path, number: signal.Signals) -> None:
+    """Its folder has the initramfs: 7 MiB of the temporary folder each time."""
+    qemu = place / lab_image.QEMU
+    started = place / "started"
+    qemu.write_text(
+        f'#!/bin/sh\n[ "$1" = --version ] && exec echo version 7\n: >{started}\nexec sleep 1000\n'
+    )
+    qemu.chmod(0o755)
+    folder = place / "t"
+    folder.mkdir()
+    settings = {"TMPDIR": str(folder), "XDG_RUNTIME_DIR": str(place), "PATH": f"{place}:{os.environ['PATH']}"}
+    words = [PROJECT / "scripts/lab", "--nested", "--", "true"]
+    with subprocess.Popen(words, stderr=subprocess.PIPE, text=True, env=os.environ | settings) as running:
+        while not started.exists():
+            assert running.poll() is None
+            time.sleep(0.01)
+        assert list(folder.iterdir())
+        running.send_signal(number)
+        said = running.communicate()[1]
+    assert (running.returncode, "Traceback" in said) == (128 + number, False)
+    assert list(folder.iterdir()) == []
 
 
 @pytest.mark.usefixtures("can_start")
