@@ -75,8 +75,8 @@ def ram_checksum(data: bytes) -> int:
 
 
 class Writer:
-    """Writes `path` beside its name; `commit` puts it there, anything else leaves nothing. OSError; StateError
-    for more beside RAM than could be read again.
+    """Writes `path` beside its name; `commit` puts it there, anything else leaves nothing. OSError;
+    StateError for more beside RAM than could be read again.
 
     What is there already must be a regular file (EINVAL).
 
