@@ -182,7 +182,7 @@ def _list(options: Options) -> int:
                 record["pid"] = vm.pid
                 info = vm.ask("info", options.timeout or LIST_SECONDS)
             record |= {key: info[key] for key in ("uptime", "resets", "synic", "vmbus_version")}
-            record["kernel"] = info["config"]["kernel"]
+            record |= {key: info["config"].get(key) for key in ("kernel", "firmware")}
         except VmGone:
             continue
         except HvkvmError as error:

@@ -112,7 +112,7 @@ class Vm:
 def find(wanted: str | None) -> Vm:
     """The VM of that name, PID or path; without one, the only VM there is.
 
-    VmGone when there is no such VM; ConfigError when there is none or a choice.
+    VmGone when there is no such VM; ConfigError when there is none or a choice; Refused for one that is busy.
     """
     if wanted is not None and "/" in wanted:
         return Vm(Path(wanted))
@@ -127,10 +127,19 @@ def find(wanted: str | None) -> Vm:
     for path in paths:
         if path.stem == wanted:
             return Vm(path)
+    mute: Refused | None = None
     for path in paths if wanted.isdecimal() and len(wanted) <= MAX_PID_DIGITS else []:
-        vm = Vm(path)
+        try:
+            vm = Vm(path)
+        except Refused as error:  # it may be the one, and says nothing of its process; or another is
+            mute = mute or error
+            continue
+        except VmGone:
+            continue
         if vm.pid == int(wanted):
             return vm
         vm.close()
+    if mute is not None:
+        raise mute
     shown = wanted if len(wanted) <= 200 else f"{wanted[:200]}..."
     raise VmGone(f"--vm {shown}: no such VM; running: {names or 'none'}")

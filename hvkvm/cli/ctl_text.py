@@ -52,8 +52,8 @@ def vm_list(found: list[dict[str, Any]]) -> str:
         if "error" in vm:
             rows.append((vm["name"], str(vm.get("pid", "?")), "?", "?", vm["error"]))
         else:
-            cells = (vm["name"], str(vm["pid"]), _seconds(vm["uptime"]), str(vm["resets"]), vm["kernel"])
-            rows.append(cells)
+            started = vm["kernel"] or f"firmware {vm['firmware']}"
+            rows.append((vm["name"], str(vm["pid"]), _seconds(vm["uptime"]), str(vm["resets"]), started))
     widths = [max(len(row[column]) for row in rows) for column in range(4)]
     return "\n".join(
         "  ".join([*(cell.ljust(width) for cell, width in zip(row, widths, strict=False)), row[4]])

@@ -23,7 +23,8 @@ def describe(parts: Parts) -> str:
     lines = []
     platform, lifecycle, partition = parts.platform, parts.lifecycle, parts.hyperv.partition
     elapsed = 0.0 if lifecycle.started_at is None else monotonic() - lifecycle.started_at
-    lines.append(f"hvkvm: {platform.config.kernel} after {elapsed:.1f} s, {lifecycle.resets} resets")
+    started = platform.config.kernel or f"firmware {platform.config.firmware}"
+    lines.append(f"hvkvm: {started} after {elapsed:.1f} s, {lifecycle.resets} resets")
     for thread in platform.threads:
         lines += dump_vcpu.describe(thread)
     if partition is not None:

@@ -242,6 +242,23 @@ def test_a_vm_that_takes_no_connection_is_busy(
         taking.join()
 
 
+def test_one_that_takes_no_connection_does_not_hide_another(
+    play: Callable[[str], PlayedVm], run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By a process's number each VM is asked who it is."""
+    monkeypatch.setattr(ctl_client, "CONNECT_SECONDS", 0.1)
+    play("b").answer("thaw", {"state": "thawed"})
+    queued: list[socket.socket] = []
+    with listen(tmp_path / "hvkvm" / "a.sock"), ExitStack() as stack:
+        full(tmp_path / "hvkvm" / "a.sock", queued)
+        for one in queued:
+            stack.enter_context(one)
+        assert run("thaw", "--vm", str(os.getpid())) == (0, "the guest's file systems are thawed\n", "")
+        status, _out, err = run("thaw", "--vm", "4711")
+        assert status == 1
+        assert "a.sock: the VM is busy" in err
+
+
 def test_ctrl_c_is_clean(tmp_path: Path, play: Callable[[str], PlayedVm]) -> None:
     vm = play("vm")
     vm.answers["shutdown"] = "silence"
@@ -359,6 +376,17 @@ def test_the_list_of_vms(play: Callable[[str], PlayedVm], run: Run) -> None:
     first, second = json.loads(run("list", "--json")[1])
     assert (first["name"], first["pid"], first["kernel"]) == ("a", os.getpid(), "/k")
     assert second["error"] == "it is ill"
+
+
+def test_a_vm_that_started_in_firmware_is_listed_by_that(play: Callable[[str], PlayedVm], run: Run) -> None:
+    info = {"uptime": 1.0, "resets": 0, "synic": None, "vmbus_version": None}
+    play("a").answer("info", {**info, "config": {"kernel": None, "firmware": "auto"}})
+    play("b").answer("info", {**info, "config": {"kernel": None, "firmware": "/f.fd"}})
+    first, second = run("list")[1].splitlines()[1:]
+    assert first.endswith("  firmware auto")
+    assert second.endswith("  firmware /f.fd")
+    listed = json.loads(run("list", "--json")[1])
+    assert [(vm["kernel"], vm["firmware"]) for vm in listed] == [(None, "auto"), (None, "/f.fd")]
 
 
 def test_every_verb_explains_itself(tmp_path: Path) -> None:

@@ -21,6 +21,7 @@ from running_vm import running_vm
 from hvkvm.abi import nvme, pci
 from hvkvm.machine.config import MachineConfig
 from hvkvm.machine.disk_spec import DiskSpec
+from hvkvm.machine.dump import describe
 from hvkvm.machine.inspect import inspect
 from hvkvm.machine.machine import Machine
 from hvkvm.machine.outcome import Ending
@@ -58,6 +59,7 @@ def test_firmware_starts_at_the_reset_vector_and_finds_the_board(rom: Path, disk
         machine.board.attach_sink(printed.extend)
         outcome = machine.run()
         assert (bytes(printed), outcome.ending, machine.resets) == (b"RPETBNUWD" * 2, Ending.POWERED_OFF, 1)
+        assert describe(machine.parts).startswith(f"hvkvm: firmware {rom} after ")
 
 
 def test_the_command_keeps_variables(rom: Path, disk: Path, tmp_path: Path) -> None:
@@ -102,6 +104,8 @@ def test_a_framebuffer_is_seen_by_ctl(rom: Path, disk: Path, tmp_path: Path) -> 
     with running_vm(tmp_path, *words, "ramfb") as vm:
         vm.wait_for("RPETBNUWDV" * 2)
         assert vm.ctl("screenshot", picture) == f"2 x 2 pixels in {picture}\n"
+        assert "this VM has it as --disk, " in vm.ctl("screenshot", disk, status=1)
+        assert vm.ctl("list").endswith(f"  firmware {rom}\n")
         shown = 2, 2, bytes.fromhex("112233 445566 000000 ffffff")
         assert pixels_of(picture.read_bytes()) == shown
         assert "nowhere" in vm.ctl("screenshot", tmp_path / "nowhere" / "x.png", status=1)
