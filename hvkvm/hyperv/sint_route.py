@@ -79,6 +79,11 @@ class SintRoute:
             )
         return self.staging.post(hv_message(message_type, payload))
 
+    def retry(self) -> None:
+        """Try the message that waits for the guest's EOM again, for a guest that writes it elsewhere."""
+        if self.staging is not None:
+            self.staging.retry()
+
     def set_event_flag(self, number: int) -> int:
         """Set an event flag, and raise the SINT if it was clear (S35): 0 or -errno.
 

@@ -163,6 +163,20 @@ class Staging:
             number = self._next_attempt()
         self._submit(number)
 
+    def retry(self) -> None:
+        """Try again what waits for the VP's EOM, which may never come: its slot may be free all the same.
+
+        Any thread.
+        """
+        with self._lock:
+            if self._state is not _PENDING:
+                return
+            waiter, self._waiter = self._waiter, None
+            if waiter is not None:
+                self._line.disarm_ack(waiter)
+            number = self._next_attempt()
+        self._submit(number)
+
     def _schedule(self, number: int) -> None:
         """Have the I/O loop complete the message, which is POSTED: nobody else moves it on from there.
 

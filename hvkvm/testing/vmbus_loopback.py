@@ -94,6 +94,9 @@ class LoopbackRoute:
         self.synic.messages.append((self, payload))
         return 0
 
+    def retry(self) -> None:
+        """As `SintRoute.retry`: `LoopbackSynic.messages` are tried until they are taken."""
+
     def set_event_flag(self, number: int) -> int:
         """Set a flag; a flag that is set already interrupts nobody again."""
         self.synic.flags_set.append((self.vp_index, self.sint, number))

@@ -4,6 +4,10 @@ A message leaves the outbox when the guest has it. Until then it is plain bytes,
 that a machine may be saved, or its guest gone, at any moment. What cannot be given
 now (the message page is off, the host has no more files) keeps its place.
 
+A message whose slot is taken waits for the EOM of its VP. Once in a while it is tried
+without one: a Linux that crashes empties the slots of all VPs, and writes EOM on the VP
+that it crashed on, which may be another.
+
 Owner: `host.VmbusHost`, on the I/O loop.
 """
 
@@ -13,6 +17,7 @@ import errno
 import os
 from collections import deque
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from functools import partial
 
 from hvkvm.abi.hv_synic import HVMSG_VMBUS
@@ -28,6 +33,9 @@ MAX_OUTBOX = 64
 RETRY_SECONDS = 0.01
 MOST_RETRY_SECONDS = 0.5
 """Between two tries to give the guest a message that cannot be given now; each wait is twice the last."""
+
+LOOK_SECONDS = 1.0
+"""Between two looks whether the slot of a message is free, though no EOM has said so."""
 
 
 class Outbox:
@@ -49,6 +57,7 @@ class Outbox:
         self._route_target = (0, 0)
         self._route_number = 0
         self._in_flight = False
+        self._look: TimerHandle | None = None  # while a message is in flight
         self._retry: TimerHandle | None = None
         self._retry_seconds = RETRY_SECONDS
         self.held = False
@@ -92,6 +101,7 @@ class Outbox:
                 self._messages.popleft()
                 continue
             self._in_flight = True
+            self._look_later()
         if not self.full:
             self._on_room()
 
@@ -99,7 +109,7 @@ class Outbox:
         """The guest has the message, or never will."""
         if number != self._route_number:
             return  # of a route that was given up meanwhile
-        self._in_flight = False
+        self._landed()
         if status == -errno.ENXIO:  # as the TLFS has it, what is posted waits for the guest's message page
             self._try_again_later("the guest's message page is off")
             return
@@ -108,6 +118,24 @@ class Outbox:
         if status:
             self._reports.add("message dropped", os.strerror(-status))
         self.pump()
+
+    def _look_later(self) -> None:
+        with suppress(Stopped):
+            self._look = self._call_later(LOOK_SECONDS, self._look_again)
+
+    def _look_again(self) -> None:
+        self._look = None
+        if self._route is not None and self._in_flight:
+            if not self.held:
+                self._route.retry()
+            self._look_later()
+
+    def _landed(self) -> None:
+        """Nothing is in flight any more."""
+        self._in_flight = False
+        look, self._look = self._look, None
+        if look is not None:
+            look.cancel()
 
     def _try_again_later(self, why: str) -> None:
         """The message at the front cannot be given now. It keeps its place, and the outbox its bound."""
@@ -136,6 +164,6 @@ class Outbox:
         """Give up the route and the message under way: a new kernel owes no EOM for an old message."""
         route, self._route = self._route, None
         self._route_number += 1
-        self._in_flight = False
+        self._landed()
         if route is not None:
             route.close()

@@ -274,6 +274,39 @@ def test_s29_one_ack_makes_one_attempt_however_often_it_is_heard(world: World) -
     assert statuses == [0]
 
 
+def test_s29_a_sender_may_ask_for_a_try_without_an_ack(world: World) -> None:
+    """For the EOM that a guest writes on another VP."""
+    route, statuses = world.sender()
+    route.retry()
+    slot = world.vp().slot(2)
+    slot.message_type = 1
+    route.post(1, b"patient")
+    route.retry()  # its first try is still to come
+    for _ in range(3):
+        assert world.vp().run() == 1
+        assert len(world.line().waiters) == 1
+        route.retry()
+        assert world.line().waiters == []
+    slot.message_type = 0
+    world.settle()
+    assert (statuses, bytes(slot.payload[:7])) == ([0], b"patient")
+    route.retry()
+    world.settle()
+    assert statuses == [0]
+
+
+def test_s29_no_try_brings_a_cancelled_message_back(world: World) -> None:
+    route, statuses = world.sender()
+    world.vp().slot(2).message_type = 1
+    route.post(1, b"")
+    world.vp().run()
+    route.close()
+    route.retry()
+    world.settle()
+    assert statuses == [-errno.ECANCELED]
+    assert world.synic.open_lines() == 0
+
+
 @pytest.mark.parametrize("freed", [True, False])
 def test_s30_slot_freed_between_test_and_flag_is_filled(
     world: World, monkeypatch: pytest.MonkeyPatch, freed: bool

@@ -10,7 +10,7 @@ import pytest
 from guest_agent import DRAIN, EOM_ALWAYS, SCRATCH
 from guest_machine import Guest
 
-from hvkvm.abi import ic, kvp, vmbus
+from hvkvm.abi import ic, kvp, tlfs, vmbus
 from hvkvm.abi import vmbus_messages as wire
 from hvkvm.devices.synth.kvp import KvpReply
 from hvkvm.testing.vmbus_client import gpadl_messages
@@ -125,3 +125,34 @@ def test_messages_wait_for_the_page_that_the_guest_switched_off(client: Client) 
     client.until(wire.ALLOFFERS_DELIVERED)
     assert sum(m.kind.type == wire.OFFERCHANNEL for m in client.got) == 6
     assert "message dropped" not in complaints
+
+
+@SYNICS
+def test_a_cpu_that_crashed_reads_another_ones_messages(boot_agent: Callable[..., Guest], synic: str) -> None:
+    """Linux's vmbus_wait_for_unload() empties the slots of all VPs, and writes EOM on its own."""
+    client = Client(boot_agent(cpus=2, synic=synic, vmbus="on"))
+    client.connect()
+    client.cpu.policy(2, 0)  # hangs: what comes stays in its slot
+    slot = SIMP + 2 * 256
+    client.post(wire.build(wire.REQUESTOFFERS))
+    client.guest.until(lambda: bool(client.memory.read(slot + 5, 1)[0]), "the second offer waits")
+    client.post(wire.build(wire.UNLOAD))
+    outbox = client.bus.host.outbox
+
+    def last_waits() -> bool:
+        return [wire.message_type(m.payload) for m in outbox] == [wire.UNLOAD_RESPONSE]
+
+    client.guest.until(last_waits, "the answer to UNLOAD waits")
+
+    def unloaded() -> bool:
+        if not client.memory.read_u32(slot):
+            return False
+        if client.memory.read_u32(slot + 16) == wire.UNLOAD_RESPONSE:
+            return True
+        pending = client.memory.read(slot + 5, 1)[0]
+        client.memory.write_u32(slot, 0)
+        if pending:
+            client.guest[1].wrmsr(tlfs.HV_X64_MSR_EOM, 0)
+        return False
+
+    client.guest.until(unloaded, "the answer to UNLOAD")
