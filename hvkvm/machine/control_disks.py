@@ -146,15 +146,19 @@ class DiskRequests:
             except Exception as error:
                 why = f"{type(error).__name__}: {error}"
             try:
-                io.call_soon(opened, image, plan, why)
+                io.call_soon(opened, image, plan, why, cancelled=lambda: _let_go(image))
             except Stopped:  # the machine ends
-                if image is not None:
-                    image.close()
+                _let_go(image)
 
         def opened(image: Image | None, plan: Any, why: str) -> None:
             self._opening -= 1
             if why:
                 answer.fail("guest", why)
+                return
+            if (
+                not answer.wanted
+            ):  # who asked was told that it takes too long, and does not expect it any more
+                _let_go(image)
                 return
             try:
                 then(image, plan)
@@ -169,6 +173,11 @@ class DiskRequests:
             answer.fail("busy", str(error))
             return
         self._opening += 1
+
+
+def _let_go(image: Image | None) -> None:
+    if image is not None:
+        image.close()
 
 
 def _name(shelf: DiskShelf, request: Request) -> str:

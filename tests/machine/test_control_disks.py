@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from hvkvm.block.disk import Disk
+from hvkvm.block.open_image import open_image
 from hvkvm.cli import ctl_disk
 from hvkvm.devices.scsi.dvd import DvdDrive
 from hvkvm.devices.scsi.faulty import FaultyDisk
@@ -148,6 +149,33 @@ def test_resize(world: World, tmp_path: Path) -> None:
     world.saver.busy = True
     assert world.typed("resize", "disk0", "2G").startswith("busy: disk0 keeps its size while the VM is being")
     assert (tmp_path / "a.raw").stat().st_size == 1 << 30
+
+
+def test_who_gives_up_gets_no_disk(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An NBD server may take long: whoever was told so would find a disk later that is not there."""
+    world.typed("add", "none", cdrom=True)
+    opened, go = threading.Event(), threading.Event()
+
+    def slow(*arguments: Any) -> Any:
+        image = open_image(*arguments)
+        opened.set()
+        go.wait(SECONDS)
+        return image
+
+    monkeypatch.setattr("hvkvm.machine.disks.open_image", slow)
+    gave_up = SimpleNamespace(wanted=False)
+    for asked in (("add", ["a.raw"]), ("insert", ["cdrom0", "c.iso"])):
+        opened.clear()
+        go.clear()
+        request = ctl_disk.request(*asked, cdrom=False, force=False)
+        world.io.call_soon(world.requests, request, gave_up)
+        assert opened.wait(SECONDS)
+        go.set()
+        while world.requests._opening:
+            threading.Event().wait(0.01)
+    assert [row["file"] for row in world.ask(what="list")] == [""]
+    monkeypatch.undo()
+    assert world.typed("add", "a.raw") == "disk0: controller 0, LUN 1", "nobody holds its lock"
 
 
 def test_media(world: World, tmp_path: Path) -> None:
