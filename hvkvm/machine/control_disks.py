@@ -155,9 +155,7 @@ class DiskRequests:
             if why:
                 answer.fail("guest", why)
                 return
-            if (
-                not answer.wanted
-            ):  # who asked was told that it takes too long, and does not expect it any more
+            if not answer.wanted:  # who asked was told that it takes too long, and expects none any more
                 _let_go(image)
                 return
             try:

@@ -174,7 +174,6 @@ def test_who_gives_up_gets_no_disk(world: World, monkeypatch: pytest.MonkeyPatch
         while world.requests._opening:
             threading.Event().wait(0.01)
     assert [row["file"] for row in world.ask(what="list")] == [""]
-    monkeypatch.undo()
     assert world.typed("add", "a.raw") == "disk0: controller 0, LUN 1", "nobody holds its lock"
 
 
