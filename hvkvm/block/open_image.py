@@ -7,7 +7,7 @@ from pathlib import Path
 
 from hvkvm import given_file
 from hvkvm.block.image import CACHES, DEFAULTS, FORMATS, SECTOR_SIZES, Image, ImageOptions
-from hvkvm.errors import ImageError
+from hvkvm.errors import ImageDamaged, ImageError
 
 
 def open_image(name: str, options: ImageOptions = DEFAULTS) -> Image:
@@ -49,7 +49,7 @@ def guess_format(path: Path) -> str:
     """The format by the file's first bytes: "raw" if they are of none that is known. ImageError.
 
     The guest writes the first bytes of a raw disk, so they alone make nothing of it but raw: a VHDX must
-    be named so, too.
+    be named so, too. A VHDX that has lost its own is not given to a guest as a raw disk, to be written over.
     """
     try:
         head = given_file.read(path, 8)
@@ -58,8 +58,16 @@ def guess_format(path: Path) -> str:
             raise ImageError(f"{path}: {error.strerror}") from None
         head = b""  # no file: whoever opens the image says so
     found = next((name for magic, name in _MAGICS if head.startswith(magic)), "raw")
-    if found == "vhdx" and path.suffix.lower() not in (".vhdx", ".avhdx"):
-        raise ImageError(f"{path}: begins like a VHDX, but is not named .vhdx; say format=vhdx or format=raw")
+    is_named_so = path.suffix.lower() in (".vhdx", ".avhdx")
+    if found == "raw" and is_named_so and head:
+        what = "not vhdxfile, but the file is named .vhdx; if it is a raw disk, say that its format is raw"
+        raise ImageDamaged(path, "file type identifier", 0, what)
+    if found == "vhdx" and not is_named_so:
+        raise ImageError(
+            f"{path}: begins like a VHDX, but is not named .vhdx; say which format it has, vhdx or raw"
+        )
     if found not in FORMATS:
-        raise ImageError(f"{path}: begins like {found}; serve it with qemu-nbd, or say format=raw")
+        raise ImageError(
+            f"{path}: begins like {found}; serve it with qemu-nbd, or say that its format is raw"
+        )
     return found

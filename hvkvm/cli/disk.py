@@ -100,13 +100,15 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
 def verb_parser(verb: str) -> Parser:
     """The options of one of the verbs in SUMMARY."""
     parser = Parser(f"hvkvm disk {verb}", SUMMARY[verb])
-    parser.add_argument(
-        "--format", choices=FORMATS, default="", help="what the file is, or is to be (its name)"
-    )
+    makes = verb in ("create", "convert")
+    what = "what it is to be (vhdx by the name .vhdx, else raw)" if makes else "what it is (its first bytes)"
+    parser.add_argument("--format", choices=FORMATS, default="", help=what)
     if verb == "convert":
         parser.add_argument("source", metavar="SOURCE")
         parser.add_argument("target", metavar="TARGET", help="must not be there")
-        parser.add_argument("--source-format", choices=FORMATS, default="", help="what SOURCE is (its name)")
+        parser.add_argument(
+            "--source-format", choices=FORMATS, default="", help="what SOURCE is (its first bytes)"
+        )
         parser.add_argument("--size", metavar="SIZE", help="of TARGET, if it is to be larger")
     else:
         parser.add_argument("file", metavar="FILE")
@@ -117,10 +119,11 @@ def verb_parser(verb: str) -> Parser:
         parser.add_argument(
             "--parent", metavar="FILE", help="a VHDX that keeps what this one does not change"
         )
-    if verb in ("create", "convert"):
+    if makes:
         parser.add_argument("--type", choices=TYPES, default="dynamic", help="of a VHDX (dynamic)")
         parser.add_argument("--block-size", metavar="SIZE", help="of a VHDX: 1M to 256M (32M, a child 2M)")
-        parser.add_argument("--sector-size", choices=SECTOR_SIZES, metavar="N", help="512 or 4096 (512)")
+        usual = "SOURCE's" if verb == "convert" else "512, a child its parent's"
+        parser.add_argument("--sector-size", choices=SECTOR_SIZES, metavar="N", help=f"512 or 4096 ({usual})")
     return parser
 
 

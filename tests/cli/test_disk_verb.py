@@ -128,6 +128,31 @@ def test_check_names_damage(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     assert "BAT entry 1 at byte 0x300008: state 5" in capsys.readouterr().err
 
 
+def test_a_vhdx_that_has_lost_its_first_bytes_is_damaged_and_no_raw_disk(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "disk.vhdx"
+    assert main(["disk", "create", str(path), "64M"]) == 0
+    with path.open("r+b") as file:
+        file.write(bytes(8))
+    assert main(["disk", "check", str(path)]) == 1
+    said = capsys.readouterr().err
+    assert said.startswith(f"hvkvm: {path}: file type identifier at byte 0x0: not vhdxfile, but ")
+    assert said.endswith("if it is a raw disk, say that its format is raw\n")
+    assert main(["disk", "info", str(path)]) == 2
+    assert main(["disk", "convert", str(path), str(tmp_path / "copy.raw")]) == 2
+    assert main(["disk", "info", "--format", "raw", str(path)]) == 0
+
+
+@pytest.mark.parametrize("verb", ["info", "create", "convert", "check", "compact"])
+def test_the_help_says_by_what_a_format_is_chosen(verb: str) -> None:
+    text = " ".join(disk.verb_parser(verb).format_help().split())
+    by_name = "--format {raw,vhdx} what it is to be (vhdx by the name .vhdx, else raw)"
+    by_content = "--format {raw,vhdx} what it is (its first bytes)"
+    assert (by_name if verb in ("create", "convert") else by_content) in text
+    assert ("--source-format {raw,vhdx} what SOURCE is (its first bytes)" in text) == (verb == "convert")
+
+
 @pytest.mark.parametrize(
     ("arguments", "complaint"),
     [
