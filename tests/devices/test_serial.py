@@ -73,6 +73,20 @@ def test_out2_gates_the_interrupt(uart):
     assert uart.line.taken() == 1
 
 
+def test_an_interrupt_that_nobody_has_looked_at_comes_again_in_a_restored_machine(uart):
+    """KVM may not have raised it yet when it was saved; the line, up for ever, would have raised no other."""
+    uart.open(0x01)
+    uart.serial.load(uart.serial.save())
+    assert uart.line.taken() == 0
+    uart.serial.feed(b"x")
+    assert uart.line.taken() == 1
+    uart.serial.load(uart.serial.save()._replace(wire=b""))
+    assert uart.line.taken() == 1
+    assert uart.r(RBR) == ord("x")
+    uart.serial.load(uart.serial.save())
+    assert uart.line.taken() == 0
+
+
 def test_reading_iir_clears_thre_and_the_next_byte_raises_it_again(uart):
     uart.open(0x02)
     assert uart.line.taken() == 1

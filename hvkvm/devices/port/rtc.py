@@ -93,10 +93,14 @@ class Rtc(Cmos):
         return super().save()
 
     def load(self, state: CmosState) -> None:
-        """As `Cmos.load`. An alarm that was due while nothing ran comes when the machine goes on."""
+        """As `Cmos.load`. An alarm that was due while nothing ran comes when the machine goes on.
+
+        So does an interrupt that the guest has not looked at: see `Serial16550.load`.
+        """
         super().load(state)
         with self._lock:
             self._seen = min(self._shown(), self._now)
+            self._due = bool(self._ram[RTC_REG_C] & RTC_IRQF)
         self._turn.ask()
 
     def reset(self) -> None:

@@ -80,11 +80,17 @@ class Serial16550(UartCore):
             return self._save()
 
     def load(self, state: SerialState) -> None:
-        """Take the registers of `state`, and its input before what waits here. Pulses nothing. Any thread."""
+        """Take the registers of `state`, and its input before what waits here. Any thread.
+
+        A line that is up pulses again: KVM raises the interrupt of an irqfd on a thread of its own, which may
+        have come too late for the file, and without it the guest would hear of nothing any more.
+        """
         with self._lock:
             self._load(state)
             self._input.put_before(state.wire, state.breaks)
             self._break_told = state.break_told
+            if self._line:
+                self._irq.pulse()
 
     def attach(self, bus: PortBus, port: int = COM1_PORT) -> None:
         """Claim the UART's eight ports; ConfigError when any is taken."""
