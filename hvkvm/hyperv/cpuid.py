@@ -128,10 +128,15 @@ def reset_msrs(features: FeatureSet | None, vp_index: int) -> list[tuple[int, in
 def restore_order(values: Mapping[int, int]) -> list[tuple[int, int]]:
     """Saved MSRs of one VP, by index, in the order in which KVM takes them over.
 
-    The guest OS id goes before what is void without it. A timer's config comes
-    before its count, which starts it, and both come after the SINT that it uses.
+    The guest OS id goes before what is void without it. A timer comes after the SINT
+    that it uses, its count before its config: KVM before 6.7 takes a count by the rules
+    for guests, so that behind its config one that has expired would start anew.
     """
-    last = range(tlfs.HV_X64_MSR_STIMER0_CONFIG, tlfs.HV_X64_MSR_STIMER0_CONFIG + 2 * tlfs.HV_STIMER_COUNT)
+    last = [
+        tlfs.HV_X64_MSR_STIMER0_CONFIG + 2 * timer + count
+        for timer in range(tlfs.HV_STIMER_COUNT)
+        for count in (1, 0)
+    ]
     first = (tlfs.HV_X64_MSR_GUEST_OS_ID, tlfs.HV_X64_MSR_HYPERCALL)
     middle = sorted(index for index in values if index not in first and index not in last)
     order = (*first, *middle, *last)

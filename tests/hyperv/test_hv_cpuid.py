@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pytest
 
+from hvkvm.abi import tlfs
 from hvkvm.abi.kvm import KVM_CAP_HYPERV_ENFORCE_CPUID, KVM_CAP_HYPERV_ENLIGHTENED_VMCS, KVM_CAP_HYPERV_SYNIC2
-from hvkvm.hyperv.cpuid import hyperv_leaves, prepare_vcpu, reset_msrs, vcpu_caps
+from hvkvm.hyperv.cpuid import hyperv_leaves, prepare_vcpu, reset_msrs, restore_order, vcpu_caps
 from hvkvm.hyperv.enlightenments import ENLIGHTENMENTS, Version
 from hvkvm.hyperv.features import FeatureSet
 
@@ -193,3 +194,30 @@ def test_reset_touches_only_msrs_of_features_that_are_on() -> None:
     assert 0x40000083 in synic
     assert 0x400000B0 not in synic
     assert {index >> 4 for index, _ in reset_msrs(None, 0)} == {0x4000008, 0x4000009, 0x400000B}
+
+
+@pytest.mark.parametrize("old_kvm", [True, False])
+@pytest.mark.parametrize(
+    ("config", "count"),
+    [
+        (0x2_0008, 123),  # auto-enabled, and expired since
+        (0x2_0009, 123),
+        (0x2_0009, 0),  # enabled, and waits for a count
+        (0x2_0003, 1000),
+        (0, 0),
+    ],
+)
+def test_a_timer_is_restored_as_it_was_on_any_kvm(config: int, count: int, old_kvm: bool) -> None:
+    """KVM before 6.7 (and stable kernels of that time) lets the host's count enable and disable a timer."""
+    timer = tlfs.HV_X64_MSR_STIMER0_CONFIG + 2
+    kept = {timer: 0, timer + 1: 0}
+    order = restore_order({timer: config, timer + 1: count, tlfs.HV_X64_MSR_SINT0 + 2: 0x30})
+    assert order[0] == (tlfs.HV_X64_MSR_SINT0 + 2, 0x30)
+    for index, value in order[1:]:
+        kept[index] = value
+        if old_kvm and index == timer + 1:
+            if not value:
+                kept[timer] &= ~tlfs.HV_STIMER_ENABLE
+            elif kept[timer] & tlfs.HV_STIMER_AUTOENABLE:
+                kept[timer] |= tlfs.HV_STIMER_ENABLE
+    assert kept == {timer: config, timer + 1: count}
