@@ -207,9 +207,12 @@ class Nics:
 
 
 def _words_to_keep(spec: NicSpec) -> str:
-    """As --net would have it from another folder. MAC and queues are kept beside it."""
-    paths: dict[str, Any] = {}
-    for key in ("socket", "listen", "pcap"):
+    """As --net would have it from another folder. MAC and queues are kept beside it.
+
+    Not the capture: like a recording it is of one run, and whoever goes on from the file would empty it.
+    """
+    paths: dict[str, Any] = {"pcap": None}
+    for key in ("socket", "listen"):
         path = getattr(spec, key)
         if path is not None:
             paths[key] = path.absolute()
@@ -245,7 +248,7 @@ def specs_to_restore(saved: Saved, given: Sequence[NicSpec]) -> tuple[NicSpec, .
     for index, nic in enumerate(nics):
         try:
             check_mac("MAC", nic.mac)
-            spec = given[index] if given else parse_words(NicSpec, "--net", nic.words)
+            spec = given[index] if given else parse_words(NicSpec, "--net", nic.words)._replace(pcap=None)
         except ConfigError as error:
             raise StateError(f"{saved.path}: {nic.name[:20]!r}: {error}") from None
         if spec.fd >= 0 and not given:

@@ -86,6 +86,31 @@ def test_nics_are_listed_added_and_removed(tmp_path: Path, monkeypatch: pytest.M
     assert not second.exists()
 
 
+def test_a_capture_is_of_one_run(tmp_path: Path) -> None:
+    """Who goes on from a saved VM would empty what the run has captured that saved it, and may still run."""
+    capture, other, file = tmp_path / "wire.pcapng", tmp_path / "other.pcapng", tmp_path / "vm.state"
+    words = f"socket={tmp_path / 'nobody'},pcap={capture}"
+    with running_vm(tmp_path, *options("--name", "one", "--net", words)) as vm:
+        vm.wait_until_listening()
+        vm.ctl("save", file, "--end")
+        assert vm.finish() == 0
+    with capture.open("ab") as more:
+        more.write(b"frames")
+    before = capture.read_bytes()
+    with running_vm(tmp_path, "--restore", file, "--quiet") as vm:
+        vm.wait_until_listening()
+        assert "pcap" not in nics(vm)["net0"]
+        vm.ctl("quit")
+        vm.finish()
+    again = f"socket={tmp_path / 'nobody'},pcap={other}"
+    with running_vm(tmp_path, "--restore", file, "--quiet", "--net", again) as vm:
+        vm.wait_until_listening()
+        assert nics(vm)["net0"]["pcap"] == str(other)
+        vm.ctl("quit")
+        vm.finish()
+    assert capture.read_bytes() == before
+
+
 @NO_PASST
 def test_ssh_says_which_command_reaches_the_guest(tmp_path: Path) -> None:
     with running_vm(tmp_path, *options("--net", "user", "--ssh")) as vm:
