@@ -93,6 +93,24 @@ def test_interrupts_are_msix_or_a_line(guest: NvmeGuest) -> None:
     assert guest.routes.sent == [(0xFEE00000, 0x55)]
 
 
+def test_a_line_falls_when_messages_are_switched_on(guest: NvmeGuest) -> None:
+    """It stayed up for as long as they were on, in a restored machine too."""
+    guest.make_queues()
+    guest.put(1, guest.command(READ, nsid=1))
+    guest.ring(1)
+    guest.loop.settle()
+    assert guest.intx[-1]
+    function = guest.device.function
+    for capability, register, on in (
+        (pci.PCI_CAP_ID_MSIX, pci.PCI_MSIX_FLAGS, pci.PCI_MSIX_FLAGS_ENABLE),
+        (pci.PCI_CAP_ID_MSI, pci.PCI_MSI_FLAGS, pci.PCI_MSI_FLAGS_ENABLE),
+    ):
+        for flags in (on, 0):
+            function.write(function.capability_offsets[capability] + register, 2, flags)
+            guest.loop.settle()
+            assert guest.intx[-1] is not bool(flags)
+
+
 def test_interrupts_by_plain_msi_heed_the_controllers_masks(guest: NvmeGuest) -> None:
     guest.make_queues(vector=3)
     function = guest.device.function

@@ -283,6 +283,18 @@ def test_the_window_in_configuration_space(guest: VirtioGuest) -> None:
     assert guest.do(FLUSH, 0, 0) == OK
 
 
+def test_a_line_falls_when_msix_is_switched_on(guest: VirtioGuest) -> None:
+    """It stayed up, and a guest that reads no ISR status then had it for ever, in a restored machine too."""
+    assert guest.do(FLUSH, 0, 0) == OK
+    assert guest.intx[-1]
+    function = guest.device.function
+    at = function.capability_offsets[pci.PCI_CAP_ID_MSIX] + pci.PCI_MSIX_FLAGS
+    for flags in (pci.PCI_MSIX_FLAGS_ENABLE, 0):
+        function.write(at, 2, flags)
+        guest.loop.settle()
+        assert guest.intx[-1] is not bool(flags)
+
+
 def test_read_only_disks_say_so(routes: Any) -> None:
     guest = VirtioGuest(routes, read_only=True)
     offered = guest.offered()

@@ -139,10 +139,10 @@ class Answers:
         return bool(self._registers.mask >> min(completion.vector, 31) & 1)
 
     def update_line(self) -> None:
-        """INTx, for a guest without messages."""
-        if self.on_intx is None or self._messages.enabled:
+        """INTx, for a guest without messages; one that switches them on has it no more."""
+        if self.on_intx is None:
             return
-        wanted = any(
+        wanted = not self._messages.enabled and any(
             queue.interrupts and queue.unseen and not self._masked(queue)
             for queue in self._queues.completions.values()
         )

@@ -71,7 +71,7 @@ class Transport:
         self.function: Function = function
         self.msix = msix.Msix(function, function.vectors, router)
         function.region = self
-        function.on_msix = self.msix.control_written
+        function.on_msix = self._msix_written
         self._interrupts = Interrupts(self.msix)
         self.taken = 0
         """Requests taken so far."""
@@ -144,6 +144,10 @@ class Transport:
                     self._registers.write(at, size, value)
             self._interrupts.update_line()
             self._turns.ask()
+
+    def _msix_written(self) -> None:
+        self.msix.control_written()
+        self._interrupts.update_line()  # a function with MSI-X on has no INTx
 
     def _set_status(self, value: int) -> None:
         registers = self._registers
