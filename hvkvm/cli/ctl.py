@@ -45,15 +45,19 @@ exit status:
 
 Options = Any
 POOLS = ("external", "guest", "auto")
+USUAL_SECONDS = 10.0
+SECONDS = {
+    "list": 2.0,
+    **dict.fromkeys(("dump", "shutdown", "reboot", "hibernate", "quit"), 30.0),
+    "net": 30.0,  # a guest that holds its NIC is waited for when that is taken away
+    "kvp": 40.0,  # Linux itself gives its daemon 30 s
+    **dict.fromkeys(("freeze", "thaw", "screenshot"), 60.0),
+    "disk": 60.0,  # an image that is taken away is flushed first
+    "dmesg": 60.0,  # all RAM that the guest has written is searched
+    "save": 600.0,
+}
+"""How long a verb waits for its answer, where it is not USUAL_SECONDS."""
 WAIT_SECONDS = 300.0
-FREEZE_SECONDS = 60.0
-SAVE_SECONDS = 600.0
-SCREENSHOT_SECONDS = 60.0
-DISK_SECONDS = 60.0
-"""An image that is taken away is flushed first."""
-DMESG_SECONDS = 60.0
-"""All RAM that the guest has written is searched."""
-LIST_SECONDS = 2.0
 ADDRESS_SECONDS = 2.0
 MOST_SECONDS = 24 * 3600.0
 
@@ -62,21 +66,20 @@ _WITH_OPTIONS = ("shutdown", "keys", "kvp", "nmi", "disk")
 _REQUESTED = {"shutdown": "power-off", "reboot": "reboot", "hibernate": "hibernate"}
 
 
-def _common(parser: Parser) -> None:
-    """What every verb takes."""
+def _common(parser: Parser, seconds: str) -> None:
+    """What every verb takes; `seconds` are those of --timeout, where it is not given."""
     parser.add_argument("--vm", metavar="NAME|PID|PATH", help="which VM (the only one that runs)")
-    parser.add_argument("--timeout", metavar="S", help="how long to wait for the guest (10)")
+    parser.add_argument("--timeout", metavar="S", help=f"how long to wait for the answer ({seconds})")
     parser.add_argument("--json", action="store_true", help="print JSON")
 
 
 def verb_parser(verb: str) -> Parser:
     """The options and words of one verb; an option's name means the same with each that has it."""
     parser = Parser(f"hvkvm ctl {verb}", ctl_text.SUMMARY[verb])
-    _common(parser)
+    more = f"; with --wait {WAIT_SECONDS:g}" if verb in _REQUESTED else ""
+    _common(parser, f"{SECONDS.get(verb, USUAL_SECONDS):g}{more}")
     if verb in _REQUESTED:
-        parser.add_argument(
-            "--wait", action="store_true", help=f"until it has happened, at most {WAIT_SECONDS:g} s"
-        )
+        parser.add_argument("--wait", action="store_true", help="until it has happened")
     elif verb == "time":
         parser.add_argument("what", choices=("sync", "show"), help="set the guest's clock, or tell of it")
     elif verb == "keys":
@@ -121,7 +124,7 @@ def parse(arguments: Sequence[str]) -> Options:
 
     parser = Parser("hvkvm ctl", "Operate a running guest.", EPILOG)
     parser.usage = "hvkvm ctl [--vm NAME|PID|PATH] [--timeout S] [--json] VERB ..."
-    _common(parser)
+    _common(parser, "as each verb's --help says")
     # Options may stand before the verb too, so all of them must be known to tell their values from it.
     with_value = set(chain.from_iterable(verb_parser(verb).value_options() for verb in _WITH_OPTIONS))
     options, words = split_words(arguments, with_value)
@@ -168,9 +171,14 @@ def _tell(options: Options, result: Any, text: Callable[[Any], str]) -> int:
     return 0
 
 
-def _ask(options: Options, do: str, seconds: float = 10.0, **request: Any) -> Any:
+def _seconds_of(options: Options) -> float:
+    """How long to wait for the verb's answer."""
+    return options.timeout or SECONDS.get(options.verb, USUAL_SECONDS)
+
+
+def _ask(options: Options, do: str, **request: Any) -> Any:
     with find(options.vm) as vm:
-        return vm.ask(do, options.timeout or seconds, **request)
+        return vm.ask(do, _seconds_of(options), **request)
 
 
 def _list(options: Options) -> int:
@@ -180,7 +188,7 @@ def _list(options: Options) -> int:
         try:
             with Vm(path) as vm:
                 record["pid"] = vm.pid
-                info = vm.ask("info", options.timeout or LIST_SECONDS)
+                info = vm.ask("info", _seconds_of(options))
             record |= {key: info[key] for key in ("uptime", "resets", "synic", "vmbus_version")}
             record |= {key: info["config"].get(key) for key in ("kernel", "firmware")}
         except VmGone:
@@ -193,7 +201,7 @@ def _list(options: Options) -> int:
 
 def _info(options: Options) -> int:
     with find(options.vm) as vm:
-        info = vm.ask("info", options.timeout or 10.0)
+        info = vm.ask("info", _seconds_of(options))
         if info["vmbus_version"] is not None:
             info["addresses"] = _addresses(vm)
     return _tell(options, info, ctl_text.info)
@@ -218,12 +226,12 @@ def _inspect(options: Options) -> int:
 
 
 def _dump(options: Options) -> int:
-    return _tell(options, _ask(options, "dump", 30.0), str)
+    return _tell(options, _ask(options, "dump"), str)
 
 
 def _quit(options: Options) -> int:
     with find(options.vm) as vm:
-        return _tell(options, _until_end(vm, "quit", options.timeout or 30.0), ctl_text.ended)
+        return _tell(options, _until_end(vm, "quit", _seconds_of(options)), ctl_text.ended)
 
 
 def _until_end(vm: Vm, do: str, seconds: float, **request: Any) -> dict[str, Any]:
@@ -241,7 +249,7 @@ def _shutdown(options: Options) -> int:
         if options.wait:
             ended = _until_end(vm, "shutdown", options.timeout or WAIT_SECONDS, what=what, wait=True)
             return _tell(options, ended, ctl_text.ended)
-        accepted = vm.ask("shutdown", options.timeout or 30.0, what=what)
+        accepted = vm.ask("shutdown", _seconds_of(options), what=what)
         return _tell(options, accepted, lambda _result: f"the guest accepts: {what}")
 
 
@@ -290,23 +298,21 @@ def _nmi(options: Options) -> int:
 
 def _save(options: Options) -> int:
     file = os.path.abspath(options.file)
-    result = _ask(options, "save", SAVE_SECONDS, file=file, end=options.end, compress=options.compress)
+    result = _ask(options, "save", file=file, end=options.end, compress=options.compress)
     return _tell(options, result, lambda result: f"saved to {harmless(result['file'])}")
 
 
 def _dmesg(options: Options) -> int:
-    return _tell(
-        options, _ask(options, "dmesg", DMESG_SECONDS), lambda result: ctl_text.dmesg(result["lines"])
-    )
+    return _tell(options, _ask(options, "dmesg"), lambda result: ctl_text.dmesg(result["lines"]))
 
 
 def _screenshot(options: Options) -> int:
-    result = _ask(options, "screenshot", SCREENSHOT_SECONDS, file=os.path.abspath(options.file))
+    result = _ask(options, "screenshot", file=os.path.abspath(options.file))
     return _tell(options, result, ctl_text.screenshot)
 
 
 def _net(options: Options) -> int:
-    result = _ask(options, "net", ctl_net.SECONDS, **ctl_net.request(options))
+    result = _ask(options, "net", **ctl_net.request(options))
     return _tell(options, result, ctl_net.text_of(options))
 
 
@@ -318,7 +324,7 @@ def _kvp(options: Options) -> int:
         raise ConfigError(f"kvp {what}: takes {takes}; see hvkvm ctl kvp --help")
     more = {name: text for name, text in (("key", key), ("value", value)) if text is not None}
     with find(options.vm) as vm:
-        seconds = options.timeout or 40.0  # Linux itself gives its daemon 30 s
+        seconds = _seconds_of(options)
         if options.pool is not None or what != "get":
             pool = options.pool or ("auto" if what == "list" else "external")
             return _tell_kvp(options, vm.ask("kvp", seconds, what=what, pool=pool, **more))
@@ -339,18 +345,18 @@ def _tell_kvp(options: Options, result: dict[str, Any]) -> int:
 
 
 def _freeze(options: Options) -> int:
-    return _tell(options, _ask(options, "freeze", FREEZE_SECONDS), ctl_text.snapshot)
+    return _tell(options, _ask(options, "freeze"), ctl_text.snapshot)
 
 
 def _thaw(options: Options) -> int:
-    return _tell(options, _ask(options, "thaw", FREEZE_SECONDS), ctl_text.snapshot)
+    return _tell(options, _ask(options, "thaw"), ctl_text.snapshot)
 
 
 def _disk(options: Options) -> int:
     from hvkvm.cli import ctl_disk
 
     asked = ctl_disk.request(options.what, options.words, cdrom=options.cdrom, force=options.force)
-    result = _ask(options, "disk", DISK_SECONDS, **asked)
+    result = _ask(options, "disk", **asked)
     return _tell(options, result, lambda result: ctl_text.harmless_lines(ctl_disk.text(options.what, result)))
 
 

@@ -9,9 +9,6 @@ from typing import Any
 from hvkvm.cli.arguments import Parser
 from hvkvm.errors import ConfigError, harmless
 
-SECONDS = 30.0
-"""A guest that holds its NIC is waited for when that is taken away."""
-
 _WORDS = {"list": 0, "stats": 0, "add": 1, "remove": 1, "link": 2}
 _TAKES = ("nothing more", "WIRE or NAME", "NAME up or NAME down")
 

@@ -389,6 +389,32 @@ def test_a_vm_that_started_in_firmware_is_listed_by_that(play: Callable[[str], P
     assert [(vm["kernel"], vm["firmware"]) for vm in listed] == [(None, "auto"), (None, "/f.fd")]
 
 
+@pytest.mark.parametrize("verb", VERBS)
+def test_the_help_says_how_long_a_verb_waits(
+    verb: str, tmp_path: Path, play: Callable[[str], PlayedVm], run: Run
+) -> None:
+    words = {
+        "time": ("show",),
+        "keys": ("x",),
+        "save": ("f",),
+        "screenshot": ("f",),
+        "net": ("list",),
+        "kvp": ("list",),
+        "disk": ("list",),
+    }
+    vm = play("one")
+    run(verb, *words.get(verb, ()))  # it hangs up at what it is asked
+    run(verb, *words.get(verb, ()), "--timeout", "3.5")
+    usual, given = vm.asked
+    assert given["timeout"] == 3.5
+    text = " ".join(ctl(tmp_path, verb, "--help").stdout.split())
+    waits = "; with --wait 300" if "--wait" in text else ""
+    assert f"--timeout S how long to wait for the answer ({usual['timeout']:g}{waits})" in text
+    if waits:
+        run(verb, "--wait")
+        assert vm.asked[-1]["timeout"] == 300
+
+
 def test_every_verb_explains_itself(tmp_path: Path) -> None:
     for verb in ("", *VERBS):
         result = ctl(tmp_path, *([verb] if verb else []), "--help")
