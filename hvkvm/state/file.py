@@ -126,6 +126,8 @@ class Writer:
         os.fsync(self._fd)
         os.replace(self._partial, self._path)
         self._close()
+        with suppress(OSError):  # some file systems cannot do that
+            _make_name_stable(self._path)
         return size
 
     def _close(self) -> None:
@@ -284,6 +286,15 @@ def _read_exactly(fd: int, offset: int, size: int) -> bytes | None:
         offset += len(piece)
         size -= len(piece)
     return b"".join(pieces)
+
+
+def _make_name_stable(path: Path) -> None:
+    """What was renamed to `path` has that name after a power cut, too. OSError."""
+    folder = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
 
 
 def _write_all(fd: int, data: memoryview, offset: int) -> None:

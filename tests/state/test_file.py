@@ -96,6 +96,28 @@ def test_ram_in_many_pieces_is_written_in_fewer(
     assert extents == [*((page, 1) for page in range(0, 16, 2)), (32, 15), (48, 15)]
 
 
+def test_what_was_saved_keeps_its_name_in_a_power_cut(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The bytes were stable and the name was not: a VM that `save --end` had ended could be gone."""
+    done: list[str] = []
+    fsync, replace = os.fsync, os.replace
+
+    def watched(fd: int) -> None:
+        done.append(os.readlink(f"/proc/self/fd/{fd}"))
+        fsync(fd)
+
+    def renamed(old: Path, new: Path) -> None:
+        done.append(f"{old} is {new}")
+        replace(old, new)
+
+    monkeypatch.setattr(os, "fsync", watched)
+    monkeypatch.setattr(os, "replace", renamed)
+    path = written(tmp_path / "vm")
+    file, rename, folder = done
+    assert (rename, folder) == (f"{file} is {path}", str(tmp_path))
+
+
 def test_what_no_reader_would_take_is_not_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """It said that it was saved, and was lost."""
     path = written(tmp_path / "vm")
