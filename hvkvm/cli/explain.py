@@ -45,7 +45,8 @@ def parser() -> Parser:
 def parse(arguments: list[str]) -> Any:
     """The checked options. ConfigError."""
     options = parser().parse_args(arguments)
-    if options.wireshark == bool(options.what):
+    given = "".join(options.what).strip()
+    if options.wireshark == bool(given) or (options.wireshark and options.protocol is not None):
         raise ConfigError("name a recording, or bytes in hexadecimal; or --wireshark alone")
     return options
 
@@ -60,9 +61,11 @@ def main(arguments: list[str]) -> int:
 
         show(dissector())
         return 0
-    name = options.what[0]
-    if len(options.what) == 1 and os.path.exists(name):
-        for line in _lines(name):
+    files = [name for name in options.what if os.path.exists(name)]
+    if files and len(options.what) == 1:
+        if options.protocol is not None:
+            raise ConfigError("--protocol: a recording says whose its packets are; leave it out")
+        for line in _lines(files[0]):
             show(line)
         return 0
     from hvkvm.record import explain
@@ -70,6 +73,8 @@ def main(arguments: list[str]) -> int:
     try:
         text = explain.from_hex(" ".join(options.what), options.protocol)
     except ValueError as error:
+        if files:
+            raise ConfigError(f"{files[0]}: a file, and more beside it; name one recording alone") from None
         raise ConfigError(f"{' '.join(options.what)[:60]}: {error}") from None
     show(text)
     return 0
@@ -83,4 +88,5 @@ def _lines(name: str) -> Iterator[str]:
         with open(name, "rb") as file:
             yield from explain.lines(file)
     except (OSError, ValueError) as error:
-        raise ConfigError(f"{name}: {error}; give a recording of `hvkvm run --record`") from None
+        why = getattr(error, "strerror", None) or error
+        raise ConfigError(f"{name}: {why}; give a recording of `hvkvm run --record`") from None

@@ -33,7 +33,8 @@ def main(arguments: list[str]) -> int:
         with open(options.file, "rb") as file:
             result = replay(file)
     except (OSError, ValueError) as error:
-        raise ConfigError(f"{options.file}: {error}; record with --record FILE,depth=full") from None
+        why = getattr(error, "strerror", None) or error
+        raise ConfigError(f"{options.file}: {why}; record with --record FILE,depth=full") from None
     _tell(result, options)
     return 0 if result.difference is None else 1
 

@@ -243,6 +243,15 @@ def test_the_command_explains_files_and_hexadecimal(tmp_path: Path) -> None:
         (("explain", "--protocol", "nil", "00"), "no protocol nil; there are heartbeat"),
         (("explain", "/dev/null"), "it is empty; give a recording"),
         (("explain", __file__), "give a recording"),
+        (("explain", tmp_path), f"hvkvm: {tmp_path}: Is a directory; give a recording"),
+        (("explain", ""), "name a recording, or bytes in hexadecimal"),
+        (("explain", path, path), f"{path}: a file, and more beside it; name one recording alone"),
+        (("explain", path, "--protocol", "kbd"), "--protocol: a recording says whose its packets are"),
+        (("explain", "--wireshark", "--protocol", "kbd"), "or --wireshark alone"),
+        (
+            ("replay", tmp_path / "none"),
+            f"hvkvm: {tmp_path / 'none'}: No such file or directory; record with",
+        ),
     ):
         result = run_hvkvm(*arguments)
         assert result.returncode == 2
