@@ -17,7 +17,6 @@ from hvkvm.machine.board import Board
 from hvkvm.machine.config import MachineConfig
 from hvkvm.machine.guest_image import GuestImage
 from hvkvm.machine.lifecycle import Lifecycle
-from hvkvm.machine.outcome import of_fault
 from hvkvm.machine.part import Part
 from hvkvm.machine.parts import Parts
 from hvkvm.machine.processors import Processors
@@ -37,7 +36,7 @@ def assemble(
     handlers: exits.Handlers = {}
 
     def failed(error: BaseException, detail: str) -> None:
-        lifecycle.finish(*of_fault(error, detail))
+        lifecycle.failed(error, detail)
 
     platform = build.create_platform(kvm, config, saved, offered.features, handlers, failed, observer, stack)
     lifecycle = Lifecycle(platform, reboot=config.reboot, why_no_reset=image.why_not_again)

@@ -201,7 +201,10 @@ class Board:
         serial.output.sink = show
 
     def attach_sink(self, sink: Callable[[bytes], object]) -> None:
-        """Give the UART's output to `sink(data)`, on the I/O loop. Before `Machine.start`."""
+        """Give the UART's output to `sink(data)`, on the I/O loop. Before `Machine.start`.
+
+        What it raises ends the run, and it gets no more.
+        """
         self._sink = sink
 
     def _output(self, data: bytes) -> None:
@@ -209,7 +212,11 @@ class Board:
         self.tail.add(data)
         if self._sink is not None:
             self.note_output()
-            self._sink(data)
+            try:
+                self._sink(data)
+            except BaseException:
+                self._sink = None  # the last output, at the end, would raise it again
+                raise
 
     def note_output(self) -> None:
         """The guest's first word that anybody is shown has come. The I/O loop."""

@@ -19,7 +19,7 @@ from hvkvm.abi.kvm import (
     KVM_CAP_MAX_VCPUS,
     KVM_PIT_SPEAKER_DUMMY,
 )
-from hvkvm.errors import BootError, CapabilityMissing, ConfigError
+from hvkvm.errors import BootError, CapabilityMissing, ConfigError, HvkvmError
 from hvkvm.kvm.gsi import GsiTable
 from hvkvm.kvm.system import Kvm
 from hvkvm.kvm.vm import Vm
@@ -28,6 +28,7 @@ from hvkvm.machine.hyperv import Hyperv
 from hvkvm.machine.platform import Platform
 from hvkvm.machine.vcpus import create_vcpus
 from hvkvm.memory.guest import GuestMemory, RamSource
+from hvkvm.runtime.guard import fault_text
 from hvkvm.runtime.io_loop import IoLoop
 from hvkvm.runtime.vcpu_thread import VcpuThread
 from hvkvm.runtime.vcpus import VcpuGroup
@@ -118,9 +119,10 @@ def create_platform(
     vcpus = create_vcpus(kvm, vm, config, features)
 
     def vcpu_failed(thread: VcpuThread, error: BaseException) -> None:
-        on_fault(error, f"{thread.name}: {error}")
+        # A mistake in a handler, a test's perhaps, is found by its kind and place.
+        on_fault(error, f"{thread.name}: {error if isinstance(error, HvkvmError) else fault_text(error)}")
 
-    io = IoLoop(on_fault=lambda error: on_fault(error, f"I/O loop: {type(error).__name__}: {error}"))
+    io = IoLoop(on_fault=lambda error: on_fault(error, f"I/O loop: {fault_text(error)}"))
     stack.callback(io.stop)
     threads = [VcpuThread(vcpu, handlers, on_fault=vcpu_failed, name=f"vcpu{vcpu.index}") for vcpu in vcpus]
     return Platform(config, kvm, vm, memory, vcpus, threads, VcpuGroup(threads), GsiTable(vm), io, observer)

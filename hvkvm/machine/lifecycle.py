@@ -11,7 +11,8 @@ Nothing in it blocks the loop. An end of the run that comes meanwhile wins: the
 parts then stay as they are, and the vCPUs' threads end instead of going on.
 
 Threads: `finish`, `request_reset`, `panicked` and `wait` may be called from any
-thread; `finish` from a signal handler too. All else says its own.
+thread, also behind the end; `finish` from a signal handler too. `stop` may be called
+from any but the machine's own. All else says its own.
 """
 
 from __future__ import annotations
@@ -27,10 +28,10 @@ from functools import partial
 from time import monotonic
 from typing import TYPE_CHECKING, Protocol
 
-from hvkvm.errors import HvkvmError, Stopped, Stuck
+from hvkvm.errors import HvkvmError, Stopped, Stuck, exhausted
 from hvkvm.events import GuestPanicked
 from hvkvm.kvm.irqfd import EventFd
-from hvkvm.machine.outcome import EXIT_MACHINE_FAULT, EXIT_PANIC, EXIT_TIMEOUT, Ending, Outcome
+from hvkvm.machine.outcome import EXIT_MACHINE_FAULT, EXIT_PANIC, EXIT_TIMEOUT, Ending, Outcome, of_fault
 from hvkvm.machine.part import Part
 from hvkvm.machine.platform import Platform
 from hvkvm.runtime.timers import MAX_WAIT
@@ -93,7 +94,8 @@ class Lifecycle:
         # An eventfd, not a threading.Event: finish() is called by signal handlers, which may find the
         # main thread inside wait(), and an Event's lock would then be waited for by its own holder.
         self._ended = EventFd()
-        self._lock = threading.RLock()  # outcome and _reset_pending
+        self._lock = threading.RLock()  # outcome, _reset_pending, and that _ended is open
+        self._stop_lock = threading.RLock()  # held by who stops it
         self._reset_pending = False
         self._parts: tuple[Part, ...] = ()
         self._console: GuestConsole | None = None
@@ -101,6 +103,7 @@ class Lifecycle:
         self._waiting: deque[Callable[[Callable[[], object]], object]] = deque()
         self._deadline: Timer | None = None
         self._stopping: Part | None = None
+        self._unheard: BaseException | None = None  # an error behind the end, which has its name already
         self._enders: list[Callable[[Callable[[], object]], object]] = []
 
     def at_end(self, ender: Callable[[Callable[[], object]], object]) -> None:
@@ -154,8 +157,11 @@ class Lifecycle:
 
     def wait(self, timeout: float | None = None) -> Outcome | None:
         """Wait up to `timeout` seconds (None: without limit) for the end; None if it has not come."""
+        fd = self._ended.fd
+        if fd < 0:
+            return self.outcome  # closed
         poller = select.poll()
-        poller.register(self._ended.fd, select.POLLIN)
+        poller.register(fd, select.POLLIN)
         end = monotonic() + (float("inf") if timeout is None else timeout)
         while not poller.poll(min(MAX_WAIT, left := max(0.0, end - monotonic())) * 1000) and left > 0:
             pass
@@ -170,27 +176,49 @@ class Lifecycle:
                 self.outcome = Outcome(ending, status, detail)
         for thread in self._platform.threads:
             thread.stop()
-        self._ended.signal()
+        with self._lock:
+            if self._ended.fd >= 0:  # else it is closed, and nobody waits
+                self._ended.signal()
+
+    def failed(self, error: BaseException, detail: str) -> None:
+        """End the run by a thread's error. One that comes behind the end is raised by `stop`. Any thread."""
+        if self.outcome is None:
+            self.finish(*of_fault(error, detail))
+        elif not isinstance(error, Stopped) and exhausted(error) is None:
+            self._unheard = self._unheard or error
 
     def expire(self, seconds: float | None) -> None:
         """End the run because its `seconds` are over; a guest that hangs in its panic has ended by that."""
         if self._console is not None and (panic := self._console.console_panic(hung=True)) is not None:
             self.finish(Ending.PANIC, EXIT_PANIC, panic)
-        self.finish(Ending.TIMEOUT, EXIT_TIMEOUT, f"the guest had not finished after {seconds:g} s")
+        when = "in time" if seconds is None else f"after {seconds:g} s"
+        self.finish(Ending.TIMEOUT, EXIT_TIMEOUT, f"the guest had not finished {when}")
 
     def stop(self, seconds: float) -> None:
-        """End every vCPU's thread, stop the parts, end the I/O loop. Main thread. Idempotent.
+        """End every vCPU's thread, stop the parts, end the I/O loop. Idempotent; who comes second waits.
 
-        Raises Stuck, naming who has not come to rest within `seconds` a step.
+        Raises Stuck, naming who has not come to rest within `seconds` a step; the first error that came
+        behind the end, with all stopped; and as `check_thread` does.
         """
+        self.check_thread("stop")
         if self.outcome is None:
             self.finish(Ending.QUIT, 0, "stopped by the host")
         if self.started_at is None or self.is_copy:
             return
-        self._platform.group.stop_all(seconds)
-        self._stop_parts_from_outside(seconds)
-        self.phase = Phase.ENDED
-        self._platform.io.stop()
+        with self._stop_lock:
+            self._platform.group.stop_all(seconds)
+            self._stop_parts_from_outside(seconds)
+            self.phase = Phase.ENDED
+            self._platform.io.stop()
+            error, self._unheard = self._unheard, None
+        if error is not None:
+            raise error
+
+    def check_thread(self, what: str) -> None:
+        """Raise RuntimeError on the I/O loop and on a vCPU's thread, for which `what` would wait."""
+        if self._platform.io.in_loop() or any(thread.is_current() for thread in self._platform.threads):
+            me = threading.current_thread().name
+            raise RuntimeError(f"{what}() waits for the thread {me}; on it, finish() is what ends the run")
 
     def _stop_parts_from_outside(self, seconds: float) -> None:
         stopped = threading.Event()
@@ -295,7 +323,14 @@ class Lifecycle:
             done()
         else:
             # By way of the loop's queue: many parts make no deep stack, and who else waits gets a turn.
-            part.stop(partial(self._soon, self._stop_parts, left, done))
+            stopped = partial(self._soon, self._stop_parts, left, done)
+            try:
+                part.stop(stopped)
+            except BaseException as error:
+                if self.outcome is None:
+                    raise  # which ends the run
+                self._unheard = self._unheard or error
+                stopped()
 
     def _rested(self) -> None:
         if self._deadline is not None:
@@ -327,4 +362,5 @@ class Lifecycle:
 
     def close(self) -> None:
         """Let the eventfd go. Nobody waits any more. Idempotent."""
-        self._ended.close()
+        with self._lock:
+            self._ended.close()

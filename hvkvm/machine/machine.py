@@ -6,7 +6,8 @@ loads the kernel; nothing runs until `start()`. What happens from then on is
 `lifecycle`'s.
 
 Threads: the caller's thread builds, waits and closes; `Lifecycle` says what else
-may be called from where.
+may be called from where. What waits for the machine's own threads (`stop`, `close`,
+`save`) is refused on them with RuntimeError: a callback ends the run by `finish`.
 
 A machine is the process's that made it. A forked child has copies of fds, and
 memory, that it shares with it, but none of the threads: closing the machine there
@@ -17,6 +18,7 @@ from __future__ import annotations
 
 from contextlib import ExitStack
 from pathlib import Path
+from threading import RLock
 from types import TracebackType
 from typing import TYPE_CHECKING
 
@@ -51,6 +53,7 @@ class Machine:
     def __init__(self, config: MachineConfig, *, observer: Observer = NULL_OBSERVER) -> None:
         self.config = config.validate()
         self._closed = False
+        self._closing = RLock()
         with named_when_exhausted(), ExitStack() as stack:
             self.name = config.name or own_name(stack)
             file = self.config.saved
@@ -75,7 +78,9 @@ class Machine:
     # Running it.
 
     def start(self) -> None:
-        """Start the I/O loop and every vCPU. Once only; HvkvmError else."""
+        """Start the I/O loop and every vCPU. Once only, and not when closed; HvkvmError else."""
+        if self._closed:
+            raise HvkvmError("this machine is closed; build another one")
         if self.orders is not None and self.lifecycle.started_at is None:
             self.orders.start()
         self.lifecycle.start()
@@ -129,16 +134,20 @@ class Machine:
 
     def close(self) -> None:
         """Stop, and release every fd and mapping, devices first. Idempotent."""
-        if self._closed:
-            return
-        self._closed = True
         if self.lifecycle.is_copy:
-            self._let_go()
+            if not self._closed:
+                self._closed = True
+                self._let_go()
             return
-        try:
-            self.stop()
-        finally:
-            self._stack.close()
+        self.lifecycle.check_thread("close")
+        with self._closing:  # who comes second finds all of it released
+            if self._closed:
+                return
+            self._closed = True
+            try:
+                self.stop()
+            finally:
+                self._stack.close()
 
     def _let_go(self) -> None:
         """A forked child's close: only what acts on this process alone, and nothing that takes a lock."""

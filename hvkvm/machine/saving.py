@@ -98,7 +98,8 @@ class Saver:
         return why_kept(path, self._platform.config, () if self._shelf is None else self._shelf.specs)
 
     def save_and_wait(self, path: Path, *, end: bool, compress: bool = False) -> int:
-        """See `Machine.save`. Not on the I/O loop."""
+        """See `Machine.save`. RuntimeError on the machine's own threads."""
+        self._lifecycle.check_thread("save")
         if self._lifecycle.started_at is None:
             raise StateError("not saved: the machine has not been started")
         heard: SimpleQueue[tuple[int, str]] = SimpleQueue()
@@ -107,8 +108,9 @@ class Saver:
             if not self.save(path, lambda size, why: heard.put((size, why)), end=end, compress=compress):
                 heard.put((0, "another save is being made"))
 
-        self._platform.io.call_soon(start, cancelled=lambda: None)
         ended = False
+        with suppress(Stopped):  # the run has ended, and its outcome is there
+            self._platform.io.call_soon(start, cancelled=lambda: None)
         while not ended:
             ended = self._lifecycle.outcome is not None  # what was heard by then is taken all the same
             with suppress(Empty):
