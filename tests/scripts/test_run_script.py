@@ -118,3 +118,19 @@ def test_a_key_is_made_without_a_home(tmp_path: Path, bin_: Path, home: Path) ->
     )
     assert done.stdout == f"{home}/.cache/hvkvm/ssh/id_ed25519\n"
     assert Path(done.stdout.strip()).exists()
+
+
+def test_cdpath_leads_to_no_other_scripts(tmp_path: Path, bin_: Path) -> None:
+    (tmp_path / "other/scripts").mkdir(parents=True)
+    run(tmp_path, bin_)
+    done = subprocess.run(
+        ["scripts/run"],
+        cwd=tmp_path,
+        env=settings(bin_, CDPATH=str(tmp_path / "other")),
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=60,
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "/an/artifact" in done.stdout
