@@ -15,7 +15,7 @@ from hvkvm.errors import ConfigError
 EPILOG = """examples:
   hvkvm run --kernel vmlinuz --vmbus on --record FILE -- true
   hvkvm explain FILE
-  hvkvm explain 0e0000000000000003000500000000000200000000000000
+  hvkvm explain 0e000000000000000300050000000000020000000000000000100000000000000020000000000000
   hvkvm explain --protocol kbd 0100000000000100
   hvkvm explain --wireshark
 

@@ -73,6 +73,9 @@ def message(payload: bytes) -> str:
     found = wire.parse(payload)
     if found is None:
         number = wire.message_type(payload)
+        kind = None if number is None else wire.KINDS.get(number)
+        if kind is not None and len(payload) < kind.size:
+            return f"{kind.name} has {kind.size} bytes, and here are {_hex(payload)}"
         return f"no message of the table: {'' if number is None else f'type {number}, '}{_hex(payload)}"
     return wire.describe(found)
 

@@ -41,6 +41,7 @@ from hvkvm.cli.parsers import all_parsers
 from hvkvm.errors import CapabilityMissing, ConfigError
 from hvkvm.hyperv.features import parse_features
 from hvkvm.machine.config import MachineConfig
+from hvkvm.record.explain import from_hex
 
 ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -166,7 +167,10 @@ def check_hvkvm(words: tuple[str, ...]) -> None:
     elif verb == "replay":
         replay.parser().parse_args(rest)
     elif verb == "explain":
-        explain.parse(rest)
+        options = explain.parse(rest)
+        if options.what and options.what != ["FILE"]:
+            text = from_hex(" ".join(options.what), options.protocol)
+            assert re.match(r"[A-Z_]+ \w+=|type=[A-Z_]+ \w+=", text), text
     elif verb == "features":
         options = features.parser().parse_args(rest)
         parse_features(options.list)

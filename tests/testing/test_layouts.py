@@ -5,9 +5,10 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hvkvm.abi import device_layouts, hvsock, ic, keyboard, nvsp, storvsp, vmbus, vss
+from hvkvm.abi import device_layouts, hvsock, ic, keyboard, nvsp, storvsp, vmbus, vmbus_messages, vss
 from hvkvm.abi.layout import Layout, decode, every
 from hvkvm.record import words
+from hvkvm.record.explain import from_hex
 
 EVERY = [
     row
@@ -96,3 +97,13 @@ def test_any_bytes_have_words(data: bytes, interface: bytes, whole: bool) -> Non
     assert all(len(line) < 4000 and line.isprintable() for line in lines)
     decoded = decode(data, device_layouts.protocol_of(interface).payload)
     assert decoded.rest <= len(data)
+
+
+def test_a_message_that_is_cut_short_is_told_from_one_of_another_type() -> None:
+    contact = vmbus_messages.build("INITIATE_CONTACT", version=0x50003)
+    assert from_hex(contact.hex(), None).startswith("INITIATE_CONTACT version=5.3")
+    cut = from_hex(contact[:24].hex(), None)
+    assert cut.startswith("INITIATE_CONTACT has 40 bytes, and here are 24 bytes: 0e000000 ")
+    other = b"\xff" + contact[1:]
+    assert from_hex(other.hex(), None).startswith("no message of the table: type 255, 40 bytes: ")
+    assert from_hex("00", None).startswith("no message of the table: 1 bytes")
