@@ -124,10 +124,11 @@ class Disks:
             else:
                 raise ConfigError(f"{option}: no image; name one")
             controller.attach(0, lun, unit)
-        except (ValueError, StopIteration) as error:
+        except ValueError as error:
             self._drop(disk, image)
-            place = f"controller={spec.controller},lun={spec.lun}"
-            raise ConfigError(f"{option} {spec.file}: {place}: {error}; choose another place") from None
+            place = f"controller={spec.controller}" + (f",lun={spec.lun}" if spec.lun >= 0 else "")
+            what = f"{option} {spec.file or 'none'}: {place}"
+            raise ConfigError(f"{what}: {error}; choose another place") from None
         except BaseException:
             self._drop(disk, image)
             raise
@@ -231,7 +232,10 @@ class Disks:
 
     def _free_lun(self, controller: Storvsp) -> int:
         taken = controller.units.luns(0)
-        return next(lun for lun in range(MAX_LUNS) if lun not in taken)
+        free = next((lun for lun in range(MAX_LUNS) if lun not in taken), None)
+        if free is None:
+            raise ValueError(f"all of its {MAX_LUNS} LUNs are taken")
+        return free
 
     def _drop(self, disk: Disk | None, image: Image | None) -> None:
         if disk is not None:

@@ -151,6 +151,15 @@ def test_resize(world: World, tmp_path: Path) -> None:
     assert (tmp_path / "a.raw").stat().st_size == 1 << 30
 
 
+def test_a_controller_that_is_full_says_so(world: World) -> None:
+    for _ in range(64):
+        world.typed("add", "none", cdrom=True)
+    full = "controller=0: all of its 64 LUNs are taken; choose another place"
+    assert world.typed("add", "none", cdrom=True) == f"guest: --cdrom none: {full}"
+    assert world.typed("add", "a.raw").endswith(f"a.raw: {full}")
+    assert "controller 1, LUN 0" in world.typed("add", "a.raw,controller=1")
+
+
 def test_who_gives_up_gets_no_disk(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     """An NBD server may take long: whoever was told so would find a disk later that is not there."""
     world.typed("add", "none", cdrom=True)
