@@ -274,6 +274,11 @@ class Lifecycle:
             self._reset_pending = True
         self._platform.io.call_soon(self._reset, reason)
 
+    @property
+    def reset_pending(self) -> bool:
+        """Whether a reset was asked for that has not been made. Any thread."""
+        return self._reset_pending
+
     def _reset(self, reason: str) -> None:
         if (panic := self._panic_before_reset()) is not None:
             # A panicking kernel told to reboot would loop for ever; its panic is the end.

@@ -35,6 +35,8 @@ if TYPE_CHECKING:
 JOIN_SECONDS = 30.0
 WATCH_SECONDS = 0.1
 
+_GONE = "the folder that this run was started in is gone, and with it the files that it named from there"
+
 Done = Callable[[int, str], object]
 """done(size, why): the file's size in bytes, or why there is none. I/O loop."""
 
@@ -84,7 +86,11 @@ class Saver:
         if self._busy:
             return False
         why = "" if self._shelf is None else self._shelf.why_not_saved()
-        if why := why or self._why_kept(path):
+        try:
+            why = why or self._why_kept(path)
+        except FileNotFoundError:
+            why = _GONE
+        if why:
             done(0, why)
             return True
         self._busy = True
@@ -122,6 +128,11 @@ class Saver:
 
     def _stable(self, path: Path, done: Done, go_on: Callable[[], object], end: bool, compress: bool) -> None:
         """Nothing is in flight any more. What the guest has written is made stable before it is saved."""
+        if self._lifecycle.reset_pending:
+            # First that: a guest that goes on from the file would wait for it without end.
+            self._lifecycle.at_rest(lambda again: self._stable(path, done, again, end, compress))
+            go_on()
+            return
 
         def flushed(why: str) -> None:
             if why:
@@ -166,6 +177,8 @@ class Saver:
             saved = self._config()  # here: a disk or NIC may come while the file is written
             self._writer = threading.Thread(target=write, name="save", daemon=True)
             self._writer.start()
+        except FileNotFoundError:
+            finish(0, _GONE)
         except (HvkvmError, RuntimeError) as error:  # a KVM that refuses; "can't start new thread"
             finish(0, str(error))
 

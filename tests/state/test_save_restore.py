@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import queue
 import random
+import shutil
 import threading
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -12,6 +13,7 @@ from pathlib import Path
 from time import monotonic_ns, sleep
 from typing import Any
 
+import guest_images
 import pytest
 from guest_agent import CHECK, DRAIN, EOM_PENDING, SCRATCH
 from guest_machine import Guest, Sender
@@ -226,6 +228,54 @@ def test_input_that_came_as_it_was_saved_interrupts(tmp_path: Path, monkeypatch:
         vm = guest.machine.platform.vm
         guest.until(lambda: bool(bytes(vm.get_irqchip(0))[master_pic_irr] & 0x10), "COM1 interrupts")
         assert guest[0].do("IN", 0x3F8, 1).value == ord("x")
+    finally:
+        guest.close()
+
+
+@pytest.mark.kvm
+def test_a_reset_that_the_guest_waits_for_is_made_before_it_is_saved(tmp_path: Path) -> None:
+    """Who went on from the file had asked for one that never came."""
+    guest = Guest(synic="user", hv="passthrough").start()
+    heard: queue.SimpleQueue[str] = queue.SimpleQueue()
+
+    def save_first() -> None:
+        machine = guest.machine
+        assert machine.parts.saver.save(tmp_path / "vm", lambda _size, why: heard.put(why))
+        machine.request_reset("as a guest does that has not yet come to rest")
+
+    try:
+        guest.machine.platform.io.call_soon(save_first)
+        assert heard.get(timeout=120) == ""
+        guest.agent.await_online(2)
+    finally:
+        guest.close()
+    guest = Guest(restore=tmp_path / "vm")
+    guest.machine.start()
+    try:
+        guest.agent.await_online(2)
+    finally:
+        guest.close()
+
+
+@pytest.mark.kvm
+def test_a_machine_whose_folder_is_gone_is_not_saved_and_runs_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The names of its files lead from there; looking for it ended the machine."""
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    (folder / "agent").write_bytes(guest_images.image("agent").read_bytes())
+    monkeypatch.chdir(folder)
+    monkeypatch.setattr(guest_images, "image", Path)
+    guest = Guest(synic="user", hv="passthrough").start()
+    try:
+        shutil.rmtree(folder)
+        for file in (tmp_path / "vm", Path("vm")):
+            with pytest.raises(
+                StateError, match=r"^not saved: the folder that this run was started in is gone"
+            ):
+                guest.machine.save(file)
+        guest[0].do("RDMSR", tlfs.HV_X64_MSR_VP_INDEX)
     finally:
         guest.close()
 
