@@ -119,7 +119,11 @@ def initial_ramdisk(config: MachineConfig) -> bytes | Path | None:
     if not added and (config.initrd is not None or told_root):
         return config.initrd
     if not is_linux(config.kernel):
-        if config.command or config.awaits or config.files:
+        if config.awaits:
+            raise ConfigError(
+                f"--kernel {config.kernel}: takes no initramfs, which waits for the command; name a Linux kernel"
+            )
+        if config.command or config.files:
             raise ConfigError(
                 f"--kernel {config.kernel}: takes no initramfs for a command or files; leave them out"
             )
