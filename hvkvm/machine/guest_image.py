@@ -120,9 +120,8 @@ def initial_ramdisk(config: MachineConfig) -> bytes | Path | None:
         return config.initrd
     if not is_linux(config.kernel):
         if config.awaits:
-            raise ConfigError(
-                f"--kernel {config.kernel}: takes no initramfs, which waits for the command; name a Linux kernel"
-            )
+            what = "takes no initramfs, which waits for the command"
+            raise ConfigError(f"--kernel {config.kernel}: {what}; name a Linux kernel")
         if config.command or config.files:
             raise ConfigError(
                 f"--kernel {config.kernel}: takes no initramfs for a command or files; leave them out"

@@ -56,7 +56,7 @@ def test_bad_input_gets_one_line(
 def test_a_guest_that_takes_no_init_is_not_made_warm(tmp_path: Path) -> None:
     image = guest_images.image("agent")
     config = MachineConfig(kernel=image, memory=64 << 20, synic="user", timeout=1)
-    with pytest.raises(ConfigError, match="takes no initramfs, .*; name a Linux kernel$"):
+    with pytest.raises(ConfigError, match=r"takes no initramfs, .*; name a Linux kernel$"):
         warm(config, tmp_path / "x")
     assert not list(tmp_path.iterdir())
 
