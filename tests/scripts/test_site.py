@@ -35,6 +35,13 @@ def test_the_order_of_imports_is_the_one_that_is_held() -> None:
     ]
 
 
+def test_each_extra_is_named_where_its_use_is() -> None:
+    extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
+    text = "".join(page.read_text() for page in (ROOT / "README.md", *(ROOT / "docs").glob("*.md")))
+    wanted = set(extras) - {"dev", "docs"}  # those are for who changes hvkvm
+    assert set(re.findall(r"hvkvm\[(\w+)\]", text)) == wanted
+
+
 def test_what_the_pages_name_for_programs_is_in_the_reference() -> None:
     """Its first line says that what is not there is not for users."""
     pages = [ROOT / "README.md", *(ROOT / "docs" / name for name in PAGES - {"cookbook.md"})]
