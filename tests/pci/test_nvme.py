@@ -336,6 +336,34 @@ def test_saved_it_goes_on_as_if_nothing_had_been(guest: NvmeGuest, new_routes: A
     other.device.close()
 
 
+def test_its_smart_log_counts_on_in_a_restored_machine(guest: NvmeGuest, new_routes: Any) -> None:
+    """What it had read and written was nothing again."""
+
+    def counted(one: NvmeGuest) -> tuple[int, ...]:
+        words = ((512 // 4 - 1) << 16 | nvme.NVME_LOG_SMART,)
+        assert one.do(nvme.NVME_ADMIN_GET_LOG_PAGE, prp1=DATA, cdw=words) == (0, 0)
+        return struct.unpack_from("<QxxxxxxxxQxxxxxxxxQxxxxxxxxQ", one.memory.read(DATA, 512), 32)
+
+    for op, requests, size in ((Op.READ, 3, 700_000), (Op.WRITE, 2, 100)):
+        guest.disk.counters[op].requests, guest.disk.counters[op].bytes = requests, size
+    before = counted(guest)
+    assert before == (2, 1, 3, 2)
+    guest.device.stop(lambda: None)
+    guest.loop.settle()
+    state = codec.restored(ControllerState, codec.plain(guest.device.save()), "test")
+    other = NvmeGuest(new_routes(), memory=guest.memory)
+    other.device.stop(lambda: None)
+    other.device.load(state)
+    other.device.start()
+    other.tails, other.heads, other.phases = guest.tails, guest.heads, guest.phases
+    assert counted(other) == before
+    other.disk.counters[Op.READ].bytes += 400_000
+    assert counted(other) == (3, 1, 3, 2)
+    other.device.stop(lambda: None)
+    assert other.device.save().moved == (1_100_000, 100, 3, 2)
+    other.device.close()
+
+
 def self_test_log(guest: NvmeGuest) -> bytes:
     words = ((564 // 4 - 1) << 16 | nvme.NVME_LOG_DEVICE_SELF_TEST,)
     assert guest.do(nvme.NVME_ADMIN_GET_LOG_PAGE, prp1=DATA, cdw=words) == (0, 0)

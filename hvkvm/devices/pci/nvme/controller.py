@@ -97,6 +97,7 @@ class Controller:
         self.self_test = SelfTest(disk, sector_size)
         self.disk = disk
         self._base: int | None = None
+        self._moved_before = (0, 0, 0, 0)  # what a saved machine had moved, as in its state
         # The loop's own.
         self._csts = 0
         self._stopped = True
@@ -279,9 +280,17 @@ class Controller:
 
     def counters(self) -> tuple[int, int, int, int]:
         """Units read and written (thousands of 512 bytes), reads and writes: for the SMART log."""
+        read, written, reads, writes = self._moved
+        return -(-read // 512_000), -(-written // 512_000), reads, writes
+
+    @property
+    def _moved(self) -> tuple[int, int, int, int]:
         read, written = self.disk.counters[Op.READ], self.disk.counters[Op.WRITE]
-        units = [-(-one.bytes // 512_000) for one in (read, written)]
-        return units[0], units[1], read.requests, written.requests
+        here = read.bytes, written.bytes, read.requests, written.requests
+        first, second, third, fourth = (
+            now + before & (1 << 64) - 1 for now, before in zip(here, self._moved_before, strict=True)
+        )
+        return first, second, third, fourth
 
     def save(self) -> ControllerState:
         """All that the guest could tell apart. Only while stopped."""
@@ -301,6 +310,7 @@ class Controller:
             self.msix.save(),
             tuple(self.self_test.results),
             self.messages.msi.save(),
+            self._moved,
         )
 
     def load(self, state: ControllerState) -> None:
@@ -319,6 +329,7 @@ class Controller:
         self.self_test.load(state.self_tests)
         self.msix.load(state.msix)
         self.messages.msi.load(state.msi)
+        self._moved_before = state.moved
 
     def inspect(self) -> dict[str, object]:
         """Registers, queues and the disk."""

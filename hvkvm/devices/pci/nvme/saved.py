@@ -37,6 +37,8 @@ class ControllerState(NamedTuple):
     self_tests: tuple[tuple[int, int, int], ...] = ()
     msi: int = 0
     """Messages that are pending."""
+    moved: tuple[int, int, int, int] = (0, 0, 0, 0)
+    """Bytes read and written, reads and writes so far, for the SMART log."""
 
 
 def queues_of(
