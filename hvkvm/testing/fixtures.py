@@ -11,7 +11,7 @@ import os
 import tempfile
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import pytest
 
@@ -29,7 +29,20 @@ if TYPE_CHECKING:
     from hvkvm.testing.micro import MicroGuest
 
 MARKER = "hvkvm"
-_KNOWN = {"synic", "cpus", "kernels", "seconds"}
+
+
+class _Keyword(NamedTuple):
+    takes: str
+    fits: Callable[[Any], bool]
+    """Whether a value, or each of a list, is one of those."""
+
+
+_KNOWN = {
+    "synic": _Keyword('"kernel" and "user"', lambda value: value in ("auto", "kernel", "user")),
+    "cpus": _Keyword("numbers, in a list or one", lambda value: type(value) is int and value > 0),
+    "kernels": _Keyword('"all"', lambda value: value == "all"),
+    "seconds": _Keyword("a number above 0", lambda value: type(value) in (int, float) and value > 0),
+}
 _GUESTS = pytest.StashKey[list["Guest"]]()
 G = TypeVar("G", bound="Guest")
 
@@ -81,10 +94,15 @@ def _marked(node: pytest.Item) -> dict[str, Any]:
     """The keywords of the test's markers; those that are nearest to it win."""
     found: dict[str, Any] = {}
     for mark in node.iter_markers(MARKER):
-        if mark.args or set(mark.kwargs) - _KNOWN:
+        if mark.args or set(mark.kwargs) - set(_KNOWN):
             raise pytest.Collector.CollectError(
                 f"{node.nodeid}: mark.hvkvm takes {', '.join(sorted(_KNOWN))} only"
             )
+        for key, value in mark.kwargs.items():
+            if not all(map(_KNOWN[key].fits, _listed(value) if key in ("synic", "cpus") else [value])):
+                raise pytest.Collector.CollectError(
+                    f"{node.nodeid}: mark.hvkvm({key}={value!r}): it takes {_KNOWN[key].takes}"
+                )
         found = {**mark.kwargs, **found}
     return found
 
@@ -260,19 +278,20 @@ def disk(tmp_path: Path) -> Callable[..., DiskSpec]:
 
     `keys` are those of `--disk`, such as `readonly=True`; `file` names an image that is there.
     """
+    # What the test itself has put there is left alone.
+    pairs = ((tmp_path / f"disk{n}.raw", tmp_path / f"faults{n}.toml") for n in itertools.count())
 
     def make(size: str = "64M", *, content: bytes = b"", faults: str = "", **keys: Any) -> DiskSpec:
         from hvkvm.machine.config_kinds import parse_size
         from hvkvm.machine.disk_spec import DiskSpec
 
-        number = len(list(tmp_path.glob("disk*.raw")))
+        image, plan = next(pair for pair in pairs if not any(map(os.path.lexists, pair)))
         if "file" not in keys:
-            image = tmp_path / f"disk{number}.raw"
             image.write_bytes(content)
             os.truncate(image, max(parse_size(size, "disk size"), len(content)))
-            keys["file"] = str(image)
+            keys["file"] = image
+        keys["file"] = str(keys["file"])
         if faults:
-            plan = tmp_path / f"faults{number}.toml"
             plan.write_text(faults)
             keys["faults"] = plan
         return DiskSpec(**keys)

@@ -153,9 +153,9 @@ class Guest:
     def call(self, fn: Callable[..., T], *args: Any) -> T:
         """`fn(*args)` on the machine's I/O loop, which owns its devices: what it returned or raised.
 
-        Before `start`, and when the machine has stopped, it runs right here.
+        Before `start`, when the machine has stopped, and on that loop, it runs right here.
         """
-        if not self.started:
+        if not self.started or self.machine.platform.io.in_loop():
             return fn(*args)
         done = threading.Event()
         result: list[T] = []

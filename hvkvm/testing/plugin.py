@@ -83,6 +83,12 @@ def counted_tier(item: pytest.Item) -> str:
     return max(found, key=("anywhere", *TIERS).index)
 
 
+def _runs_tests(config: pytest.Config) -> bool:
+    """Whether the session runs what it collects, or only shows it."""
+    option = config.option
+    return not (option.collectonly or option.setuponly or option.setupplan)
+
+
 class TierReport:
     """Counts what ran in each tier and holds the session to HVKVM_REQUIRE."""
 
@@ -126,11 +132,7 @@ class TierReport:
     def pytest_sessionfinish(self, session: pytest.Session) -> None:
         if hasattr(session.config, "workerinput"):
             return  # its session counts what all its workers ran
-        if (
-            session.exitstatus == pytest.ExitCode.OK
-            and self.empty_tiers()
-            and not session.config.option.collectonly
-        ):
+        if session.exitstatus == pytest.ExitCode.OK and self.empty_tiers() and _runs_tests(session.config):
             session.exitstatus = pytest.ExitCode.TESTS_FAILED
 
     def pytest_terminal_summary(self, terminalreporter: pytest.TerminalReporter) -> None:
@@ -140,7 +142,7 @@ class TierReport:
             f"{tier} {self.ran[tier]} ran {self.skipped[tier]} skipped" for tier in ("anywhere", *TIERS)
         )
         terminalreporter.write_line(f"hvkvm tiers: {line}")
-        for tier in self.empty_tiers():
+        for tier in self.empty_tiers() if _runs_tests(terminalreporter.config) else ():
             terminalreporter.write_line(f"hvkvm tiers: HVKVM_REQUIRE={tier}, but no test of it ran", red=True)
 
 

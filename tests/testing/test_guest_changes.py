@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tempfile
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -70,3 +71,30 @@ def test_a_guest_without_a_bus_has_neither(micro_guest: Make) -> None:
         guest.plug("net0", True)
     with pytest.raises(HvkvmError, match="disk0: no such disk; there are none"):
         guest.set_faults("disk0", "")
+
+
+def test_the_io_loop_itself_may_ask_for_a_change(micro_guest: Make, disk: Callable[..., Any]) -> None:
+    """It waited for itself, for as long as the guest may take."""
+    settings = {"hv": "host-model", "synic": "user", "vmbus": "on", "memory": 64 << 20}
+    guest = micro_guest(SPIN, **settings, disks=(disk("1M", faults="# none yet"),))
+    guest.start()
+    changed = threading.Event()
+
+    def change() -> None:
+        guest.set_faults("disk0", '[[fault]]\ndo = "busy"\n')
+        changed.set()
+
+    guest.later(0.0, change)
+    guest.wait_until(changed.is_set, "faults by a timer")
+
+
+def test_each_disk_has_files_of_its_own(disk: Callable[..., Any], tmp_path: Path) -> None:
+    """Faults of a second disk on a file took the first one's place; an image took that of the test's own."""
+    mine = tmp_path / "disk1.raw"
+    mine.write_bytes(b"mine")
+    plans = [disk(file=mine, faults="# 0"), disk("1M", faults="# 1"), disk(file=str(mine), faults="# 2")]
+    disk("1M")
+    assert [plan.faults.read_text() for plan in plans] == ["# 0", "# 1", "# 2"]
+    assert mine.read_bytes() == b"mine"
+    assert len({str(plan.file) for plan in plans}) == 2
+    assert plans[0].file == plans[2].file == str(mine)

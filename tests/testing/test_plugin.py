@@ -260,18 +260,42 @@ def test_what_ran_with_hyperv_ran_with_kvm() -> None:
     assert report.empty_tiers() == ["hyperv"]
 
 
-def test_a_marker_with_a_typing_error_is_refused(pytester: pytest.Pytester) -> None:
+@pytest.mark.parametrize("option", ["--collect-only", "--setup-only", "--setup-plan"])
+def test_a_session_that_shows_its_tests_alone_is_not_required_to_run_any(
+    pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch, option: str
+) -> None:
+    monkeypatch.setenv("HVKVM_REQUIRE", "kvm")
+    pytester.makepyfile("def test_it(disk): pass")
+    result = pytester.runpytest_subprocess(option)
+    assert result.ret == 0
+    result.stdout.no_fnmatch_line("*no test of it ran*")
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ("cpu=2", " takes cpus, kernels, seconds, synic only"),
+        ("kernels='al'", "(kernels='al'): it takes \"all\""),
+        ("seconds='60'", "(seconds='60'): it takes a number above 0"),
+        ("seconds=0", "(seconds=0): it takes a number above 0"),
+        ("cpus=range(1, 3)", "(cpus=range(1, 3)): it takes numbers, in a list or one"),
+        ("cpus=[1, 0]", "(cpus=[1, 0]): it takes numbers, in a list or one"),
+        ("synic=['kernl']", '(synic=[\'kernl\']): it takes "kernel" and "user"'),
+    ],
+)
+def test_a_marker_with_a_typing_error_is_refused(pytester: pytest.Pytester, given: str, said: str) -> None:
+    """One was as good as none: a kernel alone ran, and 30 seconds bounded the waits."""
     pytester.makepyfile(
-        """
+        f"""
         import pytest
 
-        @pytest.mark.hvkvm(cpu=2)
+        @pytest.mark.hvkvm({given})
         def test_a(micro_guest): ...
         """
     )
-    result = pytester.runpytest_subprocess()
+    result = pytester.runpytest_inprocess("--collect-only")
     assert result.ret != 0
-    result.stdout.fnmatch_lines(["*mark.hvkvm takes cpus, kernels, seconds, synic only*"])
+    assert f"mark.hvkvm{said}" in result.stdout.str()
 
 
 def examples(word: str) -> list[str]:
