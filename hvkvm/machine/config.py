@@ -26,6 +26,7 @@ from hvkvm.machine.config_kinds import (
     Number,
     OnOff,
     PathName,
+    PathText,
     Seconds,
     Size,
     Words,
@@ -205,7 +206,7 @@ class MachineConfig(NamedTuple):
     control: Annotated[
         str,
         Field(
-            Kind(),
+            PathText("auto", "off"),
             "--control PATH|auto|off",
             "the socket by which `hvkvm ctl` reaches this VM (auto)",
             checks.control,
@@ -226,7 +227,7 @@ class MachineConfig(NamedTuple):
             Seconds(30), "--timeout SECONDS", "end the run after this long, with status 124", checks.timeout
         ),
     ] = None
-    kvm_path: Annotated[str, Field(Kind(), "--kvm PATH", "the KVM device (/dev/kvm)")] = "/dev/kvm"
+    kvm_path: Annotated[str, Field(PathText(), "--kvm PATH", "the KVM device (/dev/kvm)")] = "/dev/kvm"
     command: Annotated[tuple[str, ...], Field(Words(), boot_only=True)] = ()
     command_io: Annotated[CommandIo, Field(Choice(get_args(CommandIo)))] = "console"
     modules_dir: Annotated[

@@ -70,6 +70,8 @@ class Kind:
     """What a flag without a value stands for; None for a flag that takes one."""
     takes = "text in quotes"
     """What is to be written in TOML, for the error about something else."""
+    types: tuple[type[Any], ...] = (str,)
+    """What a value is in Python, besides a default; empty for a kind that looks at that itself, or need not."""
 
     def from_text(self, name: str, text: str, folder: Path | None = None) -> Any:
         """The value in one word of the command line; a relative path starts at `folder`. ConfigError."""
@@ -94,6 +96,8 @@ class Kind:
 class Choice(Kind):
     """One word of a few."""
 
+    types = ()
+
     def __init__(self, words: tuple[str, ...]) -> None:
         self.words = words
         self.takes = " or ".join(f'"{word}"' for word in words if word)
@@ -107,6 +111,7 @@ class OnOff(Kind):
     """A bool. `flag_value` is for a flag of its own; text is on or off, yes or no, true or false."""
 
     takes = "true or false, without quotes"
+    types = ()
     _WORDS = {"on": True, "yes": True, "true": True, "off": False, "no": False, "false": False}
 
     def __init__(self, flag_value: bool | None = None) -> None:
@@ -125,6 +130,8 @@ class OnOff(Kind):
 
 class Number(Kind):
     """An int; `example` is what the error shows."""
+
+    types = (int,)
 
     def __init__(self, example: int) -> None:
         self.example = example
@@ -149,6 +156,8 @@ class Number(Kind):
 class Seconds(Kind):
     """A float, of seconds; None stands for no limit."""
 
+    types = (int, float)
+
     def __init__(self, example: float) -> None:
         self.example = example
         self.takes = f"a number without quotes, such as {example:g}"
@@ -169,6 +178,8 @@ class Seconds(Kind):
 class Size(Kind):
     """An int, of bytes: see `parse_size`."""
 
+    types = (int,)
+
     def from_text(self, name: str, text: str, folder: Path | None = None) -> int:
         return parse_size(text, name)
 
@@ -181,6 +192,7 @@ class PathName(Kind):
     """A Path of this host, there or not."""
 
     takes = "a path in quotes"
+    types = (Path,)
 
     def from_text(self, name: str, text: str, folder: Path | None = None) -> Path:
         return self.from_plain(name, text, folder)
@@ -198,6 +210,16 @@ class PathName(Kind):
             check_no_nul(name, value)
 
 
+class PathText(Kind):
+    """Text: a path of this host, there or not, or one of `words`, which say that there is none or which."""
+
+    def __init__(self, *words: str) -> None:
+        self.words = words
+
+    def from_text(self, name: str, text: str, folder: Path | None = None) -> str:
+        return text if folder is None or text in ("", *self.words) else str(folder / text)
+
+
 class File(PathName):
     """A Path of a file that must be there and readable; None stands for none."""
 
@@ -209,6 +231,8 @@ class File(PathName):
 
 class AutoFile(File):
     """The word "auto", or the Path of a file; None stands for none."""
+
+    types = (str, Path)
 
     def from_plain(self, name: str, value: object, folder: Path | None) -> Any:
         return value if value == "auto" else super().from_plain(name, value, folder)
@@ -223,6 +247,7 @@ class Words(Kind):
 
     repeated = True
     takes = 'a list of texts, such as ["...", "..."]'
+    types = (tuple, list)
 
     def from_plain(self, name: str, value: object, folder: Path | None) -> tuple[str, ...]:
         if isinstance(value, list | tuple) and all(isinstance(item, str) for item in value):
@@ -231,6 +256,7 @@ class Words(Kind):
 
     def check(self, name: str, value: tuple[str, ...]) -> None:
         for word in value:
+            check_type(name, word, (str,))
             super().check(name, word)
 
 
@@ -239,6 +265,7 @@ class GuestFiles(Kind):
 
     repeated = True
     takes = 'a table, such as {"/root/x" = "x"}'
+    types = (tuple, list)
 
     def from_text(self, name: str, text: str, folder: Path | None = None) -> tuple[str, Path]:
         guest, equals, host = text.partition("=")
@@ -280,6 +307,14 @@ def wrong_type(name: str, value: object, takes: str) -> ConfigError:
     if len(shown) > _MOST_SHOWN:
         shown = f"{shown[:_MOST_SHOWN]}..."
     return ConfigError(f"{name}: {shown} has the wrong type; write {takes}")
+
+
+def check_type(name: str, value: object, types: tuple[type[Any], ...]) -> None:
+    """Raise ConfigError for a value of another type: one that a program gives, and that nobody has read."""
+    if not isinstance(value, types):
+        wanted = " or ".join(one.__name__ for one in types)
+        given = f"{said(name, repr(value))}: of type {type(value).__name__}"
+        raise ConfigError(f"{given}; give a value of type {wanted}")
 
 
 def check_no_nul(name: str, value: str | Path) -> None:

@@ -44,3 +44,21 @@ def test_the_library_has_none_and_the_command_has_one(kernel: Path, tmp_path: Pa
     assert config_from(["--config", str(toml)])[0].control == "off"
     assert config_from(["--config", str(toml), "--control", "/tmp/x"])[0].control == "/tmp/x"
     assert MachineConfig.from_toml(toml).name == "y"
+
+
+def test_in_a_file_its_path_starts_at_that_file(kernel: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As every other path there does, `kvm_path` too; on the command line it is as it was typed."""
+    monkeypatch.chdir("/")
+    folder = kernel.parent
+    toml = folder / "m.toml"
+    toml.write_text(f'kernel = "{kernel.name}"\ncontrol = "vm.sock"\nkvm_path = "kvm"\n')
+    config = config_from(["--config", str(toml)])[0]
+    assert (config.control, config.kvm_path) == (str(folder / "vm.sock"), str(folder / "kvm"))
+    typed = config_from(["--config", str(toml), "--control", "vm.sock", "--kvm", "kvm"])[0]
+    assert (typed.control, typed.kvm_path) == ("vm.sock", "kvm")
+    for word in ("auto", "off"):
+        toml.write_text(f'kernel = "{kernel.name}"\ncontrol = "{word}"\n')
+        assert MachineConfig.from_toml(toml).control == word
+    toml.write_text(f'kernel = "{kernel.name}"\ncontrol = ""\n')
+    with pytest.raises(ConfigError, match="--control: empty"):
+        MachineConfig.from_toml(toml)

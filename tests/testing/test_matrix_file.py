@@ -109,7 +109,7 @@ def test_each_case_writes_files_of_its_own(folder: Path) -> None:
             'firmware = "auto"\nfirmware_vars = "f"',
             "firmware_vars: {}/f is given to 2 cases, and each writes it",
         ),
-        ('control = "c"', "control: c is given to 2 cases, and each makes this socket"),
+        ('control = "c"', "control: {}/c is given to 2 cases, and each makes this socket"),
         ('control = "auto"\nname = "n"', "name: n is given to 2 cases, and each makes a control socket"),
         ('nets = ["listen=l"]', "nets listen: {}/l is given to 2 cases"),
         ('nets = ["tap=t"]', "nets tap: t is given to 2 cases"),
