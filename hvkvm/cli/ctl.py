@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from hvkvm.cli import ctl_net, ctl_text
-from hvkvm.cli.arguments import Parser, split_words
+from hvkvm.cli.arguments import Parser, path_word, split_words
 from hvkvm.cli.ctl_client import MissingKey, Vm, find
 from hvkvm.cli.output import show
 from hvkvm.errors import ConfigError, HvkvmError, VmGone, harmless
@@ -92,11 +92,15 @@ def verb_parser(verb: str) -> Parser:
             "keys", nargs="?", metavar="KEYS", help="what to type behind it; h lists SysRq keys"
         )
     elif verb == "save":
-        parser.add_argument("file", metavar="FILE", help="where to; one that is there is replaced")
+        parser.add_argument(
+            "file", type=path_word, metavar="FILE", help="where to; one that is there is replaced"
+        )
         parser.add_argument("--end", action="store_true", help="end the run at that: for a VM with disks")
         parser.add_argument("--compress", action="store_true", help="by zstd, for keeping: small, and slower")
     elif verb == "screenshot":
-        parser.add_argument("file", metavar="FILE.png", help="where to; one that is there is replaced")
+        parser.add_argument(
+            "file", type=path_word, metavar="FILE.png", help="where to; one that is there is replaced"
+        )
     elif verb == "nmi":
         parser.add_argument("--cpu", metavar="N", help="for this vCPU only")
     elif verb == "disk":

@@ -40,6 +40,8 @@ def request(what: str, words: list[str], *, cdrom: bool, force: bool) -> dict[st
     if not len(takes) <= len(words) <= len(takes) + (what == "stats"):
         shown = " ".join(takes) or ("nothing more, or a NAME" if what == "stats" else "nothing more")
         raise ConfigError(f"disk {what}: takes {shown}; see hvkvm ctl disk --help")
+    if "" in words:
+        raise ConfigError(f"disk {what}: an empty word; takes {' '.join(takes) or 'a NAME'}")
     if cdrom and what != "add":
         raise ConfigError(f"--cdrom: not for disk {what}; leave it out")
     if force and what != "eject":
