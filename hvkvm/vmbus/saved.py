@@ -130,6 +130,7 @@ def load_server(server: Server, state: ServerState) -> tuple[list[OpenChannel], 
     What must be opened, and which channels have no device here. ValueError for a
     connection that cannot be.
     """
+    _put_in_order(server.channels, state.channels)
     if not state.connected:
         return [], []
     if state.version not in server.versions or state.features & ~vmbus.HOST_FEATURES:
@@ -152,6 +153,16 @@ def load_server(server: Server, state: ServerState) -> tuple[list[OpenChannel], 
     for request in state.connects:
         server.restore_connect(*request)
     return opens, [channel for channel in strangers if channel is not None]
+
+
+def _put_in_order(channels: Channels, saved: tuple[SavedChannel, ...]) -> None:
+    """Have channels in the order that they had: guests that boot again name their disks by that of offers.
+
+    Devices that came while the machine ran were made in another order here.
+    """
+    offers = [channel.offer for channel in saved if not channel.withdrawn]
+    order = {(one.interface, one.instance, one.sub_channel_index): place for place, one in enumerate(offers)}
+    channels.all.sort(key=lambda channel: order.get(channel.offer.key, len(order)))
 
 
 def _place(channels: Channels, saved: SavedChannel) -> Channel | None:

@@ -75,6 +75,24 @@ def test_echoes_come_once_and_in_order_through_many_hosts(loopback: Any, echo: t
     assert not loop.notes.events
 
 
+@pytest.mark.parametrize("connected", [False, True])
+def test_offers_come_in_the_order_that_they_had(loopback: Any, echo: type[Any], connected: bool) -> None:
+    """Linux names disks by it: a machine that was booted again had them the other way round."""
+    saving_echo = saving(echo)
+    loop: Loopback = loopback()
+    for number in (3, 1, 2):
+        loop.host.add(saving_echo(number))
+    if connected:
+        loop.connect(vmbus.VERSION_WIN10_V5_3)
+    swap(loop, [saving_echo(number) for number in (1, 2, 3)])
+    if connected:
+        loop.host.reset()
+        loop.client.offers.clear()
+    loop.connect(vmbus.VERSION_WIN10_V5_3)
+    instances = [channel.offer["instance"] for channel in loop.client.offers.values()]
+    assert instances == [echo(number).offer.instance for number in (3, 1, 2)]
+
+
 def test_doorbells_that_a_6_0_guest_chose_are_saved(loopback: Any, echo: type[Any]) -> None:
     """Whatever it may choose: a file with another channel's own doorbell would be refused."""
     saving_echo = saving(echo)
