@@ -18,20 +18,25 @@ Progress = Callable[[int, int], object]
 """Called with bytes done and bytes in all."""
 
 
+def piece() -> memoryview:
+    """PIECE bytes of whole pages. Nobody closes them: the traceback of an error has views of them."""
+    return memoryview(mmap(-1, PIECE))
+
+
 def copy(source: Image, target: Image, progress: Progress) -> int:
     """Copy all data to `target`, all zeros so far and no smaller; bytes written. OSError, ImageError."""
     written = 0
     size = source.size
-    with mmap(-1, PIECE) as store, memoryview(store) as view:
-        offset = 0
-        while offset < size:
-            # A part at a time: a list of all extents of 64 TiB could be long.
-            part = min(size - offset, 1 << 30)
-            for extent in source.extents(offset, part):
-                if extent.data:
-                    written += copy_range(source, target, extent.offset, extent.length, view, progress, size)
-            offset += part
-            progress(offset, size)
+    view = piece()
+    offset = 0
+    while offset < size:
+        # A part at a time: a list of all extents of 64 TiB could be long.
+        part = min(size - offset, 1 << 30)
+        for extent in source.extents(offset, part):
+            if extent.data:
+                written += copy_range(source, target, extent.offset, extent.length, view, progress, size)
+        offset += part
+        progress(offset, size)
     target.flush()
     return written
 
@@ -44,7 +49,12 @@ def copy_range(
     end = offset + length
     while offset < end:
         n = min(PIECE, end - offset)
-        if source.readv(offset, [view[:n]]) < n:
+        try:
+            got = source.readv(offset, [view[:n]])
+        except OSError as error:
+            why = error.strerror or error
+            raise ImageError(f"the source cannot be read at byte {offset:#x}: {why}") from None
+        if got < n:
             raise ImageError(f"the source has ended at byte {offset:#x}, before its size of {size}")
         for first, last in data_runs(view[:n]):
             target.writev(offset + first, [view[first:last]])
@@ -71,17 +81,17 @@ def data_runs(view: memoryview) -> Iterator[tuple[int, int]]:
 
 def compact_raw(image: RawImage, progress: Progress) -> None:
     """Punch holes where a raw image holds zeros. OSError."""
-    with mmap(-1, PIECE) as store, memoryview(store) as view:
-        for extent in image.extents(0, image.size):
-            at, end = extent.offset, extent.offset + extent.length
-            while extent.data and at < end:
-                n = min(PIECE, end - at)
-                image.readv(at, [view[:n]])
-                before = 0
-                for first, last in [*data_runs(view[:n]), (n, n)]:
-                    if first > before:
-                        image.discard(at + before, first - before)
-                    before = last
-                at += n
-                progress(at, image.size)
+    view = piece()
+    for extent in image.extents(0, image.size):
+        at, end = extent.offset, extent.offset + extent.length
+        while extent.data and at < end:
+            n = min(PIECE, end - at)
+            image.readv(at, [view[:n]])
+            before = 0
+            for first, last in [*data_runs(view[:n]), (n, n)]:
+                if first > before:
+                    image.discard(at + before, first - before)
+                before = last
+            at += n
+            progress(at, image.size)
     image.flush()

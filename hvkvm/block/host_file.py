@@ -77,12 +77,12 @@ class HostFile:
         """Fill `buffers`; fewer bytes only at the file's end. OSError."""
         if self.alignment > 1 and not self._aligned(buffers):
             n = size_of(buffers)
-            with mmap(-1, _round_up(n, PAGESIZE)) as bounce, memoryview(bounce)[:n] as view:
-                got = read_fully(self.fd, [view], offset)
-                at = 0
-                for buffer in Cutter(buffers).take(got):
-                    buffer[:] = view[at : at + len(buffer)]
-                    at += len(buffer)
+            view = _bounce(n)
+            got = read_fully(self.fd, [view], offset)
+            at = 0
+            for buffer in Cutter(buffers).take(got):
+                buffer[:] = view[at : at + len(buffer)]
+                at += len(buffer)
             return got
         return read_fully(self.fd, buffers, offset)
 
@@ -94,16 +94,12 @@ class HostFile:
         try:
             if self.alignment > 1 and not self._aligned(buffers):
                 n = size_of(buffers)
-                with (
-                    mmap(-1, _round_up(n, PAGESIZE)) as bounce,
-                    memoryview(bounce) as whole,
-                    whole[:n] as view,
-                ):
-                    at = 0
-                    for buffer in buffers:
-                        view[at : at + len(buffer)] = buffer
-                        at += len(buffer)
-                    done = write_fully(self.fd, [view], offset, flags)
+                view = _bounce(n)
+                at = 0
+                for buffer in buffers:
+                    view[at : at + len(buffer)] = buffer
+                    at += len(buffer)
+                done = write_fully(self.fd, [view], offset, flags)
             else:
                 done = write_fully(self.fd, buffers, offset, flags)
         except OSError as error:
@@ -118,12 +114,9 @@ class HostFile:
         """A copy of `n` bytes; fewer at the file's end. Any offset, with O_DIRECT, too. OSError."""
         skip = offset % self.alignment
         whole = _round_up(skip + n, self.alignment)
-        with (
-            mmap(-1, max(PAGESIZE, _round_up(whole, PAGESIZE))) as bounce,
-            memoryview(bounce)[:whole] as view,
-        ):
-            got = read_fully(self.fd, [view], offset - skip)
-            return bytes(view[skip : min(got, skip + n)])
+        view = _bounce(whole)
+        got = read_fully(self.fd, [view], offset - skip)
+        return bytes(view[skip : min(got, skip + n)])
 
     def pwrite(self, offset: int, data: bytes) -> None:
         """Write all of `data`; whole sectors for O_DIRECT. OSError."""
@@ -219,6 +212,11 @@ class HostFile:
                     ) from None
                 if error.errno not in _CANNOT and error.errno != errno.ENOLCK:
                     raise ImageError(f"{self.path}: cannot be locked: {error.strerror}") from None
+
+
+def _bounce(n: int) -> memoryview:
+    """`n` bytes at a page of their own. Nobody closes them: the traceback of an error has views of them."""
+    return memoryview(mmap(-1, max(PAGESIZE, _round_up(n, PAGESIZE))))[:n]
 
 
 def _round_up(n: int, to: int) -> int:

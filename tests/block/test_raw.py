@@ -45,6 +45,33 @@ def test_o_direct_takes_buffers_that_lie_anywhere(file: Path) -> None:
     assert file.read_bytes() == b"".join(pieces) + data[12288:]
 
 
+@pytest.mark.parametrize("which", ["preadv", "pwritev"])
+def test_o_direct_that_fails_halfway_is_the_host_s_error(
+    file: Path, monkeypatch: pytest.MonkeyPatch, which: str
+) -> None:
+    """The first call does a part of it, as on a disk that fills up, and the second one nothing."""
+    image = direct(file)
+    does, calls = getattr(os, which), []
+
+    def part(fd: int, buffers: list[memoryview], offset: int, flags: int) -> int:
+        calls.append(offset)
+        if len(calls) > 1:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return int(does(fd, [buffers[0][:4096]], offset, flags))
+
+    monkeypatch.setattr(os, which, part)
+    odd = [page_buffer(3 * 4096)[1:8193]]
+    with pytest.raises(OSError, match="No space left"):
+        (image.readv if which == "preadv" else image.writev)(0, odd)
+    calls.clear()
+    if which == "preadv":
+        with pytest.raises(OSError, match="No space left"):
+            image.file.pread(1, 8000)
+    assert len(calls) == 2 * (which == "preadv")
+    monkeypatch.undo()
+    image.close()
+
+
 def test_sectors_smaller_than_o_direct_can_are_refused(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     direct(file).close()
     monkeypatch.setattr(host_file.HostFile, "_find_alignment", lambda _self: 4096)

@@ -111,6 +111,52 @@ def test_compact(tmp_path: Path, raw: Path, capsys: pytest.CaptureFixture[str]) 
     assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
 
 
+@pytest.mark.parametrize("verb", ["convert raw", "convert vhdx", "compact vhdx"])
+def test_a_disk_that_fills_up_is_named_and_leaves_all_as_it_was(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], verb: str
+) -> None:
+    """What is written is a part of a piece, and the next write takes nothing: views of the piece are left."""
+    source = tmp_path / f"source.{'vhdx' if verb.startswith('compact') else 'raw'}"
+    plain = tmp_path / "plain.raw"
+    plain.write_bytes(Random(1).randbytes(2 * MIB))
+    if verb.startswith("compact"):
+        assert main(["disk", "convert", str(plain), str(source)]) == 0
+        words, named = ["disk", "compact", str(source)], source
+    else:
+        plain.rename(source)
+        named = tmp_path / f"target.{verb.split()[1]}"
+        words = ["disk", "convert", str(source), str(named)]
+    before = sorted(tmp_path.iterdir())
+    does, calls = os.pwritev, []
+
+    def part(fd: int, buffers: list[memoryview], offset: int, flags: int = 0) -> int:
+        if not calls and sum(map(len, buffers)) < MIB:
+            return does(fd, buffers, offset, flags)
+        calls.append(offset)
+        if len(calls) > 1:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return does(fd, [buffers[0][:4096]], offset, flags)
+
+    monkeypatch.setattr(os, "pwritev", part)
+    capsys.readouterr()
+    assert main(words) == 2
+    assert len(calls) > 1
+    assert capsys.readouterr().err.splitlines()[-1] == f"hvkvm: {named}: No space left on device"
+    assert sorted(tmp_path.iterdir()) == before
+
+
+def test_a_source_that_cannot_be_read_is_not_taken_for_the_target(
+    tmp_path: Path, raw: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def broken(*_: object) -> int:
+        raise OSError(errno.EIO, os.strerror(errno.EIO))
+
+    monkeypatch.setattr(os, "preadv", broken)
+    assert main(["disk", "convert", str(raw), str(tmp_path / "target.raw")]) == 2
+    line = "hvkvm: the source cannot be read at byte 0x0: Input/output error"
+    assert capsys.readouterr().err.splitlines()[-1] == line
+
+
 def test_a_compacted_disk_may_have_the_longest_name(tmp_path: Path) -> None:
     path = tmp_path / ("d" * 250 + ".vhdx")
     assert main(["disk", "create", str(path), "8M"]) == 0

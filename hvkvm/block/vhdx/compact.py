@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import os
-from mmap import mmap
 
-from hvkvm.block.copy import PIECE, Progress, copy_range
+from hvkvm.block.copy import PIECE, Progress, copy_range, piece
 from hvkvm.block.vhdx.create import VhdxOptions, create_vhdx
 from hvkvm.block.vhdx.image import VhdxImage
 from hvkvm.block.vhdx.layout import FULLY_PRESENT, NOT_PRESENT, PARTIALLY_PRESENT, STATE_MASK
@@ -55,26 +54,26 @@ def compact_vhdx(image: VhdxImage, progress: Progress) -> None:
 
 def _copy_blocks(image: VhdxImage, target: VhdxImage, progress: Progress) -> None:
     geometry = image.geometry
-    with mmap(-1, PIECE) as store, memoryview(store) as view:
-        for block in range(geometry.blocks):
-            state = image.bat.get(geometry.payload_index(block)) & STATE_MASK
-            start = block * geometry.block_size
-            length = min(geometry.block_size, geometry.disk_size - start)
-            if state == NOT_PRESENT:
-                pass
-            elif state == PARTIALLY_PRESENT:
-                at = start
-                for n, ours in image.bitmaps.runs(block, 0, length):
-                    if ours:
-                        _copy_all(image, target, at, n, view)
-                    at += n
-            elif state == FULLY_PRESENT and image.parent is not None:
-                _copy_all(image, target, start, length, view)
-            elif state == FULLY_PRESENT:
-                copy_range(image, target, start, length, view, lambda _done, _all: None, geometry.disk_size)
-            else:
-                target.write_zeroes(start, length)
-            progress(start + length, geometry.disk_size)
+    view = piece()
+    for block in range(geometry.blocks):
+        state = image.bat.get(geometry.payload_index(block)) & STATE_MASK
+        start = block * geometry.block_size
+        length = min(geometry.block_size, geometry.disk_size - start)
+        if state == NOT_PRESENT:
+            pass
+        elif state == PARTIALLY_PRESENT:
+            at = start
+            for n, ours in image.bitmaps.runs(block, 0, length):
+                if ours:
+                    _copy_all(image, target, at, n, view)
+                at += n
+        elif state == FULLY_PRESENT and image.parent is not None:
+            _copy_all(image, target, start, length, view)
+        elif state == FULLY_PRESENT:
+            copy_range(image, target, start, length, view, lambda _done, _all: None, geometry.disk_size)
+        else:
+            target.write_zeroes(start, length)
+        progress(start + length, geometry.disk_size)
     target.flush()
 
 
