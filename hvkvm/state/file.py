@@ -35,7 +35,7 @@ from hvkvm.state.compressed import MAX_PIECE, Packer, Unpacker
 from hvkvm.state.manifest import Extent, Manifest
 
 MAGIC = b"hvkvm saved VM\n\0"
-FORMAT = 7
+FORMAT = 8
 """Goes up when an older reader would misread the file."""
 
 COMPRESSED = 1

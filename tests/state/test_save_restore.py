@@ -174,6 +174,20 @@ def test_messages_through_many_machines_come_once_and_in_order(chain: Any, cpus:
     assert sum(sent) >= rounds
 
 
+def test_run_time_never_goes_back(chain: Any) -> None:
+    chain = chain(cpus=1)
+    chain.guest[0].idle("SPIN")
+
+    def run_time() -> int:
+        return int(chain.guest[0].rdmsr(tlfs.HV_X64_MSR_VP_RUNTIME))
+
+    chain.guest.until(lambda: run_time() > 3_000_000, "0.3 s of CPU time")
+    for _ in range(2):
+        before = run_time()
+        chain.swap()
+        assert run_time() >= before
+
+
 @pytest.mark.kvm
 def test_apic_timers_are_as_slow_as_they_were(tmp_path: Path) -> None:
     """`apic_bus_ns` was not saved: timers ran 20 times too fast, and a warm guest was kept for both."""

@@ -1,4 +1,4 @@
-"""Reference time, and the reference TSC page that lets the guest read it without an exit.
+"""Reference time, the reference TSC page that lets the guest read it without an exit, and VPs' run time.
 
 Reference time is CLOCK_MONOTONIC_RAW: like the TSC, and unlike CLOCK_MONOTONIC,
 nobody slews it, so the counter (an exit) and the page (the guest's own TSC)
@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import threading
 from pathlib import Path
-from time import CLOCK_MONOTONIC_RAW, clock_gettime_ns
+from time import CLOCK_MONOTONIC_RAW, clock_gettime_ns, thread_time_ns
 from typing import Protocol
 
 from hvkvm.abi.tlfs import (
@@ -56,6 +56,36 @@ class ReferenceClock:
 
     def now(self) -> int:
         return (clock_gettime_ns(CLOCK_MONOTONIC_RAW) - self._start) // 100
+
+
+class RunTime:
+    """HV_X64_MSR_VP_RUNTIME of a VP: CPU time of its thread in 100 ns units, which begins anew at a reset.
+
+    `last` is what the guest has read: never less is read in a machine that goes on from it.
+    """
+
+    __slots__ = ("_before", "last")
+
+    def __init__(self) -> None:
+        self._before: int | None = 0
+        """To be added to the thread's time; None from a reset until it is first read."""
+        self.last = 0
+
+    def read(self) -> int:
+        """The VP's thread."""
+        spent = thread_time_ns() // 100
+        if self._before is None:
+            self._before = -spent
+        self.last = self._before + spent
+        return self.last
+
+    def reset(self) -> None:
+        """The VP is outside KVM_RUN."""
+        self._before, self.last = None, 0
+
+    def load(self, last: int) -> None:
+        """Go on from what the guest read last. The VP is outside KVM_RUN."""
+        self._before = self.last = last
 
 
 def host_counts_by_tsc() -> bool:

@@ -16,7 +16,6 @@ import threading
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, suppress
 from functools import partial
-from time import thread_time_ns
 from typing import TYPE_CHECKING, NamedTuple
 
 from hvkvm.abi import tlfs
@@ -31,7 +30,7 @@ from hvkvm.abi.kvm import (
 from hvkvm.errors import GuestMemoryError, KvmIoctlError
 from hvkvm.events import NULL_OBSERVER, Observer
 from hvkvm.hyperv.crash import CRASH_PARAMETERS, panic_text
-from hvkvm.hyperv.usermode.clock import ReferenceClock, TscPage, host_counts_by_tsc
+from hvkvm.hyperv.usermode.clock import ReferenceClock, RunTime, TscPage, host_counts_by_tsc
 from hvkvm.hyperv.usermode.hypercall_page import HypercallPage
 from hvkvm.hyperv.usermode.synic import UserSynic
 from hvkvm.hyperv.usermode.vp import Loop, UserVp, UserVpState
@@ -71,6 +70,7 @@ class UserHypervState(NamedTuple):
     tsc_invariant: int
     reference_tsc: int
     assist: tuple[int, ...]
+    run_times: tuple[int, ...]
     vps: tuple[UserVpState, ...]
     """Empty without SynIC."""
 
@@ -107,6 +107,7 @@ class UserHyperv:
         self._tsc_invariant = 0
         self._boot_vcpu = threads[0].vcpu
         self._assist = [0] * len(threads)
+        self._run_times = [RunTime() for _ in threads]
         self.synic: UserSynic | None = None
         with ExitStack() as stack:
             self.hypercall_page = HypercallPage(
@@ -134,7 +135,7 @@ class UserHyperv:
             tlfs.HV_X64_MSR_HYPERCALL: lambda: self._hypercall,
             tlfs.HV_X64_MSR_VP_INDEX: lambda: index,
             tlfs.HV_X64_MSR_RESET: lambda: 0,
-            tlfs.HV_X64_MSR_VP_RUNTIME: lambda: thread_time_ns() // 100,
+            tlfs.HV_X64_MSR_VP_RUNTIME: self._run_times[index].read,
             tlfs.HV_X64_MSR_TIME_REF_COUNT: self.clock.now,
             tlfs.HV_X64_MSR_REFERENCE_TSC: lambda: self.tsc_page.value,
             tlfs.HV_X64_MSR_TSC_FREQUENCY: lambda: khz * 1000,
@@ -251,6 +252,8 @@ class UserHyperv:
             self.hypercall_page.place(None)
             self._stored.update(dict.fromkeys(_STORED, 0))
             self._assist[:] = [0] * len(self._assist)
+        for run_time in self._run_times:
+            run_time.reset()
         self.tsc_page.reset()
 
     def hold(self) -> None:
@@ -273,6 +276,7 @@ class UserHyperv:
             self._tsc_invariant,
             self.tsc_page.value,
             tuple(self._assist),
+            tuple(run_time.last for run_time in self._run_times),
             () if self.synic is None else self.synic.save(),
         )
 
@@ -285,11 +289,15 @@ class UserHyperv:
         registers = (state.os_id, state.hypercall, *state.stored.values(), *state.assist)
         if not all(0 <= value < 1 << 64 for value in registers) or set(state.stored) != set(_STORED):
             raise ValueError("its registers are not those of this interface")
-        if len(state.assist) != len(self._assist) or state.tsc_invariant & ~tlfs.HV_EXPOSE_INVARIANT_TSC:
+        vps = len(self._assist)
+        right = len(state.assist) == len(state.run_times) == vps
+        if not right or state.tsc_invariant & ~tlfs.HV_EXPOSE_INVARIANT_TSC:
             raise ValueError("its registers are not those of this machine")
-        if not 0 <= state.reference_time < 1 << 62:
-            raise ValueError("its reference time is more than a machine can have run")
+        if not all(0 <= time < 1 << 62 for time in (state.reference_time, *state.run_times)):
+            raise ValueError("its reference time or a run time is more than a machine can have run")
         self.clock.set(state.reference_time)
+        for run_time, last in zip(self._run_times, state.run_times, strict=True):
+            run_time.load(last)
         with self._lock:
             self._os_id, self._hypercall = state.os_id, state.hypercall
             self._stored.update(state.stored)
