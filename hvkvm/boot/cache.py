@@ -40,6 +40,14 @@ def _home() -> str:
         return "~"
 
 
+def holds(path: Path) -> bool:
+    """Whether the cache has this file. What a crash of the host left without a byte counts as not there."""
+    try:
+        return os.stat(path).st_size > 0
+    except OSError:
+        return False
+
+
 @contextmanager
 def filling(folder: Path) -> Iterator[None]:
     """While `*.partial` files are made in `folder`, which is made too. What others left is removed first.

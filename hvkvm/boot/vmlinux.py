@@ -110,7 +110,7 @@ def extract(bzimage: Path, cache_dir: Path | None = None) -> Path | None:
     """
     folder = (cache_dir if cache_dir is not None else cache.root()) / "vmlinux"
     known = folder / _stat_key(bzimage)
-    if os.path.exists(known):
+    if cache.holds(known):
         return known.resolve()
     data = given_file.read(bzimage)
     if data[:4] == ELFMAG:
@@ -119,7 +119,7 @@ def extract(bzimage: Path, cache_dir: Path | None = None) -> Path | None:
 
     kept = folder / f"{hashlib.sha256(data).hexdigest()}.elf"
     try:
-        if not os.path.exists(kept):
+        if not cache.holds(kept):
             packed = payload(data)
             unpacked = decompress(packed) if packed is not None else None
             if unpacked is None:
@@ -127,7 +127,7 @@ def extract(bzimage: Path, cache_dir: Path | None = None) -> Path | None:
             cache.publish(kept, [without_tails(unpacked)])
         _point(known, kept.name)
     except OSError:
-        return kept if os.path.exists(kept) else None
+        return kept if cache.holds(kept) else None
     return kept
 
 

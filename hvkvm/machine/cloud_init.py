@@ -7,7 +7,6 @@ which is imported here only. Called while a machine is made; blocks.
 from __future__ import annotations
 
 import hashlib
-import os
 from io import BytesIO
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -46,7 +45,7 @@ def seed(folder: Path) -> Path:
     # Without a meta-data cloud-init does nothing; another instance is what runs everything anew.
     files.setdefault("meta-data", f"instance-id: {digest.hexdigest()[:16]}\n".encode())
     path = cache.root() / "cloud-init" / f"{digest.hexdigest()[:32]}.iso"
-    if not os.path.exists(path):
+    if not cache.holds(path):
         try:
             cache.publish(path, [_image(files)])
         except OSError as error:

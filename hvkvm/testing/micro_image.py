@@ -8,7 +8,6 @@ thread, any number of processes.
 from __future__ import annotations
 
 import hashlib
-import os
 import subprocess
 import tempfile
 from pathlib import Path
@@ -45,7 +44,7 @@ def micro_image(source: str) -> Path:
     for piece in (repr((_ASSEMBLE, _LINK, _NARROW)), _LAYOUT.read_text(), text):
         digest.update(piece.encode())
     path = cache.root() / "micro" / f"{digest.hexdigest()[:24]}.elf"
-    if not os.path.exists(path):
+    if not cache.holds(path):
         image = _build(text)
         try:
             cache.publish(path, [image])

@@ -67,7 +67,7 @@ def image(operation: str, count: int, batches: int = BATCHES) -> Path:
     for name in _RUNTIME_SOURCES + _INCLUDED:
         digest.update((RUNTIME / name).read_bytes())
     path = cache.root() / "guests" / f"bench-{operation}-{digest.hexdigest()[:16]}.elf"
-    if not path.exists():
+    if not cache.holds(path):
         cache.publish(path, [_build(symbols)])
     return path
 

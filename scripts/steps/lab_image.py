@@ -73,7 +73,7 @@ def _base(modules: Path, busybox: Path) -> Path:
     recipe = "\0".join([str(modules), str(busybox), *MODULES, *OPTIONAL, APPLETS, FOLDERS])
     key = hashlib.sha256(os.fsencode(recipe) + init).hexdigest()[:32]
     kept = cache.root() / "lab" / f"{key}.cpio"
-    if not kept.exists():
+    if not cache.holds(kept):
         loaded = ModuleTree(modules).closure(MODULES, optional=OPTIONAL)
         entries = [cpio.directory(name) for name in FOLDERS.split()]
         entries.append(cpio.char_device("dev/console", 5, 1))

@@ -76,6 +76,17 @@ def test_second_time_comes_from_the_cache(tmp_path: Path, monkeypatch: pytest.Mo
     assert vmlinux.extract(copy, tmp_path / "cache") == first
 
 
+def test_a_kept_file_that_a_crash_emptied_is_made_again(tmp_path: Path) -> None:
+    """Its name can be on the disk before its bytes are: every run refused it then."""
+    source = tmp_path / "bzImage"
+    source.write_bytes(bzimage(gzip.compress(ELF)))
+    for _time in range(2):
+        found = vmlinux.extract(source, tmp_path / "cache")
+        assert found is not None
+        assert found.read_bytes() == ELF
+        found.write_bytes(b"")
+
+
 def test_changed_image_is_not_mistaken_for_the_old(tmp_path: Path) -> None:
     source = tmp_path / "bzImage"
     source.write_bytes(bzimage(ELF))

@@ -75,6 +75,14 @@ def test_the_same_files_are_the_same_image_and_others_another_instance(folder: P
     assert files_of(cloud_init.seed(folder))["meta-data"] == b"instance-id: mine\n"
 
 
+def test_an_image_that_a_crash_of_the_host_emptied_is_made_again(folder: Path) -> None:
+    made = cloud_init.seed(folder)
+    files = files_of(made)
+    made.write_bytes(b"")
+    assert cloud_init.seed(folder) == made
+    assert files_of(made) == files
+
+
 def test_it_becomes_a_last_drive(folder: Path, kernel: Path) -> None:
     config = MachineConfig(kernel=kernel, vmbus="on", cloud_init=folder).validate()
     (drive,) = cloud_init.with_seed(config).cdroms
