@@ -1,9 +1,11 @@
 """The `hvkvm` command: one file a verb, only the chosen one is imported.
 
-Exit status: 0 ok; N the guest command's own; 2 usage; 69 KVM unavailable; 74
-output that could not be written; 77 capability missing; 124 timeout;
+Exit status: 0 ok; N the guest command's own; 1 a verb's answer is no, as its page
+says; 2 usage; 69 KVM unavailable, or the host has no files, memory or threads left;
+74 output that could not be written; 77 capability missing; 124 timeout;
 130 interrupted (129 by SIGHUP, 143 by SIGTERM); 141 nobody reads the output;
-254 triple fault or KVM internal error; 255 guest panic.
+254 triple fault, KVM internal error, or the host has no files, memory or threads
+left while the guest runs; 255 guest panic.
 """
 
 from __future__ import annotations

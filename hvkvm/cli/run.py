@@ -28,10 +28,12 @@ if TYPE_CHECKING:
     from hvkvm.machine.outcome import Outcome
 
 EPILOG = """exit status:
-  the guest command's own; 0 after a power-off; 2 usage; 69 KVM unavailable;
-  74 instead of 0 when output, firmware's variables, a recording or a timeline are lost;
-  77 capability missing; 124 timeout; 130 interrupted (129 by SIGHUP, 143 by SIGTERM);
-  141 nobody reads the output; 254 triple fault or KVM internal error; 255 guest panic
+  the guest command's own; 0 after a power-off; 2 usage; 69 KVM unavailable, or the host has
+  no files, memory or threads left; 74 instead of 0 when output, firmware's variables, a
+  recording or a timeline are lost; 77 capability missing; 124 timeout; 130 interrupted (129
+  by SIGHUP, 143 by SIGTERM); 141 nobody reads the output; 254 triple fault, KVM internal
+  error, or the host has no files, memory or threads left while the guest runs; 255 guest
+  panic
 
 a standard output that takes nothing (a full disk, ulimit -f) does not end the guest:
 it is said at once, tried again with what the guest prints next, and counted at the end

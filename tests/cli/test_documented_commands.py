@@ -38,9 +38,10 @@ from hvkvm.cli import (
 )
 from hvkvm.cli.arguments import split_command
 from hvkvm.cli.parsers import all_parsers
-from hvkvm.errors import CapabilityMissing, ConfigError
+from hvkvm.errors import CapabilityMissing, ConfigError, HostExhausted
 from hvkvm.hyperv.features import parse_features
 from hvkvm.machine.config import MachineConfig
+from hvkvm.machine.outcome import Ending, of_fault
 from hvkvm.record.explain import from_hex
 
 ROOT = Path(__file__).parents[2]
@@ -324,13 +325,27 @@ def test_a_link_leads_somewhere(page: Path) -> None:
             assert anchor in slugs, (target, anchor)
 
 
+def statuses(verb: str) -> str:
+    """Where exit statuses are listed: of a verb, in a page, or of all."""
+    if verb.endswith(".md"):
+        return (ROOT / verb).read_text()
+    return all_parsers()[verb].format_help() if verb else man.overview()
+
+
+@pytest.mark.parametrize("verb", ["run", "warm", "README.md", "docs/ci.md", ""])
+def test_the_status_of_a_host_without_room_is_listed(verb: str) -> None:
+    text = " ".join(statuses(verb).split())
+    left = "the host has no files, memory or threads left"
+    assert f"{HostExhausted.exit_status} KVM unavailable, or {left}; 74" in text
+    fault = of_fault(HostExhausted(""), "")
+    assert fault.ending is Ending.HOST_EXHAUSTED
+    assert f"{fault.status} triple fault, KVM internal error, or {left} while the guest runs; 255" in text
+
+
 @pytest.mark.parametrize("verb", ["run", "warm", "matrix", "README.md", "docs/ci.md", "docs/matrix.md", ""])
 def test_the_status_of_each_signal_that_ends_a_run_is_listed(verb: str) -> None:
     """128 and the signal's number, wherever exit statuses are listed; `test_run` has each seen."""
-    if verb.endswith(".md"):
-        text = (ROOT / verb).read_text()
-    else:
-        text = all_parsers()[verb].format_help() if verb else man.overview()
+    text = statuses(verb)
     numbers = {name: 128 + getattr(signal, name) for name in ("SIGINT", "SIGHUP", "SIGTERM")}
     wanted = "{SIGINT} interrupted ({SIGHUP} by SIGHUP, {SIGTERM} by SIGTERM)".format(**numbers)
     assert wanted in " ".join(text.split())
