@@ -17,6 +17,10 @@ from pathlib import Path
 from hvkvm import given_file
 
 
+NO_HOME = "/nonexistent"
+"""Where nobody can make a file: for a user that the system does not know, as some of a container's are."""
+
+
 def root() -> Path:
     """The cache folder: `$HVKVM_CACHE`, or `~/.cache/hvkvm`. It need not exist yet.
 
@@ -37,7 +41,7 @@ def _home() -> str:
     try:
         return pwd.getpwuid(os.getuid()).pw_dir
     except KeyError:
-        return "~"
+        return NO_HOME
 
 
 def holds(path: Path) -> bool:

@@ -77,7 +77,7 @@ def fetching() -> Iterator[None]:
                     shutil.rmtree(left, ignore_errors=True)
             yield
     except OSError as error:
-        raise StepError(f"{in_words(error)}; set HVKVM_CACHE to a folder with room") from error
+        raise StepError(f"{in_words(error)}; set HVKVM_CACHE to a folder of yours with room") from error
 
 
 def release_codename() -> str:

@@ -71,6 +71,15 @@ def test_without_a_home_the_cache_is_where_hvkvm_finds_it(
             for name in ("HOME", "HVKVM_CACHE"):
                 here.setenv(name, more.get(name, ""))
             assert said == f"{cache.root()}\n"
+    # The cache of a user that the system does not know is none: it was a folder named ~ where one stood.
+    program(bin_ / "getent", "exit 2")
+    said = subprocess.check_output([SCRIPTS / "steps/cache.sh"], env=settings(bin_), text=True, timeout=60)
+    with monkeypatch.context() as here:
+        here.setenv("HOME", "")
+        here.delenv("HVKVM_CACHE", raising=False)
+        here.setattr("pwd.getpwuid", {}.__getitem__)
+        assert said == f"{cache.root()}\n" == "/nonexistent/.cache/hvkvm\n"
+    program(bin_ / "getent", f"echo root:x:0:0::{home}:/bin/sh")
     asked, said = run(tmp_path, bin_)
     assert f"{home}/.cache/hvkvm/guests/run-disk-1.raw,snapshot=on" in asked
     assert asked[:2] == ["--rw", f"{home}/.cache/hvkvm/warm"]
