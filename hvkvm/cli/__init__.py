@@ -36,7 +36,7 @@ USAGE = """usage: hvkvm VERB [options]
 
 {verbs}
 
-`hvkvm VERB --help` explains a verb's options."""
+`hvkvm VERB --help` explains a verb's options; `hvkvm --version` says which hvkvm this is."""
 
 
 def usage() -> str:

@@ -34,6 +34,7 @@ from hvkvm.cli import (
     run,
     top,
     trace,
+    usage,
     warm,
 )
 from hvkvm.cli.arguments import split_command
@@ -349,3 +350,7 @@ def test_the_status_of_each_signal_that_ends_a_run_is_listed(verb: str) -> None:
     numbers = {name: 128 + getattr(signal, name) for name in ("SIGINT", "SIGHUP", "SIGTERM")}
     wanted = "{SIGINT} interrupted ({SIGHUP} by SIGHUP, {SIGTERM} by SIGTERM)".format(**numbers)
     assert wanted in " ".join(text.split())
+
+
+def test_what_stands_in_place_of_a_verb_is_in_the_help() -> None:
+    assert "`hvkvm --version`" in usage()
