@@ -16,7 +16,6 @@ from pathlib import Path
 
 from hvkvm import given_file
 
-
 NO_HOME = "/nonexistent"
 """Where nobody can make a file: for a user that the system does not know, as some of a container's are."""
 
@@ -72,6 +71,20 @@ def filling(folder: Path) -> Iterator[None]:
         yield
     finally:
         os.close(place)
+
+
+def forget_oldest(folder: Path, pattern: str, most: int) -> None:
+    """Remove the files of that name beyond the `most` that were written last; others may do so meanwhile.
+
+    Who has mapped one keeps what it has.
+    """
+    by_age: list[tuple[int, Path]] = []
+    for path in folder.glob(pattern):
+        with suppress(FileNotFoundError):
+            by_age.append((path.stat().st_mtime_ns, path))
+    by_age.sort()
+    for _when, path in by_age[: max(0, len(by_age) - most)]:
+        path.unlink(missing_ok=True)
 
 
 def publish(path: Path, chunks: Iterable[bytes]) -> None:

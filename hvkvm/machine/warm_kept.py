@@ -41,19 +41,12 @@ def kept(config: MachineConfig, *, on_console: Callable[[bytes], object] | None 
     if not os.path.exists(path):
         with cache.filling(path.parent):
             warm(config, path, on_console=on_console)
-        _forget_old(path.parent)
+        cache.forget_oldest(path.parent, "*.state", MOST)
     return path
 
 
 def _path(config: MachineConfig) -> Path:
     return cache.root() / "warm" / f"{_key(config)}.state"
-
-
-def _forget_old(folder: Path) -> None:
-    """Copies that run keep what they have mapped."""
-    files = sorted(folder.glob("*.state"), key=lambda path: path.stat().st_mtime_ns)
-    for path in files[:-MOST]:
-        path.unlink(missing_ok=True)
 
 
 def _key(config: MachineConfig) -> str:

@@ -50,9 +50,7 @@ def _make(boot: Mapping[str, Any], path: Path, seconds: float) -> None:
     from hvkvm.machine.config import MachineConfig
     from hvkvm.machine.warm import warm
 
-    kept = sorted(path.parent.glob("*.state"), key=lambda one: one.stat().st_mtime)
-    for old in kept[: max(0, len(kept) - MAX_KEPT + 1)]:
-        old.unlink(missing_ok=True)  # who runs a copy of it has it mapped
+    cache.forget_oldest(path.parent, "*.state", MAX_KEPT - 1)
     with cache.filling(path.parent):
         warm(MachineConfig(**boot, timeout=seconds), path)
 

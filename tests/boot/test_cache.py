@@ -100,3 +100,20 @@ def test_a_relative_cache_is_the_same_from_elsewhere(tmp_path: Path, monkeypatch
     assert found == here / "cache"
     here.rmdir()
     assert cache.root() == Path("cache"), "nothing there can be found, and that is no traceback"
+
+
+def test_the_oldest_go_also_while_another_process_takes_them_away(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    paths = [tmp_path / f"{number}.state" for number in range(5)]
+    for number, path in enumerate(paths):
+        path.touch()
+        os.utime(path, (number, number))
+    (tmp_path / "other").touch()
+    found = list(tmp_path.glob("*.state"))
+    monkeypatch.setattr(Path, "glob", lambda *_: found)
+    paths[1].unlink()
+    cache.forget_oldest(tmp_path, "*.state", 3)
+    assert sorted(os.listdir(tmp_path)) == ["2.state", "3.state", "4.state", "other"]
+    cache.forget_oldest(tmp_path, "*.state", 3)
+    assert len(os.listdir(tmp_path)) == 4
