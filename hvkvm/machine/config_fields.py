@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from hvkvm.errors import ConfigError
-from hvkvm.machine.config_kinds import Check, Kind
+from hvkvm.machine.config_kinds import Check, Kind, check_type
 from hvkvm.tuples import NamedTuple
 
 
@@ -66,6 +66,8 @@ def check_values(values: Any, prefix: str = "") -> None:
     """
     for (key, field), value in zip(fields_of(type(values)).items(), values, strict=True):
         name = f"{prefix} {shown_key(key)}=" if prefix else field.name(key)
+        if field.kind.types and value is not values._field_defaults.get(key, field):
+            check_type(name, value, field.kind.types)
         field.kind.check(name, value)
         if field.check is not None:
             field.check(name, value)

@@ -71,7 +71,7 @@ class Kind:
     takes = "text in quotes"
     """What is to be written in TOML, for the error about something else."""
     types: tuple[type[Any], ...] = (str,)
-    """What a value is in Python, besides a default; empty for a kind that looks at that itself, or need not."""
+    """What a value is in Python, besides a default; empty where that is not looked at."""
 
     def from_text(self, name: str, text: str, folder: Path | None = None) -> Any:
         """The value in one word of the command line; a relative path starts at `folder`. ConfigError."""
@@ -192,7 +192,7 @@ class PathName(Kind):
     """A Path of this host, there or not."""
 
     takes = "a path in quotes"
-    types = (Path,)
+    types: tuple[type[Any], ...] = (Path,)
 
     def from_text(self, name: str, text: str, folder: Path | None = None) -> Path:
         return self.from_plain(name, text, folder)

@@ -25,7 +25,7 @@ from typing import Any
 
 from hvkvm.errors import ConfigError
 from hvkvm.machine.config_fields import Field, check_values, fields_of, read_table, shown_key
-from hvkvm.machine.config_kinds import Kind, OnOff, said, wrong_type
+from hvkvm.machine.config_kinds import Kind, OnOff, check_type, said, wrong_type
 
 _KEY = re.compile(r"([A-Za-z][\w-]*)=", re.ASCII)
 
@@ -35,6 +35,7 @@ class Structured(Kind):
 
     repeated = True
     takes = "a list of texts or tables"
+    types = (tuple, list)
 
     def __init__(self, module: str, type_name: str) -> None:
         self._module = module
@@ -55,6 +56,7 @@ class Structured(Kind):
 
     def check(self, name: str, value: tuple[Any, ...]) -> None:
         for item in value:
+            check_type(name, item, (self.type(),))
             check_values(item, name)
             if hasattr(item, "check"):
                 item.check(name)

@@ -36,6 +36,7 @@ class _Range(Kind):
     """Text "FIRST-LAST", or one LBA as text or number."""
 
     takes = 'a sector, or text such as "2048-4095"'
+    types = ()
 
     def from_text(self, name: str, text: str, folder: Path | None = None) -> tuple[int, int]:
         found = re.fullmatch(r"(\d{1,19})(?:-(\d{1,19}))?", text, re.ASCII)
@@ -53,6 +54,8 @@ class _Range(Kind):
 class _Sense(Kind):
     """A name of SENSES, or "KEY/ASC/ASCQ" in hexadecimal, as sg3_utils and Linux print them."""
 
+    types = ()
+
     def from_text(self, name: str, text: str, folder: Path | None = None) -> Sense:
         if text in SENSES:
             return SENSES[text]
@@ -67,6 +70,7 @@ class _Operations(Kind):
     """A name of OPERATIONS, the number of an operation code, or a list of these."""
 
     takes = "an operation's name in quotes, an operation code, or a list of these"
+    types = ()
 
     def from_plain(self, name: str, value: object, folder: Path | None) -> frozenset[int]:
         if isinstance(value, list | tuple):

@@ -26,6 +26,7 @@ class Share(Kind):
     """A float from 0 to 1, which text may give in percent."""
 
     takes = 'a number such as 0.01, or "1%"'
+    types = (int, float)
 
     def from_text(self, name: str, text: str, folder: Path | None = None) -> float:
         try:
@@ -48,6 +49,7 @@ class Time(Kind):
     """A float, of seconds; text has the unit: us, ms or s."""
 
     takes = 'text with its unit, such as "20ms"'
+    types = (int, float)
 
     def from_text(self, name: str, text: str, folder: Path | None = None) -> float:
         found = re.fullmatch(r"(\d+(?:\.\d+)?)(us|ms|s)", text, re.ASCII)

@@ -13,6 +13,8 @@ from hvkvm.errors import ConfigError
 from hvkvm.machine.config import MachineConfig
 from hvkvm.machine.config_fields import fields_of
 from hvkvm.machine.config_kinds import MIB, PathName, parse_size
+from hvkvm.machine.disk_spec import DiskSpec
+from hvkvm.machine.nic_spec import NicSpec
 
 
 @pytest.mark.parametrize(
@@ -56,6 +58,16 @@ def test_a_size_is_a_number_or_one_clear_line(text: str) -> None:
         ({"append": "a\nb"}, ("--append", "newline")),
         ({"initrd": Path("/nonexistent/initrd")}, ("--initrd /nonexistent/initrd", "no such file")),
         ({"kernel": Path("/")}, ("--kernel /", "directory")),
+        ({"kernel": "vmlinuz"}, ("--kernel 'vmlinuz'", "str", "Path")),
+        ({"memory": "512M"}, ("--memory '512M'", "str", "int")),
+        ({"timeout": "5"}, ("--timeout '5'", "str", "int or float")),
+        ({"name": None}, ("--name None", "NoneType", "str")),
+        ({"command": "uname -a"}, ("config key command: 'uname -a'", "str", "tuple")),
+        ({"devices": (1,)}, ("--device 1", "int", "str")),
+        ({"files": {"/x": Path("/dev/null")}}, ("--file {", "dict", "tuple")),
+        ({"nets": ("user",), "vmbus": "on"}, ("--net 'user'", "str", "NicSpec")),
+        ({"disks": (DiskSpec(Path("/x")),), "vmbus": "on"}, ("--disk file=", "PosixPath", "str")),  # type: ignore[arg-type]
+        ({"nets": (NicSpec("user", loss="1%"),), "vmbus": "on"}, ("--net loss=", "str", "float")),  # type: ignore[arg-type]
         ({"modules": ("hv_vmbus",)}, ("--module", "--modules-dir")),
         ({"vmbus_max_version": "7.1"}, ("--vmbus-max-version 7.1", "2.4", "6.0")),
         ({"command_io": "socket"}, ("command_io", "console, streams, terminal")),

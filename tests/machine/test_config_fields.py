@@ -89,7 +89,7 @@ def test_a_config_file_leaves_to_a_saved_machine_what_that_has(tmp_path: Path, k
 
 @pytest.mark.parametrize("key", [key for key, field in FIELDS.items() if field.boot_only])
 def test_what_only_a_boot_can_use_is_refused_by_name(key: str, kernel: Path) -> None:
-    values = {"initrd": kernel, "files": (("/x", kernel),)}
+    values = {"initrd": kernel, "cloud_init": kernel.parent, "files": (("/x", kernel),)}
     config = MachineConfig(kernel, restore=kernel)._replace(**{key: values.get(key, ("x",))})
     with pytest.raises(ConfigError, match=f"only a boot can use: {FIELDS[key].flag or '-- command'}$"):
         config.validate()
