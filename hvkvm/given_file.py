@@ -18,6 +18,10 @@ from time import monotonic
 
 from hvkvm.errors import ConfigError
 
+_IMAGE_LOCKS = (100, 200)
+"""First and number of the bytes that stand for uses of a disk's image (QEMU's block/file-posix.c)."""
+_IN_USE = "is the image of a disk that is in use"
+
 
 def open_at_once(path: Path) -> int:
     """An fd to read `path`, also of what is no file: a FIFO without a writer just has no bytes. OSError."""
@@ -40,7 +44,8 @@ def read(path: Path, most: int = -1) -> bytes:
 def check_replaceable(path: Path) -> None:
     """A file may be renamed to `path`, where nothing is yet or a regular file. OSError, EINVAL for others.
 
-    Whoever may write in /dev could else make a file of a device that all use.
+    Whoever may write in /dev could else make a file of a device that all use. EBUSY for a disk's image
+    that is in use, by whomever.
     """
     try:
         mode = os.stat(path).st_mode
@@ -52,6 +57,29 @@ def check_replaceable(path: Path) -> None:
             "is not a regular file; name another",
             str(path),
         )
+    try:
+        fd = open_at_once(path)
+    except OSError:  # one that this user may not read can be no disk of his
+        return
+    try:
+        if _is_image_in_use(fd):
+            raise OSError(errno.EBUSY, f"{_IN_USE}; name another", str(path))
+    finally:
+        os.close(fd)
+
+
+def _is_image_in_use(fd: int) -> bool:
+    """Whether somebody has it open as a disk's image, by the locks that QEMU and `block.host_file` take."""
+    from fcntl import F_OFD_GETLK, F_UNLCK, F_WRLCK, fcntl
+    from struct import Struct
+
+    flock = Struct("hhqqi4x")
+    try:
+        # Asking for a lock to write finds locks to read, too, and needs no permission to write.
+        found = fcntl(fd, F_OFD_GETLK, flock.pack(F_WRLCK, os.SEEK_SET, *_IMAGE_LOCKS, 0))
+    except OSError:  # a file system without locks
+        return False
+    return bool(flock.unpack(found)[0] != F_UNLCK)
 
 
 def beside(path: Path) -> Path:
@@ -69,28 +97,36 @@ def open_to_write(path: Path, flag: str, mode: int = 0o666) -> int:
     The fd does not block, and is the caller's alone to make blocking.
     """
     try:
-        return _open_to_write(path, mode)
+        return open_emptied(path, mode)
     except OSError as error:
         if error.errno == errno.ENXIO:
             raise ConfigError(f"{flag} {path}: {error.strerror}; start its reader first") from None
         raise ConfigError(f"{flag} {path}: {error.strerror}; name a file that can be written") from None
 
 
-def _open_to_write(path: Path, mode: int) -> int:
+def open_emptied(path: Path, mode: int) -> int:
+    """As `open_to_write`, but for OSError: EBUSY for a disk's image in use, ENXIO without a reader."""
     try:
         fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC | os.O_NONBLOCK, mode)
     except OSError as error:
         if error.errno == errno.ENXIO:
             raise OSError(errno.ENXIO, "nobody reads this pipe") from None
         raise
-    if stat.S_ISREG(os.fstat(fd).st_mode):
-        os.ftruncate(fd, 0)
+    try:
+        kind = os.fstat(fd).st_mode
+        if (stat.S_ISREG(kind) or stat.S_ISBLK(kind)) and _is_image_in_use(fd):
+            raise OSError(errno.EBUSY, _IN_USE)
+        if stat.S_ISREG(kind):
+            os.ftruncate(fd, 0)
+    except BaseException:
+        os.close(fd)
+        raise
     return fd
 
 
 def write_at_once(path: Path, data: bytes, seconds: float) -> None:
     """Make or empty the file, and write it in time. OSError; ENXIO for a pipe that nobody reads."""
-    fd = _open_to_write(path, 0o666)
+    fd = open_emptied(path, 0o666)
     try:
         write_in_time(fd, data, seconds)
     finally:

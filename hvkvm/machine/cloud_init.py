@@ -15,13 +15,12 @@ from hvkvm import given_file
 from hvkvm.boot import cache
 from hvkvm.errors import CapabilityMissing, ConfigError
 from hvkvm.machine.disk_spec import CdromSpec
+from hvkvm.machine.own_files import CLOUD_INIT_FILES
 
 if TYPE_CHECKING:
     from hvkvm.machine.config import MachineConfig
 
-NEEDED = "user-data"
-FILES = (NEEDED, "meta-data", "network-config", "vendor-data")
-"""What cloud-init looks for; of these only user-data must be there."""
+NEEDED = CLOUD_INIT_FILES[0]
 MOST_BYTES = 16 << 20
 LABEL = "cidata"
 _RECIPE = "1"
@@ -58,7 +57,7 @@ def seed(folder: Path) -> Path:
 def _read(folder: Path) -> dict[str, bytes]:
     found: dict[str, bytes] = {}
     left = MOST_BYTES
-    for name in FILES:
+    for name in CLOUD_INIT_FILES:
         try:
             found[name] = given_file.read(folder / name, left + 1)
         except FileNotFoundError:

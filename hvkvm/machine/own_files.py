@@ -17,6 +17,9 @@ from hvkvm.errors import ConfigError
 Named = tuple[str, Path]
 """A file, and what names it: "--disk"."""
 
+CLOUD_INIT_FILES = ("user-data", "meta-data", "network-config", "vendor-data")
+"""What cloud-init looks for in its folder; of these only the first must be there."""
+
 _SINGLE = ("restore", "warm", "kernel", "initrd", "busybox", "firmware", "firmware_vars")
 _REMEDY = "whose content would be lost; name another file"
 
@@ -68,9 +71,7 @@ def read(config: Any) -> Iterator[Named]:
             yield f"--{'from' if key == 'warm' else key.replace('_', '-')}", path
     yield from (("--file", host) for _guest, host in config.files)
     if config.cloud_init is not None:
-        from hvkvm.machine.cloud_init import FILES
-
-        yield from (("--cloud-init", config.cloud_init / name) for name in FILES)
+        yield from (("--cloud-init", config.cloud_init / name) for name in CLOUD_INIT_FILES)
     yield from _images(config.media)
 
 

@@ -18,6 +18,7 @@ from time import time_ns
 from hvkvm.abi import pcapng
 from hvkvm.errors import ConfigError
 from hvkvm.events import NULL_OBSERVER, Observer, Warned
+from hvkvm.given_file import open_emptied
 from hvkvm.net.between import Between
 from hvkvm.net.port import Frame, frame_bytes
 from hvkvm.net.wire import Wire
@@ -36,9 +37,7 @@ class Capture(Between):
         self.failure = ""
         self._observer = observer
         try:
-            self._fd = os.open(
-                path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC | os.O_NONBLOCK, 0o600
-            )
+            self._fd = open_emptied(path, 0o600)
         except OSError as error:
             raise ConfigError(
                 f"--net pcap={path}: {error.strerror}; name a file that can be written"

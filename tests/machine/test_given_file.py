@@ -6,13 +6,18 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest.mock import MagicMock
 
 import pytest
 
 from hvkvm import given_file
+from hvkvm.block.host_file import HostFile
 from hvkvm.boot import command_files, firmware, kmod
 from hvkvm.errors import ConfigError, HvkvmError
 from hvkvm.machine import cloud_init, fault_file, guest_image
+from hvkvm.net.capture import Capture
+from hvkvm.record.recorder import Recorder
+from hvkvm.state.file import Writer
 
 
 @pytest.fixture
@@ -93,3 +98,37 @@ def test_a_place_for_a_file(tmp_path: Path) -> None:
         (tmp_path / ("n" * 300) / "x", f"{tmp_path}/{'n' * 300}: File name too long; name another"),
     ):
         assert given_file.why_no_place(path) == why
+
+
+WRITERS: dict[str, Callable[[Path], object]] = {
+    "record": lambda path: Recorder(path, "full", {}),
+    "timeline": lambda path: given_file.open_to_write(path, "--timeline"),
+    "pcap": lambda path: Capture(MagicMock(), path, "socket"),
+    "junit": lambda path: given_file.write_at_once(path, b"x", 1),
+    "save": lambda path: Writer(path, 4096),
+}
+
+
+@pytest.mark.parametrize("read_only", [True, False])
+@pytest.mark.parametrize("writer", WRITERS)
+def test_a_disk_that_is_in_use_is_neither_emptied_nor_replaced(
+    tmp_path: Path, writer: str, read_only: bool
+) -> None:
+    """Whoever has it, and by whatever name: a VHDX's parent is named by its child alone."""
+    path = tmp_path / "disk.raw"
+    path.write_bytes(b"data" * 1024)
+    image = HostFile(path, read_only=read_only)
+    with pytest.raises((ConfigError, OSError), match="is the image of a disk that is in use"):
+        WRITERS[writer](path)
+    image.close()
+    assert path.read_bytes() == b"data" * 1024
+    assert [one.name for one in tmp_path.iterdir()] == ["disk.raw"]
+
+
+def test_one_that_nobody_uses_any_more_is_emptied(tmp_path: Path) -> None:
+    path = tmp_path / "disk.raw"
+    path.write_bytes(b"data")
+    HostFile(path, read_only=False).close()
+    given_file.check_replaceable(path)
+    given_file.write_at_once(path, b"new", 1)
+    assert path.read_bytes() == b"new"

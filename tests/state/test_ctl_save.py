@@ -14,6 +14,7 @@ import pytest
 from running_vm import command_line, environment, running_vm
 from saved_file import rewrite
 
+from hvkvm.block.vhdx.create import VhdxOptions, create_vhdx
 from hvkvm.errors import StateError
 from hvkvm.machine.config import MachineConfig
 from hvkvm.machine.machine import Machine
@@ -56,12 +57,18 @@ def test_a_vm_is_saved_and_goes_on_in_another_process(tmp_path: Path) -> None:
 def test_a_save_takes_no_place_of_what_the_vm_has(tmp_path: Path) -> None:
     """A save is a new file under its name: the guest's disk would be gone when the VM ends."""
     disk, more = tmp_path / "disk.raw", tmp_path / "more.raw"
+    parent, child = tmp_path / "parent.vhdx", tmp_path / "child.vhdx"
+    create_vhdx(parent, VhdxOptions(1 << 20))
+    create_vhdx(child, VhdxOptions(0, parent=parent))
+    before = parent.read_bytes()
     for image in (disk, more):
         image.write_bytes(b"data" * (1 << 14))
     made = ("--record", tmp_path / "recording")
     with running_vm(tmp_path, *AGENT, "--vmbus", "on", "--disk", disk, *made) as vm:
         vm.wait_until_listening()
         vm.ctl("disk", "add", more)
+        vm.ctl("disk", "add", child)
+        assert "is the image of a disk that is in use; name another" in vm.ctl("save", parent, status=1)
         for name, flag in (("disk.raw", "--disk"), ("more.raw", "--disk"), ("recording", "--record")):
             error = vm.ctl("save", tmp_path / name, "--end", status=1)
             assert f"{name}: this VM has it as {flag}, whose content would be lost; name another" in error
@@ -69,6 +76,7 @@ def test_a_save_takes_no_place_of_what_the_vm_has(tmp_path: Path) -> None:
         assert vm.json("net", "list") == []
         vm.ctl("save", tmp_path / "vm.state", "--end")
         assert vm.finish() == 0
+    assert parent.read_bytes() == before
     for image in (disk, more):
         assert image.read_bytes() == b"data" * (1 << 14)
 
