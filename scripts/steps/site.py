@@ -12,6 +12,9 @@ from typing import Any
 PUBLIC = (
     ("Machines", "hvkvm.machine.machine", ("Machine",)),
     ("Configuration", "hvkvm.machine.config", ("MachineConfig",)),
+    ("Disks", "hvkvm.machine.disk_spec", ("DiskSpec", "CdromSpec")),
+    ("NICs", "hvkvm.machine.nic_spec", ("NicSpec",)),
+    ("Recordings", "hvkvm.machine.record_spec", ("RecordSpec",)),
     ("How a run ended", "hvkvm.machine.outcome", ("Outcome", "Ending")),
     ("Warm guests", "hvkvm.machine.warm", ("warm", "NotWarm")),
     ("Warm guests that are kept", "hvkvm.machine.warm_kept", ("kept",)),
@@ -77,12 +80,28 @@ def _entry(module: str, name: str, thing: Any) -> Iterator[str]:
         for one in thing:
             yield f"- `{thing.__name__}.{one.name}`: {one.value}"
         yield ""
+    if lines := _fields(thing):
+        yield from (*lines, "")
     for member, value in vars(thing).items():
         if member.startswith("_") or not (inspect.isfunction(value) or isinstance(value, property)):
             continue
         body = value.fget if isinstance(value, property) else value
         shown = "" if isinstance(value, property) else _signature(value)
         yield from (f"**`{member}{shown}`**", "", _text(body), "")
+
+
+def _fields(thing: type) -> list[str]:
+    """A line for each key of a table of `machine.config_fields` that has words for users."""
+    from hvkvm.machine.config_fields import Field, fields_of
+
+    notes = vars(thing).get("__annotations__", {}).values()
+    if not notes or not all(isinstance(getattr(note, "__metadata__", (None,))[0], Field) for note in notes):
+        return []
+    lines = []
+    for key, field in fields_of(thing).items():
+        flag = f" (`{field.flag}`)" if field.flag.startswith("--") else ""  # others are of an option's key
+        lines += [f"- `{key}`{flag}: {field.help}"] if field.help else []
+    return lines
 
 
 def _is_public(thing: type) -> bool:
@@ -93,7 +112,11 @@ def _signature(thing: Any) -> str:
     if inspect.isclass(thing) and (issubclass(thing, Enum) or getattr(thing, "_is_protocol", False)):
         return ""  # nobody makes one by calling it
     try:
-        text = str(inspect.signature(thing))
+        signature = inspect.signature(thing)
+        if inspect.isclass(thing) and _fields(thing):
+            bare = [one.replace(annotation=one.empty) for one in signature.parameters.values()]
+            signature = inspect.Signature(bare)
+        text = str(signature)
     except (TypeError, ValueError):
         return ""
     text = re.sub(r"ForwardRef\(('[^']*')\)", r"\1", text)

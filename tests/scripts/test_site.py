@@ -57,6 +57,9 @@ def test_the_reference_is_the_same_each_time_and_names_what_it_speaks_of() -> No
     text = site.reference()
     assert re.findall(r".*(?: at 0x[0-9a-f]{6}|ForwardRef|object at).*", text) == []
     assert "- `Ending.PANIC`: guest panic" in text
+    assert "- `cpus` (`--cpus`): vCPUs (1)\n" in text
+    assert "- `readonly`: refuse the guest's writes\n" in text
+    assert "Annotated" not in text
     words = set(re.findall(r"\b[A-Z]\w+\b", text))
     own = {word for word in words if isinstance(getattr(errors, word, None), type)}
     assert [name for name in sorted(own) if f"### {name}\n" not in text] == []
