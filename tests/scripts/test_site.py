@@ -35,6 +35,12 @@ def test_the_order_of_imports_is_the_one_that_is_held() -> None:
     ]
 
 
+def test_the_first_page_says_which_python_is_needed() -> None:
+    needed = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["requires-python"]
+    first = (ROOT / "docs/index.md").read_text()
+    assert f"Python {needed.removeprefix('>=')} or newer" in first
+
+
 def test_each_extra_is_named_where_its_use_is() -> None:
     extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
     text = "".join(page.read_text() for page in (ROOT / "README.md", *(ROOT / "docs").glob("*.md")))
