@@ -19,7 +19,7 @@ from time import time
 from typing import TYPE_CHECKING, Any, get_args
 
 from hvkvm.abi.guest_command import CommandIo
-from hvkvm.errors import CapabilityMissing, HvkvmError, StateError, Stopped
+from hvkvm.errors import CapabilityMissing, ConfigError, HvkvmError, StateError, Stopped
 from hvkvm.machine.outcome import Ending
 from hvkvm.state.file import Saved, Writer
 from hvkvm.state.manifest import Manifest, SavedBoot, SavedConfig
@@ -264,6 +264,10 @@ def restored_config(saved: Saved, config: MachineConfig) -> MachineConfig:
 
             values["disks"], values["cdroms"] = specs_of(needs.disks)
         restored = config._replace(**values).validate()
+        if config.firmware_vars is not None and restored.firmware is None:
+            raise ConfigError(
+                f"--firmware-vars {config.firmware_vars}: it was saved without firmware; leave it out"
+            )
         # A warm guest's copy has its own.
         return restored if needs.waits else restored._replace(command=command, command_io=command_io)
     except (HvkvmError, ValueError) as error:

@@ -190,6 +190,13 @@ def saved_agent(tmp_path: Path) -> Path:
     return file
 
 
+def test_variables_that_nobody_would_have_are_refused(tmp_path: Path) -> None:
+    file, variables = saved_agent(tmp_path), tmp_path / "vars"
+    with pytest.raises(StateError, match=r"--firmware-vars .*: it was saved without firmware; leave it out"):
+        Machine(MachineConfig(restore=file, firmware_vars=variables))
+    assert not variables.exists()
+
+
 def test_a_host_that_lacks_what_the_cpu_had_names_it(tmp_path: Path) -> None:
     file = saved_agent(tmp_path)
 
