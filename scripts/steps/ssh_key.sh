@@ -7,9 +7,15 @@ if [ ! -e "$key" ]; then
 	echo "ssh: making a key for guests, $key" >&2
 	mkdir -p "${key%/*}"
 	chmod 700 "${key%/*}"
-	ssh-keygen -q -t ed25519 -N '' -C hvkvm -f "$key.$$"
-	# Whoever sees the private half finds the other, too.
-	mv "$key.$$.pub" "$key.pub"
-	mv "$key.$$" "$key"
+	# One at a time, or the two halves could be of two keys. A file system without locks goes without.
+	exec 9<"${key%/*}"
+	flock 9 || true
+	if [ ! -e "$key" ]; then
+		rm -f "$key.new" "$key.new.pub"
+		ssh-keygen -q -t ed25519 -N '' -C hvkvm -f "$key.new"
+		# Whoever sees the private half finds the other, too.
+		mv "$key.new.pub" "$key.pub"
+		mv "$key.new" "$key"
+	fi
 fi
 echo "$key"

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
+import time
 from pathlib import Path
 
 import pytest
@@ -143,3 +144,33 @@ def test_cdpath_leads_to_no_other_scripts(tmp_path: Path, bin_: Path) -> None:
     )
     assert (done.returncode, done.stderr) == (0, "")
     assert "/an/artifact" in done.stdout
+
+
+def test_two_that_make_the_key_at_once_have_both_halves_of_one(
+    tmp_path: Path, bin_: Path, home: Path
+) -> None:
+    program(bin_ / "ssh-keygen", 'for last; do :; done; echo $$ >"$last"; echo $$ >"$last.pub"')
+    # The first one waits for the other between its halves; not for ever, since the other may wait for it.
+    program(
+        bin_ / "mv",
+        f"""
+case $ROLE:$1 in
+first:*.pub) ;;
+first:*)
+	: >{tmp_path}/halfway
+	n=0
+	until [ -e {tmp_path}/second ] || [ $((n += 1)) -gt 30 ]; do sleep 0.1; done
+	;;
+esac
+PATH=${{PATH#*:}} exec mv "$@"
+""",
+    )
+    line = [SCRIPTS / "steps/ssh_key.sh"]
+    with subprocess.Popen(line, env=settings(bin_, ROLE="first"), stdout=subprocess.PIPE) as first:
+        while not (tmp_path / "halfway").exists():
+            assert first.poll() is None
+            time.sleep(0.01)
+        subprocess.run(line, env=settings(bin_, ROLE="second"), capture_output=True, check=True, timeout=60)
+        (tmp_path / "second").touch()
+    key = home / ".cache/hvkvm/ssh/id_ed25519"
+    assert (first.returncode, key.read_text()) == (0, key.with_suffix(".pub").read_text())
