@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-from hvkvm.errors import HvkvmError
+from hvkvm.errors import ConfigError, HvkvmError
 from hvkvm.events import NULL_OBSERVER, Observer
 from hvkvm.machine.config import MachineConfig
 from hvkvm.machine.machine import Machine
@@ -45,6 +45,9 @@ def warm(
     `config.timeout` seconds at most, and blocks meanwhile. Raises NotWarm when the guest gets
     nowhere, StateError when it cannot be saved, and what `Machine` raises.
     """
+    if config.saved is not None:
+        flag = "--from" if config.warm is not None else "--restore"
+        raise ConfigError(f"{flag} {config.saved}: a guest that is made warm is booted; leave it out")
     with Machine(config._replace(awaits=True), observer=observer) as machine:
         if on_console is not None:
             machine.board.attach_sink(on_console)

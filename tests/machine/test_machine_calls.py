@@ -9,7 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from hvkvm.errors import HvkvmError, StateError, Stopped
+import hvkvm
+from hvkvm.errors import ConfigError, HvkvmError, StateError, Stopped
+from hvkvm.machine.config import MachineConfig
 from hvkvm.machine.lifecycle import Lifecycle
 from hvkvm.machine.machine import Machine
 from hvkvm.machine.outcome import Ending
@@ -172,3 +174,18 @@ def test_a_mistake_in_a_device_is_told_with_its_kind_and_place(micro_guest: Make
     outcome = machine.run()
     assert outcome.ending is Ending.KVM_ERROR
     assert outcome.detail.startswith("vcpu0: AssertionError: (test_machine_calls.py:")
+
+
+@pytest.mark.parametrize(("key", "flag"), [("restore", "--restore"), ("warm", "--from")])
+def test_a_guest_is_not_made_warm_from_a_saved_one(
+    micro_guest: Make, tmp_path: Path, key: str, flag: str
+) -> None:
+    """It was an AssertionError without a text, once all of the machine was made."""
+    machine = micro_guest(SPIN).machine
+    machine.start()
+    saved = tmp_path / "saved"
+    machine.save(saved, end=True)
+    with pytest.raises(
+        ConfigError, match=f"^{flag} {saved}: a guest that is made warm is booted; leave it out$"
+    ):
+        hvkvm.warm(MachineConfig(**{key: saved}), tmp_path / "warm")  # type: ignore[arg-type]
