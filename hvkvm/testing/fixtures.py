@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from hvkvm.testing.micro import MicroGuest
 
 MARKER = "hvkvm"
+SYNICS = ("auto", "kernel", "user")
 
 
 class _Keyword(NamedTuple):
@@ -38,7 +39,7 @@ class _Keyword(NamedTuple):
 
 
 _KNOWN = {
-    "synic": _Keyword('"kernel" and "user"', lambda value: value in ("auto", "kernel", "user")),
+    "synic": _Keyword('"kernel" and "user"', lambda value: value in SYNICS),
     "cpus": _Keyword("numbers, in a list or one", lambda value: type(value) is int and value > 0),
     "kernels": _Keyword('"all"', lambda value: value == "all"),
     "seconds": _Keyword("a number above 0", lambda value: type(value) in (int, float) and value > 0),
@@ -59,8 +60,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     )
     group.addoption(
         "--hvkvm-synic",
-        choices=("auto", "kernel", "user"),
-        default=os.environ.get("HVKVM_SYNIC", "auto"),
+        choices=SYNICS,
+        default=os.environ.get("HVKVM_SYNIC") or "auto",
         help="who emulates Hyper-V for guests of tests that do not say (auto)",
     )
     group.addoption(
@@ -86,6 +87,8 @@ def pytest_configure(config: pytest.Config) -> None:
     )
     workers = getattr(config.option, "numprocesses", None)
     _named_kernels(config)
+    if (synic := config.getoption("--hvkvm-synic")) not in SYNICS:  # of the environment: no parser saw it
+        raise pytest.UsageError(f"HVKVM_SYNIC={synic}: no such SynIC; choose {', '.join(SYNICS)}")
     if config.getoption("--hvkvm-keep") and (workers or hasattr(config, "workerinput")):
         raise pytest.UsageError("--hvkvm-keep: one failed test holds the session up; leave -n out")
 

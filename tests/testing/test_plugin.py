@@ -298,6 +298,22 @@ def test_a_marker_with_a_typing_error_is_refused(pytester: pytest.Pytester, give
     assert f"mark.hvkvm{said}" in result.stdout.str()
 
 
+@pytest.mark.parametrize("given", ["", "kvm"])
+def test_the_environments_synic_is_checked_by_its_own_name(
+    pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch, given: str
+) -> None:
+    monkeypatch.setenv("HVKVM_SYNIC", given)
+    pytester.makepyfile(
+        "def test_one(pytestconfig): assert pytestconfig.getoption('--hvkvm-synic') == 'auto'"
+    )
+    result = pytester.runpytest_subprocess()
+    if given:
+        assert result.ret == pytest.ExitCode.USAGE_ERROR
+        result.stderr.fnmatch_lines(["ERROR: HVKVM_SYNIC=kvm: no such SynIC; choose auto, kernel, user"])
+    else:
+        result.assert_outcomes(passed=1)
+
+
 def examples(word: str) -> list[str]:
     """The Python blocks of docs/testing.md that have `word` in them.
 
