@@ -9,7 +9,7 @@ from typing import Any
 from hvkvm.cli import ctl_net, ctl_text
 from hvkvm.cli.arguments import Parser, path_word, split_words
 from hvkvm.cli.ctl_client import MissingKey, Vm, find
-from hvkvm.cli.output import show
+from hvkvm.cli.output import complain, show
 from hvkvm.errors import ConfigError, HvkvmError, VmGone, harmless
 from hvkvm.observe import control_path
 
@@ -342,9 +342,11 @@ def _kvp(options: Options) -> int:
 
 def _tell_kvp(options: Options, result: dict[str, Any]) -> int:
     if options.json:
-        return _tell(options, dict(result["pairs"]), str)
-    if lines := ctl_text.kvp(options.what, result):
+        _tell(options, dict(result["pairs"]), str)
+    elif lines := ctl_text.kvp(options.what, result):
         show("\n".join(lines))
+    if result["note"]:  # no pair, and so no part of what a program reads
+        complain(f"hvkvm: {harmless(result['note'])}")
     return 0
 
 

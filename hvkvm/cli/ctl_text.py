@@ -135,8 +135,7 @@ def kvp(what: str, result: dict[str, Any]) -> list[str]:
     """The value alone for a get; a pair a line for a list; nothing where nothing was asked for."""
     if what == "get":
         return [harmless(str(value)) for _key, value in result["pairs"]]
-    found = [f"{harmless(key)}={harmless(str(value))}" for key, value in result["pairs"]]
-    return [*found, result["note"]] if result["note"] else found
+    return [f"{harmless(key)}={harmless(str(value))}" for key, value in result["pairs"]]
 
 
 def snapshot(result: dict[str, Any]) -> str:

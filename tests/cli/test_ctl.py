@@ -351,6 +351,16 @@ def test_a_key_is_looked_for_in_all_pools(play: Callable[[str], PlayedVm], run: 
     assert [request["pool"] for request in vm.asked] == ["external", "guest", "auto"]
 
 
+def test_a_list_that_was_cut_off_says_so_beside_its_pairs(play: Callable[[str], PlayedVm], run: Run) -> None:
+    """By its JSON alone nobody could tell, and among the lines it would pass for a pair."""
+    vm = play("vm")
+    vm.answer("kvp", {"pairs": [["k", "v"]], "note": "1 pairs, and there may be more"})
+    said = "hvkvm: 1 pairs, and there may be more\n"
+    assert run("kvp", "list") == (0, "k=v\n", said)
+    status, out, err = run("kvp", "list", "--json")
+    assert (status, json.loads(out), err) == (0, {"k": "v"}, said)
+
+
 def test_texts_of_the_guest_cannot_command_the_terminal(play: Callable[[str], PlayedVm], run: Run) -> None:
     vm = play("vm")
     vm.answer("kvp", {"pairs": [["a\x1b[2J", "b\r\n\x9b\u202e"]], "note": ""})
