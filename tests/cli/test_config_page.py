@@ -10,12 +10,13 @@ from typing import Any
 import pytest
 
 from hvkvm.cli import run
+from hvkvm.devices.scsi.fault_rules import OPERATIONS, SENSES, Action
 from hvkvm.errors import ConfigError
 from hvkvm.machine.config import MachineConfig
 from hvkvm.machine.config_fields import Field, fields_of, read_table
 from hvkvm.machine.config_words import Structured
 from hvkvm.machine.disk_spec import CdromSpec, DiskSpec
-from hvkvm.machine.fault_file import FaultSpec
+from hvkvm.machine.fault_file import FaultSpec, plan_of
 from hvkvm.machine.nic_spec import NicSpec
 from hvkvm.machine.record_spec import RecordSpec
 
@@ -132,3 +133,13 @@ def test_each_variable_of_the_environment_is_listed() -> None:
     }
     listed = re.findall(r"`(HVKVM_[A-Z_]+)`", PAGE.partition("## The environment")[2])
     assert set(listed) == read
+
+
+def test_the_faults_of_the_page_are_a_plan_and_all_of_its_words_are_known() -> None:
+    page = (DOCS / "disks.md").read_text()
+    (block,) = re.findall(r"```toml\n(seed = .*?)```", page, re.DOTALL)
+    plan = plan_of(tomllib.loads(block), "page")
+    assert (plan.seed, len(plan.rules)) == (7, 1)
+    assert [name for name in (*SENSES, *OPERATIONS) if name not in block] == []
+    rows = re.findall(r"^\| `(\w+)` \| .*$", page.partition("| `do` |")[2].partition("\n\n")[0], re.MULTILINE)
+    assert set(rows) == {action.value for action in Action}
