@@ -25,7 +25,8 @@ from hvkvm.vmbus.offer import Channel, Offer, only_instance
 T = TypeVar("T")
 
 MAX_KEPT = 10_000
-"""Packets of the guest that wait to be expected; with more the channel is left alone, as by a slow host."""
+"""Packets of the guest that wait to be expected; with more the channel is left alone, as by a slow host,
+until half of them have been taken."""
 
 
 class Stage(Protocol):
@@ -49,6 +50,8 @@ class _Side:
         self.io: ChannelIo | None = None
         self.opens = 0
         self.stalled = False
+        self.full = False
+        """Whether it left packets in the ring, and no doorbell need tell of them."""
         self.received_packets: deque[Packet] = deque()
         self._unsent: deque[Outgoing] = deque()
 
@@ -68,13 +71,22 @@ class _Side:
         io = self.io
         if io is None:
             return
-        while not self.stalled and len(self.received_packets) < MAX_KEPT:
+        while not self.stalled:
+            if len(self.received_packets) >= MAX_KEPT:
+                self.full = True
+                break
             packet = io.reader.get()
             if packet is not None:
                 self.received_packets.append(packet)
             elif io.broken or io.rest():
                 break
         self._send_waiting()
+
+    def go_on(self) -> None:
+        """Take what was left in the ring."""
+        self.full = False
+        if self.io is not None:
+            self.io.again()
 
     def deliver(self, packet: Outgoing) -> None:
         """Put a packet behind those that wait for room."""
@@ -202,7 +214,12 @@ class ScriptedDevice:
             )
 
     def _next(self) -> Packet | None:
-        return self._side.received_packets.popleft() if self._side.received_packets else None
+        kept = self._side.received_packets
+        packet = kept.popleft() if kept else None
+        if self._side.full and len(kept) <= MAX_KEPT // 2:
+            stage, _ = self._on_stage()
+            stage.call(self._side.go_on)
+        return packet
 
     def told(self, packet: Packet) -> str:
         """A packet in words, by the wire tables."""
@@ -270,8 +287,7 @@ class ScriptedDevice:
         def go_on(faults: Faults) -> None:
             self._side.stalled = False
             faults.resume()
-            if self._side.io is not None:
-                self._side.io.again()
+            self._side.go_on()
 
         self._with_faults(go_on)
 

@@ -72,6 +72,18 @@ def test_what_was_not_expected_is_told_in_words(device: ScriptedDevice, driver: 
         ScriptedDevice.expect(device, lambda _: True) and device.expect(seconds=0.2)
 
 
+def test_packets_beyond_those_that_are_kept_wait_in_the_ring(
+    device: ScriptedDevice, driver: GuestChannel, loop: Loopback, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They stayed there: the guest rings for a ring that was empty, and nobody else looked."""
+    monkeypatch.setattr("hvkvm.testing.device.MAX_KEPT", 4)
+    for number in range(11):
+        driver.opened.send(bytes([number] * 8))
+    loop.run()
+    for number in range(11):
+        device.expect(bytes([number] * 8))
+
+
 def test_quiet_is_quiet(device: ScriptedDevice, driver: GuestChannel) -> None:
     device.expect_nothing(0.5)
 
