@@ -20,6 +20,13 @@ REMEDY = (
 )
 
 
+try:
+    START = Path.cwd()
+except OSError:  # it is gone
+    START = Path()
+"""Where relative paths start: where the session began, since a test may have gone elsewhere."""
+
+
 class GuestKernel(NamedTuple):
     """A kernel file, and its lib/modules/VERSION folder where one was found."""
 
@@ -64,10 +71,10 @@ def find() -> GuestKernel | None:
     """The kernel for those who named none: the environment's, or this machine's. ConfigError."""
     if named := os.environ.get("HVKVM_GUEST_KERNEL"):
         modules = os.environ.get("HVKVM_GUEST_MODULES")
-        image = Path(named)
+        image = START / named
         if not isfile(image):
             raise ConfigError(f"HVKVM_GUEST_KERNEL={named}: no such file; check the path")
-        return GuestKernel(image, Path(modules) if modules else _modules_of(image))
+        return GuestKernel(image, START / modules if modules else _modules_of(image))
     version = os.uname().release
     for image in (Path(f"/boot/vmlinuz-{version}"), Path(f"/lib/modules/{version}/vmlinuz")):
         if isfile(image) and os.access(image, os.R_OK):
@@ -77,10 +84,10 @@ def find() -> GuestKernel | None:
 
 def from_option(text: str) -> list[GuestKernel]:
     """The kernels that `--hvkvm-kernels` names. ConfigError."""
-    return [kernel_at(Path(name)) for name in text.split(",") if name]
+    return [kernel_at(START / name) for name in text.split(",") if name]
 
 
 def busybox() -> Path | None:
     """The static busybox that HVKVM_GUEST_BUSYBOX names; None: look on PATH."""
     named = os.environ.get("HVKVM_GUEST_BUSYBOX")
-    return Path(named) if named else None
+    return START / named if named else None

@@ -204,6 +204,30 @@ def test_side_by_side_and_without_a_kernel(
     wrong.stderr.fnmatch_lines(["*--hvkvm-kernels *: no vmlinuz in this folder; name the kernel's file*"])
 
 
+@pytest.mark.parametrize("by", ["option", "environment"])
+def test_a_kernel_is_named_from_where_the_session_began(
+    pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch, by: str
+) -> None:
+    """A test that had gone elsewhere found none."""
+    pytester.makepyfile(
+        """
+        from hvkvm.testing.kernels import busybox
+
+        def test_it(request, tmp_path, monkeypatch):
+            monkeypatch.chdir(tmp_path)
+            kernel = request.getfixturevalue("hvkvm_kernel")
+            assert kernel.image.read_text() == "a kernel"
+            assert busybox().read_text() == "a busybox"
+        """
+    )
+    (pytester.path / "vmlinuz-1").write_text("a kernel")
+    (pytester.path / "bb").write_text("a busybox")
+    monkeypatch.setenv("HVKVM_GUEST_BUSYBOX", "bb")
+    monkeypatch.setenv("HVKVM_GUEST_KERNEL", "vmlinuz-1" if by == "environment" else "none")
+    options = ("--hvkvm-kernels", "vmlinuz-1") if by == "option" else ()
+    pytester.runpytest_subprocess(*options).assert_outcomes(passed=1)
+
+
 def test_a_session_that_requires_kvm_counts_what_its_fixtures_need(
     pytester: pytest.Pytester, monkeypatch: pytest.MonkeyPatch
 ) -> None:
