@@ -189,14 +189,25 @@ def run(part: Part, arguments: list[str], ahead: Collected | None = None) -> int
     return status
 
 
+class Terminated(KeyboardInterrupt):
+    """SIGTERM, which only this process got."""
+
+
+def _terminate(*_: object) -> None:
+    raise Terminated
+
+
 def attend(line: list[str], settings: dict[str, str]) -> int:
-    """Run a session to its end, its own tidying up after Ctrl-C included."""
+    """Run a session to its end, its own tidying up after Ctrl-C or SIGTERM included."""
     interrupted = False
     with subprocess.Popen(line, env=settings) as process:
         while True:
             try:
                 status = process.wait()
                 break
+            except Terminated:
+                interrupted = True
+                process.send_signal(signal.SIGINT)  # else it, and its labs, would go on without us
             except KeyboardInterrupt:
                 interrupted = True  # the session heard of it too
     if interrupted:
@@ -298,6 +309,7 @@ def main(arguments: list[str]) -> int:
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGTERM, _terminate)
     try:
         sys.exit(main(sys.argv[1:]))
     except KeyboardInterrupt:

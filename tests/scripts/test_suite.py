@@ -347,3 +347,34 @@ def test_a_worker_in_a_lab_says_when_it_has_nothing_to_run(
     assert not resting.exists()
     worker.pytest_runtest_logfinish()
     assert resting.exists()
+
+
+SESSION = """
+import sys, time
+from pathlib import Path
+try:
+    print("runs", flush=True)
+    time.sleep(1000)
+except KeyboardInterrupt:
+    Path(sys.argv[1]).write_text("tidied up")
+"""
+ATTENDED = """
+import signal, sys
+from steps import suite
+signal.signal(signal.SIGTERM, suite._terminate)
+try:
+    suite.attend([sys.executable, *sys.argv[1:]], suite.environment())
+except KeyboardInterrupt:
+    sys.exit(130)
+"""
+
+
+def test_sigterm_ends_the_session_too(tmp_path: Path) -> None:
+    """It went on, in its labs, as long as the tests took."""
+    words = [sys.executable, "-c", ATTENDED, "-c", SESSION, str(tmp_path / "done")]
+    with subprocess.Popen(words, stdout=subprocess.PIPE, env=suite.environment()) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == b"runs\n"
+        process.terminate()
+        assert process.stdout.read() == b"", "whoever holds its output has ended"
+    assert (process.returncode, (tmp_path / "done").read_text()) == (130, "tidied up")
