@@ -39,13 +39,17 @@ def parser() -> Parser:
 def parse(arguments: list[str]) -> Any:
     """The checked options. ConfigError."""
     options = parser().parse_args(arguments)
+    interval, count = options.interval, options.count
     try:
-        options.interval = float(options.interval)
-        options.count = None if options.count is None else int(options.count)
+        options.interval = float(interval)
     except ValueError:
-        raise ConfigError("--interval, --count: not a number; write --interval 2 --count 10") from None
-    if not 0.05 <= options.interval <= 3600 or (options.count is not None and options.count < 1):
-        raise ConfigError("--interval is 0.05 to 3600 seconds, --count at least 1; choose such")
+        raise ConfigError(f"--interval {interval}: not a number; write one, such as --interval 2") from None
+    if not 0.05 <= options.interval <= 3600:
+        raise ConfigError(f"--interval {interval}: not 0.05 to 3600 seconds; choose one of them")
+    if count is not None:
+        if not (count.isascii() and count.isdecimal() and len(count) < 10 and int(count)):
+            raise ConfigError(f"--count {count}: not a number from 1 on; write one, such as --count 10")
+        options.count = int(count)
     return options
 
 

@@ -75,9 +75,17 @@ def test_a_terminal_that_has_no_size_is_taken_for_a_usual_one(monkeypatch: pytes
 
 
 def test_odd_options_are_refused() -> None:
-    for words in (["--interval", "x"], ["--count", "0"], ["--interval", "0"]):
-        with pytest.raises(ConfigError, match="--interval"):
-            parse(words)
+    for flag, values in (
+        ("--interval", ("x", "0", "nan", "-1", "3601")),
+        ("--count", ("0", "x", "-1", "1.5", "9" * 5000)),
+    ):
+        for value in values:
+            with pytest.raises(ConfigError) as caught:
+                parse([flag, value])
+            assert str(caught.value).startswith(f"{flag} {value}: not ")
+    assert (parse([]).interval, parse([]).count) == (1, None)
+    given = parse(["--interval", "0.5", "--count", "3"])
+    assert (given.interval, given.count) == (0.5, 3)
 
 
 @pytest.mark.kvm
