@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 
+from hvkvm.testing.kernels import START
 from hvkvm.testing.parent_death import signal_at_parents_death
 from hvkvm.testing.tiers import missing, required_tiers
 
@@ -29,6 +30,8 @@ def prefix() -> list[str]:
         return []
     named = shlex.split(os.environ.get(VARIABLE, ""))
     if named:
+        if "/" in named[0]:  # else it is looked for on PATH
+            named[0] = str(START / named[0])
         return [*named, "--"]
     said = f"needs hyperv: {reason}; name a lab by {VARIABLE}, such as scripts/lab of hvkvm's repository"
     if "hyperv" in required_tiers():

@@ -49,6 +49,17 @@ def test_a_lab_that_is_named_runs_it(
     assert done.stdout == "--cpus 2 -- sh -c echo ran; exit 3\nran\n"
 
 
+def test_a_lab_is_named_from_where_the_session_began(
+    lab: Lab, no_hyperv: None, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """A test that had gone elsewhere found none."""
+    program(tmp_path, 'shift; exec "$@"')
+    monkeypatch.setattr(module, "START", tmp_path)
+    monkeypatch.setenv("HVKVM_LAB", "'./a lab'")
+    monkeypatch.chdir("/")
+    assert lab("pwd").stdout == "/\n"
+
+
 def test_without_one_the_test_is_skipped_or_fails(
     lab: Lab, no_hyperv: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
