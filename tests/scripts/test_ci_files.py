@@ -142,6 +142,25 @@ def test_a_report_of_nothing_says_so(runner: Runner) -> None:
     assert "no tier ran" in (runner.folder / "summary").read_text()
 
 
+@pytest.mark.parametrize("sudo", [True, False])
+def test_the_action_installs_what_guests_need_in_a_container_too(runner: Runner, sudo: bool) -> None:
+    yaml = pytest.importorskip("yaml")
+    action = yaml.safe_load((ROOT / ".github/actions/setup-hvkvm/action.yml").read_text())
+    found = {step["name"]: step["run"] for step in action["runs"]["steps"] if "run" in step}
+    runner.program("apt-get")
+    if sudo:
+        runner.program("sudo", '"$@"')
+    bash = shutil.which("bash")
+    assert bash is not None
+    (runner.folder / "bin/bash").symlink_to(bash)
+    runner.environment["PATH"] = str(runner.folder / "bin")
+    done = runner.run(found["Install what guests need"])
+    assert done.returncode == 0, done.stderr
+    called = [line.split() for line in runner.called.read_text().splitlines()]
+    assert [line[2] for line in called if line[0] == "apt-get"] == ["update", "install"]
+    assert [line[0] for line in called].count("sudo") == 2 * sudo
+
+
 def instructions() -> list[tuple[str, str]]:
     text = re.sub(r"\\\n\s*", " ", CONTAINER.read_text())
     lines = [line for line in text.splitlines() if line and not line.startswith("#")]
