@@ -69,11 +69,16 @@ class Parser(argparse.ArgumentParser):
         show(self.format_help().rstrip("\n"))
 
 
-def path_word(text: str) -> Path:
-    """The type of an argument that is a path. Path takes an empty one for the current folder."""
+def named(text: str) -> str:
+    """The type of an argument that is a path, or a server."""
     if not text:
         raise argparse.ArgumentTypeError("empty; name a path")
-    return Path(text)
+    return text
+
+
+def path_word(text: str) -> Path:
+    """The type of an argument that is a path. Path takes an empty one for the current folder."""
+    return Path(named(text))
 
 
 def split_words(arguments: Sequence[str], with_value: Collection[str]) -> tuple[list[str], list[str]]:

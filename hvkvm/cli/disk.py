@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hvkvm.cli.arguments import Parser, split_words
+from hvkvm.cli.arguments import Parser, named, split_words
 from hvkvm.cli.disk_target import made_beside
 from hvkvm.cli.output import complain, show
 from hvkvm.cli.progress import Progress
@@ -104,20 +104,20 @@ def verb_parser(verb: str) -> Parser:
     what = "what it is to be (vhdx by the name .vhdx, else raw)" if makes else "what it is (its first bytes)"
     parser.add_argument("--format", choices=FORMATS, default="", help=what)
     if verb == "convert":
-        parser.add_argument("source", metavar="SOURCE")
-        parser.add_argument("target", metavar="TARGET", help="must not be there")
+        parser.add_argument("source", type=named, metavar="SOURCE")
+        parser.add_argument("target", type=named, metavar="TARGET", help="must not be there")
         parser.add_argument(
             "--source-format", choices=FORMATS, default="", help="what SOURCE is (its first bytes)"
         )
         parser.add_argument("--size", metavar="SIZE", help="of TARGET, if it is to be larger")
     else:
-        parser.add_argument("file", metavar="FILE")
+        parser.add_argument("file", type=named, metavar="FILE")
     if verb == "info":
         parser.add_argument("--json", action="store_true", help="print JSON")
     if verb == "create":
         parser.add_argument("size", metavar="SIZE", nargs="?", help="not needed with --parent: its size")
         parser.add_argument(
-            "--parent", metavar="FILE", help="a VHDX that keeps what this one does not change"
+            "--parent", type=named, metavar="FILE", help="a VHDX that keeps what this one does not change"
         )
     if makes:
         parser.add_argument("--type", choices=TYPES, default="dynamic", help="of a VHDX (dynamic)")
@@ -186,7 +186,7 @@ def _make(path: Path, size: int, kind: str, options: argparse.Namespace, parent:
     if kind == "vhdx":
         from hvkvm.block.vhdx.create import VhdxOptions, create_vhdx
 
-        block = size_of(options.block_size, "--block-size") if options.block_size else 0
+        block = size_of(options.block_size, "--block-size") if options.block_size is not None else 0
         fixed = options.type == "fixed"
         create_vhdx(path, VhdxOptions(size, block, options.sector_size, fixed=fixed, parent=parent))
         return
@@ -194,7 +194,8 @@ def _make(path: Path, size: int, kind: str, options: argparse.Namespace, parent:
         raise ConfigError("--parent: only a VHDX has one; name the file .vhdx, or say --format vhdx")
     sector = options.sector_size or 512
     if not size or size % sector:
-        raise ConfigError(f"SIZE {size}: say a multiple of {sector} bytes")
+        flag = "--size" if options.verb == "convert" else "SIZE"
+        raise ConfigError(f"{flag} {size}: say a multiple of {sector} bytes")
     try:
         with path.open("xb") as file:
             file.truncate(size)
@@ -209,7 +210,7 @@ def _convert(options: argparse.Namespace) -> int:
 
     source = open_image(options.source, ImageOptions(format=options.source_format, read_only=True))
     try:
-        size = size_of(options.size, "--size") if options.size else source.size
+        size = size_of(options.size, "--size") if options.size is not None else source.size
         if size < source.size:
             raise ConfigError(f"--size {options.size}: the source has {source.size} bytes; say no less")
         options.sector_size = options.sector_size or source.sector_size
