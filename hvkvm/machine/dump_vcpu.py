@@ -3,9 +3,9 @@
 Why the last: a guest that stands still has mostly missed an interrupt, or its timer
 was never armed. Then what is pending, in service and armed tells which.
 
-Reads registers on the vCPU's own thread through its work queue; one that does
-not answer within a moment is said to be stuck rather than waited for. Any
-thread but a vCPU's or the I/O loop's.
+Reads registers on the vCPU's own thread through its work queue, and right here when
+that has ended; one that does not answer within a moment is said to be stuck rather
+than waited for. Any thread but a vCPU's or the I/O loop's.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from hvkvm.abi.tlfs import (
     HV_X64_MSR_STIMER0_COUNT,
     HV_X64_MSR_TIME_REF_COUNT,
 )
-from hvkvm.errors import HvkvmError, KvmIoctlError
+from hvkvm.errors import HvkvmError, KvmIoctlError, Stopped
 from hvkvm.hyperv.usermode.clock import MSR_IA32_TSC
 from hvkvm.kvm.exit_names import exit_name
 
@@ -46,14 +46,24 @@ def describe(thread: VcpuThread) -> list[str]:
     if recent := list(thread.last_exits):
         lines.append(f"  last exits: {' '.join(exit_name(reason) for reason in recent)}")
     try:
-        lines += [f"  {line}" for line in thread.call(_state, thread.vcpu, timeout=ANSWER_SECONDS)]
+        lines += [f"  {line}" for line in _asked(thread)]
     except (HvkvmError, TimeoutError) as error:
         lines.append(f"  registers: no answer from its thread ({error})")
     return lines
 
 
+def _asked(thread: VcpuThread) -> list[str]:
+    """HvkvmError for a vCPU that is closed, TimeoutError."""
+    try:
+        return list(thread.call(_state, thread.vcpu, timeout=ANSWER_SECONDS))
+    except Stopped:
+        if not thread.join(ANSWER_SECONDS):
+            raise
+    return _state(thread.vcpu)  # its thread has ended, and nobody else owns it
+
+
 def _state(vcpu: Vcpu) -> list[str]:
-    """Runs on the vCPU's thread, as all below."""
+    """Runs on the vCPU's thread while there is one, as all below."""
     return [_registers(vcpu), *_interrupts(vcpu), *_synthetic_timers(vcpu)]
 
 
