@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+import errno
+import hashlib
 import io
+import os
 import tarfile
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -114,6 +119,42 @@ def test_an_archive_writes_below_its_folder_alone(config: MachineConfig, tmp_pat
     assert [path.name for path in folder.rglob("*")] == ["good"]
     assert not (tmp_path / "store/out").exists()
     assert not Path("/abs-hvkvm-test").exists()
+
+
+def no_space(*_: object) -> None:
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def test_a_full_disk_keeps_nothing_of_what_it_did_not_take(
+    config: MachineConfig, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "sender").mkdir()
+    sender, store = Sender(tmp_path / "sender"), Store(tmp_path / "store")
+    packed = sender.packed(config)
+    sent(sender, store, names_of(packed))
+    before = sorted(tmp_path.glob("store/*"))
+    with monkeypatch.context() as full:
+        full.setattr("shutil.copyfileobj", no_space)
+        with pytest.raises(OSError, match="No space"):
+            store.unpacked(packed)
+    assert sorted(tmp_path.glob("store/*")) == before
+    content = b"first" + b"second"
+    digest = hashlib.sha256(content).hexdigest()
+    store.receive(digest, "test", b"first", last=False)
+    does = Path.open
+
+    def fails(path: Path, mode: str) -> object:
+        file = does(path, mode)
+        return contextlib.nullcontext(SimpleNamespace(write=no_space, close=file.close))
+
+    with monkeypatch.context() as full:
+        full.setattr(Path, "open", fails)
+        with pytest.raises(OSError, match="No space"):
+            store.receive(digest, "test", b"second", last=True)
+    assert sorted(tmp_path.glob("store/*")) == before
+    for data in (b"first", b"second"):  # once more, from the beginning
+        store.receive(digest, "test", data, last=data == b"second")
+    assert store.missing([digest]) == []
 
 
 def test_what_cannot_travel_is_said(config: MachineConfig, tmp_path: Path) -> None:

@@ -130,8 +130,12 @@ class Store:
         """Put `data` behind what came of this parcel under `key` before. ValueError for other content."""
         partial = self.path(digest).with_suffix(f".{hashlib.sha256(key.encode()).hexdigest()[:16]}")
         partial.parent.mkdir(parents=True, exist_ok=True)
-        with partial.open("ab") as file:
-            file.write(data)
+        try:
+            with partial.open("ab") as file:
+                file.write(data)
+        except OSError:
+            partial.unlink(missing_ok=True)  # a full disk: what came would stay there for good
+            raise
         if last:
             try:
                 if digest_of(partial) != digest:
@@ -166,7 +170,11 @@ class Store:
         folder = self._root / f"{digest}.d"
         if not folder.exists():
             made = Path(tempfile.mkdtemp(prefix=f"{digest}.", dir=self._root))
-            _unpack(archive, made / own)
+            try:
+                _unpack(archive, made / own)
+            except BaseException:
+                _remove(made)
+                raise
             try:
                 os.rename(made, folder)
             except OSError:
