@@ -116,7 +116,8 @@ class Guest:
             if outcome is not None:
                 raise GuestFailure(f"the guest ended before {what}: {outcome}")
             if monotonic() > end:
-                raise GuestFailure(f"no {what} within {limit:g} s")
+                hint = "" if self.started else "; the guest was not started: call start()"
+                raise GuestFailure(f"no {what} within {limit:g} s{hint}")
             sleep(pause)
             pause = min(2 * pause, 0.02)
 

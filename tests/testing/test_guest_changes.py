@@ -12,6 +12,7 @@ import pytest
 
 from hvkvm.devices.port import serial_output
 from hvkvm.errors import ConfigError, HvkvmError
+from hvkvm.testing.guest import GuestFailure
 from hvkvm.testing.micro import MicroGuest
 
 pytestmark = pytest.mark.kvm
@@ -86,6 +87,16 @@ def test_the_io_loop_itself_may_ask_for_a_change(micro_guest: Make, disk: Callab
 
     guest.later(0.0, change)
     guest.wait_until(changed.is_set, "faults by a timer")
+
+
+def test_a_guest_that_nobody_started_is_told_from_one_that_says_nothing(micro_guest: Make) -> None:
+    guest = micro_guest('print "x"')
+    with pytest.raises(
+        GuestFailure, match=r"^no 'x' on the console within 0.01 s; the guest was not started"
+    ):
+        guest.wait_for("x", seconds=0.01)
+    guest.start()
+    guest.wait_for("x")
 
 
 def test_each_disk_has_files_of_its_own(disk: Callable[..., Any], tmp_path: Path) -> None:
