@@ -190,8 +190,14 @@ def _make(path: Path, size: int, kind: str, options: argparse.Namespace, parent:
         fixed = options.type == "fixed"
         create_vhdx(path, VhdxOptions(size, block, options.sector_size, fixed=fixed, parent=parent))
         return
-    if parent is not None:
-        raise ConfigError("--parent: only a VHDX has one; name the file .vhdx, or say --format vhdx")
+    vhdx_only = {
+        "--parent": parent,
+        "--block-size": options.block_size,
+        "--type fixed": options.type == "fixed",
+    }
+    for flag, given in vhdx_only.items():
+        if given:
+            raise ConfigError(f"{flag}: only a VHDX has one; name the file .vhdx, or say --format vhdx")
     sector = options.sector_size or 512
     if not size or size % sector:
         flag = "--size" if options.verb == "convert" else "SIZE"
