@@ -35,6 +35,11 @@ class Attached(NamedTuple):
         return self.unit.disk if isinstance(self.unit, ScsiDisk | DvdDrive) else self.plugged
 
     @property
+    def file(self) -> str:
+        """Its image; "" for a drive without a medium, which host or guest may have taken out."""
+        return "" if self.disk is None else self.spec.file
+
+    @property
     def option(self) -> str:
         """The flag that asks for one like it."""
         return "--disk" if isinstance(self.spec, DiskSpec) else "--cdrom"

@@ -235,7 +235,7 @@ def _row(one: Attached) -> dict[str, Any]:
         "bus": one.bus,
         "controller": one.controller,
         "lun": one.lun,
-        "file": one.spec.file,
+        "file": one.file,
         "format": None if disk is None else disk.image.format,
         "size": None if disk is None else disk.size,
         "sector": None if disk is None else disk.image.sector_size,

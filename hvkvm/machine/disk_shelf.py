@@ -80,7 +80,7 @@ class DiskShelf:
     @property
     def specs(self) -> list[Spec]:
         """What each of them was asked for by, with the image that it has now."""
-        return [one.spec for one in self.attached.values()]
+        return [one.spec._replace(file=one.file) for one in self.attached.values()]
 
     def inspect(self) -> dict[str, object]:
         """As `Disks.inspect`, of all."""

@@ -323,7 +323,7 @@ class Disks:
             one.name: {
                 "controller": one.controller,
                 "lun": one.lun,
-                "file": one.spec.file,
+                "file": one.file,
                 **one.unit.inspect(),
             }
             for one in list(self.attached.values())

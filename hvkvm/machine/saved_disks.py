@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 def saved_disk(one: Attached) -> SavedDisk:
     """As it stands in the file."""
     spec, disk = one.spec, one.disk
-    file = spec.file if disk is not None else ""
+    file = one.file
     if file:
         file = server_from("", file) if file.startswith("nbd:") else os.path.abspath(file)
     options = spec.options

@@ -151,6 +151,18 @@ def test_resize(world: World, tmp_path: Path) -> None:
     assert (tmp_path / "a.raw").stat().st_size == 1 << 30
 
 
+def test_a_drive_is_told_without_the_medium_that_was_taken_out(world: World, tmp_path: Path) -> None:
+    """It still had the file, for programs that ask, and `save` refused to replace that."""
+    iso = str(tmp_path / "c.iso")
+    assert "cdrom0" in world.typed("add", iso, cdrom=True)
+    for force, file in ((None, iso), (True, ""), (False, "")):
+        if force is not None:
+            assert world.typed("eject", "cdrom0", force=force) == "cdrom0 is empty"
+        assert [row["file"] for row in world.ask(what="list")] == [file]
+        assert [one.file for one in world.shelf.specs] == [file]
+        assert world.ask(what="stats")["cdrom0"]["file"] == file
+
+
 def test_a_controller_that_is_full_says_so(world: World) -> None:
     for _ in range(64):
         world.typed("add", "none", cdrom=True)
