@@ -120,7 +120,8 @@ def reset_msrs(features: FeatureSet | None, vp_index: int) -> list[tuple[int, in
     """The MSRs of VP `vp_index` at power-on and reset, in the order KVM is to be given them.
 
     KVM resets none of these itself. VM-wide ones come with VP 0. None stands for
-    a VM of which only SynIC and timers are known.
+    a VM of which only SynIC and timers are known. VP_RUNTIME is not among them: KVM
+    takes it for the run time of whichever thread writes it.
     """
     return list(_reset_msrs(features, vp_index))
 
@@ -169,8 +170,6 @@ def _reset_msrs(features: FeatureSet | None, vp_index: int) -> Iterator[tuple[in
             yield index, 0
         # What the guest reads there is what it may use. KVM may keep the first bit only.
         yield tlfs.HV_X64_MSR_CRASH_CTL, tlfs.HV_CRASH_CTL_CRASH_NOTIFY | tlfs.HV_CRASH_CTL_CRASH_NOTIFY_MSG
-    if has("runtime"):
-        yield tlfs.HV_X64_MSR_VP_RUNTIME, 0
     if has("vpindex"):
         yield tlfs.HV_X64_MSR_VP_INDEX, vp_index
     if features is None or has("synic"):

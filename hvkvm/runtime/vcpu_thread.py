@@ -34,6 +34,7 @@ from __future__ import annotations
 import threading
 from collections import defaultdict, deque
 from collections.abc import Callable, Mapping
+from time import clock_gettime_ns, pthread_getcpuclockid
 from typing import Any
 
 from hvkvm.abi.kvm import KVM_EXIT_INTR
@@ -150,6 +151,13 @@ class VcpuThread:
         call = Call(fn, args)
         self.submit(call.run, cancelled=call.cancel)
         return call.wait(timeout)
+
+    def cpu_time_ns(self) -> int:
+        """CPU time that this thread has taken so far; 0 when it does not run. Not while it may end."""
+        ident = self._thread.ident
+        if ident is None or not self._thread.is_alive():
+            return 0
+        return clock_gettime_ns(pthread_getcpuclockid(ident))
 
     def is_current(self) -> bool:
         """Whether the caller runs on this thread."""
