@@ -31,3 +31,8 @@ def __getattr__(name: str) -> object:
 
         return warm
     raise AttributeError(f"module 'hvkvm' has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    """For who looks what there is, such as a shell that completes names."""
+    return sorted({*globals(), *__all__})
