@@ -26,6 +26,7 @@ BY_NAME = (
     "pytest_*",
     "on_files",
     "__getattr__",
+    "__dir__",
     "teardown",
     "do_*",
     "*Spec",
