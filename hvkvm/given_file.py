@@ -14,9 +14,13 @@ import os
 import select
 import stat
 from pathlib import Path
+from struct import Struct
 from time import monotonic
 
 from hvkvm.errors import ConfigError
+
+FLOCK = Struct("hhqqi4x")
+"""`struct flock` of fcntl(2): kind, whence, first byte, how many (0: all that follow), 0."""
 
 _IMAGE_LOCKS = (100, 200)
 """First and number of the bytes that stand for uses of a disk's image (QEMU's block/file-posix.c)."""
@@ -71,15 +75,13 @@ def check_replaceable(path: Path) -> None:
 def _is_image_in_use(fd: int) -> bool:
     """Whether somebody has it open as a disk's image, by the locks that QEMU and `block.host_file` take."""
     from fcntl import F_OFD_GETLK, F_UNLCK, F_WRLCK, fcntl
-    from struct import Struct
 
-    flock = Struct("hhqqi4x")
     try:
         # Asking for a lock to write finds locks to read, too, and needs no permission to write.
-        found = fcntl(fd, F_OFD_GETLK, flock.pack(F_WRLCK, os.SEEK_SET, *_IMAGE_LOCKS, 0))
+        found = fcntl(fd, F_OFD_GETLK, FLOCK.pack(F_WRLCK, os.SEEK_SET, *_IMAGE_LOCKS, 0))
     except OSError:  # a file system without locks
         return False
-    return bool(flock.unpack(found)[0] != F_UNLCK)
+    return bool(FLOCK.unpack(found)[0] != F_UNLCK)
 
 
 def beside(path: Path) -> Path:
@@ -89,6 +91,15 @@ def beside(path: Path) -> Path:
     """
     # 50 characters are 200 bytes at most, of 255.
     return path.with_name(f".{path.name[:50]}.{os.urandom(4).hex()}.partial")
+
+
+def make_name_stable(path: Path) -> None:
+    """What was renamed to `path` has that name after a power cut, too. OSError where that cannot be had."""
+    folder = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)
 
 
 def open_to_write(path: Path, flag: str, mode: int = 0o666) -> int:

@@ -13,13 +13,13 @@ import errno
 import fcntl
 import os
 import stat
-import struct
 from mmap import PAGESIZE, mmap
 from pathlib import Path
 
 from hvkvm.block.buffers import Buffers, Cutter, is_zeros, read_fully, size_of, write_fully, zeros
 from hvkvm.block.file_now import FileNow
 from hvkvm.errors import ImageError
+from hvkvm.given_file import FLOCK
 from hvkvm.memory.page_vector import PageVector
 
 _KEEP_SIZE = 1
@@ -37,7 +37,6 @@ _CANNOT = frozenset((errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL, errno.ENODEV,
 # holds "reads" and "nobody else writes"; our writer holds the whole file.
 _LOCK_READS = 100
 _LOCK_NO_WRITERS = 201
-_flock = struct.Struct("hhqqi4x")
 
 
 class HostFile:
@@ -203,7 +202,7 @@ class HostFile:
         kind = fcntl.F_RDLCK if self.read_only else fcntl.F_WRLCK
         for start, length in ranges:
             try:
-                fcntl.fcntl(self.fd, fcntl.F_OFD_SETLK, _flock.pack(kind, os.SEEK_SET, start, length, 0))
+                fcntl.fcntl(self.fd, fcntl.F_OFD_SETLK, FLOCK.pack(kind, os.SEEK_SET, start, length, 0))
             except OSError as error:
                 if error.errno in (errno.EAGAIN, errno.EACCES):
                     to = "writes to" if self.read_only else "uses"

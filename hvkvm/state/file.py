@@ -28,7 +28,7 @@ from struct import Struct
 from typing import Any
 
 from hvkvm.errors import StateError
-from hvkvm.given_file import beside, check_replaceable, open_at_once
+from hvkvm.given_file import beside, check_replaceable, make_name_stable, open_at_once
 from hvkvm.memory.mapping import PAGE_SIZE, sealed_memfd
 from hvkvm.state.codec import plain, restored
 from hvkvm.state.compressed import MAX_PIECE, Packer, Unpacker
@@ -127,7 +127,7 @@ class Writer:
         os.replace(self._partial, self._path)
         self._close()
         with suppress(OSError):  # some file systems cannot do that
-            _make_name_stable(self._path)
+            make_name_stable(self._path)
         return size
 
     def _close(self) -> None:
@@ -286,15 +286,6 @@ def _read_exactly(fd: int, offset: int, size: int) -> bytes | None:
         offset += len(piece)
         size -= len(piece)
     return b"".join(pieces)
-
-
-def _make_name_stable(path: Path) -> None:
-    """What was renamed to `path` has that name after a power cut, too. OSError."""
-    folder = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
 
 
 def _write_all(fd: int, data: memoryview, offset: int) -> None:

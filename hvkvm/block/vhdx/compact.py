@@ -9,7 +9,7 @@ from hvkvm.block.vhdx.create import VhdxOptions, create_vhdx
 from hvkvm.block.vhdx.image import VhdxImage
 from hvkvm.block.vhdx.layout import FULLY_PRESENT, NOT_PRESENT, PARTIALLY_PRESENT, STATE_MASK
 from hvkvm.errors import ImageError
-from hvkvm.given_file import beside
+from hvkvm.given_file import beside, make_name_stable
 
 
 def compact_vhdx(image: VhdxImage, progress: Progress) -> None:
@@ -45,11 +45,7 @@ def compact_vhdx(image: VhdxImage, progress: Progress) -> None:
         fresh.unlink(missing_ok=True)
         raise
     image.close()
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
+    make_name_stable(path)
 
 
 def _copy_blocks(image: VhdxImage, target: VhdxImage, progress: Progress) -> None:
