@@ -98,6 +98,10 @@ def publish(path: Path, chunks: Iterable[bytes]) -> None:
             with open(partial, "wb") as out:
                 for chunk in chunks:
                     out.write(chunk)
+                out.flush()
+                # Else a file system may give it its name before its bytes, and a crash of the host keeps
+                # half a kernel for ever.
+                os.fsync(out.fileno())
             os.replace(partial, path)
         except BaseException:
             partial.unlink(missing_ok=True)

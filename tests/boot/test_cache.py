@@ -117,3 +117,16 @@ def test_the_oldest_go_also_while_another_process_takes_them_away(
     assert sorted(os.listdir(tmp_path)) == ["2.state", "3.state", "4.state", "other"]
     cache.forget_oldest(tmp_path, "*.state", 3)
     assert len(os.listdir(tmp_path)) == 4
+
+
+def test_a_file_has_its_bytes_on_disk_before_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, synced = tmp_path / "file", []
+    fsync = os.fsync
+
+    def watched(fd: int) -> None:
+        synced.append((os.fstat(fd).st_size, path.exists()))
+        fsync(fd)
+
+    monkeypatch.setattr(os, "fsync", watched)
+    cache.publish(path, [b"whole", b" file"])
+    assert synced == [(10, False)]
