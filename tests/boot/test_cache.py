@@ -119,7 +119,9 @@ def test_the_oldest_go_also_while_another_process_takes_them_away(
     assert len(os.listdir(tmp_path)) == 4
 
 
-def test_a_file_has_its_bytes_on_disk_before_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_file_has_its_bytes_on_disk_before_its_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     path, synced = tmp_path / "file", []
     fsync = os.fsync
 
