@@ -1,9 +1,9 @@
 """`NamedTuple` as typing's is, made quickly.
 
-Why: a run makes some fifty of these classes as it starts. typing compiles their annotations, and a method of
-each, which is a tenth of what all imports cost. So the modules that every run imports take it from here. To
-type checkers it is typing's own, and so are its rules: annotated fields, those with defaults last, methods
-and properties beside them. Pure; any thread.
+Why: a run makes fifty of these classes as it starts, and one with VMBus, a disk and a network 150. typing
+compiles their annotations, and a method of each, which is a tenth of what all imports cost and more. So what
+machines are made of takes it from here. To type checkers it is typing's own, and so are its rules: annotated
+fields, those with defaults last, methods and properties beside them. Pure; any thread.
 """
 
 from __future__ import annotations
@@ -31,7 +31,12 @@ else:
 
         @classmethod
         def _make(cls, values: Any) -> Any:
-            return cls(*values)
+            made = tuple.__new__(cls, values)
+            if len(made) != len(cls._fields):
+                raise TypeError(
+                    f"{cls.__name__} has {len(cls._fields)} fields, and these are {len(made)} values"
+                )
+            return made
 
         def _asdict(self) -> dict[str, Any]:
             return dict(zip(self._fields, self, strict=True))

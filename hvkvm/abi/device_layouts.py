@@ -9,10 +9,9 @@ row in PROTOCOLS. Layouts only; anyone may import this.
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 from hvkvm.abi import hvsock, ic, kvp, nvsp, rndis, storvsp, vmbus, vss
 from hvkvm.abi.layout import Layout, Names, layout
+from hvkvm.tuples import NamedTuple
 
 SYNTH_IDE_GUID = vmbus.guid("32412632-86cb-44a2-9b5c-50d1417354f5")
 SYNTH_MOUSE_GUID = vmbus.guid("cfa8b69e-5b4a-4cc0-b98b-8ba1a1f3f95a")

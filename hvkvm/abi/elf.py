@@ -6,7 +6,8 @@ Little-endian, as x86 has them. Layouts only; who reads checks every offset agai
 from __future__ import annotations
 
 from struct import Struct
-from typing import NamedTuple
+
+from hvkvm.tuples import NamedTuple
 
 ELFMAG = b"\x7fELF"
 ELFCLASS32 = 1

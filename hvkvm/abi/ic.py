@@ -8,7 +8,8 @@ nothing.
 from __future__ import annotations
 
 from struct import Struct
-from typing import NamedTuple
+
+from hvkvm.tuples import NamedTuple
 
 ICMSGTYPE_NEGOTIATE = 0
 ICMSGTYPE_HEARTBEAT = 1

@@ -8,7 +8,8 @@ header. Numbers and layouts only; anyone may import this.
 from __future__ import annotations
 
 from struct import Struct
-from typing import NamedTuple
+
+from hvkvm.tuples import NamedTuple
 
 SYNTH_KBD_PROTOCOL_REQUEST = 1
 SYNTH_KBD_PROTOCOL_RESPONSE = 2

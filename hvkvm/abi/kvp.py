@@ -8,7 +8,8 @@ the parsers take a guest's bytes and raise nothing.
 from __future__ import annotations
 
 from struct import Struct
-from typing import NamedTuple
+
+from hvkvm.tuples import NamedTuple
 
 KVP_OP_GET = 0
 KVP_OP_SET = 1

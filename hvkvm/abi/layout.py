@@ -11,7 +11,8 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from struct import Struct
-from typing import NamedTuple
+
+from hvkvm.tuples import NamedTuple
 
 MAX_REPEATS = 64
 """Of a layout that is repeated to the end of the bytes."""

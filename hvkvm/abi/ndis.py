@@ -8,7 +8,8 @@ copied: None for what is not valid, and raise nothing.
 from __future__ import annotations
 
 from struct import Struct
-from typing import NamedTuple
+
+from hvkvm.tuples import NamedTuple
 
 NDIS_OBJECT_TYPE_RSS_CAPABILITIES = 0x88
 NDIS_OBJECT_TYPE_RSS_PARAMETERS = 0x89

@@ -10,7 +10,8 @@ from __future__ import annotations
 
 import uuid
 from struct import Struct
-from typing import NamedTuple
+
+from hvkvm.tuples import NamedTuple
 
 MBR_SIGNATURE = b"\x55\xaa"
 MBR_SIGNATURE_AT = 510

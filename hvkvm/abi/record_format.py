@@ -8,9 +8,9 @@ from __future__ import annotations
 
 from enum import IntEnum
 from struct import Struct
-from typing import NamedTuple
 
 from hvkvm.abi.vmbus import GUID_BYTES
+from hvkvm.tuples import NamedTuple
 
 LINK_NAME = "hvkvm-vmbus"
 LINK_DESCRIPTION = "Hyper-V VMBus as hvkvm records it, format 1"

@@ -11,7 +11,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from struct import Struct
-from typing import NamedTuple
+
+from hvkvm.tuples import NamedTuple
 
 # The control page as 4-byte words.
 WORD_WRITE_INDEX = 0

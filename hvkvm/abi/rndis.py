@@ -8,7 +8,8 @@ import it. `parse_*` take a guest's bytes, already copied: None for what is not 
 from __future__ import annotations
 
 from struct import Struct
-from typing import NamedTuple
+
+from hvkvm.tuples import NamedTuple
 
 RNDIS_MSG_PACKET = 1
 RNDIS_MSG_INIT = 2

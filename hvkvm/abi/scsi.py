@@ -7,7 +7,8 @@ big-endian. Layout only; anyone may import it.
 from __future__ import annotations
 
 from struct import Struct
-from typing import NamedTuple
+
+from hvkvm.tuples import NamedTuple
 
 TEST_UNIT_READY = 0x00
 REQUEST_SENSE = 0x03

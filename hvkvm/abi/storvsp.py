@@ -11,9 +11,9 @@ GPA-direct range. Integers are little-endian. Layout only; anyone may import it.
 from __future__ import annotations
 
 from struct import Struct
-from typing import NamedTuple
 
 from hvkvm.abi.vmbus import guid
+from hvkvm.tuples import NamedTuple
 
 SCSI = guid("ba6163d9-04a1-4d29-b605-72e2ffb1dc7f")
 """The interface type of a SCSI controller."""

@@ -8,7 +8,8 @@ the checksum field lies `csum_offset` bytes behind it. Layout only; anyone may i
 from __future__ import annotations
 
 from struct import Struct
-from typing import NamedTuple
+
+from hvkvm.tuples import NamedTuple
 
 VIRTIO_NET_HDR_F_NEEDS_CSUM = 1
 """The checksum field holds the pseudo-header's sum; the rest is to be summed from `csum_start` on."""

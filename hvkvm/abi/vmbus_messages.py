@@ -12,10 +12,11 @@ returns None or a message, and raises nothing.
 from __future__ import annotations
 
 from struct import Struct
-from typing import Any, NamedTuple
+from typing import Any
 
 from hvkvm.abi import vmbus
 from hvkvm.abi.vmbus import guid_text, version_text
+from hvkvm.tuples import NamedTuple
 
 HEADER_BYTES = 8
 MAX_MESSAGE_BYTES = 240

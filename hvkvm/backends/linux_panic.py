@@ -17,7 +17,8 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
-from typing import NamedTuple
+
+from hvkvm.tuples import NamedTuple
 
 MARK = "Kernel panic - not syncing: "
 

@@ -6,11 +6,11 @@ The image is hostile: a superblock that does not fit its place is none. Reads bl
 from __future__ import annotations
 
 import uuid
-from typing import NamedTuple
 
 from hvkvm.abi import on_disk
 from hvkvm.block.image import Image
 from hvkvm.block.partitions import read_at
+from hvkvm.tuples import NamedTuple
 
 
 class FileSystem(NamedTuple):

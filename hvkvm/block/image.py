@@ -6,9 +6,10 @@ An image blocks and is safe for several threads at once: workers call it. It rai
 
 from __future__ import annotations
 
-from typing import NamedTuple, Protocol
+from typing import Protocol
 
 from hvkvm.block.buffers import Buffers
+from hvkvm.tuples import NamedTuple
 
 FORMATS = ("raw", "vhdx")
 CACHES = ("writeback", "none")

@@ -6,9 +6,10 @@ Why: a guest may list hundreds of ranges in one command, and queue hundreds of c
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from typing import NamedTuple, Protocol
+from typing import Protocol
 
 from hvkvm.block.request import Op, Request, Result, Status
+from hvkvm.tuples import NamedTuple
 
 
 class Range(NamedTuple):

@@ -6,12 +6,12 @@ every table is bounded. Reads block; any thread that may.
 
 from __future__ import annotations
 
-from typing import NamedTuple
 from zlib import crc32
 
 from hvkvm.abi import on_disk
 from hvkvm.abi.on_disk import GptHeader
 from hvkvm.block.image import Image
+from hvkvm.tuples import NamedTuple
 
 MAX_ENTRIES = 1024
 """Of a GPT; Linux takes no more than 256."""

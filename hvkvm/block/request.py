@@ -9,10 +9,10 @@ from __future__ import annotations
 import errno
 from collections.abc import Callable
 from enum import Enum
-from typing import NamedTuple
 
 from hvkvm.block.buffers import Buffers, size_of
 from hvkvm.errors import ImageDamaged, ImageError, Stopped
+from hvkvm.tuples import NamedTuple
 
 
 class Op(Enum):

@@ -7,12 +7,12 @@ something else. One on a partition of the type "root" comes before all others. R
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import NamedTuple
 
 from hvkvm.abi import on_disk
 from hvkvm.block.file_systems import FileSystem, identify
 from hvkvm.block.image import Image
 from hvkvm.block.partitions import partitions
+from hvkvm.tuples import NamedTuple
 
 
 class Candidate(NamedTuple):

@@ -21,13 +21,13 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Sequence
-from typing import NamedTuple
 
 from hvkvm.abi import board
 from hvkvm.abi.pci import PM_TIMER_OFFSET
 from hvkvm.boot import acpi_pc, aml
 from hvkvm.boot.acpi_table import HEADER_SIZE, OEM_ID, checksum, port_address, table
 from hvkvm.errors import BootError
+from hvkvm.tuples import NamedTuple
 
 _ALIGN = 64  # FACS demands it; the others do not mind
 

@@ -8,9 +8,9 @@ a setup header lies at the same offsets in a bzImage and in boot_params.
 from __future__ import annotations
 
 import struct
-from typing import NamedTuple
 
 from hvkvm.boot.e820 import E820Entry, boot_params_table
+from hvkvm.tuples import NamedTuple
 
 BOOT_PARAMS_SIZE = 4096
 HEADER_START = 0x1F1

@@ -13,9 +13,9 @@ from __future__ import annotations
 
 import stat
 from collections.abc import Iterable, Iterator
-from typing import NamedTuple
 
 from hvkvm.errors import BootError
+from hvkvm.tuples import NamedTuple
 
 _MAGIC = "070701"
 _FIELD_MAX = 0xFFFFFFFF

@@ -8,9 +8,9 @@ multiboot-1 all share.
 from __future__ import annotations
 
 import struct
-from typing import NamedTuple
 
 from hvkvm.abi import board
+from hvkvm.tuples import NamedTuple
 
 E820_TYPE_RAM = 1
 E820_TYPE_RESERVED = 2

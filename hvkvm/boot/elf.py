@@ -9,7 +9,6 @@ format; Xen's public/elfnote.h for the PVH note.
 from __future__ import annotations
 
 import struct
-from typing import NamedTuple
 
 from hvkvm.abi.elf import (
     EI_NIDENT,
@@ -34,6 +33,7 @@ from hvkvm.abi.elf import (
 )
 from hvkvm.boot.kernel_file import KernelFile
 from hvkvm.boot.layout import GuestRam, Layout
+from hvkvm.tuples import NamedTuple
 
 XEN_ELFNOTE_PHYS32_ENTRY = 18
 

@@ -12,7 +12,7 @@ import enum
 import struct
 from collections.abc import Mapping
 from types import MappingProxyType
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 from hvkvm.abi import board
 from hvkvm.abi.x86 import (
@@ -28,6 +28,7 @@ from hvkvm.abi.x86 import (
     MSR_MTRRdefType,
 )
 from hvkvm.boot.layout import GuestRam
+from hvkvm.tuples import NamedTuple
 
 if TYPE_CHECKING:
     from hvkvm.abi.kvm_structs import kvm_segment

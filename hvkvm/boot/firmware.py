@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import NamedTuple
 from uuid import UUID
 
 from hvkvm import given_file
@@ -16,6 +15,7 @@ from hvkvm.abi import board
 from hvkvm.abi.elf import ELFMAG
 from hvkvm.boot.e820 import E820_TYPE_RAM, E820_TYPE_RESERVED, E820Entry, boot_params_table
 from hvkvm.errors import BootError
+from hvkvm.tuples import NamedTuple
 
 PAGE = 0x1000
 LEAST = 16 * PAGE

@@ -16,7 +16,6 @@ import os
 import shlex
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import NamedTuple
 
 from hvkvm.abi.elf import ELF64_EHDR, ELF64_IDENT, ELF64_PHDR, EM_X86_64, PT_INTERP, Ehdr, Phdr
 from hvkvm.abi.guest_command import CommandIo
@@ -24,6 +23,7 @@ from hvkvm.boot import cache, cpio, guest_exit, guest_orders, guest_scripts, gue
 from hvkvm.boot.command_files import pack_files, programs, read
 from hvkvm.boot.kmod import ModuleTree
 from hvkvm.errors import BootError
+from hvkvm.tuples import NamedTuple
 
 ROOT_MODULES = ("hv_vmbus", "hv_storvsc", "sd_mod")
 """What finds a root file system on a disk of ours."""

@@ -11,12 +11,12 @@ from __future__ import annotations
 import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import NamedTuple
 
 from hvkvm import given_file
 from hvkvm.abi.elf import ELF64_EHDR, ELF64_IDENT, ELF64_SHDR, Ehdr, Shdr
 from hvkvm.boot import unpack
 from hvkvm.errors import BootError
+from hvkvm.tuples import NamedTuple
 
 _SUFFIXES = (".ko", ".ko.xz", ".ko.zst", ".ko.gz")
 # A module is a few MB at most; more than this in one file is not a module.

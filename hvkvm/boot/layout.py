@@ -7,10 +7,11 @@ silently and a machine that is too small is told the size that would do. One
 
 from __future__ import annotations
 
-from typing import NamedTuple, Protocol
+from typing import Protocol
 
 from hvkvm.abi import board
 from hvkvm.errors import BootError
+from hvkvm.tuples import NamedTuple
 
 PAGE = 0x1000
 MIB = 1 << 20

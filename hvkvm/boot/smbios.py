@@ -8,9 +8,9 @@ from __future__ import annotations
 
 import struct
 from hashlib import sha1
-from typing import NamedTuple
 
 from hvkvm.abi import board
+from hvkvm.tuples import NamedTuple
 
 ANCHOR_FILE = "etc/smbios/smbios-anchor"
 TABLES_FILE = "etc/smbios/smbios-tables"

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Callable
-from typing import NamedTuple
 
 from hvkvm.abi.fw_cfg import (
     LOADER_ADD_CHECKSUM,
@@ -20,6 +19,7 @@ from hvkvm.abi.fw_cfg import (
     LOADER_ZONE_HIGH,
 )
 from hvkvm.boot.acpi import AcpiTables
+from hvkvm.tuples import NamedTuple
 
 RSDP_FILE = "etc/acpi/rsdp"
 TABLES_FILE = "etc/acpi/tables"

@@ -13,7 +13,9 @@ from __future__ import annotations
 import threading
 import zlib
 from collections.abc import Callable
-from typing import NamedTuple, Protocol
+from typing import Protocol
+
+from hvkvm.tuples import NamedTuple
 
 READ_ARRAY = 0xFF
 READ_STATUS = 0x70

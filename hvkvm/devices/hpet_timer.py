@@ -5,9 +5,8 @@ Times are host ticks of hpet.TICK_NS, which never wrap; the counter that a guest
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 from hvkvm.abi import hpet
+from hvkvm.tuples import NamedTuple
 
 PINS = (20, 21, 22, 23)
 """Of the IOAPIC, which a timer may be routed to: those that PCI has not."""

@@ -12,10 +12,11 @@ from __future__ import annotations
 
 import threading
 from bisect import bisect_right
-from typing import TYPE_CHECKING, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from hvkvm.devices.port.bus import MmioHole
 from hvkvm.events import NULL_OBSERVER, Observer
+from hvkvm.tuples import NamedTuple
 
 if TYPE_CHECKING:
     from hvkvm.kvm.vcpu import Vcpu

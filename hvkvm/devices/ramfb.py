@@ -11,9 +11,10 @@ read. vCPU threads write; any thread reads.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import NamedTuple, Protocol
+from typing import Protocol
 
 from hvkvm.abi import fw_cfg
+from hvkvm.tuples import NamedTuple
 
 MOST_PIXELS = 1 << 25
 """A little more than 7680 x 4320."""

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 from hvkvm.block.disk import Disk
 from hvkvm.devices.scsi.disk import ScsiDisk
 from hvkvm.devices.scsi.dvd import DvdDrive
 from hvkvm.machine.disk_spec import CdromSpec, DiskSpec
+from hvkvm.tuples import NamedTuple
 
 if TYPE_CHECKING:
     from hvkvm.devices.pci.nvme.controller import Controller

@@ -5,9 +5,10 @@ Owner: whoever makes the machine. Images are opened for reading here, before the
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 from hvkvm.errors import BootError, ConfigError, ImageError
+from hvkvm.tuples import NamedTuple
 
 if TYPE_CHECKING:
     from hvkvm.machine.config import MachineConfig

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import ExitStack
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from hvkvm.abi.vmbus import HOST_VERSIONS
 from hvkvm.devices.synth.heartbeat import Heartbeat
@@ -23,6 +23,7 @@ from hvkvm.devices.synth.vss import Vss
 from hvkvm.errors import StateError
 from hvkvm.machine.config import VMBUS_VERSIONS
 from hvkvm.state.codec import restored
+from hvkvm.tuples import NamedTuple
 from hvkvm.vmbus.device import Device, ResetDevice, SavedDevice, StreamDevice
 from hvkvm.vmbus.host import VmbusHost
 from hvkvm.vmbus.offer import Channel
@@ -69,6 +70,7 @@ class Bus:
             max_version=HOST_VERSIONS[VMBUS_VERSIONS.index(config.vmbus_max_version)],
             observer=platform.observer,
         )
+        self.host.devices.on_callers_error = io.on_fault
         self.devices: dict[str, BusDevice] = {}
         """By name, in the order in which they were added."""
         self.heartbeat = self.add("heartbeat", Heartbeat(io.call_later))

@@ -5,12 +5,13 @@
 import os
 from os.path import samefile
 from pathlib import Path
-from typing import Annotated, NamedTuple
+from typing import Annotated
 
 from hvkvm.block.image import CACHES, FORMATS, SECTOR_SIZES, ImageOptions
 from hvkvm.errors import ConfigError
 from hvkvm.machine.config_fields import Field
 from hvkvm.machine.config_kinds import Choice, File, Kind, Number, OnOff, check_file, said
+from hvkvm.tuples import NamedTuple
 
 MAX_CONTROLLERS = 64
 MAX_LUNS = 64

@@ -16,7 +16,7 @@
 
 import re
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple
+from typing import Annotated, Any
 
 from hvkvm import given_file
 from hvkvm.abi.scsi import Sense
@@ -25,6 +25,7 @@ from hvkvm.errors import ConfigError
 from hvkvm.machine.config_fields import Field, check_values, read_table
 from hvkvm.machine.config_kinds import Choice, Kind, Number, OnOff, Seconds, check_range, said, wrong_type
 from hvkvm.machine.toml_file import parse_toml
+from hvkvm.tuples import NamedTuple
 
 MAX_RULES = 64
 MAX_SECONDS = 3600.0

@@ -10,7 +10,7 @@ import hashlib
 from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 from hvkvm import __version__
 from hvkvm.abi import board as numbers
@@ -25,6 +25,7 @@ from hvkvm.devices.port.fw_cfg import FirmwareFwCfg
 from hvkvm.errors import CapabilityMissing, StateError
 from hvkvm.machine.firmware_vars import KeptVariables
 from hvkvm.memory.rom import Rom
+from hvkvm.tuples import NamedTuple
 
 if TYPE_CHECKING:
     from hvkvm.devices.ramfb import Ramfb

@@ -7,13 +7,14 @@ from __future__ import annotations
 
 from contextlib import ExitStack
 from time import thread_time_ns
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 from hvkvm.abi import tlfs
 from hvkvm.abi.kvm import KVM_EXIT_HYPERV
 from hvkvm.hyperv import cpuid as hv_cpuid
 from hvkvm.hyperv.synic.kernel import KernelVpState
 from hvkvm.machine.hyperv import Enlightenments, Handlers, Hyperv
+from hvkvm.tuples import NamedTuple
 
 if TYPE_CHECKING:
     from hvkvm.kvm.vcpu import Vcpu

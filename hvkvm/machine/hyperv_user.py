@@ -7,12 +7,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import ExitStack
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 from hvkvm.abi import board
 from hvkvm.abi.kvm import KVM_EXIT_X86_RDMSR, KVM_EXIT_X86_WRMSR
 from hvkvm.hyperv.usermode.interface import UserHyperv, UserHypervState
 from hvkvm.machine.hyperv import Enlightenments, Handlers, Hyperv
+from hvkvm.tuples import NamedTuple
 
 if TYPE_CHECKING:
     from hvkvm.devices.port.bus import PortBus

@@ -6,12 +6,13 @@ import ipaddress
 import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, NamedTuple
+from typing import Annotated
 
 from hvkvm.errors import ConfigError
 from hvkvm.machine.config_fields import Field
 from hvkvm.machine.config_kinds import Choice, Kind, Number, PathName, Words, check_range, said
 from hvkvm.net.port import MAX_MTU, MAX_QUEUES, MIN_MTU
+from hvkvm.tuples import NamedTuple
 
 BACKENDS = ("user", "create")
 _MAC = re.compile(r"[0-9a-f]{2}(:[0-9a-f]{2}){5}", re.IGNORECASE)

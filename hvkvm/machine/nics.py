@@ -12,9 +12,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 from hvkvm.errors import ConfigError, StateError
+from hvkvm.tuples import NamedTuple
 
 if TYPE_CHECKING:
     from hvkvm.devices.synth.netvsp import Netvsp

@@ -10,7 +10,7 @@ import threading
 from collections.abc import Callable
 from contextlib import ExitStack, suppress
 from functools import partial
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 from hvkvm.abi import board as numbers
 from hvkvm.abi import pci
@@ -27,6 +27,7 @@ from hvkvm.errors import StateError, Stopped
 from hvkvm.events import Warned
 from hvkvm.machine.pci_kvm import Bell, MsiRoutes
 from hvkvm.runtime.guard import fault_text
+from hvkvm.tuples import NamedTuple
 
 if TYPE_CHECKING:
     from hvkvm.block.image import Image

@@ -4,11 +4,12 @@ No `from __future__ import annotations`: see `config_fields`.
 """
 
 from pathlib import Path
-from typing import Annotated, NamedTuple, get_args
+from typing import Annotated, get_args
 
 from hvkvm.machine.config_fields import Field
 from hvkvm.machine.config_kinds import Choice, PathName
 from hvkvm.record.recorder import Depth
+from hvkvm.tuples import NamedTuple
 
 
 class RecordSpec(NamedTuple):

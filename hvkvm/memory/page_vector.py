@@ -20,11 +20,12 @@ from array import array
 from collections.abc import Callable, Iterator, Sequence
 from ctypes import c_int, c_int64, c_ssize_t, c_void_p, get_errno
 from functools import lru_cache
-from typing import NamedTuple, Protocol, overload
+from typing import Protocol, overload
 
 from hvkvm.errors import GuestMemoryError
 from hvkvm.memory.guest import RamRegion
 from hvkvm.memory.mapping import PAGE_SIZE
+from hvkvm.tuples import NamedTuple
 
 LEAST_PAGES = 16
 """Fewer are as quick as memoryviews."""

@@ -13,7 +13,7 @@ import heapq
 from collections.abc import Callable, Mapping, Sequence
 from random import Random
 from time import monotonic
-from typing import Any, NamedTuple
+from typing import Any
 
 from hvkvm.abi.virtio_net_hdr import PLAIN, parse
 from hvkvm.net.base import TURN_FRAMES
@@ -22,6 +22,7 @@ from hvkvm.net.port import NO_OFFLOADS, Frame, Offloads
 from hvkvm.net.segment import MAX_SEGMENTS, finish
 from hvkvm.net.wire import Wire
 from hvkvm.runtime.protocols import Loop
+from hvkvm.tuples import NamedTuple
 
 MAX_HELD = 1024
 """Frames of a direction that are on their way."""

@@ -23,9 +23,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol
+from typing import Protocol
 
 from hvkvm.abi.virtio_net_hdr import VIRTIO_NET_HDR_BYTES
+from hvkvm.tuples import NamedTuple
 
 Frame = Sequence[memoryview]
 """The vnet header, then the bytes of an Ethernet frame."""

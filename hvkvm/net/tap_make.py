@@ -10,7 +10,7 @@ from __future__ import annotations
 import errno
 import os
 import threading
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 from hvkvm.abi import if_tun
 from hvkvm.errors import ConfigError
@@ -25,6 +25,7 @@ from hvkvm.net.tap_open import (
     set_interface,
 )
 from hvkvm.runtime.thread_start import start_thread
+from hvkvm.tuples import NamedTuple
 
 if TYPE_CHECKING:
     from pyroute2 import IPRoute

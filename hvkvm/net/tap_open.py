@@ -12,12 +12,12 @@ import errno
 import os
 import stat
 from fcntl import F_GETFL, F_SETFL, fcntl, ioctl
-from typing import NamedTuple
 
 from hvkvm.abi import if_tun
 from hvkvm.abi.virtio_net_hdr import VIRTIO_NET_HDR_BYTES
 from hvkvm.errors import NO_FILE, ConfigError, HostExhausted, HvkvmError, exhausted
 from hvkvm.net.port import MAX_MTU
+from hvkvm.tuples import NamedTuple
 
 TUN_PATH = "/dev/net/tun"
 DEFAULT_MTU = 1500

@@ -16,7 +16,7 @@ import subprocess
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from typing import Any, NamedTuple
+from typing import Any
 
 from hvkvm.abi.virtio_net_hdr import VALID
 from hvkvm.errors import ConfigError, HostExhausted, HvkvmError, exhausted
@@ -26,6 +26,7 @@ from hvkvm.net.stream import LENGTH_BYTES, StreamPort
 from hvkvm.net.tcp_help import TcpHelp, little_room
 from hvkvm.runtime.protocols import Loop
 from hvkvm.runtime.retry import Retry
+from hvkvm.tuples import NamedTuple
 
 PROGRAM = "passt"
 GUEST, PREFIX, GATEWAY = "10.0.2.15", 24, "10.0.2.2"

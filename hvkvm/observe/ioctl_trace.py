@@ -23,7 +23,6 @@ import signal
 from collections.abc import Callable, Sequence
 from ctypes import addressof, c_ulong, sizeof
 from time import perf_counter
-from typing import NamedTuple
 
 from hvkvm.errors import CapabilityMissing, ConfigError
 from hvkvm.observe import kvm_ioctls
@@ -31,6 +30,7 @@ from hvkvm.observe import ptrace_door as door
 from hvkvm.observe.kvm_names import request_name
 from hvkvm.observe.spawn import Command
 from hvkvm.observe.tracee import UNKNOWN, Scope, Tracee, group_of, status_field, thread_name, threads_of
+from hvkvm.tuples import NamedTuple
 
 STOPPING = (signal.SIGSTOP, signal.SIGTSTP, signal.SIGTTIN, signal.SIGTTOU)
 ASKING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT)

@@ -15,10 +15,11 @@ from __future__ import annotations
 import struct
 from collections.abc import Iterable, Iterator
 from itertools import islice
-from typing import NamedTuple, Protocol
+from typing import Protocol
 
 from hvkvm.abi.board import RAM_HIGH_BASE, RAM_LOW_LIMIT
 from hvkvm.errors import GuestMemoryError, HvkvmError, harmless
+from hvkvm.tuples import NamedTuple
 
 MOST_LINES = 20_000
 MOST_CHARACTERS = 1 << 19

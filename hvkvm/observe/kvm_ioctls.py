@@ -11,12 +11,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from ctypes import Structure, c_uint64, sizeof
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 from hvkvm.abi import kvm, kvm_requests
 from hvkvm.abi import kvm_structs as s
 from hvkvm.kvm import exits
 from hvkvm.observe.kvm_names import REQUEST_NAMES, cap_name, msr_name
+from hvkvm.tuples import NamedTuple
 
 SHOWN = 64  # items of a list that are shown; the rest is a count
 READ_LIMIT = 4096  # items of a list that are looked at: KVM takes no longer routing table

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import os
 import stat
-from typing import NamedTuple
+
+from hvkvm.tuples import NamedTuple
 
 KVM_DEVICE = os.makedev(10, 232)  # misc major, KVM_MINOR
 PAGES_OF_RUN = 8192  # struct kvm_run, and the page behind it with the data of port I/O

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import BinaryIO, NamedTuple
+from typing import BinaryIO
 
 from hvkvm.abi import pcapng, record_format
 from hvkvm.abi.device_layouts import HVSOCK, PROTOCOLS, Protocol, protocol_of
@@ -11,6 +11,7 @@ from hvkvm.abi.layout import decode
 from hvkvm.abi.record_format import ChannelEvent, Entry, Kind
 from hvkvm.abi.tlfs import HV_HYPERCALL_CODE_MASK, HVCALL_POST_MESSAGE, HVCALL_SIGNAL_EVENT, HvStatus
 from hvkvm.record import words
+from hvkvm.tuples import NamedTuple
 
 _CALLS = {HVCALL_POST_MESSAGE: "HvPostMessage", HVCALL_SIGNAL_EVENT: "HvSignalEvent"}
 

@@ -13,9 +13,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from time import monotonic
-from typing import NamedTuple
 
 from hvkvm.abi import vmbus_messages as wire
+from hvkvm.tuples import NamedTuple
 from hvkvm.vmbus.offer import Channel
 from hvkvm.vmbus.tap import Tap
 

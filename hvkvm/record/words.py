@@ -6,13 +6,13 @@ Takes hostile bytes: raises nothing, and a line is of bounded length. Any thread
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import NamedTuple
 
 from hvkvm.abi import ring as abi
 from hvkvm.abi import vmbus_messages as wire
 from hvkvm.abi.device_layouts import protocol_of
 from hvkvm.abi.layout import Decoded, Value, decode
 from hvkvm.abi.vmbus import GUID_BYTES, guid_text
+from hvkvm.tuples import NamedTuple
 
 MAX_HEX = 32
 """Bytes shown of what has no meaning here."""

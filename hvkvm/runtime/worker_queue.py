@@ -14,9 +14,10 @@ import threading
 from collections import deque
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
 from hvkvm.errors import Stopped
+from hvkvm.tuples import NamedTuple
 
 _WAITS = 8.0
 """A job that takes so many times as long as what is between two jobs waits for the host."""

@@ -20,12 +20,13 @@ from collections import deque
 from collections.abc import Callable
 from queue import Empty, SimpleQueue
 from time import monotonic
-from typing import Any, NamedTuple
+from typing import Any
 
 from hvkvm.errors import Stopped, Stuck
 from hvkvm.runtime.kick import block_signals
 from hvkvm.runtime.protocols import Deferrer
 from hvkvm.runtime.worker_queue import WorkerQueue
+from hvkvm.tuples import NamedTuple
 
 LIMIT = 16
 IDLE_SECONDS = 5.0

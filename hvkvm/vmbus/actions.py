@@ -10,7 +10,9 @@ before the guest can read that its pages are its own again.
 from __future__ import annotations
 
 from array import array
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
+
+from hvkvm.tuples import NamedTuple
 
 if TYPE_CHECKING:
     from hvkvm.vmbus.offer import Channel

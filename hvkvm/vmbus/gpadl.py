@@ -13,9 +13,9 @@ from __future__ import annotations
 from array import array
 from collections.abc import Callable, Iterator
 from struct import Struct
-from typing import NamedTuple
 
 from hvkvm.abi.vmbus import HV_HYP_PAGE_SIZE
+from hvkvm.tuples import NamedTuple
 
 MAX_GPADLS = 8192
 """Most a connection may hold, unfinished ones included."""

@@ -6,10 +6,10 @@ Owner: `server.Server` changes channels; others read them, on the I/O loop.
 from __future__ import annotations
 
 from enum import Enum
-from typing import NamedTuple
 
 from hvkvm.abi import vmbus
 from hvkvm.abi import vmbus_messages as wire
+from hvkvm.tuples import NamedTuple
 
 
 class Offer(NamedTuple):

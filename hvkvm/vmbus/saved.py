@@ -13,12 +13,13 @@ Owner: the I/O loop, or whoever makes the machine; while it is at rest.
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 from hvkvm.abi import vmbus
 from hvkvm.abi import vmbus_messages as wire
 from hvkvm.abi.hv_synic import HV_SYNIC_SINT_COUNT
 from hvkvm.abi.vmbus import GUID_BYTES
+from hvkvm.tuples import NamedTuple
 from hvkvm.vmbus.actions import OpenChannel
 from hvkvm.vmbus.channels import Channels
 from hvkvm.vmbus.offer import Channel, ChannelState, Offer

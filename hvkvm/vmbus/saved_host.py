@@ -10,10 +10,11 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from contextlib import suppress
-from typing import Any, NamedTuple
+from typing import Any
 
 from hvkvm.abi.hv_synic import HV_MESSAGE_PAYLOAD_BYTE_COUNT, HV_SYNIC_SINT_COUNT
 from hvkvm.errors import StateError
+from hvkvm.tuples import NamedTuple
 from hvkvm.vmbus.actions import SendMessage
 from hvkvm.vmbus.channel_devices import ChannelDevices
 from hvkvm.vmbus.device import MultiChannel, SavedDevice

@@ -5,11 +5,11 @@ from __future__ import annotations
 import os
 import socket
 from time import monotonic
-from typing import NamedTuple
 
 from hvkvm.block.nbd import wire
 from hvkvm.block.request import PeerGone
 from hvkvm.errors import ImageError
+from hvkvm.tuples import NamedTuple
 
 SECONDS = 10.0
 """A server that has not opened the export by then is none, whether it says nothing or a byte now and then."""

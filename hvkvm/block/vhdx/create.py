@@ -10,7 +10,6 @@ import os
 from array import array
 from pathlib import Path
 from secrets import token_bytes
-from typing import NamedTuple
 from uuid import uuid4
 
 from hvkvm.block.host_file import HostFile
@@ -21,6 +20,7 @@ from hvkvm.block.vhdx.layout import FULLY_PRESENT, MIB, NO_GUID, Geometry
 from hvkvm.block.vhdx.locator import build_locator
 from hvkvm.block.vhdx.regions import Region, build_metadata, build_regions
 from hvkvm.errors import ImageError
+from hvkvm.tuples import NamedTuple
 
 LOG = Region(MIB, MIB)
 METADATA = Region(2 * MIB, MIB)

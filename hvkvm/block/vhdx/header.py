@@ -6,7 +6,6 @@ So a header that is torn by a crash leaves the one before it.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import NamedTuple
 
 from hvkvm.block.vhdx.layout import (
     FILE_IDENTIFIER_OFFSET,
@@ -22,6 +21,7 @@ from hvkvm.block.vhdx.layout import (
 )
 from hvkvm.block.vhdx.patched import Source
 from hvkvm.errors import ImageDamaged
+from hvkvm.tuples import NamedTuple
 
 VERSION = 1
 LOG_VERSION = 0

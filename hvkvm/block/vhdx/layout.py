@@ -7,11 +7,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from struct import Struct
-from typing import NamedTuple
 from uuid import UUID
 
 from hvkvm.block.ranges import cut
 from hvkvm.block.vhdx.crc32c import crc32c
+from hvkvm.tuples import NamedTuple
 
 KIB = 1 << 10
 MIB = 1 << 20

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import os
 from pathlib import Path
-from typing import NamedTuple
 from uuid import UUID
 
 from hvkvm.block.vhdx import layout
 from hvkvm.errors import ImageDamaged, ImageError, harmless
+from hvkvm.tuples import NamedTuple
 
 MAX_PAIRS = 64
 

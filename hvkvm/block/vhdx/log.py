@@ -10,7 +10,6 @@ from __future__ import annotations
 from bisect import bisect_left, bisect_right, insort
 from operator import itemgetter
 from pathlib import Path
-from typing import NamedTuple
 
 from hvkvm.block.host_file import HostFile
 from hvkvm.block.vhdx.header import Header
@@ -30,6 +29,7 @@ from hvkvm.block.vhdx.layout import (
     zero_descriptor,
 )
 from hvkvm.errors import ImageDamaged
+from hvkvm.tuples import NamedTuple
 
 MAX_FILE = 1 << 47
 """No file offset of a log lies beyond: twice what the largest disk needs."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import NamedTuple
 
 from hvkvm.block.vhdx import layout
 from hvkvm.block.vhdx.header import Header
@@ -11,6 +10,7 @@ from hvkvm.block.vhdx.layout import HAS_PARENT, MIB, Geometry
 from hvkvm.block.vhdx.locator import ParentLocator, parse_locator
 from hvkvm.block.vhdx.patched import Source
 from hvkvm.errors import ImageDamaged
+from hvkvm.tuples import NamedTuple
 
 MAX_METADATA_BYTES = MIB
 """Items are small; all of them together are read up to this ([MS-VHDX] 2.6.2)."""

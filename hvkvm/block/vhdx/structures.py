@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import NamedTuple
 
 from hvkvm.block.host_file import HostFile
 from hvkvm.block.image import ImageOptions
@@ -14,6 +13,7 @@ from hvkvm.block.vhdx.log import Replay, read_log
 from hvkvm.block.vhdx.patched import PatchedFile
 from hvkvm.block.vhdx.regions import Metadata, Region, read_metadata, read_regions
 from hvkvm.errors import ImageError
+from hvkvm.tuples import NamedTuple
 
 
 class Structures(NamedTuple):

@@ -11,13 +11,14 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
-from typing import NamedTuple, Protocol
+from typing import Protocol
 
 from hvkvm.abi import pci
 from hvkvm.devices.mmio_bus import MmioBus, MmioDevice, MmioRange
 from hvkvm.devices.pci.function import Bar, Function, FunctionState
 from hvkvm.errors import ConfigError
 from hvkvm.runtime.guard import Guard
+from hvkvm.tuples import NamedTuple
 
 
 class PciDevice(Protocol):

@@ -12,9 +12,9 @@ from __future__ import annotations
 import struct
 import threading
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
 
 from hvkvm.abi import pci
+from hvkvm.tuples import NamedTuple
 
 _COMMAND_WRITABLE = (
     pci.PCI_COMMAND_IO

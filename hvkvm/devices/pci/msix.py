@@ -13,13 +13,14 @@ the table and so may wait for KVM; `_lock` is held for a few instructions, and i
 from __future__ import annotations
 
 import threading
-from typing import NamedTuple, Protocol
+from typing import Protocol
 
 from hvkvm.abi import pci
 from hvkvm.devices.pci.function import Capability, Function
 from hvkvm.errors import HvkvmError
 from hvkvm.runtime.protocols import Delayer
 from hvkvm.runtime.retry import Retry
+from hvkvm.tuples import NamedTuple
 
 _MASKED_AT_RESET = bytes(12) + pci.PCI_MSIX_ENTRY_CTRL_MASKBIT.to_bytes(4, "little")
 _ENTRY_MASKS = (0xFFFFFFFC, 0xFFFFFFFF, 0xFFFFFFFF, pci.PCI_MSIX_ENTRY_CTRL_MASKBIT)

@@ -8,11 +8,11 @@ before `Unit.execute` returns.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
 
 from hvkvm.abi import scsi
 from hvkvm.abi.scsi import Sense
 from hvkvm.block.buffers import Buffers, Cutter, size_of
+from hvkvm.tuples import NamedTuple
 
 MAX_PARAMETERS = 64 << 10
 """So many bytes of parameters are copied from a guest at most."""

@@ -6,7 +6,6 @@ Owner: the I/O loop.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
 
 from hvkvm.abi import scsi
 from hvkvm.abi.scsi import Sense
@@ -26,6 +25,7 @@ from hvkvm.devices.scsi.provisioning import (
 )
 from hvkvm.devices.scsi.unit import Handler, Unit
 from hvkvm.devices.scsi.verify import Comparisons, verify
+from hvkvm.tuples import NamedTuple
 
 BLOCK_LIMITS = 0xB0
 CHARACTERISTICS = 0xB1

@@ -6,7 +6,6 @@ Owner: the I/O loop.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
 
 from hvkvm.abi import scsi
 from hvkvm.abi.scsi import Sense
@@ -21,6 +20,7 @@ from hvkvm.devices.scsi.mode import ModePages
 from hvkvm.devices.scsi.unit import Handler, Unit
 from hvkvm.devices.scsi.verify import Comparisons, verify
 from hvkvm.errors import StateError
+from hvkvm.tuples import NamedTuple
 
 _STANDARDS = (0x00A0, 0x0460, 0x0580)
 """SAM-5, SPC-4, MMC-6, no version claimed."""

@@ -12,10 +12,10 @@ from collections import deque
 from collections.abc import Sequence
 from enum import Enum
 from random import Random
-from typing import NamedTuple
 
 from hvkvm.abi import scsi
 from hvkvm.abi.scsi import Sense
+from hvkvm.tuples import NamedTuple
 
 RECENT = 64
 """So many faults are remembered, the newest."""

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from typing import NamedTuple
+
+from hvkvm.tuples import NamedTuple
 
 VENDOR = b"HVKVM"
 SPC4 = 6

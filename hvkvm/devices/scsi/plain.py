@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 from hvkvm.block.now import Way
+from hvkvm.tuples import NamedTuple
 
 
 class Plain(NamedTuple):

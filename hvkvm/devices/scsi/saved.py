@@ -5,12 +5,11 @@ Owner: the I/O loop.
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 from hvkvm.devices.scsi.disk import ScsiDiskState
 from hvkvm.devices.scsi.dvd import DvdState
 from hvkvm.devices.scsi.unit import Unit
 from hvkvm.errors import StateError
+from hvkvm.tuples import NamedTuple
 
 
 class UnitState(NamedTuple):

@@ -5,11 +5,10 @@ Owner: the I/O loop.
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 from hvkvm.abi import ic, vmbus
 from hvkvm.devices.synth.ic import IcState, IntegrationComponent
 from hvkvm.runtime.protocols import CallLater, TimerHandle
+from hvkvm.tuples import NamedTuple
 from hvkvm.vmbus.channel_io import ChannelIo
 
 INTERVAL = 2.0

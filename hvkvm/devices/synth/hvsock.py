@@ -32,7 +32,6 @@ import socket
 from collections.abc import Callable
 from functools import partial
 from operator import add
-from typing import NamedTuple
 
 from hvkvm.abi import hvsock as abi
 from hvkvm.abi.ring import VM_PKT_DATA_INBAND
@@ -42,6 +41,7 @@ from hvkvm.runtime.guard import Guard
 from hvkvm.runtime.protocols import CallLater, TimerHandle
 from hvkvm.runtime.rotation import Rotation
 from hvkvm.runtime.socket_watch import HANG_UP, READ, SocketWatch
+from hvkvm.tuples import NamedTuple
 from hvkvm.vmbus.channel_io import ChannelIo
 from hvkvm.vmbus.device import Done
 from hvkvm.vmbus.offer import Offer

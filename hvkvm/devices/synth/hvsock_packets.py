@@ -6,10 +6,9 @@ Owner: the I/O loop.
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 from hvkvm.abi import hvsock as abi
 from hvkvm.abi.ring import DESCRIPTOR_BYTES, TRAILER_BYTES, VM_PKT_DATA_INBAND
+from hvkvm.tuples import NamedTuple
 from hvkvm.vmbus.ring_reader import RingReader
 
 HEADER_BYTES = abi.pipe_header.size

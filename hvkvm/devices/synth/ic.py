@@ -12,11 +12,12 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 from hvkvm.abi import ic, vmbus
 from hvkvm.abi.ring import VM_PKT_DATA_INBAND, Packet
 from hvkvm.runtime.guard import Guard, call_all
+from hvkvm.tuples import NamedTuple
 from hvkvm.vmbus.channel_io import ChannelIo
 from hvkvm.vmbus.device import Done
 from hvkvm.vmbus.offer import Offer, only_instance

@@ -13,12 +13,12 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable
 from functools import partial
-from typing import NamedTuple
 
 from hvkvm.abi import keyboard as wire
 from hvkvm.abi import vmbus
 from hvkvm.abi.ring import VM_PKT_DATA_INBAND, Packet
 from hvkvm.runtime.guard import call_all
+from hvkvm.tuples import NamedTuple
 from hvkvm.vmbus.channel_io import ChannelIo
 from hvkvm.vmbus.device import Done
 from hvkvm.vmbus.offer import Offer, only_instance

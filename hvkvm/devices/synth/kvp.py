@@ -12,11 +12,11 @@ once where it cannot be sent. Failures are values. Owner: the I/O loop.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
 
 from hvkvm.abi import ic, kvp, vmbus
 from hvkvm.abi.kvp import IpInfo, KvpPair, Value
 from hvkvm.devices.synth.ic import IntegrationComponent, Reply
+from hvkvm.tuples import NamedTuple
 
 MAX_PAIRS = 1024
 """Of one enumeration: a guest must not let it go on for ever."""

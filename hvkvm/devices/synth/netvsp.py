@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
-from typing import NamedTuple
 
 from hvkvm.abi import nvsp, rndis
 from hvkvm.abi.ring import Packet
@@ -27,6 +26,7 @@ from hvkvm.devices.synth.netvsp_send import Send
 from hvkvm.net.port import MAX_MTU, MAX_QUEUES, MIN_MTU, Frame, Offloads, Port
 from hvkvm.runtime.guard import Guard
 from hvkvm.runtime.protocols import CallLater
+from hvkvm.tuples import NamedTuple
 from hvkvm.vmbus.channel_io import ChannelIo
 from hvkvm.vmbus.device import SubChannels
 from hvkvm.vmbus.offer import Offer

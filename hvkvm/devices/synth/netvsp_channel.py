@@ -19,7 +19,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable
-from typing import NamedTuple, Protocol
+from typing import Protocol
 
 from hvkvm.abi import nvsp, rndis
 from hvkvm.abi.ring import (
@@ -34,6 +34,7 @@ from hvkvm.devices.synth.netvsp_send import SECTION_BYTES, Send
 from hvkvm.net.port import Frame
 from hvkvm.runtime.guard import Guard
 from hvkvm.runtime.protocols import CallLater, TimerHandle
+from hvkvm.tuples import NamedTuple
 from hvkvm.vmbus.channel_io import BUDGET_BYTES, ChannelIo
 from hvkvm.vmbus.offer import Offer
 

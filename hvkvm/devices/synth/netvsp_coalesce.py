@@ -13,7 +13,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from struct import Struct
-from typing import NamedTuple
 
 from hvkvm.abi.tcp import ACK, IPPROTO_TCP, PSH
 from hvkvm.abi.virtio_net_hdr import (
@@ -24,6 +23,7 @@ from hvkvm.abi.virtio_net_hdr import (
     virtio_net_hdr_v1,
 )
 from hvkvm.net.port import ETHERNET_BYTES, Frame
+from hvkvm.tuples import NamedTuple
 
 MAX_PACKET_BYTES = 65535
 """Of an IP packet."""

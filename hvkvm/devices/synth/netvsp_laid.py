@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from struct import Struct
-from typing import NamedTuple
 
 from hvkvm.abi import rndis
 from hvkvm.abi.virtio_net_hdr import (
@@ -23,6 +22,7 @@ from hvkvm.devices.synth import netvsp_offload as offload
 from hvkvm.devices.synth.netvsp_rndis import Control
 from hvkvm.net.port import ETHERNET_BYTES, Frame
 from hvkvm.net.segment import summed
+from hvkvm.tuples import NamedTuple
 
 HEADERS = 64
 """So many bytes of a frame are looked at: Ethernet, VLAN tag, IP addresses, ports."""

@@ -8,9 +8,9 @@ for none. Owner: the I/O loop. Nothing here raises for guest bytes.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import NamedTuple
 
 from hvkvm.abi import ndis, rndis
+from hvkvm.tuples import NamedTuple
 
 MAX_MULTICAST = 64
 """Addresses that a guest may list; one with more sees all of them."""

@@ -10,7 +10,6 @@ Owner: the I/O loop; `inspect` any thread.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import NamedTuple
 
 from hvkvm.abi import scsi
 from hvkvm.abi import storvsp as wire
@@ -26,6 +25,7 @@ from hvkvm.devices.synth.storvsp_channel import MAX_IN_FLIGHT, Answer, SavedComp
 from hvkvm.devices.synth.storvsp_handshake import Handshake, Phase
 from hvkvm.errors import StateError
 from hvkvm.runtime.guard import Guard
+from hvkvm.tuples import NamedTuple
 from hvkvm.vmbus.channel_io import ChannelIo
 from hvkvm.vmbus.device import Done, SubChannels
 from hvkvm.vmbus.offer import Offer

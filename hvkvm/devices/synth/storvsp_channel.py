@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable
 from functools import partial
-from typing import NamedTuple, Protocol
+from typing import Protocol
 
 from hvkvm.abi import scsi
 from hvkvm.abi import storvsp as wire
@@ -26,6 +26,7 @@ from hvkvm.devices.synth.storvsp_io import DiskIo
 from hvkvm.devices.synth.storvsp_pages import DataPages
 from hvkvm.devices.synth.storvsp_plain import take_plain
 from hvkvm.runtime.guard import Guard
+from hvkvm.tuples import NamedTuple
 from hvkvm.vmbus.channel_io import ChannelIo
 from hvkvm.vmbus.device import Done
 from hvkvm.vmbus.offer import Offer

@@ -16,7 +16,6 @@ from collections.abc import Callable
 from functools import lru_cache
 from itertools import repeat
 from struct import Struct
-from typing import NamedTuple
 
 from hvkvm.abi import scsi
 from hvkvm.abi import storvsp as wire
@@ -30,6 +29,7 @@ from hvkvm.block.now import Way
 from hvkvm.devices.scsi.plain import Plain
 from hvkvm.devices.synth.storvsp_pages import DataPages
 from hvkvm.errors import GuestMemoryError
+from hvkvm.tuples import NamedTuple
 from hvkvm.vmbus.ring_reader import RingReader
 
 _PAYLOAD_EIGHTS = wire.PACKET_BYTES // 8

@@ -9,10 +9,10 @@ Owner: the I/O loop, while the machine is at rest.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from typing import NamedTuple
 
 from hvkvm.abi import guest_command, hvsock, vmbus
 from hvkvm.devices.synth.hvsock import HvsockConnection, HvsockState
+from hvkvm.tuples import NamedTuple
 from hvkvm.vmbus.offer import Channel, Offer
 
 PORTS = frozenset(

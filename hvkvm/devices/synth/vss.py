@@ -15,12 +15,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import NamedTuple
 
 from hvkvm.abi import ic, vmbus, vss
 from hvkvm.devices.synth.ic import MAX_WAITING, IcState, IntegrationComponent
 from hvkvm.runtime.guard import call_all
 from hvkvm.runtime.protocols import CallLater, TimerHandle
+from hvkvm.tuples import NamedTuple
 from hvkvm.vmbus.channel_io import ChannelIo
 
 RETRY_SECONDS = 2.0

@@ -16,7 +16,7 @@ import threading
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack, suppress
 from functools import partial
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 from hvkvm.abi import tlfs
 from hvkvm.abi.hv_synic import HV_SYNIC_SINT_COUNT, HV_SYNIC_VERSION_1
@@ -37,6 +37,7 @@ from hvkvm.hyperv.usermode.vp import Loop, UserVp, UserVpState
 from hvkvm.kvm.vm import MsrRange
 from hvkvm.memory.overlay import OverlayPage
 from hvkvm.runtime.protocols import VpThread
+from hvkvm.tuples import NamedTuple
 
 if TYPE_CHECKING:
     from hvkvm.kvm.vcpu import Vcpu

@@ -16,7 +16,7 @@ from __future__ import annotations
 import errno
 import threading
 from collections.abc import Callable
-from typing import NamedTuple, Protocol
+from typing import Protocol
 
 from hvkvm.abi.hv_synic import (
     HV_SYNIC_FIRST_VALID_VECTOR,
@@ -32,6 +32,7 @@ from hvkvm.abi.tlfs import (
     HV_STIMER_PERIODIC,
 )
 from hvkvm.errors import Stopped
+from hvkvm.tuples import NamedTuple
 
 MIN_PERIOD = 1000
 """100 ns units: 100 us."""

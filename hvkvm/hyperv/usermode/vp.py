@@ -11,7 +11,7 @@ import errno
 import threading
 from collections.abc import Callable
 from contextlib import suppress
-from typing import TYPE_CHECKING, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Protocol
 
 from hvkvm.abi.hv_synic import (
     HV_SYNIC_FIRST_VALID_VECTOR,
@@ -31,6 +31,7 @@ from hvkvm.hyperv.usermode.auto_eoi import AutoEoi
 from hvkvm.hyperv.usermode.stimer import Clock, Stimer, StimerState
 from hvkvm.memory.overlay import OverlayPage
 from hvkvm.runtime.protocols import Deferrer, Delayer, EdgeWatcher, VpThread
+from hvkvm.tuples import NamedTuple
 
 if TYPE_CHECKING:
     from hvkvm.kvm.vm import Vm

@@ -7,13 +7,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
-from typing import NamedTuple, Protocol
+from typing import Protocol
 
 from hvkvm.abi import nvme
 from hvkvm.block.in_turn import Range, in_turn
 from hvkvm.block.request import Op, Request, Result, Status
 from hvkvm.devices.pci.nvme.identify import MAX_TRANSFER
 from hvkvm.devices.pci.nvme.prp import Memory, PrpError, buffers, copy_in
+from hvkvm.tuples import NamedTuple
 
 Answer = Callable[[int, int], object]
 """answer(status, result): what the guest is told. Once for each command."""

@@ -8,10 +8,10 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable
-from typing import NamedTuple
 
 from hvkvm.abi.nvme import CQE_SIZE, SQE_SIZE
 from hvkvm.devices.pci.nvme.prp import Memory
+from hvkvm.tuples import NamedTuple
 
 MAX_IN_FLIGHT = 256
 """Commands of one queue that may be unanswered, or wait for room in their completion queue."""

@@ -7,11 +7,11 @@ from __future__ import annotations
 
 import struct
 import threading
-from typing import NamedTuple
 
 from hvkvm.abi import nvme
 from hvkvm.devices.pci.nvme.admin import MAX_ENTRIES, MAX_IO_QUEUES
 from hvkvm.devices.pci.nvme.prp import PAGE
+from hvkvm.tuples import NamedTuple
 
 CAP = (MAX_ENTRIES - 1) | nvme.CAP_CQR | 20 << nvme.CAP_TO_SHIFT | nvme.CAP_CSS_NVM
 _CC_WRITABLE = 0x00FFFFF1

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 from hvkvm.abi import nvme
 from hvkvm.devices.pci import msix
 from hvkvm.devices.pci.nvme.admin import MAX_ENTRIES, MAX_IO_QUEUES
@@ -16,6 +14,7 @@ from hvkvm.devices.pci.nvme.queues import (
     Submission,
     SubmissionState,
 )
+from hvkvm.tuples import NamedTuple
 
 
 class ControllerState(NamedTuple):

@@ -6,9 +6,9 @@ Owner: whoever holds the transport's lock. Nothing here raises for guest bytes.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import NamedTuple
 
 from hvkvm.devices.pci.virtio.ring import Broken, Chain, Ring
+from hvkvm.tuples import NamedTuple
 
 BUDGET = 64
 """Requests taken in one turn."""

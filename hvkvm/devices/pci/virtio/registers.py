@@ -7,10 +7,10 @@ whole, 64-bit addresses by halves too. Under the transport's lock.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
 
 from hvkvm.abi import virtio
 from hvkvm.devices.pci.virtio.ring import Place
+from hvkvm.tuples import NamedTuple
 
 SIZE = virtio.virtio_pci_common_cfg.size
 _LOW = 0xFFFFFFFF

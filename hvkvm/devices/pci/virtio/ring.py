@@ -10,7 +10,7 @@ Owner: the I/O loop; `Ring(...)` is made by the vCPU thread that enables the que
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple, Protocol
+from typing import Protocol
 
 from hvkvm.abi import virtio
 from hvkvm.devices.pci.virtio.table import LEAST_BYTES, whole_table
@@ -18,6 +18,7 @@ from hvkvm.errors import GuestMemoryError
 from hvkvm.memory.atomics import fence
 from hvkvm.memory.guest import RamRegion
 from hvkvm.memory.page_vector import PageVector
+from hvkvm.tuples import NamedTuple
 
 DESC = virtio.vring_desc.size
 USED = virtio.vring_used_elem.size

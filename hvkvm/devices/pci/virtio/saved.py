@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import NamedTuple
 
 from hvkvm.abi import virtio
 from hvkvm.devices.pci import msix
 from hvkvm.devices.pci.virtio.registers import QueueState, Registers
 from hvkvm.devices.pci.virtio.ring import Place, Positions, Ring
 from hvkvm.errors import GuestMemoryError
+from hvkvm.tuples import NamedTuple
 
 
 class VirtioState(NamedTuple):

@@ -8,10 +8,10 @@ one in which anything is unusual, which then says what is wrong with it.
 from __future__ import annotations
 
 from functools import lru_cache
-from typing import NamedTuple
 
 from hvkvm.abi import virtio
 from hvkvm.memory.page_vector import LEAST_PAGES, PageVector, Ram, piece_vector
+from hvkvm.tuples import NamedTuple
 
 _DESC = virtio.vring_desc.size
 _NEXT, _WRITE = virtio.VRING_DESC_F_NEXT, virtio.VRING_DESC_F_WRITE
