@@ -14,7 +14,8 @@ import threading
 
 from hvkvm.block.buffers import IOV_MAX, Buffers, Cutter, clear, size_of
 from hvkvm.block.nbd import wire
-from hvkvm.block.nbd.handshake import Export, receive
+from hvkvm.block.nbd.handshake import Export
+from hvkvm.block.nbd.incoming import Incoming
 from hvkvm.runtime.kick import block_signals
 from hvkvm.runtime.thread_start import start_thread
 
@@ -29,7 +30,10 @@ class Lost(Exception):
 
 
 class _Pending:
-    """A request in flight. `buffers` are touched by the receiving thread until `done` is set."""
+    """A request in flight. `buffers` are touched by the receiving thread until `done` is released, once.
+
+    A lock, since an Event has two of them and a list, all made and taken for one wait.
+    """
 
     __slots__ = ("buffers", "chunks", "done", "error", "filled", "length", "lost", "offset", "text")
 
@@ -37,7 +41,8 @@ class _Pending:
         self.offset = offset
         self.length = length
         self.buffers = buffers
-        self.done = threading.Event()
+        self.done = threading.Lock()
+        self.done.acquire()
         self.error = 0
         self.text = ""
         self.lost = ""
@@ -52,6 +57,7 @@ class Connection:
         """HostExhausted, and then the socket is closed."""
         self.export = export
         self._sock = sock
+        self._incoming = Incoming(sock)
         self._pending: dict[int, _Pending] = {}
         self._cookie = 0
         self._lock = threading.Lock()
@@ -97,9 +103,9 @@ class Connection:
                 _send(self._sock, [memoryview(head), *send])
         except OSError as error:
             self.end(f"sending failed: {error.strerror or error}")
-        if not pending.done.wait(seconds):
+        if not pending.done.acquire(timeout=-1 if seconds is None else seconds):
             self.end(f"no answer within {seconds:g} s")
-            pending.done.wait()
+            pending.done.acquire()
         if pending.lost:
             raise Lost(pending.lost)
         if pending.error:
@@ -150,10 +156,10 @@ class Connection:
         # Only now, when nobody here touches a buffer any more.
         for one in pending:
             one.lost = self._lost
-            one.done.set()
+            one.done.release()
 
     def _one_reply(self) -> None:
-        head = receive(self._sock, wire.simple_reply.size)
+        head = self._incoming.take(wire.simple_reply.size)
         magic = int.from_bytes(head[:4], "big")
         if magic == wire.SIMPLE_MAGIC:
             _magic, error, cookie = wire.simple_reply.unpack(head)
@@ -164,7 +170,7 @@ class Connection:
             self._finish(cookie, pending)
         elif magic == wire.STRUCTURED_MAGIC and self.export.structured:
             _magic, flags, kind, cookie = wire.structured_head.unpack(head)
-            length = int.from_bytes(receive(self._sock, 4), "big")
+            length = int.from_bytes(self._incoming.take(4), "big")
             pending = self._of(cookie)
             pending.chunks += 1
             if pending.chunks > MORE_CHUNKS + size_of(pending.buffers) // LEAST_CHUNK:
@@ -181,15 +187,15 @@ class Connection:
         if kind & wire.REPLY_IS_ERROR:
             if not wire.error_chunk.size <= length <= wire.error_chunk.size + wire.MAX_ERROR_TEXT:
                 raise _Nonsense("an error of that length")
-            data = receive(self._sock, length)
+            data = self._incoming.take(length)
             error, text = wire.error_chunk.unpack_from(data)
             pending.error = error or wire.EIO
             pending.text = data[wire.error_chunk.size :][:text].decode(errors="replace")
         elif kind == wire.REPLY_OFFSET_DATA and length > 8:
-            offset = int.from_bytes(receive(self._sock, 8), "big")
+            offset = int.from_bytes(self._incoming.take(8), "big")
             self._fill(pending, offset - pending.offset, length - 8)
         elif kind == wire.REPLY_OFFSET_HOLE and length == wire.offset_hole.size:
-            offset, n = wire.offset_hole.unpack(receive(self._sock, length))
+            offset, n = wire.offset_hole.unpack(self._incoming.take(length))
             clear(self._part(pending, offset - pending.offset, n))
         elif kind != wire.REPLY_NONE or length:
             raise _Nonsense(f"a chunk of type {kind} and {length} bytes")
@@ -203,16 +209,7 @@ class Connection:
         return cutter.take(n)
 
     def _fill(self, pending: _Pending, at: int, n: int) -> None:
-        parts = self._part(pending, at, n)
-        while n:
-            got = self._sock.recvmsg_into(parts[:IOV_MAX])[0]
-            if not got:
-                raise ConnectionResetError("the server closed the connection")
-            n -= got
-            if n:
-                rest = Cutter(parts)
-                rest.take(got)
-                parts = rest.take(n)
+        self._incoming.fill(self._part(pending, at, n), n)
 
     def _of(self, cookie: int) -> _Pending:
         with self._lock:
@@ -224,7 +221,7 @@ class Connection:
     def _finish(self, cookie: int, pending: _Pending) -> None:
         with self._lock:
             del self._pending[cookie]
-        pending.done.set()
+        pending.done.release()
 
 
 class _Nonsense(Exception):

@@ -85,15 +85,6 @@ def connect(address: Address) -> tuple[socket.socket, Export]:
     return sock, export
 
 
-def receive(sock: socket.socket, n: int) -> bytes:
-    """Exactly `n` bytes. OSError when the server closes before."""
-    data = bytearray(n)
-    view = memoryview(data)
-    while view:
-        view = view[receive_some(sock, view) :]
-    return bytes(data)
-
-
 def receive_some(sock: socket.socket, view: memoryview) -> int:
     """Fill some of `view`: how much. OSError when the server closes."""
     got = sock.recv_into(view)
