@@ -82,6 +82,7 @@ class Partition:
             raise
         slow = self._warn_slow_signals if self.kernel_synic is not None and signal_path == "auto" else None
         self._observer = observer
+        self._vps = len(threads)
         self.connections = Connections(io, path, slow)
         self.hypercalls = Hypercalls(memory, self.connections, strict_alignment=strict_alignment)
         self.routes = RouteTable(synic, io, observer=observer)
@@ -135,8 +136,13 @@ class Partition:
         self.synic.reset()
 
     def snapshot(self) -> dict[str, object]:
-        """Routes and connections in use. Any thread."""
-        return {"routes": self.routes.snapshot(), "connections": self.connections.snapshot()}
+        """VPs whose SynIC is in use, routes and connections. Any thread."""
+        vps = filter(None, (vp.snapshot() for vp in map(self.synic.vp, range(self._vps)) if vp is not None))
+        return {
+            "vps": list(vps),
+            "routes": self.routes.snapshot(),
+            "connections": self.connections.snapshot(),
+        }
 
     def close(self) -> None:
         """Let go of everything: connections, routes, pages. Idempotent.

@@ -12,6 +12,9 @@ from hvkvm.observe import tree
 
 Values = Mapping[str, Any]
 
+MOST_FLAGS = 16
+"""Event flags of a SINT that are named."""
+
 
 def inspect_lines(inside: Values) -> list[str]:
     """All of `machine.inspect.inspect`."""
@@ -33,10 +36,26 @@ def _short(exit_name: str) -> str:
 
 
 def synic_lines(synic: Values) -> list[str]:
-    """`Partition.snapshot`: a line for each SINT in use, then the connections."""
-    lines = [tree.lines(route)[0] for route in synic["routes"]]
+    """`Partition.snapshot`: each VP, a line for each SINT in use, then the connections."""
+    lines = [line for vp in synic.get("vps", ()) for line in _vp_lines(vp)]
+    lines += [tree.lines(route)[0] for route in synic["routes"]]
     lines += tree.lines({"connections": synic["connections"]})
     return [f"synic: {line}" for line in lines]
+
+
+def _vp_lines(vp: Values) -> list[str]:
+    """A VP's pages, then each SINT and timer of which there is something to say."""
+    pages = f"message page {vp['messages_at'] or 'off'}, event page {vp['events_at'] or 'off'}"
+    found = [f"vp {vp['vp']}: {'on' if vp['on'] else 'off'}, {pages}"]
+    for number, sint in vp["sints"].items():
+        words = [sint["register"]] if "register" in sint else []
+        if "message" in sint:
+            words.append(f"{sint['message']} in its slot{' and another waits' * sint['pending']}")
+        if flags := sint.get("flags"):
+            more = f" and {len(flags) - MOST_FLAGS} more" if len(flags) > MOST_FLAGS else ""
+            words.append(f"event flags {' '.join(map(str, flags[:MOST_FLAGS]))}{more} set")
+        found.append(f"  sint {number}: {', '.join(words)}")
+    return found + [f"  synthetic timer {number}: {text}" for number, text in vp["timers"].items()]
 
 
 def bus_lines(bus: Values) -> list[str]:

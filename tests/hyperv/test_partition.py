@@ -194,7 +194,8 @@ def test_closing_leaves_no_fd_no_gsi_and_no_slot(open_fds: Callable[[], int]) ->
     route.post(1, b"never delivered")
     machine.threads[0].run()
     text = synic_lines(partition.snapshot())
-    assert text[0].startswith("synic: vp 0, sint 2, routes 2, holders 2, ")
+    assert text[0].startswith("synic: vp 0: on, message page ")
+    assert text[2].startswith("synic: vp 0, sint 2, routes 2, holders 2, ")
     assert "synic:   event: 0x1 KVM" in text
     partition.close()
     partition.close()
@@ -202,7 +203,7 @@ def test_closing_leaves_no_fd_no_gsi_and_no_slot(open_fds: Callable[[], int]) ->
     assert machine.gsi.gsis() == []
     assert ("slot", 0xE0000000, 0) in machine.vm.log
     connections = {"message": [], "running": [], "event": {}}
-    assert partition.snapshot() == {"routes": [], "connections": connections}
+    assert partition.snapshot() == {"vps": [], "routes": [], "connections": connections}
     with pytest.raises(RouteError):
         partition.open_route(0, 2)
     machine.memory.close()

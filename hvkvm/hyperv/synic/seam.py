@@ -12,7 +12,7 @@ paths. Owner threads are said per method.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Protocol
+from typing import Any, Protocol
 
 
 class SynicVp(Protocol):
@@ -42,6 +42,9 @@ class SynicVp(Protocol):
         1: it was clear. 0: it was set already. -ENXIO: SynIC or page is off (S34).
         `number` is in 0..HV_EVENT_FLAGS_COUNT-1, checked by the caller. Any thread.
         """
+
+    def snapshot(self) -> dict[str, Any] | None:
+        """What it holds, for people; None while all is as at power-on. Any thread."""
 
 
 class SintLine(Protocol):

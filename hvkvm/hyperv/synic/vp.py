@@ -10,12 +10,20 @@ from __future__ import annotations
 
 import errno
 import threading
+from ctypes import string_at
+from typing import Any
 
 from hvkvm.abi.hv_synic import (
+    HV_EVENT_FLAGS_BYTE_COUNT,
+    HV_EVENT_FLAGS_COUNT,
+    HV_MESSAGE_FLAG_PENDING,
+    HV_MESSAGE_PAGE_SIZE,
+    HV_MESSAGE_SIZE,
     HV_SYNIC_CONTROL_ENABLE,
     HV_SYNIC_PAGE_MASK,
     HV_SYNIC_SIEFP_ENABLE,
     HV_SYNIC_SIMP_ENABLE,
+    HV_SYNIC_SINT_COUNT,
 )
 from hvkvm.errors import HvkvmError
 from hvkvm.events import NULL_OBSERVER, Observer, SynicPageMoved, Warned
@@ -120,6 +128,55 @@ class VpSynic:
             if not self._events_on:
                 return -errno.ENXIO
             return self.event_page.set(sint, number)
+
+    def snapshot(self) -> dict[str, Any] | None:
+        """The registers, and what its pages hold that the guest has not taken, by SINT. Any thread.
+
+        None where there is no SynIC (any more), and while it is as at power-on.
+        """
+        with self._lock:  # against `close`, which takes the pages away
+            if not self.active:
+                return None
+            messages = string_at(self.message_page.overlay.hva, HV_MESSAGE_PAGE_SIZE)
+            flags = string_at(self.event_page.overlay.hva, HV_SYNIC_SINT_COUNT * HV_EVENT_FLAGS_BYTE_COUNT)
+            on = bool(self.scontrol & HV_SYNIC_CONTROL_ENABLE)
+            gpas = (self.message_page.overlay.gpa, self.event_page.overlay.gpa)
+        from hvkvm.hyperv.synic_text import message_type
+
+        sints: dict[str, dict[str, Any]] = {}
+        for number in range(HV_SYNIC_SINT_COUNT):
+            found: dict[str, Any] = {}
+            if register := self._sint_text(number):
+                found["register"] = register
+            slot = messages[number * HV_MESSAGE_SIZE :][:HV_MESSAGE_SIZE]
+            if kind := int.from_bytes(slot[:4], "little"):
+                found["message"] = message_type(kind)
+                found["pending"] = bool(slot[5] & HV_MESSAGE_FLAG_PENDING)
+            at = number * HV_EVENT_FLAGS_BYTE_COUNT
+            if bits := int.from_bytes(flags[at : at + HV_EVENT_FLAGS_BYTE_COUNT], "little"):
+                found["flags"] = [flag for flag in range(HV_EVENT_FLAGS_COUNT) if bits >> flag & 1]
+            if found:
+                sints[str(number)] = found
+        timers = self._timer_texts()
+        if not (on or sints or timers or any(gpa is not None for gpa in gpas)):
+            return None
+        messages_at, events_at = (None if gpa is None else f"{gpa:#x}" for gpa in gpas)
+        return {
+            "vp": self.vp_index,
+            "on": on,
+            "messages_at": messages_at,
+            "events_at": events_at,
+            "sints": sints,
+            "timers": timers,
+        }
+
+    def _sint_text(self, number: int) -> str:
+        """A SINT's register in words: "" for one as at power-on, and where it is KVM's to know."""
+        return ""
+
+    def _timer_texts(self) -> dict[str, str]:
+        """The timers that were set, in words, where they are not KVM's."""
+        return {}
 
     def save(self) -> VpState:
         """Registers and pages. The VP is outside KVM_RUN, and nobody sets event flags."""

@@ -30,6 +30,10 @@ from hvkvm.abi.tlfs import (
     HV_STIMER_ENABLE,
     HV_STIMER_LAZY,
     HV_STIMER_PERIODIC,
+    HV_STIMER_SINT_MASK,
+    HV_STIMER_SINT_SHIFT,
+    HV_STIMER_VECTOR_MASK,
+    HV_STIMER_VECTOR_SHIFT,
 )
 from hvkvm.errors import Stopped
 from hvkvm.tuples import NamedTuple
@@ -43,14 +47,12 @@ _FAR = 1 << 55
 _LAST = (1 << 64) - 1
 """The last moment that 64 bits can name; a guest may ask for a period that ends later, and be saved."""
 
-_SINT_SHIFT, _SINT_MASK = 16, 0xF
-_VECTOR_SHIFT, _VECTOR_MASK = 4, 0xFF
 _LAZY_PERIODIC = HV_STIMER_PERIODIC | HV_STIMER_LAZY
 
 
 def _has_target(config: int) -> bool:
     """Whether a timer may be enabled: SINT 0 takes no timer messages (TLFS), direct mode needs no SINT."""
-    return bool(config & HV_STIMER_DIRECT_MODE or config >> _SINT_SHIFT & _SINT_MASK)
+    return bool(config & HV_STIMER_DIRECT_MODE or config >> HV_STIMER_SINT_SHIFT & HV_STIMER_SINT_MASK)
 
 
 class TimerVp(Protocol):
@@ -208,7 +210,7 @@ class Stimer:
                 if self._pending is None:
                     self._pending = expired
         if direct:
-            vector = config >> _VECTOR_SHIFT & _VECTOR_MASK
+            vector = config >> HV_STIMER_VECTOR_SHIFT & HV_STIMER_VECTOR_MASK
             if vector >= HV_SYNIC_FIRST_VALID_VECTOR:
                 self._vp.raise_vector(vector)
             return
@@ -239,7 +241,7 @@ class Stimer:
             if self._pending is None:
                 return
             config = self.config
-            sint = config >> _SINT_SHIFT & _SINT_MASK
+            sint = config >> HV_STIMER_SINT_SHIFT & HV_STIMER_SINT_MASK
             payload = hv_timer_message_payload.pack(self.index, 0, self._pending, self._clock.now())
             status = self._vp.post_message(sint, hv_message(HVMSG_TIMER_EXPIRED, payload))
             if status:
@@ -266,6 +268,16 @@ class Stimer:
                 self._arm(self._expires, self._clock.now())
         if self._pending is not None:
             self._deliver_soon()
+
+    def described(self) -> str | None:
+        """In words; None for one in its power-on state. Any thread."""
+        from hvkvm.hyperv.synic_text import stimer
+
+        config, count = self.config, self.count
+        if not (config or count):
+            return None
+        waits = ", its message waits for its slot" if self.pending else ""
+        return stimer(config, count, self._clock.now()) + waits
 
     def save(self) -> StimerState:
         """What it is. Held."""

@@ -187,6 +187,17 @@ class UserVp(VpSynic):
             self._raised_later.discard(vector)
         self.raise_vector(vector)
 
+    def _sint_text(self, number: int) -> str:
+        """See `VpSynic._sint_text`."""
+        from hvkvm.hyperv.synic_text import sint
+
+        value = self._sints[number]
+        return "" if value == HV_SYNIC_SINT_RESET else sint(value)
+
+    def _timer_texts(self) -> dict[str, str]:
+        """See `VpSynic._timer_texts`."""
+        return {str(timer.index): text for timer in self.stimers if (text := timer.described())}
+
     @property
     def auto_eoi_waiting(self) -> bool:
         """Whether an AutoEOI interrupt waits for the CPU to take it."""
