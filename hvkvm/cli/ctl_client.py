@@ -26,6 +26,17 @@ class MissingKey(Refused):
     """Key-value exchange: no such key."""
 
 
+def _how_to_look(pid: int) -> str:
+    """What else can be done with a process that does not answer on its socket."""
+    try:
+        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except (OSError, IndexError):
+        state = ""
+    if state in ("T", "t"):
+        return f"its process {pid} is stopped: `kill -CONT {pid}` has it go on"
+    return f"if it is a `hvkvm run`, `kill -QUIT {pid}` has it print who waits for what"
+
+
 class Vm:
     """A connection to one VM. VmGone when nobody listens at `path`."""
 
@@ -74,7 +85,8 @@ class Vm:
             if not isinstance(reply, dict):
                 raise ValueError("it speaks another language")
         except TimeoutError:
-            raise Refused(f"the VM does not answer within {seconds + GRACE_SECONDS:g} s") from None
+            text = f"the VM does not answer within {seconds + GRACE_SECONDS:g} s"
+            raise Refused(f"{text}; {_how_to_look(self.pid)}") from None
         except (OSError, ValueError, RecursionError) as error:
             raise VmGone(f"the VM went before it answered ({error})") from None
         if reply.get("ok"):

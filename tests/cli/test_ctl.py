@@ -8,6 +8,7 @@ import os
 import signal
 import socket
 import subprocess
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
@@ -204,8 +205,30 @@ def test_silence_has_an_end(
     status, out, err = run("--timeout", "0.1", "heartbeat")
     assert (status, out) == (1, "")
     assert "does not answer within" in err
+    assert f"`kill -QUIT {os.getpid()}` has it print who waits for what" in err
     assert vm.came.wait(SECONDS)  # who asked has gone by then, on a busy host
     assert vm.asked[0]["timeout"] == 0.1
+
+
+STOPPED = """
+import os, signal, socket, sys
+listener = socket.socket(socket.AF_UNIX)
+listener.bind(sys.argv[1])
+listener.listen()
+os.kill(os.getpid(), signal.SIGSTOP)
+"""
+
+
+def test_a_vm_whose_process_is_stopped_is_said_to_be(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ctl_client, "GRACE_SECONDS", 0.2)
+    with subprocess.Popen([sys.executable, "-c", STOPPED, tmp_path / "vm"]) as process:
+        os.waitid(os.P_PID, process.pid, os.WSTOPPED | os.WNOWAIT)
+        status, _out, err = run("--vm", str(tmp_path / "vm"), "--timeout", "0.1", "info")
+        process.kill()
+    assert status == 1
+    assert f"its process {process.pid} is stopped: `kill -CONT {process.pid}` has it go on" in err
 
 
 def full(path: Path, queued: list[socket.socket]) -> None:
