@@ -243,6 +243,8 @@ class _Client:
         if self.closed:
             return
         self.closed = True
+        if self._busy is not None and self._busy.timer is not None:
+            self._busy.timer.cancel()  # else what it asked stays for as long as it was to wait
         self._be_patient(None)
         self._stop_writing()
         if self._reader is not None:

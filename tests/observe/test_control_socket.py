@@ -39,6 +39,7 @@ class World:
         self.seen.append(request)
         match request["do"]:
             case "hold":
+                answer.timer = self.loop.call_later(SECONDS, answer.fail, "guest", "no answer")
                 self.held.append(answer)
             case "raise":
                 raise RuntimeError("a mistake")
@@ -223,6 +224,8 @@ def test_a_client_that_leaves_before_its_answer_harms_nobody(world: World) -> No
         client.sock.close()
         client.file.close()
         world.eventually(lambda count=count: len(world.held) == count and not world.server.clients)
+
+    assert not [one for one in world.held if one.timer is not None and one.timer.active], "nobody waits"
 
     def answer() -> None:
         for held in world.held:
