@@ -26,6 +26,8 @@ def inspect_lines(inside: Values) -> list[str]:
         found += synic_lines(inside["synic"])
     if inside["vmbus"] is not None:
         found += bus_lines(inside["vmbus"]) + device_lines(inside["devices"])
+    if inside.get("pci"):
+        found += tree.lines({"pci": inside["pci"]})
     if inside.get("network"):
         found += tree.lines({"network": inside["network"]})
     return found

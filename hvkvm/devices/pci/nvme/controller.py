@@ -335,10 +335,7 @@ class Controller:
         """Registers, queues and the disk."""
         return {
             "csts": f"{self._csts:#x}",
-            "queues": {
-                str(queue.id): f"{queue.size} entries, {queue.in_flight} in flight"
-                for queue in list(self.queues.submissions.values())
-            },
+            "queues": self.queues.described(),
             "bells": len(self._bells),
             "commands": self.intake.taken,
             "disk": self.disk.inspect(),

@@ -28,6 +28,10 @@ class QueueTable:
         """Commands that are unanswered."""
         return sum(queue.in_flight for queue in self.submissions.values())
 
+    def described(self) -> dict[str, str]:
+        """Each submission queue, with where it is answered. Any thread."""
+        return {str(queue.id): queue.described(self._memory) for queue in list(self.submissions.values())}
+
     def add_completion(self, queue: Completion) -> None:
         """A completion queue that the guest has made."""
         queue.shadow = self._shadow_of(2 * queue.id + 1)

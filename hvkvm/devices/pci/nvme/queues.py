@@ -78,6 +78,16 @@ class Submission:
         self.in_flight += 1
         return raw
 
+    def described(self, memory: Memory) -> str:
+        """Both ends' positions, here and in its completion queue. Any thread."""
+        at = f"head {self.head}, tail {self.tail}"
+        if self.shadow is not None:
+            at += f", the guest's {memory.read_u32(self.shadow.value)}"
+        answers = self.completion
+        room = f", {len(answers.waiting)} wait for room" if answers.waiting else ""
+        ends = f"completions to {answers.id}: head {answers.head}, tail {answers.tail} of {answers.size}"
+        return f"{self.size} entries, {at}, {self.in_flight} in flight; {ends}{room}"
+
     def save(self) -> SubmissionState:
         """Its place and positions; nothing is in flight."""
         return SubmissionState(self.id, self.base, self.size, self.completion.id, self.head, self.tail)

@@ -113,6 +113,11 @@ class Ring:
         """For a saved machine. Everything put is published then."""
         return Positions(self._taken, self._put)
 
+    def described(self) -> str:
+        """How far the driver is, and how far we are. Any thread."""
+        at = f"available {self._available[1]}, taken {self._taken}, used {self._published}"
+        return f"{self.size} entries, {at}"
+
     def go_on(self, positions: Positions) -> None:
         """Continue where a saved machine was."""
         self._taken = positions.taken & 0xFFFF

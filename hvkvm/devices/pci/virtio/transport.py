@@ -302,7 +302,7 @@ class Transport:
         return {
             "status": f"{registers.status:#x}",
             "features": f"{registers.driver_features:#x}",
-            "queues": {str(index): f"{ring.size} entries" for index, ring in list(self._rings.items())},
+            "queues": {str(index): ring.described() for index, ring in list(self._rings.items())},
             "in_flight": self._in_flight,
             "bells": len(self._bells),
             "requests": self.taken,
