@@ -321,6 +321,7 @@ def test_s58_message_page_coming_on_has_kvm_retry_its_timers(bench: Bench) -> No
     bench.synic_exit(0, 1, 0x20001, 0x30001)
     assert vcpu.msrs == [(HV_X64_MSR_EOM, 0)]
     bench.synic_exit(0, 1, 0x20001, 0x40001)
+    bench.synic_exit(0, 1, 0x20001, 0x40001)
     assert vcpu.msrs == [(HV_X64_MSR_EOM, 0)]
 
 

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import errno
+import threading
+from collections.abc import Callable
 
 import pytest
 from fake_synic import World
 
 from hvkvm.abi.hv_synic import HV_MESSAGE_FLAG_PENDING
 from hvkvm.events import Warned
-from hvkvm.hyperv.staging import State
+from hvkvm.hyperv.staging import Staging, State
 from hvkvm.hyperv.synic import pages
 
 AGAIN = -errno.EAGAIN
@@ -42,6 +44,29 @@ def test_s22_one_message_at_a_time_and_a_refused_one_has_no_callback(world: Worl
     assert bytes(world.vp().slot(2).payload[:5]) == b"first"
     world.free_slot()
     assert route.post(1, b"third") == 0
+
+
+def test_s22_of_two_threads_that_post_at_once_one_is_accepted(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    route, statuses = world.sender()
+    begin = Staging._next_attempt
+    answers: list[int] = []
+    rival = threading.Thread(target=lambda: answers.append(route.post(1, b"second")))
+
+    def with_a_rival(staging: Staging) -> int:
+        if not answers and not rival.ident:
+            rival.start()
+            rival.join(0.1)  # it waits for us: how long does not matter
+        return begin(staging)
+
+    monkeypatch.setattr(Staging, "_next_attempt", with_a_rival)
+    answers.append(route.post(1, b"first"))
+    rival.join()
+    world.settle()
+    assert sorted(answers) == [AGAIN, 0]
+    assert statuses == [0]
+    assert bytes(world.vp().slot(2).payload[:5]) == b"first"
 
 
 def test_s22_the_message_is_copied_when_it_is_posted(world: World) -> None:
@@ -274,6 +299,29 @@ def test_s29_one_ack_makes_one_attempt_however_often_it_is_heard(world: World) -
     assert statuses == [0]
 
 
+def test_s29_an_ack_in_the_middle_of_an_attempt_is_not_lost(world: World) -> None:
+    """The guest's EOM comes when the ack is awaited already, and the attempt has not ended yet."""
+    route, statuses = world.sender()
+    slot, line = world.vp().slot(2), world.line()
+    slot.message_type = 1
+    arm = line.arm_ack
+    loops: list[threading.Thread] = []
+
+    def arm_and_hear(waiter: Callable[[], None]) -> None:
+        arm(waiter)
+        slot.message_type = 0
+        loops.append(threading.Thread(target=waiter))
+        loops[0].start()
+        loops[0].join(0.1)  # it waits for the attempt's end: how long does not matter
+
+    line.arm_ack = arm_and_hear  # type: ignore[method-assign]
+    route.post(1, b"")
+    world.vp().run()
+    loops[0].join()
+    world.settle()
+    assert statuses == [0]
+
+
 def test_s29_a_sender_may_ask_for_a_try_without_an_ack(world: World) -> None:
     """For the EOM that a guest writes on another VP."""
     route, statuses = world.sender()
@@ -473,12 +521,21 @@ def test_a_loop_that_ended_strands_no_route(world: World) -> None:
     world.vp().slot(2).message_type = 1
     waiting.post(1, b"")
     world.vp().run()
+    gone, _ = world.sender(vp=1)
+    gone.post(1, b"")
+    world.vp(1).run()
+    gone.close()
+    assert not world.line(vp=1).closed, "its completion is still to run"
     world.loop.stop()
+    assert world.line(vp=1).closed == 1
     queued.close()
     assert world.line(sint=1).closed, "the completion that will not run holds nothing"
     late, _ = world.sender(sint=3)
     late.post(1, b"")
     world.vp().run()
+    assert not world.line(sint=3).closed
+    late.close()
+    assert world.line(sint=3).closed == 1
     busy, _ = world.sender(sint=4)
     world.vp().slot(4).message_type = 1
     busy.post(1, b"")

@@ -7,11 +7,12 @@ import errno
 import mmap
 import os
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pytest
 from fake_synic import EVENT_GPA, MESSAGE_GPA, FakeOverlay, FakeVp, Recorder
 
+from hvkvm.errors import KvmIoctlError
 from hvkvm.events import SynicPageMoved, Warned
 from hvkvm.hyperv.synic.pages import EventFlagsPage
 from hvkvm.hyperv.synic.vp import VpSynic
@@ -124,6 +125,27 @@ def test_a_saved_register_that_is_no_64_bit_number_is_refused(vp: FakeVp, regist
         vp.load(vp.save()._replace(**{register: value}))
 
 
+@pytest.mark.parametrize("page", ["message_page", "event_page"])
+@pytest.mark.parametrize("size", [0, 4095, 4097])
+def test_a_saved_page_of_another_size_is_refused(vp: FakeVp, page: str, size: int) -> None:
+    with pytest.raises(ValueError, match="another size"):
+        vp.load(vp.save()._replace(**{page: bytes(size)}))
+
+
+def test_s8_a_page_that_cannot_be_closed_is_told_and_the_other_closed(
+    vp: FakeVp, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken() -> None:
+        raise KvmIoctlError(errno.EINVAL, "KVM_SET_USER_MEMORY_REGION", "vm")
+
+    monkeypatch.setattr(vp.messages, "close", broken)
+    vp.switch_on()
+    vp.close()
+    assert vp.flags.closed
+    (warning,) = [e for e in vp._observer.events if isinstance(e, Warned)]  # type: ignore[attr-defined]
+    assert "vp 0" in warning.text
+
+
 def test_s8_a_host_that_cannot_place_a_page_raises(vp: FakeVp, monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(self: FakeOverlay, gpa: int | None) -> bool:
         raise OSError(errno.ENOMEM, "no mappings left")
@@ -153,6 +175,7 @@ def test_s57_each_exit_brings_all_three_values(vp: FakeVp) -> None:
     assert (vp.flags.gpa, vp.messages.gpa) == (0x5000, 0x6000)
     assert not vp.update(1, 0, 0)
     assert vp.update(1, 0, 0x6001)
+    assert not vp.update(1, 0, 0x6001), "on already: the same values again bring nothing"
 
 
 def test_s36_a_guest_that_clears_at_the_same_time_loses_no_flag() -> None:
@@ -181,6 +204,36 @@ def test_s36_a_guest_that_clears_at_the_same_time_loses_no_flag() -> None:
         store_4(stop, 1)
         os.waitpid(guest, 0)
     assert load_4(count) == fresh
+
+
+@pytest.mark.parametrize(
+    "change",
+    [lambda vp: vp.update(1, 0, 0), lambda vp: vp.reset(), lambda vp: vp.close()],
+    ids=["off", "reset", "close"],
+)
+def test_s36_nothing_comes_between_a_flags_check_and_the_flag(
+    vp: FakeVp, change: Callable[[VpSynic], object]
+) -> None:
+    """Else a flag would get into a page that was zeroed, and so into the guest's next life."""
+    vp.switch_on()
+    page = vp.event_page
+    other = threading.Thread(target=change, args=(vp,))
+    between: list[bool] = []
+
+    class Slow:
+        overlay = page.overlay
+
+        def set(self, sint: int, number: int) -> bool:
+            other.start()
+            other.join(0.1)  # it waits for us: how long does not matter
+            between.append(not other.is_alive())
+            return page.set(sint, number)
+
+    vp.event_page = Slow()  # type: ignore[assignment]
+    assert vp.set_event_flag(2, 1) == 1
+    other.join()
+    assert between == [False]
+    assert vp.set_event_flag(2, 1) == -errno.ENXIO
 
 
 @pytest.mark.usefixtures("tiny_switch_interval")
