@@ -8,7 +8,8 @@ wait, below LOW_WATER `on_congestion(False)` lets it go on.
 
 A file that takes no bytes (a full disk, a limit on its size) is no reader that
 went away: what it refuses is lost and counted, and the next write tries again,
-since there may be room by then.
+since there may be room by then. A regular file is written by a thread
+(`file_sender`), since its disk may stand still.
 
 `write` may be called from any thread, and usually is from the I/O loop, which
 sends the rest when the reader is ready.
@@ -22,6 +23,8 @@ import select
 import stat
 import threading
 from collections.abc import Callable
+from contextlib import suppress
+from fcntl import F_GET_SEALS, fcntl
 from time import monotonic, sleep
 from typing import TYPE_CHECKING
 
@@ -29,6 +32,7 @@ from hvkvm.errors import NO_MEMORY, Stopped, is_temporary
 from hvkvm.runtime.retry import Retry
 
 if TYPE_CHECKING:
+    from hvkvm.backends.file_sender import FileSender
     from hvkvm.runtime.io_loop import Handle, IoLoop
 
 HIGH_WATER = 1 << 18
@@ -54,6 +58,17 @@ def open_again(fd: int, flags: int) -> int | None:
         return os.open(f"/proc/self/fd/{fd}", flags | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC)
     except OSError:
         return None
+
+
+def _on_a_disk(fd: int) -> bool:
+    """Whether it is a regular file, and none in memory: those have seals."""
+    if not stat.S_ISREG(os.fstat(fd).st_mode):
+        return False
+    try:
+        fcntl(fd, F_GET_SEALS)
+    except OSError:
+        return True
+    return False
 
 
 class Output:
@@ -83,6 +98,7 @@ class Output:
         self.lost = 0
         self._io = io
         self._lock = threading.RLock()
+        self._changed = threading.Condition(self._lock)
         self._waiting = bytearray()
         self._congested = False
         self._short = False
@@ -93,10 +109,16 @@ class Output:
         # What may block and cannot be opened again is asked before each piece. epoll refuses files and their
         # like (EPERM): they take everything at once.
         self._ask_first = self._own is None
+        self._sender: FileSender | None = None
         try:
             self._ready.register(self._fd, select.EPOLLOUT)
         except PermissionError:
             self._ask_first = False
+            if _on_a_disk(fd):
+                from hvkvm.backends.file_sender import FileSender
+
+                self._sender = FileSender(fd, self._waiting, self._changed, self._sent)
+                self._ready.register(self._sender.idle_fd, select.EPOLLIN)
         except OSError:
             self.broken = True  # started with stdout closed
         self._watch: Handle | None = None
@@ -131,6 +153,8 @@ class Output:
         while True:
             with self._lock:
                 self._send()
+                if self._sender is not None:
+                    self._changed.wait_for(lambda: not self._waiting, timeout)
                 if not self._waiting:
                     return True
             left = deadline - monotonic()
@@ -151,6 +175,8 @@ class Output:
             self._watch = None
             self._waiting.clear()
             self.broken = True
+            if self._sender is not None:
+                self._sender.close()
             if self._own is not None:
                 os.close(self._own)
                 self._own = None
@@ -161,6 +187,9 @@ class Output:
     def _send(self) -> None:
         """Write what can be written now; afterwards watch or stop watching the fd."""
         waiting = self._waiting
+        if self._sender is not None and self._sender.send():
+            self._tell_source()
+            return
         self._short = False
         try:
             while waiting:
@@ -187,6 +216,14 @@ class Output:
         if (self._short or not waiting) and self._watch is not None and self._io.in_loop():
             self._watch.remove()
             self._watch = None
+
+    def _sent(self, error: OSError | None) -> None:
+        """The file's thread has written a piece, or could not."""
+        if error is not None:
+            self._fail(error)
+        if self._congested and len(self._waiting) <= LOW_WATER:
+            with suppress(Stopped):
+                self._io.call_soon(self._writable)  # where sources are told
 
     def _writable(self) -> None:
         with self._lock:

@@ -7,6 +7,7 @@ import fcntl
 import os
 import pty
 import resource
+import select
 import socket
 import threading
 
@@ -15,6 +16,7 @@ import pytest
 from hvkvm.backends.output import HIGH_WATER, LIMIT, LOW_WATER, Output
 
 DATA = bytes(range(256)) * 4096  # 1 MiB, LIMIT
+SECONDS = 100.0
 
 
 def flags(fd: int) -> int:
@@ -227,6 +229,7 @@ def test_a_file_is_appended_where_the_caller_stood(io, tmp_path):
         file.write(b"header\n")
         output = Output(file.fileno(), io)
         output.write(b"body\n")
+        assert output.drain(SECONDS)
         output.close()
         file.write(b"footer\n")
     assert path.read_bytes() == b"header\nbody\nfooter\n"
@@ -276,14 +279,84 @@ def test_a_file_that_has_room_again_is_written_again(io, tmp_path):
         try:
             resource.setrlimit(resource.RLIMIT_FSIZE, (4, before[1]))
             output.write(b"123456")
+            assert output.drain(SECONDS)
             output.write(b"789")
+            assert output.drain(SECONDS)
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, before)
         output.write(b"0")
+        assert output.drain(SECONDS)
         output.close()
     assert (tmp_path / "out").read_bytes() == b"12340"
     assert output.failure.errno == errno.EFBIG
     assert output.lost == 5
+
+
+class StandingDisk:
+    """Stands in for write(2) of a file whose disk stands still until `go_on` is set."""
+
+    def __init__(self, monkeypatch, real):
+        self.asked, self.go_on = threading.Event(), threading.Event()
+        self._real = real
+        monkeypatch.setattr(os, "write", self.write)
+
+    def write(self, fd, data):
+        self.asked.set()
+        assert self.go_on.wait(SECONDS)
+        return self._real(fd, data)
+
+
+def test_a_disk_that_stands_still_holds_up_nobody(io, until, tmp_path, monkeypatch):
+    with (tmp_path / "out").open("wb", buffering=0) as file:
+        disk = StandingDisk(monkeypatch, os.write)
+        told = []
+        output = Output(file.fileno(), io, on_congestion=told.append)
+        io.call_soon(output.write, DATA[: HIGH_WATER + 1])
+        assert disk.asked.wait(SECONDS)
+        on_loop = threading.Event()
+        io.call_soon(on_loop.set)
+        assert on_loop.wait(SECONDS), "the loop goes on"
+        until(lambda: told == [True])
+        assert not output.drain(0)
+        assert not select.select([output.ready_fd], [], [], 0)[0]
+        disk.go_on.set()
+        assert select.select([output.ready_fd], [], [], SECONDS)[0]
+        assert output.drain(0)
+        until(lambda: told == [True, False])
+        output.write(b"more")
+        assert output.drain(SECONDS)
+        output.close()
+    assert (tmp_path / "out").read_bytes() == DATA[: HIGH_WATER + 1] + b"more"
+    assert output.lost == 0
+
+
+def test_what_waits_for_a_disk_at_the_end_is_dropped(io, tmp_path, monkeypatch):
+    with (tmp_path / "out").open("wb", buffering=0) as file:
+        disk = StandingDisk(monkeypatch, os.write)
+        output = Output(file.fileno(), io)
+        output.write(b"first")
+        assert disk.asked.wait(SECONDS)
+        output.write(b"second")
+        output.close()
+        disk.go_on.set()
+        for thread in threading.enumerate():
+            if thread.name == "output":
+                thread.join(SECONDS)
+                assert not thread.is_alive()
+    assert (tmp_path / "out").read_bytes() == b"first"
+
+
+def test_without_a_thread_a_file_is_written_all_the_same(io, tmp_path, monkeypatch):
+    def none_left(_thread):
+        raise RuntimeError("can't start new thread")
+
+    monkeypatch.setattr(threading.Thread, "start", none_left)
+    with (tmp_path / "out").open("wb", buffering=0) as file:
+        output = Output(file.fileno(), io)
+        output.write(b"said")
+        assert output.drain(0)
+        output.close()
+    assert (tmp_path / "out").read_bytes() == b"said"
 
 
 def test_a_socket_is_asked_before_each_piece(io, until):
