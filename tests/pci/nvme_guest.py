@@ -67,6 +67,8 @@ class FakeDisk:
         if not self.held:
             self._loop.call_soon(self.release)
 
+    take = submit
+
     def release(self) -> None:
         while self.waiting:
             request = self.waiting.pop(0)

@@ -6,6 +6,7 @@ import ctypes
 import struct
 from collections.abc import Iterator, Sequence
 from random import Random
+from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -125,6 +126,46 @@ def test_whatever_is_in_it_a_walk_would_have_found_the_same(memory: GuestMemory,
         if change == "byte":
             table[data.draw(st.integers(0, len(table) - 1))] = data.draw(st.integers(0, 255))
     assert found(memory, bytes(table)) == walked(memory, bytes(table))
+
+
+def seen(memory: GuestMemory, table: bytes) -> tuple[list[bytes], list[tuple[int, int]], bool] | str:
+    """What the device reads, where it writes, or what is wrong; and whether the table was taken at once."""
+    at_once = []
+    quick = rings.short_table
+
+    def noted(copy: bytes) -> Any:
+        made = quick(copy)
+        at_once.append(made is not None)
+        return made
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(rings, "short_table", noted)
+        try:
+            chain = taken(memory, table)
+        except Broken as error:
+            return str(error)
+    return [bytes(one) for one in chain.readable], places(chain.writable), any(at_once)
+
+
+@given(st.data())
+@settings(deadline=None, max_examples=200, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_a_table_of_three_is_what_a_walk_would_have_found(memory: GuestMemory, data: st.DataObject) -> None:
+    memory.write(HEADER, Random(1).randbytes(17))
+    table = table_of([(0x100000 + data.draw(st.integers(0, 4096)), 4096)], writable=data.draw(st.booleans()))
+    changes = data.draw(st.integers(0, 2))
+    for _ in range(changes):
+        index = data.draw(st.integers(0, 2))
+        fields = list(virtio.vring_desc.unpack_from(table, 16 * index))
+        which = data.draw(st.integers(0, 3))
+        fields[which] = data.draw(EDGES) & (1 << (64, 32, 4, 3)[which]) - 1
+        virtio.vring_desc.pack_into(table, 16 * index, *fields)
+    quick = seen(memory, bytes(table))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(rings, "short_table", lambda _table: None)
+        walk = seen(memory, bytes(table))
+    assert walk[:2] == quick[:2]
+    if not changes:
+        assert quick[2]
 
 
 def performed(memory: GuestMemory, disk: FakeDisk, loop: Loop, kind: int, table: bytes) -> tuple[int, int]:

@@ -54,6 +54,7 @@ class BlockDisk(Protocol):
     @property
     def size(self) -> int: ...
     def submit(self, request: Request) -> None: ...
+    def take(self, request: Request) -> None: ...
 
 
 class Namespace:
@@ -70,7 +71,7 @@ class Namespace:
             answer(nvme.NVME_SC_INVALID_FIELD | _DNR, 0)
         elif command.opcode == nvme.NVME_CMD_FLUSH:
             if command.nsid in (1, nvme.NVME_NSID_ALL):
-                self._submit(Request(Op.FLUSH, 0, (), partial(_answered, answer, Op.FLUSH)))
+                self.disk.submit(Request(Op.FLUSH, 0, (), partial(_answered, answer, Op.FLUSH)))
             else:
                 answer(nvme.NVME_SC_INVALID_NS | _DNR, 0)
         elif command.nsid != 1:
@@ -105,13 +106,14 @@ class Namespace:
             answer(error.status, 0)
             return
         fua = op is Op.WRITE and bool(command.cdw12 & nvme.NVME_RW_FUA)
-        self._submit(Request(op, offset, views, partial(_answered, answer, op), length=length, fua=fua))
+        request = Request(op, offset, views, partial(_answered, answer, op), length=length, fua=fua)
+        self.disk.take(request)
 
     def _write_zeroes(self, command: Command, answer: Answer) -> None:
         offset, length = self._range(command)
         unmap = bool(command.cdw12 & nvme.NVME_WZ_DEAC)
         done = partial(_answered, answer, Op.WRITE_ZEROES)
-        self._submit(Request(Op.WRITE_ZEROES, offset, (), done, length=length, may_unmap=unmap))
+        self.disk.submit(Request(Op.WRITE_ZEROES, offset, (), done, length=length, may_unmap=unmap))
 
     def _manage(self, command: Command, answer: Answer) -> None:
         """Dataset management: up to 256 ranges, of which only a deallocation does something."""
@@ -134,12 +136,10 @@ class Namespace:
             return
         in_turn(self.disk, Op.DISCARD, ranges, lambda result, _offset: _answered(answer, Op.DISCARD, result))
 
-    def _submit(self, request: Request) -> None:
-        self.disk.submit(request)
-
 
 def _answered(answer: Answer, op: Op, result: Result) -> None:
-    answer(status_of(op, result), 0)
+    # As nearly all are; to look a member of an Enum up calls its __hash__.
+    answer(nvme.NVME_SC_SUCCESS if result.status is Status.OK else status_of(op, result), 0)
 
 
 def status_of(op: Op, result: Result) -> int:

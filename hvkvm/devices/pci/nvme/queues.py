@@ -109,6 +109,7 @@ class Completion:
         self.waiting: deque[tuple[Submission, tuple[int, int, int, int, int]]] = deque()
         """Answers without room. Bounded: each counts as in flight for its submission queue."""
         self.shadow: Shadow | None = None
+        self._words: memoryview | None = None  # the entries, once one was posted
 
     @property
     def full(self) -> bool:
@@ -123,10 +124,12 @@ class Completion:
     def post(self, memory: Memory, entry: tuple[int, int, int, int, int]) -> None:
         """Write one entry; its last 8 bytes have the phase, and come last. GuestMemoryError."""
         result, sq_head, sq_id, command_id, status = entry
-        at = self.base + CQE_SIZE * self.tail
-        memory.write_u64(at, result)
-        high = sq_head | sq_id << 16 | command_id << 32 | (status << 1 | self.phase) << 48
-        memory.write_u64(at + 8, high)
+        words = self._words
+        if words is None:
+            words = self._words = memory.view(self.base, CQE_SIZE * self.size).cast("Q")
+        at = CQE_SIZE // 8 * self.tail
+        words[at] = result
+        words[at + 1] = sq_head | sq_id << 16 | command_id << 32 | (status << 1 | self.phase) << 48
         self.tail += 1
         if self.tail == self.size:
             self.tail = 0

@@ -34,6 +34,7 @@ class Disk(Protocol):
     @property
     def size(self) -> int: ...
     def submit(self, request: Request) -> None: ...
+    def take(self, request: Request) -> None: ...
     def poll(self) -> None: ...
     def drain(self, done: Callable[[], object]) -> None: ...
     def inspect(self) -> dict[str, object]: ...
@@ -110,9 +111,9 @@ class VirtioBlk:
 
     def _begin(self, kind: int, offset: int, data: Buffers, answer: _Answer) -> None:
         if kind == virtio.VIRTIO_BLK_T_IN:
-            self.disk.submit(Request(Op.READ, offset, answer.data, answer.read))
+            self.disk.take(Request(Op.READ, offset, answer.data, answer.read))
         elif kind == virtio.VIRTIO_BLK_T_OUT:
-            self.disk.submit(Request(Op.WRITE, offset, data, answer.finish))
+            self.disk.take(Request(Op.WRITE, offset, data, answer.finish))
         elif kind == virtio.VIRTIO_BLK_T_FLUSH:
             self.disk.submit(Request(Op.FLUSH, 0, (), answer.finish))
         elif kind == virtio.VIRTIO_BLK_T_GET_ID:
@@ -180,6 +181,6 @@ class _Answer:
         """The result of a read, whose data are there."""
         if result.status is Status.OK:
             self._status[0] = virtio.VIRTIO_BLK_S_OK
-            self._done(size_of(self.data) + 1)
+            self._done(result.transferred + 1)
         else:
             self.give(virtio.VIRTIO_BLK_S_IOERR)

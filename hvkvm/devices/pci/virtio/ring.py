@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from typing import Protocol
 
 from hvkvm.abi import virtio
-from hvkvm.devices.pci.virtio.table import LEAST_BYTES, whole_table
+from hvkvm.devices.pci.virtio.table import LEAST_BYTES, SHORT_BYTES, short_table, whole_table
 from hvkvm.errors import GuestMemoryError
 from hvkvm.memory.atomics import fence
 from hvkvm.memory.guest import RamRegion
@@ -154,7 +154,7 @@ class Ring:
                 if not length or length % DESC or length > DESC * self.size:
                     raise Broken(f"an indirect table of {length} bytes")
                 table, limit = self._memory.read(address, length), length // DESC
-                if length >= LEAST_BYTES and self._whole(chain, table):
+                if not chain.readable and not chain.writable and self._usual(chain, table):
                     return chain
                 index, indirect = 0, True
                 continue
@@ -169,14 +169,28 @@ class Ring:
                 return chain
         raise Broken("a chain without end")
 
-    def _whole(self, chain: Chain, table: bytes) -> bool:
+    def _usual(self, chain: Chain, table: bytes) -> bool:
         """Take an indirect table at once, if it is as drivers of disks lay it."""
-        found = whole_table(self._memory, table) if not chain.readable and not chain.writable else None
+        if len(table) == SHORT_BYTES:
+            return self._short(chain, table)
+        found = whole_table(self._memory, table) if len(table) >= LEAST_BYTES else None
         if found is None:
             return False
         chain.readable.append(self._memory.view(*found.header))
         chain.writable.append(self._memory.view(*found.status))
         chain.data, chain.data_writable = found.data, found.writable
+        return True
+
+    def _short(self, chain: Chain, table: bytes) -> bool:
+        short = short_table(table)
+        if short is None:
+            return False
+        view = self._memory.view
+        header, data, writable, status = short
+        # A copy is cheaper than a view that can be revoked.
+        chain.readable.append(memoryview(self._memory.read(*header)))
+        (chain.writable if writable else chain.readable).append(view(*data))
+        chain.writable.append(view(*status))
         return True
 
     def more(self) -> bool:

@@ -8,6 +8,7 @@ one in which anything is unusual, which then says what is wrong with it.
 from __future__ import annotations
 
 from functools import lru_cache
+from struct import Struct
 
 from hvkvm.abi import virtio
 from hvkvm.memory.page_vector import LEAST_PAGES, PageVector, Ram, piece_vector
@@ -16,6 +17,10 @@ from hvkvm.tuples import NamedTuple
 _DESC = virtio.vring_desc.size
 _NEXT, _WRITE = virtio.VRING_DESC_F_NEXT, virtio.VRING_DESC_F_WRITE
 LEAST_BYTES = (LEAST_PAGES + 2) * _DESC
+_short = Struct("<" + 3 * virtio.vring_desc.format.removeprefix("<"))
+SHORT_BYTES = _short.size
+MAX_HEADER = 64
+"""Bytes of a header that is copied: the longest that a disk's driver has is 16."""
 
 
 class Table(NamedTuple):
@@ -26,6 +31,33 @@ class Table(NamedTuple):
     writable: bool
     """Whether the device writes the data."""
     status: tuple[int, int]
+
+
+class Short(NamedTuple):
+    """Of a table with its data in one piece: what lies where, address and length."""
+
+    header: tuple[int, int]
+    data: tuple[int, int]
+    writable: bool
+    """Whether the device writes the data."""
+    status: tuple[int, int]
+
+
+def short_table(table: bytes) -> Short | None:
+    """`table` of SHORT_BYTES, a copy of a driver's; None if it is not of that form."""
+    at, n, flags, link, data, length, data_flags, data_link, status, one, last, _link = _short.unpack(table)
+    if (
+        flags != _NEXT
+        or link != 1
+        or data_flags | _WRITE != _NEXT | _WRITE
+        or data_link != 2
+        or last != _WRITE
+        or not 0 < n <= MAX_HEADER
+        or not length
+        or not one
+    ):
+        return None
+    return Short((at, n), (data, length), data_flags != _NEXT, (status, one))
 
 
 class _Shape(NamedTuple):
