@@ -88,7 +88,10 @@ class RawImage:
             try:
                 data = min(end, os.lseek(self.file.fd, offset, os.SEEK_DATA))
             except OSError as error:
-                data = end if error.errno == errno.ENXIO else offset
+                if error.errno != errno.ENXIO:  # nor is its next hole anything to go by
+                    found.append(Extent(offset, end - offset, True))
+                    break
+                data = end
             if data > offset:
                 found.append(Extent(offset, data - offset, False))
                 offset = data

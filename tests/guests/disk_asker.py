@@ -24,8 +24,8 @@ def page_buffer(n: int, fill: bytes = b"") -> memoryview:
 
 
 def read(image: Image, offset: int, n: int) -> bytes:
-    """`n` bytes of an image, all of which must come."""
-    view = page_buffer(n)
+    """`n` bytes of an image, all of which must come: the memory that takes them has noise before."""
+    view = page_buffer(n, b"\xa5")
     assert image.readv(offset, [view]) == n
     return bytes(view)
 

@@ -75,9 +75,9 @@ class Scsi:
         return Disk(image, self.loop, self.loop)  # type: ignore[arg-type]
 
     def execute(self, unit: Unit, cdb: bytes, data: bytes | int = b"") -> tuple[Reply, bytes]:
-        """The one reply, and what is in the buffers then: `data`, or so many bytes of room."""
+        """The one reply, and what is in the buffers then: `data`, or so many bytes of room, with noise in it."""
         n = data if isinstance(data, int) else len(data)
-        memory = page_buffer(n)
+        memory = page_buffer(n, b"\xa5")
         if isinstance(data, bytes):
             memory[:] = data
         # Scattered, as guests' pages are.

@@ -82,7 +82,8 @@ def test_what_its_block_limits_say(ask: Scsi, asked: Asked) -> None:
     room = transfer * SECTOR
     assert asked.good(cdb(scsi.READ_16, 0, transfer), room) == [(Op.READ, 0, transfer)]
     assert asked.good(cdb(scsi.WRITE_16, 0, transfer), room) == [(Op.WRITE, 0, transfer)]
-    assert sum(n for _op, _at, n in asked.good(cdb(scsi.VERIFY_16, 0, transfer, COMPARE), room)) == transfer
+    compared = asked.good(cdb(scsi.VERIFY_16, 0, transfer, COMPARE), bytes(room))
+    assert sum(n for _op, _at, n in compared) == transfer
     for operation, flags in ((scsi.READ_16, 0), (scsi.WRITE_16, 0), (scsi.VERIFY_16, COMPARE)):
         one_more = cdb(operation, 0, transfer + 1, flags)
         assert asked.refused(one_more, room + SECTOR) == scsi.INVALID_FIELD_IN_CDB
@@ -144,7 +145,7 @@ def test_what_differs_first_is_told_and_ends_a_verification(ask: Scsi, asked: As
         assert ask.sense(asked.unit, compare, data) == scsi.MISCOMPARED
         assert len(asked.requests) == 1
         asked.requests.clear()
-    assert asked.good(compare, len(data))
+    assert asked.good(compare, bytes(len(data)))
 
 
 def test_no_more_than_four_compare_at_a_time(ask: Scsi, asked: Asked) -> None:
