@@ -221,9 +221,10 @@ def _check(file: KernelFile, header: SetupHeader) -> None:
         raise file.error(f"speaks boot protocol {shown}, without a 64-bit entry", "give Linux 3.8 or later")
     if not header.xloadflags & bootparams.XLF_KERNEL_64:
         raise file.error("is a 32-bit kernel", "give one built for x86-64")
-    end = header.setup_size + max(header.system_size, _ENTRY_64 + 1)
+    # The size is in whole paragraphs, and the last one need not be: memtest86+ ends within it.
+    end = header.setup_size + max(header.system_size - 15, _ENTRY_64 + 1)
     if file.size < end:
-        raise file.truncated(f"the kernel, which ends at byte {end},")
+        raise file.truncated(f"the kernel, which ends at byte {end} or later,")
 
 
 def _version(file: KernelFile, header: SetupHeader) -> str:

@@ -190,9 +190,16 @@ def test_bzimage_that_cannot_boot(
 
 def test_truncated_bzimage(memory: GuestMemory, tmp_path: Path) -> None:
     whole = ki.bzimage()
-    for length in (len(whole) - 1, 5 * 512 + 0x200, 0x300):
+    for length in (len(whole) - 16, 5 * 512 + 0x200, 0x300):
         with pytest.raises(BootError, match=r"--kernel .*k: is truncated: .*; copy or build it again"):
             ki.load(memory, tmp_path / "k", whole[:length])
+
+
+def test_bzimage_may_end_within_the_last_paragraph(memory: GuestMemory, tmp_path: Path) -> None:
+    """Its header has the size in units of 16 bytes, rounded up; memtest86+ 7.20 ends 8 bytes before that."""
+    whole = ki.bzimage(vmlinux=b"not an ELF file")
+    for missing in (8, 15):
+        ki.load(memory, tmp_path / f"k{missing}", whole[:-missing])
 
 
 @pytest.mark.parametrize(
