@@ -134,6 +134,7 @@ class Front(ABC):
             Ending.PANIC,
             Ending.TRIPLE_FAULT,
             Ending.KVM_ERROR,
+            Ending.HOST_ERROR,
         ):
             return {}
         from hvkvm.machine import kernel_log

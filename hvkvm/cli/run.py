@@ -32,8 +32,8 @@ EPILOG = """exit status:
   no files, memory or threads left; 74 instead of 0 when output, firmware's variables, a
   recording or a timeline are lost; 77 capability missing; 124 timeout; 130 interrupted (129
   by SIGHUP, 143 by SIGTERM); 141 nobody reads the output; 254 triple fault, KVM internal
-  error, or the host has no files, memory or threads left while the guest runs; 255 guest
-  panic
+  error, error in the host's code, or the host has no files, memory or threads left while the
+  guest runs; 255 guest panic
 
 a standard output that takes nothing (a full disk, ulimit -f) does not end the guest:
 it is said at once, tried again with what the guest prints next, and counted at the end
@@ -227,6 +227,8 @@ def run_machine(config: MachineConfig, options: Any) -> int:
             machine.start()
             end = None if config.timeout is None else monotonic() + config.timeout
             outcome, report = _attend(machine, signals, status, teller, end, front)
+            if outcome.ending is Ending.HOST_ERROR:
+                machine.lifecycle.take_error()  # it is told as the run's end
             front.take_rest(outcome)
             last_lines = {} if options.json else front.last_lines(outcome)
             machine.close()  # a reader who takes his time holds no guest RAM

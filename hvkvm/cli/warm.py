@@ -27,8 +27,8 @@ EPILOG = """exit status:
   0 saved; 1 the guest ended before it waited, or could not be saved; 2 usage; 69 KVM
   unavailable, or the host has no files, memory or threads left; 74 saved, but a recording
   or a timeline is lost; 77 capability missing; 124 timeout; 130 interrupted (129 by SIGHUP,
-  143 by SIGTERM); 254 triple fault, KVM internal error, or the host has no files, memory or
-  threads left while the guest runs; 255 guest panic
+  143 by SIGTERM); 254 triple fault, KVM internal error, error in the host's code, or the
+  host has no files, memory or threads left while the guest runs; 255 guest panic
 
 examples:
   hvkvm warm --kernel vmlinuz -o warm.state
@@ -105,6 +105,8 @@ def save_machine(config: MachineConfig, options: Any) -> int:
         status.start()
         machine.start()
         outcome = _attend(machine, signals, teller if live else None)
+        if outcome.ending is Ending.HOST_ERROR:
+            machine.lifecycle.take_error()  # it is told as the run's end
         machine.close()
         status.clear()
         if outcome.ending is not Ending.SAVED:

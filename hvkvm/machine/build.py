@@ -19,12 +19,13 @@ from hvkvm.abi.kvm import (
     KVM_CAP_MAX_VCPUS,
     KVM_PIT_SPEAKER_DUMMY,
 )
-from hvkvm.errors import BootError, CapabilityMissing, ConfigError, HvkvmError
+from hvkvm.errors import BootError, CapabilityMissing, ConfigError
 from hvkvm.kvm.gsi import GsiTable
 from hvkvm.kvm.system import Kvm
 from hvkvm.kvm.vm import Vm
 from hvkvm.machine.config import MachineConfig
 from hvkvm.machine.hyperv import Hyperv
+from hvkvm.machine.outcome import is_mistake
 from hvkvm.machine.platform import Platform
 from hvkvm.machine.vcpus import create_vcpus
 from hvkvm.memory.guest import GuestMemory, RamSource
@@ -120,7 +121,7 @@ def create_platform(
 
     def vcpu_failed(thread: VcpuThread, error: BaseException) -> None:
         # A mistake in a handler, a test's perhaps, is found by its kind and place.
-        on_fault(error, f"{thread.name}: {error if isinstance(error, HvkvmError) else fault_text(error)}")
+        on_fault(error, f"{thread.name}: {fault_text(error) if is_mistake(error) else error}")
 
     io = IoLoop(on_fault=lambda error: on_fault(error, f"I/O loop: {fault_text(error)}"))
     stack.callback(io.stop)

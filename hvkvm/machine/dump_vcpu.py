@@ -4,7 +4,7 @@ Why the last: a guest that stands still has mostly missed an interrupt, or its t
 was never armed. Then what is pending, in service and armed tells which.
 
 Reads registers on the vCPU's own thread through its work queue, and right here when
-that has ended; one that does not answer within a moment is said to be stuck rather
+that has ended or was not started; one that does not answer within a moment is said to be stuck rather
 than waited for. Any thread but a vCPU's or the I/O loop's.
 """
 
@@ -54,12 +54,13 @@ def describe(thread: VcpuThread) -> list[str]:
 
 def _asked(thread: VcpuThread) -> list[str]:
     """HvkvmError for a vCPU that is closed, TimeoutError."""
-    try:
-        return list(thread.call(_state, thread.vcpu, timeout=ANSWER_SECONDS))
-    except Stopped:
-        if not thread.join(ANSWER_SECONDS):
-            raise
-    return _state(thread.vcpu)  # its thread has ended, and nobody else owns it
+    if not thread.join(0):
+        try:
+            return list(thread.call(_state, thread.vcpu, timeout=ANSWER_SECONDS))
+        except Stopped:
+            if not thread.join(ANSWER_SECONDS):
+                raise
+    return _state(thread.vcpu)  # its thread has ended or never began, and nobody else owns it
 
 
 def _state(vcpu: Vcpu) -> list[str]:

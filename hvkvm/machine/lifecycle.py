@@ -31,7 +31,15 @@ from typing import TYPE_CHECKING, Protocol
 from hvkvm.errors import HvkvmError, Stopped, Stuck, exhausted
 from hvkvm.events import GuestPanicked
 from hvkvm.kvm.irqfd import EventFd
-from hvkvm.machine.outcome import EXIT_MACHINE_FAULT, EXIT_PANIC, EXIT_TIMEOUT, Ending, Outcome, of_fault
+from hvkvm.machine.outcome import (
+    EXIT_MACHINE_FAULT,
+    EXIT_PANIC,
+    EXIT_TIMEOUT,
+    Ending,
+    Outcome,
+    is_mistake,
+    of_fault,
+)
 from hvkvm.machine.part import Part
 from hvkvm.machine.platform import Platform
 from hvkvm.runtime.timers import MAX_WAIT
@@ -103,7 +111,7 @@ class Lifecycle:
         self._waiting: deque[Callable[[Callable[[], object]], object]] = deque()
         self._deadline: Timer | None = None
         self._stopping: Part | None = None
-        self._unheard: BaseException | None = None  # an error behind the end, which has its name already
+        self._unheard: BaseException | None = None  # what `stop` raises
         self._enders: list[Callable[[Callable[[], object]], object]] = []
 
     def at_end(self, ender: Callable[[Callable[[], object]], object]) -> None:
@@ -181,11 +189,18 @@ class Lifecycle:
                 self._ended.signal()
 
     def failed(self, error: BaseException, detail: str) -> None:
-        """End the run by a thread's error. One that comes behind the end is raised by `stop`. Any thread."""
+        """End the run by a thread's error. `stop` raises the first that is a mistake in code. Any thread."""
         if self.outcome is None:
+            if is_mistake(error):
+                self._unheard = self._unheard or error
             self.finish(*of_fault(error, detail))
         elif not isinstance(error, Stopped) and exhausted(error) is None:
-            self._unheard = self._unheard or error
+            self._unheard = self._unheard or error  # behind the end, which has its name already
+
+    def take_error(self) -> BaseException | None:
+        """The error that `stop` would raise; it is the caller's to tell from now on. Any thread."""
+        error, self._unheard = self._unheard, None
+        return error
 
     def expire(self, seconds: float | None) -> None:
         """End the run because its `seconds` are over; a guest that hangs in its panic has ended by that."""
@@ -197,8 +212,8 @@ class Lifecycle:
     def stop(self, seconds: float) -> None:
         """End every vCPU's thread, stop the parts, end the I/O loop. Idempotent; who comes second waits.
 
-        Raises Stuck, naming who has not come to rest within `seconds` a step; the first error that came
-        behind the end, with all stopped; and as `check_thread` does.
+        Raises Stuck, naming who has not come to rest within `seconds` a step; once, with all stopped, the
+        first error of code that the threads ran; and as `check_thread` does.
         """
         self.check_thread("stop")
         if self.outcome is None:
@@ -210,8 +225,7 @@ class Lifecycle:
             self._stop_parts_from_outside(seconds)
             self.phase = Phase.ENDED
             self._platform.io.stop()
-            error, self._unheard = self._unheard, None
-        if error is not None:
+        if (error := self.take_error()) is not None:
             raise error
 
     def check_thread(self, what: str) -> None:

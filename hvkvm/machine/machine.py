@@ -33,6 +33,7 @@ from hvkvm.machine.host_limits import make_room_for_files, named_when_exhausted
 from hvkvm.machine.names import own_name
 from hvkvm.machine.outcome import Ending, Outcome
 from hvkvm.memory.guest import GuestMemory
+from hvkvm.runtime.guard import fault_text
 from hvkvm.state.file import Saved
 
 if TYPE_CHECKING:
@@ -48,6 +49,9 @@ class Machine:
     `config` is what it was made of, `name` its name. `board.attach_sink(fn)` has `fn(data)` called with the
     console's output, on the I/O loop; give it before `start`. `bus` is its VMBus, `nics` are its NICs; each
     is None where it has none. A `with` block closes it.
+
+    The guest calls code of the caller's on threads of the machine: a handler, a device, a sink. What that
+    raises ends the run, and `run`, `stop` or `close` raises it, whichever comes first; `wait` does not.
     """
 
     def __init__(self, config: MachineConfig, *, observer: Observer = NULL_OBSERVER) -> None:
@@ -90,7 +94,10 @@ class Machine:
         return self.lifecycle.wait(timeout)
 
     def run(self) -> Outcome:
-        """Start, wait for the end or `config.timeout` seconds, stop every thread, return the outcome."""
+        """Start, wait for the end or `config.timeout` seconds, stop every thread, return the outcome.
+
+        Raises as `start` and `stop` do.
+        """
         self.start()
         if self.wait(self.config.timeout) is None:
             self.expire()
@@ -129,11 +136,14 @@ class Machine:
         self.platform.group.resume_all()
 
     def stop(self) -> None:
-        """Stop and join every thread. Idempotent; raises HvkvmError naming a thread that does not stop."""
+        """Stop and join every thread. Idempotent; raises HvkvmError naming a thread that does not stop.
+
+        Raises, once and with every thread stopped, what a callback of the guest's has raised.
+        """
         self.lifecycle.stop(STOP_SECONDS)
 
     def close(self) -> None:
-        """Stop, and release every fd and mapping, devices first. Idempotent."""
+        """Stop, and release every fd and mapping, devices first. Idempotent; raises as `stop` does."""
         if self.lifecycle.is_copy:
             if not self._closed:
                 self._closed = True
@@ -148,6 +158,8 @@ class Machine:
                 self.stop()
             finally:
                 self._stack.close()
+            if (error := self.lifecycle.take_error()) is not None:
+                raise error  # of a device of the caller's, which has just been closed
 
     def _let_go(self) -> None:
         """A forked child's close: only what acts on this process alone, and nothing that takes a lock."""
@@ -161,6 +173,9 @@ class Machine:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        ends_program = isinstance(error, KeyboardInterrupt | SystemExit)
+        if error is not None and ends_program and (other := self.lifecycle.take_error()) is not None:
+            error.add_note(f"before that a callback raised {fault_text(other)}")  # which must not replace it
         self.close()
 
     # Looking at it, and being its host.

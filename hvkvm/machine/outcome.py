@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from enum import Enum
 
-from hvkvm.errors import exhausted
+from hvkvm.errors import HvkvmError, exhausted
+from hvkvm.runtime.guard import is_callers
 from hvkvm.tuples import NamedTuple
 
 
@@ -18,6 +19,7 @@ class Ending(Enum):
     PANIC = "guest panic"
     TRIPLE_FAULT = "triple fault"
     KVM_ERROR = "KVM internal error"
+    HOST_ERROR = "error in the host's code"
     HOST_EXHAUSTED = "the host has no more to give"
     TIMEOUT = "timeout"
     QUIT = "quit"
@@ -53,9 +55,17 @@ class Outcome(NamedTuple):
         return f"{self.ending.value}{tail}"
 
 
+def is_mistake(error: BaseException) -> bool:
+    """Whether code is at fault, a caller's callback or ours: KVM refuses nothing, nor does the host want."""
+    if exhausted(error) is not None:
+        return False
+    return not isinstance(error, HvkvmError) or is_callers(error)
+
+
 def of_fault(error: BaseException, detail: str) -> Outcome:
     """The end that an `error` on a thread of the machine's makes: the host's want, or a fault in `detail`."""
     what = exhausted(error)
-    if what is None:
-        return Outcome(Ending.KVM_ERROR, EXIT_MACHINE_FAULT, detail)
-    return Outcome(Ending.HOST_EXHAUSTED, EXIT_MACHINE_FAULT, what)
+    if what is not None:
+        return Outcome(Ending.HOST_EXHAUSTED, EXIT_MACHINE_FAULT, what)
+    ending = Ending.HOST_ERROR if is_mistake(error) else Ending.KVM_ERROR
+    return Outcome(ending, EXIT_MACHINE_FAULT, detail)

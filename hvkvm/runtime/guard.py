@@ -1,9 +1,10 @@
 """What a device's callback raises ends that device, not the machine.
 
-Why: a device is reached by guest bytes, by host programs and by a test's own code. A
-mistake in one of them must cost that device and nothing else, under a name. So whatever
-runs for a device runs here: calls of its bus (`vmbus.host`, `devices.pci.bus`), and what it
-defers (turns, timers, sockets) by the `Guard` that it owns.
+Why: a device is reached by guest bytes and by host programs. A mistake in it must cost
+that device and nothing else, under a name. So whatever runs for a device runs here:
+calls of its bus (`vmbus.host`, `devices.pci.bus`), and what it defers (turns, timers,
+sockets) by the `Guard` that it owns. A mistake of the caller's, such as an assertion of a
+test that plays a device, is the caller's to hear: `is_callers` tells it.
 
 The I/O loop; a device on PCI is called by vCPU threads too.
 """
@@ -11,6 +12,7 @@ The I/O loop; a device on PCI is called by vCPU threads too.
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Callable, Iterable
 from typing import Any, Protocol, runtime_checkable
 
@@ -76,6 +78,22 @@ class Guarded(Protocol):
 
     @property
     def guard(self) -> Guard: ...
+
+
+def is_callers(error: BaseException) -> bool:
+    """Whether code that is not hvkvm's, such as a caller's callback, was at work when `error` was raised."""
+    trace = error.__traceback__
+    while trace is not None:
+        if is_callers_module(trace.tb_frame.f_globals.get("__name__")):
+            return True
+        trace = trace.tb_next
+    return False
+
+
+def is_callers_module(name: object) -> bool:
+    """Whether a module of this name is neither hvkvm's nor Python's own."""
+    top = str(name).partition(".")[0]
+    return top != "hvkvm" and top not in sys.stdlib_module_names
 
 
 def fault_text(error: BaseException) -> str:

@@ -42,6 +42,7 @@ from hvkvm.errors import HvkvmError, UnhandledExit
 from hvkvm.kvm.vcpu import Vcpu
 from hvkvm.memory.atomics import FREE_THREADED, fence
 from hvkvm.runtime.call import Call
+from hvkvm.runtime.guard import fault_text
 from hvkvm.runtime.kick import Kicker
 from hvkvm.runtime.thread_start import start_thread
 from hvkvm.runtime.workqueue import Cancelled, WorkQueue
@@ -232,7 +233,7 @@ class VcpuThread:
             name = "its queue" if running is None else getattr(running, "__qualname__", repr(running))
             return f"draining {name}"
         if phase == _ENDED:
-            return "ended" if self.fault is None else f"ended by {self.fault!r}"
+            return "ended" if self.fault is None else f"ended by {fault_text(self.fault)}"
         return {_NEW: "not started", _ENTERED: "running guest", _PARKED: "waiting paused"}[phase]
 
     def _main(self) -> None:

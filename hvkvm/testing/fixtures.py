@@ -1,4 +1,4 @@
-"""The plugin's fixtures, options and marker: guests for tests, and what their failures show.
+"""The plugin's fixtures, options and marker: guests for tests.
 
 `@pytest.mark.hvkvm(synic=[...], cpus=[...], kernels="all", seconds=...)` has a test
 run once for each of the values, and bounds its waits. See docs/testing.md.
@@ -9,13 +9,14 @@ from __future__ import annotations
 import itertools
 import os
 import tempfile
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import pytest
 
 from hvkvm.errors import ConfigError
+from hvkvm.testing.ended_tests import GUESTS, close_all
 
 if TYPE_CHECKING:
     import subprocess
@@ -44,7 +45,6 @@ _KNOWN = {
     "kernels": _Keyword('"all"', lambda value: value == "all"),
     "seconds": _Keyword("a number above 0", lambda value: type(value) in (int, float) and value > 0),
 }
-_GUESTS = pytest.StashKey[list["Guest"]]()
 G = TypeVar("G", bound="Guest")
 
 
@@ -197,7 +197,7 @@ class _Maker:
     def __init__(self, request: pytest.FixtureRequest) -> None:
         self._request = request
         self._marked = _marked(request.node)
-        self.guests: list[Guest] = request.node.stash.setdefault(_GUESTS, [])
+        self.guests: list[Guest] = request.node.stash.setdefault(GUESTS, [])
 
     def settings(self, given: Mapping[str, Any], seconds: float) -> dict[str, Any]:
         """What the marker and the options say, where the test itself does not."""
@@ -225,14 +225,7 @@ def hvkvm_guests(request: pytest.FixtureRequest) -> Iterator[_Maker]:
     """For the fixtures that make guests; closes them behind the test."""
     maker = _Maker(request)
     yield maker
-    errors = []
-    while maker.guests:
-        try:
-            maker.guests.pop().close()
-        except Exception as error:
-            errors.append(error)
-    if errors:
-        raise errors[0]
+    close_all(maker.guests)
 
 
 @pytest.fixture
@@ -370,41 +363,3 @@ def lab() -> Callable[..., subprocess.CompletedProcess[str]]:
     from hvkvm.testing import lab as module
 
     return module.run
-
-
-@pytest.hookimpl(wrapper=True)
-def pytest_runtest_makereport(
-    item: pytest.Item, call: pytest.CallInfo[None]
-) -> Generator[None, pytest.TestReport, pytest.TestReport]:
-    """Attach what one would ask of the guests of a test that failed."""
-    report = yield
-    guests = item.stash.get(_GUESTS, [])
-    if report.failed and call.when in ("setup", "call") and guests:
-        from hvkvm.testing.report import sections
-
-        report.sections.extend(sections(guests))
-        if item.config.getoption("--hvkvm-keep"):
-            _wait_for(item, guests)
-    return report
-
-
-def _wait_for(item: pytest.Item, guests: Sequence[Guest]) -> None:
-    """Leave guests of a failed test as they are until somebody ends them, or presses Ctrl-C."""
-    running = [guest for guest in guests if guest.started and guest.ended is None]
-    if not running:
-        return
-    capture = item.config.pluginmanager.getplugin("capturemanager")
-    if capture is not None:
-        capture.suspend_global_capture(in_=True)
-    try:
-        for guest in running:
-            name = guest.machine.name
-            print(f"\n{item.nodeid} has failed, and its guest runs on: hvkvm ctl --vm {name} inspect")
-            print(f"hvkvm ctl --vm {name} quit, or Ctrl-C here, ends it", flush=True)
-            try:
-                guest.machine.wait()
-            except KeyboardInterrupt:
-                continue
-    finally:
-        if capture is not None:
-            capture.resume_global_capture()

@@ -12,6 +12,7 @@ from time import monotonic, sleep
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from hvkvm.errors import HvkvmError, Stopped
+from hvkvm.runtime.guard import is_callers_module
 
 if TYPE_CHECKING:
     from hvkvm.hyperv.partition import Partition
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
     from hvkvm.vmbus.host import VmbusHost
 
 T = TypeVar("T")
+E = TypeVar("E", bound=BaseException)
 
 MAX_CONSOLE_BYTES = 16 << 20
 """What a guest prints beyond this is not kept."""
@@ -100,7 +102,10 @@ class Guest:
         self.machine.start()
 
     def wait_until(self, happened: Callable[[], T | None], what: str, seconds: float | None = None) -> T:
-        """What `happened()` returned once that was true; GuestFailure if the guest ends or time is over."""
+        """What `happened()` returned once that was true; GuestFailure if the guest ends or time is over.
+
+        What the guest's callbacks raise is raised here, as by each of the methods that wait.
+        """
         __tracebackhide__ = True
         limit = self.seconds if seconds is None else seconds
         end = monotonic() + limit
@@ -109,6 +114,7 @@ class Guest:
             # Asked before: what happens last before a guest's end has happened.
             outcome = self.machine.outcome
             if outcome is not None:
+                self.raise_error()
                 self._take_rest(outcome)
             found = happened()
             if found:
@@ -141,8 +147,18 @@ class Guest:
         outcome = self.machine.wait(limit)
         if outcome is None:
             raise GuestFailure(f"the guest has not ended within {limit:g} s")
+        error = self.machine.lifecycle.take_error()
         self._finish(outcome)
+        if error is not None:
+            raise _without_our_frames(error)
         return outcome
+
+    def raise_error(self) -> None:
+        """Raise what a callback of the guest's has raised, such as a handler's assertion; once."""
+        __tracebackhide__ = True
+        error = self.machine.lifecycle.take_error()
+        if error is not None:
+            raise _without_our_frames(error)
 
     def _take_rest(self, outcome: Outcome) -> None:
         """Take what the guest has said last, which is still on its way when it has ended. Repeatable."""
@@ -229,3 +245,11 @@ class Guest:
     def close(self) -> None:
         """End it and let go of everything. Idempotent."""
         self.machine.close()
+
+
+def _without_our_frames(error: E) -> E:
+    """`error` with the traceback from the callback on, without the calls of ours that led there."""
+    trace = error.__traceback__
+    while trace is not None and not is_callers_module(trace.tb_frame.f_globals.get("__name__")):
+        trace = trace.tb_next
+    return error if trace is None else error.with_traceback(trace)

@@ -166,9 +166,11 @@ class LinuxGuest(Guest):
 
     def _finish(self, outcome: Outcome) -> None:
         self._take_rest(outcome)
-        super()._finish(outcome)
-        for output in self._outputs.values():
-            output.drain(DRAIN_SECONDS)
+        try:
+            super()._finish(outcome)
+        finally:
+            for output in self._outputs.values():
+                output.drain(DRAIN_SECONDS)
 
     def close(self) -> None:
         """See Guest."""

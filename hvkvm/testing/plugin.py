@@ -15,6 +15,11 @@ from typing import TYPE_CHECKING
 
 import pytest
 
+from hvkvm.testing.ended_tests import (
+    pytest_runtest_call,
+    pytest_runtest_makereport,
+    pytest_runtest_setup,
+)
 from hvkvm.testing.fixtures import (
     disk,
     hvkvm_cpus,
@@ -27,7 +32,6 @@ from hvkvm.testing.fixtures import (
     net,
     pytest_addoption,
     pytest_generate_tests,
-    pytest_runtest_makereport,
     synic_of,
     vm_pair,
     vmbus_device,
@@ -53,7 +57,9 @@ __all__ = [
     "net",
     "pytest_addoption",
     "pytest_generate_tests",
+    "pytest_runtest_call",
     "pytest_runtest_makereport",
+    "pytest_runtest_setup",
     "required_tiers",
     "vm_pair",
     "vmbus_device",

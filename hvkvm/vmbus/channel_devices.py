@@ -15,7 +15,7 @@ from functools import partial
 from typing import Any
 
 from hvkvm.abi import vmbus
-from hvkvm.runtime.guard import Guarded, fault_text
+from hvkvm.runtime.guard import Guarded, fault_text, is_callers, is_callers_module
 from hvkvm.vmbus.actions import OpenChannel, RetargetChannel
 from hvkvm.vmbus.device import BusyDevice, Device, GpadlUser, MultiChannel, SavedDevice, StreamDevice
 from hvkvm.vmbus.offer import Channel
@@ -59,6 +59,8 @@ class ChannelDevices:
         self._closed: dict[Channel, list[Callable[[], object]]] = {}
         self.tap: Tap | None = None
         """Who listens to channels that open from now on."""
+        self.on_callers_error: Callable[[Exception], object] = lambda _error: None
+        """Hears what a caller's own code raised: in a device of the caller's, or called by one of ours."""
         self.ended: dict[str, str] = {}
         """Devices that ended by their own fault, by name: why."""
 
@@ -247,6 +249,8 @@ class ChannelDevices:
             opened.halt()
         # Deferred: it may be told from inside a ring's batch, or an action.
         self._soon(self._end_failed, self._server.channels.primary(channel))
+        if is_callers(error) or is_callers_module(type(self._devices.get(channel)).__module__):
+            self.on_callers_error(error)
 
     def _end_failed(self, channel: Channel) -> None:
         device = self._devices.get(channel)

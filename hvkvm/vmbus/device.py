@@ -3,8 +3,9 @@
 All calls come on the I/O loop; a device keeps no reference to `ChannelIo`
 behind `close`. What one of them raises ends the device: its channel is
 rescinded for the rest of the run, with the reason in what the machine tells and
-in `VmbusHost.snapshot`. A device that defers work runs it by a `runtime.guard.Guard`, so
-that the same holds of it (`runtime.guard.Guarded`).
+in `VmbusHost.snapshot`. If the mistake is the caller's own, in a device that is not
+hvkvm's, the error ends the machine's run too. A device that defers work runs it by a
+`runtime.guard.Guard`, so that the same holds of it (`runtime.guard.Guarded`).
 
 A device that has given guest memory to another thread takes its time to let go of
 it: it keeps the `done` of `close`, `release_gpadl` or `rest`, and calls it once, on

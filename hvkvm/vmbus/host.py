@@ -16,7 +16,7 @@ from hvkvm.abi import vmbus_messages as wire
 from hvkvm.abi.hv_synic import hv_post_message_input
 from hvkvm.errors import Stopped
 from hvkvm.events import NULL_OBSERVER, Observer
-from hvkvm.runtime.guard import fault_text
+from hvkvm.runtime.guard import fault_text, is_callers
 from hvkvm.runtime.protocols import CallLater
 from hvkvm.vmbus.actions import (
     Action,
@@ -256,6 +256,8 @@ class VmbusHost:
         except Exception as error:
             name = getattr(fn, "__qualname__", None) or repr(fn)
             self.server.reports.add("service failed", f"{name}: {fault_text(error)}")
+            if is_callers(error):
+                self.devices.on_callers_error(error)
             return False
         return True
 

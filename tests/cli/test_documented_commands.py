@@ -340,7 +340,9 @@ def test_the_status_of_a_host_without_room_is_listed(verb: str) -> None:
     assert f"{HostExhausted.exit_status} KVM unavailable, or {left}; 74" in text
     fault = of_fault(HostExhausted(""), "")
     assert fault.ending is Ending.HOST_EXHAUSTED
-    assert f"{fault.status} triple fault, KVM internal error, or {left} while the guest runs; 255" in text
+    assert of_fault(ValueError(), "") == (Ending.HOST_ERROR, fault.status, "")
+    ours = f"KVM internal error, {Ending.HOST_ERROR.value}"
+    assert f"{fault.status} triple fault, {ours}, or {left} while the guest runs; 255" in text
 
 
 @pytest.mark.parametrize("verb", ["run", "warm", "matrix", "README.md", "docs/ci.md", "docs/matrix.md", ""])

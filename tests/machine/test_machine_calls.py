@@ -12,6 +12,7 @@ import pytest
 import hvkvm
 from hvkvm.errors import ConfigError, HvkvmError, StateError, Stopped
 from hvkvm.machine.config import MachineConfig
+from hvkvm.machine.dump_vcpu import describe
 from hvkvm.machine.lifecycle import Lifecycle
 from hvkvm.machine.machine import Machine
 from hvkvm.machine.outcome import Ending
@@ -139,8 +140,10 @@ def test_a_sink_that_raises_ends_the_run_by_its_error(micro_guest: Make) -> None
         raise LookupError("no such word")
 
     machine.board.attach_sink(sink)
-    outcome = machine.run()
-    assert (outcome.ending, outcome.status) == (Ending.KVM_ERROR, 254)
+    with pytest.raises(LookupError, match="no such word"):
+        machine.run()
+    assert (outcome := machine.outcome)
+    assert (outcome.ending, outcome.status) == (Ending.HOST_ERROR, 254)
     assert outcome.detail.startswith("I/O loop: LookupError: no such word (test_machine_calls.py:")
     assert len(heard) == 1, "it gets nothing more"
 
@@ -171,9 +174,12 @@ def test_a_mistake_in_a_device_is_told_with_its_kind_and_place(micro_guest: Make
 
     machine = micro_guest(WRITES).machine
     machine.board.ports.add(PORT, 1, Port(check))
-    outcome = machine.run()
-    assert outcome.ending is Ending.KVM_ERROR
+    with pytest.raises(AssertionError):
+        machine.run()
+    assert (outcome := machine.outcome)
+    assert outcome.ending is Ending.HOST_ERROR
     assert outcome.detail.startswith("vcpu0: AssertionError: (test_machine_calls.py:")
+    assert describe(machine.platform.threads[0])[0].startswith(f"vcpu0: ended by {outcome.detail[7:]};")
 
 
 @pytest.mark.parametrize(("key", "flag"), [("restore", "--restore"), ("warm", "--from")])
