@@ -13,7 +13,7 @@ from hvkvm.errors import Stopped
 from hvkvm.hyperv.usermode.stimer import MIN_PERIOD, Stimer
 
 ENABLE, PERIODIC, LAZY, AUTO_ENABLE, DIRECT = 1, 2, 4, 8, 1 << 12
-SINT = 3
+TIMER, SINT = 1, 3
 ON_SINT = SINT << 16
 MS = 10_000
 
@@ -91,7 +91,8 @@ class Host:
         """Empty the slot: type, expiration and delivery time of its message."""
         assert self.slot is not None
         kind = unpack_from("<I", self.slot)[0]
-        _index, _reserved, expired, delivered = unpack_from("<IIQQ", self.slot, 16)
+        index, reserved, expired, delivered = unpack_from("<IIQQ", self.slot, 16)
+        assert (index, reserved) == (TIMER, 0)
         self.slot = None
         return kind, expired, delivered
 
@@ -103,7 +104,7 @@ def host() -> Host:
 
 @pytest.fixture
 def timer(host: Host) -> Stimer:
-    return Stimer(1, host, host, host.make)
+    return Stimer(TIMER, host, host, host.make)
 
 
 def test_one_shot_sends_one_message_and_clears_enable(host: Host, timer: Stimer) -> None:
@@ -116,16 +117,19 @@ def test_one_shot_sends_one_message_and_clears_enable(host: Host, timer: Stimer)
     assert host.take() == (HVMSG_TIMER_EXPIRED, due, due)
     assert (timer.config, timer.count, host.raised) == (ON_SINT, due, [f"sint {SINT}"])
     host.pass_time(100 * MS)
+    host.callback()  # an old alarm
+    host.run_vp()
     assert host.slot is None
 
 
-def test_one_shot_in_the_past_expires_at_once(host: Host, timer: Stimer) -> None:
+@pytest.mark.parametrize("count", [5, 1000 * MS], ids=["long ago", "now"])
+def test_one_shot_in_the_past_expires_at_once(host: Host, timer: Stimer, count: int) -> None:
     """Before the guest's next instruction: its thread writes the message, and no alarm is needed."""
     timer.set_config(AUTO_ENABLE | ON_SINT)
-    timer.set_count(5)
+    timer.set_count(count)
     assert host.alarms == 0
     host.run_vp()
-    assert host.take()[:2] == (HVMSG_TIMER_EXPIRED, 5)
+    assert host.take()[:2] == (HVMSG_TIMER_EXPIRED, count)
     timer.set_config(ENABLE | DIRECT | 0x55 << 4)
     assert host.raised[-1] == "vector 0x55"
 
@@ -139,6 +143,16 @@ def test_auto_enable_and_count_zero(host: Host, timer: Stimer) -> None:
     assert timer.config == AUTO_ENABLE | ON_SINT
     host.pass_time(10 * MS)
     assert host.slot is None
+
+
+@pytest.mark.parametrize("periodic", [0, PERIODIC])
+def test_it_runs_only_enabled_and_with_a_count(host: Host, timer: Stimer, periodic: int) -> None:
+    timer.set_config(ENABLE | periodic | ON_SINT)
+    host.pass_time(MS)
+    assert (host.slot, host.alarm_at) == (None, None), "COUNT is 0"
+    timer.set_config(periodic | ON_SINT)
+    timer.set_count(host.time + MS)
+    assert (timer.config, host.alarm_at) == (periodic | ON_SINT, None), "only AutoEnable enables by COUNT"
 
 
 def test_sint_0_takes_no_messages_but_direct_mode_needs_none(host: Host, timer: Stimer) -> None:
@@ -159,6 +173,8 @@ def test_direct_vector_below_16_raises_nothing(host: Host, timer: Stimer) -> Non
     timer.set_config(ENABLE | DIRECT | 0xF << 4)
     host.pass_time(MS)
     assert host.raised == []
+    timer.set_config(ENABLE | DIRECT | 0x10 << 4)
+    assert host.raised == ["vector 0x10"]
 
 
 def test_periodic_keeps_its_phase_and_skips_what_is_past(host: Host, timer: Stimer) -> None:
@@ -203,9 +219,23 @@ def test_ticks_never_pile_up_in_a_busy_slot(host: Host, timer: Stimer, lazy: int
     assert (host.slot is not None) == bool(messages)
 
 
-def test_a_page_that_is_off_keeps_the_message_s58(host: Host, timer: Stimer) -> None:
+def test_a_vp_that_is_busy_elsewhere_has_one_message_to_write(host: Host, timer: Stimer) -> None:
+    timer.set_config(PERIODIC | AUTO_ENABLE | ON_SINT)
+    timer.set_count(MS)
+    for _ in range(3):
+        host.time += MS
+        host.callback()
+    assert len(host.queue) == 1
+    host.run_vp()
+    assert host.take()[0] == HVMSG_TIMER_EXPIRED
+    host.pass_time(MS)
+    assert host.take()[0] == HVMSG_TIMER_EXPIRED
+
+
+@pytest.mark.parametrize("kind", [0, PERIODIC, PERIODIC | LAZY], ids=["one-shot", "periodic", "lazy"])
+def test_a_page_that_is_off_keeps_the_message_s58(host: Host, timer: Stimer, kind: int) -> None:
     host.page_on = False
-    timer.set_config(AUTO_ENABLE | ON_SINT)
+    timer.set_config(AUTO_ENABLE | kind | ON_SINT)
     timer.set_count(1)
     host.pass_time(MS)
     assert timer.pending
@@ -226,6 +256,42 @@ def test_stopping_drops_a_message_on_its_way(host: Host, timer: Stimer) -> None:
     assert host.queue == []
 
 
+@pytest.mark.parametrize("stop", [lambda timer: timer.set_config(0), lambda timer: timer.set_count(0)])
+def test_a_stopped_timer_does_not_go_off(host: Host, timer: Stimer, stop: Callable[[Stimer], object]) -> None:
+    timer.set_config(AUTO_ENABLE | ON_SINT)
+    timer.set_count(host.time + MS)
+    host.time += MS
+    stop(timer)
+    assert host.alarm_at is None
+    host.callback()  # its alarm was on its way when it was stopped
+    assert (host.queue, host.alarm_at) == ([], None)
+
+
+def test_a_held_timer_goes_off_when_the_machine_goes_on(host: Host, timer: Stimer) -> None:
+    due = host.time + MS
+    timer.set_config(AUTO_ENABLE | ON_SINT)
+    timer.set_count(due)
+    timer.hold()
+    assert host.alarm_at is None
+    host.time += 3 * MS
+    host.callback()  # its alarm was on its way when it was held
+    assert host.queue == []
+    timer.go_on()
+    assert host.alarm_at == host.time
+    host.pass_time(0)
+    assert host.take() == (HVMSG_TIMER_EXPIRED, due, due + 2 * MS)
+    host.slot = b"somebody's"
+    timer.set_count(host.time)
+    host.run_vp()
+    timer.hold()
+    fresh = Stimer(TIMER, host, host, host.make)
+    fresh.load(timer.save())
+    host.slot = None
+    fresh.go_on()
+    host.run_vp()
+    assert host.take()[1] == due + 2 * MS, "its message waited for the slot when it was saved"
+
+
 def test_shortest_period_is_bounded(host: Host, timer: Stimer) -> None:
     timer.set_config(PERIODIC | AUTO_ENABLE | DIRECT | 0x60 << 4)
     timer.set_count(1)
@@ -236,6 +302,7 @@ def test_shortest_period_is_bounded(host: Host, timer: Stimer) -> None:
 def test_an_early_alarm_is_set_again(host: Host, timer: Stimer) -> None:
     timer.set_config(AUTO_ENABLE | ON_SINT)
     timer.set_count(host.time + MS)
+    host.alarm_at = None
     host.callback()
     assert (host.queue, host.alarm_at) == ([], host.time + MS)
 
@@ -256,11 +323,24 @@ def test_a_period_beyond_all_is_saved_and_restored(host: Host, timer: Stimer) ->
     timer.set_config(PERIODIC | AUTO_ENABLE | ON_SINT)
     timer.set_count((1 << 64) - 1)
     timer.hold()
-    fresh = Stimer(1, host, host, host.make)
+    fresh = Stimer(TIMER, host, host, host.make)
     fresh.load(timer.save())
     fresh.go_on()
     assert (fresh.count, fresh.config) == (timer.count, timer.config)
     assert host.alarm_at is None
+
+
+@pytest.mark.parametrize("field", ["msr_config", "msr_count", "expires", "pending"])
+@pytest.mark.parametrize("value", [-1, 1 << 64])
+def test_a_saved_timer_that_none_can_be_is_refused(timer: Stimer, field: str, value: int) -> None:
+    with pytest.raises(ValueError, match=r"timer 1 .* 64-bit"):
+        timer.load(timer.save()._replace(**{field: value}))
+    timer.load(timer.save()._replace(**{field: (1 << 64) - 1}))
+
+
+def test_a_saved_timer_without_target_is_not_enabled(host: Host, timer: Stimer) -> None:
+    timer.load(timer.save()._replace(msr_config=ENABLE, msr_count=MS))
+    assert (timer.config, timer.count) == (0, MS)
 
 
 def test_an_ending_machine_is_no_error(host: Host, timer: Stimer) -> None:
