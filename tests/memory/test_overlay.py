@@ -189,6 +189,36 @@ def test_a_restored_guest_that_goes_through_its_pages_leaves_the_process_its_map
     os.close(file)
 
 
+def test_a_restored_guests_ram_is_copied_once_to_be_saved_again(
+    vm: SlotTable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """But for a piece in which an overlay covers a page, whose own bytes lie elsewhere."""
+    piece = 1 << 20
+    file = os.memfd_create("saved")
+    os.pwrite(file, b"saved" * piece, 0)
+    os.ftruncate(file, 4 * piece)
+    copies: list[bytes] = []
+    with GuestMemory(vm, 4 * piece, RamSource(file, 0)) as memory, OverlayPage(memory) as page:
+        memory.write(3 * piece, b"own")
+        assert page.place(piece + PAGE_SIZE)
+        memory.write(piece + PAGE_SIZE, b"overlay")
+        expected = {offset: memory.read(offset, piece) for offset in range(0, 4 * piece, piece)}
+        own = (b"saved" * piece)[piece + PAGE_SIZE : piece + 2 * PAGE_SIZE]
+        expected[piece] = expected[piece][:PAGE_SIZE] + own + expected[piece][2 * PAGE_SIZE :]
+        read = mapping.Mapping.read
+
+        def noted(one: mapping.Mapping, at: int, size: int) -> bytes:
+            copies.append(read(one, at, size))
+            return copies[-1]
+
+        monkeypatch.setattr(mapping.Mapping, "read", noted)
+        pieces = dict(memory.pieces())
+    os.close(file)
+    assert pieces == expected
+    assert len(copies) == len(pieces)
+    assert [offset for offset, data in pieces.items() if not any(data is one for one in copies)] == [piece]
+
+
 def test_a_host_error_is_raised_and_leaves_the_page_nowhere(vm: SlotTable, memory: GuestMemory) -> None:
     with OverlayPage(memory) as page:
         vm.refuse = errno.ENOMEM
