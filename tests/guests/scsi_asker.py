@@ -14,6 +14,7 @@ from hvkvm.abi.scsi import Sense
 from hvkvm.block.disk import Disk
 from hvkvm.block.image import Image, ImageOptions
 from hvkvm.block.raw import RawImage
+from hvkvm.block.request import Request, Result, Status
 from hvkvm.devices.scsi.command import Command, Reply
 from hvkvm.devices.scsi.unit import Unit
 
@@ -75,7 +76,7 @@ class Scsi:
         return Disk(image, self.loop, self.loop)  # type: ignore[arg-type]
 
     def execute(self, unit: Unit, cdb: bytes, data: bytes | int = b"") -> tuple[Reply, bytes]:
-        """The one reply, and what is in the buffers then: `data`, or so many bytes of room, with noise in it."""
+        """The one reply, and what is in the buffers then: `data`, or so many bytes of room, noise before."""
         n = data if isinstance(data, int) else len(data)
         memory = page_buffer(n, b"\xa5")
         if isinstance(data, bytes):
@@ -106,6 +107,35 @@ class Scsi:
     def close(self) -> None:
         for image in self.images:
             image.close()
+
+
+class Noted:
+    """Has a unit's disk note each request, and answer it with `status` without doing it."""
+
+    def __init__(self, ask: Scsi, unit: Unit, disk: Disk) -> None:
+        self.unit = unit
+        self.status = Status.OK
+        self.requests: list[Request] = []
+        self._ask = ask
+        disk.submit = self._submit  # type: ignore[method-assign]
+
+    def _submit(self, request: Request) -> None:
+        self.requests.append(request)
+        moved = request.length if self.status is Status.OK else 0
+        self._ask.loop.call_soon(request.done, Result(self.status, moved))
+
+    def good(self, cdb: bytes, data: bytes | int = b"") -> list[Request]:
+        """What the disk is asked by a command that must succeed."""
+        self.requests.clear()
+        self._ask.good(self.unit, cdb, data)
+        return self.requests[:]
+
+    def refused(self, cdb: bytes, data: bytes | int = b"") -> Sense:
+        """Why a command is refused, for which the disk must not be asked anything."""
+        self.requests.clear()
+        sense = self._ask.sense(self.unit, cdb, data)
+        assert not self.requests
+        return sense
 
 
 def sense_in(reply: Reply) -> Sense:

@@ -5,10 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from scsi_asker import Scsi
+from scsi_asker import Noted, Scsi
 
 from hvkvm.abi import scsi
-from hvkvm.block.request import Op, Request, Result, Status
+from hvkvm.block.request import Op, Request
 from hvkvm.devices.scsi.command import Command, Reply
 from hvkvm.devices.scsi.disk import ScsiDisk
 
@@ -18,42 +18,14 @@ LAST = SIZE // SECTOR - 1
 COMPARE = 0x02
 
 
-class Asked:
-    """A unit on a disk that notes each request, and answers it as done without doing it."""
-
-    def __init__(self, ask: Scsi, unit: ScsiDisk, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.unit = unit
-        self.requests: list[Request] = []
-        self._ask = ask
-
-        def submit(request: Request) -> None:
-            self.requests.append(request)
-            ask.loop.call_soon(request.done, Result(Status.OK, request.length))
-
-        monkeypatch.setattr(unit.disk, "submit", submit)
-
-    def good(self, cdb: bytes, data: bytes | int = b"") -> list[tuple[Op, int, int]]:
-        """What the disk is asked by a command that must succeed: in blocks."""
-        self.requests.clear()
-        self._ask.good(self.unit, cdb, data)
-        return [(one.op, one.offset // SECTOR, one.length // SECTOR) for one in self.requests]
-
-    def refused(self, cdb: bytes, data: bytes | int = b"") -> scsi.Sense:
-        """Why a command is refused, for which the disk must not be asked anything."""
-        self.requests.clear()
-        sense = self._ask.sense(self.unit, cdb, data)
-        assert not self.requests
-        return sense
-
-
 @pytest.fixture
-def asked(ask: Scsi, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Asked:
+def noted(ask: Scsi, tmp_path: Path) -> Noted:
     path = tmp_path / "disk"
     with path.open("wb") as file:
         file.truncate(SIZE)
     unit = ScsiDisk(ask.disk(path), "s")
     ask.sense(unit, bytes(6))
-    return Asked(ask, unit, monkeypatch)
+    return Noted(ask, unit, unit.disk)
 
 
 def cdb(operation: int, lba: int, blocks: int, flags: int = 0) -> bytes:
@@ -67,6 +39,11 @@ def unmap(*ranges: tuple[int, int], flags: int = 0) -> tuple[bytes, bytes]:
     return bytes((scsi.UNMAP, flags)) + bytes(5) + len(data).to_bytes(2, "big") + b"\0", data
 
 
+def asked(requests: list[Request]) -> list[tuple[Op, int, int]]:
+    """What each of them is, where, and how long, in blocks."""
+    return [(one.op, one.offset // SECTOR, one.length // SECTOR) for one in requests]
+
+
 def limits(ask: Scsi, unit: ScsiDisk) -> tuple[int, int, int, int]:
     """Blocks of a transfer, blocks and descriptors of an UNMAP, and blocks of a WRITE SAME."""
     page = ask.good(unit, bytes((scsi.INQUIRY, 1, 0xB0, 0, 64, 0)), 64)
@@ -77,82 +54,82 @@ def limits(ask: Scsi, unit: ScsiDisk) -> tuple[int, int, int, int]:
     return transfer, unmapped, descriptors, same
 
 
-def test_what_its_block_limits_say(ask: Scsi, asked: Asked) -> None:
-    transfer, unmapped, descriptors, same = limits(ask, asked.unit)
+def test_what_its_block_limits_say(ask: Scsi, noted: Noted) -> None:
+    transfer, unmapped, descriptors, same = limits(ask, noted.unit)
     room = transfer * SECTOR
-    assert asked.good(cdb(scsi.READ_16, 0, transfer), room) == [(Op.READ, 0, transfer)]
-    assert asked.good(cdb(scsi.WRITE_16, 0, transfer), room) == [(Op.WRITE, 0, transfer)]
-    compared = asked.good(cdb(scsi.VERIFY_16, 0, transfer, COMPARE), bytes(room))
+    assert asked(noted.good(cdb(scsi.READ_16, 0, transfer), room)) == [(Op.READ, 0, transfer)]
+    assert asked(noted.good(cdb(scsi.WRITE_16, 0, transfer), room)) == [(Op.WRITE, 0, transfer)]
+    compared = asked(noted.good(cdb(scsi.VERIFY_16, 0, transfer, COMPARE), bytes(room)))
     assert sum(n for _op, _at, n in compared) == transfer
     for operation, flags in ((scsi.READ_16, 0), (scsi.WRITE_16, 0), (scsi.VERIFY_16, COMPARE)):
         one_more = cdb(operation, 0, transfer + 1, flags)
-        assert asked.refused(one_more, room + SECTOR) == scsi.INVALID_FIELD_IN_CDB
+        assert noted.refused(one_more, room + SECTOR) == scsi.INVALID_FIELD_IN_CDB
 
-    assert asked.good(*unmap((0, unmapped - 1), (unmapped, 1))) == [
+    assert asked(noted.good(*unmap((0, unmapped - 1), (unmapped, 1)))) == [
         (Op.DISCARD, 0, unmapped - 1),
         (Op.DISCARD, unmapped, 1),
     ]
-    assert asked.refused(*unmap((0, unmapped), (unmapped, 1))) == scsi.INVALID_FIELD_IN_PARAMETERS
+    assert noted.refused(*unmap((0, unmapped), (unmapped, 1))) == scsi.INVALID_FIELD_IN_PARAMETERS
     each = [(2 * number, 1) for number in range(descriptors + 1)]
-    assert len(asked.good(*unmap(*each[:-1]))) == descriptors
-    assert asked.refused(*unmap(*each)) == scsi.INVALID_FIELD_IN_PARAMETERS
+    assert len(noted.good(*unmap(*each[:-1]))) == descriptors
+    assert noted.refused(*unmap(*each)) == scsi.INVALID_FIELD_IN_PARAMETERS
 
-    assert asked.good(cdb(scsi.WRITE_SAME_16, 0, same), bytes(SECTOR)) == [(Op.WRITE_ZEROES, 0, same)]
-    assert asked.refused(cdb(scsi.WRITE_SAME_16, 0, same + 1), bytes(SECTOR)) == scsi.INVALID_FIELD_IN_CDB
+    assert asked(noted.good(cdb(scsi.WRITE_SAME_16, 0, same), bytes(SECTOR))) == [(Op.WRITE_ZEROES, 0, same)]
+    assert noted.refused(cdb(scsi.WRITE_SAME_16, 0, same + 1), bytes(SECTOR)) == scsi.INVALID_FIELD_IN_CDB
 
 
-def test_a_verification_without_data_is_bounded(asked: Asked) -> None:
+def test_a_verification_without_data_is_bounded(noted: Noted) -> None:
     most = (1 << 30) // SECTOR
-    assert sum(n for _op, _at, n in asked.good(cdb(scsi.VERIFY_16, 0, most))) == most
-    assert asked.refused(cdb(scsi.VERIFY_16, 0, most + 1)) == scsi.INVALID_FIELD_IN_CDB
+    assert sum(n for _op, _at, n in asked(noted.good(cdb(scsi.VERIFY_16, 0, most)))) == most
+    assert noted.refused(cdb(scsi.VERIFY_16, 0, most + 1)) == scsi.INVALID_FIELD_IN_CDB
 
 
-def test_up_to_the_last_block(asked: Asked) -> None:
+def test_up_to_the_last_block(noted: Noted) -> None:
     block = b"\1" * SECTOR
-    assert asked.good(*unmap((LAST - 9, 10))) == [(Op.DISCARD, LAST - 9, 10)]
-    assert asked.refused(*unmap((0, 1), (LAST - 9, 11))) == scsi.LBA_OUT_OF_RANGE
-    assert asked.good(*unmap()) == []
-    assert asked.good(cdb(scsi.WRITE_SAME_16, LAST, 1), block) == [(Op.WRITE, LAST, 1)]
+    assert asked(noted.good(*unmap((LAST - 9, 10)))) == [(Op.DISCARD, LAST - 9, 10)]
+    assert noted.refused(*unmap((0, 1), (LAST - 9, 11))) == scsi.LBA_OUT_OF_RANGE
+    assert asked(noted.good(*unmap())) == []
+    assert asked(noted.good(cdb(scsi.WRITE_SAME_16, LAST, 1), block)) == [(Op.WRITE, LAST, 1)]
     many = (4 << 20) // SECTOR  # longer than a piece of it: the pieces before the end must not be written
-    assert asked.refused(cdb(scsi.WRITE_SAME_16, LAST + 2 - many, many), block) == scsi.LBA_OUT_OF_RANGE
+    assert noted.refused(cdb(scsi.WRITE_SAME_16, LAST + 2 - many, many), block) == scsi.LBA_OUT_OF_RANGE
 
 
-def test_zeros_may_be_holes_only_where_the_guest_says_so(asked: Asked) -> None:
+def test_zeros_may_be_holes_only_where_the_guest_says_so(noted: Noted) -> None:
     for flags in (0x00, 0x08):
-        asked.good(cdb(scsi.WRITE_SAME_16, 0, 8, flags), bytes(SECTOR))
-        (request,) = asked.requests
+        noted.good(cdb(scsi.WRITE_SAME_16, 0, 8, flags), bytes(SECTOR))
+        (request,) = noted.requests
         assert (request.op, request.may_unmap) == (Op.WRITE_ZEROES, bool(flags))
 
 
 @pytest.mark.parametrize("flags", [0x20, 0xE0])
-def test_protection_that_it_does_not_have(asked: Asked, flags: int) -> None:
+def test_protection_that_it_does_not_have(noted: Noted, flags: int) -> None:
     for operation in (scsi.READ_16, scsi.WRITE_16, scsi.WRITE_VERIFY_16, scsi.VERIFY_16, scsi.WRITE_SAME_16):
-        assert asked.refused(cdb(operation, 0, 1, flags), SECTOR) == scsi.INVALID_FIELD_IN_CDB
+        assert noted.refused(cdb(operation, 0, 1, flags), SECTOR) == scsi.INVALID_FIELD_IN_CDB
 
 
-def test_anchors_that_it_does_not_have(asked: Asked) -> None:
-    assert asked.refused(*unmap((0, 1), flags=0x01)) == scsi.INVALID_FIELD_IN_CDB
+def test_anchors_that_it_does_not_have(noted: Noted) -> None:
+    assert noted.refused(*unmap((0, 1), flags=0x01)) == scsi.INVALID_FIELD_IN_CDB
     for flags in (0x18, 0x02, 0x04):
-        assert asked.refused(cdb(scsi.WRITE_SAME_16, 0, 1, flags), SECTOR) == scsi.INVALID_FIELD_IN_CDB
+        assert noted.refused(cdb(scsi.WRITE_SAME_16, 0, 1, flags), SECTOR) == scsi.INVALID_FIELD_IN_CDB
 
 
-def test_what_differs_first_is_told_and_ends_a_verification(ask: Scsi, asked: Asked) -> None:
+def test_what_differs_first_is_told_and_ends_a_verification(ask: Scsi, noted: Noted) -> None:
     """The disk has zeros: the later pieces, which are the same, must not make up for the first."""
     blocks = (256 << 10) // SECTOR
     compare = cdb(scsi.VERIFY_16, 5, blocks, COMPARE)
     data = b"\1" + bytes(blocks * SECTOR - 1)
     for _ in range(10):  # more than compare at a time, so none of them may keep its place
-        assert ask.sense(asked.unit, compare, data) == scsi.MISCOMPARED
-        assert len(asked.requests) == 1
-        asked.requests.clear()
-    assert asked.good(compare, bytes(len(data)))
+        assert ask.sense(noted.unit, compare, data) == scsi.MISCOMPARED
+        assert len(noted.requests) == 1
+        noted.requests.clear()
+    assert noted.good(compare, bytes(len(data)))
 
 
-def test_no_more_than_four_compare_at_a_time(ask: Scsi, asked: Asked) -> None:
+def test_no_more_than_four_compare_at_a_time(ask: Scsi, noted: Noted) -> None:
     replies: list[Reply] = []
     for _ in range(6):
         data = [memoryview(bytearray(SECTOR))]
-        asked.unit.execute(Command(cdb(scsi.VERIFY_16, 0, 1, COMPARE), data, replies.append))
-    assert len(asked.requests) == 4
+        noted.unit.execute(Command(cdb(scsi.VERIFY_16, 0, 1, COMPARE), data, replies.append))
+    assert len(noted.requests) == 4
     ask.loop.run()
     assert [reply.status for reply in replies] == [scsi.GOOD] * 6
