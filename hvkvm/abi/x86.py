@@ -12,6 +12,7 @@ EFER_LMA = 1 << 10
 
 X86_EFLAGS_FIXED = 1 << 1
 """Always one."""
+X86_EFLAGS_IF = 1 << 9
 X86_EFLAGS_VM = 1 << 17
 
 MSR_MTRRdefType = 0x2FF

@@ -193,6 +193,11 @@ class VcpuThread:
         with self._changed:
             return self._changed.wait_for(self._at_rest, timeout)
 
+    @property
+    def paused(self) -> bool:
+        """Whether it is quiescent and waits for a resume. Any thread."""
+        return self._quiesced
+
     def _at_rest(self) -> bool:
         return self._quiesced or self._phase in (_NEW, _ENDED)
 
