@@ -1,20 +1,30 @@
 """Who waits for what: a machine described in text, for SIGQUIT, time-outs and `hvkvm ctl`.
 
+What a thread of the host's waits for is told by where it is in our code: a worker in a read
+of a disk, a save in a write, the I/O loop in a callback that does not end.
+
 Any thread but a vCPU's or the I/O loop's: `dump_vcpu` asks the vCPUs' threads.
 """
 
 from __future__ import annotations
 
+import threading
 from time import monotonic
 from typing import TYPE_CHECKING
 
 from hvkvm.machine import dump_vcpu, inspect, kernel_log
 from hvkvm.observe import bus_text, tree
+from hvkvm.runtime.where import where
 
 if TYPE_CHECKING:
     from hvkvm.machine.parts import Parts
 
 CONSOLE_LINES = 12
+
+PATIENCE_SECONDS = 5.0
+"""How long vCPUs that do not answer are waited for, all together: who asked waits for the rest, too."""
+LEAST_SECONDS = 0.05
+"""What each of the others gets then, so that those that do answer are heard."""
 
 
 def describe(parts: Parts) -> str:
@@ -24,16 +34,22 @@ def describe(parts: Parts) -> str:
     platform, lifecycle, partition = parts.platform, parts.lifecycle, parts.hyperv.partition
     elapsed = 0.0 if lifecycle.started_at is None else monotonic() - lifecycle.started_at
     started = platform.config.kernel or f"firmware {platform.config.firmware}"
-    lines.append(f"hvkvm: {started} after {elapsed:.1f} s, {lifecycle.resets} resets")
+    lines.append(f"hvkvm: {started} after {elapsed:.1f} s, {lifecycle.resets} resets, {lifecycle.described}")
+    if (path := parts.saver.path) is not None:
+        lines.append(f"it is being saved to {path}")
+    patience_ends = monotonic() + PATIENCE_SECONDS
     for thread in platform.threads:
-        lines += dump_vcpu.describe(thread)
+        left = patience_ends - monotonic()
+        lines += dump_vcpu.describe(thread, min(dump_vcpu.ANSWER_SECONDS, max(LEAST_SECONDS, left)))
     if partition is not None:
         lines += bus_text.synic_lines(partition.snapshot())
     if parts.bus is not None:
         lines += bus_text.bus_lines(parts.bus.host.snapshot())
         lines += bus_text.device_lines(inspect.devices(parts.bus))
     lines += tree.lines(inspect.beyond_the_bus(parts))
+    lines += _serial_lines(parts)
     lines.append(f"i/o loop: {platform.io.state}")
+    lines += _thread_lines()
     tail = parts.board.tail.lines(CONSOLE_LINES)
     lines.append("console: no output yet" if not tail else "console, last lines:")
     lines += [f"  | {line}" for line in tail]
@@ -41,3 +57,21 @@ def describe(parts: Parts) -> str:
         lines.append("kernel log, last lines:")
         lines += [f"  | {line}" for line in log]
     return "\n".join(lines)
+
+
+def _serial_lines(parts: Parts) -> list[str]:
+    """The serial ports in which something waits."""
+    ports = enumerate((parts.board.serial, *parts.board.command_ports), 1)
+    return [f"serial port {number}: {text}" for number, port in ports if (text := port.described())]
+
+
+def _thread_lines() -> list[str]:
+    """The process's threads but for vCPUs, which have lines of their own, and where each is."""
+    me = threading.current_thread()
+    found = []
+    for thread in threading.enumerate():
+        if thread is me or thread.name.startswith("vcpu"):
+            continue
+        if place := where(thread):
+            found.append(f"thread {thread.name}: in {place}")
+    return found

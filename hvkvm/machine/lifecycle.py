@@ -114,6 +114,26 @@ class Lifecycle:
         self._unheard: BaseException | None = None  # what `stop` raises
         self._enders: list[Callable[[Callable[[], object]], object]] = []
 
+    @property
+    def phase(self) -> Phase:
+        """Where it is. Any thread."""
+        return self._phase
+
+    @phase.setter
+    def phase(self, phase: Phase) -> None:
+        self._phase, self._phase_since = phase, monotonic()
+
+    @property
+    def described(self) -> str:
+        """Where it is, for people: whose rest it waits for, and for how long. Any thread."""
+        if self.outcome is not None:
+            return f"ending: {self.outcome}" if self.phase is not Phase.ENDED else f"ended: {self.outcome}"
+        if self.phase in (Phase.BUILT, Phase.RUNNING):
+            return str(self.phase.value)
+        part = self._stopping if self.phase is Phase.STOPPING else None
+        whose = "" if part is None else f", now the {part.name}"
+        return f"{self.phase.value}{whose}, for {monotonic() - self._phase_since:.1f} s"
+
     def at_end(self, ender: Callable[[Callable[[], object]], object]) -> None:
         """At the end of the run, with every vCPU's thread ended, call `ender(done)` before the parts stop.
 

@@ -69,6 +69,7 @@ class Saver:
         self._order = order
         self._shelf = shelf
         self._busy = False
+        self._path: Path | None = None
         self._ending = False
         self._writer: threading.Thread | None = None
 
@@ -76,6 +77,11 @@ class Saver:
     def busy(self) -> bool:
         """Whether a save is being made. I/O loop."""
         return self._busy
+
+    @property
+    def path(self) -> Path | None:
+        """What the machine is being saved to; None while it is not. Any thread."""
+        return self._path if self._busy else None
 
     def save(self, path: Path, done: Done, *, end: bool = False, compress: bool = False) -> bool:
         """Write the machine to `path` soon; `done` hears how it went. False while another save is made.
@@ -93,7 +99,7 @@ class Saver:
         if why:
             done(0, why)
             return True
-        self._busy = True
+        self._path, self._busy = path, True
         self._lifecycle.at_rest(lambda go_on: self._stable(path, done, go_on, end, compress))
         return True
 

@@ -41,6 +41,19 @@ def test_a_prompt_waits_for_its_timer_only(uart):
     assert uart.text() == b"login: x"
 
 
+def test_what_waits_is_told_and_for_whom(uart):
+    assert uart.serial.described() == ""
+    uart.serial.output.hold(True)
+    uart.print(b"hello\n")
+    uart.serial.feed(b"abc")
+    assert uart.serial.described() == (
+        "6 bytes of output wait for a reader who takes no more; 3 bytes of input wait for the guest"
+    )
+    uart.serial.output.hold(False)
+    assert uart.text() == b"hello\n"
+    assert uart.serial.described() == "3 bytes of input wait for the guest"
+
+
 def test_output_without_newlines_leaves_in_large_pieces(uart):
     uart.print(b"x" * (TX_BATCH - 1))
     assert uart.loop.soon == []

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import os
+import threading
 from pathlib import Path
 
 import kernel_images as ki
 import pytest
 from guest_machine import Guest
 
+from hvkvm.machine import dump, dump_vcpu
 from hvkvm.machine.config import MachineConfig
 from hvkvm.machine.disk_spec import DiskSpec
 from hvkvm.machine.dump import describe
@@ -68,3 +71,90 @@ def test_it_tells_of_pci_and_of_wires(tmp_path: Path) -> None:
     assert "received_frames 0" in text
     assert "pci:" in text
     assert "nvme" in text.partition("pci:")[2]
+
+
+@pytest.mark.kvm
+def test_a_save_whose_disk_stands_still_is_told_with_the_state_that_is_saved(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The guest hangs, and no thread of a vCPU takes work: neither must look like a fault of theirs."""
+    reached, go_on = threading.Event(), threading.Event()
+    real = os.fsync
+
+    def fsync(fd: int) -> None:
+        reached.set()
+        assert go_on.wait(100)
+        real(fd)
+
+    guest = Guest(cpus=2, synic="user")
+    try:
+        guest.start()
+        monkeypatch.setattr(os, "fsync", fsync)
+        saver = threading.Thread(target=guest.machine.save, args=(tmp_path / "saved",))
+        saver.start()
+        assert reached.wait(100)
+        text = describe(guest.machine.parts)
+        go_on.set()
+        saver.join()
+        assert (tmp_path / "saved").exists()
+        guest.io_barrier()
+        behind = describe(guest.machine.parts)
+    finally:
+        go_on.set()
+        guest.close()
+    assert "0 resets, at rest, for " in text.splitlines()[0]
+    assert text.splitlines()[1] == f"it is being saved to {tmp_path / 'saved'}"
+    assert "thread save: in fsync (machine/test_dump.py:" in text
+    assert text.count("vcpu1: waiting paused") == 1
+    assert text.count(" rip=") == 2, "of paused ones too"
+    assert "0 resets, running" in behind.splitlines()[0]
+    assert "saved to" not in behind
+
+
+@pytest.mark.kvm
+def test_where_the_io_loop_stands_is_told() -> None:
+    inside, go_on = threading.Event(), threading.Event()
+
+    def stands_still() -> None:
+        inside.set()
+        assert go_on.wait(100)
+
+    guest = Guest(synic="user")
+    try:
+        guest.start()
+        guest.machine.platform.io.call_soon(stands_still)
+        assert inside.wait(100)
+        text = describe(guest.machine.parts)
+    finally:
+        go_on.set()
+        guest.close()
+    assert "stands_still\n" in text.partition("i/o loop: running ")[2]
+    assert "thread io: in stands_still (machine/test_dump.py:" in text
+
+
+@pytest.mark.kvm
+def test_many_vcpus_that_do_not_answer_are_waited_for_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[float] = []
+    real = dump_vcpu.describe
+
+    def note(thread: object, seconds: float) -> list[str]:
+        asked.append(seconds)
+        return real(thread, seconds)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(dump_vcpu, "describe", note)
+    monkeypatch.setattr(dump_vcpu, "ANSWER_SECONDS", 0.2)
+    monkeypatch.setattr(dump, "PATIENCE_SECONDS", 0.3)
+    guest = Guest(cpus=4, synic="user")
+    let_go = []
+    try:
+        guest.start()
+        let_go = [guest.hold(index) for index in (0, 1, 2)]
+        text = describe(guest.machine.parts)
+    finally:
+        for go in let_go:
+            go()
+        guest.close()
+    assert asked[0] == 0.2
+    assert asked[2:] == [dump.LEAST_SECONDS] * 2
+    assert text.count("registers: no answer from its thread") == 3
+    assert text.count(" rip=") == 1, "of the one that answers"

@@ -101,6 +101,18 @@ class Serial16550(UartCore):
         """Whether the guest wants to hear of input: something there reads the console. Any thread."""
         return bool(self._ier & IER_RDI)
 
+    def described(self) -> str:
+        """What waits in it, in words; "" where nothing does. Any thread."""
+        output, words = self.output, []
+        if output.waiting:
+            held = " for a reader who takes no more" if output.held else ""
+            words.append(f"{output.waiting} bytes of output wait{held}")
+        if output.overruns:
+            words.append(f"{output.overruns} bytes of output are lost, which the guest sent all the same")
+        if self._wire:
+            words.append(f"{len(self._wire)} bytes of input wait for the guest")
+        return "; ".join(words)
+
     # --- the guest's side ------------------------------------------------------------------------
 
     def write(self, offset: int, size: int, value: int) -> None:

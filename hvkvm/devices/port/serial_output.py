@@ -72,6 +72,16 @@ class OutputBatch:
         """Bytes the guest sent although the UART was full; they are lost."""
 
     @property
+    def waiting(self) -> int:
+        """Bytes that the sink has not been given."""
+        return len(self._waiting)
+
+    @property
+    def held(self) -> bool:
+        """Whether the sink asked to be given nothing."""
+        return self._held
+
+    @property
     def full(self) -> bool:
         """Whether the guest should wait."""
         return len(self._waiting) >= TX_LIMIT
