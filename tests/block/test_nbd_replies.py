@@ -1,4 +1,4 @@
-"""Each reply that an NBD server may give, and what a caller gets of it; what is no reply ends the connection."""
+"""Each reply that an NBD server may give, and what its caller gets; what is no reply ends the connection."""
 
 from __future__ import annotations
 
