@@ -40,7 +40,7 @@ _LAST_RETRY = 0.010
 class AutoEoi:
     """The AutoEOI interrupts that wait for one VP. `submit(fn, cancelled)` runs work on its thread."""
 
-    __slots__ = ("_io", "_lock", "_retry", "_scheduled", "_submit", "_vcpu", "_waiting", "delivered")
+    __slots__ = ("_io", "_lock", "_retry", "_scheduled", "_submit", "_vcpu", "_waiting")
 
     def __init__(
         self, vcpu: Vcpu, submit: Callable[[Callable[[], None], Callable[[], None]], None], io: Delayer
@@ -51,8 +51,7 @@ class AutoEoi:
         self._lock = threading.Lock()
         self._waiting = 0  # one bit a vector, like the APIC's request register
         self._scheduled = False
-        self._retry = _FIRST_RETRY
-        self.delivered = 0
+        self._retry = _FIRST_RETRY  # seconds until the next attempt, if this one is in vain
 
     @property
     def waiting(self) -> bool:
@@ -82,22 +81,20 @@ class AutoEoi:
     def _attempt(self) -> None:
         """Deliver the highest vector, if the CPU takes one now; come again for what is left."""
         waiting = self._waiting
-        taken = waiting.bit_length() - 1
-        if waiting and self._deliver(taken):
-            self.delivered += 1
-        else:
-            taken = -1
+        highest = waiting.bit_length() - 1
+        taken = bool(waiting) and self._deliver(highest)
         with self._lock:
-            if taken >= 0:
-                self._waiting &= ~(1 << taken)
+            if taken:
+                self._waiting &= ~(1 << highest)
                 self._retry = _FIRST_RETRY
-            else:
-                self._retry = min(self._retry * 2, _LAST_RETRY)
             if not self._waiting:
                 self._scheduled = False
                 return
+            retry = self._retry
+            if not taken:
+                self._retry = min(retry * 2, _LAST_RETRY)
         try:
-            self._io.call_later(self._retry, self._attempt_soon)
+            self._io.call_later(retry, self._attempt_soon)
         except Stopped:
             self._forget()
 
