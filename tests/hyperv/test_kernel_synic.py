@@ -102,8 +102,41 @@ def test_s13_resample_only_for_a_completion_user_and_the_gsi_stays_one(bench: Be
     ]
     assert plain.pulse() == sender.pulse() == 0
     sender.close()
+    bench.vm.log.clear()
+    again = bench.routes.open(0, 2, lambda status: None)
+    assert bench.vm.log == [], "the line has learned it"
+    again.close()
     plain.close()
     assert bench.gsi.gsis() == []
+
+
+def test_s13_a_line_that_waits_for_activation_learns_acks_too(bench: Bench) -> None:
+    bench.routes.open(1, 3)
+    bench.routes.open(1, 3, lambda status: None)
+    bench.synic.activate()
+    assert bench.vm.log[-2:] == [("routing", (24, 1, 3)), ("irqfd resample", 24)]
+
+
+def test_s20_each_pulse_counts_up_the_eventfd_that_kvm_was_given(
+    bench: Bench, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given: list[int] = []
+    monkeypatch.setattr(bench.vm, "irqfd", lambda fd, *args: given.append(fd))
+    bench.activate()
+    route = bench.routes.open(0, 2)
+    assert (route.pulse(), route.pulse()) == (0, 0)
+    assert os.eventfd_read(given[0]) == 2
+    os.eventfd_write(given[0], (1 << 64) - 2)
+    assert route.pulse() == 0, "a full counter is as good as signalled"
+    full = os.eventfd_read(given[0])
+    assert full == (1 << 64) - 2
+
+    def broken(fd: int, value: int) -> None:
+        raise OSError(errno.ENOMEM, "no memory")
+
+    monkeypatch.setattr(os, "eventfd_write", broken)
+    other = bench.routes.open(0, 3)
+    assert other.pulse() == -errno.ENOMEM
 
 
 def test_s16_lines_opened_before_activation_are_bound_by_it_in_order(bench: Bench) -> None:
@@ -268,6 +301,20 @@ def test_s29_the_loop_watches_for_acks_only_while_a_message_waits(bench: Bench) 
     bench.threads[0].run()
     bench.io.run()
     assert statuses == [0, 0]
+
+
+def test_s29_a_sender_that_asks_for_tries_leaves_one_waiter(bench: Bench) -> None:
+    """VMBus does each second, for as long as a guest takes no message."""
+    bench.activate()
+    route = bench.routes.open(0, 2, lambda status: None)
+    line = bench.routes._lines[0, 2].line
+    bench.synic_exit(0, 1, 0, 0x10001)
+    bench.memory.write_u32(0x10000 + 512, 7)
+    route.post(1, b"")
+    for _ in range(3):
+        assert bench.threads[0].run() == 1
+        assert (len(line._waiters), len(bench.io.readers)) == (1, 1)  # type: ignore[attr-defined]
+        route.retry()
 
 
 def test_s23_a_host_without_memory_to_watch_for_the_ack_completes_the_message(
