@@ -59,7 +59,7 @@ def describe(thread: VcpuThread, seconds: float = ANSWER_SECONDS) -> list[str]:
 
 def _asked(thread: VcpuThread, seconds: float) -> list[str]:
     """HvkvmError for a vCPU that is closed, TimeoutError."""
-    if thread.paused:
+    if thread.quiescent:
         return _at_rest(thread, seconds)
     if not thread.join(0):
         try:

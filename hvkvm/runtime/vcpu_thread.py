@@ -194,8 +194,8 @@ class VcpuThread:
             return self._changed.wait_for(self._at_rest, timeout)
 
     @property
-    def paused(self) -> bool:
-        """Whether it is quiescent and waits for a resume. Any thread."""
+    def quiescent(self) -> bool:
+        """Whether it is at rest (see `wait_paused`) until a resume. Any thread."""
         return self._quiesced
 
     def _at_rest(self) -> bool:
