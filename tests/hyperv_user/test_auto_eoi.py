@@ -28,7 +28,7 @@ class Cpu:
         self.apic.regs[0xF1] = 1
         self.taken: list[int] = []
         self.later: list[tuple[float, Callable[..., object]]] = []
-        self.ended = False
+        self.ended = self.loop_ended = False
 
     def vcpu_events(self) -> kvm_vcpu_events:
         return kvm_vcpu_events.from_buffer_copy(self.events)
@@ -52,6 +52,8 @@ class Cpu:
         fn()
 
     def call_later(self, seconds: float, fn: Callable[..., object], *args: Any) -> None:
+        if self.loop_ended:
+            raise Stopped("ended")
         self.later.append((seconds, fn))
 
     def tick(self) -> float:
@@ -190,6 +192,9 @@ def test_reset_forgets_and_an_ended_thread_is_no_error(cpu: Cpu, auto_eoi: AutoE
     cpu.run.if_flag = 1
     cpu.tick()
     assert (cpu.taken, cpu.later) == ([], [])
+    cpu.run.if_flag = 0
+    cpu.loop_ended = True
+    auto_eoi.raise_vector(VECTOR)
     cpu.ended = True
     auto_eoi.raise_vector(VECTOR)
     assert cpu.taken == []
