@@ -49,7 +49,10 @@ class Cpu:
     def submit(self, fn: Callable[[], None], cancelled: Callable[[], None]) -> None:
         if self.ended:
             raise Stopped("ended")
-        fn()
+        try:
+            fn()
+        except Stopped as error:
+            raise AssertionError("raised on the vCPU's thread") from error
 
     def call_later(self, seconds: float, fn: Callable[..., object], *args: Any) -> None:
         if self.loop_ended:
