@@ -45,6 +45,10 @@ class Channels:
     ) -> None:
         self.gpadls = GpadlTable(contains)
         self.all: list[Channel] = []
+        """In the order of their offers. What an offer or a rescind needs of them is found without a look at
+        each: a guest may have two thousand, and as many connections that come and go."""
+        self._of_device: dict[tuple[bytes, bytes], list[Channel]] = {}
+        self._hidden: dict[Channel, None] = {}  # those that may be; which of them are is looked at
         self.by_relid: dict[int, Channel] = {}
         self.offering = False
         """Whether the guest has asked for offers, so that new ones are told at once."""
@@ -63,24 +67,52 @@ class Channels:
 
         ValueError if the host itself offers the key twice, or more than relids there are.
         """
-        if any(c.offer.key == offer.key and not c.withdrawn for c in self.all):
+        alike = self.of_key(offer)
+        if any(not channel.withdrawn for channel in alike):
             raise ValueError(f"{offer.name}: offered already")
         if len(self.all) >= vmbus.MAX_RELID:
             raise ValueError(f"{offer.name}: a bus has at most {vmbus.MAX_RELID} channels")
-        for before in [c for c in self.all if c.broken and c.offer.key == offer.key]:
-            self.withdraw(before)
+        for before in alike:
+            if before.broken:
+                self.withdraw(before)
         channel = Channel(offer)
-        self.all.append(channel)
+        self.enter(channel)
         if self.offering:
             self.offer_hidden()
         return channel
+
+    def enter(self, channel: Channel) -> None:
+        """Have one more, of which no guest knows."""
+        self.all.append(channel)
+        self._of_device.setdefault(channel.offer.key[:2], []).append(channel)
+        self._hidden[channel] = None
+
+    def sort(self, place: Callable[[Channel], int]) -> None:
+        """Have them, and so their offers, in this order."""
+        self.all.sort(key=place)
+        self._hidden = {channel: None for channel in self.all if channel in self._hidden}
+
+    def _drop(self, channel: Channel) -> None:
+        """Have it no more."""
+        self.all.remove(channel)
+        self._hidden.pop(channel, None)
+        device = channel.offer.key[:2]
+        alike = self._of_device[device]
+        alike.remove(channel)
+        if not alike:
+            del self._of_device[device]
+
+    def of_key(self, offer: Offer) -> list[Channel]:
+        """The channels of this key, those included that are going."""
+        key = offer.key
+        return [channel for channel in self._of_device.get(key[:2], ()) if channel.offer.key == key]
 
     def withdraw(self, channel: Channel, *, broken: bool = False) -> None:
         """Rescind; sub-channels go before their primary. Idempotent.
 
         With `broken` a primary is offered again to the next connection, and else no more.
         """
-        if channel not in self.all:
+        if channel not in self._of_device.get(channel.offer.key[:2], ()):
             return
         channel.broken = broken and (channel.broken or not channel.withdrawn)
         if channel.withdrawn:
@@ -103,23 +135,26 @@ class Channels:
         """The sub-channels of a primary channel, those included that are going."""
         if channel.offer.sub_channel_index:
             return []
-        key = channel.offer.key[:2]
-        return [c for c in self.all if c.offer.sub_channel_index and c.offer.key[:2] == key]
+        alike = self._of_device.get(channel.offer.key[:2], ())
+        return [one for one in alike if one.offer.sub_channel_index]
 
     def primary(self, channel: Channel) -> Channel:
         """The primary of a sub-channel; `channel` if it is one, or has none any more."""
-        key = (*channel.offer.key[:2], 0)
-        return next((c for c in self.all if c.offer.key == key and not c.withdrawn), channel)
+        alike = self._of_device.get(channel.offer.key[:2], ())
+        return next((c for c in alike if not c.offer.sub_channel_index and not c.withdrawn), channel)
 
     def offer_hidden(self) -> None:
         """Tell the guest every channel that it may know and does not."""
-        going = {c.offer.key for c in self.all if c.withdrawn}
-        for channel in self.all:
-            if channel.state is not ChannelState.HIDDEN or channel.withdrawn or channel.offer.key in going:
+        for channel in list(self._hidden):
+            if channel.state is not ChannelState.HIDDEN:  # a restore has given it its place
+                del self._hidden[channel]
+                continue
+            if any(one.withdrawn for one in self.of_key(channel.offer)):  # it, or one that is going
                 continue
             relid = self._free_relid()
             if relid is None:
                 return
+            del self._hidden[channel]
             self.opening.number(channel, relid)
             channel.released = False
             channel.state = ChannelState.OFFERED
@@ -182,15 +217,20 @@ class Channels:
         What the guest of before broke is as new.
         """
         self.by_relid.clear()
-        for channel in list(self.all):
+        every = list(self.all)
+        self.all.clear()
+        self._of_device.clear()
+        self._hidden.clear()
+        for channel in every:
             channel.state = ChannelState.HIDDEN
             channel.relid = 0
             channel.released = False
             if channel.broken:
                 channel.withdrawn = channel.broken = False
-            elif channel.withdrawn:
-                self.all.remove(channel)
+            if channel.withdrawn:
                 self._emit(ForgetChannel(channel))
+            else:
+                self.enter(channel)
 
     def _release(self, channel: Channel) -> None:
         """The relid is free again."""
@@ -198,12 +238,13 @@ class Channels:
         del self.by_relid[channel.relid]
         channel.relid = 0
         channel.state = ChannelState.HIDDEN
+        self._hidden[channel] = None
         if channel.withdrawn:
             self._forget(channel)
 
     def _forget(self, channel: Channel) -> None:
         if not channel.broken:
-            self.all.remove(channel)
+            self._drop(channel)
             self._emit(ForgetChannel(channel))
         if self.offering:
             self.offer_hidden()

@@ -103,7 +103,8 @@ class GpadlTable:
 
     def __init__(self, contains: PageCheck) -> None:
         self._contains = contains
-        self._complete: dict[tuple[int, int], Gpadl] = {}
+        self._complete: dict[int, dict[int, Gpadl]] = {}  # by relid, then by id
+        self._count = 0  # of complete ones
         self._unfinished: dict[int, _Unfinished] = {}
         self._values = 0
         self.checked = 0
@@ -115,7 +116,7 @@ class GpadlTable:
         def refuse(why: str) -> Finished:
             return Finished(gpadl_id, relid, None, why)
 
-        if gpadl_id in self._unfinished or (relid, gpadl_id) in self._complete:
+        if gpadl_id in self._unfinished or self.get(relid, gpadl_id) is not None:
             return refuse("the id is in use")
         if rangecount < 1 or buflen % 8 or buflen < 16 * rangecount:
             return refuse(f"{rangecount} ranges in {buflen} bytes")
@@ -150,7 +151,8 @@ class GpadlTable:
             self._values -= values
             return Finished(unfinished.gpadl_id, unfinished.relid, None, ranges)
         gpadl = Gpadl(unfinished.gpadl_id, unfinished.relid, ranges, values)
-        self._complete[gpadl.relid, gpadl.gpadl_id] = gpadl
+        self._complete.setdefault(gpadl.relid, {})[gpadl.gpadl_id] = gpadl
+        self._count += 1
         return Finished(gpadl.gpadl_id, gpadl.relid, gpadl)
 
     def _ranges(self, unfinished: _Unfinished) -> tuple[GpaRangeList, ...] | str:
@@ -180,11 +182,12 @@ class GpadlTable:
 
     def get(self, relid: int, gpadl_id: int) -> Gpadl | None:
         """The complete GPADL of this channel, or None."""
-        return self._complete.get((relid, gpadl_id))
+        found = self._complete.get(relid)
+        return None if found is None else found.get(gpadl_id)
 
     def of_channel(self, relid: int) -> list[Gpadl]:
         """The complete GPADLs of a channel."""
-        return [gpadl for (owner, _), gpadl in list(self._complete.items()) if owner == relid]
+        return list(self._complete.get(relid, {}).values())
 
     def abandon(self, relid: int, gpadl_id: int) -> bool:
         """Forget an unfinished one of this channel; whether there was one."""
@@ -197,9 +200,13 @@ class GpadlTable:
 
     def drop(self, relid: int, gpadl_id: int) -> bool:
         """Forget a complete one; whether there was one."""
-        gpadl = self._complete.pop((relid, gpadl_id), None)
+        gpadl = self.get(relid, gpadl_id)
         if gpadl is None:
             return False
+        del self._complete[relid][gpadl_id]
+        if not self._complete[relid]:
+            del self._complete[relid]
+        self._count -= 1
         self._values -= gpadl.values
         return True
 
@@ -214,7 +221,7 @@ class GpadlTable:
 
     def described(self) -> Iterator[tuple[int, int, int, int, bytes]]:
         """Each as a guest describes it: relid, id, bytes in all, ranges, and the bytes that have come."""
-        for gpadl in self._complete.values():
+        for gpadl in self:
             data = b"".join(_range.pack(*one[:2]) + one.pfns.tobytes() for one in gpadl.ranges)
             yield gpadl.relid, gpadl.gpadl_id, len(data), len(gpadl.ranges), data
         for part in self._unfinished.values():
@@ -223,6 +230,7 @@ class GpadlTable:
     def clear(self) -> None:
         """Forget everything."""
         self._complete.clear()
+        self._count = 0
         self._unfinished.clear()
         self._values = 0
 
@@ -237,7 +245,7 @@ class GpadlTable:
         return len(self._unfinished)
 
     def __len__(self) -> int:
-        return len(self._complete) + len(self._unfinished)
+        return self._count + len(self._unfinished)
 
     def __iter__(self) -> Iterator[Gpadl]:
-        return iter(self._complete.values())
+        return (gpadl for found in self._complete.values() for gpadl in found.values())

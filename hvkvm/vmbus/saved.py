@@ -163,7 +163,7 @@ def _put_in_order(channels: Channels, saved: tuple[SavedChannel, ...]) -> None:
     """
     offers = [channel.offer for channel in saved if not channel.withdrawn]
     order = {(one.interface, one.instance, one.sub_channel_index): place for place, one in enumerate(offers)}
-    channels.all.sort(key=lambda channel: order.get(channel.offer.key, len(order)))
+    channels.sort(lambda channel: order.get(channel.offer.key, len(order)))
 
 
 def _place(channels: Channels, saved: SavedChannel) -> Channel | None:
@@ -171,12 +171,12 @@ def _place(channels: Channels, saved: SavedChannel) -> Channel | None:
     offer = _offer(saved.offer)
     channel = None
     if not saved.withdrawn:
-        free = (c for c in channels.all if c.offer.key == offer.key and c.state is ChannelState.HIDDEN)
+        free = (c for c in channels.of_key(offer) if c.state is ChannelState.HIDDEN)
         channel = next(free, None)
     stranger = channel is None
     if channel is None:
         channel = Channel(offer)
-        channels.all.append(channel)
+        channels.enter(channel)
     if len(channels.all) > 2 * vmbus.MAX_RELID:
         raise ValueError("it has more channels than a bus can have")
     known = {state.value for state in (ChannelState.HIDDEN, ChannelState.OFFERED, ChannelState.OPEN)}
