@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 
 import pytest
 
+from hvkvm.errors import Stopped
 from hvkvm.hyperv.usermode.alarm import MAX_ALARMS, Alarm, Alarms
 from hvkvm.runtime.io_loop import IoLoop
 
@@ -16,18 +17,21 @@ MANY = 4 * 254
 HOUR = 3600 * 10**9
 
 
-class Handle:
-    def remove(self) -> None:
-        pass
-
-
 class OneReader:
-    """A loop that runs its one reader when the test says so."""
+    """A loop that runs its one reader when the test says so; it is its handle, too."""
 
-    def add_reader(self, fd: int, callback: Callable[[], object]) -> Handle:
+    watching = False
+
+    def add_reader(self, fd: int, callback: Callable[[], object]) -> OneReader:
         self.fd = fd
         self.callback = callback
-        return Handle()
+        self.watching = True
+        return self
+
+    def remove(self) -> None:
+        if self.watching:
+            os.fstat(self.fd)  # open still: its number may be another file's afterwards
+        self.watching = False
 
     def rings(self, seconds: float = 0) -> bool:
         """Whether the timerfd went off; if so its turn is run."""
@@ -47,7 +51,21 @@ def alarms(io: OneReader) -> Iterator[Alarms]:
     alarms = Alarms(io)
     yield alarms
     alarms.close()
+    assert not io.watching
     alarms.close()
+
+
+def test_a_loop_that_has_ended_leaves_nothing_open() -> None:
+    class Ended(OneReader):
+        def add_reader(self, fd: int, callback: Callable[[], object]) -> OneReader:
+            self.fd = fd
+            raise Stopped("the loop has ended")
+
+    io = Ended()
+    with pytest.raises(Stopped):
+        Alarms(io)
+    with pytest.raises(OSError, match="Bad file"):
+        os.fstat(io.fd)
 
 
 def test_a_turn_runs_so_many_and_those_first_that_were_due_first(io: OneReader, alarms: Alarms) -> None:
