@@ -14,6 +14,7 @@ from disk_asker import page_buffer, read
 from hypothesis import example, given
 from hypothesis import strategies as st
 
+from hvkvm.block.host_file import HostFile
 from hvkvm.block.image import ImageOptions
 from hvkvm.block.open_image import open_image
 from hvkvm.block.vhdx import log_writer
@@ -160,12 +161,21 @@ def test_without_the_page_cache(tmp_path: Path, sector_size: int) -> None:
     image.close()
 
 
-def test_growing(tmp_path: Path) -> None:
+def test_growing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "disk.vhdx"
+    allocated: list[int] = []
+    monkeypatch.setattr(HostFile, "allocate", lambda _file, _at, length: allocated.append(length))
     for fixed in (False, True):
         path.unlink(missing_ok=True)
         image = made(path, 4 * MIB, block_size=MIB, fixed=fixed)
         image.writev(0, [page_buffer(512, b"first")])
+        allocated.clear()
+        image.resize(10 * MIB)
+        assert allocated == [MIB] * 6 * fixed
+        assert image.size == 10 * MIB
+        image.close_files()  # as a crash would: a size that the guest was told of stays
+        image = VhdxImage(path)
+        assert image.size == 10 * MIB
         image.resize(10 * MIB)
         image.writev(10 * MIB - 512, [page_buffer(512, b"last")])
         image.close()
@@ -198,6 +208,61 @@ def test_a_parent_that_is_not_the_one_is_refused(tmp_path: Path) -> None:
     image.close()
     with pytest.raises(ImageError, match="was written to since, or is another disk"):
         VhdxImage(child)
+    VhdxImage(parent).close()  # which nobody has open any more
+
+
+def test_a_parent_with_other_sectors_is_refused(tmp_path: Path) -> None:
+    parent, child, guid = tmp_path / "parent.vhdx", tmp_path / "child.vhdx", b"0123456789abcdef"
+    create_vhdx(parent, VhdxOptions(4 * MIB, sector_size=4096, data_write_guid=guid))
+    create_vhdx(child, VhdxOptions(0, parent=parent, sector_size=4096))
+    parent.unlink()
+    create_vhdx(parent, VhdxOptions(4 * MIB, sector_size=512, data_write_guid=guid))
+    with pytest.raises(ImageError, match=r"parent.vhdx has sectors of another size"):
+        VhdxImage(child)
+    VhdxImage(parent).close()
+
+
+@pytest.mark.parametrize("what", ["write", "write_zeroes", "discard", "resize"])
+def test_whatever_changes_a_file_says_so_before(tmp_path: Path, what: str) -> None:
+    """By new GUIDs, which its children know it by."""
+    path = tmp_path / "disk.vhdx"
+    image = made(path, 4 * MIB, block_size=MIB)
+    image.writev(0, [page_buffer(MIB, b"data")])
+    image.close()
+    image = VhdxImage(path)
+    before = image.header
+    image.flush()
+    assert image.flusher._log.head == before, "a flush alone changes nothing"
+    if what == "write":
+        image.writev(0, [page_buffer(512, b"new")])
+    elif what == "resize":
+        image.resize(5 * MIB)
+    else:
+        getattr(image, what)(0, 4096)
+    image.close_files()
+    after = VhdxImage(path, READ_ONLY)
+    assert after.header.data_write_guid != before.data_write_guid
+    assert after.header.file_write_guid != before.file_write_guid
+    after.close()
+
+
+@pytest.mark.parametrize(("fixed", "discard"), [(True, True), (False, False), (False, True)])
+def test_space_is_given_back_where_that_is_allowed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fixed: bool, discard: bool
+) -> None:
+    path = tmp_path / "disk.vhdx"
+    made(path, 4 * MIB, block_size=MIB, fixed=fixed).close()
+    image = VhdxImage(path, ImageOptions(discard=discard))
+    image.writev(0, [page_buffer(MIB, b"data")])
+    punched, zeroed = [], []
+    monkeypatch.setattr(HostFile, "punch", lambda _file, _at, length: punched.append(length))
+    monkeypatch.setattr(HostFile, "zero", lambda _file, _at, _n, may_unmap: zeroed.append(may_unmap))
+    image.discard(4096, 8192)
+    image.write_zeroes(4096, 8192)
+    image.write_zeroes(4096, 8192, may_unmap=False)
+    assert punched == [8192] * (discard and not fixed)
+    assert zeroed == [discard and not fixed, False]
+    image.close()
 
 
 def test_a_disk_that_is_its_own_parent_ends(tmp_path: Path) -> None:
