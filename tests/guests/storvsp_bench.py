@@ -86,8 +86,10 @@ class Bench:
         vp_count: int = 4,
         seed: int | None = None,
         now: bool = False,
+        read_only: bool = False,
     ) -> None:
         self.now = now
+        self.read_only = read_only
         self.loop = Loopback(vp_count=vp_count, random=None if seed is None else Random(seed))
         self.workers = LoopbackWorkers(self.loop)
         self.paths = [folder / f"disk{number}" for number in range(disks)]
@@ -108,7 +110,7 @@ class Bench:
     def unit(self, path: Path) -> ScsiDisk:
         """A disk on the file `path`; not `now`, by workers alone: no guest can tell, a test can hold them."""
         if path not in self.images:
-            self.images[path] = RawImage(path, ImageOptions())
+            self.images[path] = RawImage(path, ImageOptions(read_only=self.read_only))
         image = self.images[path]
         if self.now:  # whatever this file system can
             image.readv_now, image.writev_now = image.readv, image.writev  # type: ignore[method-assign]

@@ -101,11 +101,11 @@ def long_packet(random: Random) -> Sent:
 class Guest:
     """A guest on two disks, of which the page cache has everything."""
 
-    def __init__(self, folder: Path, content: bytes) -> None:
+    def __init__(self, folder: Path, content: bytes, *, read_only: bool = False) -> None:
         folder.mkdir()
         for number in range(2):
             (folder / f"disk{number}").write_bytes(content)
-        self.bench = Bench(folder, disks=2, vp_count=1, now=True)
+        self.bench = Bench(folder, disks=2, vp_count=1, now=True, read_only=read_only)
         self.bench.loop.connect(vmbus.VERSION_WIN10_V5_3)
         self.driver = StorvscDriver(self.bench.loop, self.bench.device.offer.instance, ring_pages=8)
         self.driver.shake_hands()
@@ -163,6 +163,39 @@ def test_what_is_taken_together_is_as_one_by_one(
                 guest.do(batch)
             assert together.seen() == alone.seen()
         assert count > 20
+    finally:
+        for guest in (together, alone):
+            guest.bench.close()
+
+
+def plain_at(lba: int, blocks: int, *, write: bool, control: int = 0) -> Sent:
+    """A request for one page, whose data are a page, whatever number of blocks it names."""
+    cdb = scsi.cdb10.pack(scsi.WRITE_10 if write else scsi.READ_10, 0, lba, 0, blocks, control)
+    header = gpa_direct_header([GpaRange(PAGE, 0, (PAGES[0],))])
+    return Sent(header + bytes(248), wire.request(Srb(0, 0, 0, cdb, int(not write), PAGE, 0)), 1)
+
+
+@pytest.mark.parametrize("read_only", [False, True])
+@pytest.mark.parametrize("write", [False, True])
+def test_one_that_is_odd_only_behind_its_address_is_none_of_the_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, write: bool, read_only: bool
+) -> None:
+    """Its blocks may be fewer than its data: no byte beyond the disk may be written for it."""
+    content = Random(1).randbytes(DISK_BYTES)
+    together, alone = (Guest(tmp_path / name, content, read_only=read_only) for name in ("together", "alone"))
+    usual = [plain_at(8, 8, write=write), plain_at(SECTORS - 8, 8, write=write)]
+    odd = [
+        plain_at(lba, blocks, write=write, control=control)
+        for lba in (0, SECTORS - 8, SECTORS - 1, SECTORS)
+        for blocks, control in ((0, 0), (1, 0), (7, 0), (9, 0), (255, 0), (8, scsi.NACA))
+    ]
+    try:
+        for batch in [usual, *([one] for one in odd[-6:]), *([usual[0], one, usual[1]] for one in odd)]:
+            for guest, taker in ((together, take_plain), (alone, lambda *_arguments: 0)):
+                monkeypatch.setattr(storvsp_channel, "take_plain", taker)
+                guest.do(batch)
+            assert together.seen() == alone.seen()
+        assert all(path.stat().st_size == DISK_BYTES for path in together.bench.paths)
     finally:
         for guest in (together, alone):
             guest.bench.close()
