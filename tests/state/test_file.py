@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import random
 from collections.abc import Callable
@@ -14,9 +15,10 @@ from hypothesis import strategies as st
 
 from hvkvm.errors import CapabilityMissing, StateError
 from hvkvm.state import file as state_file
+from hvkvm.state.codec import plain
 from hvkvm.state.compressed import Packer
 from hvkvm.state.file import FORMAT, RAM_OFFSET, Saved, Writer
-from hvkvm.state.manifest import Manifest, SavedConfig
+from hvkvm.state.manifest import Extent, Manifest, SavedConfig
 
 PAGE = 4096
 RAM = 64 * PAGE
@@ -132,9 +134,11 @@ def test_what_no_reader_would_take_is_not_written(tmp_path: Path, monkeypatch: p
 def test_what_is_not_committed_leaves_nothing_and_the_old_file_as_it_was(tmp_path: Path) -> None:
     path = written(tmp_path / "vm")
     before = path.read_bytes()
+    files = len(os.listdir("/proc/self/fd"))
     with Writer(path, RAM) as writer:
         writer.write_ram(0, b"x" * PAGE)
     assert os.listdir(tmp_path) == ["vm"]
+    assert len(os.listdir("/proc/self/fd")) == files
     assert path.read_bytes() == before
 
 
@@ -196,6 +200,79 @@ def test_a_file_that_is_not_whole_gets_one_line(tmp_path: Path, change: Any, wor
     assert str(caught.value).startswith(f"{path}: ")
     assert words in str(caught.value)
     assert path.read_bytes() == raw
+
+
+def made_up(path: Path, *, text: bytes | None = None, **header: int) -> Path:
+    """A file of two pages of RAM, with `text` as manifest and `header` in its fields; all checksums right."""
+    written(path, b"x" * 2 * PAGE)
+    raw = path.read_bytes()
+    names = ("magic", "version", "flags", "ram_size", "at", "length", "size", "checksum")
+    fields = dict(zip(names, state_file._header.unpack_from(raw), strict=True))
+    text = raw[RAM_OFFSET + RAM :] if text is None else text
+    fields |= {"length": len(text), "size": RAM_OFFSET + RAM + len(text)} | header
+    fields["checksum"] = state_file.checksum(text)
+    head = state_file._header.pack(*fields.values())
+    path.write_bytes((head + state_file.checksum(head)).ljust(RAM_OFFSET + RAM, b"\0") + text)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("header", "words"),
+    [
+        ({"ram_size": 0, "at": RAM_OFFSET}, "its header makes no sense"),
+        ({"ram_size": 1 << 40, "at": RAM_OFFSET + (1 << 40)}, "its header makes no sense"),
+        ({"ram_size": RAM - 1, "at": RAM_OFFSET + RAM - 1}, "its header makes no sense"),
+        ({"at": RAM_OFFSET + RAM - PAGE}, "its header makes no sense"),
+        ({"length": 5}, "its header makes no sense"),
+        ({"flags": 2}, "saved in format"),
+        ({"text": b"{"}, "its manifest cannot be read"),
+        ({"text": b"[" * 100_000}, "its manifest cannot be read"),
+        ({"text": b"[]"}, "its manifest has a part missing"),
+        ({"text": b'{"parts": {}}'}, "manifest"),
+    ],
+)
+def test_a_file_that_somebody_made_up_gets_one_line(
+    tmp_path: Path, header: dict[str, Any], words: str
+) -> None:
+    before = len(os.listdir("/proc/self/fd"))
+    with pytest.raises(StateError, match=words):
+        Saved(made_up(tmp_path / "vm", **header))
+    assert len(os.listdir("/proc/self/fd")) == before
+
+
+@pytest.mark.parametrize(
+    "extents",
+    [
+        [(0, 0)],
+        [(0, -PAGE)],
+        [(-PAGE, PAGE)],
+        [(1, PAGE)],
+        [(0, PAGE + 1)],
+        [(RAM, PAGE)],
+        [(RAM - PAGE, 2 * PAGE)],
+        [(0, 2 * PAGE), (PAGE, PAGE)],
+        [(PAGE, PAGE), (0, PAGE)],
+        [(0, PAGE), (0, PAGE)],
+    ],
+)
+def test_pieces_of_ram_that_cannot_be_are_refused(tmp_path: Path, extents: list[tuple[int, int]]) -> None:
+    manifest = MANIFEST._replace(extents=tuple(Extent(at, size, 0, size) for at, size in extents))
+    text = json.dumps({"manifest": plain(manifest), "parts": {}}).encode()
+    with pytest.raises(StateError, match="its pieces of RAM do not lie one behind the other"):
+        Saved(made_up(tmp_path / "vm", text=text))
+
+
+def test_pieces_of_ram_up_to_its_end_are_taken(tmp_path: Path) -> None:
+    extents = (Extent(0, PAGE, 0, PAGE), Extent(PAGE, RAM - PAGE, 0, RAM - PAGE))
+    for stored, good in ((PAGE, True), (PAGE - 1, False)):
+        manifest = MANIFEST._replace(extents=(extents[0]._replace(stored=stored), extents[1]))
+        text = json.dumps({"manifest": plain(manifest), "parts": {}}).encode()
+        path = made_up(tmp_path / "vm", text=text)
+        if good:
+            Saved(path).close()
+        else:
+            with pytest.raises(StateError, match="do not lie one behind the other"):
+                Saved(path)
 
 
 def test_damaged_ram_is_found_by_verify(tmp_path: Path) -> None:
