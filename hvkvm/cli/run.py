@@ -229,6 +229,9 @@ def run_machine(config: MachineConfig, options: Any) -> int:
             outcome, report = _attend(machine, signals, status, teller, end, front)
             if outcome.ending is Ending.HOST_ERROR:
                 machine.lifecycle.take_error()  # it is told as the run's end
+            fatal = ""
+            if outcome.ending in (Ending.TRIPLE_FAULT, Ending.KVM_ERROR) and not options.json:
+                fatal = _describe_fatal(machine)
             front.take_rest(outcome)
             last_lines = {} if options.json else front.last_lines(outcome)
             machine.close()  # a reader who takes his time holds no guest RAM
@@ -247,6 +250,8 @@ def run_machine(config: MachineConfig, options: Any) -> int:
         if report:
             teller.write(f"{report}\n", always=True)
         tell_last_lines(last_lines, teller)
+        if fatal:
+            teller.write(f"{fatal}\n", always=True)
         _conclude(machine, outcome, monotonic() - began, options, teller)
         told_to_end = outcome.ending in (Ending.QUIT, Ending.TIMEOUT)
         told = teller.close(DRAIN_SECONDS if told_to_end else CLOSE_SECONDS)
@@ -281,6 +286,12 @@ def _describe(machine: Machine) -> str:
     from hvkvm.machine.dump import describe
 
     return describe(machine.parts)
+
+
+def _describe_fatal(machine: Machine) -> str:
+    from hvkvm.machine.dump import describe_fatal
+
+    return describe_fatal(machine.parts)
 
 
 def _conclude(machine: Machine, outcome: Outcome, seconds: float, options: Any, teller: Teller) -> None:

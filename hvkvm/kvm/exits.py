@@ -18,6 +18,26 @@ if TYPE_CHECKING:
     from hvkvm.abi.kvm_structs import kvm_run
 
 
+_INTERNAL_ERRORS = {
+    getattr(kvm, name): name
+    for name in (
+        "KVM_INTERNAL_ERROR_EMULATION",
+        "KVM_INTERNAL_ERROR_SIMUL_EX",
+        "KVM_INTERNAL_ERROR_DELIVERY_EV",
+        "KVM_INTERNAL_ERROR_UNEXPECTED_EXIT_REASON",
+    )
+}
+_ENTRY_FAILURES = {
+    # VMX: bit 31, and the basic exit reason (SDM volume 3, 27.8 and appendix C).
+    0x80000021: "invalid guest state",
+    0x80000022: "an MSR that cannot be loaded",
+    0x80000029: "a machine check",
+    # SVM: VMEXIT_INVALID (APM volume 2, appendix C), of which old kernels give 32 bits.
+    0xFFFFFFFF: "invalid guest state",
+    0xFFFFFFFFFFFFFFFF: "invalid guest state",
+}
+
+
 @dataclass(frozen=True, slots=True)
 class Exit:
     """Base of all decoded exits; `reason` is KVM_EXIT_*."""
@@ -119,6 +139,12 @@ class FailEntryExit(Exit):
     hardware_entry_failure_reason: int
     cpu: int
 
+    def __str__(self) -> str:
+        number = self.hardware_entry_failure_reason
+        why = _ENTRY_FAILURES.get(number)
+        reason = f"hardware reason {number:#x}{f' ({why})' if why else ''}"
+        return f"{self.name}, {reason}, on the host's CPU {self.cpu}"
+
 
 @dataclass(frozen=True, slots=True)
 class InternalErrorExit(Exit):
@@ -127,6 +153,14 @@ class InternalErrorExit(Exit):
     suberror: int
     data: tuple[int, ...]
     insn: bytes
+
+    def __str__(self) -> str:
+        words = [self.name, _INTERNAL_ERRORS.get(self.suberror, f"suberror {self.suberror}")]
+        if self.insn:
+            words.append(f"instruction {self.insn.hex(' ')}")
+        elif self.data:
+            words.append(f"data {' '.join(f'{word:#x}' for word in self.data)}")
+        return ", ".join(words)
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,7 +12,9 @@ import threading
 from time import monotonic
 from typing import TYPE_CHECKING
 
+from hvkvm.boot.linux import resets_by_triple_fault
 from hvkvm.machine import dump_vcpu, inspect, kernel_log
+from hvkvm.machine.exits import FATAL
 from hvkvm.observe import bus_text, tree
 from hvkvm.runtime.where import where
 
@@ -57,6 +59,22 @@ def describe(parts: Parts) -> str:
         lines.append("kernel log, last lines:")
         lines += [f"  | {line}" for line in log]
     return "\n".join(lines)
+
+
+def describe_fatal(parts: Parts) -> str:
+    """The vCPUs that KVM runs no more, by a triple fault or an error of its own; "" where there are none.
+
+    Nor is there anything to look for behind a triple fault that Linux was told to reset by.
+    """
+    if resets_by_triple_fault(parts.platform.config.append):
+        return ""
+    found = [
+        line
+        for thread in parts.platform.threads
+        if thread.last_exits[-1:] and thread.last_exits[-1] in FATAL
+        for line in dump_vcpu.describe(thread)
+    ]
+    return "\n".join(found)
 
 
 def _serial_lines(parts: Parts) -> list[str]:

@@ -21,6 +21,7 @@ from hvkvm.abi.kvm import (
     KVM_SYSTEM_EVENT_RESET,
     KVM_SYSTEM_EVENT_SHUTDOWN,
 )
+from hvkvm.errors import KvmIoctlError
 from hvkvm.hyperv.crash import crash_text
 from hvkvm.kvm.vcpu import Vcpu
 from hvkvm.machine.outcome import EXIT_MACHINE_FAULT, Ending
@@ -29,6 +30,9 @@ if TYPE_CHECKING:
     from hvkvm.machine.board import Board
     from hvkvm.machine.lifecycle import Lifecycle
     from hvkvm.memory.guest import GuestMemory
+
+FATAL = (KVM_EXIT_SHUTDOWN, KVM_EXIT_INTERNAL_ERROR, KVM_EXIT_FAIL_ENTRY)
+"""Exits with which a vCPU runs no more."""
 
 Handlers = dict[int, Callable[[Vcpu], None]]
 
@@ -51,7 +55,11 @@ def handlers(board: Board, lifecycle: Lifecycle, memory: GuestMemory, cmdline: s
         what = decode(vcpu.run)
         detail = f"vcpu{vcpu.index}: {what} at rip={vcpu.regs().rip:#x}"
         if isinstance(what, InternalErrorExit) and what.suberror == KVM_INTERNAL_ERROR_EMULATION:
-            detail += why_emulation_failed(probe())
+            gpa = _code_at(vcpu)
+            if gpa is not None and not memory.space.backs(gpa):
+                detail += f"; gpa {gpa:#x} has no memory, and so no code"
+            else:
+                detail += why_emulation_failed(probe())
         lifecycle.finish(Ending.KVM_ERROR, EXIT_MACHINE_FAULT, detail)
 
     def system_event(vcpu: Vcpu) -> None:
@@ -73,3 +81,11 @@ def handlers(board: Board, lifecycle: Lifecycle, memory: GuestMemory, cmdline: s
         KVM_EXIT_FAIL_ENTRY: broken,
         KVM_EXIT_SYSTEM_EVENT: system_event,
     }
+
+
+def _code_at(vcpu: Vcpu) -> int | None:
+    """The guest physical address of its next instruction; None where that cannot be told."""
+    try:
+        return vcpu.translate(vcpu.sregs().cs.base + vcpu.regs().rip)
+    except KvmIoctlError:
+        return None

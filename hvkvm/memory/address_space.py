@@ -32,6 +32,7 @@ class SlotOwner(Protocol):
 class _Range(NamedTuple):
     gpa: int
     hva: int
+    size: int
 
 
 class AddressSpace:
@@ -56,7 +57,7 @@ class AddressSpace:
         except BaseException:
             self._give_back(slot)
             raise
-        self._shown[slot] = _Range(gpa, hva)
+        self._shown[slot] = _Range(gpa, hva, size)
         return slot
 
     def hide(self, slot: int) -> None:
@@ -70,6 +71,10 @@ class AddressSpace:
         self._vm.set_user_memory_region(slot, shown.gpa, 0, shown.hva)
         del self._shown[slot]
         self._give_back(slot)
+
+    def backs(self, gpa: int) -> bool:
+        """Whether something is shown at `gpa`; an access exits as MMIO else."""
+        return any(0 <= gpa - one.gpa < one.size for one in list(self._shown.values()))
 
     def _take(self) -> int:
         """The lowest free number."""

@@ -19,6 +19,7 @@ from hvkvm.machine.cpu_features import parse_cpu, shown
 from hvkvm.machine.vcpus import create_vcpus
 
 Hvkvm = Callable[..., "subprocess.CompletedProcess[str]"]
+JUMP = bytes.fromhex("b8000000d0 ffe0")  # mov eax, 0xd0000000; jmp eax
 FSIN = bytes.fromhex("d9fe fa f4 ebfd")  # fsin, which no KVM emulates so far; cli; hlt
 
 
@@ -45,10 +46,24 @@ def test_an_instruction_that_cannot_be_emulated_names_this_kvm(
     if result.returncode == 124:
         return  # this one does emulate it
     assert result.returncode == 254, result
-    (line,) = result.stderr.splitlines()
-    assert line.startswith("hvkvm: KVM internal error: vcpu0: ")
-    for part in ("suberror=1", str(kind), "scripts/lab", "--cpu host,-NAME"):
+    *state, line = result.stderr.splitlines()
+    assert state[0].startswith("vcpu0: ended; exits: ")
+    assert any(" rip=0x" in one for one in state)
+    assert line.startswith("hvkvm: KVM internal error: vcpu0: KVM_EXIT_INTERNAL_ERROR, ")
+    for part in ("KVM_INTERNAL_ERROR_EMULATION", str(kind), "scripts/lab", "--cpu host,-NAME"):
         assert part in line, (part, line)
+
+
+@pytest.mark.kvm
+def test_a_jump_to_where_no_memory_is_is_not_put_down_to_an_instruction(
+    hvkvm: Hvkvm, guest: Callable[[bytes], Path]
+) -> None:
+    result = hvkvm("run", "--kernel", guest(JUMP), "--timeout", "30")
+    assert result.returncode == 254, result
+    *state, line = result.stderr.splitlines()
+    assert any(" rip=0xd0000000 " in one for one in state)
+    assert "KVM_INTERNAL_ERROR_EMULATION" in line
+    assert line.endswith(" at rip=0xd0000000; gpa 0xd0000000 has no memory, and so no code")
 
 
 @pytest.mark.kvm

@@ -162,3 +162,32 @@ def test_names():
     assert exits.exit_name(kvm.KVM_EXIT_HYPERV) == "KVM_EXIT_HYPERV"
     assert exits.exit_name(2**32 - 1) == "KVM_EXIT_4294967295"
     assert exits.HltExit(5).name == "KVM_EXIT_HLT"
+
+
+@pytest.mark.parametrize(
+    ("exit_", "text"),
+    [
+        (
+            E.FailEntryExit(kvm.KVM_EXIT_FAIL_ENTRY, 0x80000021, 3),
+            "KVM_EXIT_FAIL_ENTRY, hardware reason 0x80000021 (invalid guest state), on the host's CPU 3",
+        ),
+        (
+            E.FailEntryExit(kvm.KVM_EXIT_FAIL_ENTRY, 7, 0),
+            "KVM_EXIT_FAIL_ENTRY, hardware reason 0x7, on the host's CPU 0",
+        ),
+        (
+            E.InternalErrorExit(kvm.KVM_EXIT_INTERNAL_ERROR, 1, (1, 2), b"\x0f\x01\xc1"),
+            "KVM_EXIT_INTERNAL_ERROR, KVM_INTERNAL_ERROR_EMULATION, instruction 0f 01 c1",
+        ),
+        (
+            E.InternalErrorExit(kvm.KVM_EXIT_INTERNAL_ERROR, 3, (0x80000B0E, 0x31), b""),
+            "KVM_EXIT_INTERNAL_ERROR, KVM_INTERNAL_ERROR_DELIVERY_EV, data 0x80000b0e 0x31",
+        ),
+        (
+            E.InternalErrorExit(kvm.KVM_EXIT_INTERNAL_ERROR, 99, (), b""),
+            "KVM_EXIT_INTERNAL_ERROR, suberror 99",
+        ),
+    ],
+)
+def test_what_ends_a_vcpu_is_said_by_names(exit_: E.Exit, text: str) -> None:
+    assert str(exit_) == text

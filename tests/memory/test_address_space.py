@@ -81,3 +81,11 @@ def test_refuses_a_number_that_is_not_taken(slot: int) -> None:
     space.show(0, 4096, 0)
     with pytest.raises(ValueError, match="not taken"):
         space.hide(slot)
+
+
+def test_knows_what_is_shown_where() -> None:
+    space = AddressSpace(Vm(2))
+    slot = space.show(0x2000, 0x1000, 0)
+    assert [space.backs(gpa) for gpa in (0x1FFF, 0x2000, 0x2FFF, 0x3000)] == [False, True, True, False]
+    space.hide(slot)
+    assert not space.backs(0x2000)
