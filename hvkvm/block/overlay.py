@@ -13,6 +13,7 @@ import threading
 from collections.abc import Iterator
 
 from hvkvm.block.buffers import Buffers, Cutter, clear, read_fully, size_of, write_fully, zeros
+from hvkvm.block.file_now import FileNow
 from hvkvm.block.image import Extent, Image
 from hvkvm.block.ranges import cut, runs
 from hvkvm.errors import ImageError
@@ -44,6 +45,7 @@ class OverlayImage:
                 f"snapshot=on: no temporary file in {folder}: {error.strerror}; set TMPDIR"
             ) from None
         self._fd = self._file.fileno()
+        self._now = FileNow(self._fd, able=True)
 
     @property
     def changed(self) -> bool:
@@ -75,7 +77,10 @@ class OverlayImage:
         return self.base.readv_now(offset, buffers)
 
     def writev_now(self, offset: int, buffers: Buffers) -> int:
-        return -1
+        done = self._now.writev(offset, buffers)
+        if done == size_of(buffers):  # of a part nothing is known yet: a worker writes all of it
+            self._mark(offset, done)
+        return done
 
     def writev(self, offset: int, buffers: Buffers, *, fua: bool = False) -> int:
         done = write_fully(self._fd, buffers, offset)

@@ -36,6 +36,11 @@ class Flusher:
         self._lock = threading.Lock()
         self._begun = self._covered = 0
 
+    @property
+    def writing(self) -> bool:
+        """Whether the first write has begun, and so the file says that it changes. Any thread."""
+        return self._writing
+
     def begin(self) -> None:
         """Before the first write since it was opened: new GUIDs say that the file, and its data, change."""
         if self._writing:
