@@ -74,12 +74,14 @@ def test_linux_sends_26_pages_in_the_header_and_28_in_a_body() -> None:
 BAD = {
     "s59 buflen below the ranges' own headers": (8, 2, b""),
     "no range": (16, 0, bytes(16)),
+    "nothing at all": (0, 0, b""),
     "no room for a page": (8, 1, bytes(8)),
     "odd buflen": (17, 1, bytes(24)),
     "empty range": (16, 1, bytes(16)),
     "offset beyond a page": (16, 1, (1).to_bytes(4, "little") + (4096).to_bytes(4, "little") + bytes(8)),
     "too few pages": (16, 1, (8193).to_bytes(4, "little") + bytes(12)),
     "count overflows": (16, 1, (0xFFFFFFFF).to_bytes(4, "little") + bytes(12)),
+    "bytes of half a value behind the last": (20, 1, pack("<IIQI", PAGE, 0, 5, 0) + bytes(4)),
     "too many values": (24, 1, (4096).to_bytes(4, "little") + bytes(20)),
     "page outside RAM": (16, 1, (4096).to_bytes(4, "little") + bytes(4) + (1 << 20).to_bytes(8, "little")),
     "page number overflows": (16, 1, (4096).to_bytes(4, "little") + bytes(4) + b"\xff" * 8),
@@ -149,6 +151,57 @@ def test_an_id_is_taken_while_it_is_used_and_free_afterwards() -> None:
     assert renewed.gpadl is not None
 
 
+def test_an_id_is_taken_while_it_is_unfinished() -> None:
+    """A body names no channel, so the id is taken for all of them; and what was claimed is given back."""
+    table = GpadlTable(ram)
+    header, body = gpadl_messages(1, 9, [(40 * PAGE, 0, range(40))])
+    assert feed(table, [header]) is None
+    claimed = table.values
+    for relid in (1, 2):
+        assert table.header(relid, 9, 240, 1, b"") == Finished(9, relid, None, "the id is in use")
+    assert (table.unfinished, table.values) == (1, claimed)
+    done = feed(table, [body])
+    assert isinstance(done, Finished)
+    assert (done.relid, done.gpadl is not None) == (1, True)
+    table.drop_channel(1)
+    assert (len(table), table.values) == (0, 0)
+
+
+@pytest.mark.parametrize(
+    ("ranges", "pages"),
+    [
+        ([(2 * PAGE, 0, [5, 7])], [5, 7]),
+        ([(2 * PAGE, 8, [5, 7, 9])], None),
+        ([(2 * PAGE - 8, 8, [5, 7])], None),
+        ([(2 * PAGE - 8, 0, [5, 7])], None),
+        ([(PAGE, 0, [5]), (PAGE, 0, [7])], None),
+    ],
+    ids=["whole pages", "beginning within one", "ending with one", "ending within one", "two ranges"],
+)
+def test_rings_lie_in_one_range_of_whole_pages(
+    ranges: list[tuple[int, int, list[int]]], pages: list[int] | None
+) -> None:
+    done = feed(GpadlTable(ram), gpadl_messages(1, 9, ranges))
+    assert isinstance(done, Finished)
+    assert done.gpadl is not None
+    found = done.gpadl.ring_pages()
+    assert (None if found is None else list(found)) == pages
+
+
+def test_a_connection_has_so_many_gpadls(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gpadl_module, "MAX_GPADLS", 10)
+    table = GpadlTable(ram)
+    results = [table.header(1, number, 16, 1, described(1)) for number in range(12)]
+    assert [result is not None and result.gpadl is not None for result in results] == [True] * 10 + [
+        False
+    ] * 2
+    assert table.drop(1, 3)
+    assert table.header(1, 20, 240, 1, b"") is None, "room again"
+    refused = table.header(1, 21, 16, 1, described(1))
+    assert refused is not None
+    assert refused.gpadl is None, "unfinished ones count, too"
+
+
 def test_what_is_claimed_has_a_bound_though_nothing_was_sent(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gpadl_module, "MAX_VALUES", 30_000)
     table = GpadlTable(ram)
@@ -164,6 +217,9 @@ def test_unfinished_ones_have_a_bound() -> None:
     table = GpadlTable(ram)
     results = [table.header(1, number, 240, 1, b"") for number in range(gpadl_module.MAX_UNFINISHED + 5)]
     assert sum(result is None for result in results) == gpadl_module.MAX_UNFINISHED
+    whole = table.header(1, 1000, 16, 1, described(1))
+    assert whole is not None
+    assert whole.gpadl is not None, "one that needs no body is none of them"
 
 
 def connected(loopback: Any, echo: Any) -> tuple[Any, Any]:
