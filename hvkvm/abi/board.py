@@ -84,6 +84,8 @@ IDENTITY_MAP_ADDRESS = 0xFEFFC000  # KVM_SET_IDENTITY_MAP_ADDR: one page
 TSS_ADDRESS = 0xFEFFD000  # KVM_SET_TSS_ADDR: three pages
 FIRMWARE_END = 0x1_0000_0000  # the ROM's last byte is below it
 FIRMWARE_LIMIT = 16 << 20  # so much of it at most
+FIRMWARE_SHADOW_END = 0x10_0000  # the ROM's end is here, too, when a CPU starts
+FIRMWARE_SHADOW_SIZE = 128 << 10  # so much of it at most, as with the i440FX
 
 ORDERS_ADDRESS = 0xD0000000  # where a warm guest finds what it shall run: see abi.guest_orders
 ORDERS_SIZE = 0x10000000  # 256 MiB at most, up to the VMBus devices' window

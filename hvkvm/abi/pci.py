@@ -85,6 +85,7 @@ PCI_DEVICE_ID_CLOUDHV = 0x0D57
 PCI_DEVICE_ID_INTEL_82371SB_0 = 0x7000
 PCI_DEVICE_ID_INTEL_82371AB_3 = 0x7113
 PCI_VENDOR_ID_REDHAT_QUMRANET = 0x1AF4
+PCI_SUBDEVICE_ID_QEMU = 0x1100
 PCI_VENDOR_ID_MICROSOFT = 0x1414
 NVME_DEVICE_ID = 0x00A9
 """What OpenVMM's emulated controller has. QEMU's own id makes Linux mistrust identifiers and zeroing."""
@@ -105,6 +106,10 @@ PIRQ_ROUTE_CONTROL = 0x60
 PMBA = 0x40
 """PMBASE of the PM function: port address in bits 15:6, bit 0 reads one."""
 PMBA_MASK = 0xFFC0
+DEVACTB = 0x58
+"""Device activity B of the PM function, four bytes."""
+DEVACTB_APMC_EN = 1 << 25
+"""A write to port 0xB2 is an SMI."""
 PMREGMISC = 0x80
 PMREGMISC_PMIOSE = 1 << 0
 

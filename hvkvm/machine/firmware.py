@@ -78,6 +78,7 @@ class Firmware:
         self._sha256 = hashlib.sha256(code).digest()
         self.rom = Rom(platform.memory, numbers.FIRMWARE_END - len(code), code)
         stack.callback(self.rom.close)
+        image.shadow = code[-numbers.FIRMWARE_SHADOW_SIZE :]
         pci.mmio.add(self.rom.gpa, self.rom.size, WriteProtected())
         self.display: Ramfb | None = None
         if config.has_display:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from hvkvm import __version__, given_file
+from hvkvm.abi import board
 from hvkvm.errors import BootError, ConfigError, HvkvmError
 from hvkvm.machine import boot_again
 from hvkvm.machine.config import MachineConfig
@@ -34,6 +35,8 @@ class GuestImage:
         # One that goes on from a file needs it at its first reset, if at all.
         self._made = config.saved is None
         self._initrd = initial_ramdisk(config) if self._made else None
+        self.shadow = b""
+        """What firmware is seen of below 1 MiB when a CPU starts; `Firmware` sets it."""
 
     def initrd(self) -> bytes | Path | None:
         """The initial RAM disk, made now if it was not needed before. ConfigError."""
@@ -67,10 +70,12 @@ class GuestImage:
     def load(self, memory: GuestMemory, vcpus: Sequence[Vcpu]) -> str:
         """Write it and set the registers of the boot vCPU, the first; returns what was loaded. BootError.
 
-        Memory is left as it is: a reset does not clear RAM. With firmware there is nothing to
-        load: the vCPU starts in the ROM as it is at power-on.
+        Memory is left as it is: a reset does not clear RAM. With firmware the vCPU starts in the ROM as it
+        is at power-on, and finds its end below 1 MiB, too: a BIOS jumps there by its first instruction.
         """
         if self._config.firmware is not None or self._config.kernel is None:
+            if self.shadow:
+                memory.write(board.FIRMWARE_SHADOW_END - len(self.shadow), self.shadow)
             return "firmware"
         from hvkvm.boot.entry import make_memory_cacheable
         from hvkvm.boot.image import load

@@ -1,6 +1,7 @@
 # Firmware of our own, for any KVM: what starts at the reset vector, asks the board what firmware asks, prints a
 # letter for each answer that is right ("-" for one that is not), resets once and then powers off.
-# 64 KiB that end at 4 GiB; the code runs there, in real mode first, in flat protected mode then.
+# 64 KiB that end at 4 GiB, and at 1 MiB when a CPU starts: there the code runs in real mode, above in flat
+# protected mode.
 
     .include "letters.inc"
     .set PM, 0xb000
@@ -8,6 +9,7 @@
     .set BAR, 0xc0000000
     .set VARIABLES, BASE - 0x2000
     .set FLAG, 0x500
+    .set SHADOW, 0xf0000
 
     .macro put letter
     mov $COM1, %dx
@@ -39,6 +41,16 @@ flat:
     in %dx, %eax
     cmp $0x12378086, %eax
     check $'P'
+
+    # By these two SeaBIOS knows that there is fw_cfg, and no SMI.
+    config 0x8000002c
+    in %dx, %eax
+    cmp $0x11001af4, %eax
+    jne 8f
+    config 0x80000b58
+    in %dx, %eax
+    cmp $0x02000000, %eax
+8:  check $'S'
 
     # Nobody in slot 31.
     config 0x8000f800
@@ -146,10 +158,11 @@ flat:
     movl $0x00ffffff, 0x300c
     put $'V'
 6:
-    # RAM outlives a reset, and nothing else does.
+    # RAM outlives a reset, but for the ROM's end below 1 MiB; nothing else does.
     cmpl $0x12345678, FLAG
     je 3f
     movl $0x12345678, FLAG
+    movb $0xf4, SHADOW + start - text
     mov $0xcf9, %dx
     mov $6, %al
     out %al, %dx
@@ -181,5 +194,6 @@ word:
     .set text, start
     .org 0xfff0
     .code16
-    jmp start
+    # As a BIOS begins: far, and so below 1 MiB.
+    ljmp $SHADOW >> 4, $start - text
     .org 0x10000

@@ -58,7 +58,7 @@ def test_firmware_starts_at_the_reset_vector_and_finds_the_board(rom: Path, disk
     ) as machine:
         machine.board.attach_sink(printed.extend)
         outcome = machine.run()
-        assert (bytes(printed), outcome.ending, machine.resets) == (b"RPETBNUWD" * 2, Ending.POWERED_OFF, 1)
+        assert (bytes(printed), outcome.ending, machine.resets) == (b"RPSETBNUWD" * 2, Ending.POWERED_OFF, 1)
         assert describe(machine.parts).startswith(f"hvkvm: firmware {rom} after ")
 
 
@@ -76,10 +76,10 @@ def test_the_command_keeps_variables(rom: Path, disk: Path, tmp_path: Path) -> N
             capture_output=True,
             check=False,
         )
-        assert (done.stdout, done.stderr, done.returncode) == (b"RPETBNUWDF" * 2, b"", 0)
+        assert (done.stdout, done.stderr, done.returncode) == (b"RPSETBNUWDF" * 2, b"", 0)
         assert variables.read_bytes() == template[:0x1000] + b"\x5a" + template[0x1001:]
     with running_vm(tmp_path, *words[1:], "--display", "ramfb") as vm:
-        vm.wait_for("RPETBNUWDFV")
+        vm.wait_for("RPSETBNUWDFV")
         done = subprocess.run([sys.executable, "-m", "hvkvm", *words], capture_output=True, check=False)
         why = f"hvkvm: --firmware-vars {variables}: in use by another machine; give each a file of its own\n"
         assert (done.stderr.decode(), done.returncode) == (why, 2)
@@ -102,7 +102,7 @@ def test_a_framebuffer_is_seen_by_ctl(rom: Path, disk: Path, tmp_path: Path) -> 
     words = ["--quiet", "--firmware", rom, "--disk", disk, "--hv", "none", "--memory", "64M", "--display"]
     picture = tmp_path / "screen.png"
     with running_vm(tmp_path, *words, "ramfb") as vm:
-        vm.wait_for("RPETBNUWDV" * 2)
+        vm.wait_for("RPSETBNUWDV" * 2)
         assert vm.ctl("screenshot", picture) == f"2 x 2 pixels in {picture}\n"
         assert "this VM has it as --disk, " in vm.ctl("screenshot", disk, status=1)
         assert vm.ctl("list").endswith(f"  firmware {rom}\n")
@@ -120,7 +120,7 @@ def test_a_framebuffer_is_seen_by_ctl(rom: Path, disk: Path, tmp_path: Path) -> 
         vm.ctl("quit")
     with running_vm(tmp_path, *words, "none") as vm:
         assert vm.finish() == 0
-        assert vm.text == "RPETBNUWD" * 2
+        assert vm.text == "RPSETBNUWD" * 2
 
 
 def exits(guest: Guest) -> int:

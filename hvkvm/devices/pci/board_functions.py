@@ -18,14 +18,23 @@ from hvkvm.devices.pci.function import Function, Identity
 _PAM = (0x59, bytes(7), b"\xff" * 7)
 """Which parts of 0xC0000-0xFFFFF are RAM: all, always. Firmware writes and reads it back."""
 _PIRQ = (pci.PIRQ_ROUTE_CONTROL, b"\x80" * 4, b"\x8f" * 4)
+_DEVACTB = (pci.DEVACTB, pci.DEVACTB_APMC_EN.to_bytes(4, "little"), bytes(4))
+"""SMIs are set up already: there are none, and SeaBIOS would send itself one and wait for it."""
 _PM_REVISION = 3
 """Older ones have a timer whose reads may be wrong, and guests read it three times for that."""
 
 
 def host_bridge(device: int = pci.PCI_DEVICE_ID_INTEL_82441) -> Function:
-    """00:00.0. Firmware takes its `device` for the whole board's name."""
+    """00:00.0. Firmware takes its `device` for the whole board's name; SeaBIOS takes the subsystem's."""
     return Function(
-        Identity(pci.PCI_VENDOR_ID_INTEL, device, pci.PCI_CLASS_BRIDGE_HOST, revision=2),
+        Identity(
+            pci.PCI_VENDOR_ID_INTEL,
+            device,
+            pci.PCI_CLASS_BRIDGE_HOST,
+            revision=2,
+            subsystem_vendor=pci.PCI_VENDOR_ID_REDHAT_QUMRANET,
+            subsystem=pci.PCI_SUBDEVICE_ID_QEMU,
+        ),
         extra=[_PAM],
     )
 
@@ -57,6 +66,7 @@ class PowerManagement(Function):
             extra=[
                 (pci.PMBA, base.to_bytes(4, "little"), pci.PMBA_MASK.to_bytes(4, "little")),
                 (pci.PMREGMISC, bytes([enabled]), bytes([pci.PMREGMISC_PMIOSE])),
+                _DEVACTB,
             ],
         )
         self._on_base = on_base
