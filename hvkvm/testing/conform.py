@@ -26,6 +26,7 @@ from hvkvm.testing.parent_death import signal_at_parents_death
 MAX_OUTPUT = 1 << 20
 LOOK_SECONDS = 1.0
 """So often a signal is seen that came just before a wait for output began, and so did not end it."""
+_ENDING = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 _LINE = re.compile(rb"^([RF]) ([0-9a-f]{1,4}) ([0-9a-f]{1,16})\r?$", re.MULTILINE)
 
 QEMU = (
@@ -99,24 +100,42 @@ def findings(output: bytes) -> list[Found]:
     return [Found(rule, seen.get(number)) for number, rule in enumerate(RULES)]
 
 
-def _output(command: Sequence[str], seconds: float) -> bytes:
+def _start(command: Sequence[str], mask: set[int | signal.Signals]) -> subprocess.Popen[bytes]:
+    """The VMM, with `mask` for its signals and a session of its own. VmmNotRun."""
+    ask = signal_at_parents_death(signal.SIGKILL)
+
+    def in_child() -> None:
+        ask()
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+
     try:
-        process = subprocess.Popen(
+        return subprocess.Popen(
             command,
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             start_new_session=True,
-            preexec_fn=signal_at_parents_death(signal.SIGKILL),  # noqa: PLW1509 (takes no lock)
+            preexec_fn=in_child,  # noqa: PLW1509 (takes no lock)
         )
     except OSError as error:
         raise VmmNotRun(
             f"--vmm {command[0]}: {error.strerror}; install it, or name it with its path"
         ) from None
+
+
+def _output(command: Sequence[str], seconds: float) -> bytes:
+    # What ends us waits until we know the process: out of Popen, it would leave what that has started.
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, _ENDING)
+    try:
+        process = _start(command, mask)
+    except BaseException:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        raise
     assert process.stdout is not None
     end = monotonic() + seconds
     output = bytearray()
     try:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
         with selectors.DefaultSelector() as selector:
             selector.register(process.stdout, selectors.EVENT_READ)
             while b"\nEND" not in output and len(output) < MAX_OUTPUT:

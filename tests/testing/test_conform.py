@@ -16,6 +16,7 @@ from pathlib import Path
 import pytest
 
 from hvkvm.cli import conform as cli_conform
+from hvkvm.cli.signals import ending_by_exit
 from hvkvm.errors import ConfigError, VmmNotRun
 from hvkvm.testing import conform
 from hvkvm.testing.conform_rules import FAULT, RULES
@@ -144,3 +145,35 @@ def test_hvkvm_keeps_every_rule_with_kvms_synic_and_qemu_those_it_keeps() -> Non
     verdicts = {row["title"]: row["verdict"] for row in rows}
     assert verdicts["SVERSION is 1"] == "ok"
     assert "no answer" not in verdicts.values(), rows
+
+
+def test_a_signal_that_comes_while_the_vmm_starts_ends_what_it_has_started(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It came out of Popen, and nobody knew of a process to end."""
+    fifo = tmp_path / "fifo"
+    os.mkfifo(fifo)
+    alive = os.open(fifo, os.O_RDONLY | os.O_NONBLOCK)
+
+    class Interrupted(subprocess.Popen):  # type: ignore[type-arg]
+        def __init__(self, *arguments: object, **named: object) -> None:
+            super().__init__(*arguments, **named)  # type: ignore[call-overload]
+            assert select.select([alive], [], [], SECONDS)[0]
+            signal.raise_signal(signal.SIGTERM)
+
+    monkeypatch.setattr(subprocess, "Popen", Interrupted)
+    blocked = signal.pthread_sigmask(signal.SIG_BLOCK, ())
+    shell = f"exec 3>{fifo}; echo $$ $(grep SigBlk /proc/self/status) >&3; sleep 1000 & wait"
+    with pytest.raises(SystemExit) as ended, ending_by_exit():
+        conform.run(["sh", "-c", shell], SECONDS)
+    assert ended.value.code == 143
+    assert signal.pthread_sigmask(signal.SIG_BLOCK, ()) == blocked
+    group, _name, mask = os.read(alive, 100).split()
+    try:
+        assert int(mask, 16) == 0, "its own signals are not held"
+        assert select.select([alive], [], [], 30)[0], "the VMM goes on"
+        assert os.read(alive, 1) == b""
+    finally:
+        with suppress(ProcessLookupError):
+            os.killpg(int(group), signal.SIGKILL)
+        os.close(alive)
