@@ -110,6 +110,8 @@ def test_hypercall_page_is_an_overlay(guest: Guest) -> None:
     assert cpu.rdmsr(tlfs.HV_X64_MSR_HYPERCALL) == 0, "no page without a guest OS id"
     guest.enlighten()
     assert memory.read(HYPERCALL_PAGE, len(CODE)) == CODE
+    cpu.wrmsr(tlfs.HV_X64_MSR_GUEST_OS_ID, 0x8100 << 48 | 7)
+    assert cpu.rdmsr(tlfs.HV_X64_MSR_HYPERCALL) == HYPERCALL_PAGE | 1, "another id, but one"
     memory.write(HYPERCALL_PAGE, b"scribbled")
     cpu.wrmsr(tlfs.HV_X64_MSR_HYPERCALL, HYPERCALL_PAGE | 1)
     assert memory.read(HYPERCALL_PAGE, len(CODE)) == CODE
@@ -345,6 +347,9 @@ def test_reset_msr_resets_everything(guest: Guest) -> None:
     cpu.wrmsr(tlfs.HV_X64_MSR_STIMER0_CONFIG, 8 | 2 | SINT << 16)
     cpu.wrmsr(tlfs.HV_X64_MSR_STIMER0_COUNT, MS)
     cpu.wrmsr(tlfs.HV_X64_MSR_REFERENCE_TSC, SCRATCH + 0x2000 | 1)
+    cpu.wrmsr(tlfs.HV_X64_MSR_VP_ASSIST_PAGE, SCRATCH + 0x3000 | 1)
+    for msr in (tlfs.HV_X64_MSR_TSC_INVARIANT_CONTROL, tlfs.HV_X64_MSR_CRASH_P0, tlfs.HV_X64_MSR_CRASH_P4):
+        cpu.wrmsr(msr, 1)
     boots = guest.machine.memory.read_u64(ABI["HEADER"] + ABI["HEADER_BOOTS"])
     cpu.begin("WRMSR", tlfs.HV_X64_MSR_RESET, 1)
     guest.until(
@@ -364,6 +369,11 @@ def test_reset_msr_resets_everything(guest: Guest) -> None:
         tlfs.HV_X64_MSR_REFERENCE_TSC,
         tlfs.HV_X64_MSR_STIMER0_CONFIG,
         tlfs.HV_X64_MSR_STIMER0_COUNT,
+        tlfs.HV_X64_MSR_VP_ASSIST_PAGE,
+        tlfs.HV_X64_MSR_TSC_INVARIANT_CONTROL,
+        tlfs.HV_X64_MSR_CRASH_P0,
+        tlfs.HV_X64_MSR_CRASH_P4,
     ):
         assert cpu.rdmsr(msr) == 0, f"{msr:#x}"
+    assert guest.machine.memory.read(HYPERCALL_PAGE, len(CODE)) != CODE, "the RAM below is back"
     assert cpu.rdmsr(tlfs.HV_X64_MSR_SINT0 + SINT) == MASKED
