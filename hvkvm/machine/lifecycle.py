@@ -26,7 +26,7 @@ from contextlib import suppress
 from enum import Enum
 from functools import partial
 from time import monotonic
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 from hvkvm.errors import HvkvmError, Stopped, Stuck, exhausted
 from hvkvm.events import GuestPanicked
@@ -40,8 +40,9 @@ from hvkvm.machine.outcome import (
     is_mistake,
     of_fault,
 )
-from hvkvm.machine.part import Part
+from hvkvm.machine.part import GuestConsole, Part
 from hvkvm.machine.platform import Platform
+from hvkvm.runtime.awake import wait_awake
 from hvkvm.runtime.timers import MAX_WAIT
 
 if TYPE_CHECKING:
@@ -54,6 +55,10 @@ REST_SECONDS = 30.0
 """How long vCPUs and parts may take to come to rest before the one that does not is named."""
 
 
+ASLEEP_SECONDS = 5.0
+"""A timer that is later than that shows that the process stood still."""
+
+
 class Phase(Enum):
     """Where a machine is; the value is for people."""
 
@@ -63,19 +68,6 @@ class Phase(Enum):
     STOPPING = "waiting for its parts to stop"
     AT_REST = "at rest"
     ENDED = "ended"
-
-
-class GuestConsole(Protocol):
-    """Where a panic shows that the guest has no other way to report."""
-
-    def flush(self) -> None:
-        """Take over what the guest has printed by now. The I/O loop, or after its end."""
-
-    def console_panic(self, *, hung: bool = False) -> str | None:
-        """The guest's panic, if that is how its output ends: in a reset, or `hung`. Any thread."""
-
-    def console_panic_report(self) -> str | None:
-        """What the output says of a panic that is known from elsewhere. Any thread."""
 
 
 class Lifecycle:
@@ -127,11 +119,10 @@ class Lifecycle:
     def described(self) -> str:
         """Where it is, for people: whose rest it waits for, and for how long. Any thread."""
         if self.outcome is not None:
-            return f"ending: {self.outcome}" if self.phase is not Phase.ENDED else f"ended: {self.outcome}"
+            return f"{'ended' if self.phase is Phase.ENDED else 'ending'}: {self.outcome}"
         if self.phase in (Phase.BUILT, Phase.RUNNING):
             return str(self.phase.value)
-        part = self._stopping if self.phase is Phase.STOPPING else None
-        whose = "" if part is None else f", now the {part.name}"
+        whose = f", now the {self._stopping.name}" if self._stopping and self.phase is Phase.STOPPING else ""
         return f"{self.phase.value}{whose}, for {monotonic() - self._phase_since:.1f} s"
 
     def at_end(self, ender: Callable[[Callable[[], object]], object]) -> None:
@@ -262,12 +253,12 @@ class Lifecycle:
             limit, what = (END_SECONDS, "disks have not been flushed and closed")
             if not self._enders:
                 limit, what = (seconds, "I/O loop has not answered")
-            if not ended.wait(limit):
-                raise Stuck(f"the {what} within {limit:g} s")
+            if not wait_awake(ended.wait, limit):
+                raise Stuck(f"the {what} within {limit:g} s: the loop is {self._platform.io.state}")
             self._platform.io.call_soon(self._stop_parts, iter(self._parts), stopped.set)
         except Stopped:
             return  # the loop has ended: nothing is in flight any more
-        if not stopped.wait(seconds) and self._stopping is not None:
+        if not wait_awake(stopped.wait, seconds) and self._stopping is not None:
             raise Stuck(f"the {self._stopping.name} has not stopped within {seconds:g} s")
 
     def _end_all(self, left: Iterator[Callable[..., object]], done: Callable[[], object]) -> None:
@@ -391,6 +382,10 @@ class Lifecycle:
         self._platform.group.resume_all()
 
     def _too_late(self) -> None:
+        if self._deadline is not None and monotonic() - self._deadline.due > ASLEEP_SECONDS:
+            # This process was stopped (see `awake`), and they had no time of it either.
+            self._deadline = self._platform.io.call_later(REST_SECONDS, self._too_late)
+            return
         what = f"the {self._stopping.name}" if self._stopping is not None else self._platform.group.describe()
         detail = f"no rest within {REST_SECONDS:g} s: {self.phase.value}: {what}"
         self.finish(Ending.KVM_ERROR, EXIT_MACHINE_FAULT, detail)

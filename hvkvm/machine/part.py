@@ -41,3 +41,16 @@ class Part(Protocol):
         values may come from a damaged or foreign file, and nothing of them is
         believed.
         """
+
+
+class GuestConsole(Protocol):
+    """Where a panic shows that the guest has no other way to report."""
+
+    def flush(self) -> None:
+        """Take over what the guest has printed by now. The I/O loop, or after its end."""
+
+    def console_panic(self, *, hung: bool = False) -> str | None:
+        """The guest's panic, if that is how its output ends: in a reset, or `hung`. Any thread."""
+
+    def console_panic_report(self) -> str | None:
+        """What the output says of a panic that is known from elsewhere. Any thread."""

@@ -5,6 +5,8 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from time import monotonic
+from types import SimpleNamespace
 from typing import cast
 
 import pytest
@@ -257,6 +259,44 @@ def test_a_part_that_never_stops_ends_a_reset_with_its_name(
     assert outcome is not None
     assert outcome.ending is Ending.KVM_ERROR
     assert "the disk" in outcome.detail
+
+
+def test_a_process_that_was_stopped_meanwhile_gives_its_parts_their_time(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """SIGSTOP in the middle of a reset, and SIGCONT much later: what a disk needs is still to come."""
+    deadlines: list[SimpleNamespace] = []
+
+    def call_later(seconds: float, fn: Callable[[], object]) -> SimpleNamespace:
+        deadlines.append(SimpleNamespace(due=monotonic() + seconds, fn=fn, cancel=lambda: None))
+        return deadlines[-1]
+
+    monkeypatch.setattr(world.io, "call_later", call_later)
+    world.user.slow = True
+    world.lifecycle.request_reset("asked")
+    assert world.user.asked.wait(SECONDS)
+    deadlines[0].due -= 1000
+    world.on_loop(deadlines[0].fn)
+    assert world.lifecycle.outcome is None
+    assert len(deadlines) == 2
+    world.on_loop(world.user.waiting.pop())
+    world.on_loop()
+    assert world.lifecycle.outcome is None
+    assert world.log[-1] == "run"
+
+
+def test_a_loop_that_never_answers_is_named_at_the_end_with_what_it_is_in(world: World) -> None:
+    go_on = threading.Event()
+
+    def stands_still() -> None:
+        assert go_on.wait(SECONDS)
+
+    world.io.call_soon(stands_still)
+    try:
+        with pytest.raises(Stuck, match=r"I/O loop has not answered .* running .*stands_still"):
+            world.lifecycle.stop(1.0)
+    finally:
+        go_on.set()
 
 
 def test_a_vcpu_that_never_rests_ends_a_reset_with_what_it_does(
