@@ -231,7 +231,7 @@ def run_machine(config: MachineConfig, options: Any) -> int:
                 machine.lifecycle.take_error()  # it is told as the run's end
             fatal = ""
             if outcome.ending in (Ending.TRIPLE_FAULT, Ending.KVM_ERROR) and not options.json:
-                fatal = _describe_fatal(machine)
+                fatal = _describe(machine, fatal=True)
             front.take_rest(outcome)
             last_lines = {} if options.json else front.last_lines(outcome)
             machine.close()  # a reader who takes his time holds no guest RAM
@@ -282,16 +282,19 @@ def _attend(
     return machine.outcome, report
 
 
-def _describe(machine: Machine) -> str:
-    from hvkvm.machine.dump import describe
+def _describe(machine: Machine, *, fatal: bool = False) -> str:
+    """The machine, or what ended it; one that cannot be described goes on all the same.
 
-    return describe(machine.parts)
+    An hvkvm that was exchanged while it runs, for days perhaps, cannot be imported from any more.
+    """
+    try:
+        from hvkvm.machine import dump
 
+        return dump.describe_fatal(machine.parts) if fatal else dump.describe(machine.parts)
+    except Exception as error:
+        from hvkvm.runtime.guard import fault_text
 
-def _describe_fatal(machine: Machine) -> str:
-    from hvkvm.machine.dump import describe_fatal
-
-    return describe_fatal(machine.parts)
+        return f"hvkvm: no description can be had: {fault_text(error)}"
 
 
 def _conclude(machine: Machine, outcome: Outcome, seconds: float, options: Any, teller: Teller) -> None:

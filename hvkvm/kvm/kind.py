@@ -39,6 +39,11 @@ class KvmKind(NamedTuple):
             HARDWARE_MODULES.get(name) in self.flags for name in self.modules
         )
 
+    @property
+    def forgets_triple_faults(self) -> bool:
+        """A vCPU is back at INIT behind a triple fault, since SVM leaves nothing of it (svm.c)."""
+        return not self.in_software and "svm" in (self.flags or ())
+
     def __str__(self) -> str:
         """The facts, in a line."""
         modules = f"modules {', '.join(self.modules)}" if self.modules else "no vendor module listed"

@@ -12,6 +12,7 @@ import threading
 from time import monotonic
 from typing import TYPE_CHECKING
 
+from hvkvm.abi.kvm import KVM_EXIT_SHUTDOWN
 from hvkvm.boot.linux import resets_by_triple_fault
 from hvkvm.machine import dump_vcpu, inspect, kernel_log
 from hvkvm.machine.exits import FATAL
@@ -66,12 +67,15 @@ def describe_fatal(parts: Parts) -> str:
 
     Nor is there anything to look for behind a triple fault that Linux was told to reset by.
     """
+    from hvkvm.kvm.kind import probe
+
     if resets_by_triple_fault(parts.platform.config.append):
         return ""
+    fatal = FATAL - {KVM_EXIT_SHUTDOWN} if probe().forgets_triple_faults else FATAL
     found = [
         line
         for thread in parts.platform.threads
-        if thread.last_exits[-1:] and thread.last_exits[-1] in FATAL
+        if not fatal.isdisjoint(thread.last_exits[-1:])
         for line in dump_vcpu.describe(thread)
     ]
     return "\n".join(found)

@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from hvkvm.machine.lifecycle import Lifecycle
     from hvkvm.memory.guest import GuestMemory
 
-FATAL = (KVM_EXIT_SHUTDOWN, KVM_EXIT_INTERNAL_ERROR, KVM_EXIT_FAIL_ENTRY)
+FATAL = frozenset({KVM_EXIT_SHUTDOWN, KVM_EXIT_INTERNAL_ERROR, KVM_EXIT_FAIL_ENTRY})
 """Exits with which a vCPU runs no more."""
 
 Handlers = dict[int, Callable[[Vcpu], None]]
@@ -42,8 +42,12 @@ def handlers(board: Board, lifecycle: Lifecycle, memory: GuestMemory, cmdline: s
 
     def shutdown(vcpu: Vcpu) -> None:
         from hvkvm.boot.linux import resets_by_triple_fault
+        from hvkvm.kvm.kind import probe
 
-        detail = f"vcpu{vcpu.index} at rip={vcpu.regs().rip:#x}"
+        if probe().forgets_triple_faults:
+            detail = f"vcpu{vcpu.index}; where is not known: on SVM KVM puts a vCPU back to INIT then"
+        else:
+            detail = f"vcpu{vcpu.index} at rip={vcpu.regs().rip:#x}"
         if given := resets_by_triple_fault(cmdline):
             detail += f"; {given} has Linux reset so: leave it out, or use reboot=acpi"
         lifecycle.finish(Ending.TRIPLE_FAULT, EXIT_MACHINE_FAULT, detail)

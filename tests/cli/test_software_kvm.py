@@ -32,6 +32,13 @@ def test_doctor_tells_hardware_from_software() -> None:
     assert (check.verdict, check.remedy) == ("PASS", "")
 
 
+def test_only_svm_forgets_where_a_triple_fault_was() -> None:
+    assert KvmKind(("kvm_amd",), frozenset({"svm"})).forgets_triple_faults
+    assert not KvmKind(("kvm_intel",), frozenset({"vmx"})).forgets_triple_faults
+    assert not KvmKind(("kvm_pvm",), frozenset({"svm"})).forgets_triple_faults
+    assert not KvmKind(("kvm_amd",), None).forgets_triple_faults
+
+
 @pytest.mark.kvm
 def test_an_instruction_that_cannot_be_emulated_names_this_kvm(
     hvkvm: Hvkvm, guest: Callable[[bytes], Path]
