@@ -14,6 +14,7 @@ from hvkvm.block.vhdx.regions import Region
 from hvkvm.errors import ImageDamaged
 
 ENTRIES_A_PAGE = SECTOR // 8
+_NO_ENTRIES = bytes(SECTOR)
 
 CHECKED_ENTRIES = 1 << 17
 """A BAT of so many entries (1 MiB) is checked whole when it is opened; a larger one as its pages are read."""
@@ -43,6 +44,21 @@ class Bat:
         words = self.pages.get(self.region.offset + page * SECTOR)
         return int.from_bytes(words[at * 8 : at * 8 + 8], "little")
 
+    def absent(self, block: int) -> int:
+        """How many payload blocks from `block` on have an entry of zero, as far as one page of the BAT says.
+
+        For who goes through a disk: a large one has millions of blocks, and most of them were never written.
+        """
+        geometry = self.geometry
+        page, at = divmod(geometry.payload_index(block), ENTRIES_A_PAGE)
+        words = self.pages.get(self.region.offset + page * SECTOR)
+        if words[at * 8]:
+            return 0
+        rest = words[at * 8 :]
+        zeros = (len(rest) - len(rest.lstrip(b"\0"))) // 8
+        # Behind the last block of a chunk is the entry of its bitmap.
+        return min(zeros, geometry.chunk_ratio - block % geometry.chunk_ratio, geometry.blocks - block)
+
     def peek(self, index: int) -> int | None:
         """The entry, if its page is in memory; None if the file would have to be read for it."""
         page, at = divmod(index, ENTRIES_A_PAGE)
@@ -59,6 +75,8 @@ class Bat:
         block_size = self.geometry.block_size
         for first in range(0, self.geometry.entries, ENTRIES_A_PAGE):
             page = self.pages.get(self.region.offset + first * 8)
+            if page == _NO_ENTRIES:
+                continue
             for index, entry in enumerate(_words(page)[: self.geometry.entries - first], first):
                 if entry & layout.STATE_MASK >= layout.FULLY_PRESENT:
                     length = MIB if self.geometry.is_bitmap(index) else block_size

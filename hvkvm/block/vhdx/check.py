@@ -26,10 +26,15 @@ def check_vhdx(image: VhdxImage) -> list[str]:
     used = sum(length for _offset, length, _index in image.bat.present())
     geometry = image.geometry
     if geometry.has_parent:
-        for block in range(geometry.blocks):
+        block = 0
+        while block < geometry.blocks:
+            if absent := image.bat.absent(block):
+                block += absent
+                continue
             if image.bat.get(geometry.payload_index(block)) & STATE_MASK == PARTIALLY_PRESENT:
                 for _run in image.bitmaps.runs(block, 0, min(geometry.block_size, MIB)):
                     break
+            block += 1
     taken = layout.HEADER_SECTION_BYTES + image.header.log_length + image.bat.region.length + MIB
     unused = image.source.size() - used - taken
     if unused > 0 and not image.metadata.fixed:

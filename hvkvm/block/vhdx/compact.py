@@ -51,7 +51,12 @@ def compact_vhdx(image: VhdxImage, progress: Progress) -> None:
 def _copy_blocks(image: VhdxImage, target: VhdxImage, progress: Progress) -> None:
     geometry = image.geometry
     view = piece()
-    for block in range(geometry.blocks):
+    block, blocks = 0, geometry.blocks
+    while block < blocks:
+        if absent := image.bat.absent(block):
+            block += absent
+            progress(min(block * geometry.block_size, geometry.disk_size), geometry.disk_size)
+            continue
         state = image.bat.get(geometry.payload_index(block)) & STATE_MASK
         start = block * geometry.block_size
         length = min(geometry.block_size, geometry.disk_size - start)
@@ -70,6 +75,7 @@ def _copy_blocks(image: VhdxImage, target: VhdxImage, progress: Progress) -> Non
         else:
             target.write_zeroes(start, length)
         progress(start + length, geometry.disk_size)
+        block += 1
     target.flush()
 
 

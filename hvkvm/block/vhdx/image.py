@@ -285,17 +285,21 @@ class VhdxImage:
 
     def extents(self, offset: int, length: int) -> list[Extent]:
         found: list[Extent] = []
-        for block, within, n in self.geometry.pieces(offset, length):
-            state = self.bat.get(self.geometry.payload_index(block)) & STATE_MASK
-            start = block * self.geometry.block_size + within
+        geometry, end = self.geometry, offset + length
+        while offset < end:
+            block, within = divmod(offset, geometry.block_size)
+            absent = self.bat.absent(block)
+            n = min(max(absent, 1) * geometry.block_size - within, end - offset)
+            state = NOT_PRESENT if absent else self.bat.get(geometry.payload_index(block)) & STATE_MASK
             if state >= FULLY_PRESENT:
-                found.append(Extent(start, n, True))
+                found.append(Extent(offset, n, True))
             elif state == NOT_PRESENT and self.parent is not None:
-                inside = max(0, min(n, self.parent.size - start))
-                found += self.parent.extents(start, inside) if inside else []
-                found += [Extent(start + inside, n - inside, False)] if inside < n else []
+                inside = max(0, min(n, self.parent.size - offset))
+                found += self.parent.extents(offset, inside) if inside else []
+                found += [Extent(offset + inside, n - inside, False)] if inside < n else []
             else:
-                found.append(Extent(start, n, False))
+                found.append(Extent(offset, n, False))
+            offset += n
         return found
 
     def inspect(self) -> dict[str, object]:
