@@ -118,6 +118,39 @@ def test_any_sequence_of_commands(steps: list[tuple[int, int, bool]]) -> None:
     assert guest.array.shown
 
 
+def test_its_status_says_what_became_of_a_command() -> None:
+    guest = Guest(b"\x0f" * SIZE)
+    guest.write(7, 0x10, 0x0F)
+    assert guest.changes == 0, "no bit was cleared"
+    guest.write(7, 0x40, 0x01)
+    assert (guest.array.bytes[7], guest.changes) == (0x01, 1)
+    guest.write(0, 0x70)
+    assert guest.read(0) == 0x80, "ready"
+    guest.write(0, 0x50)
+    assert guest.array.shown
+    guest.write(0, 0x70)
+    assert guest.read(0) == 0
+    guest.write(0, 0x90)
+    assert guest.read(0) == 0
+    assert not guest.array.shown
+    guest.write(0, 0x33)  # no command
+    assert guest.array.shown
+    guest.write(BLOCK, 0x20, 0xD0)
+    guest.write(2 * BLOCK, 0xD0)  # confirms nothing any more
+    assert (guest.read(2 * BLOCK), guest.changes) == (0x0F, 2)
+    guest.write(0, 0x20, 0x55)
+    assert guest.read(0) == 0xB0, "ready, and a sequence that is none"
+    guest.write(0, 0x50, 0x20, 0xFF)
+    assert guest.array.shown
+    guest.write(0, 0x70)
+    assert guest.read(0) == 0x30
+    guest.flash.reset()
+    guest.write(0, 0x70)
+    assert guest.read(0) == 0
+    assert bytes(guest.array.bytes[2 * BLOCK :]) == b"\x0f" * BLOCK
+    assert guest.changes == 2
+
+
 def test_a_confirmed_erase_is_saved() -> None:
     guest, other = Guest(b"\0" * SIZE), Guest()
     guest.write(BLOCK, 0x20, 0xD0)
@@ -128,7 +161,7 @@ def test_a_confirmed_erase_is_saved() -> None:
     assert (other.read(0), other.read(BLOCK)) == (0, 0xFF)
 
 
-@pytest.mark.parametrize("content", [b"", b"x", b"x\x9c", None])
+@pytest.mark.parametrize("content", [b"", b"x", b"x\x9c", b"no zlib", None])
 def test_a_state_that_cannot_be_is_refused(content: bytes | None) -> None:
     whole = Guest(b"\0" * (SIZE + 1)).flash.save()
     state = whole if content is None else whole._replace(content=content)
