@@ -16,6 +16,8 @@ lets the copies go and changes nothing for the one that runs.
 
 from __future__ import annotations
 
+import warnings
+from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
 from threading import RLock
@@ -166,6 +168,15 @@ class Machine:
         self.platform.vm.close()
         self.platform.memory.close()
         self.platform.kvm.close()
+
+    def __del__(self, _warn: Callable[..., None] = warnings.warn) -> None:
+        """Warn that nobody has closed it, as Python does of a file; its fds and its RAM stay open.
+
+        It is not closed here, wherever garbage is found: that waits for threads, and its guest may run.
+        """
+        if hasattr(self, "_stack") and not self._closed and not self.lifecycle.is_copy:
+            text = f"unclosed machine {self.name}: call close(), or use it in a `with` block"
+            _warn(text, ResourceWarning, source=self, stacklevel=2)
 
     def __enter__(self) -> Machine:
         return self

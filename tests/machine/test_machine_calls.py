@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import threading
 from collections.abc import Callable
 from contextlib import suppress
@@ -195,3 +196,33 @@ def test_a_guest_is_not_made_warm_from_a_saved_one(
         ConfigError, match=f"^{flag} {saved}: a guest that is made warm is booted; leave it out$"
     ):
         hvkvm.warm(MachineConfig(**{key: saved}), tmp_path / "warm")  # type: ignore[arg-type]
+
+
+def test_one_that_nobody_has_closed_is_told_of(micro_guest: Make, recwarn: pytest.WarningsRecorder) -> None:
+    """Its fds and its guest's RAM stay until the process ends, and nothing said so."""
+    config = micro_guest(HELLO).machine.config
+    made = [Machine(config), Machine(config)]
+    made[0].run()
+    names, stacks = [machine.name for machine in made], [machine._stack for machine in made]
+    made.clear()
+    gc.collect()
+    told = sorted(str(one.message) for one in recwarn if one.category is ResourceWarning)
+    assert told == sorted(
+        f"unclosed machine {name}: call close(), or use it in a `with` block" for name in names
+    )
+    for stack in stacks:
+        stack.close()
+
+
+def test_one_that_was_closed_or_never_made_is_not(
+    micro_guest: Make, recwarn: pytest.WarningsRecorder
+) -> None:
+    config = micro_guest(HELLO).machine.config
+    Machine(config).close()
+    with Machine(config) as machine:
+        machine.run()
+    del machine
+    with pytest.raises(ConfigError):
+        Machine(config._replace(cpus=0))
+    gc.collect()
+    assert [one for one in recwarn if one.category is ResourceWarning] == []
