@@ -6,7 +6,7 @@ on shared pages as well as for private copies; a slot's `message_type` is stored
 
 from __future__ import annotations
 
-from ctypes import Structure, c_uint8, c_uint16, c_uint32, c_uint64
+from ctypes import Array, Structure, c_uint8, c_uint16, c_uint32, c_uint64
 from struct import Struct
 
 HV_SYNIC_SINT_COUNT = 16
@@ -70,6 +70,11 @@ def hv_message(message_type: int, payload: bytes) -> bytes:
 class hv_post_message_input(Structure):
     """Input of HVCALL_POST_MESSAGE, 256 bytes in guest memory: copy once, then trust only the copy (S48)."""
 
+    connection_id: int
+    reserved: int
+    message_type: int
+    payload_size: int
+    payload: Array[c_uint8]
     _fields_ = [
         ("connection_id", c_uint32),
         ("reserved", c_uint32),

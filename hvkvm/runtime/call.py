@@ -10,21 +10,23 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 from hvkvm.errors import Stopped
 
+T = TypeVar("T")
 
-class Call:
+
+class Call(Generic[T]):
     """`fn(*args)` on its way to another thread. It is run, cancelled or withdrawn: one of them, once."""
 
-    def __init__(self, fn: Callable[..., Any], args: tuple[Any, ...]) -> None:
+    def __init__(self, fn: Callable[..., T], args: tuple[Any, ...]) -> None:
         self._fn = fn
         self._args = args
         self._lock = threading.Lock()
         self._fate = ""
         self._done = threading.Event()
-        self._result: Any = None
+        self._result: list[T] = []
         self._error: BaseException | None = None
 
     def _becomes(self, fate: str) -> bool:
@@ -40,7 +42,7 @@ class Call:
         if not self._becomes("run"):
             return
         try:
-            self._result = self._fn(*self._args)
+            self._result.append(self._fn(*self._args))
         except BaseException as error:
             self._error = error
         finally:
@@ -52,7 +54,7 @@ class Call:
             self._error = Stopped(f"{getattr(self._fn, '__qualname__', self._fn)} was cancelled")
             self._done.set()
 
-    def wait(self, timeout: float | None) -> Any:
+    def wait(self, timeout: float | None) -> T:
         """The result, or what it raised; Stopped when cancelled. The thread that asks.
 
         TimeoutError after `timeout` seconds: the call is withdrawn and never
@@ -67,4 +69,4 @@ class Call:
                 raise TimeoutError("the call was begun but has not ended in time")
         if self._error is not None:
             raise self._error
-        return self._result
+        return self._result[0]

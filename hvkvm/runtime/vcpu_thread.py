@@ -35,7 +35,7 @@ import threading
 from collections import defaultdict, deque
 from collections.abc import Callable, Mapping
 from time import clock_gettime_ns, pthread_getcpuclockid
-from typing import Any
+from typing import Any, TypeVar
 
 from hvkvm.abi.kvm import KVM_EXIT_INTR
 from hvkvm.errors import HvkvmError, UnhandledExit
@@ -49,6 +49,8 @@ from hvkvm.runtime.workqueue import Cancelled, WorkQueue
 
 # What the thread is doing; a number from 0 is the exit reason it is handling.
 _NEW, _ENTERED, _DRAINING, _PARKED, _ENDED = -1, -2, -3, -4, -5
+
+T = TypeVar("T")
 
 LAST_EXITS = 16
 """How many exit reasons are remembered for a state dump."""
@@ -140,7 +142,7 @@ class VcpuThread:
         if self._phase == _ENTERED:
             self._kicker.kick()
 
-    def call(self, fn: Callable[..., Any], *args: Any, timeout: float | None = None) -> Any:
+    def call(self, fn: Callable[..., T], *args: Any, timeout: float | None = None) -> T:
         """Run `fn(*args)` on this thread and give back its result or raise what it raised.
 
         On the thread itself, and on one that has this vCPU paused (and so owns

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from hvkvm.machine.config import MachineConfig
     from hvkvm.machine.machine import Machine
     from hvkvm.machine.outcome import Outcome
+    from hvkvm.runtime.timers import Timer
     from hvkvm.testing.flight import FlightRecorder
     from hvkvm.vmbus.host import VmbusHost
 
@@ -83,7 +84,7 @@ class Guest:
         """The host of its VMBus. HvkvmError without one."""
         return self.bus.host
 
-    def later(self, seconds: float, fn: Callable[..., object], *args: Any) -> object:
+    def later(self, seconds: float, fn: Callable[..., object], *args: Any) -> Timer:
         """Call `fn(*args)` on the I/O loop after so many seconds."""
         return self.machine.platform.io.call_later(seconds, fn, *args)
 

@@ -219,7 +219,7 @@ class Loopback:
     def post(self, payload: bytes) -> int:
         """The guest's HvPostMessage on the current connection."""
         message = hv_post_message_input(self.connection_id, 0, HVMSG_VMBUS, len(payload))
-        message.payload[: len(payload)] = payload
+        message.payload[: len(payload)] = list(payload)
         return self.synic.handlers[self.connection_id](message)
 
     # What can happen next.
