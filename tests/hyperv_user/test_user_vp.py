@@ -5,85 +5,21 @@ from __future__ import annotations
 import errno
 import os
 from collections.abc import Callable, Iterator
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from fake_host import Host
 
 from hvkvm.abi.hv_synic import HVMSG_TIMER_EXPIRED
-from hvkvm.errors import KvmIoctlError, Stopped
 from hvkvm.events import NULL_OBSERVER
 from hvkvm.hyperv.usermode.vp import UserVp
 from hvkvm.memory.guest import GuestMemory
 
-INDEX, SINT, VECTOR = 1, 3, 0x53
+SINT, VECTOR = 3, 0x53
 MASKED, AUTO_EOI, POLLING = 1 << 16, 1 << 17, 1 << 18
 PAGE, SLOT = 0x10000, 0x10000 + 256 * SINT
 MSI = (0xFEE01000, VECTOR)
 AUTO_ENABLE = 8 | SINT << 16
-
-
-class Host:
-    """VM, vCPU's thread, I/O loop, clock and alarms in one; nothing runs by itself."""
-
-    memory_slots = 509
-
-    def __init__(self) -> None:
-        self.vcpu = SimpleNamespace(index=INDEX, run=SimpleNamespace(if_flag=0))
-        self.interrupts: list[tuple[int, int]] = []
-        self.fails_with = 0
-        self.loop_ended = False
-        self.queue: list[Callable[[], None]] = []
-        self.soon: list[Callable[..., object]] = []
-        self.later: list[tuple[float, Callable[..., object], tuple[Any, ...]]] = []
-        self.armed: list[int] = []
-
-    def set_user_memory_region(self, slot: int, gpa: int, size: int, hva: int, flags: int = 0) -> None:
-        pass
-
-    def signal_msi(self, address: int, data: int) -> int:
-        if self.fails_with:
-            raise KvmIoctlError(self.fails_with, "KVM_SIGNAL_MSI", "vm")
-        self.interrupts.append((address, data))
-        return 1
-
-    def submit(self, fn: Callable[[], None], *, cancelled: Callable[[], None]) -> None:
-        self.queue.append(fn)
-
-    def run_vp(self) -> None:
-        taken, self.queue = self.queue, []
-        for fn in taken:
-            fn()
-
-    def call_soon(self, fn: Callable[..., object]) -> None:
-        if self.loop_ended:
-            raise Stopped("ended")
-        self.soon.append(fn)
-
-    def call_later(self, seconds: float, fn: Callable[..., object], *args: Any) -> None:
-        if self.loop_ended:
-            raise Stopped("ended")
-        self.later.append((seconds, fn, args))
-
-    def run_later(self) -> None:
-        taken, self.later = self.later, []
-        for _seconds, fn, args in taken:
-            fn(*args)
-
-    def now(self) -> int:
-        return 1000
-
-    def make(self, callback: Callable[[], None]) -> Host:
-        return self
-
-    def arm(self, nanoseconds: int) -> None:
-        self.armed.append(nanoseconds)
-
-    def disarm(self) -> None:
-        self.armed.clear()
-
-    def close(self) -> None:
-        pass
 
 
 @pytest.fixture
