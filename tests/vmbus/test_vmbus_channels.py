@@ -167,8 +167,23 @@ def test_impossible_opens_are_answered(loopback: Any, echo: Any, name: str) -> N
     loop.client.post(wire.OPENCHANNEL, **fields)
     loop.client.post(wire.OPENCHANNEL, **fields)  # open already
     loop.run()
-    statuses = [bool(m["status"]) for m in loop.client.messages if m.kind.type == wire.OPENCHANNEL_RESULT]
-    assert statuses == [True, False, True]
+    results = [m for m in loop.client.messages if m.kind.type == wire.OPENCHANNEL_RESULT]
+    assert [bool(m["status"]) for m in results] == [True, False, True]
+    assert [m["openid"] for m in results] == [1234] * 3
+    (channel,) = loop.host.server.channels.all
+    assert (channel.state, device.log) == (ChannelState.OPEN, ["opened"]), "which it stays"
+
+
+def test_an_open_that_crosses_a_rescind_is_refused(loopback: Any, echo: Any) -> None:
+    device = echo(1)
+    loop, guest = ready(loopback, device)
+    loop.client.prepare_rings(guest)
+    loop.run()
+    loop.host.remove(loop.host.server.channels.all[0])
+    loop.client.open(guest)
+    loop.run()
+    assert loop.client.last(wire.OPENCHANNEL_RESULT)["status"] != 0
+    assert (device.log, loop.synic.events) == ([], {})
 
 
 def test_a_6_0_guest_chooses_its_signals(loopback: Any, echo: Any) -> None:
@@ -189,6 +204,31 @@ def test_a_6_0_guest_chooses_its_signals(loopback: Any, echo: Any) -> None:
     loop.run()
     assert loop.synic.rung == [0x3000]
     assert loop.synic.flags_set == [(0, 2, 9)]
+
+
+def test_signals_that_were_not_negotiated_are_padding(loopback: Any, echo: Any) -> None:
+    """UEFI sends 240 bytes whatever it says in them."""
+    loop = loopback()
+    loop.host.add(echo(1))
+    loop.connect(vmbus.VERSION_COPPER)
+    (guest,) = loop.client.offers.values()
+    loop.client.prepare_rings(guest)
+    payload = wire.build(
+        wire.OPENCHANNEL,
+        relid=guest.relid,
+        openid=1,
+        ring_gpadl=guest.gpadl,
+        target_vp=0,
+        downstream_page_offset=2,
+        connection_id=4,
+        event_flag=4000,
+    )
+    assert len(payload) == 156
+    loop.post(payload)
+    loop.run()
+    assert loop.client.last(wire.OPENCHANNEL_RESULT)["status"] == 0
+    (channel,) = loop.host.server.channels.all
+    assert (channel.connection_id, channel.event_flag) == (guest.connection_id, guest.relid)
 
 
 def test_a_chosen_doorbell_is_taken_while_its_channel_is_open(loopback: Any, echo: Any) -> None:

@@ -79,6 +79,7 @@ BAD = {
     "odd buflen": (17, 1, bytes(24)),
     "empty range": (16, 1, bytes(16)),
     "offset beyond a page": (16, 1, (1).to_bytes(4, "little") + (4096).to_bytes(4, "little") + bytes(8)),
+    "offset beyond a page, with pages for it": (24, 1, pack("<IIQQ", 1, PAGE, 5, 6)),
     "too few pages": (16, 1, (8193).to_bytes(4, "little") + bytes(12)),
     "count overflows": (16, 1, (0xFFFFFFFF).to_bytes(4, "little") + bytes(12)),
     "bytes of half a value behind the last": (20, 1, pack("<IIQI", PAGE, 0, 5, 0) + bytes(4)),
@@ -159,6 +160,7 @@ def test_an_id_is_taken_while_it_is_unfinished() -> None:
     claimed = table.values
     for relid in (1, 2):
         assert table.header(relid, 9, 240, 1, b"") == Finished(9, relid, None, "the id is in use")
+    assert not table.abandon(2, 9)
     assert (table.unfinished, table.values) == (1, claimed)
     done = feed(table, [body])
     assert isinstance(done, Finished)
