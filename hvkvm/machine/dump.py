@@ -16,10 +16,12 @@ from hvkvm.abi.kvm import KVM_EXIT_SHUTDOWN
 from hvkvm.boot.linux import resets_by_triple_fault
 from hvkvm.machine import dump_vcpu, inspect, kernel_log
 from hvkvm.machine.exits import FATAL
+from hvkvm.machine.lifecycle import Phase
 from hvkvm.observe import bus_text, tree
 from hvkvm.runtime.where import where
 
 if TYPE_CHECKING:
+    from hvkvm.machine.lifecycle import Lifecycle
     from hvkvm.machine.parts import Parts
 
 CONSOLE_LINES = 12
@@ -37,7 +39,7 @@ def describe(parts: Parts) -> str:
     platform, lifecycle, partition = parts.platform, parts.lifecycle, parts.hyperv.partition
     elapsed = 0.0 if lifecycle.started_at is None else monotonic() - lifecycle.started_at
     started = platform.config.kernel or f"firmware {platform.config.firmware}"
-    lines.append(f"hvkvm: {started} after {elapsed:.1f} s, {lifecycle.resets} resets, {lifecycle.described}")
+    lines.append(f"hvkvm: {started} after {elapsed:.1f} s, {lifecycle.resets} resets, {_rest(lifecycle)}")
     if (path := parts.saver.path) is not None:
         lines.append(f"it is being saved to {path}")
     patience_ends = monotonic() + PATIENCE_SECONDS
@@ -60,6 +62,17 @@ def describe(parts: Parts) -> str:
         lines.append("kernel log, last lines:")
         lines += [f"  | {line}" for line in log]
     return "\n".join(lines)
+
+
+def _rest(lifecycle: Lifecycle) -> str:
+    """How far it is: whose rest it waits for, and for how long."""
+    phase, part = lifecycle.phase, lifecycle.stopping
+    if lifecycle.outcome is not None:
+        return f"{'ended' if phase is Phase.ENDED else 'ending'}: {lifecycle.outcome}"
+    if phase in (Phase.BUILT, Phase.RUNNING):
+        return str(phase.value)
+    whose = f", now the {part.name}" if part is not None and phase is Phase.STOPPING else ""
+    return f"{phase.value}{whose}, for {monotonic() - lifecycle.phase_since:.1f} s"
 
 
 def describe_fatal(parts: Parts) -> str:

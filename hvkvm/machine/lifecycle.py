@@ -28,8 +28,8 @@ from functools import partial
 from time import monotonic
 from typing import TYPE_CHECKING
 
-from hvkvm.errors import HvkvmError, Stopped, Stuck, exhausted
-from hvkvm.events import GuestPanicked
+from hvkvm.errors import BootError, HvkvmError, Stopped, Stuck, exhausted
+from hvkvm.events import GuestPanicked, Warned
 from hvkvm.kvm.irqfd import EventFd
 from hvkvm.machine.outcome import (
     EXIT_MACHINE_FAULT,
@@ -102,7 +102,8 @@ class Lifecycle:
         # The rest is the loop's own.
         self._waiting: deque[Callable[[Callable[[], object]], object]] = deque()
         self._deadline: Timer | None = None
-        self._stopping: Part | None = None
+        self.stopping: Part | None = None
+        """The part that was asked to stop last. Any thread may look."""
         self._unheard: BaseException | None = None  # what `stop` raises
         self._enders: list[Callable[[Callable[[], object]], object]] = []
 
@@ -113,17 +114,7 @@ class Lifecycle:
 
     @phase.setter
     def phase(self, phase: Phase) -> None:
-        self._phase, self._phase_since = phase, monotonic()
-
-    @property
-    def described(self) -> str:
-        """Where it is, for people: whose rest it waits for, and for how long. Any thread."""
-        if self.outcome is not None:
-            return f"{'ended' if self.phase is Phase.ENDED else 'ending'}: {self.outcome}"
-        if self.phase in (Phase.BUILT, Phase.RUNNING):
-            return str(self.phase.value)
-        whose = f", now the {self._stopping.name}" if self._stopping and self.phase is Phase.STOPPING else ""
-        return f"{self.phase.value}{whose}, for {monotonic() - self._phase_since:.1f} s"
+        self._phase, self.phase_since = phase, monotonic()
 
     def at_end(self, ender: Callable[[Callable[[], object]], object]) -> None:
         """At the end of the run, with every vCPU's thread ended, call `ender(done)` before the parts stop.
@@ -258,8 +249,8 @@ class Lifecycle:
             self._platform.io.call_soon(self._stop_parts, iter(self._parts), stopped.set)
         except Stopped:
             return  # the loop has ended: nothing is in flight any more
-        if not wait_awake(stopped.wait, seconds) and self._stopping is not None:
-            raise Stuck(f"the {self._stopping.name} has not stopped within {seconds:g} s")
+        if not wait_awake(stopped.wait, seconds) and self.stopping is not None:
+            raise Stuck(f"the {self.stopping.name} has not stopped within {seconds:g} s")
 
     def _end_all(self, left: Iterator[Callable[..., object]], done: Callable[[], object]) -> None:
         ender = next(left, None)
@@ -311,13 +302,19 @@ class Lifecycle:
         elif not self._reboot:
             self.finish(Ending.RESET, 0, reason)
         elif why := self._why_no_reset():
-            self.finish(Ending.RESET, 0, f"{reason}; it is not started again: {why}")
+            why = f"{reason}; it is not started again: {why}"
+            self._platform.observer.event(Warned("reset", why))  # its end alone is one like any other
+            self.finish(Ending.RESET, 0, why)
         else:
             self.at_rest(self._reset_parts)
 
     def _reset_parts(self, go_on: Callable[[], object]) -> None:
-        for part in self._parts:
-            part.reset()
+        try:
+            for part in self._parts:
+                part.reset()
+        except BootError as error:  # its kernel has gone, or was exchanged, since it was started
+            self.finish(Ending.RESET, EXIT_MACHINE_FAULT, f"it is not started again: {error}")
+            return
         self.resets += 1
         self._reset_pending = False
         go_on()
@@ -348,7 +345,7 @@ class Lifecycle:
             self._stop_parts(iter(self._parts), self._rested)
 
     def _stop_parts(self, left: Iterator[Part], done: Callable[[], object]) -> None:
-        part = self._stopping = next(left, None)
+        part = self.stopping = next(left, None)
         if part is None:
             done()
         else:
@@ -386,7 +383,7 @@ class Lifecycle:
             # This process was stopped (see `awake`), and they had no time of it either.
             self._deadline = self._platform.io.call_later(REST_SECONDS, self._too_late)
             return
-        what = f"the {self._stopping.name}" if self._stopping is not None else self._platform.group.describe()
+        what = f"the {self.stopping.name}" if self.stopping is not None else self._platform.group.describe()
         detail = f"no rest within {REST_SECONDS:g} s: {self.phase.value}: {what}"
         self.finish(Ending.KVM_ERROR, EXIT_MACHINE_FAULT, detail)
 

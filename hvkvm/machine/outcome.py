@@ -42,11 +42,12 @@ class Outcome(NamedTuple):
     @property
     def clean(self) -> bool:
         """True when the run came to its end: by command, debug exit, power-off, reset, or saved."""
+        if self.ending is Ending.RESET:
+            return self.status == 0  # not of one that could not be started again
         return self.ending in (
             Ending.POWERED_OFF,
             Ending.COMMAND_EXITED,
             Ending.DEBUG_EXIT,
-            Ending.RESET,
             Ending.SAVED,
         )
 

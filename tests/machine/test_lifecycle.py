@@ -11,8 +11,8 @@ from typing import cast
 
 import pytest
 
-from hvkvm.errors import HostExhausted, HvkvmError, Stuck
-from hvkvm.events import NULL_OBSERVER
+from hvkvm.errors import BootError, HostExhausted, HvkvmError, Stuck
+from hvkvm.events import Event, Observer, Warned
 from hvkvm.machine import lifecycle as lifecycle_module
 from hvkvm.machine.config import MachineConfig
 from hvkvm.machine.lifecycle import Lifecycle, Phase
@@ -82,10 +82,22 @@ class Recorder:
         self._log.append(f"{self.name} resets")
 
 
+class Heard(Observer):
+    """Keeps the texts of warnings."""
+
+    def __init__(self) -> None:
+        self.texts: list[str] = []
+
+    def event(self, event: Event) -> None:
+        if isinstance(event, Warned):
+            self.texts.append(event.text)
+
+
 class World:
     """A lifecycle on a real I/O loop, with two recording parts."""
 
-    def __init__(self, *, reboot: bool = True) -> None:
+    def __init__(self, *, reboot: bool = True, why_no_reset: str = "") -> None:
+        self.heard = Heard()
         self.log: list[str] = []
         self.faults: list[BaseException] = []
         self.group = Group(self.log)
@@ -93,9 +105,9 @@ class World:
         config = MachineConfig(kernel=Path("/dev/null"))
         platform = cast(
             Platform,
-            Platform(config, None, None, None, [], [], self.group, None, self.io, NULL_OBSERVER),  # type: ignore[arg-type]
+            Platform(config, None, None, None, [], [], self.group, None, self.io, self.heard),  # type: ignore[arg-type]
         )
-        self.lifecycle = Lifecycle(platform, reboot=reboot)
+        self.lifecycle = Lifecycle(platform, reboot=reboot, why_no_reset=lambda: why_no_reset)
         self.user = Recorder("disk", self.log)
         self.used = Recorder("bus", self.log)
         self.panic: str | None = None
@@ -297,6 +309,36 @@ def test_a_loop_that_never_answers_is_named_at_the_end_with_what_it_is_in(world:
             world.lifecycle.stop(1.0)
     finally:
         go_on.set()
+
+
+def test_a_reset_that_cannot_boot_again_says_so_and_is_no_failure_of_kvm(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The kernel's package was exchanged in the weeks since the guest was started."""
+
+    def reset() -> None:
+        raise BootError("--kernel x: no such file")
+
+    monkeypatch.setattr(world.used, "reset", reset)
+    world.lifecycle.request_reset("asked")
+    outcome = world.lifecycle.wait(SECONDS)
+    assert outcome is not None
+    assert (outcome.ending, outcome.status, outcome.clean) == (Ending.RESET, 254, False)
+    assert str(outcome) == "reset: it is not started again: --kernel x: no such file"
+
+
+def test_a_saved_machine_that_is_not_started_again_says_so() -> None:
+    world = World(why_no_reset="its kernel has changed")
+    try:
+        world.lifecycle.start()
+        world.lifecycle.request_reset("asked")
+        outcome = world.lifecycle.wait(SECONDS)
+    finally:
+        world.lifecycle.stop(SECONDS)
+        world.lifecycle.close()
+    assert outcome is not None
+    assert (outcome.ending, outcome.status) == (Ending.RESET, 0)
+    assert world.heard.texts == ["asked; it is not started again: its kernel has changed"]
 
 
 def test_a_vcpu_that_never_rests_ends_a_reset_with_what_it_does(
