@@ -147,6 +147,52 @@ def test_its_state_is_saved_and_loaded(ask: Scsi, drive: DvdDrive) -> None:
         other.load(state._replace(events=(1,) * 5))
 
 
+def test_a_saved_drive_is_one_that_can_be(ask: Scsi, drive: DvdDrive) -> None:
+    state = drive.save()
+    for events, good in (((0, 15, 1, 2), True), ((16,), False), ((-1,), False)):
+        if good:
+            drive.load(state._replace(events=events))
+            assert drive.save().events == events
+        else:
+            with pytest.raises(StateError, match="are no events of a drive"):
+                drive.load(state._replace(events=events))
+    empty = DvdDrive(None, "s")
+    for one, is_open in ((drive, False), (empty, True)):
+        one.load(state._replace(tray_open=True))
+        assert one.tray_open == is_open, "a tray with a medium is shut"
+    empty.load(state)
+    assert not empty.tray_open
+
+
+def test_the_host_changes_the_medium(ask: Scsi, drive: DvdDrive) -> None:
+    ask.good(drive, bytes((0x1E, 0, 0, 0, 1, 0)))
+    medium = drive.eject(force=True)
+    assert medium is not None
+    assert drive.eject() is None, "nothing is locked any more"
+    assert (drive.tray_open, drive.locked) == (True, False)
+    drive.insert(medium)
+    assert not drive.tray_open
+    assert ask.sense(drive, READY) == scsi.MEDIUM_CHANGED
+    ask.good(drive, READY)
+    drive.power_on()
+    assert drive.save().events == ()
+
+
+def test_what_a_disc_does_not_have(ask: Scsi, drive: DvdDrive) -> None:
+    ask.good(drive, scsi.cdb10.pack(scsi.SEEK_10, 0, 99, 0, 0, 0))
+    assert ask.sense(drive, scsi.cdb10.pack(scsi.SEEK_10, 0, 100, 0, 0, 0)) == scsi.LBA_OUT_OF_RANGE
+    ask.good(drive, bytes((0x52, 0, 0, 0, 0, 99, 0, 0, 36, 0)), 36)
+    for cdb in (
+        bytes((0x52, 0, 0, 0, 0, 100, 0, 0, 36, 0)),  # a track that begins beyond the end
+        bytes((0x52, 2, 0, 0, 0, 1, 0, 0, 36, 0)),  # a session
+        bytes((0x51, 1)) + bytes(6) + bytes((34, 0)),
+    ):
+        assert ask.sense(drive, cdb, 64) == scsi.INVALID_FIELD_IN_CDB
+    # READ TOC's format was in the last byte once.
+    session = ask.good(drive, bytes((0x43, 0, 0, 0, 0, 0, 0, 0, 12, 0x40)), 12)
+    assert session == ask.good(drive, bytes((0x43, 0, 1, 0, 0, 0, 0, 0, 12, 0)), 12)
+
+
 def test_a_reset_gives_the_medium_free(ask: Scsi, drive: DvdDrive) -> None:
     ask.good(drive, bytes((0x1E, 0, 0, 0, 1, 0)))
     done: list[bool] = []

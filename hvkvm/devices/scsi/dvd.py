@@ -179,7 +179,7 @@ class DvdDrive(Unit):
 
     def _seek(self, command: Command) -> None:
         transfer = scsi.transfer_of(command.cdb)
-        checked(scsi.Transfer(transfer.lba, 0, 0), self._medium(), SECTOR)
+        checked(scsi.Transfer(transfer.lba, 1, 0), self._medium(), SECTOR)
         command.good()
 
     def _read_toc(self, command: Command) -> None:
