@@ -74,7 +74,15 @@ class Firmware:
         self.variables: KeptVariables | None = None
         if config.firmware_vars is not None:
             code, template = images.split(self.path, code)
-            self._add_flash(config.firmware_vars, template, numbers.FIRMWARE_END - len(code), stack)
+            file = VariablesFile(config.firmware_vars, template)
+            stack.callback(file.close)
+            self.flash = flash = self._add_flash(file.content, numbers.FIRMWARE_END - len(code), stack)
+            self.variables = KeptVariables(file, flash, platform.io, platform.observer)
+            flash.on_change = self.variables.changed
+            stack.callback(self.variables.close)
+        elif self._writes_would_hurt() and images.variables_size(code):
+            code, template = images.split(self.path, code)
+            self.flash = self._add_flash(template, numbers.FIRMWARE_END - len(code), stack)
         self._sha256 = hashlib.sha256(code).digest()
         self.rom = Rom(platform.memory, numbers.FIRMWARE_END - len(code), code)
         stack.callback(self.rom.close)
@@ -87,17 +95,21 @@ class Firmware:
         if config.kernel is not None:
             self._add_kernel(board.fw_cfg, config.kernel, image)
 
-    def _add_flash(self, path: Path, template: bytes, end: int, stack: ExitStack) -> None:
-        platform = self._platform
-        file = VariablesFile(path, template)
-        stack.callback(file.close)
-        rom = Rom(platform.memory, end - len(file.content), file.content)
+    def _writes_would_hurt(self) -> bool:
+        """Whether there is a medium that OVMF cannot boot from once it has tried to write to it.
+
+        Without a flash OVMF keeps variables in a file on the first FAT file system. It takes NVMe for
+        writable always, and its FAT driver opens nothing more after a write that failed.
+        """
+        config = self._platform.config
+        return any(one.options.read_only and config.bus_of(one) == "nvme" for one in config.media)
+
+    def _add_flash(self, content: bytes, end: int, stack: ExitStack) -> Flash:
+        rom = Rom(self._platform.memory, end - len(content), content)
         stack.callback(rom.close)
-        self.flash = Flash(rom)
-        self.variables = KeptVariables(file, self.flash, platform.io, platform.observer)
-        self.flash.on_change = self.variables.changed
-        stack.callback(self.variables.close)
-        self._pci.mmio.add(rom.gpa, rom.size, self.flash)
+        flash = Flash(rom)
+        self._pci.mmio.add(rom.gpa, rom.size, flash)
+        return flash
 
     def _add_display(self, fw_cfg: FirmwareFwCfg) -> None:
         from hvkvm.devices.ramfb import Ramfb

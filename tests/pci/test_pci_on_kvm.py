@@ -20,7 +20,7 @@ from running_vm import running_vm
 
 from hvkvm.abi import nvme, pci
 from hvkvm.machine.config import MachineConfig
-from hvkvm.machine.disk_spec import DiskSpec
+from hvkvm.machine.disk_spec import CdromSpec, DiskSpec
 from hvkvm.machine.dump import describe
 from hvkvm.machine.inspect import inspect
 from hvkvm.machine.machine import Machine
@@ -62,10 +62,30 @@ def test_firmware_starts_at_the_reset_vector_and_finds_the_board(rom: Path, disk
         assert describe(machine.parts).startswith(f"hvkvm: firmware {rom} after ")
 
 
-def test_the_command_keeps_variables(rom: Path, disk: Path, tmp_path: Path) -> None:
+def with_variables(rom: Path) -> bytes:
+    """Put a firmware volume for variables, which is returned, in front of its code."""
     head = bytes(16) + NV_DATA + (0x2000).to_bytes(8, "little") + b"_FVH"
     template = head.ljust(0x2000, b"\xff")
     rom.write_bytes(template + rom.read_bytes())
+    return template
+
+
+@pytest.mark.parametrize("medium", ["disk", "readonly", "cdrom"])
+def test_beside_a_read_only_medium_variables_are_in_a_flash(rom: Path, disk: Path, medium: str) -> None:
+    """Else OVMF tries to write them to the medium, and its FAT driver then finds no boot loader there."""
+    with_variables(rom)
+    media: dict[str, Any] = {"disks": (DiskSpec(str(disk), readonly=medium == "readonly"),)}
+    if medium == "cdrom":
+        media = {"cdroms": (CdromSpec(str(disk)),)}
+    printed = bytearray()
+    with Machine(MachineConfig(firmware=rom, hv="none", memory=64 * MIB, timeout=100, **media)) as machine:
+        machine.board.attach_sink(printed.extend)
+        assert machine.run().ending is Ending.POWERED_OFF
+    assert bytes(printed) == (b"RPSETBNUWD-" if medium == "disk" else b"RPSETBNUWDF") * 2
+
+
+def test_the_command_keeps_variables(rom: Path, disk: Path, tmp_path: Path) -> None:
+    template = with_variables(rom)
     variables = tmp_path / "vars"
     words = ["run", "--quiet", "--firmware", str(rom), "--firmware-vars", str(variables)]
     words += ["--disk", f"{disk},snapshot=on", "--hv", "none", "--memory", "64M", "--timeout", "100"]
