@@ -39,6 +39,8 @@ _MODULE_NAME_AT = _LOADER_NAME_AT + 0x20
 _MMAP_AT = board.MULTIBOOT_INFO_ADDRESS + 0x200
 _NAME_LIMIT = _MMAP_AT - _MODULE_NAME_AT - 1
 _HIGHEST_MODULE = 0xFFFFFFFF
+_BASE_MEMORY_AT = 0x413
+"""The BIOS data area's word of KiB below 640 KiB."""
 
 
 def find_header(head: bytes) -> int | None:
@@ -99,6 +101,8 @@ def load(
         *(0, 0, 0),  # drives, ROM configuration table
         _LOADER_NAME_AT,
     )
+    # Xen takes the smaller of this and mem_lower, and would put its trampoline below 0.
+    memory.write(_BASE_MEMORY_AT, (board.LOW_RAM_END >> 10).to_bytes(2, "little"))
     memory.write(board.MULTIBOOT_INFO_ADDRESS, info)
     memory.write(_MODULE_AT, module)
     memory.write(_LOADER_NAME_AT, b"hvkvm\0")

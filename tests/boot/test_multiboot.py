@@ -41,6 +41,8 @@ def test_info(memory: GuestMemory, tmp_path: Path) -> None:
     ki.load(memory, tmp_path / "synic.flat", ki.multiboot(), cmdline="direct x")
     assert INFO >= 0x1000  # page 0 is overwritten by the AP trampoline
     assert word(memory, 0) & 1 << 6
+    assert word(memory, 4) == 639  # mem_lower, KiB; Xen looks into the BIOS data area, too
+    assert memory.read(0x413, 2) == (639).to_bytes(2, "little")
     assert word(memory, 8) == (memory.size - MIB) >> 10  # mem_upper, KiB from 1 MiB
     line = memory.read(word(memory, 16), 64).split(b"\0")[0]
     assert line == b"synic.flat direct x"
