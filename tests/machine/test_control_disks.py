@@ -321,3 +321,17 @@ def test_an_image_that_fails_to_open_in_any_way_is_answered(
     monkeypatch.setattr(disks, "open", fail)
     for _ in range(MOST_OPENING + 2):
         assert world.typed("add", "b.raw") == "guest: MemoryError: no more"
+
+
+def test_a_flush_of_all_tells_of_each_that_fails(world: World) -> None:
+    """A save that is told that all is well would be of a machine whose disks are not."""
+
+    def disks(why: str) -> Any:
+        return SimpleNamespace(flush=lambda done: done(why))
+
+    for on_vmbus, on_pci in (("", ""), ("disk0: broken", ""), ("", "nvme0: broken")):
+        world.shelf.disks, world.shelf.pci_disks = disks(on_vmbus), disks(on_pci)
+        told: list[str] = []
+        world.shelf.flush(told.append)
+        assert told == [on_vmbus or on_pci]
+    world.shelf.disks = world.shelf.pci_disks = None

@@ -5,12 +5,15 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
+from errno import EIO
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
+from hvkvm.block.raw import RawImage
+from hvkvm.block.request import Status
 from hvkvm.cli import ctl_disk
 from hvkvm.cli.run import config_from
 from hvkvm.devices.synth.storvsp import Storvsp
@@ -215,6 +218,27 @@ def test_the_end_closes_and_flushes(folder: Path, make: Callable[..., World]) ->
     world.wait(world.disks.end)
     make(DiskSpec(str(folder / "a.raw")))  # nobody has it open any more
     assert world.notes.events == []
+
+
+def test_what_cannot_be_made_stable_is_told(
+    folder: Path, make: Callable[..., World], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By a flush, which a save needs, to who asked for it; at the end, to the user."""
+    flushed: list[str] = []
+
+    def flush(image: RawImage) -> None:
+        flushed.append(image.file.path.name)
+        if image.file.path.name == "a.raw":
+            raise OSError(EIO, "Input/output error")
+
+    monkeypatch.setattr(RawImage, "flush", flush)
+    world = make(*(DiskSpec(str(folder / name)) for name in ("a.raw", "b.raw")))
+    (why,) = world.wait(world.disks.flush)
+    assert why == f"disk0: {Status.ERROR.value}: Input/output error"
+    assert sorted(flushed) == ["a.raw", "b.raw"]
+    world.wait(world.disks.end)
+    (told,) = world.notes.events
+    assert "disk0: what the guest had not flushed may be lost" in told.text  # type: ignore[union-attr]
 
 
 def test_a_removed_disk_is_closed(folder: Path, make: Callable[..., World]) -> None:
