@@ -328,6 +328,26 @@ def test_two_find_one_another_in_any_order_and_again(loop, tmp_path):
     assert not path.exists()
 
 
+def test_the_next_peer_begins_with_a_frame_of_its_own(loop, ends):
+    """What the one before left of a frame, and was to get of one, is nothing to it."""
+    port, theirs = ends
+    nic = connect(loop, port)
+    theirs.sendall(framed(b"a" * 60)[:30])
+    assert loop.do(port.send, views(*[bytes(60000)] * 50)) < 50
+    theirs.close()
+    nic.wait(lambda n: n.links[-1] is False)
+    ours, theirs = socket.socketpair()
+    ours.setblocking(False)
+    theirs.settimeout(30)
+    loop.do(port.connected, ours)
+    nic.wait(lambda n: n.links[-1] is True)
+    theirs.sendall(framed(b"b" * 60))
+    nic.wait(lambda n: n.got == [b"b" * 60])
+    assert loop.do(port.send, views(b"c" * 60)) == 1
+    assert received(theirs, 64) == framed(b"c" * 60)
+    theirs.close()
+
+
 def test_a_second_peer_waits_for_the_first_to_go(loop, tmp_path):
     path = tmp_path / "wire"
     port = StreamPort(loop, 1500)
