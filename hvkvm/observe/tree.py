@@ -13,11 +13,18 @@ _STEP = "  "
 
 def lines(tree: Mapping[str, object], indent: str = "") -> list[str]:
     """The lines of `tree`: dicts, lists and scalars, such as JSON holds."""
-    found = _wrapped([f"{key} {_text(value)}" for key, value in tree.items() if _is_leaf(value)], indent)
+    found = _wrapped(
+        [f"{_label(key)} {_text(value)}" for key, value in tree.items() if _is_leaf(value)], indent
+    )
     for key, value in tree.items():
         if not _is_leaf(value):
             found += _below(f"{indent}{key}:", value, indent)
     return found
+
+
+def _label(key: object) -> str:
+    """What stands before a value: a number with a colon, lest it be read as another value."""
+    return f"{key}:" if str(key).isdecimal() else str(key)
 
 
 def _below(head: str, value: object, indent: str) -> list[str]:

@@ -80,6 +80,6 @@ def test_a_machine() -> None:
     text = "\n".join(inspect_lines(inside))
     assert text.startswith("vcpu0: running guest; exits: IO 7, HLT 1\nsynic: vp 0, sint 2, routes 1,")
     assert "0x2001 KVM" in text
-    assert text.endswith("\ndevices: vss: driver yes, state frozen\npci: nvme: 03: queues: 1 8 entries")
+    assert text.endswith("\ndevices: vss: driver yes, state frozen\npci: nvme: 03: queues: 1: 8 entries")
     bare = {"vcpus": [], "synic": None, "vmbus": None, "devices": {}}
     assert inspect_lines(bare) == []

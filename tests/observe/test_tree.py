@@ -11,6 +11,13 @@ def test_scalars_share_a_line() -> None:
     ]
 
 
+def test_a_number_that_names_something_is_no_value() -> None:
+    assert lines({"in_flight": {0: 81, "1": 2}, "queues": {"1": "8 entries"}}) == [
+        "in_flight: 0: 81, 1: 2",
+        "queues: 1: 8 entries",
+    ]
+
+
 def test_what_is_nested_is_below() -> None:
     tree = {
         "rings": {"in": {"size": 1, "deep": {"x": 1, "y": {"z": 2}}}},
