@@ -22,6 +22,7 @@ from hvkvm.abi.guest_command import CommandIo
 from hvkvm.boot import cache, cpio, guest_exit, guest_orders, guest_scripts, guest_vsock
 from hvkvm.boot.command_files import pack_files, programs, read
 from hvkvm.boot.kmod import ModuleTree
+from hvkvm.digest import sha256
 from hvkvm.errors import BootError
 from hvkvm.tuples import NamedTuple
 
@@ -146,11 +147,10 @@ def is_static_elf(program: bytes) -> bool:
 
 def _modules(wanted: tuple[str, ...], optional: tuple[str, ...], folder: Path) -> bytes:
     """The archive of the modules in load order, from the cache while none of their files has changed."""
-    import hashlib
     import json
 
     recipe = "\0".join((os.path.realpath(folder), *wanted, *(f"{name}?" for name in optional)))
-    key = hashlib.sha256(recipe.encode(errors="surrogateescape")).hexdigest()[:32]
+    key = sha256(recipe.encode(errors="surrogateescape")).hexdigest()[:32]
     kept = cache.root() / "modules" / key
     piece = _cached_modules(kept)
     if piece is not None:

@@ -7,9 +7,9 @@ a guest scans for them (`placed`).
 from __future__ import annotations
 
 import struct
-from hashlib import sha1
 
 from hvkvm.abi import board
+from hvkvm.digest import sha1
 from hvkvm.tuples import NamedTuple
 
 ANCHOR_FILE = "etc/smbios/smbios-anchor"

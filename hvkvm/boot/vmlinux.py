@@ -16,6 +16,7 @@ from pathlib import Path
 from hvkvm import given_file
 from hvkvm.abi.elf import ELF64_EHDR, ELF64_IDENT, ELF64_PHDR, ELFMAG, PT_LOAD, Ehdr, Phdr
 from hvkvm.boot import cache, unpack
+from hvkvm.digest import sha256
 
 # No kernel's ELF comes near; what unpacks to more is not one.
 _VMLINUX_MAX = 512 << 20
@@ -115,9 +116,7 @@ def extract(bzimage: Path, cache_dir: Path | None = None) -> Path | None:
     data = given_file.read(bzimage)
     if data[:4] == ELFMAG:
         return bzimage
-    import hashlib
-
-    kept = folder / f"{hashlib.sha256(data).hexdigest()}.elf"
+    kept = folder / f"{sha256(data).hexdigest()}.elf"
     try:
         if not cache.holds(kept):
             packed = payload(data)
@@ -132,15 +131,13 @@ def extract(bzimage: Path, cache_dir: Path | None = None) -> Path | None:
 
 
 def _stat_key(path: Path) -> str:
-    """A file name that stands for `path` as it is now; made without hashlib, which costs a boot more."""
+    """A file name that stands for `path` as it is now; made without its contents."""
     seen = os.stat(path)
     name = os.path.realpath(path).replace("%", "%25").replace("/", "%2f")
     key = f"of-{seen.st_size:x}-{seen.st_mtime_ns:x}-{name}"
     if len(os.fsencode(key)) <= _NAME_MAX:
         return key
-    import hashlib
-
-    return "of-" + hashlib.sha256(os.fsencode(key)).hexdigest()
+    return "of-" + sha256(os.fsencode(key)).hexdigest()
 
 
 def _point(link: Path, target: str) -> None:

@@ -9,12 +9,12 @@ the same one at a time make it twice.
 
 from __future__ import annotations
 
-import hashlib
 import os
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from hvkvm.boot import cache
+from hvkvm.digest import sha256
 from hvkvm.machine.config import MachineConfig
 from hvkvm.machine.config_fields import Field, fields_of
 from hvkvm.machine.warm import warm
@@ -57,7 +57,7 @@ def _key(config: MachineConfig) -> str:
     files = [path for path in named if path is not None] + [path for _guest, path in config.files]
     own = sorted(Path(__file__).parents[1].rglob("*.py"))
     parts = [*made, *_marks(files), *_marks(own), *_host()]
-    return hashlib.sha256("\0".join(parts).encode(errors="surrogateescape")).hexdigest()[:32]
+    return sha256("\0".join(parts).encode(errors="surrogateescape")).hexdigest()[:32]
 
 
 def _shapes(key: str, field: Field) -> bool:

@@ -22,7 +22,6 @@ what a frame holds, nor does a port.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Protocol
 
 from hvkvm.abi.virtio_net_hdr import VIRTIO_NET_HDR_BYTES
@@ -140,26 +139,40 @@ class Port(Protocol):
         ...
 
 
-@dataclass(slots=True)
 class Statistics:
     """What went over a port, the guest's view: `received` is what the NIC took. Vnet headers do not count."""
 
-    sent_frames: int = 0
-    sent_bytes: int = 0
-    sent_dropped: int = 0
+    sent_frames: int
+    sent_bytes: int
+    sent_dropped: int
     """Frames of the guest that the port took and could not carry."""
-    received_frames: int = 0
-    received_bytes: int = 0
-    received_dropped: int = 0
+    received_frames: int
+    received_bytes: int
+    received_dropped: int
     """Frames for the guest that the port dropped; not those that a tap's or a peer's own queue dropped."""
-    send_waits: int = 0
+    send_waits: int
     """Times that the port had no room."""
-    receive_waits: int = 0
+    receive_waits: int
     """Times that the receiver had no room."""
+
+    __slots__ = (
+        "receive_waits",
+        "received_bytes",
+        "received_dropped",
+        "received_frames",
+        "send_waits",
+        "sent_bytes",
+        "sent_dropped",
+        "sent_frames",
+    )
+
+    def __init__(self) -> None:
+        for name in self.__slots__:
+            setattr(self, name, 0)
 
     def as_dict(self) -> dict[str, int]:
         """For `inspect`."""
-        return {name: getattr(self, name) for name in self.__slots__}
+        return {name: getattr(self, name) for name in type(self).__annotations__}
 
 
 def frame_bytes(frame: Frame) -> int:

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import os
 from array import array
+from os import urandom
 from pathlib import Path
-from secrets import token_bytes
 from uuid import uuid4
 
 from hvkvm.block.host_file import HostFile
@@ -108,9 +108,7 @@ def _write(file: HostFile, geometry: Geometry, metadata: bytes, options: VhdxOpt
     table = build_regions(bat, METADATA)
     for offset in layout.REGION_TABLE_OFFSETS:
         file.pwrite(offset, table)
-    head = Header(
-        1, 1, token_bytes(16), options.data_write_guid or token_bytes(16), NO_GUID, LOG.length, LOG.offset
-    )
+    head = Header(1, 1, urandom(16), options.data_write_guid or urandom(16), NO_GUID, LOG.length, LOG.offset)
     for _ in range(2):
         head = head.next()
         file.pwrite(head.offset, head.pack())

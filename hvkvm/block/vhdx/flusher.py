@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
-from secrets import token_bytes
+from os import urandom
 
 from hvkvm.block.host_file import HostFile
 from hvkvm.block.vhdx.header import Header
@@ -51,8 +51,8 @@ class Flusher:
             end = self._end()
             if self._file.size() < end:  # a log entry promises whole MiB
                 self._file.truncate(end)
-            data_guid = self._log.head.data_write_guid if self.keep_data_guid else token_bytes(16)
-            self._log.write_header(file_write_guid=token_bytes(16), data_write_guid=data_guid)
+            data_guid = self._log.head.data_write_guid if self.keep_data_guid else urandom(16)
+            self._log.write_header(file_write_guid=urandom(16), data_write_guid=data_guid)
             self._writing = True
 
     def flush(self) -> None:

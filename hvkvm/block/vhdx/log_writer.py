@@ -9,7 +9,7 @@ leaves one that replays what is in place already.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from secrets import token_bytes
+from os import urandom
 
 from hvkvm.block.host_file import HostFile
 from hvkvm.block.vhdx.header import Header
@@ -46,7 +46,7 @@ class LogWriter:
         next sync's matter, before the next commit. OSError.
         """
         file, head = self._file, self.head
-        guid = head.log_guid if head.log_guid != NO_GUID else token_bytes(16)
+        guid = head.log_guid if head.log_guid != NO_GUID else urandom(16)
         entry = _build(sectors, guid, self._sequence, self._at, file_size)
         if self._at + len(entry) > head.log_length:
             first = head.log_length - self._at

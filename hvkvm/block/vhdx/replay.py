@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from secrets import token_bytes
+from os import urandom
 
 from hvkvm.block.host_file import HostFile
 from hvkvm.block.vhdx.header import Header
@@ -24,7 +24,7 @@ def apply_replay(file: HostFile, head: Header, replay: Replay) -> Header:
     for offset, data in replay.sectors.items():
         file.pwrite(offset, data)
     file.sync()
-    after = head.next(log_guid=NO_GUID, file_write_guid=token_bytes(16))
+    after = head.next(log_guid=NO_GUID, file_write_guid=urandom(16))
     file.pwrite(after.offset, after.pack())
     file.sync()
     return after

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import hashlib
-
+from hvkvm.digest import sha256
 from hvkvm.tuples import NamedTuple
 
 VENDOR = b"HVKVM"
@@ -66,5 +65,5 @@ def _designator(code_set: int, kind: int, value: bytes) -> bytes:
 
 def _locally_assigned(serial: str) -> bytes:
     """A name of NAA 3: eight bytes that nobody administers, the same for the same serial."""
-    digest = hashlib.sha256(b"hvkvm disk " + serial.encode(errors="replace")).digest()
+    digest = sha256(b"hvkvm disk " + serial.encode(errors="replace")).digest()
     return bytes((0x30 | digest[0] & 0x0F,)) + digest[1:8]

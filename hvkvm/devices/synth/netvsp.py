@@ -10,7 +10,6 @@ loop, for every method.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Mapping, Sequence
 
 from hvkvm.abi import nvsp, rndis
@@ -23,6 +22,7 @@ from hvkvm.devices.synth.netvsp_receive import MAX_CONTROL_WAITING, Receive
 from hvkvm.devices.synth.netvsp_rndis import Control, ControlState, NicFacts
 from hvkvm.devices.synth.netvsp_rss import Toeplitz, hash_input
 from hvkvm.devices.synth.netvsp_send import Send
+from hvkvm.digest import sha256
 from hvkvm.net.port import MAX_MTU, MAX_QUEUES, MIN_MTU, Frame, Offloads, Port
 from hvkvm.runtime.guard import Guard
 from hvkvm.runtime.protocols import CallLater
@@ -113,7 +113,7 @@ class Netvsp:
         self.room()
 
     def _offer(self, index: int) -> Offer:
-        instance = hashlib.sha256(f"hvkvm netvsp {self.name}".encode()).digest()[:GUID_BYTES]
+        instance = sha256(f"hvkvm netvsp {self.name}".encode()).digest()[:GUID_BYTES]
         flags = VMBUS_CHANNEL_ENUMERATE_DEVICE_INTERFACE
         return Offer(nvsp.HV_NIC_GUID, instance, self.name, flags=flags, sub_channel_index=index)
 
@@ -399,4 +399,4 @@ class Netvsp:
 
 def address_of(vm_name: str, index: int) -> bytes:
     """A MAC address that a VM's NIC has at each boot: locally administered, from the VM's name."""
-    return b"\x02" + hashlib.sha256(f"hvkvm mac {vm_name} {index}".encode()).digest()[:5]
+    return b"\x02" + sha256(f"hvkvm mac {vm_name} {index}".encode()).digest()[:5]
