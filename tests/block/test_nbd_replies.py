@@ -199,6 +199,18 @@ def test_who_is_waited_for_no_more_has_lost_the_connection(served: Served) -> No
     assert served.connection.lost == "no answer within 0.05 s"
 
 
+def test_who_cannot_send_has_lost_the_connection(served: Served, monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that the request is sent again on another, and its guest hears of no error."""
+
+    def broken(*_arguments: object) -> None:
+        raise OSError(errno.EPIPE, "Broken pipe")
+
+    monkeypatch.setattr("hvkvm.block.nbd.connection._send", broken)
+    with pytest.raises(Lost, match="sending failed: Broken pipe"):
+        served.connection.call(wire.CMD_FLUSH, 0, 0)
+    assert served.connection.lost == "sending failed: Broken pipe"
+
+
 def test_it_says_goodbye(served: Served) -> None:
     served.connection.close()
     served.connection.close()

@@ -335,3 +335,8 @@ def test_a_flush_of_all_tells_of_each_that_fails(world: World) -> None:
         world.shelf.flush(told.append)
         assert told == [on_vmbus or on_pci]
     world.shelf.disks = world.shelf.pci_disks = None
+
+
+def test_a_vm_without_a_bus_for_disks_says_so(world: World) -> None:
+    world.requests._parts.disk_shelf = None
+    assert world.ask(request="disk", what="list").startswith("guest: this VM has no bus for disks")

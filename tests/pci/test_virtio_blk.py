@@ -93,6 +93,27 @@ def test_ranges_are_discarded_and_zeroed(guest: VirtioGuest) -> None:
     assert len(guest.disk.seen) == asked + 1, "it ends at the first that fails"
 
 
+def test_as_many_ranges_as_its_configuration_says(guest: VirtioGuest) -> None:
+    longest, most = (guest.device.read(places.DEVICE + at, 4) for at in (36, 40))
+    pack = virtio.virtio_blk_discard_write_zeroes.pack
+
+    def discard(*ranges: tuple[int, int]) -> int:
+        guest.memory.write(DATA, b"".join(pack(at, count, 0) for at, count in ranges))
+        guest.disk.seen.clear()
+        return guest.do(virtio.VIRTIO_BLK_T_DISCARD, 0, 16 * len(ranges))
+
+    each = [(2 * number, 1) for number in range(most + 1)]
+    assert discard(*each[:-1]) == OK
+    assert len(guest.disk.seen) == most
+    assert discard(*each) == IOERR
+    assert not guest.disk.seen
+    assert discard() == IOERR
+    assert discard((0, longest)) == IOERR
+    assert len(guest.disk.seen) == 1, "so long a one is the disk's to refuse"
+    assert discard((0, 1), (0, longest + 1)) == IOERR
+    assert not guest.disk.seen
+
+
 def test_what_the_block_layer_says_reaches_the_guest(guest: VirtioGuest) -> None:
     for status in (Status.NO_SPACE, Status.ERROR, Status.READ_ONLY, Status.CANCELLED):
         guest.disk.status = status
