@@ -11,6 +11,7 @@ from hvkvm.abi import vmbus
 from hvkvm.abi import vmbus_messages as wire
 from hvkvm.abi.tlfs import HvStatus
 from hvkvm.errors import RouteError
+from hvkvm.testing.vmbus_client import gpadl_messages
 from hvkvm.vmbus.inbox import MAX_INBOX
 from hvkvm.vmbus.offer import ChannelState, Offer
 from hvkvm.vmbus.outbox import MAX_OUTBOX, MOST_RETRY_SECONDS
@@ -176,9 +177,31 @@ def test_s62_contact_at_any_time_starts_over(loopback: Any, echo: Any) -> None:
         (guest,) = loop.client.offers.values()
         loop.open(guest)
         loop.client.reclaim(guest)
+        loop.post(gpadl_messages(guest.relid, 7, [(40 * 4096, 0, range(40))])[0])  # the rest never comes
+        loop.run()
+        assert loop.client.last(wire.GPADL_CREATED)["gpadl"] == guest.gpadl, "7 is free to each of them"
     assert device.log == ["opened", "closed"] * 4 + ["opened"]
-    assert len(loop.host.server.channels.gpadls) == 1
-    assert len(loop.synic.events) == 1
+    gpadls = loop.host.server.channels.gpadls
+    assert (len(gpadls), len(list(gpadls)), gpadls.unfinished) == (2, 1, 1)
+    loop.client.contact(vmbus.VERSION_WIN10_V5_3)
+    loop.run()
+    assert (len(gpadls), list(gpadls), gpadls.unfinished, gpadls.values) == (0, [], 0, 0)
+    assert loop.synic.events == {}
+
+
+@pytest.mark.parametrize("version", vmbus.HOST_VERSIONS[2:], ids=vmbus.version_text)
+def test_since_2_4_a_channel_has_signals_of_its_own(loopback: Any, echo: Any, version: int) -> None:
+    loop = loopback()
+    for number in (1, 2):
+        loop.host.add(echo(number))
+    loop.connect(version)
+    for guest in loop.client.offers.values():
+        loop.open(guest)
+        guest.opened.send(b"hello")
+        loop.run()
+    relids = sorted(loop.client.offers)
+    assert loop.synic.flags_set == [(0, 2, relid) for relid in relids]
+    assert loop.synic.rung == [vmbus.CHANNEL_CONNECTION_ID_BASE | relid for relid in relids]
 
 
 def test_s62_unload_closes_everything_and_its_answer_is_the_last(loopback: Any, echo: Any) -> None:
