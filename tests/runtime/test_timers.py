@@ -48,5 +48,14 @@ def test_cancelled_timers_do_not_pile_up() -> None:
         one.cancel()
     assert len(heap) < 200
     assert heap.next_due() == 1e9
+    many = [timer((i * 7919) % 1000, heap) for i in range(1000)]
+    for one in many:
+        heap.add(one)
+    for one in many:
+        if one.due % 10:
+            one.cancel()
+    assert len(heap) < 300
+    assert [one.due for one in heap.take_due(1e6)] == list(range(0, 1000, 10)), "in order still"
+    assert heap.next_due() == 1e9
     heap.clear()
     assert heap.next_due() is None
