@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import random
+from array import array
+from typing import Any
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from hvkvm.devices.synth.netvsp_buffer import Pieces
+from hvkvm.devices.synth.netvsp_buffer import MAX_BUFFER_BYTES, GuestBuffer, Pieces
+from hvkvm.vmbus.gpadl import Gpadl, GpaRangeList
 from hvkvm.vmbus.pages import GuestPages
 
 STEPS = st.lists(st.tuples(st.sampled_from(["lend", "back", "undo", "twice", "save"]), st.integers(0, 400)))
@@ -72,6 +76,18 @@ class PlainRam:
 
     def view(self, gpa: int, n: int) -> memoryview:
         return self._bytes[gpa : gpa + n]
+
+
+def test_a_buffer_is_one_range_of_bounded_length() -> None:
+    memory: Any = PlainRam(8)
+    page = GpaRangeList(4096, 0, array("Q", [3]))
+    odd = GpaRangeList(5000, 96, array("Q", [3, 7]))
+    longest = GpaRangeList(MAX_BUFFER_BYTES, 96, array("Q", [3, 7]))
+    for one, size in ((page, 4096), (odd, 5000), (longest, 8192 - 96)):
+        assert GuestBuffer(memory, Gpadl(1, 1, (one,), 1)).size == size, "never beyond its pages"
+    for ranges in ((), (page, page), (longest._replace(byte_count=MAX_BUFFER_BYTES + 1),)):
+        with pytest.raises(ValueError, match="a buffer is one range"):
+            GuestBuffer(memory, Gpadl(1, 1, ranges, 1))
 
 
 @given(
