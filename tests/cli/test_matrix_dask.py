@@ -157,3 +157,15 @@ def test_an_answer_that_was_lost_with_its_worker_is_waited_for_again() -> None:
     run._futures = {"k": (lost, 1)}
     run._take(lost)
     assert (run._futures, again) == ({"k": (lost, 1)}, [run._done.put])
+
+
+def test_a_scheduler_that_is_seen_to_be_gone_first_is_told_of_the_same() -> None:
+    """Before its futures are: each case that is left was told as one that somebody had ended."""
+    told: list[tuple[object, object]] = []
+    run = RemoteRun.__new__(RemoteRun)
+    run._client = SimpleNamespace(status="connecting")
+    run._left = {number: SimpleNamespace(number=number) for number in range(2)}  # type: ignore[misc]
+    run._told = lambda case, result: told.append((case.number, (result.verdict, result.why)))
+    assert not run.turn()
+    assert told == [(0, ("error", "the scheduler is gone")), (1, ("error", "the scheduler is gone"))]
+    assert not run._left

@@ -31,7 +31,7 @@ ALONE_SECONDS = 10.0
 """How long there may be no worker before that is said."""
 MAX_SENDS = 50
 """How often a case may find a worker without its files."""
-
+_GONE = "the scheduler is gone"
 _DASKS = re.compile(r"(distributed|tornado)(\.|$)")
 
 Told = Callable[[Case, Result], None]
@@ -114,6 +114,10 @@ class RemoteRun:
         """Wait a little for what ends, and go on with it; whether anything is left to do."""
         if not self._left:
             return False
+        if self._client.status != "running":  # seen before, or behind, what that does to the futures
+            for case in list(self._left.values()):
+                self._lost(case, _GONE)
+            return False
         self._look_for_workers()
         with suppress(Empty):
             self._take(self._done.get(timeout=TURN_SECONDS))
@@ -122,8 +126,6 @@ class RemoteRun:
         return bool(self._left)
 
     def _look_for_workers(self) -> None:
-        if self._client.status != "running":
-            raise HvkvmError("--dask: the scheduler is gone; start it again, and the matrix")
         if self._client.nthreads():
             self._alone_since = None
         elif self._alone_since is None:
@@ -145,7 +147,7 @@ class RemoteRun:
                 error = future.exception()
                 self._lost(what, f"no worker could run it: {type(error).__name__}: {error}")
             else:
-                self._lost(what, "the scheduler is gone")
+                self._lost(what, _GONE)
             return
         answer = future.result()
         if isinstance(answer, worker.Missing):
