@@ -139,12 +139,18 @@ def _images_once(config: Any) -> None:
     named = [(flag, one) for flag in ("--disk", "--cdrom") for one in getattr(config, f"{flag[2:]}s")]
     if len(named) < 2:
         return
-    from hvkvm.machine.disk_spec import shut_out
+    from hvkvm.machine.disk_spec import image_of
 
-    for number, (flag, one) in enumerate(named):
-        if any(shut_out(one, other) for _flag, other in named[:number]):
+    written: dict[tuple[int, int], bool] = {}
+    for flag, one in named:
+        image = image_of(one)
+        if image is None:
+            continue
+        writes = not one.options.read_only and not one.options.snapshot
+        if image in written and (writes or written[image]):
             remedy = "leave one out, or give each readonly=on or snapshot=on"
             raise ConfigError(f"{flag} {one.file}: given twice; {remedy}")
+        written[image] = writes
 
 
 def _needs_no_boot(config: Any) -> None:

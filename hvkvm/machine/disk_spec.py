@@ -3,7 +3,6 @@
 # No `from __future__ import annotations`: the annotations are the table, and read at run time.
 
 import os
-from os.path import samefile
 from pathlib import Path
 from typing import Annotated
 
@@ -151,12 +150,20 @@ class CdromSpec(NamedTuple):
         return ImageOptions("raw", read_only=True)
 
 
+def image_of(one: DiskSpec | CdromSpec) -> tuple[int, int] | None:
+    """What tells its image file from others, whatever it is named by; None where there is none to be seen."""
+    if not one.file or one.file.startswith("nbd:"):
+        return None
+    try:
+        found = os.stat(one.file)
+    except OSError:  # opening it tells
+        return None
+    return found.st_dev, found.st_ino
+
+
 def shut_out(one: DiskSpec | CdromSpec, other: DiskSpec | CdromSpec) -> bool:
     """Whether both are one image file and either writes it, so that its lock shuts the other out."""
-    files = [each.file for each in (one, other) if each.file and not each.file.startswith("nbd:")]
-    if len(files) < 2 or all(each.options.read_only or each.options.snapshot for each in (one, other)):
+    if all(each.options.read_only or each.options.snapshot for each in (one, other)):
         return False
-    try:
-        return samefile(*files)
-    except OSError:  # opening it tells
-        return False
+    image = image_of(one)
+    return image is not None and image == image_of(other)
