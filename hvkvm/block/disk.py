@@ -216,6 +216,11 @@ class Disk:
         self._queue.submit(work, None, finished)
         self._flying.begin(under_way)
 
+    @property
+    def hung(self) -> str:
+        """The request that the host has not answered for long, and for how long; "" while it answers."""
+        return self._flying.hung
+
     def inspect(self) -> dict[str, object]:
         """Its image, what it did, and what it is at."""
         return {

@@ -71,6 +71,13 @@ class Flying:
         self._waiting.append(done)
         self.look()
 
+    @property
+    def hung(self) -> str:
+        """The oldest, if it hangs, and for how long; "" if none does."""
+        oldest = min(self._requests, key=lambda one: one.began, default=None)
+        seconds = 0.0 if oldest is None else monotonic() - oldest.began
+        return f"{oldest} for {seconds:.0f} s" if seconds > self._hang_seconds else ""
+
     def inspect(self) -> dict[str, object]:
         """How many there are, the oldest, and those that hang."""
         now = monotonic()

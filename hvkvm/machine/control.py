@@ -16,11 +16,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from hvkvm.errors import HostExhausted, HvkvmError, Stopped
+from hvkvm.errors import HostExhausted, HvkvmError, Refused, Stopped
 from hvkvm.machine import control_guest, inspect
 from hvkvm.machine.control_net import NetControl
 from hvkvm.machine.outcome import Ending
-from hvkvm.machine.own_files import why_kept
 from hvkvm.observe.control_socket import Answer, ControlSocket
 from hvkvm.runtime.thread_start import start_thread
 
@@ -124,13 +123,14 @@ class Control:
             answer.fail("absent", "this VM has no framebuffer; start it in firmware with --display ramfb")
             return
         shelf = self._parts.disk_shelf
-        if why := why_kept(path, self._parts.platform.config, () if shelf is None else shelf.specs):
-            answer.fail("guest", why)
-            return
+        specs = () if shelf is None else shelf.specs
 
         def work() -> dict[str, Any]:
+            from hvkvm.machine.own_files import why_kept
             from hvkvm.machine.screenshot import screenshot
 
+            if why := why_kept(path, self._parts.platform.config, specs):
+                raise Refused(why)
             size = screenshot(display, self._parts.platform.memory, path)
             return {"file": str(path), **size._asdict()}
 

@@ -251,6 +251,8 @@ class Disks:
 
         for one in self.attached.values():
             image = None if one.disk is None else one.disk.image
+            if one.disk is not None and (hung := one.disk.hung):
+                return f"{one.name}: the host has not answered a {hung}, and the VM cannot rest before that"
             if isinstance(image, OverlayImage) and image.changed:
                 return f"{one.name} has snapshot=on: what the guest wrote to it would not be in the file"
         return ""

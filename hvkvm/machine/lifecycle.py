@@ -42,7 +42,7 @@ from hvkvm.machine.outcome import (
 )
 from hvkvm.machine.part import GuestConsole, Part
 from hvkvm.machine.platform import Platform
-from hvkvm.runtime.awake import wait_awake
+from hvkvm.runtime.awake import overslept, wait_awake
 from hvkvm.runtime.timers import MAX_WAIT
 
 if TYPE_CHECKING:
@@ -53,10 +53,6 @@ END_SECONDS = 60.0
 
 REST_SECONDS = 30.0
 """How long vCPUs and parts may take to come to rest before the one that does not is named."""
-
-
-ASLEEP_SECONDS = 5.0
-"""A timer that is later than that shows that the process stood still."""
 
 
 class Phase(Enum):
@@ -101,6 +97,7 @@ class Lifecycle:
         self._console: GuestConsole | None = None
         # The rest is the loop's own.
         self._waiting: deque[Callable[[Callable[[], object]], object]] = deque()
+        self._patient = False
         self._deadline: Timer | None = None
         self.stopping: Part | None = None
         """The part that was asked to stop last. Any thread may look."""
@@ -321,12 +318,14 @@ class Lifecycle:
 
     # The path to rest and back. I/O loop.
 
-    def at_rest(self, work: Callable[[Callable[[], object]], object]) -> None:
+    def at_rest(self, work: Callable[[Callable[[], object]], object], *, patient: bool = False) -> None:
         """Run `work(go_on)` soon, while vCPUs and parts are at rest; not if the run ends first.
 
-        The machine stays at rest until the work calls `go_on()`, on any thread, once.
+        The machine stays at rest until the work calls `go_on()`, on any thread, once. Who is not at rest in
+        time ends the run, unless all that wait for that are `patient`.
         """
         self._waiting.append(work)
+        self._patient = patient and (self._patient or self.phase is Phase.RUNNING)
         if self.phase is Phase.RUNNING:
             self._pause()
 
@@ -379,12 +378,13 @@ class Lifecycle:
         self._platform.group.resume_all()
 
     def _too_late(self) -> None:
-        if self._deadline is not None and monotonic() - self._deadline.due > ASLEEP_SECONDS:
-            # This process was stopped (see `awake`), and they had no time of it either.
-            self._deadline = self._platform.io.call_later(REST_SECONDS, self._too_late)
-            return
         what = f"the {self.stopping.name}" if self.stopping is not None else self._platform.group.describe()
         detail = f"no rest within {REST_SECONDS:g} s: {self.phase.value}: {what}"
+        asleep = self._deadline is not None and overslept(self._deadline.due)  # they had no time of it
+        if asleep or self._patient:
+            self._deadline = self._platform.io.call_later(REST_SECONDS, self._too_late)
+            self._platform.observer.event(Warned("rest", f"{detail}; it is waited for"))
+            return
         self.finish(Ending.KVM_ERROR, EXIT_MACHINE_FAULT, detail)
 
     def _soon(self, fn: Callable[..., object], *args: object) -> None:

@@ -19,8 +19,9 @@ from time import time
 from typing import TYPE_CHECKING, Any, get_args
 
 from hvkvm.abi.guest_command import CommandIo
-from hvkvm.errors import CapabilityMissing, ConfigError, HvkvmError, StateError, Stopped
+from hvkvm.errors import CapabilityMissing, ConfigError, HostExhausted, HvkvmError, StateError, Stopped
 from hvkvm.machine.outcome import Ending
+from hvkvm.runtime.thread_start import start_thread
 from hvkvm.state.file import Saved, Writer
 from hvkvm.state.manifest import Manifest, SavedBoot, SavedConfig
 
@@ -91,23 +92,44 @@ class Saver:
         """
         if self._busy:
             return False
-        why = "" if self._shelf is None else self._shelf.why_not_saved()
-        try:
-            why = why or self._why_kept(path)
-        except FileNotFoundError:
-            why = _GONE
-        if why:
+        if why := "" if self._shelf is None else self._shelf.why_not_saved():
             done(0, why)
             return True
         self._path, self._busy = path, True
-        self._lifecycle.at_rest(lambda go_on: self._stable(path, done, go_on, end, compress))
+
+        def allowed(why: str) -> None:
+            if why:
+                self._busy = False
+                done(0, why)
+                return
+            # A disk that hangs shall not cost the guest its life because somebody wants to keep it.
+            self._lifecycle.at_rest(
+                lambda go_on: self._stable(path, done, go_on, end, compress), patient=True
+            )
+
+        specs = () if self._shelf is None else self._shelf.specs
+        look = threading.Thread(target=self._look, args=(path, specs, allowed), name="save", daemon=True)
+        try:
+            start_thread(look)
+        except HostExhausted as error:
+            allowed(str(error))
         return True
 
-    def _why_kept(self, path: Path) -> str:
-        """Why `path` must not be replaced: it is a disk of this machine, say."""
+    def _look(self, path: Path, specs: Sequence[Any], allowed: Callable[[str], object]) -> None:
+        """Why `path` must not be replaced: it is a disk of this machine, say. On a thread of its own.
+
+        It, or one of the machine's own files, may be on a disk that stands still, and the loop must not.
+        """
         from hvkvm.machine.own_files import why_kept
 
-        return why_kept(path, self._platform.config, () if self._shelf is None else self._shelf.specs)
+        try:
+            why = why_kept(path, self._platform.config, specs)
+        except FileNotFoundError:
+            why = _GONE
+        except Exception as error:
+            why = f"{path}: {error}"
+        with suppress(Stopped):
+            self._platform.io.call_soon(allowed, why)
 
     def save_and_wait(self, path: Path, *, end: bool, compress: bool = False) -> int:
         """See `Machine.save`. RuntimeError on the machine's own threads."""

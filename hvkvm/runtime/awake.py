@@ -12,6 +12,13 @@ from time import monotonic
 PIECE_SECONDS = 1.0
 """The most that one stop can take of a limit."""
 
+OVERSLEPT_SECONDS = 5.0
+
+
+def overslept(due: float) -> bool:
+    """Whether a timer for `due`, a time.monotonic(), is so late that the process was stopped meanwhile."""
+    return monotonic() - due > OVERSLEPT_SECONDS
+
 
 def wait_awake(wait: Callable[[float], bool], seconds: float) -> bool:
     """Whether `wait(timeout)` came true. It is called with a part of `seconds` at a time. Any thread."""

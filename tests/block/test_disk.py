@@ -290,9 +290,11 @@ def test_a_request_that_hangs_is_named_not_answered(asker: Asker, file: Path) ->
     assert told.came.wait(SECONDS)
     assert "sda: the host has not answered a read of 512 bytes at 0x1000" in told.events[0].text
     assert disk.inspect()["hung"] == ["read of 512 bytes at 0x1000"]
+    assert disk.hung.startswith("read of 512 bytes at 0x1000 for ")
     assert not results
     image.open.set()
     assert answered.wait(SECONDS)
+    assert disk.hung == ""
     assert results == [Result(Status.OK, 512)]
     assert len(told.events) == 1
 

@@ -10,7 +10,7 @@ import kernel_images as ki
 import pytest
 from guest_machine import Guest
 
-from hvkvm.machine import dump, dump_vcpu
+from hvkvm.machine import dump, dump_vcpu, own_files
 from hvkvm.machine.config import MachineConfig
 from hvkvm.machine.disk_spec import DiskSpec
 from hvkvm.machine.dump import describe
@@ -109,6 +109,36 @@ def test_a_save_whose_disk_stands_still_is_told_with_the_state_that_is_saved(
     assert text.count(" rip=") == 2, "of paused ones too"
     assert "0 resets, running" in behind.splitlines()[0]
     assert "saved to" not in behind
+
+
+@pytest.mark.kvm
+def test_the_io_loop_does_not_look_at_the_name_of_a_save(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It, or one of the machine's own files, may be on a disk that stands still."""
+    reached, go_on = threading.Event(), threading.Event()
+
+    def why_kept(*_arguments: object) -> str:
+        reached.set()
+        assert go_on.wait(100)
+        return ""
+
+    monkeypatch.setattr(own_files, "why_kept", why_kept)
+    guest = Guest(synic="user")
+    try:
+        guest.start()
+        saver = threading.Thread(target=guest.machine.save, args=(tmp_path / "saved",))
+        saver.start()
+        assert reached.wait(100)
+        guest.io_barrier()
+        assert "thread save: in why_kept (machine/test_dump.py:" in describe(guest.machine.parts)
+        guest[0].do("NOP")
+        go_on.set()
+        saver.join()
+    finally:
+        go_on.set()
+        guest.close()
+    assert (tmp_path / "saved").exists()
 
 
 @pytest.mark.kvm

@@ -297,6 +297,33 @@ def test_a_process_that_was_stopped_meanwhile_gives_its_parts_their_time(
     assert world.log[-1] == "run"
 
 
+@pytest.mark.parametrize("reset_too", [False, True])
+def test_who_is_patient_waits_for_a_part_and_ends_nothing(
+    world: World, monkeypatch: pytest.MonkeyPatch, reset_too: bool
+) -> None:
+    """A save while a disk hangs: the guest lives, unless it is to be reset as well."""
+    deadlines: list[Callable[[], object]] = []
+    monkeypatch.setattr(world.io, "call_later", lambda _seconds, fn: deadlines.append(fn))
+    world.user.slow = True
+    saved = threading.Event()
+    world.on_loop(lambda: world.lifecycle.at_rest(lambda go_on: (saved.set(), go_on()), patient=True))
+    assert world.user.asked.wait(SECONDS)
+    if reset_too:
+        world.lifecycle.request_reset("asked")
+        world.on_loop()
+    world.on_loop(deadlines[0])
+    if reset_too:
+        assert world.lifecycle.outcome is not None
+        assert world.lifecycle.outcome.ending is Ending.KVM_ERROR
+        return
+    assert world.lifecycle.outcome is None
+    (told,) = world.heard.texts
+    assert told == "no rest within 30 s: waiting for its parts to stop: the disk; it is waited for"
+    world.on_loop(world.user.waiting.pop())
+    assert saved.wait(SECONDS)
+    world.until(lambda: world.log[-1] == "run")
+
+
 def test_a_loop_that_never_answers_is_named_at_the_end_with_what_it_is_in(world: World) -> None:
     go_on = threading.Event()
 

@@ -49,14 +49,19 @@ class Chain:
         done: queue.SimpleQueue[str] = queue.SimpleQueue()
 
         def rest(go_on: Callable[[], object]) -> None:
-            look()
-            go_on()
+            """Hold the machine until the save waits for its turn: it looks at names first, on a thread."""
 
-        def start() -> None:
-            machine.lifecycle.at_rest(rest)
+            def hold() -> None:
+                if machine.lifecycle._waiting:
+                    look()
+                    go_on()
+                else:
+                    machine.platform.io.call_later(0.001, hold)
+
             assert machine.parts.saver.save(self._file, lambda _size, why: done.put(why))
+            hold()
 
-        machine.platform.io.call_soon(start)
+        machine.platform.io.call_soon(machine.lifecycle.at_rest, rest)
         assert done.get(timeout=120) == ""
         return self._file
 
