@@ -189,6 +189,9 @@ class Loopback:
             **options,
         )
         self.host.attach()
+        self.callers_errors: list[Exception] = []
+        """What code of the test's, such as a device, raised when the host called it; `run` raises it."""
+        self.host.devices.on_callers_error = self.callers_errors.append
         self.connection_id = 1
         self.client = VmbusClient(
             self.memory, list(range(64, 1024)) if pages is None else pages, self.post, self.synic.signal
@@ -279,11 +282,14 @@ class Loopback:
         return True
 
     def run(self, limit: int = 100_000) -> None:
-        """Let everything happen. AssertionError if it never ends."""
+        """Let everything happen. AssertionError if it never ends; what a device of the test's has raised."""
         for _ in range(limit):
             if not self.step():
-                return
-        raise AssertionError("host and guest never come to rest")
+                break
+        else:
+            raise AssertionError("host and guest never come to rest")
+        if self.callers_errors:
+            raise self.callers_errors.pop(0)
 
     # As a stage of `device.ScriptedDevice`.
 

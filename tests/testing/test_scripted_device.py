@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pytest
 
 from hvkvm.abi import vmbus
-from hvkvm.abi.ring import VM_PKT_COMP
+from hvkvm.abi.ring import VM_PKT_COMP, Packet
 from hvkvm.testing.device import ScriptedDevice
 from hvkvm.testing.flight import FlightRecorder
 from hvkvm.testing.vmbus_client import GuestChannel
 from hvkvm.testing.vmbus_loopback import Loopback
+from hvkvm.vmbus.channel_io import ChannelIo
+from hvkvm.vmbus.offer import Offer
 
 KIND = "11111111-2222-3333-4444-555555555555"
 
@@ -190,3 +192,34 @@ def test_a_recorder_keeps_the_last_and_puts_them_into_words() -> None:
     assert "channel opened: keys, relid 1" in text
     assert "host> keys: VM_PKT_DATA_INBAND type=SYNTH_KBD_PROTOCOL_RESPONSE proto_status=1" in text
     assert len(lines) <= 200
+
+
+class Strict:
+    """A device of a test's, with an assertion in it."""
+
+    offer = Offer(vmbus.guid(KIND), bytes(16), "strict")
+
+    def opened(self, io: ChannelIo) -> None: ...
+
+    def received(self, packet: Packet) -> None:
+        assert packet.payload.startswith(b"wanted"), "not what the driver is to say"
+
+    def ready(self) -> None: ...
+
+    def close(self, done: Callable[[], object]) -> None:
+        done()
+
+
+def test_an_assertion_in_a_device_of_the_tests_own_is_raised_to_the_test(loop: Loopback) -> None:
+    """Only a note of the host's told of it, and the test waited for what could not come any more."""
+    loop.host.add(Strict())
+    loop.connect(vmbus.VERSION_WIN10_V5_3)
+    channel = loop.client.by_interface(vmbus.guid(KIND))
+    loop.open(channel)
+    channel.opened.send(b"wanted")
+    loop.run()
+    channel.opened.send(b"other")
+    with pytest.raises(AssertionError, match="not what the driver is to say"):
+        loop.wait_until(lambda: False, "what cannot come any more")
+    assert channel.rescinded
+    loop.run()  # it is told once

@@ -133,3 +133,10 @@ def make_vsock(tmp_path: Path) -> Iterator[Make]:
         assert one.io.readers == {}
         assert one.io.timers == 0
     assert open_fds() == before
+
+
+@pytest.fixture
+def mistakes_are_ours(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a device of a test raises stands for mistakes in hvkvm's own, of which no caller hears."""
+    for name in ("channel_devices.is_callers", "channel_devices.is_callers_module", "host.is_callers"):
+        monkeypatch.setattr(f"hvkvm.vmbus.{name}", lambda _what: False)

@@ -20,6 +20,8 @@ from hvkvm.vmbus.server import BusState
 
 MAKER = "the device's own mistake"
 
+pytestmark = pytest.mark.usefixtures("mistakes_are_ours")
+
 
 def failing(echo: type[Any], where: str) -> Any:
     """An echo that raises in the callback `where`."""

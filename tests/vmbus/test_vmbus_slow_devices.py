@@ -210,6 +210,7 @@ def test_a_reset_at_rest_closes_everything_there_and_then(loopback: Any, echo: A
     assert len(loop.client.offers) == 1
 
 
+@pytest.mark.usefixtures("mistakes_are_ours")
 def test_what_rest_raises_ends_that_device(loopback: Any, echo: Any) -> None:
     loop = loopback()
     device = type("Failing", (echo,), {"rest": lambda _self, _done: 1 // 0})()

@@ -175,6 +175,7 @@ def test_a_broken_sub_channel_ends_its_device_for_this_guest(loopback: Any, echo
     assert [c.offer["sub_channel_index"] for c in loop.client.offers.values()] == [0]
 
 
+@pytest.mark.usefixtures("mistakes_are_ours")
 def test_a_fault_in_a_sub_channel_ends_its_device(loopback: Any, echo: Any) -> None:
     loop = loopback()
     device = many(echo)()
