@@ -184,10 +184,14 @@ class Machine:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        ends_program = isinstance(error, KeyboardInterrupt | SystemExit)
-        if error is not None and ends_program and (other := self.lifecycle.take_error()) is not None:
-            error.add_note(f"before that a callback raised {fault_text(other)}")  # which must not replace it
+        if isinstance(error, KeyboardInterrupt | SystemExit):
+            self.note_error_on(error)
         self.close()
+
+    def note_error_on(self, error: BaseException) -> None:
+        """Make what a callback has raised, if nobody has heard it, a note on `error`, which is to stay."""
+        if (other := self.lifecycle.take_error()) is not None:
+            error.add_note(f"before that a callback raised {fault_text(other)}")
 
     # Looking at it, and being its host.
 

@@ -44,7 +44,9 @@ def _hear(item: pytest.Item) -> Generator[None, object, object]:
     __tracebackhide__ = True
     try:
         result = yield
-    except (KeyboardInterrupt, SystemExit, pytest.exit.Exception):
+    except (KeyboardInterrupt, SystemExit, pytest.exit.Exception) as error:
+        for guest in item.stash.get(GUESTS, []):
+            guest.machine.note_error_on(error)  # raised by a fixture's end, it would be pytest's own
         raise
     except BaseException:
         for guest in item.stash.get(GUESTS, []):

@@ -146,3 +146,21 @@ def test_every_guest_is_closed_though_one_raises(pytester: pytest.Pytester) -> N
     result = pytester.runpytest_subprocess("-s")
     result.assert_outcomes(passed=1, errors=1)
     result.stdout.fnmatch_lines(["*left: []*", "*several guests failed (2 sub-exceptions)*"])
+
+
+def test_ctrl_c_ends_a_session_as_ever(pytester: pytest.Pytester) -> None:
+    """A handler's error that nobody had heard came out of a fixture's end then, where pytest catches none."""
+    pytester.makepyfile(
+        TESTS.partition("@pytest.fixture")[0]
+        + """
+def test_interrupted(micro_guest):
+    guest = listening(micro_guest)
+    guest.start()
+    guest.machine.wait(100)
+    raise KeyboardInterrupt
+"""
+    )
+    result = pytester.runpytest_subprocess()
+    assert result.ret == pytest.ExitCode.INTERRUPTED
+    result.stdout.fnmatch_lines(["*KeyboardInterrupt*", "before that a callback raised AssertionError: *"])
+    assert "Traceback" not in result.stderr.str()
