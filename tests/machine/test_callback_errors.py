@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import traceback
 from collections.abc import Callable
 from typing import Any
@@ -151,6 +153,28 @@ def test_it_does_not_stand_for_ctrl_c(micro_guest: Make, by: type[BaseException]
         leave(machine, by)
     (note,) = caught.value.__notes__
     assert note.startswith("before that a callback raised Wrong: on purpose (test_callback_errors.py:")
+
+
+MISTAKEN = """
+import sys
+from hvkvm.cli import main
+from hvkvm.devices.port.debug_exit import GuestExit
+
+def write(*_):
+    raise IndexError("on purpose")
+
+GuestExit.write = write
+sys.exit(main(["run", "--memory", "16M", "--hv", "none", "--control", "off", "--kernel", sys.argv[1]]))
+"""
+
+
+def test_the_command_tells_it_as_the_end_of_the_run(micro_guest: Make) -> None:
+    image = micro_guest("exit 3").machine.config.kernel
+    done = subprocess.run(
+        [sys.executable, "-c", MISTAKEN, str(image)], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 254
+    assert done.stderr == "hvkvm: error in the host's code: vcpu0: IndexError: on purpose (<string>:7)\n"
 
 
 class Device:
