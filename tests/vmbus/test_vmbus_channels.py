@@ -204,13 +204,22 @@ def test_a_6_0_guest_chooses_its_signals(loopback: Any, echo: Any) -> None:
     loop.run()
     assert loop.synic.rung == [0x3000]
     assert loop.synic.flags_set == [(0, 2, 9)]
+    (channel,) = loop.host.server.channels.all
+    for own in (guest.connection_id, 0):
+        loop.client.close(guest)
+        loop.client.prepare_rings(guest)
+        loop.client.open(guest, connection_id=own, event_flag=2047)
+        loop.run()
+        assert loop.client.last(wire.OPENCHANNEL_RESULT)["status"] == 0
+        assert (channel.connection_id, channel.event_flag) == (guest.connection_id, 2047)
 
 
-def test_signals_that_were_not_negotiated_are_padding(loopback: Any, echo: Any) -> None:
+@pytest.mark.parametrize("version", [vmbus.VERSION_WIN10_V5_3, vmbus.VERSION_COPPER])
+def test_signals_that_were_not_negotiated_are_padding(loopback: Any, echo: Any, version: int) -> None:
     """UEFI sends 240 bytes whatever it says in them."""
     loop = loopback()
     loop.host.add(echo(1))
-    loop.connect(vmbus.VERSION_COPPER)
+    loop.connect(version)
     (guest,) = loop.client.offers.values()
     loop.client.prepare_rings(guest)
     payload = wire.build(

@@ -74,16 +74,48 @@ def test_features_of_6_0_that_serve_a_paravisor_are_declined(loopback: Any) -> N
     loop.client.post(wire.MODIFY_CONNECTION, monitor_page1=0x1000, monitor_page2=0x2000)
     loop.run()
     assert names(loop)[-1] == "MODIFY_CONNECTION_RESPONSE"
+    answer = wire.MODIFY_CONNECTION_RESPONSE
+    assert loop.client.last(answer)["connection_state"] == vmbus.VMBUS_CONNECTION_OK
+    loop.client.post(wire.MODIFY_CONNECTION, monitor_page1=0x1000)
+    loop.run()
+    assert loop.client.last(answer)["connection_state"] == vmbus.VMBUS_CONNECTION_FAILURE, "one page of two"
     assert "PAUSE_RESPONSE" not in names(loop)
+    loop.connect(vmbus.VERSION_COPPER)
+    loop.client.post(wire.MODIFY_CONNECTION, monitor_page1=0x1000, monitor_page2=0x2000)
+    loop.run()
+    assert loop.client.count(answer) == 0, "not negotiated"
 
 
-def test_answers_go_to_the_vp_and_sint_of_the_contact(loopback: Any) -> None:
+@pytest.mark.parametrize("page", ["answered", "refused"])
+@pytest.mark.parametrize("version", vmbus.HOST_VERSIONS, ids=vmbus.version_text)
+def test_answers_go_to_the_vp_and_sint_of_the_contact(loopback: Any, version: int, page: str) -> None:
+    """Since 3.0 the guest names a VP, since 5.0 a SINT; a refusal goes there, too."""
     loop = loopback()
-    loop.client.contact(vmbus.VERSION_WIN10_V5_3, vp_index=1, sint=5)
+    more = {"monitor_page1": 0x1000} if page == "refused" else {}
+    loop.client.contact(version, vp_index=1, sint=5, **more)
     while not loop.synic.messages:
         assert loop.step()
-    route, _payload = loop.synic.messages[0]
-    assert (route.vp_index, route.sint) == (1, 5)
+    route, payload = loop.synic.messages[0]
+    vp_index, sint = int(version >= vmbus.VERSION_WIN8_1), 5 if version >= vmbus.VERSION_WIN10_V5 else 2
+    assert (route.vp_index, route.sint) == (vp_index, sint)
+    message = wire.parse(payload)
+    assert message is not None
+    assert message["version_supported"] == (page == "answered")
+
+
+@pytest.mark.parametrize(("named", "answered"), [((2, 5), (0, 5)), ((1, 16), (1, 2)), ((1 << 31, 2), (0, 2))])
+def test_a_contact_that_names_no_vp_or_sint_is_refused_on_the_usual_one(
+    loopback: Any, named: tuple[int, int], answered: tuple[int, int]
+) -> None:
+    loop = loopback()
+    loop.client.contact(vmbus.VERSION_WIN10_V5_3, vp_index=named[0], sint=named[1])
+    while not loop.synic.messages:
+        assert loop.step()
+    route, payload = loop.synic.messages[0]
+    assert (route.vp_index, route.sint) == answered
+    message = wire.parse(payload)
+    assert message is not None
+    assert (message["version_supported"], message["connection_state"]) == (0, vmbus.VMBUS_CONNECTION_FAILURE)
 
 
 @pytest.mark.parametrize(
@@ -196,11 +228,11 @@ def test_since_2_4_a_channel_has_signals_of_its_own(loopback: Any, echo: Any, ve
         loop.host.add(echo(number))
     loop.connect(version)
     for guest in loop.client.offers.values():
-        loop.open(guest)
+        loop.open(guest, vp_index=1)
         guest.opened.send(b"hello")
         loop.run()
     relids = sorted(loop.client.offers)
-    assert loop.synic.flags_set == [(0, 2, relid) for relid in relids]
+    assert loop.synic.flags_set == [(1, 2, relid) for relid in relids]
     assert loop.synic.rung == [vmbus.CHANNEL_CONNECTION_ID_BASE | relid for relid in relids]
 
 

@@ -253,6 +253,29 @@ def test_a_teardown_of_an_unfinished_one_answers_both(loopback: Any, echo: Any) 
     assert loop.client.last(wire.GPADL_CREATED)["status"] != 0
 
 
+def test_one_that_was_torn_down_is_gone(loopback: Any, echo: Any) -> None:
+    loop, guest = connected(loopback, echo)
+    for _ in range(3):
+        loop.client.post_gpadl(guest.relid, [100], gpadl=7)
+        loop.client.post(wire.GPADL_TEARDOWN, relid=guest.relid, gpadl=7)
+        loop.run()
+        assert loop.client.last(wire.GPADL_CREATED)["status"] == 0
+        assert (len(loop.host.server.channels.gpadls), loop.host.server.channels.gpadls.values) == (0, 0)
+    assert loop.client.count(wire.GPADL_TORNDOWN) == 3
+
+
+def test_an_unfinished_one_is_answered_when_its_relid_is_released(loopback: Any, echo: Any) -> None:
+    loop, guest = connected(loopback, echo)
+    loop.post(gpadl_messages(guest.relid, 7, [(40 * PAGE, 0, range(40))])[0])
+    loop.run()
+    assert loop.client.count(wire.GPADL_CREATED) == 0
+    loop.client.post(wire.RELID_RELEASED, relid=guest.relid)
+    loop.run()
+    answer = loop.client.last(wire.GPADL_CREATED)
+    assert (answer["gpadl"], answer["status"]) == (7, vmbus.STATUS_UNSUCCESSFUL)
+    assert len(loop.host.server.channels.gpadls) == 0
+
+
 def test_tearing_down_an_open_ring_closes_its_channel_first(loopback: Any, echo: Any) -> None:
     loop, guest = connected(loopback, echo)
     loop.open(guest)
