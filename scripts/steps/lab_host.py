@@ -22,7 +22,7 @@ import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 
-from steps import artifacts
+from steps import artifacts, host_tsc
 from steps.distribution import StepError
 from steps.lab_image import QEMU, Image, Plan, image
 
@@ -100,7 +100,7 @@ def command_line(plan: Plan, booted: Image, folder: Path, sockets: Mapping[str, 
     line = [plan.qemu, "-nodefaults", "-no-user-config", "-name", "hvkvm-lab", "-machine", "q35"]
     line += ["-accel", "tcg,thread=multi", "-cpu", CPU]
     line += ["-smp", str(plan.cpus), "-m", plan.memory, "-display", "none", "-no-reboot"]
-    line += ["-kernel", str(booted.kernel), "-initrd", str(booted.initramfs), "-append", APPEND]
+    line += ["-kernel", str(booted.kernel), "-initrd", str(booted.initramfs), "-append", append()]
     line += ["-chardev", f"file,id=log,path={_escaped(folder / 'console')}", "-serial", "chardev:log"]
     line += ["-device", "virtio-serial-pci,id=ports"]
     for number, name in enumerate(CHANNELS):
@@ -111,6 +111,12 @@ def command_line(plan: Plan, booted: Image, folder: Path, sockets: Mapping[str, 
         line += ["-fsdev", f"local,id={tag},path={_escaped(path)},security_model=none{mode},multidevs=remap"]
         line += ["-device", f"virtio-9p-pci,fsdev={tag},mount_tag={tag}"]
     return line
+
+
+def append() -> str:
+    """The words for the lab's Linux."""
+    khz = host_tsc.khz()
+    return APPEND if khz is None else f"{APPEND} tsc_early_khz={khz}"
 
 
 def _file_systems(plan: Plan) -> list[tuple[str, Path, str]]:

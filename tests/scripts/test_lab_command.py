@@ -13,7 +13,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from steps import artifacts, lab_host, lab_image, lab_kept, root_disk
+from steps import artifacts, host_tsc, lab_host, lab_image, lab_kept, root_disk
 from steps.distribution import StepError
 
 PROJECT = Path(__file__).resolve().parents[2]
@@ -38,6 +38,15 @@ def test_root_is_shared_read_only_and_chosen_folders_are_not() -> None:
 
 def test_comma_in_a_path_cannot_become_an_option() -> None:
     assert "path=/a,,readonly=off," in options(PLAN._replace(writable=(Path("/a,readonly=off"),)))
+
+
+@pytest.mark.parametrize(("khz", "words"), [(2445423, 1), (None, 0)])
+def test_the_counter_s_frequency_is_told_where_it_is_known(
+    khz: int | None, words: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(host_tsc, "khz", lambda: khz)
+    assert options(PLAN).count(f" tsc_early_khz={khz}") == words
+    assert options(PLAN).count("tsc_early_khz") == words
 
 
 @pytest.mark.parametrize(("version", "cpus"), [(7, 1), (9, 1), (10, 2), (11, 2)])
