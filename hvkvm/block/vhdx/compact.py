@@ -35,11 +35,11 @@ def compact_vhdx(image: VhdxImage, progress: Progress) -> None:
     try:
         target = VhdxImage(fresh)
         try:
+            os.chmod(fresh, os.stat(path).st_mode & 0o7777)  # before it has what others may not read
             target.flusher.keep_data_guid = True
             _copy_blocks(image, target, progress)
         finally:
             target.close()
-        os.chmod(fresh, os.stat(path).st_mode & 0o7777)
         os.rename(fresh, path)
     except BaseException:
         fresh.unlink(missing_ok=True)
