@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import socket
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from types import SimpleNamespace
 from typing import Any
 
@@ -70,6 +71,32 @@ def test_what_was_asked_for_is_told_once(bench: Bench) -> None:
     assert bench.turn() == []
     bench.watched.arm(READ)
     assert len(bench.turn()) == 1
+
+
+def test_what_was_asked_for_first_is_told_though_the_rest_is_not_so(bench: Bench) -> None:
+    bench.ours.setblocking(False)
+    with suppress(BlockingIOError):
+        while True:
+            bench.ours.send(bytes(1 << 16))
+    bench.watched.arm(READ)
+    bench.watched.arm(WRITE)
+    assert bench.turn() == []
+    bench.theirs.send(b"x")
+    [mask] = bench.turn()
+    assert mask & READ
+    assert not mask & WRITE
+
+
+def test_a_socket_that_was_forgotten_may_be_watched_anew(bench: Bench) -> None:
+    bench.watched.remove()
+    again = bench.add(bench.ours)
+    again.arm(WRITE)
+    assert len(bench.turn()) == 1
+    closed = socket.socketpair()[0]
+    late = bench.add(closed)
+    closed.close()
+    late.remove()
+    late.remove()
 
 
 def test_asking_for_more_keeps_what_was_asked(bench: Bench) -> None:
