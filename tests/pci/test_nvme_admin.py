@@ -1,4 +1,4 @@
-"""What an NVMe driver is refused while it sets the controller up, by the status that there is for it."""
+"""What an NVMe driver is refused while it sets a controller up, and a file that says that it has done so."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ from nvme_guest import DATA, IO_CQ, IO_SQ, MIB, SHADOW, NvmeGuest
 from hvkvm.abi import nvme
 from hvkvm.devices.pci.nvme import identify
 from hvkvm.devices.pci.nvme.admin import MAX_ENTRIES, MAX_IO_QUEUES
+from hvkvm.devices.pci.nvme.queues import MAX_IN_FLIGHT
+from hvkvm.devices.pci.nvme.saved import ControllerState
 
 END = 2 * MIB
 CREATE_CQ, CREATE_SQ = nvme.NVME_ADMIN_CREATE_CQ, nvme.NVME_ADMIN_CREATE_SQ
@@ -148,3 +150,62 @@ def test_events_are_waited_for_up_to_its_limit(guest: NvmeGuest) -> None:
     guest.loop.settle()
     assert guest.take(0) == []
     assert guest.do(nvme.NVME_ADMIN_ASYNC_EVENT)[0] == nvme.NVME_SC_ASYNC_LIMIT
+
+
+def saved(guest: NvmeGuest) -> ControllerState:
+    guest.make_queues()
+    guest.device.stop(lambda: None)
+    guest.loop.settle()
+    return guest.device.save()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"id": -1},
+        {"id": MAX_IO_QUEUES + 1},
+        {"id": 0},  # which there is already
+        {"size": 1},
+        {"size": MAX_ENTRIES + 1},
+        {"base": IO_SQ + 8},
+        {"base": END},
+        {"head": -1},
+        {"head": 8},
+        {"tail": -1},
+        {"tail": 8},
+    ],
+)
+def test_saved_queues_are_such_as_a_driver_could_have_made(guest: NvmeGuest, change: dict[str, int]) -> None:
+    state = saved(guest)
+    for field in ("completions", "submissions"):
+        admin, one = getattr(state, field)
+        with pytest.raises(ValueError, match=r"its NVMe queue .* cannot be"):
+            guest.device.load(state._replace(**{field: (admin, one._replace(**change))}))
+    guest.device.load(state)
+
+
+def test_what_belongs_to_a_saved_queue(guest: NvmeGuest) -> None:
+    state = saved(guest)
+    admin, one = state.completions
+    for change in ({"vector": -1}, {"vector": guest.device.vectors}, {"phase": 2}):
+        with pytest.raises(ValueError, match="completion queue 1 cannot be"):
+            guest.device.load(state._replace(completions=(admin, one._replace(**change))))
+    guest.device.load(state._replace(completions=(admin, one._replace(vector=guest.device.vectors - 1))))
+    for owner in (0, 2):  # who answers elsewhere, and nobody
+        answers = one._replace(waiting=((0, 0, owner, 1, 0),))
+        with pytest.raises(ValueError, match="has answers of nobody"):
+            guest.device.load(state._replace(completions=(admin, answers)))
+    for count, good in ((MAX_IN_FLIGHT, True), (MAX_IN_FLIGHT + 1, False)):
+        answers = one._replace(waiting=((0, 0, 1, 1, 0),) * count)
+        if good:
+            guest.device.load(state._replace(completions=(admin, answers)))
+        else:
+            with pytest.raises(ValueError, match="has answers of nobody"):
+                guest.device.load(state._replace(completions=(admin, answers)))
+    admin_queue, queue = state.submissions
+    with pytest.raises(ValueError, match="submission queue 1 has no completion queue"):
+        guest.device.load(state._replace(submissions=(admin_queue, queue._replace(completion=2))))
+    for shadow in ((SHADOW,), (SHADOW, DATA, DATA), (SHADOW + 8, DATA), (SHADOW, DATA + 8), (SHADOW, END)):
+        with pytest.raises(ValueError, match="doorbell buffer is nowhere"):
+            guest.device.load(state._replace(shadow=shadow))
+    guest.device.load(state._replace(shadow=(SHADOW, DATA)))
