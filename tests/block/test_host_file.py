@@ -75,7 +75,7 @@ def test_what_is_refused_is_neither_open_nor_locked(file: Path, monkeypatch: pyt
         with pytest.raises(ImageError, match="cannot be locked"):
             HostFile(file.with_name("new"), read_only=False, create=True)
     assert os.listdir(file.parent) == [file.name], "a file that was made for nothing is gone"
-    assert len(os.listdir("/proc/self/fd")) == before
+    assert len(os.listdir("/proc/self/fd")) <= before
 
 
 @pytest.mark.parametrize("number", [errno.ENOLCK, errno.EINVAL])

@@ -138,7 +138,7 @@ def test_what_is_not_committed_leaves_nothing_and_the_old_file_as_it_was(tmp_pat
     with Writer(path, RAM) as writer:
         writer.write_ram(0, b"x" * PAGE)
     assert os.listdir(tmp_path) == ["vm"]
-    assert len(os.listdir("/proc/self/fd")) == files
+    assert len(os.listdir("/proc/self/fd")) <= files
     assert path.read_bytes() == before
 
 
@@ -237,7 +237,7 @@ def test_a_file_that_somebody_made_up_gets_one_line(
     before = len(os.listdir("/proc/self/fd"))
     with pytest.raises(StateError, match=words):
         Saved(made_up(tmp_path / "vm", **header))
-    assert len(os.listdir("/proc/self/fd")) == before
+    assert len(os.listdir("/proc/self/fd")) <= before
 
 
 @pytest.mark.parametrize(
