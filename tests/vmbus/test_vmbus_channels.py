@@ -11,8 +11,7 @@ from hvkvm.abi import vmbus
 from hvkvm.abi import vmbus_messages as wire
 from hvkvm.abi.ring import WORD_WRITE_INDEX
 from hvkvm.errors import RouteError
-from hvkvm.testing.vmbus_client import GuestChannel
-from hvkvm.vmbus.offer import ChannelState
+from hvkvm.vmbus.server import Server
 
 
 def ready(loopback: Any, device: Any, **options: Any) -> tuple[Any, Any]:
@@ -136,131 +135,6 @@ def test_open_close_and_open_again(loopback: Any, echo: Any) -> None:
     assert device.log == ["opened", "closed"] * 10
 
 
-REFUSED = {
-    "no such channel": {"relid": 99},
-    "no such gpadl": {"ring_gpadl": 1},
-    "no room for the first ring": {"downstream_page_offset": 1},
-    "no room for the second ring": {"downstream_page_offset": 3},
-    "split beyond the end": {"downstream_page_offset": 0xFFFFFFFF},
-    "no such VP": {"target_vp": 2},
-}
-
-
-@pytest.mark.parametrize("name", REFUSED)
-def test_impossible_opens_are_answered(loopback: Any, echo: Any, name: str) -> None:
-    device = echo(1)
-    loop, guest = ready(loopback, device)
-    loop.client.prepare_rings(guest)
-    fields = {
-        "relid": guest.relid,
-        "openid": 1234,
-        "ring_gpadl": guest.gpadl,
-        "target_vp": 0,
-        "downstream_page_offset": 2,
-    }
-    loop.client.post(wire.OPENCHANNEL, **(fields | REFUSED[name]))
-    loop.run()
-    result = loop.client.last(wire.OPENCHANNEL_RESULT)
-    assert result["status"] != 0
-    assert result["openid"] == 1234
-    assert device.log == []
-    loop.client.post(wire.OPENCHANNEL, **fields)
-    loop.client.post(wire.OPENCHANNEL, **fields)  # open already
-    loop.run()
-    results = [m for m in loop.client.messages if m.kind.type == wire.OPENCHANNEL_RESULT]
-    assert [bool(m["status"]) for m in results] == [True, False, True]
-    assert [m["openid"] for m in results] == [1234] * 3
-    (channel,) = loop.host.server.channels.all
-    assert (channel.state, device.log) == (ChannelState.OPEN, ["opened"]), "which it stays"
-
-
-def test_an_open_that_crosses_a_rescind_is_refused(loopback: Any, echo: Any) -> None:
-    device = echo(1)
-    loop, guest = ready(loopback, device)
-    loop.client.prepare_rings(guest)
-    loop.run()
-    loop.host.remove(loop.host.server.channels.all[0])
-    loop.client.open(guest)
-    loop.run()
-    assert loop.client.last(wire.OPENCHANNEL_RESULT)["status"] != 0
-    assert (device.log, loop.synic.events) == ([], {})
-
-
-def test_a_6_0_guest_chooses_its_signals(loopback: Any, echo: Any) -> None:
-    loop = loopback()
-    loop.host.add(echo(1))
-    loop.connect(vmbus.VERSION_COPPER, features=vmbus.FEATURE_GUEST_SPECIFIED_SIGNAL_PARAMETERS)
-    (guest,) = loop.client.offers.values()
-    loop.client.prepare_rings(guest)
-    others = vmbus.CHANNEL_CONNECTION_ID_BASE | vmbus.MAX_RELID
-    for connection_id, event_flag in ((4, 9), (1 << 24, 9), (0x3000, 2048), (others, 9)):
-        loop.client.open(guest, connection_id=connection_id, event_flag=event_flag)
-        loop.run()
-        assert loop.client.last(wire.OPENCHANNEL_RESULT)["status"] != 0
-    loop.client.open(guest, connection_id=0x3000, event_flag=9)
-    loop.run()
-    assert loop.client.last(wire.OPENCHANNEL_RESULT)["status"] == 0
-    guest.opened.send(b"x")
-    loop.run()
-    assert loop.synic.rung == [0x3000]
-    assert loop.synic.flags_set == [(0, 2, 9)]
-    (channel,) = loop.host.server.channels.all
-    for own in (guest.connection_id, 0):
-        loop.client.close(guest)
-        loop.client.prepare_rings(guest)
-        loop.client.open(guest, connection_id=own, event_flag=2047)
-        loop.run()
-        assert loop.client.last(wire.OPENCHANNEL_RESULT)["status"] == 0
-        assert (channel.connection_id, channel.event_flag) == (guest.connection_id, 2047)
-
-
-@pytest.mark.parametrize("version", [vmbus.VERSION_WIN10_V5_3, vmbus.VERSION_COPPER])
-def test_signals_that_were_not_negotiated_are_padding(loopback: Any, echo: Any, version: int) -> None:
-    """UEFI sends 240 bytes whatever it says in them."""
-    loop = loopback()
-    loop.host.add(echo(1))
-    loop.connect(version)
-    (guest,) = loop.client.offers.values()
-    loop.client.prepare_rings(guest)
-    payload = wire.build(
-        wire.OPENCHANNEL,
-        relid=guest.relid,
-        openid=1,
-        ring_gpadl=guest.gpadl,
-        target_vp=0,
-        downstream_page_offset=2,
-        connection_id=4,
-        event_flag=4000,
-    )
-    assert len(payload) == 156
-    loop.post(payload)
-    loop.run()
-    assert loop.client.last(wire.OPENCHANNEL_RESULT)["status"] == 0
-    (channel,) = loop.host.server.channels.all
-    assert (channel.connection_id, channel.event_flag) == (guest.connection_id, guest.relid)
-
-
-def test_a_chosen_doorbell_is_taken_while_its_channel_is_open(loopback: Any, echo: Any) -> None:
-    loop = loopback()
-    for number in (1, 2):
-        loop.host.add(echo(number))
-    loop.connect(vmbus.VERSION_COPPER, features=vmbus.FEATURE_GUEST_SPECIFIED_SIGNAL_PARAMETERS)
-    first, second = loop.client.offers.values()
-
-    def opens(guest: GuestChannel) -> bool:
-        loop.client.prepare_rings(guest)
-        loop.client.open(guest, connection_id=0x3000, event_flag=9)
-        loop.run()
-        return bool(loop.client.last(wire.OPENCHANNEL_RESULT)["status"] == 0)
-
-    assert opens(first)
-    assert not opens(second)
-    loop.client.close(first)
-    loop.run()
-    assert opens(second)
-    assert not opens(first)
-
-
 def test_s61_a_broken_channel_ends_alone_with_one_line(loopback: Any, echo: Any) -> None:
     bad, good = echo(1), echo(2)
     loop = loopback()
@@ -302,34 +176,30 @@ def test_s61_a_ring_that_was_closed_meanwhile_breaks_nothing(loopback: Any, echo
     assert [packet.payload[:4] for packet in guest.received] == [b"anew"]
 
 
-def test_a_channel_that_is_taken_back_while_it_opens_is_answered(loopback: Any, echo: Any) -> None:
+@pytest.mark.parametrize("opened", [False, True])
+def test_only_an_open_channel_moves(loopback: Any, echo: Any, opened: bool) -> None:
     loop, guest = ready(loopback, echo(1))
-    loop.client.prepare_rings(guest)
+    if opened:
+        loop.open(guest)
+    loop.client.post(wire.MODIFYCHANNEL, relid=guest.relid, target_vp=1)
     loop.run()
-    server = loop.host.server
-    (channel,) = server.channels.all
-    message = wire.parse(
-        wire.build(
-            wire.OPENCHANNEL, relid=guest.relid, ring_gpadl=guest.gpadl, downstream_page_offset=2, openid=5
-        )
-    )
+    assert (loop.client.last(wire.MODIFYCHANNEL_RESPONSE)["status"] == 0) == opened
+
+
+def test_a_bus_has_as_many_channels_as_relids_and_an_old_relid_comes_back_last(echo: Any) -> None:
+    server = Server(lambda gpa, size: True, 1)
+    server.connect(vmbus.VERSION_WIN10_V5_3, 0, b"", (0, 2))
+    server.channels.offering = True
+    offers = [echo().offer._replace(instance=number.to_bytes(16, "little")) for number in range(2049)]
+    channels = [server.offer(offer) for offer in offers[:3]]
+    message = wire.parse(wire.build(wire.RELID_RELEASED, relid=channels[2].relid))
     assert message is not None
+    server.rescind(channels[2])
     server.receive(message)
-    assert channel.state is ChannelState.OPENING
-    server.rescind(channel)
-    kinds = [type(action).__name__ for action in server.take()]
-    assert kinds == ["OpenChannel", "SendMessage", "CloseChannel", "SendMessage"]
-    server.opened(channel)  # too late
-    assert server.take() == []
-    server.receive(message)  # crosses our RESCIND: answered, for its sender waits, and nobody's mistake
-    assert [type(action).__name__ for action in server.take()] == ["SendMessage"]
-    assert server.reports.total == 0
-    released = wire.parse(wire.build(wire.RELID_RELEASED, relid=guest.relid))
-    assert released is not None
-    server.receive(released)
-    assert channel in server.channels.all  # its device still runs
-    server.closed(channel)
-    assert server.channels.all == []
+    more = [server.offer(offer) for offer in offers[3:2048]]
+    assert [channel.relid for channel in (*channels[:2], *more)] == [1, 2, *range(4, 2048), 3]
+    with pytest.raises(ValueError, match="at most 2047 channels"):
+        server.offer(offers[2048])
 
 
 def test_a_move_that_the_host_cannot_make_is_refused_and_the_old_vp_stays(
