@@ -197,8 +197,11 @@ class Lifecycle:
             self._unheard = self._unheard or error  # behind the end, which has its name already
 
     def take_error(self) -> BaseException | None:
-        """The error that `stop` would raise; it is the caller's to tell from now on. Any thread."""
-        error, self._unheard = self._unheard, None
+        """The error that `stop` would raise, which is the caller's to tell then. Any thread."""
+        if self.is_copy:
+            return None  # its parent hears it
+        with self._lock:
+            error, self._unheard = self._unheard, None
         return error
 
     def expire(self, seconds: float | None) -> None:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import traceback
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 import pytest
@@ -153,6 +155,23 @@ def test_it_does_not_stand_for_ctrl_c(micro_guest: Make, by: type[BaseException]
         leave(machine, by)
     (note,) = caught.value.__notes__
     assert note.startswith("before that a callback raised Wrong: on purpose (test_callback_errors.py:")
+
+
+def test_a_forked_child_leaves_it_to_its_parent(micro_guest: Make) -> None:
+    machine = micro_guest(WRITES).machine
+    machine.board.ports.add(PORT, 1, Port())
+    machine.start()
+    machine.wait(SECONDS)
+    child = os.fork()
+    if not child:
+        heard = machine.lifecycle.take_error()
+        with suppress(Wrong):
+            machine.close()
+            os._exit(heard is not None)
+        os._exit(2)
+    assert os.waitpid(child, 0)[1] == 0
+    with pytest.raises(Wrong):
+        machine.close()
 
 
 MISTAKEN = """
