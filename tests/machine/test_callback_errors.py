@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal as signals
 import subprocess
 import sys
 import traceback
@@ -164,6 +165,8 @@ def test_a_forked_child_leaves_it_to_its_parent(micro_guest: Make) -> None:
     machine.wait(SECONDS)
     child = os.fork()
     if not child:
+        signals.signal(signals.SIGALRM, signals.SIG_DFL)
+        signals.alarm(60)  # a lock that a thread of the parent's held stays held here
         heard = machine.lifecycle.take_error()
         with suppress(Wrong):
             machine.close()
