@@ -45,6 +45,7 @@ FOR_USERS = {
     "set_ip_info": "and given to it",
     "from_toml": "the machine of a --config file, in a program",
     "io_data": "the data of an exit, for who enters a vCPU by hand",
+    "write_u64": "a word of guest memory, beside those that devices of ours write",
 }
 """What only tests use here, and who else may."""
 FOR_LOOKING = {

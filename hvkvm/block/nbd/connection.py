@@ -35,11 +35,10 @@ class _Pending:
     A lock, since an Event has two of them and a list, all made and taken for one wait.
     """
 
-    __slots__ = ("buffers", "chunks", "done", "error", "filled", "length", "lost", "offset", "text")
+    __slots__ = ("buffers", "chunks", "done", "error", "filled", "lost", "offset", "text")
 
-    def __init__(self, offset: int, length: int, buffers: Buffers) -> None:
+    def __init__(self, offset: int, buffers: Buffers) -> None:
         self.offset = offset
-        self.length = length
         self.buffers = buffers
         self.done = threading.Lock()
         self.done.acquire()
@@ -90,7 +89,7 @@ class Connection:
 
         A server that has not answered in `seconds` is waited for no more, by anybody.
         """
-        pending = _Pending(offset, length, fill)
+        pending = _Pending(offset, fill)
         with self._lock:
             if self._lost:
                 raise Lost(self._lost)
