@@ -110,6 +110,8 @@ def test_s17_closing_twice_gives_up_one_hold_only(world: World) -> None:
     first.close()
     assert second.pulse() == 0
     assert world.synic.open_lines() == 1
+    (line,) = world.routes.snapshot()
+    assert (line["routes"], line["holders"]) == (1, 1), "nothing of it is kept"
     assert first.pulse() == -errno.ENXIO
     assert first.set_event_flag(1) == -errno.ENXIO
 
