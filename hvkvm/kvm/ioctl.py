@@ -1,7 +1,7 @@
-"""The one door to the kernel: every KVM ioctl of this process goes through `ioctl` or `Vcpu.enter`.
+"""The one way into the kernel: every KVM ioctl of this process goes through `ioctl` or `Vcpu.enter`.
 
 One place turns a negative return into a typed error, and one place is there for
-tests to replace (`monkeypatch.setattr("hvkvm.kvm.ioctl.ioctl", ...)`): rooms
+tests to replace (`monkeypatch.setattr("hvkvm.kvm.ioctl.ioctl", ...)`): modules
 call it as `door.ioctl(...)`, never by a copied name. Used by `hvkvm.kvm` alone,
 from whatever thread owns the fd.
 
