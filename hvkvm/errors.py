@@ -146,6 +146,8 @@ class VmGone(HvkvmError):
 class Stuck(HvkvmError, TimeoutError):
     """Threads that did not pause or end in time; the text names each and what it is doing."""
 
+    exit_status = 254
+
 
 class ImageError(ConfigError):
     """A disk image, or the server of one, cannot be used as asked: names it, the reason and the remedy."""

@@ -135,6 +135,7 @@ class Front(ABC):
             Ending.TRIPLE_FAULT,
             Ending.KVM_ERROR,
             Ending.HOST_ERROR,
+            Ending.STUCK,
         ):
             return {}
         from hvkvm.machine import kernel_log

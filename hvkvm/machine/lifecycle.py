@@ -388,7 +388,7 @@ class Lifecycle:
             self._deadline = self._platform.io.call_later(REST_SECONDS, self._too_late)
             self._platform.observer.event(Warned("rest", f"{detail}; it is waited for"))
             return
-        self.finish(Ending.KVM_ERROR, EXIT_MACHINE_FAULT, detail)
+        self.finish(Ending.STUCK, EXIT_MACHINE_FAULT, detail)
 
     def _soon(self, fn: Callable[..., object], *args: object) -> None:
         with suppress(Stopped):  # the loop has ended, and with it what was to follow

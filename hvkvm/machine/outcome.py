@@ -21,6 +21,7 @@ class Ending(Enum):
     KVM_ERROR = "KVM internal error"
     HOST_ERROR = "error in the host's code"
     HOST_EXHAUSTED = "the host has no more to give"
+    STUCK = "the host does not answer"
     TIMEOUT = "timeout"
     QUIT = "quit"
     SAVED = "saved"

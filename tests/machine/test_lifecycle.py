@@ -269,7 +269,7 @@ def test_a_part_that_never_stops_ends_a_reset_with_its_name(
     world.on_loop(too_late)
     outcome = world.lifecycle.wait(SECONDS)
     assert outcome is not None
-    assert outcome.ending is Ending.KVM_ERROR
+    assert outcome.ending is Ending.STUCK
     assert "the disk" in outcome.detail
 
 
@@ -313,7 +313,7 @@ def test_who_is_patient_waits_for_a_part_and_ends_nothing(
     world.on_loop(deadlines[0])
     if reset_too:
         assert world.lifecycle.outcome is not None
-        assert world.lifecycle.outcome.ending is Ending.KVM_ERROR
+        assert world.lifecycle.outcome.ending is Ending.STUCK
         return
     assert world.lifecycle.outcome is None
     (told,) = world.heard.texts
