@@ -35,7 +35,7 @@ def find(asked: str | Path) -> Path:
     if isinstance(asked, Path):
         return asked
     for path in OVMF:
-        if path.is_file():
+        if os.path.isfile(path):
             return path
     raise BootError(
         "--firmware auto: no UEFI firmware on this host; install the ovmf package (apt install ovmf),"

@@ -138,7 +138,7 @@ def _info(options: argparse.Namespace) -> int:
     image = _open(options.file, options)
     try:
         facts: dict[str, Any] = {**image.inspect(), "sector_size": image.sector_size}
-        if Path(options.file).is_file():
+        if os.path.isfile(options.file):
             facts["space_taken"] = os.stat(options.file).st_blocks * 512
     finally:
         image.close()

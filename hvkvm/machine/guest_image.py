@@ -197,9 +197,10 @@ def find_busybox() -> Path:
     """A static busybox on this host. ConfigError when there is none."""
     for name in ("busybox-static", "busybox"):
         for folder in os.get_exec_path():
-            found = Path(folder, name)
-            if found.is_file() and os.access(found, os.X_OK):  # as shutil.which, which imports compressors
-                return found
+            found = os.path.join(folder, name)
+            # As shutil.which, which imports compressors.
+            if os.path.isfile(found) and os.access(found, os.X_OK):
+                return Path(found)
     raise ConfigError("--busybox: no busybox in PATH; install the busybox-static package or name one")
 
 

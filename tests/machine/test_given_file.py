@@ -13,6 +13,7 @@ import pytest
 from hvkvm import given_file
 from hvkvm.block.host_file import HostFile
 from hvkvm.boot import command_files, firmware, kmod
+from hvkvm.cli import main
 from hvkvm.errors import ConfigError, HvkvmError
 from hvkvm.machine import cloud_init, fault_file, guest_image
 from hvkvm.net.capture import Capture
@@ -132,3 +133,28 @@ def test_one_that_nobody_uses_any_more_is_emptied(tmp_path: Path) -> None:
     given_file.check_replaceable(path)
     given_file.write_at_once(path, b"new", 1)
     assert path.read_bytes() == b"new"
+
+
+LONG = "n" * 300
+"""More than a name may have: before Python 3.14 `Path.is_file` raises OSError for it."""
+
+
+def test_programs_and_firmware_are_looked_for_beyond_names_that_cannot_be(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    busybox, image = tmp_path / "busybox", tmp_path / "OVMF.fd"
+    busybox.touch(mode=0o755)
+    image.touch()
+    monkeypatch.setenv("PATH", f"/{LONG}:{tmp_path}")
+    monkeypatch.setattr(firmware, "OVMF", (Path(f"/{LONG}"), image))
+    assert guest_image.find_busybox() == busybox
+    assert firmware.find("auto") == image
+
+
+def test_a_disk_of_a_long_name_has_no_file(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    image = MagicMock(sector_size=512, inspect=lambda: {"size": 0})
+    monkeypatch.setattr("hvkvm.block.open_image.open_image", lambda *_: image)
+    assert main(["disk", "info", "--json", f"nbd:localhost:10809:exportname={LONG}"]) == 0
+    assert "space_taken" not in capsys.readouterr().out
