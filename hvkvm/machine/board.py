@@ -203,7 +203,8 @@ class Board:
     def attach_sink(self, sink: Callable[[bytes], object]) -> None:
         """Give the UART's output to `sink(data)`, on the I/O loop. Before `Machine.start`.
 
-        What it raises ends the run, and it gets no more.
+        It takes the place of the sink before it: the one of a test's `guest.console`, say. What it raises
+        ends the run, and it gets no more.
         """
         self._sink = sink
 
