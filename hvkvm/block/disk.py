@@ -127,14 +127,7 @@ class Disk:
 
     def take(self, request: Request) -> None:
         """As `submit`, of a READ or WRITE: what can be is answered inside of this call, as by `begin`."""
-        image, op = self.image, request.op
-        offset, length = request.offset, request.length
-        if (
-            0 < length <= image.size - offset
-            and offset >= 0
-            and not (offset | length) & image.sector_size - 1
-            and (op is Op.READ or not image.read_only)
-        ):
+        if self._refusal(request) is None:
             self.begin(request)
         else:
             self.submit(request)

@@ -139,18 +139,17 @@ def _images_once(config: Any) -> None:
     named = [(flag, one) for flag in ("--disk", "--cdrom") for one in getattr(config, f"{flag[2:]}s")]
     if len(named) < 2:
         return
-    from hvkvm.machine.disk_spec import image_of
+    from hvkvm.machine.disk_spec import image_of, writes
 
     written: dict[tuple[int, int], bool] = {}
     for flag, one in named:
         image = image_of(one)
         if image is None:
             continue
-        writes = not one.options.read_only and not one.options.snapshot
-        if image in written and (writes or written[image]):
+        if image in written and (writes(one) or written[image]):
             remedy = "leave one out, or give each readonly=on or snapshot=on"
             raise ConfigError(f"{flag} {one.file}: given twice; {remedy}")
-        written[image] = writes
+        written[image] = writes(one)
 
 
 def _needs_no_boot(config: Any) -> None:

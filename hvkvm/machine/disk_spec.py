@@ -161,9 +161,14 @@ def image_of(one: DiskSpec | CdromSpec) -> tuple[int, int] | None:
     return found.st_dev, found.st_ino
 
 
+def writes(one: DiskSpec | CdromSpec) -> bool:
+    """Whether its image file is written, so that no other disk may use that."""
+    return not (one.options.read_only or one.options.snapshot)
+
+
 def shut_out(one: DiskSpec | CdromSpec, other: DiskSpec | CdromSpec) -> bool:
     """Whether both are one image file and either writes it, so that its lock shuts the other out."""
-    if all(each.options.read_only or each.options.snapshot for each in (one, other)):
+    if not (writes(one) or writes(other)):
         return False
     image = image_of(one)
     return image is not None and image == image_of(other)
