@@ -142,33 +142,18 @@ class Port(Protocol):
 class Statistics:
     """What went over a port, the guest's view: `received` is what the NIC took. Vnet headers do not count."""
 
-    sent_frames: int
-    sent_bytes: int
-    sent_dropped: int
+    sent_frames: int = 0
+    sent_bytes: int = 0
+    sent_dropped: int = 0
     """Frames of the guest that the port took and could not carry."""
-    received_frames: int
-    received_bytes: int
-    received_dropped: int
+    received_frames: int = 0
+    received_bytes: int = 0
+    received_dropped: int = 0
     """Frames for the guest that the port dropped; not those that a tap's or a peer's own queue dropped."""
-    send_waits: int
+    send_waits: int = 0
     """Times that the port had no room."""
-    receive_waits: int
+    receive_waits: int = 0
     """Times that the receiver had no room."""
-
-    __slots__ = (
-        "receive_waits",
-        "received_bytes",
-        "received_dropped",
-        "received_frames",
-        "send_waits",
-        "sent_bytes",
-        "sent_dropped",
-        "sent_frames",
-    )
-
-    def __init__(self) -> None:
-        for name in self.__slots__:
-            setattr(self, name, 0)
 
     def as_dict(self) -> dict[str, int]:
         """For `inspect`."""
