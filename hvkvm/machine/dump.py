@@ -79,18 +79,19 @@ def describe_fatal(parts: Parts) -> str:
     """The vCPUs that KVM runs no more, by a triple fault or an error of its own; "" where there are none.
 
     Nor is there anything to look for behind a triple fault that Linux was told to reset by.
+
+    The run's end is told while the thread that met it still handles that exit: its own end is waited for.
     """
     from hvkvm.kvm.kind import probe
 
     if resets_by_triple_fault(parts.platform.config.append):
         return ""
     fatal = FATAL - {KVM_EXIT_SHUTDOWN} if probe().forgets_triple_faults else FATAL
-    found = [
-        line
-        for thread in parts.platform.threads
-        if not fatal.isdisjoint(thread.last_exits[-1:])
-        for line in dump_vcpu.describe(thread)
-    ]
+    found: list[str] = []
+    for thread in parts.platform.threads:
+        if not fatal.isdisjoint(thread.last_exits[-1:]):
+            thread.join(dump_vcpu.ANSWER_SECONDS)
+            found += dump_vcpu.describe(thread)
     return "\n".join(found)
 
 

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import os
 import threading
+import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import kernel_images as ki
 import pytest
 from guest_machine import Guest
 
+from hvkvm.kvm import kind
 from hvkvm.machine import dump, dump_vcpu, own_files
 from hvkvm.machine.config import MachineConfig
 from hvkvm.machine.disk_spec import DiskSpec
@@ -160,6 +163,31 @@ def test_where_the_io_loop_stands_is_told() -> None:
         guest.close()
     assert "stands_still\n" in text.partition("i/o loop: running ")[2]
     assert "thread io: in stands_still (machine/test_dump.py:" in text
+
+
+@pytest.mark.kvm
+def test_a_vcpu_that_ended_the_run_is_told_of_when_its_thread_has_ended(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The end wakes who waits for it while that thread still handles the exit."""
+    guest = Guest(synic="user")
+    lifecycle = guest.machine.lifecycle
+    real = lifecycle.finish
+
+    def finish(*arguments: object) -> None:
+        real(*arguments)  # type: ignore[arg-type]
+        time.sleep(0.3)  # as the host's scheduler may have it
+
+    monkeypatch.setattr(kind, "probe", lambda: SimpleNamespace(forgets_triple_faults=False))
+    monkeypatch.setattr(lifecycle, "finish", finish)
+    try:
+        guest.start()
+        guest[0].begin("TRIPLE_FAULT")
+        assert lifecycle.wait(100) is not None
+        text = dump.describe_fatal(guest.machine.parts)
+    finally:
+        guest.close()
+    assert text.startswith("vcpu0: ended; exits: ")
 
 
 @pytest.mark.kvm
