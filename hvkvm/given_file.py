@@ -103,19 +103,19 @@ def make_name_stable(path: Path) -> None:
 
 
 def open_to_write(path: Path, flag: str, mode: int = 0o666) -> int:
-    """An fd of the file, made or emptied; a pipe must have its reader. ConfigError, which names `flag`.
+    """An fd of the file, made or as it is until `empty`. ConfigError, which names `flag`.
 
-    The fd does not block, and is the caller's alone to make blocking.
+    A pipe must have its reader. The fd does not block, and is the caller's alone to make blocking.
     """
     try:
-        return open_emptied(path, mode)
+        return open_as_it_is(path, mode)
     except OSError as error:
         if error.errno == errno.ENXIO:
             raise ConfigError(f"{flag} {path}: {error.strerror}; start its reader first") from None
         raise ConfigError(f"{flag} {path}: {error.strerror}; name a file that can be written") from None
 
 
-def open_emptied(path: Path, mode: int) -> int:
+def open_as_it_is(path: Path, mode: int) -> int:
     """As `open_to_write`, but for OSError: EBUSY for a disk's image in use, ENXIO without a reader."""
     try:
         fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC | os.O_NONBLOCK, mode)
@@ -127,18 +127,23 @@ def open_emptied(path: Path, mode: int) -> int:
         kind = os.fstat(fd).st_mode
         if (stat.S_ISREG(kind) or stat.S_ISBLK(kind)) and _is_image_in_use(fd):
             raise OSError(errno.EBUSY, _IN_USE)
-        if stat.S_ISREG(kind):
-            os.ftruncate(fd, 0)
     except BaseException:
         os.close(fd)
         raise
     return fd
 
 
+def empty(fd: int) -> None:
+    """Take what the file held, if it is a regular one: when all else is there, and a run begins. OSError."""
+    if stat.S_ISREG(os.fstat(fd).st_mode):
+        os.ftruncate(fd, 0)
+
+
 def write_at_once(path: Path, data: bytes, seconds: float) -> None:
     """Make or empty the file, and write it in time. OSError; ENXIO for a pipe that nobody reads."""
-    fd = open_emptied(path, 0o666)
+    fd = open_as_it_is(path, 0o666)
     try:
+        empty(fd)
         write_in_time(fd, data, seconds)
     finally:
         os.close(fd)

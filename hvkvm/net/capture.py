@@ -3,7 +3,7 @@
 Each frame is a block, and each batch one write, so that a reader finds whole blocks. Frames are as the NIC
 and the wire exchange them: one whose checksum is left to somebody else has a partial one there, one not yet
 cut is long. A host that can take no more ends the capture, and the guest's network goes on. Writes go to the
-page cache, or to a FIFO that a reader has open.
+page cache, or to a FIFO that a reader has open. The file keeps what it held until the wire starts.
 
 Owner: the I/O loop, for all but construction.
 """
@@ -18,7 +18,7 @@ from time import time_ns
 from hvkvm.abi import pcapng
 from hvkvm.errors import ConfigError
 from hvkvm.events import NULL_OBSERVER, Observer, Warned
-from hvkvm.given_file import open_emptied
+from hvkvm.given_file import empty, open_as_it_is
 from hvkvm.net.between import Between
 from hvkvm.net.port import Frame, frame_bytes
 from hvkvm.net.wire import Wire
@@ -28,7 +28,7 @@ MAX_VIEWS = 1024
 
 
 class Capture(Between):
-    """Writes what goes over `below` to `path`, which is made anew. ConfigError if it cannot be."""
+    """Writes what goes over `below` to `path`, from its start on. ConfigError if it cannot be."""
 
     def __init__(self, below: Wire, path: Path, name: str, *, observer: Observer = NULL_OBSERVER) -> None:
         super().__init__(below)
@@ -37,13 +37,20 @@ class Capture(Between):
         self.failure = ""
         self._observer = observer
         try:
-            self._fd = open_emptied(path, 0o600)
+            self._fd = open_as_it_is(path, 0o600)
         except OSError as error:
             raise ConfigError(
                 f"--net pcap={path}: {error.strerror}; name a file that can be written"
             ) from None
         described = pcapng.interface_description(pcapng.LINKTYPE_ETHERNET, name)
-        self._write([pcapng.section_header("hvkvm"), described])
+        self._header: list[bytes | memoryview] = [pcapng.section_header("hvkvm"), described]
+
+    def start(self) -> None:
+        """See `Port.start`. The first time, the file is emptied and begun."""
+        header, self._header = self._header, []
+        if header:
+            self._write(header, anew=True)
+        super().start()
 
     def send(self, frames: Sequence[Frame], queue: int = 0) -> int:
         """See `Port.send`. What was taken is written."""
@@ -80,9 +87,11 @@ class Capture(Between):
         self.frames_written += len(frames)
         self._write(views)
 
-    def _write(self, views: list[bytes | memoryview]) -> None:
+    def _write(self, views: list[bytes | memoryview], *, anew: bool = False) -> None:
         whole = [b"".join(views)] if len(views) > MAX_VIEWS else views
         try:
+            if anew:
+                empty(self._fd)
             count = os.writev(self._fd, whole)
             if count < sum(map(len, whole)):
                 raise OSError(None, "took a part of it only")

@@ -3,8 +3,11 @@
 Taking an entry is an append to a queue of bounded size. When the file is slower than
 the guest, entries are lost and counted, and the guest waits for nobody.
 
-Threads: `Tap`'s methods come on the I/O loop and on vCPU threads; `open` and `close`
-are the main thread's.
+The file keeps what it held until `start`: a run that does not come about takes no
+recording from anybody.
+
+Threads: `Tap`'s methods come on the I/O loop and on vCPU threads; construction, `start`
+and `close` are the main thread's.
 """
 
 from __future__ import annotations
@@ -20,7 +23,7 @@ from typing import Any, Literal
 from hvkvm.abi import pcapng
 from hvkvm.abi.record_format import LINK_DESCRIPTION, LINK_NAME, ChannelEvent, Entry, Kind
 from hvkvm.events import NULL_OBSERVER, Observer, Warned
-from hvkvm.given_file import open_to_write
+from hvkvm.given_file import empty, open_to_write
 from hvkvm.record.words import packets
 from hvkvm.runtime.thread_start import start_thread
 from hvkvm.vmbus.offer import Channel
@@ -49,7 +52,7 @@ _EVENTS = {
 
 
 class Recorder(Tap):
-    """Writes to `path` what crosses the bus. ConfigError when the file cannot be had.
+    """Writes to `path` what crosses the bus, once started. ConfigError when the file cannot be had.
 
     `depth`: "messages" leaves out rings and signals, "packets" keeps PACKET_BYTES of
     each packet, "full" all of it. `machine` is what the first entry says of the machine.
@@ -92,14 +95,10 @@ class Recorder(Tap):
         )
         self._take(Entry(Kind.MACHINE, TO_HOST, json.dumps(dict(machine)).encode()))
         self._thread = threading.Thread(target=self._main, name="record", daemon=True)
-        try:
-            start_thread(self._thread)
-        except BaseException:
-            if self._thread.ident is None:
-                os.close(self._fd)
-            else:  # it runs, and only the wait for that was interrupted: the file is its own
-                self.close()
-            raise
+
+    def start(self) -> None:
+        """Empty the file, and write to it from here on. Once. HostExhausted."""
+        start_thread(self._thread)
 
     # What happens on the bus.
 
@@ -178,7 +177,7 @@ class Recorder(Tap):
             self._tell_unwritten(f"{self.path}: {type(error).__name__}: {error}; the recording ends here")
 
     def _record(self) -> None:
-        self._write(self._header)
+        self._write(self._header, anew=True)
         while True:
             self._awake.wait()
             # Many at a time: each turn of this thread costs the others the interpreter's lock.
@@ -219,11 +218,13 @@ class Recorder(Tap):
             found.append(_block(at, entry, kept, packet.size))
         return found
 
-    def _write(self, data: bytes) -> None:
+    def _write(self, data: bytes, *, anew: bool = False) -> None:
         if self._failed:
             return
         view = memoryview(data)
         try:
+            if anew:
+                empty(self._fd)
             while view:
                 view = view[os.write(self._fd, view) :]
         except OSError as error:
@@ -242,7 +243,8 @@ class Recorder(Tap):
             self._closing = True
         self._ending.set()
         self._awake.set()
-        self._thread.join(CLOSE_SECONDS)
+        if self._thread.ident is not None:
+            self._thread.join(CLOSE_SECONDS)
         if self._thread.is_alive():
             self._tell_unwritten(f"{self.path}: is not read; the recording lacks what came last")
             return  # its thread still has the file

@@ -52,7 +52,9 @@ def verb_files(tmp_path_factory: pytest.TempPathFactory) -> Path:
         file.truncate(1 << 20)
     create_vhdx(folder / "disk.vhdx", VhdxOptions(4 << 20))
     machine = {"memory": 1 << 24, "cpus": 1, "vmbus_max_version": "6.0", "devices": []}
-    Recorder(folder / "recording", "full", machine).close()
+    recorder = Recorder(folder / "recording", "full", machine)
+    recorder.start()
+    recorder.close()
     (folder / "kernel").write_bytes(bytes(64))
     (folder / "matrix.toml").write_text('[machine]\nkernel = "kernel"\n')
     return folder

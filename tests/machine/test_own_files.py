@@ -7,11 +7,18 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import kernel_images as ki
 import pytest
 
 from hvkvm.cli import run, warm
-from hvkvm.errors import ConfigError
+from hvkvm.errors import BootError, ConfigError
 from hvkvm.machine import own_files
+from hvkvm.machine.config import MachineConfig
+from hvkvm.machine.machine import Machine
+from hvkvm.machine.nic_spec import NicSpec
+from hvkvm.machine.record_spec import RecordSpec
+
+KERNEL = Path(__file__).parents[1] / "guests/warm_late.s"
 
 ALL = ("kernel", "initrd", "disk.raw", "iso", "faults.toml", "vars", "firmware", "busybox", "host", "m.toml")
 
@@ -116,3 +123,33 @@ def test_a_running_machine_keeps_its_files(folder: Path) -> None:
 def test_a_machine_may_be_saved_over_what_it_went_on_from(folder: Path) -> None:
     config, _options = run.config_from(["--restore", "vars"])
     assert own_files.why_kept(folder / "vars", config._replace(kernel=folder / "kernel")) == ""
+
+
+@pytest.mark.kvm
+@pytest.mark.parametrize("kernel", [b"#!/bin/sh\n", b""], ids=["no kernel", "never started"])
+def test_a_run_that_does_not_begin_empties_nothing(tmp_path: Path, kernel: bytes) -> None:
+    """A wrong --kernel is found when its files are open: the recording of the run before was gone."""
+    outputs = [tmp_path / name for name in ("recording", "picture.svg", "capture")]
+    for path in outputs:
+        path.write_text("of yesterday")
+    (tmp_path / "script").write_bytes(kernel)
+    config = MachineConfig(
+        kernel=tmp_path / "script" if kernel else ki.assembled_pvh(KERNEL, tmp_path),
+        synic="user",
+        vmbus="on",
+        memory=64 << 20,
+        record=(RecordSpec(outputs[0]),),
+        timeline=outputs[1],
+        nets=(NicSpec(listen=tmp_path / "wire", pcap=outputs[2]),),
+    )
+    if kernel:
+        with pytest.raises(BootError):
+            Machine(config)
+    else:
+        Machine(config).close()
+    assert [path.read_text() for path in outputs] == ["of yesterday"] * 3
+    if not kernel:
+        with Machine(config) as machine:
+            machine.start()
+        assert not any("yesterday" in path.read_text(errors="replace") for path in outputs)
+        assert all(path.stat().st_size for path in outputs)

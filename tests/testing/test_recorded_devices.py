@@ -43,6 +43,7 @@ def recorded_network(path: Path) -> None:
     loop.host.add(nic)
     port.start()
     recorder = Recorder(path, "full", facts(loop))
+    recorder.start()
     loop.host.listen(recorder)
     driver = NetvscDriver(loop).start()
     driver.send_pages_of(data_message(FRAME))
@@ -59,6 +60,7 @@ def recorded_disk(folder: Path, path: Path) -> None:
     """A driver reads, and meets an error."""
     bench = Bench(folder)
     recorder = Recorder(path, "full", facts(bench.loop))
+    recorder.start()
     bench.loop.host.listen(recorder)
     disk = bench.unit(bench.paths[0]).disk
     plan = Plan([Rule(Action.ERROR, OPERATIONS["read"])])

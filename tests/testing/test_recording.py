@@ -74,6 +74,7 @@ def talk(recorder: Recorder, *, random: Random | None = None, rounds: int = 30) 
 
 def recorded(path: Path, depth: str = "full", **options: int) -> list[Entry]:
     recorder = Recorder(path, depth, {"cpus": 1}, **options)  # type: ignore[arg-type]
+    recorder.start()
     talk(recorder).close()
     recorder.close()
     with path.open("rb") as file:
@@ -83,6 +84,7 @@ def recorded(path: Path, depth: str = "full", **options: int) -> list[Entry]:
 def test_every_message_and_every_packet_is_in_it(tmp_path: Path) -> None:
     path = tmp_path / "r.pcapng"
     recorder = Recorder(path, "full", {"cpus": 1})
+    recorder.start()
     loop = talk(recorder, random=Random(5))
     opened = [entry for _c, entry in loop.host.devices._open.items()]
     read = {o._channel.relid: (o.io.reader.packets, o.io.writer.packets) for o in opened}
@@ -143,6 +145,7 @@ def test_a_reader_that_is_slow_costs_entries_and_no_time(tmp_path: Path) -> None
     reader = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
     heard = Heard()
     recorder = Recorder(path, "full", {}, observer=heard, max_waiting=100_000)
+    recorder.start()
     loop = talk(recorder, rounds=300)
     assert recorder.lost > 0
     assert recorder._size <= 100_000
@@ -171,6 +174,7 @@ def test_a_reader_that_is_slow_costs_entries_and_no_time(tmp_path: Path) -> None
 def test_a_full_disk_ends_the_recording_and_nothing_else() -> None:
     heard = Heard()
     recorder = Recorder(Path("/dev/full"), "full", {}, observer=heard)
+    recorder.start()
     talk(recorder).close()
     recorder.close()
     assert any("No space left on device; the recording ends here" in str(event) for event in heard.events)
@@ -185,10 +189,21 @@ def test_whatever_fails_in_it_ends_the_recording_and_is_told(
     monkeypatch.setattr(Recorder, "_blocks", fail)
     heard = Heard()
     recorder = Recorder(tmp_path / "record", "full", {}, observer=heard)
+    recorder.start()
     recorder.close()
     said = f"{tmp_path}/record: MemoryError: no more; the recording ends here"
     assert recorder.unwritten == said
     assert [event.text for event in heard.events if isinstance(event, Warned)] == [said]
+
+
+def test_one_that_never_starts_leaves_the_file_as_it_was(tmp_path: Path) -> None:
+    path = tmp_path / "record"
+    path.write_text("of yesterday")
+    recorder = Recorder(path, "full", {})
+    recorder.close()
+    assert path.read_text() == "of yesterday"
+    assert str(path) not in open_files().values()
+    assert not recorder.unwritten
 
 
 def test_files_that_cannot_be_are_refused(tmp_path: Path) -> None:
@@ -291,8 +306,10 @@ def test_a_start_that_is_interrupted_leaves_neither_file_nor_thread(
 
     monkeypatch.setattr(threading.Thread, "start", interrupted)
     path = tmp_path / "record"
+    recorder = Recorder(path, "full", {})
     with pytest.raises(KeyboardInterrupt):
-        Recorder(path, "full", {})
+        recorder.start()
+    recorder.close()
     begun[0].join(100)
     assert not begun[0].is_alive()
     assert str(path) not in open_files().values()

@@ -49,6 +49,7 @@ def recording(
     clock = _Clock()
     monkeypatch.setattr("hvkvm.record.recorder.time_ns", clock)
     recorder = Recorder(path, "full", {"cpus": 2, "memory": 4 * MIB, "vmbus_max_version": "5.3"})
+    recorder.start()
     loop = clock.loop = Loopback(random=Random(seed), max_version=vmbus.VERSION_WIN10_V5_3)
     loop.host.listen(recorder)
     echo = ScriptedDevice(KIND, name="echo")
