@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import os
 import sys
+from pathlib import Path
 from typing import IO, TYPE_CHECKING
 
 from hvkvm.cli.arguments import Parser, split_command
 from hvkvm.cli.output import cannot_write, complain
 from hvkvm.errors import ConfigError, OutputError
+from hvkvm.given_file import empty, open_to_write
 
 if TYPE_CHECKING:
     from contextlib import AbstractContextManager
@@ -185,6 +187,8 @@ def main(arguments: list[str]) -> int:
             tracer.spawn(command)
         else:
             tracer.attach(pid)
+        if options.output is not None:
+            empty(out.fileno())  # not before: a command that is not there takes no trace from anybody
         status = tracer.follow()
         report.end()
         if report.lost:
@@ -201,8 +205,12 @@ def _output(path: str | None) -> AbstractContextManager[IO[str]]:
         path = os.devnull  # closed by the caller; print would fall back to standard output
     from io import FileIO, TextIOWrapper
 
-    try:
-        # Unbuffered: what could not be written is lost there and then, not met again at close.
-        return TextIOWrapper(FileIO(path, "w"), "utf-8", "backslashreplace", write_through=True)
-    except OSError as error:
-        raise ConfigError(f"--output {path}: {error.strerror}; name a file to write") from error
+    # Unbuffered: what could not be written is lost there and then, not met again at close.
+    file = FileIO(path, "w", opener=_as_it_is)
+    return TextIOWrapper(file, "utf-8", "backslashreplace", write_through=True)
+
+
+def _as_it_is(path: str, _flags: int) -> int:
+    fd = open_to_write(Path(path), "--output")
+    os.set_blocking(fd, True)
+    return fd

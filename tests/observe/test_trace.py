@@ -308,6 +308,23 @@ def test_usage_errors(arguments, words):
     assert all(word in result.stderr for word in words), result.stderr
 
 
+@pytest.mark.parametrize("traced", [("--", "no-such-command-here"), ("--pid", "999999999")])
+def test_the_file_keeps_what_it_held_until_there_is_something_to_trace(tmp_path, traced):
+    out = tmp_path / "trace"
+    out.write_text("of yesterday")
+    assert trace("--output", str(out), *traced).returncode == 2
+    assert out.read_text() == "of yesterday"
+    assert trace("--output", str(out), "--summary", "--", "true").returncode == 0
+    assert "yesterday" not in out.read_text()
+
+
+def test_a_pipe_that_nobody_reads_is_told_and_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    result = trace("--output", str(tmp_path / "pipe"), "--", "true", timeout=100)
+    assert (result.returncode, result.stderr.count("\n")) == (2, 1)
+    assert "nobody reads this pipe; start its reader first" in result.stderr
+
+
 def test_a_command_that_no_kernel_runs_is_named_whatever_its_name_is(tmp_path):
     program = os.fsencode(tmp_path) + b"/no\xff"
     fd = os.open(program, os.O_WRONLY | os.O_CREAT, 0o755)
