@@ -52,7 +52,7 @@ class DiskRequests:
         what = text(request, "what", tuple(self._requests))
         shelf = self._parts.disk_shelf
         if shelf is None:
-            answer.fail("guest", "this VM has no bus for disks; it was started with --vmbus off")
+            answer.fail("absent", "this VM has no bus for disks; it was started with --vmbus off")
             return
         try:
             self._requests[what](shelf, request, answer)
@@ -179,15 +179,15 @@ def _let_go(image: Image | None) -> None:
 
 
 def _name(shelf: DiskShelf, request: Request) -> str:
-    """Which disk is meant. ConfigError for one that is not there."""
+    """Which disk is meant. ValueError for one that is not there."""
     name = text(request, "name")
     if name not in shelf.attached:
-        raise ConfigError(f"{name[:40]}: no such disk; there are {', '.join(shelf.attached) or 'none'}")
+        raise ValueError(f"{name[:40]}: no such disk; there are {', '.join(shelf.attached) or 'none'}")
     return name
 
 
 def _named(shelf: DiskShelf, request: Request) -> tuple[Disks, str]:
-    """A disk that can change while the VM runs. ConfigError for others."""
+    """A disk that can change while the VM runs. ValueError: there is none; ConfigError: it cannot."""
     name = _name(shelf, request)
     if shelf.disks is None or name not in shelf.disks.attached:
         raise ConfigError(
@@ -212,8 +212,11 @@ def _checked(kind: str, values: dict[str, Any]) -> Spec:
     table: Any = DiskSpec if kind == "disk" else CdromSpec
     if "file" not in values:
         raise ValueError('"file" is missing')
-    spec: Spec = table(**read_table(table, values, None, f"--{kind}"))
-    check_values(spec, f"--{kind}")
+    try:
+        spec: Spec = table(**read_table(table, values, None, f"--{kind}"))
+        check_values(spec, f"--{kind}")
+    except ConfigError as error:
+        raise ValueError(str(error)) from None
     return spec
 
 

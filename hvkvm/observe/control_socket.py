@@ -61,7 +61,7 @@ class Answer:
         self._reply({"ok": True, "result": result})
 
     def fail(self, kind: str, text: str) -> None:
-        """It was not: `kind` is "usage", "guest", "absent" or "internal", `text` one line for people."""
+        """It was not: `kind` is one of those in docs/control.md, `text` one line for people."""
         self._reply({"ok": False, "kind": kind, "error": text})
 
     def _reply(self, reply: dict[str, object]) -> None:

@@ -257,7 +257,7 @@ def test_faults_and_a_rescinded_controller(world: World, tmp_path: Path) -> None
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (("remove", "disk7"), "guest: disk7: no such disk; there are disk0"),
+        (("remove", "disk7"), "usage: disk7: no such disk; there are disk0"),
         (("add", "none.raw"), "disk add file=none.raw: no such file"),
         (("add", "b.raw,format=qcow2"), "disk add format=qcow2: unknown; choose"),
         (("add", "b.raw,lun=0"), "choose another place"),
@@ -337,6 +337,11 @@ def test_a_flush_of_all_tells_of_each_that_fails(world: World) -> None:
     world.shelf.disks = world.shelf.pci_disks = None
 
 
+@pytest.mark.parametrize("spec", [{"file": "/a.raw", "colour": "red"}, {"file": "/a.raw", "lun": -2}, {}])
+def test_a_disk_that_is_described_wrongly_is_a_mistake_of_the_client(world: World, spec: Any) -> None:
+    assert world.ask(what="add", kind="disk", spec=spec).startswith("usage: ")
+
+
 def test_a_vm_without_a_bus_for_disks_says_so(world: World) -> None:
     world.requests._parts.disk_shelf = None
-    assert world.ask(request="disk", what="list").startswith("guest: this VM has no bus for disks")
+    assert world.ask(request="disk", what="list").startswith("absent: this VM has no bus for disks")
