@@ -264,7 +264,7 @@ class Lifecycle:
     def panicked(self, text: str) -> None:
         """The guest reported a crash; ends the run with its text."""
         self._platform.observer.event(GuestPanicked(text))
-        self._platform.io.call_soon(self._end_of_panic, text)
+        self._soon(self._end_of_panic, text)
 
     def _end_of_panic(self, text: str) -> None:
         """What the console says is for people; the crash registers come after it. I/O loop."""

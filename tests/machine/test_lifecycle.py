@@ -413,6 +413,16 @@ def test_a_start_that_fails_is_not_waited_for(what: str, monkeypatch: pytest.Mon
     assert ended == []
 
 
+def test_who_comes_behind_the_end_is_not_heard(world: World) -> None:
+    """A vCPU's last exit, or a device's callback, may be late."""
+    world.lifecycle.stop(SECONDS)
+    ended = world.lifecycle.outcome
+    world.lifecycle.panicked("late")
+    world.lifecycle.request_reset("late")
+    world.lifecycle.finish(Ending.RESET, 0, "late")
+    assert world.lifecycle.wait(0) is ended
+
+
 def test_a_machine_starts_once(world: World) -> None:
     with pytest.raises(HvkvmError, match="started already"):
         world.lifecycle.start()
