@@ -1,4 +1,6 @@
-"""Every exception type of hvkvm, each with the process exit status it maps to.
+"""The exceptions that hvkvm raises at its users, each with the process exit status it maps to.
+
+Those that one module alone raises and catches, or that carry its data, stand in that module.
 
 Exceptions are for the host side: bad configuration, a kernel that refuses, a
 closed object. What a guest does wrong is answered with a value (`HvStatus`),
@@ -85,8 +87,10 @@ class KvmIoctlError(HvkvmError, OSError):
     """A KVM ioctl failed.
 
     `request` is the C name (`KVM_IRQFD`), `scope` the fd it went to (`system`,
-    `vm`, `vcpu`, `device`), `errno` the kernel's answer.
+    `vm`, `vcpu`, `device`), `errno` the kernel's answer. It has the status of a run that KVM ends.
     """
+
+    exit_status = 254
 
     def __init__(self, errno: int, request: str, scope: str, detail: str = "") -> None:
         self.request = request

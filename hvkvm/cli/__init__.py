@@ -4,8 +4,9 @@ Exit status: 0 ok; N the guest command's own; 1 a verb's answer is no, as its pa
 says; 2 usage; 69 KVM unavailable, or the host has no files, memory or threads left;
 74 output that could not be written; 77 capability missing; 124 timeout;
 130 interrupted (129 by SIGHUP, 143 by SIGTERM); 141 nobody reads the output;
-254 triple fault, KVM internal error, error in the host's code, the host does not answer,
-or the host has no files, memory or threads left while the guest runs; 255 guest panic.
+254 triple fault, KVM internal error or refusal, a reset without a kernel any more,
+error in the host's code, the host does not answer, or the host has no files, memory or
+threads left while the guest runs; 255 guest panic.
 """
 
 from __future__ import annotations

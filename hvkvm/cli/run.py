@@ -32,8 +32,9 @@ EPILOG = """exit status:
   no files, memory or threads left; 74 instead of 0 when output, firmware's variables, a
   recording or a timeline are lost; 77 capability missing; 124 timeout; 130 interrupted (129
   by SIGHUP, 143 by SIGTERM); 141 nobody reads the output; 254 triple fault, KVM internal
-  error, error in the host's code, the host does not answer, or the host has no files, memory
-  or threads left while the guest runs; 255 guest panic
+  error or refusal, a reset without a kernel any more, error in the host's code, the host does
+  not answer, or the host has no files, memory or threads left while the guest runs; 255 guest
+  panic
 
 a standard output that takes nothing (a full disk, ulimit -f) does not end the guest:
 it is said at once, tried again with what the guest prints next, and counted at the end

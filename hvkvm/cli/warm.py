@@ -27,9 +27,9 @@ EPILOG = """exit status:
   0 saved; 1 the guest ended before it waited, or could not be saved; 2 usage; 69 KVM
   unavailable, or the host has no files, memory or threads left; 74 saved, but a recording
   or a timeline is lost; 77 capability missing; 124 timeout; 130 interrupted (129 by SIGHUP,
-  143 by SIGTERM); 254 triple fault, KVM internal error, error in the host's code, the host
-  does not answer, or the host has no files, memory or threads left while the guest runs;
-  255 guest panic
+  143 by SIGTERM); 254 triple fault, KVM internal error or refusal, a reset without a
+  kernel any more, error in the host's code, the host does not answer, or the host has no
+  files, memory or threads left while the guest runs; 255 guest panic
 
 examples:
   hvkvm warm --kernel vmlinuz -o warm.state

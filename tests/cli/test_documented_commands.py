@@ -39,7 +39,7 @@ from hvkvm.cli import (
 )
 from hvkvm.cli.arguments import split_command
 from hvkvm.cli.parsers import all_parsers
-from hvkvm.errors import CapabilityMissing, ConfigError, HostExhausted, Stuck
+from hvkvm.errors import CapabilityMissing, ConfigError, HostExhausted, KvmIoctlError, Stuck
 from hvkvm.hyperv.features import parse_features
 from hvkvm.machine.config import MachineConfig
 from hvkvm.machine.outcome import Ending, of_fault
@@ -341,8 +341,9 @@ def test_the_status_of_a_host_without_room_is_listed(verb: str) -> None:
     fault = of_fault(HostExhausted(""), "")
     assert fault.ending is Ending.HOST_EXHAUSTED
     assert of_fault(ValueError(), "") == (Ending.HOST_ERROR, fault.status, "")
-    ours = f"KVM internal error, {Ending.HOST_ERROR.value}, {Ending.STUCK.value}"
-    assert Stuck.exit_status == fault.status
+    ours = "KVM internal error or refusal, a reset without a kernel any more"
+    ours += f", {Ending.HOST_ERROR.value}, {Ending.STUCK.value}"
+    assert Stuck.exit_status == KvmIoctlError(22, "KVM_RUN", "vcpu").exit_status == fault.status
     assert f"{fault.status} triple fault, {ours}, or {left} while the guest runs; 255" in text
 
 
