@@ -23,11 +23,17 @@ TAIL_LINES = 10
 
 
 class NotWarm(HvkvmError):
-    """A guest came to no place where it waits for a command. `outcome` is how its run ended."""
+    """A guest came to no place where it waits for a command, or was not saved there.
+
+    `outcome` is how its run ended.
+    """
 
     def __init__(self, outcome: Outcome, console: list[str]) -> None:
-        said = f"; its console ends: {' | '.join(console)}" if console else ""
-        super().__init__(f"the guest does not wait for a command: {outcome}{said}")
+        if outcome.ending is Ending.NOT_SAVED:
+            super().__init__(f"the guest is {outcome}")
+        else:
+            said = f"; its console ends: {' | '.join(console)}" if console else ""
+            super().__init__(f"the guest does not wait for a command: {outcome}{said}")
         self.outcome = outcome
         self.exit_status = outcome.status or 1
 
@@ -43,7 +49,7 @@ def warm(
 
     `config` has no command. `on_console(data)` hears the console, on the I/O loop. Takes
     `config.timeout` seconds at most, and blocks meanwhile. Raises NotWarm when the guest gets
-    nowhere, StateError when it cannot be saved, and what `Machine` raises.
+    nowhere or cannot be saved, and what `Machine` raises.
     """
     if config.saved is not None:
         flag = "--from" if config.warm is not None else "--restore"

@@ -88,3 +88,5 @@ def test_the_error_says_how_the_run_ended() -> None:
         "the guest does not wait for a command: guest panic: no init; its console ends: one | two"
     )
     assert (error.exit_status, error.outcome.ending) == (255, Ending.PANIC)
+    unsaved = NotWarm(Outcome(Ending.NOT_SAVED, 1, "/x: No space left on device"), ["one"])
+    assert str(unsaved) == "the guest is not saved: /x: No space left on device"
