@@ -19,11 +19,12 @@ And from one that waits for its command (`guest_scripts.AWAIT`):
 
 - `warm memory` or `warm serial`: it waits, and this is how it will take the command;
 - `piece`: serial ports only, asks for the next piece of the archive, as `input` does;
+- `now`: asks for the time and random digits, which come as a line `SECONDS SEED`;
 - `taken`: it has the command.
 
 To the guest:
 
-- `orders SECONDS SEED`: take your command; the time since the epoch, and random digits;
+- `orders SECONDS SEED`: take your command; time and digits are for inits that do not ask `now`;
 - `signal NAME`: for the command's process group (`INT`, `TERM`, ...), or the
   terminal's foreground one;
 - `size ROWS COLUMNS`: the terminal's;

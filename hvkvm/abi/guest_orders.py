@@ -6,7 +6,7 @@ the kernel, and `boot.guest_orders` reads it there. Layout only; anyone may impo
 
     0     magic, u64
     8     bytes of the archive (a cpio of the newc kind), u64; 0 while there is nothing to run
-    16    the host's time when the copy began: seconds and nanoseconds, u64 each
+    16    the host's time when the guest asked for it: seconds and nanoseconds, u64 each
     32    struct rand_pool_info: bits and bytes of what follows, u32 each, then SEED_SIZE random bytes
     4096  the archive
 """

@@ -1,4 +1,4 @@
-"""Layouts as a table: what is told of bytes, in text and by Wireshark, derives from the same rows.
+"""Layouts as tables, from which both our texts about bytes and the Wireshark dissector are made.
 
 A layout is a sequence of little-endian fields; what comes behind them is another
 layout, chosen by the value of any field that was read before, or always the same.

@@ -1,7 +1,7 @@
 """A small pure AML builder: each function returns the bytes of one term.
 
 Why: the DSDT depends on the board (ports, MMIO windows), and guests must not
-need an ASL compiler on the host. Called by `boot.acpi` alone. No state; any
+need an ASL compiler on the host. No state; any
 thread. Source: ACPI 6.5 chapter 20 (AML) and section 6.4 (resource data). Only
 what the project's DSDT uses is here; a test has `iasl` read it all back.
 Wrong arguments are the project's own mistakes and raise ValueError.

@@ -1,6 +1,6 @@
 """Linux's setup header and struct boot_params (the "zero page").
 
-Called by `boot.linux` alone. Pure; any thread. Offsets and names are those of
+Pure; any thread. Offsets and names are those of
 Linux Documentation/arch/x86/boot.rst and arch/x86/include/uapi/asm/bootparam.h;
 a setup header lies at the same offsets in a bzImage and in boot_params.
 """

@@ -1,8 +1,7 @@
-"""Where boot material that is costly to make is kept between runs.
+"""Where files that are costly to make are kept between runs: kernels, modules, warm guests, parcels.
 
 Why: taking a vmlinux out of a bzImage or decompressing modules costs more than
-the boot that follows, so the result is kept by a key of its source. Called by
-`boot.vmlinux`, `boot.initramfs` and the scripts. Any thread, any number of
+the boot that follows, so the result is kept by a key of its source. Any thread, any number of
 processes: a file appears complete (rename) or not at all.
 """
 

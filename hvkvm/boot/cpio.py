@@ -1,8 +1,7 @@
 """The "newc" cpio archive that Linux unpacks as its initramfs.
 
 Why: a guest's first file system is made here in memory, with no external tool,
-the same bytes for the same input. Called by `boot.initramfs` and the nested
-lab. Pure functions, any thread. Source: the kernel's
+the same bytes for the same input. Pure functions, any thread. Source: the kernel's
 Documentation/driver-api/early-userspace/buffer-format.rst.
 
 The kernel accepts several archives one after the other, each padded to four

@@ -1,7 +1,6 @@
 """What a guest's init does, in the words of busybox's shell.
 
-Why: it mounts, loads modules and runs one command, on any kernel. Called by
-`boot.initramfs`. Pure, any thread.
+Why: it mounts, loads modules and runs one command, on any kernel. Pure, any thread.
 
 There are three ways to run the command. On the console (CONSOLE_SESSION) it has
 the console for its terminal. With streams of its own (`stream_session`) its

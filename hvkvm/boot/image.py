@@ -1,4 +1,4 @@
-"""Finds out what kind of kernel a file is and loads it: the one door of the boot room.
+"""Finds out what kind of kernel a file is, and loads it by the module for that kind.
 
 Called by `machine` from the thread that owns guest memory, before any vCPU
 runs and again at every reset. Files are hostile: whatever they hold, `load`

@@ -1,8 +1,7 @@
 """A static x86-64 ELF executable around some hundred bytes of machine code.
 
 Why: a guest's init needs a few system calls that no busybox makes, and nobody
-who runs a guest shall need a compiler. Called by `boot.guest_exit` and
-`boot.guest_vsock`. Pure, any thread.
+who runs a guest shall need a compiler. Pure, any thread.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 Why: a guest that starts at the ELF's PVH entry does not decompress itself,
 which under nested virtualisation saves the larger part of a second at every
-boot. Called by `boot.linux`, the lab and the artifact script. Any thread.
+boot. Any thread.
 Source: Documentation/arch/x86/boot.rst (payload_offset, payload_length,
 protocol 2.08).
 """

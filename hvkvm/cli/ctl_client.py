@@ -1,6 +1,6 @@
 """Finds a running VM's control socket and asks it one thing after another.
 
-Used by the `ctl` verb, on the main thread. Every wait has an end.
+Used by the verbs `ctl` and `top`, on the main thread. Every wait has an end.
 """
 
 from __future__ import annotations

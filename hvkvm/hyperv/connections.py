@@ -74,7 +74,10 @@ class Connections:
         self._closed = False
 
     def add_message(self, conn_id: int, handler: MessageHandler) -> int:
-        """Send messages on `conn_id` to `handler`: 0, -EEXIST (the old one stays), -EINVAL (S37, S38)."""
+        """Send messages on `conn_id` to `handler`: 0, -EEXIST (the old one stays), -EINVAL (S37, S38).
+
+        -ENODEV behind `close`.
+        """
         if not 0 <= conn_id <= HV_CONNECTION_ID_MASK:
             return -errno.EINVAL
         with self._idle:

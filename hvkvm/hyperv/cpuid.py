@@ -1,7 +1,7 @@
 """From a `FeatureSet` to what KVM is told: CPUID leaves, vCPU capabilities, reset MSRs.
 
-Pure but for `prepare_vcpu`. Main thread, while the machine is built or (MSRs)
-reset.
+Pure but for `prepare_vcpu`, which the main thread calls while the machine is built. MSRs
+are asked for on the I/O loop, too, at a reset and a save.
 """
 
 from __future__ import annotations

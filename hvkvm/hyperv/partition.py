@@ -1,8 +1,9 @@
 """The facade of a VM's SynIC: exits in, routes and connections out.
 
 `machine` makes one `Partition` per VM and gives it KVM_EXIT_HYPERV; devices and
-the VMBus host open routes and connections on it. Which SynIC is below is decided
-here and nowhere else.
+the VMBus host open routes and connections on it. It is given its SynIC
+(`usermode.features.choose` says which) and makes KVM's own where it is given none;
+who uses it does not know which one is below.
 
 Threads: the main thread builds, activates and closes; exits come on vCPU
 threads; `open_route` and `connections` may be used from any thread.

@@ -25,8 +25,6 @@ from hvkvm.hyperv.staging import Staging
 from hvkvm.hyperv.synic.seam import SintLine, Synic, SynicVp
 from hvkvm.runtime.protocols import Deferrer
 
-# message_type, payload_size, message_flags, reserved, sender (S28), then the payload padded with zeros.
-
 
 class _SharedLine:
     """What the routes of one (vp, sint) share. Fields are guarded by the table's lock."""

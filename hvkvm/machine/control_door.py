@@ -1,4 +1,4 @@
-"""The door to a machine's control: listens from the start, and fetches who answers when somebody comes.
+"""The control socket of a machine: listens from the start, and imports what answers at the first client.
 
 Why: every `hvkvm run` has a control socket, and few are ever asked. So a run pays
 for the socket at its start, and the first client for all the rest.

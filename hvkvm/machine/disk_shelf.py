@@ -1,4 +1,4 @@
-"""Where the machine's disks are, or would be: `Disks` and all it imports, made when the first disk is wanted.
+"""Holds the machine's disks: makes `Disks`, and imports all that needs, when the first disk is wanted.
 
 A machine that boots without a disk may get one while it runs. Owner: the I/O loop; whoever makes the machine
 before that.

@@ -60,7 +60,9 @@ def config(config: MachineConfig) -> dict[str, Any]:
 
 
 def inspect(parts: Parts) -> dict[str, Any]:
-    """vCPUs, the SynIC's routes and connections, the bus with its channels and rings, the devices."""
+    """vCPUs, the SynIC with each VP's, its routes and connections, the bus with its channels and rings, the
+    devices, PCI and NICs.
+    """
     return {
         "vcpus": [_vcpu(thread) for thread in parts.platform.threads],
         "synic": None if parts.hyperv.partition is None else parts.hyperv.partition.snapshot(),

@@ -1,4 +1,4 @@
-"""What a warm guest waits for, and how a copy of it is handed that.
+"""Hands a copy of a warm guest the command that the guest waits for.
 
 A warm guest was saved while its init read its control port (`guest_scripts.AWAIT`).
 A copy gets a line there, and finds the rest in a memory of its own at

@@ -42,7 +42,10 @@ class Outcome(NamedTuple):
 
     @property
     def clean(self) -> bool:
-        """True when the run came to its end: by command, debug exit, power-off, reset, or saved."""
+        """True when the run came to its end: by command, debug exit, power-off, reset, or as a warm guest.
+
+        One that its host ended, also by `save` with `end`, is a QUIT and did not.
+        """
         if self.ending is Ending.RESET:
             return self.status == 0  # not of one that could not be started again
         return self.ending in (

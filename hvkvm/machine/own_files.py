@@ -25,7 +25,7 @@ _REMEDY = "whose content would be lost; name another file"
 
 
 def written(config: Any) -> list[Named]:
-    """What a run empties at its start: recordings and pictures."""
+    """What a run empties at its start: recordings, pictures and captures."""
     found = [("--record", spec.file) for spec in config.record]
     if config.timeline is not None:
         found.append(("--timeline", config.timeline))

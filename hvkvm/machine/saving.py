@@ -5,7 +5,7 @@ RAM on a thread of its own while the loop serves who asks, and lets the machine 
 on. `restored_config` says which machine a file needs; `load` puts the parts'
 states into one that was just made so.
 
-Owner: the I/O loop, but for the writing thread.
+Owner: the I/O loop, but for the threads named "save", which look at the file's name and write it.
 """
 
 from __future__ import annotations

@@ -34,8 +34,9 @@ def find(config: MachineConfig) -> Path | None:
 def kept(config: MachineConfig, *, on_console: Callable[[bytes], object] | None = None) -> Path:
     """The file of a warm guest made of `config` as `warm` makes it; made now if it is not kept yet.
 
-    Under `boot.cache.root()`, in `warm`, which has the MOST that were made last. `on_console` is as in
-    `warm`. Raises what `warm` raises, and OSError where nothing can be written there.
+    It is under `boot.cache.root()`, in `warm`, of which the MOST that were made or used last stay, or fewer
+    where the pytest plugin keeps its own there. `on_console` is as in `warm`. Raises what `warm` raises, and
+    OSError where nothing can be written there.
     """
     path = _path(config)
     if not os.path.exists(path):

@@ -4,7 +4,7 @@ Why: `mmap.mmap` cannot be closed while a view of it lives, cannot be placed
 MAP_FIXED and cannot be aligned. Here the kernel mapping lives as long as the
 last Python buffer on it, so no order of closing can leave a buffer dangling.
 
-Only `memory` calls this. Owner: the thread that made the object closes it; views
+Owner: the thread that made the object closes it; views
 may be read and written from any thread.
 
 Without a GIL two threads must not cut slices of one memoryview: all slices and casts

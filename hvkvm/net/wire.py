@@ -1,4 +1,4 @@
-"""A port that an operator may pull the cable of: what every backend is, and every layer on one."""
+"""The interface of network backends, and of layers on them: a port with a cable that can be pulled."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """Names for what hvkvm itself never asks of KVM, but other VMMs do.
 
 `hvkvm.abi` holds what hvkvm uses; a trace of QEMU needs more names, and only the
-names. Used by `kvm_ioctls` alone. No state, any thread. Source: <linux/kvm.h>.
+names. No state, any thread. Source: <linux/kvm.h>.
 """
 
 from __future__ import annotations

@@ -13,7 +13,7 @@ is stored first, so one of the two always works:
 No Python handler is installed, so a kick never runs Python code, on no thread.
 No SA_RESTART, or the kernel would restart the ioctl.
 
-Only `VcpuThread` calls this.
+Only `VcpuThread` kicks; other threads take `block_signals` from here, so that no kick is theirs.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Timers of the I/O loop: a heap by due time, with cheap cancelling.
 
-Times are `time.monotonic()` seconds. `IoLoop` is the only user; the heap may be
-used from any thread, timers run on the loop.
+Times are `time.monotonic()` seconds. The heap may be used from any thread; timers run
+on the loop.
 """
 
 from __future__ import annotations

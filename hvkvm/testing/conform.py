@@ -1,6 +1,6 @@
 """Runs the conformance guest under a VMM with a serial port, and says what it saw rule by rule.
 
-The guest is a 32-bit multiboot ELF image of some 100 KiB; whatever VMM starts it shows
+The guest is a 32-bit multiboot ELF image of some 20 KiB; whatever VMM starts it shows
 its serial console on standard output. Owner: the caller's thread.
 """
 

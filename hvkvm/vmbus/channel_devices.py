@@ -1,6 +1,7 @@
 """The devices behind a bus's channels, and the channels that are open: begun, moved, closed, failed.
 
-Whatever a device's code raises ends that device alone (`guard`). A device may take
+Whatever the code of a device of ours raises ends that device alone (`guard`), that of a caller's
+the run. A device may take
 its time to close; `server` hears of it when it is done.
 
 Owner: `host.VmbusHost`, on the I/O loop.

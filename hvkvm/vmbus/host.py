@@ -249,7 +249,7 @@ class VmbusHost:
     def contain(self, fn: Callable[..., object], *args: Any) -> bool:
         """Call what serves more than one channel, as deferred work of vsock; whether it raised nothing.
 
-        What it raises is told, and costs nobody else.
+        What it raises is told, and costs nobody else; what a caller's own code raises ends the run.
         """
         try:
             fn(*args)

@@ -1,4 +1,4 @@
-"""The one doorbell of a guest that speaks VMBus 0.13 or 1.1, and the interrupt page that says whose it was.
+"""The one doorbell of a guest that speaks VMBus 0.13 or 1.1; its interrupt page says which channel rang.
 
 Owner: `channel_devices.ChannelDevices`, on the I/O loop.
 """

@@ -1,4 +1,4 @@
-"""What a log says, done: after it and everything behind it was found sound."""
+"""Replays a VHDX's log into its file, once the log and all behind it were found sound."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The units behind one controller, by target and LUN: who answers where nobody is."""
+"""The units behind one controller, by target and LUN, and the answers for a LUN without a unit."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What of a frame a guest gets: whether it gets it, with which head, and what is done to it before.
+"""How a frame is made ready for the guest: whether it fits, its RNDIS header, checksums and segments.
 
 Whatever a frame holds, a whole vnet header is made out of it: see `netvsp_offload`. Owner: the I/O loop.
 Nothing here raises for what a frame holds.

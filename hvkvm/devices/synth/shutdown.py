@@ -25,7 +25,10 @@ class Shutdown(IntegrationComponent):
     MESSAGE_VERSIONS = ((1, 0), (3, 0), (3, 1), (3, 2))
 
     def request(self, what: str, reply: Reply | None = None) -> bool:
-        """Ask for "power-off", "reboot" or "hibernate"; False when no driver is there. ValueError else."""
+        """Ask for "power-off", "reboot" or "hibernate". ValueError else.
+
+        False when no driver is there, or too many requests wait for it.
+        """
         flags = _FLAGS.get(what)
         if flags is None:
             raise ValueError(f"{what}: choose {', '.join(_FLAGS)}")

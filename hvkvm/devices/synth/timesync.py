@@ -56,7 +56,10 @@ class TimeSync(IntegrationComponent):
             self.negotiated()
 
     def sync(self, reply: Reply | None = None) -> bool:
-        """Have the guest set its clock to the host's now; False when no driver is there."""
+        """Have the guest set its clock to the host's now.
+
+        False when no driver is there, or too many requests wait for it.
+        """
         return self._tell(ic.ICTIMESYNCFLAG_SYNC, reply)
 
     def _sample(self) -> None:

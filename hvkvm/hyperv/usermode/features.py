@@ -1,6 +1,7 @@
 """Which SynIC a machine gets, and what the one in user space can back.
 
-`choose` is asked once, by `machine.build`, before there is a VM.
+`choose` is asked before there is a VM: by `machine.hyperv`, and by the verbs that tell what a machine
+would get.
 """
 
 from __future__ import annotations

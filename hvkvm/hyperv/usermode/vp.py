@@ -1,7 +1,7 @@
 """One VP's SynIC in user space: its SINTs, its timers, its interrupts and the guest's EOM.
 
 Owner: the VP's thread, on which the guest's MSR writes arrive and message slots
-are written. `pulse`, event flags, `raise_vector` and acks' arming come from any
+are written. `raise_sint`, event flags, `raise_vector` and acks' arming come from any
 thread. `usermode.synic` makes these.
 """
 

@@ -34,7 +34,7 @@ RULES: tuple[Rule, ...] = (
         NO_BUS,
     ),
     Rule(
-        "TLFS 11",
+        "S62",
         "REQUESTOFFERS brings offers, and their end",
         f"""
         cmpl    $0, pages + 0x1200
