@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import threading
 from functools import partial
 from pathlib import Path
 from random import Random
+from types import SimpleNamespace
 
 import pytest
 from at_once import at_once
@@ -12,6 +14,7 @@ from disk_asker import page_buffer, read
 
 from hvkvm.block.vhdx.create import VhdxOptions, create_vhdx
 from hvkvm.block.vhdx.image import VhdxImage
+from hvkvm.block.vhdx.pages import Pages
 
 MIB = 1 << 20
 BLOCKS = 64
@@ -56,3 +59,24 @@ def test_workers_read_and_write_one_image(tmp_path: Path, kind: str) -> None:
         for at, data in mine.items():
             assert read(image, at, 512) == data
     image.close()
+
+
+def test_pages_are_not_clean_while_a_flush_fails() -> None:
+    """A stable write on another worker asks just then: it was told that all before it is in the log."""
+    pages = Pages(SimpleNamespace(pread=lambda _at, n: bytes(n)), lambda _at, _page: None, lambda at: (0, at))  # type: ignore[arg-type]
+    with pages.lock:
+        pages.change(0, 0, b"x")
+    taken = pages.take_dirty()
+
+    class Asked(set[int]):
+        def __len__(self) -> int:
+            found = super().__len__()
+            failing = threading.Thread(target=pages.settled, args=(taken,), kwargs={"failed": True})
+            failing.start()
+            failing.join(0.2)  # it may have to wait
+            return found
+
+    pages._dirty = Asked()
+    clean = pages.clean
+    pages._dirty = set(pages._dirty)
+    assert not clean

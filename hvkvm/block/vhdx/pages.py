@@ -54,7 +54,8 @@ class Pages:
     @property
     def clean(self) -> bool:
         """Whether all that was changed is in the log at least, stable."""
-        return not self._dirty and not self._settling
+        with self.lock:  # a flush that fails moves pages from the one to the other
+            return not self._dirty and not self._settling
 
     def take_dirty(self) -> list[tuple[int, bytes]]:
         """What was changed since the last time, to be logged and put in place so ordered; then `settled`."""
