@@ -17,6 +17,7 @@ from hvkvm.block.nbd import image as nbd_image
 from hvkvm.block.nbd import wire
 from hvkvm.block.nbd.handshake import Address
 from hvkvm.block.nbd.image import NbdImage
+from hvkvm.block.request import PeerGone
 
 MIB = 1 << 20
 
@@ -184,3 +185,47 @@ def test_a_resize_waits_so_long_for_a_server_that_stands_still(
         assert asked.is_set()
         with pytest.raises(OSError, match="may be lost"):
             image.flush()
+
+
+@pytest.mark.parametrize("how", ["interrupt", "close"])
+def test_who_closes_while_it_connects_again_is_heard(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, how: str
+) -> None:
+    """The connection that was new then was asked, without a limit, and its server need not answer."""
+    talks: list[socket.socket] = []
+
+    def talk(connection: socket.socket) -> None:
+        talks.append(connection)
+        shake_hands(connection)
+        if len(talks) == 1:
+            take(connection, wire.request.size)  # and goes away with it
+        else:
+            while connection.recv(4096):
+                pass  # takes all, answers nothing
+
+    connecting, go_on = threading.Event(), threading.Event()
+    heard: list[object] = []
+    with image_of(Liar(tmp_path / "nbd", talk), reconnect_seconds=SECONDS) as image:
+        connect = nbd_image.connect
+
+        def slow(address: Address) -> object:
+            found = connect(address)
+            connecting.set()
+            assert go_on.wait(SECONDS)
+            return found
+
+        monkeypatch.setattr(nbd_image, "connect", slow)
+
+        def ask() -> None:
+            try:
+                image.readv(0, [page_buffer(512)])
+            except PeerGone as error:
+                heard.append(error)
+
+        asking = threading.Thread(target=ask, daemon=True)
+        asking.start()
+        assert connecting.wait(SECONDS)
+        getattr(image, how)()
+        go_on.set()
+        asking.join(SECONDS)
+    assert len(heard) == 1

@@ -224,6 +224,8 @@ class NbdImage:
                 self._lost = self._written
             self._connection = connection
         self.reconnects += 1
+        if self._closing.is_set():  # who closed it meanwhile has ended the connection before
+            connection.end("the disk is closed")
 
     def _connected(self, sock: socket.socket, export: Export) -> Connection:
         """PeerGone where the host has no thread for it: another attempt may find one."""
