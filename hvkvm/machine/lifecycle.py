@@ -90,9 +90,10 @@ class Lifecycle:
         # An eventfd, not a threading.Event: finish() is called by signal handlers, which may find the
         # main thread inside wait(), and an Event's lock would then be waited for by its own holder.
         self._ended = EventFd()
-        self._lock = threading.RLock()  # outcome, _reset_pending, and that _ended is open
+        self._lock = threading.RLock()  # outcome, _reset_pending, _panic, and that _ended is open
         self._stop_lock = threading.RLock()  # held by who stops it
         self._reset_pending = False
+        self._panic = ""  # what the guest has told of its crash
         self._parts: tuple[Part, ...] = ()
         self._console: GuestConsole | None = None
         # The rest is the loop's own.
@@ -175,11 +176,16 @@ class Lifecycle:
         return self.outcome
 
     def finish(self, ending: Ending, status: int, detail: str = "") -> None:
-        """Name the end of the run, once; wakes `wait()`. Nothing in a forked child."""
+        """Name the end of the run, once; wakes `wait()`. Nothing in a forked child.
+
+        A guest that has told of its crash has ended by that, whatever it or its host does next.
+        """
         if self.is_copy:
             return
         with self._lock:
             if self.outcome is None:
+                if self._panic and ending is not Ending.PANIC:
+                    ending, status, detail = Ending.PANIC, EXIT_PANIC, self._panic
                 self.outcome = Outcome(ending, status, detail)
         for thread in self._platform.threads:
             thread.stop()
@@ -263,6 +269,8 @@ class Lifecycle:
 
     def panicked(self, text: str) -> None:
         """The guest reported a crash; ends the run with its text."""
+        with self._lock:
+            self._panic = self._panic or text
         self._platform.observer.event(GuestPanicked(text))
         self._soon(self._end_of_panic, text)
 
@@ -315,8 +323,9 @@ class Lifecycle:
         except BootError as error:  # its kernel has gone, or was exchanged, since it was started
             self.finish(Ending.RESET, EXIT_MACHINE_FAULT, f"it is not started again: {error}")
             return
-        self.resets += 1
-        self._reset_pending = False
+        with self._lock:  # who sees it counted may ask for the next one
+            self._reset_pending = False
+            self.resets += 1
         go_on()
 
     # The path to rest and back. I/O loop.

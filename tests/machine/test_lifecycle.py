@@ -413,6 +413,33 @@ def test_a_start_that_fails_is_not_waited_for(what: str, monkeypatch: pytest.Mon
     assert ended == []
 
 
+def test_a_crash_that_was_told_is_the_end_whatever_the_guest_does_next(world: World) -> None:
+    """A triple fault, or its power-off, comes on a vCPU's thread, and the loop may have had no turn yet."""
+    standing = threading.Event()
+    world.io.call_soon(standing.wait, SECONDS)
+    world.lifecycle.panicked("BUGCHECK 1")
+    world.lifecycle.panicked("BUGCHECK 2")
+    world.lifecycle.finish(Ending.TRIPLE_FAULT, 254, "vcpu0")
+    standing.set()
+    assert world.lifecycle.wait(SECONDS) == (Ending.PANIC, 255, "BUGCHECK 1")
+
+
+def test_a_reset_may_follow_one_that_is_counted(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Who saw it counted and asked for the next one was not heard."""
+    asked: list[int] = []
+
+    class Counted(Lifecycle):
+        def __setattr__(self, name: str, value: object) -> None:
+            super().__setattr__(name, value)
+            if name == "resets" and value == 1 and not asked:
+                asked.append(1)
+                self.request_reset("again")
+
+    world.lifecycle.__class__ = Counted
+    world.lifecycle.request_reset("first")
+    world.until_it_runs(resets=2)
+
+
 def test_who_comes_behind_the_end_is_not_heard(world: World) -> None:
     """A vCPU's last exit, or a device's callback, may be late."""
     world.lifecycle.stop(SECONDS)
