@@ -67,6 +67,10 @@ def _asked(thread: VcpuThread, seconds: float) -> list[str]:
         except Stopped:
             if not thread.join(seconds):
                 raise
+        except TimeoutError:
+            if not thread.quiescent:  # it has come to rest, where it takes no work, since it was looked at
+                raise
+            return _at_rest(thread, seconds)
     return _state(thread.vcpu)  # its thread has ended or never began, and nobody else owns it
 
 

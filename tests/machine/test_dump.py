@@ -5,13 +5,17 @@ from __future__ import annotations
 import os
 import threading
 import time
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import kernel_images as ki
 import pytest
 from guest_machine import Guest
 
+from hvkvm.devices.scsi import target
+from hvkvm.devices.synth.netvsp_channel import NvspChannel
 from hvkvm.kvm import kind
 from hvkvm.machine import dump, dump_vcpu, own_files
 from hvkvm.machine.config import MachineConfig
@@ -21,6 +25,7 @@ from hvkvm.machine.kernel_log import kernel_log
 from hvkvm.machine.machine import Machine
 from hvkvm.machine.nic_spec import NicSpec
 from hvkvm.observe.kernel_log import NoKernelLog
+from hvkvm.runtime.vcpu_thread import VcpuThread
 
 KERNEL = Path(__file__).parents[1] / "guests/warm_late.s"
 
@@ -188,6 +193,68 @@ def test_a_vcpu_that_ended_the_run_is_told_of_when_its_thread_has_ended(
     finally:
         guest.close()
     assert text.startswith("vcpu0: ended; exits: ")
+
+
+@pytest.mark.kvm
+def test_a_vcpu_that_comes_to_rest_meanwhile_answers(monkeypatch: pytest.MonkeyPatch) -> None:
+    guest = Guest(synic="user")
+    try:
+        guest.start()
+        real = VcpuThread.join
+
+        def join(thread: VcpuThread, timeout: float | None = None) -> bool:
+            monkeypatch.setattr(VcpuThread, "join", real)
+            pausing = threading.Thread(target=guest.machine.pause)  # as a save does, behind the look
+            pausing.start()
+            pausing.join()
+            return real(thread, timeout)
+
+        monkeypatch.setattr(VcpuThread, "join", join)
+        lines = dump_vcpu.describe(guest.machine.platform.threads[0], 0.2)
+        guest.machine.resume()
+    finally:
+        guest.close()
+    assert any(" rip=" in line for line in lines), lines
+
+
+@pytest.mark.kvm
+def test_disks_and_channels_may_come_and_go_while_they_are_described(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "disk.raw").write_bytes(bytes(1 << 20))
+    nets = (NicSpec(listen=tmp_path / "wire", queues=4),)
+    disks = (DiskSpec(str(tmp_path / "disk.raw")),)
+    guest = Guest(synic="user", vmbus="on", nets=nets, disks=disks)
+    machine = guest.machine
+    steps: list[str] = []
+
+    def on_loop(fn: Callable[[], object]) -> None:
+        if threading.current_thread() is threading.main_thread():
+            done = threading.Event()
+            machine.platform.io.call_soon(lambda: (fn(), done.set()))
+            assert done.wait(100)
+
+    def waiting(_channel: NvspChannel) -> int:
+        if "channel" not in steps:
+            steps.append("channel")
+            on_loop(lambda: machine.nics.nics["net0"].device.sub_channel(1))  # type: ignore[union-attr]
+        return 0
+
+    def in_order(found: Iterable[Any], **how: Any) -> list[Any]:
+        result = sorted(found, **how)
+        if "disk" not in steps:
+            steps.append("disk")
+            on_loop(lambda: machine.disks.remove("disk0"))  # type: ignore[union-attr]
+        return result
+
+    try:
+        guest.start()
+        monkeypatch.setattr(NvspChannel, "waiting", property(waiting))
+        monkeypatch.setattr(target, "sorted", in_order, raising=False)
+        assert "net0" in describe(machine.parts)
+    finally:
+        guest.close()
+    assert sorted(steps) == ["channel", "disk"]
 
 
 @pytest.mark.kvm

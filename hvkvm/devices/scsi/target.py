@@ -44,8 +44,9 @@ class Bus:
         return self._units.values()
 
     def __iter__(self) -> Iterator[tuple[int, int, Unit]]:
-        """Target, LUN and unit of each, in order."""
-        return iter([(target, lun, self._units[target, lun]) for target, lun in sorted(self._units)])
+        """Target, LUN and unit of each, in order. Any thread: dumps ask, while the loop adds and removes."""
+        units = list(self._units.items())
+        return iter(sorted(((*place, unit) for place, unit in units), key=lambda one: one[:2]))
 
     def luns(self, target: int) -> list[int]:
         """The LUNs of a target that has any."""

@@ -379,6 +379,7 @@ class Netvsp:
     def inspect(self) -> Mapping[str, object]:
         """For dumps and `hvkvm ctl`. Any thread."""
         sent, received, control = self.send.counters, self.receive.counters, self.control_state
+        channels = list(self._channels.values())  # the loop may add some meanwhile
         return {
             "name": self.name,
             "address": control.address.hex(":"),
@@ -387,13 +388,13 @@ class Netvsp:
             "mtu": self.agreed.mtu,
             "filter": control.packet_filter,
             "rsc": [control.rsc4, control.rsc6],
-            "channels": sum(one.io is not None for one in self._channels.values()),
+            "channels": sum(one.io is not None for one in channels),
             "receive_buffer": 0 if self.receive.buffer is None else self.receive.buffer.size,
             "receive_sections": self.receive.sections,
             "pieces_out": self.receive.pieces.lent,
             "sent": {name: getattr(sent, name) for name in sent.__slots__},
             "received": {name: getattr(received, name) for name in received.__slots__},
-            "waiting": sum(one.waiting for one in self._channels.values()),
+            "waiting": sum(one.waiting for one in channels),
         }
 
 
