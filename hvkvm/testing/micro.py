@@ -55,8 +55,14 @@ class _ResultPort:
     """A device: numbers in two halves, one vCPU's never mixed with another's."""
 
     def __init__(self) -> None:
-        self.results: list[int] = []
+        self._came: list[tuple[int, int]] = []  # the number, and the thread of its vCPU
         self._low: dict[int, int] = {}
+        self._lock = threading.Lock()
+
+    @property
+    def results(self) -> tuple[int, ...]:
+        """The numbers so far. Any thread."""
+        return tuple(number for number, _thread in list(self._came))
 
     def read(self, offset: int, size: int) -> int:
         """Nothing to read."""
@@ -67,8 +73,18 @@ class _ResultPort:
         me = threading.get_ident()
         if offset == 0:
             self._low[me] = value
-        elif offset == 4 and len(self.results) < MAX_RESULTS:
-            self.results.append(value << 32 | self._low.get(me, 0))
+        elif offset == 4 and len(self._came) < MAX_RESULTS:
+            with self._lock:
+                self._came.append((value << 32 | self._low.get(me, 0), me))
+
+    def take_last(self, count: int) -> list[int]:
+        """The last numbers of this vCPU, which are results no more; [] if there are fewer. Its thread."""
+        me = threading.get_ident()
+        with self._lock:
+            places = [place for place, (_number, thread) in enumerate(self._came) if thread == me][-count:]
+            if len(places) < count:
+                return []
+            return [self._came.pop(place)[0] for place in reversed(places)][::-1]
 
 
 class _FaultPort:
@@ -115,16 +131,15 @@ class MicroGuest(Guest):
     @property
     def results(self) -> tuple[int, ...]:
         """The numbers that came so far."""
-        return tuple(self._port.results)
+        return self._port.results
 
     def faulted(self) -> None:
         """The guest reports an exception. The vCPU's thread."""
         from hvkvm.machine.outcome import EXIT_MACHINE_FAULT, Ending
 
-        found = self._port.results[-4:]
-        if len(found) == 4 and self.fault is None:
+        found = self._port.take_last(len(Fault._fields)) if self.fault is None else []
+        if found:
             self.fault = Fault(*found)
-            del self._port.results[-4:]
         self.machine.finish(Ending.TRIPLE_FAULT, EXIT_MACHINE_FAULT, str(self.fault))
 
     def run(self, seconds: float | None = None) -> MicroResult:

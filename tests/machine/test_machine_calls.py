@@ -17,6 +17,7 @@ from hvkvm.machine.dump_vcpu import describe
 from hvkvm.machine.lifecycle import Lifecycle
 from hvkvm.machine.machine import Machine
 from hvkvm.machine.outcome import Ending
+from hvkvm.testing import micro
 from hvkvm.testing.micro import MicroGuest
 
 SECONDS = 100.0
@@ -181,6 +182,25 @@ def test_a_mistake_in_a_device_is_told_with_its_kind_and_place(micro_guest: Make
     assert outcome.ending is Ending.HOST_ERROR
     assert outcome.detail.startswith("vcpu0: AssertionError: (test_machine_calls.py:")
     assert describe(machine.platform.threads[0])[0].startswith(f"vcpu0: ended by {outcome.detail[7:]};")
+
+
+def test_a_fault_is_of_the_vcpu_that_tells_it() -> None:
+    """Another one's result may come between its numbers."""
+    port = micro._ResultPort()
+
+    def result(number: int) -> None:
+        port.write(0, 4, number)
+        port.write(4, 4, 0)
+
+    for number in (13, 0, 0xABCD):
+        result(number)
+    other = threading.Thread(target=result, args=(0x1111,))
+    other.start()
+    other.join()
+    result(7)
+    assert port.take_last(4) == [13, 0, 0xABCD, 7]
+    assert port.results == (0x1111,)
+    assert port.take_last(4) == []
 
 
 @pytest.mark.parametrize(("key", "flag"), [("restore", "--restore"), ("warm", "--from")])
