@@ -40,7 +40,7 @@ class FileSender:
     ) -> None:
         self.idle_fd = os.eventfd(1, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
         """Readable while nothing waits."""
-        self._fd = fd
+        self._fd = os.dup(fd)  # the thread's own: it may be in a write when the caller closes `fd`
         self._waiting = waiting
         self._changed = changed
         self._sent = sent
@@ -69,9 +69,17 @@ class FileSender:
             self._closed = True
             self._changed.notify_all()
             os.close(self.idle_fd)
+            if self._thread is None:
+                os.close(self._fd)
 
     def _main(self) -> None:
         block_signals()
+        try:
+            self._write()
+        finally:
+            os.close(self._fd)
+
+    def _write(self) -> None:
         while True:
             with self._changed:
                 self._changed.wait_for(lambda: self._waiting or self._closed)

@@ -346,6 +346,27 @@ def test_what_waits_for_a_disk_at_the_end_is_dropped(io, tmp_path, monkeypatch):
     assert (tmp_path / "out").read_bytes() == b"first"
 
 
+def test_a_write_that_is_under_way_at_the_end_goes_into_no_other_file(io, tmp_path, monkeypatch):
+    """Whoever closes the fd next may open another file by its number."""
+    disk = StandingDisk(monkeypatch, os.write)
+    with (tmp_path / "out").open("wb", buffering=0) as file:
+        number = file.fileno()
+        output = Output(number, io)
+        output.write(b"of the guest")
+        assert disk.asked.wait(SECONDS)
+        output.close()
+    with (tmp_path / "other").open("wb", buffering=0) as other:
+        os.dup2(other.fileno(), number)
+        disk.go_on.set()
+        for thread in threading.enumerate():
+            if thread.name == "output":
+                thread.join(SECONDS)
+        if number != other.fileno():
+            os.close(number)
+    assert (tmp_path / "other").read_bytes() == b""
+    assert (tmp_path / "out").read_bytes() == b"of the guest"
+
+
 def test_without_a_thread_a_file_is_written_all_the_same(io, tmp_path, monkeypatch):
     def none_left(_thread):
         raise RuntimeError("can't start new thread")
