@@ -149,7 +149,7 @@ class Nics:
 
         def gone() -> None:
             nic.wire.close()
-            done()
+            nic.wire.when_closed(done)
 
         nic.wire.stop(lambda: self._bus.remove(name, gone))
 

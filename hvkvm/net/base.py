@@ -101,6 +101,10 @@ class BasePort(ABC):
     def close(self) -> None:
         """See `Port.close`."""
 
+    def when_closed(self, done: Callable[[], object]) -> None:
+        """See `Port.when_closed`. What most backends have is gone by then."""
+        done()
+
     # The operator's.
 
     @property

@@ -53,6 +53,10 @@ class Between:
         """See `Port.close`."""
         self.below.close()
 
+    def when_closed(self, done: Callable[[], object]) -> None:
+        """See `Port.when_closed`."""
+        self.below.when_closed(done)
+
     def send(self, frames: Sequence[Frame], queue: int = 0) -> int:
         """See `Port.send`."""
         return self.below.send(frames, queue)

@@ -109,7 +109,14 @@ class Port(Protocol):
         ...
 
     def close(self) -> None:
-        """Give back everything that was made on the host. Idempotent; on the loop or after its end."""
+        """Give back everything that was made on the host. Idempotent; on the loop or after its end.
+
+        On the loop nothing is waited for: see `when_closed`.
+        """
+        ...
+
+    def when_closed(self, done: Callable[[], object]) -> None:
+        """Call `done()` when all of that is gone from the host: at once, or in a later turn. On the loop."""
         ...
 
     def send(self, frames: Sequence[Frame], queue: int = 0) -> int:

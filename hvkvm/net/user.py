@@ -19,7 +19,7 @@ from contextlib import suppress
 from typing import Any
 
 from hvkvm.abi.virtio_net_hdr import VALID
-from hvkvm.errors import ConfigError, HostExhausted, HvkvmError, exhausted
+from hvkvm.errors import ConfigError, HostExhausted, HvkvmError, Stopped, exhausted
 from hvkvm.events import NULL_OBSERVER, Observer
 from hvkvm.net.port import ALL_OFFLOADS, Frame
 from hvkvm.net.stream import LENGTH_BYTES, StreamPort
@@ -69,6 +69,8 @@ class UserPort(StreamPort):
         self._help = TcpHelp(io, self.send, little_room=little_room())
         self._said = b""
         self._listening: Any = None
+        self._gone = True  # passt's process, or it was not ended yet
+        self._when_gone: list[Callable[[], object]] = []
         self._listen_retry = Retry(io, self._watch_words)
         self.lost = self._ended
         self.on_close(self._end_process)
@@ -128,9 +130,32 @@ class UserPort(StreamPort):
             self.process.stderr.close()
         with suppress(OSError):
             self.process.send_signal(signal.SIGKILL)
-        # A killed process is gone soon, but not at once, and the loop waits for nothing.
+        # A killed process is gone soon, but not at once: until then it has the ports that it forwards.
+        if not self.io.in_loop():
+            with suppress(subprocess.TimeoutExpired):
+                self.process.wait(END_SECONDS)
+            return
         with suppress(RuntimeError):  # no thread to be had: subprocess waits for it some time later
-            threading.Thread(target=self.process.wait, name="passt-end", daemon=True).start()
+            threading.Thread(target=self._wait_for_process, name="passt-end", daemon=True).start()
+            self._gone = False
+
+    def _wait_for_process(self) -> None:
+        self.process.wait()
+        with suppress(Stopped):
+            self.io.call_soon(self._process_is_gone)
+
+    def _process_is_gone(self) -> None:
+        self._gone = True
+        waiting, self._when_gone = self._when_gone, []
+        for done in waiting:
+            done()
+
+    def when_closed(self, done: Callable[[], object]) -> None:
+        """See `Port.when_closed`."""
+        if self._gone:
+            done()
+        else:
+            self._when_gone.append(done)
 
 
 def _not_started(program: str, error: OSError | subprocess.TimeoutExpired) -> HvkvmError:

@@ -68,6 +68,9 @@ class Rounds(Deferrer, Protocol):
 class Loop(Rounds, Delayer, Watcher, Protocol):
     """All of it."""
 
+    def in_loop(self) -> bool:
+        """Whether the caller runs on it; nobody does once it has ended."""
+
 
 CallLater = Callable[..., TimerHandle]
 """`Delayer.call_later` alone: call_later(seconds, fn, *args)."""

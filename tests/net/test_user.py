@@ -9,6 +9,7 @@ import socket
 import struct
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ import pytest
 from hvkvm.abi.virtio_net_hdr import VALID, VnetHeader
 from hvkvm.errors import ConfigError
 from hvkvm.net.user import GATEWAY, GATEWAY_MAC, GUEST, Forward, start_user
+from hvkvm.runtime.io_loop import IoLoop
 from tests.net import packets as p
 from tests.net.conftest import connect, views
 
@@ -127,6 +129,25 @@ def test_a_forwarded_port_reaches_the_guest(loop):
             nic.frame(lambda f: b"question" in f and f[36:38] == b"\0\x35")
     finally:
         loop.do(user.close)
+
+
+@pytest.mark.parametrize("where", ["on the loop", "when it has ended"])
+def test_what_is_told_to_be_closed_has_left_its_ports(loop, where):
+    """passt is killed, and has them for a moment longer: the next NIC with that forward was refused."""
+    with socket.create_server(("127.0.0.1", 0)) as probe:
+        port = probe.getsockname()[1]
+    for _ in range(5):
+        io = loop if where == "on the loop" else IoLoop()
+        user = start_user(io, forwards=(Forward("tcp", "127.0.0.1", port, 22),))
+        if io is loop:
+            closed = threading.Event()
+            loop.do(lambda user=user, closed=closed: (user.close(), user.when_closed(closed.set)))
+            assert closed.wait(100)
+        else:
+            io.stop()
+            user.close()
+        assert not Path(f"/proc/{user.process.pid}/fd").exists()
+        socket.create_server(("127.0.0.1", port)).close()
 
 
 def test_a_port_that_is_taken_is_told(loop):
