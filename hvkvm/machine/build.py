@@ -213,13 +213,13 @@ def create_disks(
     return DiskShelf(platform, bus, pci, stack, saved)
 
 
-def create_control(parts: Parts, stack: ExitStack) -> ControlDoor | None:
-    """The control socket, where the configuration asks for one. ConfigError."""
+def create_control(parts: Parts, stack: ExitStack, last: ExitStack) -> ControlDoor | None:
+    """The control socket, where the configuration asks for one. ConfigError. See `open_door`."""
     if parts.platform.config.control == "off":
         return None
     from hvkvm.machine.control_door import open_door
 
-    return open_door(parts, stack)
+    return open_door(parts, stack, last)
 
 
 def create_orders(platform: Platform, board: Board, stack: ExitStack) -> Orders | None:

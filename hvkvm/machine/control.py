@@ -6,13 +6,14 @@ guest are in `control_guest`. "timeout" (seconds) bounds how long the guest may
 take. Only the user who runs the machine can connect.
 
 Made by `control_door` when the first client comes, and owned by the I/O loop;
-`close` runs on the main thread behind that.
+`close` and `tell_the_end` run on the main thread behind that.
 """
 
 from __future__ import annotations
 
 import threading
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -66,8 +67,12 @@ class Control:
         }
         self._disks: DiskRequests | None = None
         self._waiting: list[tuple[Answer, int | None]] = []
+        self._saved: Callable[[], object] | None = None
+        """Answers a save with which the run has ended."""
         self._watching = False
         self._apart_thread: threading.Thread | None = None
+        self._apart_now = ""
+        """What is being made apart; the thread lives on for a moment when its answer is out."""
         listening = socket(fileno=listener)
         try:
             self._socket = ControlSocket(listening, self._io, self._handle)
@@ -138,31 +143,36 @@ class Control:
 
     def _apart(self, what: str, work: Callable[[], object], answer: Answer) -> None:
         """Answer with what `work()` returns, on a thread of its own. One at a time."""
-        if self._apart_thread is not None and self._apart_thread.is_alive():
-            answer.fail("busy", f"another {self._apart_thread.name} is being made; try again")
+        if self._apart_now:
+            answer.fail("busy", f"another {self._apart_now} is being made; try again")
             return
+
+        def made(tell: Callable[..., None], *told: object) -> None:
+            self._apart_now = ""
+            tell(*told)
 
         def run() -> None:
             try:
                 try:
                     result = work()
                 except (ValueError, HvkvmError) as error:
-                    self._io.call_soon(answer.fail, "guest", str(error))
+                    self._io.call_soon(made, answer.fail, "guest", str(error))
                 except OSError as error:
-                    self._io.call_soon(answer.fail, "guest", f"{error.filename}: {error.strerror}")
+                    self._io.call_soon(made, answer.fail, "guest", f"{error.filename}: {error.strerror}")
                 except Exception as error:
-                    self._io.call_soon(answer.fail, "internal", f"{type(error).__name__}: {error}")
+                    self._io.call_soon(made, answer.fail, "internal", f"{type(error).__name__}: {error}")
                 else:
-                    self._io.call_soon(answer.ok, result)
+                    self._io.call_soon(made, answer.ok, result)
             except Stopped:
                 return  # the machine ends, and the connection with it
 
-        self._apart_thread = threading.Thread(target=run, name=what, daemon=True)
+        thread = threading.Thread(target=run, name=what, daemon=True)
         try:
-            start_thread(self._apart_thread)
+            start_thread(thread)
         except HostExhausted as error:
-            self._apart_thread = None
             answer.fail("busy", str(error))
+        else:
+            self._apart_thread, self._apart_now = thread, what
 
     def _break(self, request: Request, answer: Answer) -> None:
         """A break on the serial console; with "keys", these behind it: Linux takes the first as SysRq."""
@@ -192,17 +202,23 @@ class Control:
     def _save(self, request: Request, answer: Answer) -> None:
         """Write the machine to "file", an absolute path; answered when it is whole.
 
-        The guest goes on, or with "end" true the run ends. "compress" true makes the file small.
+        The guest goes on, or with "end" true the run ends, which is answered as by "wait". "compress" true
+        makes the file small.
         """
         path = _absolute(request)
+
+        wanted = {key: request.get(key) is True for key in ("end", "compress")}
 
         def saved(size: int, why: str) -> None:
             if why:
                 answer.fail("guest", f"not saved: {why}")
+            elif wanted["end"]:
+                if answer.timer is not None:
+                    answer.timer.cancel()
+                self._saved = partial(answer.ok, {"file": str(path), "bytes": size})
             else:
                 answer.ok({"file": str(path), "bytes": size})
 
-        wanted = {key: request.get(key) is True for key in ("end", "compress")}
         if not self._parts.saver.save(path, saved, **wanted):
             answer.fail("busy", "another save is being made; try again")
 
@@ -244,12 +260,18 @@ class Control:
             self._io.call_later(WATCH_SECONDS, self._watch)
 
     def close(self) -> None:
-        """Tell those who wait how it ended, and go. The I/O loop has ended. Idempotent."""
+        """Let go of what the machine is about to release. The I/O loop has ended. Idempotent."""
         if self._apart_thread is not None:
             self._apart_thread.join(APART_JOIN_SECONDS)
+
+    def tell_the_end(self) -> None:
+        """Tell those who wait how it ended, and go: nothing of the machine is there any more. Idempotent."""
         waiting, self._waiting = self._waiting, []
         for answer, _resets in waiting:
             answer.ok(_end(self._parts.lifecycle))
+        saved, self._saved = self._saved, None
+        if saved is not None:
+            saved()
         self._socket.close()
 
 

@@ -3,7 +3,7 @@
 Why: every `hvkvm run` has a control socket, and few are ever asked. So a run pays
 for the socket at its start, and the first client for all the rest.
 
-Owner: the I/O loop; opened on the main thread before it runs, closed behind it.
+Owner: the I/O loop; opened on the main thread before it runs, closed behind it in two steps.
 """
 
 from __future__ import annotations
@@ -63,20 +63,24 @@ class ControlDoor:
             self._parts.platform.io.call_later(ACCEPT_PAUSE, self._watch)
 
     def close(self) -> None:
-        """Take the name away, then tell who waits how it ended. The I/O loop has ended."""
+        """Take the name away. The I/O loop has ended, and the machine is about to be released."""
         self._closed = True
-        # In this order, so that who hears of the end can start another VM of this name.
         unix_listener.remove(self.path, self._owned)
         if self._control is not None:
             self._control.close()
+        elif self._reader is not None:
+            self._reader.remove()
+
+    def tell_the_end(self) -> None:
+        """Tell who waits how it ended, when all is released: they may start another VM with its files."""
+        if self._control is not None:
+            self._control.tell_the_end()
         else:
-            if self._reader is not None:
-                self._reader.remove()
             os.close(self._fd)
 
 
-def open_door(parts: Parts, stack: ExitStack) -> ControlDoor | None:
-    """Listen where `parts.platform.config` says.
+def open_door(parts: Parts, stack: ExitStack, last: ExitStack) -> ControlDoor | None:
+    """Listen where `parts.platform.config` says. `last` is closed behind all else of the machine.
 
     ConfigError, HostExhausted; in "auto" only ConfigError, for a name that is taken or a relative folder.
     """
@@ -109,6 +113,7 @@ def open_door(parts: Parts, stack: ExitStack) -> ControlDoor | None:
         unix_listener.remove(path, unix_listener.identity(path))
         os.close(fd)
         raise
+    last.callback(door.tell_the_end)
     stack.callback(door.close)
     return door
 

@@ -61,6 +61,7 @@ class Machine:
         self._closed = False
         self._closing = RLock()
         with named_when_exhausted(), ExitStack() as stack:
+            last = stack.enter_context(ExitStack())
             self.name = config.name or own_name(stack)
             file = self.config.saved
             saved = None if file is None else stack.enter_context(Saved(file))
@@ -69,7 +70,7 @@ class Machine:
             self.config, self.boot_note, self.root_note = completed(self.config)
             make_room_for_files(self.config.cpus)
             self.parts = parts = assemble(self.config, self.name, saved, limited(observer), stack)
-            self.control = build.create_control(parts, stack)
+            self.control = build.create_control(parts, stack, last)
             self._stack = stack.pop_all()
         self.platform, self.lifecycle = parts.platform, parts.lifecycle
         self.board, self.hyperv, self.bus, self.nics = parts.board, parts.hyperv, parts.bus, parts.nics

@@ -151,6 +151,8 @@ class Saver:
                 size, why = heard.get(timeout=WATCH_SECONDS)
                 if why:
                     raise StateError(f"not saved: {why}")
+                if end:
+                    self._lifecycle.wait()  # it comes just behind
                 return size
         raise StateError(f"not saved: the run has ended: {self._lifecycle.outcome}")
 
@@ -184,8 +186,10 @@ class Saver:
             self._busy = False
             if not end or why:
                 go_on()
-            done(size, why)
-            if end and not why:
+                with suppress(Stopped):  # behind that: who hears of it finds a machine that goes on
+                    self._platform.io.call_soon(done, size, why)
+            else:
+                done(size, why)
                 self._lifecycle.finish(Ending.QUIT, 0, f"saved to {path}")
 
         def write() -> None:

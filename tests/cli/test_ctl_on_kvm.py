@@ -17,6 +17,7 @@ import pytest
 import tiny_guests
 from running_vm import SECONDS, RunningVm, ctl, running_vm
 
+from hvkvm.block.open_image import open_image
 from hvkvm.cli.ctl_client import Vm
 from hvkvm.errors import Refused, VmGone
 
@@ -188,6 +189,32 @@ def test_who_waits_hears_of_the_end(tmp_path: Path, number: signal.Signals) -> N
         vm.finish()
 
 
+@pytest.mark.parametrize("asked", ["wait", "quit", "save"])
+def test_who_hears_of_the_end_finds_nothing_in_use(tmp_path: Path, asked: str) -> None:
+    """The next VM may have its name, its disk and its sockets; the recording and the picture are whole."""
+    (tmp_path / "disk.raw").write_bytes(bytes(1 << 20))
+    given = ("--vmbus", "on", "--disk", tmp_path / "disk.raw", "--net", f"listen={tmp_path}/wire")
+    drawn = ("--timeline", tmp_path / "picture.svg", "--record", tmp_path / "recording")
+    words = options("--name", "x", "--synic", "user", *given, *drawn, hv="host-model")
+    request = {"do": asked, "timeout": 60}
+    if asked == "save":
+        request |= {"file": f"{tmp_path}/saved", "end": True}
+    with running_vm(tmp_path, *words) as vm:
+        vm.wait_until_listening()
+        with Vm(tmp_path / "hvkvm" / "x.sock") as client, Vm(tmp_path / "hvkvm" / "x.sock") as other:
+            client._socket.sendall(json.dumps(request).encode() + b"\n")
+            if asked == "wait":
+                assert other.ask("info", 60)["name"] == "x"
+                os.kill(vm.process.pid, signal.SIGTERM)
+            assert json.loads(client._line(SECONDS))["ok"]
+            open_image(str(tmp_path / "disk.raw")).close()
+            assert not (tmp_path / "wire").exists()
+            assert (tmp_path / "picture.svg").read_text().endswith("</svg>\n")
+            assert (tmp_path / "recording").stat().st_size
+            assert not (tmp_path / "hvkvm" / "x.sock").exists()
+        vm.finish()
+
+
 def test_a_vm_that_stands_still_is_not_waited_for_without_end(tmp_path: Path) -> None:
     with running_vm(tmp_path, *options()) as vm:
         vm.wait_until_listening()
@@ -343,6 +370,17 @@ def test_requests_that_make_no_sense(
     assert (reply["ok"], reply["kind"]) == (False, "usage")
     assert words in reply["error"]
     assert len(reply["error"]) < 300
+
+
+def test_one_dump_may_follow_the_other(control: tuple[RunningVm, socket.socket]) -> None:
+    """The thread that made one lives a moment longer than its answer takes: the next one was "busy"."""
+    _vm, client = control
+    for _ in range(10):
+        client.sendall(b'{"do":"dump"}\n')
+        reply = b""
+        while not reply.endswith(b"\n"):
+            reply += client.recv(1 << 16)
+        assert json.loads(reply)["ok"], reply
 
 
 @pytest.fixture(scope="module")

@@ -54,7 +54,7 @@ def test_vsock_names_the_limit_of_files(tmp_path: Path) -> None:
 
 def test_control_names_the_limit_of_files(tmp_path: Path) -> None:
     with no_more_files(), ExitStack() as stack, pytest.raises(HostExhausted, match=r"^--control .*ulimit -n"):
-        open_door(parts(str(tmp_path / "c"), Told()), stack)
+        open_door(parts(str(tmp_path / "c"), Told()), stack, stack)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -64,7 +64,7 @@ def test_a_control_socket_that_nobody_asked_for_is_done_without(
     told = Told()
     monkeypatch.setattr(control_path, "folders", lambda: [tmp_path])
     with no_more_files(), ExitStack() as stack:
-        assert open_door(parts("auto", told), stack) is None
+        assert open_door(parts("auto", told), stack, stack) is None
     [text] = told.texts
     assert text.startswith("no control socket: Too many open files; ")
     assert text.endswith("raise `ulimit -n`")
@@ -97,3 +97,4 @@ def test_the_first_client_waits_while_no_file_is_left(
     assert len(told.texts) == 1
     assert told.texts[0].startswith("the control socket does not answer: ")
     door.close()
+    door.tell_the_end()
