@@ -102,7 +102,8 @@ class Teller(LimitedObserver):
     @property
     def waiting(self) -> bool:
         """Whether something is not written yet."""
-        return bool(self._queue) or self._writing
+        with self._changed:
+            return bool(self._queue) or self._writing
 
     def flush(self) -> None:
         """Wait until all is written, for FLUSH_SECONDS at most."""

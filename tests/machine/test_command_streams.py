@@ -602,6 +602,7 @@ def test_a_signal_that_met_a_reset_is_owed_to_the_next_life(
     assert board.on_reset is not None
     made._io.call_soon(board.on_reset)
     wait_until(lambda: not made.started)
+    rounds(made._io)
     assert not board.command_ports[2].read(5, 1) & 1
     if comes_back:
         board.say(b"ready\n")
