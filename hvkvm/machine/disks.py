@@ -48,6 +48,7 @@ class Disks:
         self._bus = bus
         self._workers = Workers(platform.io, name="disk")
         self._open: list[Disk] = []
+        self._closing = Pending()
         self.attached: dict[str, Attached] = {}
         """By name, in the order in which they were added."""
         stack.callback(self.close)
@@ -149,10 +150,26 @@ class Disks:
         return disk
 
     def let_go(self, disk: Disk, done: Callable[[Result], object] = lambda _result: None) -> None:
-        """Flush and close a disk that no unit uses any more; `done(result)` on the loop."""
-        if disk in self._open:
-            self._open.remove(disk)
-            disk.close(done)
+        """Flush and close a disk that no unit uses any more; `done(result)` on the loop.
+
+        A failure is a warning, too: whoever asked may have given up by then, and for what a guest
+        ejected nobody asked.
+        """
+        if disk not in self._open:
+            return
+        self._open.remove(disk)
+        closed = self._closing.begin(lambda: None)
+
+        def ended(result: Result) -> None:
+            if result.status is not Status.OK:
+                text = f"{disk.name}: what the guest had not flushed may be lost: {result}"
+                self._platform.observer.event(Warned(f"disk {disk.name}", text))
+            try:
+                done(result)
+            finally:
+                closed()
+
+        disk.close(ended)
 
     def remove(self, name: str, done: Callable[[Result], object] = lambda _result: None) -> None:
         """Take the unit from the guest; KeyError. `done(result)` when its image is flushed and closed."""
@@ -299,18 +316,13 @@ class Disks:
     # Ends.
 
     def end(self, done: Callable[[], object]) -> None:
-        """The run ends, the vCPUs have stopped: flush and close all. A server that hangs is given up."""
-        pending = Pending()
-        for disk in list(self._open):
-            self._open.remove(disk)
-            disk.close(partial(self._ended, disk.name, pending.begin(lambda: None)))
-        pending.when_none(done)
+        """The run ends, the vCPUs have stopped: flush and close all. A server that hangs is given up.
 
-    def _ended(self, name: str, done: Callable[[], object], result: Result) -> None:
-        if result.status is not Status.OK:
-            text = f"{name}: what the guest had not flushed may be lost: {result}"
-            self._platform.observer.event(Warned(f"disk {name}", text))
-        done()
+        One that was let go before, and is not closed yet, is waited for as well.
+        """
+        for disk in list(self._open):
+            self.let_go(disk)
+        self._closing.when_none(done)
 
     def close(self) -> None:
         """Let go of whatever `end` has not: the loop has ended, or never ran. Idempotent."""

@@ -61,6 +61,10 @@ class World:
         self.devices[name] = SimpleNamespace(device=device)
         return device
 
+    def remove(self, name: str, done: Callable[[], object]) -> None:
+        del self.devices[name]
+        done()
+
     def wait(self, begin: Callable[..., object]) -> list[Any]:
         """Call `begin(done)` on the loop; what `done` was called with."""
         heard: list[Any] = []
@@ -271,6 +275,37 @@ def test_a_removed_disk_is_closed(folder: Path, make: Callable[..., World]) -> N
     spec = DiskSpec(str(folder / "a.raw"), lun=9)
     world.wait(lambda done: done(world.disks.attach(spec, world.disks.open(spec))))
     assert list(world.disks.attached) == ["disk0"]
+
+
+def test_a_flush_that_fails_behind_a_removal_is_told_once(
+    folder: Path, make: Callable[..., World], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whoever removed it may not wait any more, and of a controller's disks nobody asks. The end waits, too."""
+    flushing = threading.Event()
+
+    def flush(_image: RawImage) -> None:
+        assert flushing.wait(SECONDS)
+        raise OSError(EIO, "Input/output error")
+
+    monkeypatch.setattr(RawImage, "flush", flush)
+    world = make(DiskSpec(str(folder / "a.raw")), DiskSpec(str(folder / "b.raw"), controller=1))
+    heard: list[Any] = []
+
+    def remove(done: Callable[[], object]) -> None:
+        world.disks.remove("disk0", heard.append)
+        world.disks.rescind(1)
+        world.io.call_soon(done)
+
+    def end(done: Callable[[], object]) -> None:
+        world.disks.end(done)
+        flushing.set()
+
+    world.wait(remove)
+    world.wait(end)
+    assert [result.status for result in heard] == [Status.ERROR]
+    told = sorted(event.text for event in world.notes.events)  # type: ignore[union-attr]
+    why = f"what the guest had not flushed may be lost: {Status.ERROR.value}: Input/output error"
+    assert told == [f"disk0: {why}", f"disk1: {why}"]
 
 
 def test_what_a_saved_machine_had_is_asked_for_again(folder: Path, make: Callable[..., World]) -> None:
