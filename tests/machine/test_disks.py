@@ -280,7 +280,7 @@ def test_a_removed_disk_is_closed(folder: Path, make: Callable[..., World]) -> N
 def test_a_flush_that_fails_behind_a_removal_is_told_once(
     folder: Path, make: Callable[..., World], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Whoever removed it may not wait any more, and of a controller's disks nobody asks. The end waits, too."""
+    """Whoever removed it may wait no more, and of a controller's disks nobody asks. The end waits, too."""
     flushing = threading.Event()
 
     def flush(_image: RawImage) -> None:
