@@ -203,14 +203,29 @@ def start_user(
         theirs.close()
     try:
         if not _answers(ours):
-            _out, said = process.communicate(timeout=END_SECONDS)
-            raise ConfigError(f"--net user: passt: {reason_in(said) or 'ended at once'}; {_remedy(said)}")
+            said, silence = _last_words(process)
+            raise ConfigError(f"--net user: passt: {reason_in(said) or silence}; {_remedy(said)}")
         return UserPort(io, process, ours, mtu, observer)
     except BaseException:
         ours.close()
         process.kill()
         process.wait()
         raise
+
+
+def _last_words(process: subprocess.Popen[bytes]) -> tuple[bytes, str]:
+    """What passt said before it gave its guest up, and what there is to say where that is nothing.
+
+    One that is still there in END_SECONDS is killed. Another process may have its standard error then.
+    """
+    try:
+        return process.communicate(timeout=END_SECONDS)[1], "ended at once"
+    except subprocess.TimeoutExpired as late:
+        process.kill()
+        process.wait()
+        assert process.stderr is not None
+        process.stderr.close()
+        return late.stderr or b"", "closed its socket and did not end"
 
 
 def arguments(where: list[str], mtu: int, forwards: tuple[Forward, ...], known: str) -> list[str]:

@@ -174,6 +174,33 @@ def test_a_passt_that_is_of_no_use_is_told_from_none(loop, does, said, tmp_path)
         start_user(loop, program=str(program))
 
 
+@pytest.mark.parametrize(
+    ("words", "said"), [("", "closed its socket and did not end; try"), ("no room", "no room; try")]
+)
+def test_a_passt_that_closes_its_socket_and_stays_is_killed_and_told(
+    loop, tmp_path, monkeypatch, words, said
+):
+    """One that does not end was a traceback. The sleep that it starts has its standard error for longer."""
+    monkeypatch.setattr("hvkvm.net.user.END_SECONDS", 1.0)
+    program = tmp_path / "passt"
+    program.write_text(
+        f"""#!{sys.executable}
+import os, subprocess, sys, time
+if "--help" in sys.argv:
+    sys.exit("--foreground --fd --stderr")
+open({str(tmp_path / "pid")!r}, "w").write(str(os.getpid()))
+print({words!r}, file=sys.stderr, flush=True)
+subprocess.Popen(["sleep", "20"])
+os.close(int(sys.argv[sys.argv.index("--fd") + 1]))
+time.sleep(1000)
+"""
+    )
+    program.chmod(0o755)
+    with pytest.raises(ConfigError, match=f"^--net user: passt: {said} passt --foreground by hand$"):
+        start_user(loop, program=str(program))
+    assert not Path("/proc", (tmp_path / "pid").read_text()).exists()
+
+
 def test_a_passt_that_dies_is_a_link_that_is_down(loop, user):
     nic = connect(loop, user)
     nic.wait(lambda n: n.links[-1])
