@@ -13,6 +13,7 @@ import errno
 import os
 import select
 import stat
+from contextlib import suppress
 from pathlib import Path
 from struct import Struct
 from time import monotonic
@@ -102,51 +103,73 @@ def make_name_stable(path: Path) -> None:
         os.close(folder)
 
 
-def open_to_write(path: Path, flag: str, mode: int = 0o666) -> int:
-    """An fd of the file, made or as it is until `empty`. ConfigError, which names `flag`.
+class OutputFile:
+    """A file that a run writes: opened early, so that a wrong name is told, and as it was until `begin`.
 
-    A pipe must have its reader. The fd does not block, and is the caller's alone to make blocking.
+    OSError: EBUSY for a disk's image that is in use, ENXIO for a pipe without its reader. `fd` does not
+    block, and is its owner's alone to make blocking.
     """
-    try:
-        return open_as_it_is(path, mode)
-    except OSError as error:
-        if error.errno == errno.ENXIO:
-            raise ConfigError(f"{flag} {path}: {error.strerror}; start its reader first") from None
-        raise ConfigError(f"{flag} {path}: {error.strerror}; name a file that can be written") from None
 
+    def __init__(self, path: Path, mode: int = 0o666) -> None:
+        self.path = path
+        self._begun = self._made = False
+        flags = os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC | os.O_NONBLOCK
+        try:
+            self.fd = os.open(path, flags | os.O_EXCL, mode)
+            self._made = True
+        except FileExistsError:
+            try:
+                self.fd = os.open(path, flags, mode)
+            except OSError as error:
+                if error.errno == errno.ENXIO:
+                    raise OSError(errno.ENXIO, "nobody reads this pipe") from None
+                raise
+        try:
+            self._check()
+        except BaseException:
+            self.close()
+            raise
 
-def open_as_it_is(path: Path, mode: int) -> int:
-    """As `open_to_write`, but for OSError: EBUSY for a disk's image in use, ENXIO without a reader."""
-    try:
-        fd = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC | os.O_NONBLOCK, mode)
-    except OSError as error:
-        if error.errno == errno.ENXIO:
-            raise OSError(errno.ENXIO, "nobody reads this pipe") from None
-        raise
-    try:
-        kind = os.fstat(fd).st_mode
-        if (stat.S_ISREG(kind) or stat.S_ISBLK(kind)) and _is_image_in_use(fd):
+    def _check(self) -> None:
+        kind = os.fstat(self.fd).st_mode
+        if (stat.S_ISREG(kind) or stat.S_ISBLK(kind)) and _is_image_in_use(self.fd):
             raise OSError(errno.EBUSY, _IN_USE)
-    except BaseException:
+
+    def begin(self) -> None:
+        """Take what a regular file held: the run has begun. OSError; EBUSY as above, if it is one by now."""
+        self._check()
+        self._begun = True
+        if stat.S_ISREG(os.fstat(self.fd).st_mode):
+            os.ftruncate(self.fd, 0)
+
+    def close(self) -> None:
+        """Close it. One that was made here and never begun goes, too. Idempotent."""
+        fd, self.fd = self.fd, -1
+        if fd < 0:
+            return
+        with suppress(OSError):
+            if self._made and not self._begun and os.path.samestat(os.fstat(fd), os.lstat(self.path)):
+                os.unlink(self.path)
         os.close(fd)
-        raise
-    return fd
 
 
-def empty(fd: int) -> None:
-    """Take what the file held, if it is a regular one: when all else is there, and a run begins. OSError."""
-    if stat.S_ISREG(os.fstat(fd).st_mode):
-        os.ftruncate(fd, 0)
+def open_to_write(path: Path, flag: str, mode: int = 0o666) -> OutputFile:
+    """The file that `flag`, with the character behind it, names for a run to write. ConfigError."""
+    try:
+        return OutputFile(path, mode)
+    except OSError as error:
+        remedy = "start its reader first" if error.errno == errno.ENXIO else "name a file that can be written"
+        raise ConfigError(f"{flag}{path}: {error.strerror}; {remedy}") from None
 
 
 def write_at_once(path: Path, data: bytes, seconds: float) -> None:
     """Make or empty the file, and write it in time. OSError; ENXIO for a pipe that nobody reads."""
-    fd = open_as_it_is(path, 0o666)
+    file = OutputFile(path)
     try:
-        empty(fd)
-        write_in_time(fd, data, seconds)
+        file.begin()
+        write_in_time(file.fd, data, seconds)
     finally:
-        os.close(fd)
+        file.close()
 
 
 def write_in_time(fd: int, data: bytes, seconds: float) -> None:

@@ -8,17 +8,16 @@ from __future__ import annotations
 
 import os
 import sys
+from contextlib import closing, nullcontext
 from pathlib import Path
 from typing import IO, TYPE_CHECKING
 
 from hvkvm.cli.arguments import Parser, split_command
 from hvkvm.cli.output import cannot_write, complain
 from hvkvm.errors import ConfigError, OutputError
-from hvkvm.given_file import empty, open_to_write
+from hvkvm.given_file import OutputFile, open_to_write
 
 if TYPE_CHECKING:
-    from contextlib import AbstractContextManager
-
     from hvkvm.observe.ioctl_trace import Call
 
 EPILOG = """\
@@ -38,9 +37,17 @@ class Report:
     """Prints calls and counts them. Called on the main thread, between two stops of the tracee."""
 
     def __init__(
-        self, out: IO[str], *, json: bool = False, lines: bool = True, runs: bool = False, time: bool = False
+        self,
+        out: IO[str],
+        name: str,
+        *,
+        json: bool = False,
+        lines: bool = True,
+        runs: bool = False,
+        time: bool = False,
     ) -> None:
         self._out = out
+        self._name = name
         self.lost = 0
         """Lines that could not be written."""
         self._lines = lines
@@ -71,9 +78,7 @@ class Report:
             raise
         except OSError as error:
             if not self.lost:
-                name = getattr(self._out, "name", "")
-                what = "standard error" if name == "<stderr>" else f"--output {name}"
-                complain(f"hvkvm: {cannot_write(what, error)}; the command goes on, lines are lost")
+                complain(f"hvkvm: {cannot_write(self._name, error)}; the command goes on, lines are lost")
             self.lost += 1
 
     def _line(self, call: Call) -> str:
@@ -180,15 +185,19 @@ def main(arguments: list[str]) -> int:
     runs = options.runs or (wanted is not None and "KVM_RUN" in wanted)
     from hvkvm.observe.ioctl_trace import Tracer
 
-    with _output(options.output) as out:
-        report = Report(out, json=options.json, lines=not options.summary, runs=runs, time=options.time)
-        tracer = Tracer(report.call, runs=runs and not options.summary, wanted=wanted)
+    file = None if options.output is None else open_to_write(Path(options.output), "--output ")
+    with closing(file) if file is not None else nullcontext():
+        out = _stream(file)
+        name = "standard error" if file is None else f"--output {options.output}"
+        lines = not options.summary
+        report = Report(out, name, json=options.json, lines=lines, runs=runs, time=options.time)
+        tracer = Tracer(report.call, runs=runs and lines, wanted=wanted)
         if command:
             tracer.spawn(command)
         else:
             tracer.attach(pid)
-        if options.output is not None:
-            empty(out.fileno())  # not before: a command that is not there takes no trace from anybody
+        if file is not None:
+            file.begin()  # not before: a command that is not there takes no trace from anybody
         status = tracer.follow()
         report.end()
         if report.lost:
@@ -196,21 +205,14 @@ def main(arguments: list[str]) -> int:
         return OutputError.exit_status if status == 0 and report.lost else status
 
 
-def _output(path: str | None) -> AbstractContextManager[IO[str]]:
-    if path is None:
-        from contextlib import nullcontext
-
-        if sys.stderr is not None:
-            return nullcontext(sys.stderr)
-        path = os.devnull  # closed by the caller; print would fall back to standard output
+def _stream(file: OutputFile | None) -> IO[str]:
+    """Where the trace goes. Unbuffered: what could not be written is lost there and then."""
+    if file is None and sys.stderr is not None:
+        return sys.stderr
     from io import FileIO, TextIOWrapper
 
-    # Unbuffered: what could not be written is lost there and then, not met again at close.
-    file = FileIO(path, "w", opener=_as_it_is)
-    return TextIOWrapper(file, "utf-8", "backslashreplace", write_through=True)
-
-
-def _as_it_is(path: str, _flags: int) -> int:
-    fd = open_to_write(Path(path), "--output")
-    os.set_blocking(fd, True)
-    return fd
+    # Closed by the caller; print would fall back to standard output.
+    raw = FileIO(os.devnull, "w") if file is None else FileIO(file.fd, "w", closefd=False)
+    if file is not None:
+        os.set_blocking(file.fd, True)
+    return TextIOWrapper(raw, "utf-8", "backslashreplace", write_through=True)

@@ -90,9 +90,9 @@ class Machine:
             raise HvkvmError("this machine is closed; build another one")
         if self.orders is not None and self.lifecycle.started_at is None:
             self.orders.start()
-        if self.parts.records is not None and self.lifecycle.started_at is None:
-            self.parts.records.start()
         self.lifecycle.start()
+        if self.parts.records is not None:
+            self.parts.records.start()
 
     def wait(self, timeout: float | None = None) -> Outcome | None:
         """Wait up to `timeout` seconds (None: without limit) for the end; None if it has not come."""

@@ -1,15 +1,14 @@
 """Has a machine's bus recorded and its run drawn, where the configuration asks for it.
 
-Made by `assembly` when its parts are there and before vCPUs run, started with the machine, closed when
-vCPUs have ended. `Records.unwritten` says then what could not be written. Until the start the files keep
-what they held: a run that cannot begin takes nothing from its user.
+Made by `assembly` when its parts are there and before vCPUs run, started once they do, closed when they
+have ended. `Records.unwritten` says then what could not be written. Until the start the files keep what they
+held, and a picture's until it is written: a run that cannot begin takes nothing from its user.
 """
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack
 from functools import partial
 from time import monotonic
 from typing import TYPE_CHECKING
@@ -17,7 +16,7 @@ from typing import TYPE_CHECKING
 from hvkvm import __version__
 from hvkvm.errors import ConfigError, Stopped
 from hvkvm.events import Warned
-from hvkvm.given_file import empty, open_to_write, write_in_time
+from hvkvm.given_file import open_to_write, write_in_time
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -41,16 +40,11 @@ class Records:
         self.recorders: list[Recorder] = []
         self.no_picture = ""
         """Why there is no picture; empty where there is one, or none was asked for."""
-        self.picture = -1
-        """The fd of the file that is to have it."""
         self.started = False
 
     def start(self) -> None:
-        """The machine starts: from here on the files are the run's. HostExhausted."""
+        """The machine runs: from here on the files are the run's. HostExhausted."""
         self.started = True
-        if self.picture >= 0:
-            with suppress(OSError):  # then it cannot be written either, which is told at the end
-                empty(self.picture)
         for recorder in self.recorders:
             recorder.start()
 
@@ -130,7 +124,7 @@ def draw(
     from hvkvm.kvm.exit_names import exit_name
     from hvkvm.record.timeline import Timeline
 
-    file = records.picture = open_to_write(path, "--timeline")
+    file = open_to_write(path, "--timeline ")
     timeline = Timeline(monotonic())
     timeline.mark("building")
     if bus is not None:
@@ -168,12 +162,13 @@ def draw(
                 text = json.dumps(chrome(timeline))
             else:
                 text = svg(timeline)
-            write_in_time(file, text.encode("utf-8", "backslashreplace"), WRITE_SECONDS)
+            file.begin()  # not before: a run that is killed leaves the picture that was there
+            write_in_time(file.fd, text.encode("utf-8", "backslashreplace"), WRITE_SECONDS)
         except OSError as error:
             records.no_picture = f"{path}: {error.strerror}; there is no picture"
             platform.observer.event(Warned("timeline", records.no_picture))
         finally:
-            os.close(file)
+            file.close()
 
     stack.callback(write)
     platform.io.call_soon(sample)

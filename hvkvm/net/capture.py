@@ -3,7 +3,7 @@
 Each frame is a block, and each batch one write, so that a reader finds whole blocks. Frames are as the NIC
 and the wire exchange them: one whose checksum is left to somebody else has a partial one there, one not yet
 cut is long. A host that can take no more ends the capture, and the guest's network goes on. Writes go to the
-page cache, or to a FIFO that a reader has open. The file keeps what it held until the wire starts.
+page cache, or to a FIFO that a reader has open. The file keeps what it held until the loop runs.
 
 Owner: the I/O loop, for all but construction.
 """
@@ -16,9 +16,8 @@ from pathlib import Path
 from time import time_ns
 
 from hvkvm.abi import pcapng
-from hvkvm.errors import ConfigError
 from hvkvm.events import NULL_OBSERVER, Observer, Warned
-from hvkvm.given_file import empty, open_as_it_is
+from hvkvm.given_file import open_to_write
 from hvkvm.net.between import Between
 from hvkvm.net.port import Frame, frame_bytes
 from hvkvm.net.wire import Wire
@@ -36,21 +35,16 @@ class Capture(Between):
         self.frames_written = 0
         self.failure = ""
         self._observer = observer
-        try:
-            self._fd = open_as_it_is(path, 0o600)
-        except OSError as error:
-            raise ConfigError(
-                f"--net pcap={path}: {error.strerror}; name a file that can be written"
-            ) from None
+        self._file = open_to_write(path, "--net pcap=", 0o600)
         described = pcapng.interface_description(pcapng.LINKTYPE_ETHERNET, name)
         self._header: list[bytes | memoryview] = [pcapng.section_header("hvkvm"), described]
 
-    def start(self) -> None:
-        """See `Port.start`. The first time, the file is emptied and begun."""
+    def link(self, up: bool) -> None:
+        """See `Receiver.link`. It is the first call once the loop runs: now the file is the run's."""
         header, self._header = self._header, []
         if header:
             self._write(header, anew=True)
-        super().start()
+        super().link(up)
 
     def send(self, frames: Sequence[Frame], queue: int = 0) -> int:
         """See `Port.send`. What was taken is written."""
@@ -67,9 +61,7 @@ class Capture(Between):
     def close(self) -> None:
         """See `Port.close`."""
         super().close()
-        fd, self._fd = self._fd, -1
-        if fd >= 0:
-            os.close(fd)
+        self._file.close()
 
     def inspect(self) -> Mapping[str, object]:
         """See `Port.inspect`."""
@@ -77,7 +69,7 @@ class Capture(Between):
         return {**shown, "pcap_failure": self.failure} if self.failure else shown
 
     def _record(self, frames: Sequence[Frame], direction: int) -> None:
-        if self._fd < 0 or not frames:
+        if self._file.fd < 0 or not frames:
             return
         now = time_ns()
         views: list[bytes | memoryview] = []
@@ -91,13 +83,12 @@ class Capture(Between):
         whole = [b"".join(views)] if len(views) > MAX_VIEWS else views
         try:
             if anew:
-                empty(self._fd)
-            count = os.writev(self._fd, whole)
+                self._file.begin()
+            count = os.writev(self._file.fd, whole)
             if count < sum(map(len, whole)):
                 raise OSError(None, "took a part of it only")
         except OSError as error:
             self.failure = error.strerror or str(error)
-            os.close(self._fd)
-            self._fd = -1
+            self._file.close()
             text = f"{self.path}: {self.failure}; the capture has ended, the network goes on"
             self._observer.event(Warned("net-pcap", text))

@@ -23,7 +23,7 @@ from typing import Any, Literal
 from hvkvm.abi import pcapng
 from hvkvm.abi.record_format import LINK_DESCRIPTION, LINK_NAME, ChannelEvent, Entry, Kind
 from hvkvm.events import NULL_OBSERVER, Observer, Warned
-from hvkvm.given_file import empty, open_to_write
+from hvkvm.given_file import open_to_write
 from hvkvm.record.words import packets
 from hvkvm.runtime.thread_start import start_thread
 from hvkvm.vmbus.offer import Channel
@@ -87,8 +87,8 @@ class Recorder(Tap):
         self._closing = False
         self._awake = threading.Event()
         self._ending = threading.Event()
-        self._fd = open_to_write(path, "--record", 0o600)
-        os.set_blocking(self._fd, True)
+        self._file = open_to_write(path, "--record ", 0o600)
+        os.set_blocking(self._file.fd, True)
         self._failed = False
         self._header = pcapng.section_header("hvkvm") + pcapng.interface_description(
             pcapng.LINKTYPE_USER0, LINK_NAME, description=LINK_DESCRIPTION
@@ -224,9 +224,9 @@ class Recorder(Tap):
         view = memoryview(data)
         try:
             if anew:
-                empty(self._fd)
+                self._file.begin()
             while view:
-                view = view[os.write(self._fd, view) :]
+                view = view[os.write(self._file.fd, view) :]
         except OSError as error:
             self._failed = True
             self._tell_unwritten(f"{self.path}: {error.strerror}; the recording ends here")
@@ -248,7 +248,7 @@ class Recorder(Tap):
         if self._thread.is_alive():
             self._tell_unwritten(f"{self.path}: is not read; the recording lacks what came last")
             return  # its thread still has the file
-        os.close(self._fd)
+        self._file.close()
         if self.lost:
             self._observer.event(
                 Warned("record", f"{self.path}: {self.lost} entries are lost, the file was too slow for them")

@@ -74,15 +74,15 @@ def test_no_reader_waits_for_a_writer(reader: Callable[[Path], Any], fifo: Path)
 
 def test_a_pipe_that_is_not_read_is_not_waited_for_either(fifo: Path) -> None:
     with pytest.raises(ConfigError, match=r"--out .*: nobody reads this pipe; "):
-        given_file.open_to_write(fifo, "--out")
+        given_file.open_to_write(fifo, "--out ")
     reader = os.open(fifo, os.O_RDONLY | os.O_NONBLOCK)
-    writer = given_file.open_to_write(fifo, "--out")
-    given_file.write_in_time(writer, b"abc", 0)
+    writer = given_file.open_to_write(fifo, "--out ")
+    given_file.write_in_time(writer.fd, b"abc", 0)
     assert os.read(reader, 10) == b"abc"
     with pytest.raises(OSError, match="is not read"):
-        given_file.write_in_time(writer, bytes(1 << 21), 0.01)
+        given_file.write_in_time(writer.fd, bytes(1 << 21), 0.01)
     os.close(reader)
-    os.close(writer)
+    writer.close()
 
 
 def test_a_place_for_a_file(tmp_path: Path) -> None:
@@ -103,7 +103,7 @@ def test_a_place_for_a_file(tmp_path: Path) -> None:
 
 WRITERS: dict[str, Callable[[Path], object]] = {
     "record": lambda path: Recorder(path, "full", {}),
-    "timeline": lambda path: given_file.open_to_write(path, "--timeline"),
+    "timeline": lambda path: given_file.open_to_write(path, "--timeline "),
     "pcap": lambda path: Capture(MagicMock(), path, "socket"),
     "junit": lambda path: given_file.write_at_once(path, b"x", 1),
     "save": lambda path: Writer(path, 4096),
@@ -124,6 +124,33 @@ def test_a_disk_that_is_in_use_is_neither_emptied_nor_replaced(
     image.close()
     assert path.read_bytes() == b"data" * 1024
     assert [one.name for one in tmp_path.iterdir()] == ["disk.raw"]
+
+
+def test_an_image_that_is_in_use_by_the_beginning_is_not_emptied(tmp_path: Path) -> None:
+    """A run opens its captures before its disks, and a VHDX's parent is named by its child alone."""
+    path = tmp_path / "disk.raw"
+    path.write_bytes(b"data")
+    output = given_file.OutputFile(path)
+    image = HostFile(path, read_only=True)
+    with pytest.raises(OSError, match="is the image of a disk that is in use"):
+        output.begin()
+    output.close()
+    image.close()
+    assert path.read_bytes() == b"data"
+
+
+@pytest.mark.parametrize("begun", [True, False])
+@pytest.mark.parametrize("there", [True, False])
+def test_a_file_that_was_made_and_not_begun_goes_again(tmp_path: Path, there: bool, begun: bool) -> None:
+    path = tmp_path / "out"
+    if there:
+        path.touch()
+    output = given_file.OutputFile(path)
+    if begun:
+        output.begin()
+    output.close()
+    output.close()
+    assert path.exists() is (there or begun)
 
 
 def test_one_that_nobody_uses_any_more_is_emptied(tmp_path: Path) -> None:

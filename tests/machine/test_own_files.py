@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import threading
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -125,12 +126,23 @@ def test_a_machine_may_be_saved_over_what_it_went_on_from(folder: Path) -> None:
     assert own_files.why_kept(folder / "vars", config._replace(kernel=folder / "kernel")) == ""
 
 
+def turns(machine: Machine) -> None:
+    """Some turns of its loop: a wire tells of its link in the first."""
+    for _ in range(3):
+        turn = threading.Event()
+        machine.platform.io.call_soon(turn.set)
+        assert turn.wait(100)
+
+
 @pytest.mark.kvm
+@pytest.mark.parametrize("there", [True, False])
 @pytest.mark.parametrize("kernel", [b"#!/bin/sh\n", b""], ids=["no kernel", "never started"])
-def test_a_run_that_does_not_begin_empties_nothing(tmp_path: Path, kernel: bytes) -> None:
+def test_a_run_that_does_not_begin_empties_and_makes_nothing(
+    tmp_path: Path, kernel: bytes, there: bool
+) -> None:
     """A wrong --kernel is found when its files are open: the recording of the run before was gone."""
     outputs = [tmp_path / name for name in ("recording", "picture.svg", "capture")]
-    for path in outputs:
+    for path in outputs[: None if there else 0]:
         path.write_text("of yesterday")
     (tmp_path / "script").write_bytes(kernel)
     config = MachineConfig(
@@ -147,9 +159,14 @@ def test_a_run_that_does_not_begin_empties_nothing(tmp_path: Path, kernel: bytes
             Machine(config)
     else:
         Machine(config).close()
-    assert [path.read_text() for path in outputs] == ["of yesterday"] * 3
+    if there:
+        assert [path.read_text() for path in outputs] == ["of yesterday"] * 3
+    else:
+        assert not any(path.exists() for path in outputs)
     if not kernel:
         with Machine(config) as machine:
             machine.start()
+            turns(machine)
+            assert bool(outputs[1].read_text()) is there, "a picture is made at the end"
         assert not any("yesterday" in path.read_text(errors="replace") for path in outputs)
         assert all(path.stat().st_size for path in outputs)
