@@ -90,6 +90,42 @@ def test_it_keeps_its_mode_and_its_new_bytes_are_stable_before_its_name(
     image.close()
 
 
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs root, to have a file that is another user's")
+def test_it_stays_its_owners_or_as_it_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A disk of another user's, compacted by root, was root's: the other could not open it any more."""
+    path = tmp_path / "disk.vhdx"
+    made(path).close()
+    os.chown(path, 1234, 2345)
+    path.chmod(0o2640)
+    compacted(path)
+    found = path.stat()
+    assert (found.st_uid, found.st_gid, found.st_mode & 0o7777) == (1234, 2345, 0o2640)
+
+    def refuse(*_words: object) -> None:
+        raise PermissionError(1, "Operation not permitted")
+
+    monkeypatch.setattr(os, "chown", refuse)
+    refused(path, r"this user cannot leave it to its owner and group \(1234:2345\); compact it as its owner")
+
+
+def test_one_with_more_names_is_left_alone(tmp_path: Path) -> None:
+    """One name had the new file, the others the old one: two disks from then on."""
+    path = tmp_path / "disk.vhdx"
+    made(path).close()
+    (tmp_path / "other.vhdx").hardlink_to(path)
+    refused(path, r"the file has 2 names \(hard links\).*make a compact copy by `hvkvm disk convert`")
+
+
+def refused(path: Path, why: str) -> None:
+    before = path.stat(), path.read_bytes(), sorted(path.parent.iterdir())
+    image = VhdxImage(path)
+    with pytest.raises(ImageError, match=why):
+        compact_vhdx(image, lambda _done, _all: None)
+    image.close()
+    after = path.stat(), path.read_bytes(), sorted(path.parent.iterdir())
+    assert (after[0].st_ino, after[1:]) == (before[0].st_ino, before[1:])
+
+
 def test_one_that_cannot_be_put_in_its_place_is_not_left_behind(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

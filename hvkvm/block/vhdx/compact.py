@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
 from hvkvm.block.copy import PIECE, Progress, copy_range, piece
 from hvkvm.block.vhdx.create import VhdxOptions, create_vhdx
@@ -15,12 +16,19 @@ from hvkvm.given_file import beside, make_name_stable
 def compact_vhdx(image: VhdxImage, progress: Progress) -> None:
     """Replace the file of `image`, which is open for writing and is closed then. ImageError, OSError.
 
-    A crash leaves the old file or the new one, whole. Children stay its children.
+    A crash leaves the old file or the new one, whole. Children stay its children. The new one has the old
+    one's mode, owner and group, and where this user may not give it those, nothing is done.
     """
     metadata, geometry = image.metadata, image.geometry
     if metadata.fixed:
         raise ImageError(f"{image.path}: a fixed disk keeps its space; convert it to a dynamic one")
     path = image.path.resolve()
+    old = os.stat(path)
+    if old.st_nlink > 1:
+        raise ImageError(
+            f"{image.path}: the file has {old.st_nlink} names (hard links), and the others would keep the old"
+            " one; remove them, or make a compact copy by `hvkvm disk convert`"
+        )
     fresh = beside(path)
     options = VhdxOptions(
         geometry.disk_size,
@@ -35,7 +43,7 @@ def compact_vhdx(image: VhdxImage, progress: Progress) -> None:
     try:
         target = VhdxImage(fresh)
         try:
-            os.chmod(fresh, os.stat(path).st_mode & 0o7777)  # before it has what others may not read
+            _belong_alike(fresh, old, image)  # before it has what others may not read
             target.flusher.keep_data_guid = True
             _copy_blocks(image, target, progress)
         finally:
@@ -46,6 +54,20 @@ def compact_vhdx(image: VhdxImage, progress: Progress) -> None:
         raise
     image.close()
     make_name_stable(path)
+
+
+def _belong_alike(fresh: Path, old: os.stat_result, image: VhdxImage) -> None:
+    """Give `fresh` the owner, group and mode of `old`. ImageError: else who uses the disk could lose it."""
+    made = os.stat(fresh)
+    if (made.st_uid, made.st_gid) != (old.st_uid, old.st_gid):
+        try:
+            os.chown(fresh, old.st_uid, old.st_gid)
+        except PermissionError:
+            raise ImageError(
+                f"{image.path}: this user cannot leave it to its owner and group ({old.st_uid}:{old.st_gid});"
+                " compact it as its owner, who is in that group, or as root"
+            ) from None
+    os.chmod(fresh, old.st_mode & 0o7777)  # behind chown, which takes some bits away
 
 
 def _copy_blocks(image: VhdxImage, target: VhdxImage, progress: Progress) -> None:
