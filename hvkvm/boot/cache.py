@@ -12,11 +12,15 @@ import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from time import monotonic, sleep
 
 from hvkvm import given_file
 
 NO_HOME = "/nonexistent"
 """Where nobody can make a file: for a user that the system does not know, as some of a container's are."""
+
+LOCK_SECONDS = 3.0
+"""Whoever looks for what is left keeps the others out for about a millisecond."""
 
 
 def root() -> Path:
@@ -56,6 +60,10 @@ def filling(folder: Path) -> Iterator[None]:
 
     A signal or a crash ends a process where it stands, and its file stays. So all that fill the folder hold a
     lock of it, and who finds nobody else there takes away what is left. OSError where it cannot be made.
+
+    One that somebody else keeps for himself is filled without it after LOCK_SECONDS: nobody takes anything
+    away meanwhile. Only if he lets go while it is being filled may the next one take away what is not whole
+    yet, and whoever renames that has FileNotFoundError.
     """
     folder.mkdir(parents=True, exist_ok=True)
     place = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
@@ -66,10 +74,23 @@ def filling(folder: Path) -> Iterator[None]:
                 for left in folder.glob(".*.partial"):
                     with suppress(OSError):  # another user's
                         left.unlink()
-            fcntl.flock(place, fcntl.LOCK_SH)
+            lock_in_time(place, fcntl.LOCK_SH, LOCK_SECONDS)
         yield
     finally:
         os.close(place)
+
+
+def lock_in_time(fd: int, how: int, seconds: float) -> bool:
+    """Whether the lock of flock(2) was had within `seconds`: others may keep it, stopped say. OSError."""
+    end = monotonic() + seconds
+    while True:
+        try:
+            fcntl.flock(fd, how | fcntl.LOCK_NB)
+            return True
+        except BlockingIOError:
+            if monotonic() >= end:
+                return False
+            sleep(0.03)
 
 
 def forget_oldest(folder: Path, pattern: str, most: int) -> None:

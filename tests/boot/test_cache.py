@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import signal
 import subprocess
@@ -89,6 +90,37 @@ def test_a_file_system_without_locks_is_filled_as_well(
     monkeypatch.setattr("fcntl.flock", refuse)
     cache.publish(tmp_path / "file", [b"whole"])
     assert (tmp_path / "file").read_bytes() == b"whole"
+
+
+def test_a_folder_that_somebody_keeps_locked_is_filled_without_the_lock_after_a_while(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It was waited for without a limit and without a word."""
+    monkeypatch.setattr(cache, "LOCK_SECONDS", 0.2)
+    holder = os.open(tmp_path, os.O_RDONLY)
+    try:
+        fcntl.flock(holder, fcntl.LOCK_EX)
+        thread = threading.Thread(target=cache.publish, args=(tmp_path / "file", [b"whole"]), daemon=True)
+        thread.start()
+        thread.join(SECONDS / 5)
+        assert not thread.is_alive()
+    finally:
+        os.close(holder)
+    assert (tmp_path / "file").read_bytes() == b"whole"
+
+
+def test_a_lock_that_comes_free_is_had(tmp_path: Path) -> None:
+    holder, fd = (os.open(tmp_path, os.O_RDONLY) for _ in range(2))
+    try:
+        fcntl.flock(holder, fcntl.LOCK_EX)
+        assert not cache.lock_in_time(fd, fcntl.LOCK_SH, 0.0)
+        later = threading.Timer(0.1, fcntl.flock, (holder, fcntl.LOCK_UN))
+        later.start()
+        assert cache.lock_in_time(fd, fcntl.LOCK_SH, SECONDS)
+        later.join()
+    finally:
+        os.close(holder)
+        os.close(fd)
 
 
 def test_a_relative_cache_is_the_same_from_elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
