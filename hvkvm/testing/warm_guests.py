@@ -29,7 +29,8 @@ MAX_KEPT = 6
 def copy_of(settings: Mapping[str, Any], seconds: float) -> dict[str, Any]:
     """The settings of a copy of the warm guest that `settings` ask for, which is booted if there is none.
 
-    ConfigError for what no warm guest has; what `hvkvm.warm` raises.
+    ConfigError for what no warm guest has, and where another process neither makes it nor lets us; what
+    `hvkvm.warm` raises.
     """
     for key in NOT_WARM:
         if settings.get(key):
@@ -38,7 +39,9 @@ def copy_of(settings: Mapping[str, Any], seconds: float) -> dict[str, Any]:
     path = cache.root() / "warm" / f"{_digest(boot)}.state"
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path.with_suffix(".lock"), "w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+        # Who has it boots for as long as we might, and one before him may have failed.
+        if not cache.lock_in_time(lock.fileno(), fcntl.LOCK_EX, 2 * seconds):
+            raise ConfigError(f"warm=True: another process keeps {lock.name} locked; end it")
         if not path.exists():
             _make(boot, path, seconds)
         os.utime(path)

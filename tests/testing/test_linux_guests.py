@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 from collections.abc import Callable
 from pathlib import Path
 
@@ -43,6 +44,16 @@ def test_copies_of_one_warm_guest(
 def test_what_no_warm_guest_has_is_refused() -> None:
     with pytest.raises(ConfigError, match="a warm guest has no initrd"):
         warm_guests.copy_of({"initrd": Path("x")}, 1)
+
+
+def test_a_lock_that_is_never_let_go_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HVKVM_CACHE", str(tmp_path))
+    monkeypatch.setattr(warm_guests, "_digest", lambda _boot: "sort")
+    (tmp_path / "warm").mkdir()
+    with open(tmp_path / "warm/sort.lock", "w") as holder:
+        fcntl.flock(holder, fcntl.LOCK_EX)
+        with pytest.raises(ConfigError, match=r"another process keeps .*/warm/sort\.lock locked; end it"):
+            warm_guests.copy_of({}, 0.05)
 
 
 @pytest.mark.hyperv
