@@ -1,7 +1,9 @@
 """The control socket's requests that need the guest's help: a device on the bus carries each.
 
 A request is answered once: by the guest, by its leaving, by the limit of time
-that `control` sets, or at once when the device or its driver is not there.
+that `control` sets, or at once when the device or its driver is not there. What
+the guest has not been sent by the time that nobody waits for it is not sent any more:
+a power-off must not meet a guest that comes back behind a `no answer`.
 
 Owner: the I/O loop. ValueError is a mistake of the client and becomes its reply.
 """
@@ -116,7 +118,7 @@ class _Guest:
             else:
                 answer.fail("guest", f"the guest refuses to {what}: {ic.status_text(status)}")
 
-        if not device.request(what, reply):
+        if not device.request(what, reply, _waits(answer)):
             answer.fail("guest", "too many requests wait for the guest already")
 
     def time(self, request: Request, answer: Answer) -> None:
@@ -142,7 +144,7 @@ class _Guest:
             else:
                 answer.fail("guest", f"the guest did not take the time: {ic.status_text(status)}")
 
-        if not device.sync(reply):
+        if not device.sync(reply, _waits(answer)):
             answer.fail("guest", "too many requests wait for the guest already")
 
     def keys(self, request: Request, answer: Answer) -> None:
@@ -166,7 +168,7 @@ class _Guest:
             else:
                 answer.fail("guest", "the guest left while keys waited for it")
 
-        if not device.send_events(events, typed):
+        if not device.send_events(events, typed, _waits(answer)):
             answer.fail("guest", f"too many keys wait for the guest already ({device.waiting})")
 
     def kvp(self, request: Request, answer: Answer) -> None:
@@ -188,14 +190,15 @@ class _Guest:
                 pairs = [[pair.key, _plain(pair.value)] for pair in result.pairs]
                 answer.ok({"pairs": pairs, "note": result.note})
 
+        wanted = _waits(answer)
         if what == "list":
-            device.enumerate(pool, reply)
+            device.enumerate(pool, reply, wanted)
         elif what == "set":
-            device.set(pool, key, value, reply)
+            device.set(pool, key, value, reply, wanted)
         elif what == "delete":
-            device.delete(pool, key, reply)
+            device.delete(pool, key, reply, wanted)
         else:
-            device.get(pool, key, reply)
+            device.get(pool, key, reply, wanted)
 
     def freeze(self, _request: Request, answer: Answer) -> None:
         self._snapshot("freeze", answer)
@@ -218,6 +221,11 @@ class _Guest:
                 answer.fail("guest", result.text)
 
         getattr(device, what)(reply)
+
+
+def _waits(answer: Answer) -> Callable[[], bool]:
+    """Whether somebody waits for it, as devices ask before they send."""
+    return lambda: answer.wanted
 
 
 def _plain(value: str | int | bytes) -> str | int:

@@ -156,6 +156,23 @@ def test_who_waits_is_told_when_the_guest_leaves(loop: Loopback) -> None:
     assert not device.waiting
 
 
+def test_keys_that_nobody_waits_for_are_not_typed(loop: Loopback) -> None:
+    """Those that have begun to go do so to their end: half a line would be another command."""
+    device, driver = connected(loop, in_pages=2)
+    told: dict[str, bool] = {}
+    waited_for = {"a" * 500: True, "b" * 500: True, "c": True}
+    for text in waited_for:
+        whole = lambda whole, text=text: told.update({text[0]: whole})  # noqa: E731
+        wanted = lambda text=text: waited_for[text]  # noqa: E731
+        assert device.send_events(wire.text_events(text), whole, wanted)
+    assert told == {}, "the guest has yet to read"
+    waited_for.update({"a" * 500: False, "b" * 500: False})
+    assert device.save().waiting.count(wire.text_events("b")[0]) == 0
+    assert driver.bytes_for_atkbd() == bytes.fromhex("1e9e") * 500 + bytes.fromhex("2eae")
+    assert told == {"a": True, "b": False, "c": True}
+    assert device.waiting == 0
+
+
 def test_a_driver_that_comes_anew_gets_no_old_keys(loop: Loopback) -> None:
     device, driver = connected(loop, in_pages=2)
     while device.type("x" * 500):

@@ -166,6 +166,51 @@ def test_too_many_requests_are_refused_at_once(loop: Loopback) -> None:
     assert all(answer.told[0][0] == "guest" and "too many" in answer.told[0][1] for answer in full)
 
 
+@pytest.mark.parametrize(
+    ("name", "do", "more"),
+    [
+        ("shutdown", "shutdown", {"what": "power-off"}),
+        ("timesync", "time", {"what": "sync"}),
+        *[
+            ("kvp", "kvp", {"what": what, "pool": "external", "key": "k", "value": "v"})
+            for what in ("get", "set", "delete", "list")
+        ],
+    ],
+)
+def test_what_nobody_waits_for_is_not_sent(loop: Loopback, name: str, do: str, more: dict[str, str]) -> None:
+    """A guest whose driver hung met all that its operator had given up meanwhile, power-offs among it."""
+    world = made(loop, name)
+    world.driver.negotiate()
+    first = world.ask(do, **more)
+    queued = [world.ask(do, **more) for _ in range(5)]
+    for answer in (first, *queued[:4]):
+        answer.wanted = False
+    seen = world.driver.serve(lambda _body: (E_FAIL, None))
+    assert seen == 2, "what was on its way, and what is wanted"
+    assert len(queued[4].told) == 1
+
+
+def test_what_nobody_waits_for_takes_no_room(loop: Loopback) -> None:
+    world = made(loop, "shutdown")
+    world.driver.negotiate()
+    given_up = [world.ask("shutdown", what="reboot") for _ in range(MAX_WAITING + 1)]
+    for answer in given_up:
+        answer.wanted = False
+    assert world.ask("shutdown", what="reboot").told == []
+
+
+def test_a_list_that_nobody_waits_for_ends(loop: Loopback) -> None:
+    world = made(loop, "kvp")
+    world.driver.negotiate()
+    answer = world.ask("kvp", what="list", pool="guest")
+
+    def daemon(body: bytes) -> tuple[int, bytes]:
+        answer.wanted = False
+        return 0, pair(body, 8, "a", "1")
+
+    assert world.driver.serve(daemon) == 1
+
+
 def test_time(loop: Loopback) -> None:
     world = made(loop, "timesync")
     assert world.ask("time", what="show").told[0][1]["driver"] is False

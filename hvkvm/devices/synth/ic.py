@@ -2,7 +2,8 @@
 
 Why: Linux's utility drivers take one packet an interrupt and answer it in the
 same buffer, so a second request before the answer could lie in the ring unseen.
-What is asked meanwhile waits here, in a bounded queue.
+What is asked meanwhile waits here, in a bounded queue. A guest that comes back late
+must not find what its operator has given up: what is no longer wanted is not sent.
 
 Owner: the I/O loop, for every method.
 """
@@ -30,18 +31,24 @@ _TRANSACTIONS = 1 << 63
 Reply = Callable[[int, bytes], object]
 """reply(status, body): the guest's HRESULT and what follows its header; E_FAIL if it left without answer."""
 
+Wanted = Callable[[], bool]
+"""Whether somebody still waits for the answer."""
+
 
 Body = bytes | Callable[[], bytes]
 """A request's body; if it tells the time, what makes it: called at each try to send it."""
 
 
 class _Request:
-    __slots__ = ("body", "kind", "reply")
+    __slots__ = ("body", "kind", "reply", "wanted")
 
-    def __init__(self, kind: int, body: Body, reply: Reply | None) -> None:
+    def __init__(
+        self, kind: int, body: Body, reply: Reply | None = None, wanted: Wanted | None = None
+    ) -> None:
         self.kind = kind
         self.body = body  # bytes, or what makes them when the request is sent
         self.reply = reply
+        self.wanted = wanted
 
 
 class IcState(NamedTuple):
@@ -94,14 +101,18 @@ class IntegrationComponent:
     def left(self) -> None:
         """The guest closed the channel; for subclasses."""
 
-    def ask(self, kind: int, body: Body, reply: Reply | None = None) -> bool:
+    def ask(self, kind: int, body: Body, reply: Reply | None = None, wanted: Wanted | None = None) -> bool:
         """Send a request, or queue it; False when no driver is there or too much waits already.
 
         What can never fit in the ring that the guest chose is answered E_FAIL, `failure` says so meanwhile.
+        So is what waits here still when `wanted()` is false: it is not sent.
         """
-        if self.message_version is None or len(self._waiting) >= MAX_WAITING:
+        if self.message_version is None:
             return False
-        self._waiting.append(_Request(kind, body, reply))
+        self._drop_unwanted()
+        if len(self._waiting) >= MAX_WAITING:
+            return False
+        self._waiting.append(_Request(kind, body, reply, wanted))
         self.ready()
         return True
 
@@ -135,7 +146,7 @@ class IntegrationComponent:
         self.frame_version, self.message_version = state.frame_version, state.message_version
         self._trans_id = state.transaction
         if state.under_way is not None:
-            self._sent = _Request(state.under_way, b"", None)
+            self._sent = _Request(state.under_way, b"")
         if state.negotiates:
             self._negotiate()
 
@@ -149,10 +160,11 @@ class IntegrationComponent:
 
     def _negotiate(self) -> None:
         body = ic.negotiate_body(ic.FRAME_VERSIONS, self.MESSAGE_VERSIONS)
-        self._waiting.append(_Request(ic.ICMSGTYPE_NEGOTIATE, body, None))
+        self._waiting.append(_Request(ic.ICMSGTYPE_NEGOTIATE, body))
 
     def ready(self) -> None:
-        """Send what waits, if nothing is under way and there is room."""
+        """Send what waits and is wanted, if nothing is under way and there is room."""
+        self._drop_unwanted()
         while self._io is not None and self._sent is None and self._waiting:
             request = self._waiting[0]
             payload = ic.build(
@@ -169,6 +181,12 @@ class IntegrationComponent:
             self._waiting.popleft()
             ring = self._io.writer.size
             self._fail(request, f"{len(payload)} bytes never fit in the guest's ring of {ring}")
+
+    def _drop_unwanted(self) -> None:
+        unwanted = [one for one in self._waiting if one.wanted is not None and not one.wanted()]
+        for one in unwanted:
+            self._waiting.remove(one)
+        call_all(partial(self._fail, one, "nobody waits for it any more") for one in unwanted)
 
     def _fail(self, request: _Request, why: str) -> None:
         """Tell who asked that it cannot be done, with `failure` as the reason."""

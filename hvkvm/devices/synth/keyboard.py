@@ -2,8 +2,10 @@
 
 Not an integration component: the guest speaks first, with the protocol version
 it wants, and afterwards only takes events. What finds no room in the ring waits
-in a bounded queue; the guest's doorbell moves it on. Linux drops keys that come
-before its input layer has taken the driver's port, shortly after the version.
+in a bounded queue; the guest's doorbell moves it on. Keys that nobody waits for any
+more are not typed, unless the guest has some of them: half a word would be worse.
+Linux drops keys that come before its input layer has taken the driver's port,
+shortly after the version.
 
 Owner: the I/O loop, for every method.
 """
@@ -11,7 +13,7 @@ Owner: the I/O loop, for every method.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
 
 from hvkvm.abi import keyboard as wire
@@ -30,7 +32,32 @@ TURN_EVENTS = 64
 """Most that go at a time: a guest chooses how large its ring is, and other devices have their turn too."""
 
 Typed = Callable[[bool], object]
-"""typed(whole): all of it lies in the ring; False if the guest left before."""
+"""typed(whole): all of it lies in the ring; False if the guest left before, or it was dropped."""
+
+Wanted = Callable[[], bool]
+"""Whether somebody still waits for `typed`."""
+
+
+class _Block:
+    """The keys of one request that have yet to go."""
+
+    __slots__ = ("begun", "events", "typed", "wanted")
+
+    def __init__(self, events: Iterable[bytes], typed: Typed | None, wanted: Wanted | None) -> None:
+        self.events = deque(events)
+        self.typed = typed
+        self.wanted = wanted
+        self.begun = False
+
+    @property
+    def is_dropped(self) -> bool:
+        """Whether it need not go, and none of it has."""
+        return not self.begun and self.wanted is not None and not self.wanted()
+
+    def end(self, *, whole: bool) -> None:
+        """Tell who typed it."""
+        if self.typed is not None:
+            self.typed(whole)
 
 
 class KeyboardState(NamedTuple):
@@ -56,7 +83,8 @@ class Keyboard:
         self.version: int | None = None
         """The protocol version agreed with a driver; None while none is there."""
         self._io: ChannelIo | None = None
-        self._waiting: deque[bytes | Typed] = deque()
+        self._waiting: deque[_Block] = deque()
+        self._count = 0  # events in those, and one more for each, since an empty one takes room as well
         self._response = b""
 
     @property
@@ -72,8 +100,8 @@ class Keyboard:
 
     @property
     def waiting(self) -> int:
-        """Events that wait for room, with a mark at the end of each request."""
-        return len(self._waiting)
+        """Events that wait for room, and one more for each request."""
+        return self._count
 
     def type(self, text: str, typed: Typed | None = None) -> bool:
         """Type `text` on a US keyboard: all of it, or False when no driver is there or too much waits.
@@ -87,21 +115,28 @@ class Keyboard:
         chord = wire.parse_chord(keys) if isinstance(keys, str) else keys
         return self.send_events(wire.chord_events(chord), typed)
 
-    def send_events(self, events: list[bytes], typed: Typed | None = None) -> bool:
-        """Send events that `abi.keyboard` made; as `type`."""
-        if self.version is None or len(self._waiting) + len(events) >= MAX_WAITING:
+    def send_events(
+        self, events: list[bytes], typed: Typed | None = None, wanted: Wanted | None = None
+    ) -> bool:
+        """Send events that `abi.keyboard` made; as `type`.
+
+        If `wanted()` is false when the first of them could go, none of them does: `typed(False)`.
+        """
+        if self.version is None or self._count + len(events) >= MAX_WAITING:
             return False
-        self._waiting.extend(events)
-        if typed is not None:
-            self._waiting.append(typed)
+        self._append(_Block(events, typed, wanted))
         self.ready()
         return True
+
+    def _append(self, block: _Block) -> None:
+        self._waiting.append(block)
+        self._count += len(block.events) + 1
 
     # vmbus.device.SavedDevice
 
     def save(self) -> KeyboardState:
         """See `vmbus.device.SavedDevice`."""
-        waiting = tuple(entry for entry in self._waiting if isinstance(entry, bytes))
+        waiting = tuple(event for block in self._waiting if not block.is_dropped for event in block.events)
         return KeyboardState(self.version, self._response, waiting, self.events, self.leds)
 
     def load(self, io: ChannelIo | None, state: KeyboardState) -> None:
@@ -114,7 +149,8 @@ class Keyboard:
             return
         self._io, self.version = io, state.version
         self._response = state.response[: wire.protocol_response.size]
-        self._waiting.extend(state.waiting)
+        if state.waiting:
+            self._append(_Block(state.waiting, None, None))
         self.events, self.leds = max(0, state.events), state.leds
 
     # vmbus.device.Device
@@ -156,23 +192,27 @@ class Keyboard:
             for _ in range(TURN_EVENTS):
                 if not self._waiting or self._io is not io:
                     return
-                first = self._waiting[0]
-                if isinstance(first, bytes):
-                    if not io.send(first):
+                block = self._waiting[0]
+                if block.events and not block.is_dropped:
+                    if not io.send(block.events[0]):
                         return
+                    block.begun = True
+                    block.events.popleft()
+                    self._count -= 1
                     self.events += 1
-                    self._waiting.popleft()
                 else:
                     self._waiting.popleft()
-                    first(True)
+                    self._count -= len(block.events) + 1
+                    block.end(whole=not block.events)
             if self._waiting:
                 io.again()
 
     def _leave(self) -> None:
         """The driver of before is gone: its keys are dropped, and whoever waits is told."""
         waiting, self._waiting = self._waiting, deque()
+        self._count = 0
         self.version = None
-        call_all(partial(entry, False) for entry in waiting if not isinstance(entry, bytes))
+        call_all(partial(block.end, whole=False) for block in waiting)
 
     def close(self, done: Done) -> None:
         """Nobody types into a closed channel."""

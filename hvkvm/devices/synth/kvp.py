@@ -6,7 +6,8 @@ NEGOTIATE only once that has registered (or after 55 s), so until then there is
 nobody to ask. While the daemon is away a request may wait for it without end.
 
 Each request is answered exactly once: by the guest, by the guest's leaving, or at
-once where it cannot be sent. Failures are values. Owner: the I/O loop.
+once where it cannot be sent or, with a `wanted` as in `ask`, need not be any more.
+Failures are values. Owner: the I/O loop.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from collections.abc import Callable
 
 from hvkvm.abi import ic, kvp, vmbus
 from hvkvm.abi.kvp import IpInfo, KvpPair, Value
-from hvkvm.devices.synth.ic import IntegrationComponent, Reply
+from hvkvm.devices.synth.ic import IntegrationComponent, Reply, Wanted
 from hvkvm.tuples import NamedTuple
 
 MAX_PAIRS = 1024
@@ -60,7 +61,7 @@ class Kvp(IntegrationComponent):
     INTERFACE = vmbus.HV_KVP_GUID
     MESSAGE_VERSIONS = ((1, 0), (3, 0), (4, 0))
 
-    def get(self, pool: int, key: str, reply: OnReply) -> None:
+    def get(self, pool: int, key: str, reply: OnReply, wanted: Wanted | None = None) -> None:
         """The value of `key`; HV_S_CONT when there is none. Enumerates up to it, as Hyper-V's own tools do.
 
         `get_directly` says why.
@@ -79,7 +80,7 @@ class Kvp(IntegrationComponent):
         except ValueError as error:
             reply(KvpReply(ic.HV_INVALIDARG, str(error)))
             return
-        self._enumerate_from(pool, (), key, told)
+        self._enumerate_from(pool, (), key, told, wanted)
 
     def get_directly(self, pool: int, key: str, reply: OnReply) -> None:
         """The value of `key` by KVP_OP_GET, in one request.
@@ -94,24 +95,31 @@ class Kvp(IntegrationComponent):
 
         self._exchange(pool, lambda: kvp.get_body(pool, key), reply, parse)
 
-    def set(self, pool: int, key: str, value: str | int, reply: OnReply) -> None:
+    def set(
+        self, pool: int, key: str, value: str | int, reply: OnReply, wanted: Wanted | None = None
+    ) -> None:
         """Leave a pair with the guest, in place of one of that key.
 
         Linux keeps a number as its digits. A key has room for 255 UTF-16 units and a value
         for 1023, but Linux tells no more than 254 and 1022 of them again.
         """
-        self._exchange(pool, lambda: kvp.set_body(pool, key, value), reply, _done)
+        self._exchange(pool, lambda: kvp.set_body(pool, key, value), reply, _done, wanted)
 
-    def delete(self, pool: int, key: str, reply: OnReply) -> None:
+    def delete(self, pool: int, key: str, reply: OnReply, wanted: Wanted | None = None) -> None:
         """Take a pair away; HV_S_CONT when there is none."""
-        self._exchange(pool, lambda: kvp.delete_body(pool, key), reply, _done)
+        self._exchange(pool, lambda: kvp.delete_body(pool, key), reply, _done, wanted)
 
-    def enumerate(self, pool: int, reply: OnReply) -> None:
+    def enumerate(self, pool: int, reply: OnReply, wanted: Wanted | None = None) -> None:
         """All pairs of a pool, at most MAX_PAIRS. One request for each, so others may come in between."""
-        self._enumerate_from(pool, (), None, reply)
+        self._enumerate_from(pool, (), None, reply, wanted)
 
     def _enumerate_from(
-        self, pool: int, pairs: tuple[KvpPair, ...], until: str | None, reply: OnReply
+        self,
+        pool: int,
+        pairs: tuple[KvpPair, ...],
+        until: str | None,
+        reply: OnReply,
+        wanted: Wanted | None,
     ) -> None:
         if len(pairs) == MAX_PAIRS:
             reply(KvpReply(ic.HV_S_OK, f"{MAX_PAIRS} pairs, and there may be more", pairs))
@@ -123,7 +131,7 @@ class Kvp(IntegrationComponent):
                 if so_far[-1].key == until:
                     reply(KvpReply(ic.HV_S_OK, pairs=so_far))
                 else:
-                    self._enumerate_from(pool, so_far, until, reply)
+                    self._enumerate_from(pool, so_far, until, reply, wanted)
             elif result.status == ic.HV_S_CONT:
                 reply(KvpReply(ic.HV_S_OK, pairs=pairs))
             else:
@@ -133,7 +141,7 @@ class Kvp(IntegrationComponent):
             pair = kvp.parse_enumerate(body)
             return None if pair is None else KvpReply(ic.HV_S_OK, pairs=(pair,))
 
-        self._exchange(pool, lambda: kvp.enumerate_body(pool, len(pairs)), took, parse)
+        self._exchange(pool, lambda: kvp.enumerate_body(pool, len(pairs)), took, parse, wanted)
 
     def ip_info(self, adapter: str | None, reply: OnReply, *, family: int = kvp.ADDR_FAMILY_NONE) -> None:
         """Addresses, subnets, gateways and name servers of an adapter, in `KvpReply.ip`.
@@ -169,7 +177,14 @@ class Kvp(IntegrationComponent):
             return
         self._exchange(kvp.KVP_POOL_EXTERNAL, lambda: kvp.ip_info_body(operation, info), reply, parse)
 
-    def _exchange(self, pool: int, build: Callable[[], bytes], reply: OnReply, parse: _Parse) -> None:
+    def _exchange(
+        self,
+        pool: int,
+        build: Callable[[], bytes],
+        reply: OnReply,
+        parse: _Parse,
+        wanted: Wanted | None = None,
+    ) -> None:
         if not 0 <= pool < kvp.KVP_POOL_COUNT:
             reply(KvpReply(ic.HV_INVALIDARG, f"there is no pool {pool}"))
             return
@@ -180,7 +195,7 @@ class Kvp(IntegrationComponent):
             return
         if not self.ready_for_requests:
             reply(KvpReply(ic.HV_ERROR_DEVICE_NOT_CONNECTED))
-        elif not self.ask(ic.ICMSGTYPE_KVPEXCHANGE, body, self._answer(reply, parse)):
+        elif not self.ask(ic.ICMSGTYPE_KVPEXCHANGE, body, self._answer(reply, parse), wanted):
             reply(KvpReply(ic.HV_ERROR_BUSY, "too much waits for the guest already"))
 
     def _answer(self, reply: OnReply, parse: _Parse) -> Reply:

@@ -6,7 +6,7 @@ Owner: the I/O loop.
 from __future__ import annotations
 
 from hvkvm.abi import ic, vmbus
-from hvkvm.devices.synth.ic import IntegrationComponent, Reply
+from hvkvm.devices.synth.ic import IntegrationComponent, Reply, Wanted
 
 _FLAGS = {
     "power-off": ic.SD_FLAG_FORCE,
@@ -24,13 +24,13 @@ class Shutdown(IntegrationComponent):
     INTERFACE = vmbus.HV_SHUTDOWN_GUID
     MESSAGE_VERSIONS = ((1, 0), (3, 0), (3, 1), (3, 2))
 
-    def request(self, what: str, reply: Reply | None = None) -> bool:
+    def request(self, what: str, reply: Reply | None = None, wanted: Wanted | None = None) -> bool:
         """Ask for "power-off", "reboot" or "hibernate". ValueError else.
 
-        False when no driver is there, or too many requests wait for it.
+        False when no driver is there, or too many requests wait for it. `wanted` as in `ask`.
         """
         flags = _FLAGS.get(what)
         if flags is None:
             raise ValueError(f"{what}: choose {', '.join(_FLAGS)}")
         body = ic.shutdown_msg_data.pack(_REASON_PLANNED, TIMEOUT_SECONDS, flags, b"")
-        return self.ask(ic.ICMSGTYPE_SHUTDOWN, body, reply)
+        return self.ask(ic.ICMSGTYPE_SHUTDOWN, body, reply, wanted)

@@ -10,7 +10,7 @@ from functools import partial
 from time import time_ns
 
 from hvkvm.abi import ic, vmbus
-from hvkvm.devices.synth.ic import IcState, IntegrationComponent, Reply
+from hvkvm.devices.synth.ic import IcState, IntegrationComponent, Reply, Wanted
 from hvkvm.runtime.protocols import CallLater, TimerHandle
 from hvkvm.vmbus.channel_io import ChannelIo
 
@@ -55,22 +55,22 @@ class TimeSync(IntegrationComponent):
         if self.ready_for_requests:
             self.negotiated()
 
-    def sync(self, reply: Reply | None = None) -> bool:
+    def sync(self, reply: Reply | None = None, wanted: Wanted | None = None) -> bool:
         """Have the guest set its clock to the host's now.
 
-        False when no driver is there, or too many requests wait for it.
+        False when no driver is there, or too many requests wait for it. `wanted` as in `ask`.
         """
-        return self._tell(ic.ICTIMESYNCFLAG_SYNC, reply)
+        return self._tell(ic.ICTIMESYNCFLAG_SYNC, reply, wanted)
 
     def _sample(self) -> None:
         self._tell(ic.ICTIMESYNCFLAG_SAMPLE)
         self._timer = self._call_later(INTERVAL, self.guard.run, self._sample)
 
-    def _tell(self, flags: int, reply: Reply | None = None) -> bool:
+    def _tell(self, flags: int, reply: Reply | None = None, wanted: Wanted | None = None) -> bool:
         if self._sent is not None and flags == ic.ICTIMESYNCFLAG_SAMPLE:
             return False  # a time that waits is wrong when it goes
         # Made when it is sent: before 4.0 the guest takes it for the time at which it comes.
-        asked = self.ask(ic.ICMSGTYPE_TIMESYNC, partial(self._now, flags), reply)
+        asked = self.ask(ic.ICMSGTYPE_TIMESYNC, partial(self._now, flags), reply, wanted)
         self.sent["sync" if flags == ic.ICTIMESYNCFLAG_SYNC else "sample"] += asked
         return asked
 
