@@ -162,6 +162,9 @@ class _Client:
         self._close_if_done()
 
     def _request(self, line: bytes) -> None:
+        if self._hung_up():  # it gave up while this process stood still, and wants it no more
+            self.close()
+            return
         try:
             request = loads(line)
         except (ValueError, RecursionError) as error:

@@ -221,9 +221,10 @@ def test_a_client_that_leaves_before_its_answer_harms_nobody(world: World) -> No
     for count in range(1, 3 * MAX_CONNECTIONS + 1):
         client = world.connect()
         client.send(b'{"do":"hold"}\n{"do":"echo"}\n{"do":')
+        world.eventually(lambda count=count: len(world.held) == count)
         client.sock.close()
         client.file.close()
-        world.eventually(lambda count=count: len(world.held) == count and not world.server.clients)
+        world.eventually(lambda: not world.server.clients)
 
     assert not [one for one in world.held if one.timer is not None and one.timer.active], "nobody waits"
 
@@ -234,6 +235,26 @@ def test_a_client_that_leaves_before_its_answer_harms_nobody(world: World) -> No
     world.on_loop(answer)
     world.eventually(lambda: not world.server.clients)
     assert world.connect().ask("echo", what=1)["ok"]
+
+
+def test_what_a_client_asked_that_has_left_by_now_is_not_done(world: World) -> None:
+    """A process that was stopped for long would quit, or grow a disk, when it goes on."""
+    standing, go_on = threading.Event(), threading.Event()
+    world.loop.call_soon(lambda: (standing.set(), go_on.wait(SECONDS)))
+    assert standing.wait(SECONDS)
+    for half in (True, False):
+        client = world.connect()
+        client.send(b'{"do":"echo","what":1}\n')
+        if half:  # it takes its reply
+            client.sock.shutdown(socket.SHUT_WR)
+        else:
+            client.sock.close()
+            client.file.close()
+    go_on.set()
+    assert world.clients[0].reply()["ok"]
+    world.eventually(lambda: not world.server.clients)
+    assert world.connect().ask("echo", what=2)["ok"]
+    assert [request["what"] for request in world.seen] == [1, 2]
 
 
 def test_a_reader_that_is_slow_gets_all_of_it_and_blocks_nobody(world: World) -> None:
