@@ -203,23 +203,23 @@ class Control:
         """Write the machine to "file", an absolute path; answered when it is whole.
 
         The guest goes on, or with "end" true the run ends, which is answered as by "wait". "compress" true
-        makes the file small.
+        makes the file small. One that nobody waits for any more is given up.
         """
         path = _absolute(request)
 
-        wanted = {key: request.get(key) is True for key in ("end", "compress")}
+        given = {key: request.get(key) is True for key in ("end", "compress")}
 
         def saved(size: int, why: str) -> None:
             if why:
                 answer.fail("guest", f"not saved: {why}")
-            elif wanted["end"]:
+            elif given["end"]:
                 if answer.timer is not None:
                     answer.timer.cancel()
                 self._saved = partial(answer.ok, {"file": str(path), "bytes": size})
             else:
                 answer.ok({"file": str(path), "bytes": size})
 
-        if not self._parts.saver.save(path, saved, **wanted):
+        if not self._parts.saver.save(path, saved, wanted=lambda: answer.wanted, **given):
             answer.fail("busy", "another save is being made; try again")
 
     def _disk(self, request: Request, answer: Answer) -> None:

@@ -24,6 +24,7 @@ from hvkvm.machine.outcome import Ending
 from hvkvm.runtime.thread_start import start_thread
 from hvkvm.state.file import Saved, Writer
 from hvkvm.state.manifest import Manifest, SavedBoot, SavedConfig
+from hvkvm.tuples import NamedTuple
 
 if TYPE_CHECKING:
     from hvkvm.machine.config import MachineConfig
@@ -38,8 +39,20 @@ WATCH_SECONDS = 0.1
 
 _GONE = "the folder that this run was started in is gone, and with it the files that it named from there"
 
+_GIVEN_UP = "nobody waits for it any more"
+
 Done = Callable[[int, str], object]
 """done(size, why): the file's size in bytes, or why there is none. I/O loop."""
+
+
+class _Order(NamedTuple):
+    """A save, as it was asked for: see `Saver.save`."""
+
+    path: Path
+    done: Done
+    end: bool
+    compress: bool
+    wanted: Callable[[], bool]
 
 
 class Saver:
@@ -84,11 +97,20 @@ class Saver:
         """What the machine is being saved to; None while it is not. Any thread."""
         return self._path if self._busy else None
 
-    def save(self, path: Path, done: Done, *, end: bool = False, compress: bool = False) -> bool:
+    def save(
+        self,
+        path: Path,
+        done: Done,
+        *,
+        end: bool = False,
+        compress: bool = False,
+        wanted: Callable[[], bool] = lambda: True,
+    ) -> bool:
         """Write the machine to `path` soon; `done` hears how it went. False while another save is made.
 
         With `end` the run ends at that, and the guest does nothing that is not in the file. `compress` is
-        for keeping: a smaller file, which takes longer to write and to go on from.
+        for keeping: a smaller file, which takes longer to write and to go on from. Once it is not `wanted()`
+        any more, which any thread may ask, it is given up, and the guest goes on.
         """
         if self._busy:
             return False
@@ -103,9 +125,8 @@ class Saver:
                 done(0, why)
                 return
             # A disk that hangs shall not cost the guest its life because somebody wants to keep it.
-            self._lifecycle.at_rest(
-                lambda go_on: self._stable(path, done, go_on, end, compress), patient=True
-            )
+            order = _Order(path, done, end, compress, wanted)
+            self._lifecycle.at_rest(lambda go_on: self._stable(order, go_on), patient=True)
 
         specs = () if self._shelf is None else self._shelf.specs
         look = threading.Thread(target=self._look, args=(path, specs, allowed), name="save", daemon=True)
@@ -156,21 +177,22 @@ class Saver:
                 return size
         raise StateError(f"not saved: the run has ended: {self._lifecycle.outcome}")
 
-    def _stable(self, path: Path, done: Done, go_on: Callable[[], object], end: bool, compress: bool) -> None:
+    def _stable(self, order: _Order, go_on: Callable[[], object]) -> None:
         """Nothing is in flight any more. What the guest has written is made stable before it is saved."""
         if self._lifecycle.reset_pending:
             # First that: a guest that goes on from the file would wait for it without end.
-            self._lifecycle.at_rest(lambda again: self._stable(path, done, again, end, compress))
+            self._lifecycle.at_rest(lambda again: self._stable(order, again))
             go_on()
             return
 
         def flushed(why: str) -> None:
+            why = why or ("" if order.wanted() else _GIVEN_UP)
             if why:
                 self._busy = False
                 go_on()
-                done(0, why)
+                order.done(0, why)
             else:
-                self._at_rest(path, done, go_on, end, compress)
+                self._at_rest(order, go_on)
 
         if self._shelf is None:
             flushed("")
@@ -179,27 +201,25 @@ class Saver:
         else:
             self._shelf.flush(flushed)
 
-    def _at_rest(
-        self, path: Path, done: Done, go_on: Callable[[], object], end: bool, compress: bool
-    ) -> None:
+    def _at_rest(self, order: _Order, go_on: Callable[[], object]) -> None:
         def finish(size: int, why: str) -> None:
             self._busy = False
-            if not end or why:
+            if not order.end or why:
                 go_on()
                 with suppress(Stopped):  # behind that: who hears of it finds a machine that goes on
-                    self._platform.io.call_soon(done, size, why)
+                    self._platform.io.call_soon(order.done, size, why)
             else:
-                done(size, why)
-                self._lifecycle.finish(Ending.QUIT, 0, f"saved to {path}")
+                order.done(size, why)
+                self._lifecycle.finish(Ending.QUIT, 0, f"saved to {order.path}")
 
         def write() -> None:
             try:
-                size, why = self._write(path, saved, states, compress), ""
+                size, why = self._write(order, saved, states), ""
             except CapabilityMissing as error:
                 size, why = 0, str(error)
             except Exception as error:  # whatever it is: the machine stands still until it hears of it
                 reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
-                size, why = 0, f"{path}: {reason}"
+                size, why = 0, f"{order.path}: {reason}"
             if not self._ending:
                 with suppress(Stopped):
                     self._platform.io.call_soon(finish, size, why)
@@ -241,14 +261,16 @@ class Saver:
             config.apic_bus_ns,
         )
 
-    def _write(self, path: Path, saved: SavedConfig, states: dict[str, Any], compress: bool) -> int:
+    def _write(self, order: _Order, saved: SavedConfig, states: dict[str, Any]) -> int:
         from hvkvm import __version__
 
         platform, config = self._platform, self._platform.config
-        with Writer(path, config.memory, compress=compress) as writer:
+        with Writer(order.path, config.memory, compress=order.compress) as writer:
             for offset, data in platform.memory.pieces():
                 if self._ending:
                     raise ValueError("the run ended before it was saved")
+                if not order.wanted():
+                    raise ValueError(_GIVEN_UP)
                 writer.write_ram(offset, data)
             saved = saved._replace(boot=self._recipe())
             return writer.commit(Manifest(__version__, time(), self._name, saved, ()), states)

@@ -85,6 +85,7 @@ class Writer:
     """
 
     def __init__(self, path: Path, ram_size: int, *, compress: bool = False) -> None:
+        path = Path(os.path.realpath(path))  # a link stays, and leads to the new file
         check_replaceable(path)
         self._packer = Packer("--compress") if compress else None
         self._end = RAM_OFFSET
@@ -124,6 +125,7 @@ class Writer:
         _write_all(self._fd, memoryview(text), at)
         _write_all(self._fd, memoryview(head + checksum(head)), 0)
         os.fsync(self._fd)
+        check_replaceable(self._path)  # again: minutes later it may be the image of a disk
         os.replace(self._partial, self._path)
         self._close()
         with suppress(OSError):  # some file systems cannot do that

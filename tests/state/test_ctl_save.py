@@ -2,23 +2,27 @@
 
 from __future__ import annotations
 
+import json
 import os
 import random
 import re
 import stat
+import threading
 from pathlib import Path
 from typing import Any
 
 import guest_images
 import pytest
+from guest_machine import Guest
 from running_vm import command_line, environment, running_vm
 from saved_file import rewrite
 
 from hvkvm.block.vhdx.create import VhdxOptions, create_vhdx
+from hvkvm.cli.ctl_client import Vm
 from hvkvm.errors import StateError
 from hvkvm.machine.config import MachineConfig
 from hvkvm.machine.machine import Machine
-from hvkvm.state.file import RAM_OFFSET
+from hvkvm.state.file import RAM_OFFSET, Writer
 
 pytestmark = pytest.mark.kvm
 
@@ -79,6 +83,43 @@ def test_a_save_takes_no_place_of_what_the_vm_has(tmp_path: Path) -> None:
     assert parent.read_bytes() == before
     for image in (disk, more):
         assert image.read_bytes() == b"data" * (1 << 14)
+
+
+@pytest.mark.parametrize("how", ["expired", "left"])
+def test_a_save_that_nobody_waits_for_is_given_up(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, how: str
+) -> None:
+    """Who was told that there is no answer had the old file replaced, and with --end the VM gone."""
+    (tmp_path / "saved").write_text("of yesterday")
+    writing, go_on = threading.Event(), threading.Event()
+    real = Writer.write_ram
+
+    def write_ram(writer: Writer, offset: int, data: bytes) -> None:
+        writing.set()
+        assert go_on.wait(100)
+        real(writer, offset, data)
+
+    monkeypatch.setattr(Writer, "write_ram", write_ram)
+    guest = Guest(synic="user", control=str(tmp_path / "control"))
+    try:
+        guest.start()
+        timeout = 0.1 if how == "expired" else 60
+        request = {"do": "save", "file": f"{tmp_path}/saved", "end": True, "timeout": timeout}
+        with Vm(tmp_path / "control") as client:
+            client._socket.sendall(json.dumps(request).encode() + b"\n")
+            assert writing.wait(100)
+            if how == "expired":
+                assert "no answer within" in json.loads(client._line(100))["error"]
+        guest.io_barrier()
+        go_on.set()
+        guest.until(lambda: not guest.machine.parts.saver.busy, "the save ends")
+        guest[0].do("NOP")
+        assert guest.machine.outcome is None
+    finally:
+        go_on.set()
+        guest.close()
+    assert (tmp_path / "saved").read_text() == "of yesterday"
+    assert not list(tmp_path.glob(".*"))
 
 
 def test_a_vm_whose_disks_have_all_gone_goes_on(tmp_path: Path) -> None:

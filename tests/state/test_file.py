@@ -13,6 +13,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from hvkvm.block.host_file import HostFile
 from hvkvm.errors import CapabilityMissing, StateError
 from hvkvm.state import file as state_file
 from hvkvm.state.codec import plain
@@ -140,6 +141,28 @@ def test_what_is_not_committed_leaves_nothing_and_the_old_file_as_it_was(tmp_pat
     assert os.listdir(tmp_path) == ["vm"]
     assert len(os.listdir("/proc/self/fd")) <= files
     assert path.read_bytes() == before
+
+
+def test_a_link_leads_to_the_new_file(tmp_path: Path) -> None:
+    (tmp_path / "link").symlink_to(written(tmp_path / "vm"))
+    with Writer(tmp_path / "link", RAM) as writer:
+        writer.write_ram(0, b"2" * RAM)
+        writer.commit(MANIFEST, PARTS)
+    assert (tmp_path / "link").is_symlink()
+    with Saved(tmp_path / "vm") as saved:
+        assert ram_of(saved) == b"2" * RAM
+
+
+def test_a_file_that_became_a_disk_while_it_was_written_stays(tmp_path: Path) -> None:
+    path = tmp_path / "disk.raw"
+    path.write_bytes(b"data")
+    with Writer(path, RAM) as writer:
+        image = HostFile(path, read_only=True)
+        with pytest.raises(OSError, match="is the image of a disk that is in use"):
+            writer.commit(MANIFEST, PARTS)
+        image.close()
+    assert path.read_bytes() == b"data"
+    assert os.listdir(tmp_path) == ["disk.raw"]
 
 
 def test_two_that_write_the_same_file_do_not_write_into_one(tmp_path: Path) -> None:
