@@ -31,8 +31,8 @@ class VariablesFile:
 
     def __init__(self, path: Path, template: bytes) -> None:
         self._fd = -1
-        self.path = Path(os.path.realpath(path))
         try:
+            self.path = Path(os.path.realpath(path))  # or the folder that we are in is gone
             self._fd = _locked(self.path)
             self._check_writable()
             self.content = self._read(template)

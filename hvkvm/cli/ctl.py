@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -301,9 +300,15 @@ def _nmi(options: Options) -> int:
 
 
 def _save(options: Options) -> int:
-    file = os.path.abspath(options.file)
+    file = _absolute(options.file)
     result = _ask(options, "save", file=file, end=options.end, compress=options.compress)
     return _tell(options, result, lambda result: f"saved to {harmless(result['file'])}")
+
+
+def _absolute(file: str) -> str:
+    from hvkvm.machine.own_files import absolute
+
+    return absolute(file)
 
 
 def _dmesg(options: Options) -> int:
@@ -311,7 +316,7 @@ def _dmesg(options: Options) -> int:
 
 
 def _screenshot(options: Options) -> int:
-    result = _ask(options, "screenshot", file=os.path.abspath(options.file))
+    result = _ask(options, "screenshot", file=_absolute(options.file))
     return _tell(options, result, ctl_text.screenshot)
 
 

@@ -5,7 +5,6 @@ What is typed is checked here where that needs no VM; paths are made absolute, s
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -79,11 +78,14 @@ def _spec(text: str, *, cdrom: bool) -> dict[str, Any]:
 def _absolute(file: str) -> str:
     if not file:
         return "none"
+    from hvkvm.machine.own_files import absolute, from_here
+
     if file.startswith("nbd:"):
         from hvkvm.machine.disk_spec import server_from
 
-        return server_from("", file)
-    return os.path.abspath(file)
+        with from_here(file):
+            return server_from("", file)
+    return absolute(file)
 
 
 def text(what: str, result: Any) -> str:

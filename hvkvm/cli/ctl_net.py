@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from typing import Any
 
@@ -41,12 +40,13 @@ def _absolute(words: str) -> str:
     from hvkvm.machine.config_fields import check_values
     from hvkvm.machine.config_words import parse_words
     from hvkvm.machine.nic_spec import NicSpec
+    from hvkvm.machine.own_files import absolute
 
     spec = parse_words(NicSpec, "net add", words)
     check_values(spec, "net add")
     spec.check("net add")
     paths = {key: getattr(spec, key) for key in ("socket", "listen", "pcap")}
-    made: dict[str, Any] = {key: os.path.abspath(path) for key, path in paths.items() if path is not None}
+    made: dict[str, Any] = {key: absolute(str(path)) for key, path in paths.items() if path is not None}
     return str(spec._replace(**made).text)
 
 

@@ -2,6 +2,9 @@
 
 A recording empties its file and a save replaces it: a disk, a kernel or another recording that has the same
 name would be gone. A `MachineConfig` is `Any` here, as in `config_checks`. Any thread.
+
+A relative name means nothing once the folder that it starts from is removed, and a shell may be in one:
+`absolute` and `from_here` say so.
 """
 
 from __future__ import annotations
@@ -9,6 +12,7 @@ from __future__ import annotations
 import os
 import stat
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -41,9 +45,27 @@ def check_written(config: Any) -> None:
 
 
 def refuse(flag: str, path: Path, others: Iterable[Named]) -> None:
-    """Raise ConfigError where `path`, which `flag` has written, is one of `others`."""
-    if other := _named(path, others):
+    """Raise ConfigError where `path`, which `flag` has written, is one of `others`, or is nowhere."""
+    with from_here(said(flag, path)):
+        os.path.abspath(path)
+        other = _named(path, others)
+    if other:
         raise ConfigError(f"{said(flag, path)}: {other} names the same file, {_REMEDY}")
+
+
+@contextmanager
+def from_here(named: str) -> Iterator[None]:
+    """Have ConfigError raised, about `named`, where names are made absolute in a folder that is gone."""
+    try:
+        yield
+    except FileNotFoundError:
+        raise ConfigError(f"{named}: the folder that you are in is gone; cd to another") from None
+
+
+def absolute(file: str) -> str:
+    """What names `file` also for a process that is in another folder. ConfigError."""
+    with from_here(file):
+        return os.path.abspath(file)
 
 
 def why_kept(path: Path, config: Any, media: Iterable[Any] = (), nets: Iterable[Any] | None = None) -> str:
@@ -51,7 +73,7 @@ def why_kept(path: Path, config: Any, media: Iterable[Any] = (), nets: Iterable[
 
     `media` are the disks that it has by now, beside `config`'s, `nets` all of its NICs, where they may be
     others than `config`'s. The saved machine that it went on from may be replaced: what is mapped of that
-    stays.
+    stays. FileNotFoundError where `config` has relative names, and the folder that the run is in is gone.
     """
     others = [one for one in read(config) if one[0] not in ("--restore", "--from")]
     made = written(config if nets is None else config._replace(nets=tuple(nets)))
@@ -89,7 +111,10 @@ def _named(path: Path, others: Iterable[Named]) -> str:
 
 
 def _same(one: Path, other: Path) -> bool:
-    """Whether both are one file or block device, there or not yet. Pipes and terminals keep nothing."""
+    """Whether both are one file or block device, there or not yet. Pipes and terminals keep nothing.
+
+    FileNotFoundError for a relative name in a folder that is gone.
+    """
     try:
         found = os.stat(one)
     except OSError:

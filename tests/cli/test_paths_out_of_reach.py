@@ -13,6 +13,10 @@ import guest_images
 import pytest
 from running_vm import command_line
 
+import hvkvm.cli
+from hvkvm.boot.variables_file import VariablesFile
+from hvkvm.errors import BootError
+
 LONG = "n" * 300
 WITHOUT_OVERRIDE = ("setpriv", "--bounding-set=-dac_override,-dac_read_search")
 """root without its override of file modes is a user like any other."""
@@ -145,3 +149,43 @@ def test_a_folder_of_control_sockets(closed: Path, tmp_path: Path) -> None:
     """It is the user's own and closed to others, and closed to its user too."""
     result = answer(tmp_path, ("ctl", "list"), HVKVM_CONTROL_DIR=str(closed.parent))
     assert (result.returncode, result.stdout, result.stderr) == (0, "no VM is running\n", "")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        (("ctl", "save", "x"), "x"),
+        (("ctl", "screenshot", "x"), "x"),
+        (("ctl", "disk", "add", "nbd:unix:x"), "nbd:unix:x"),
+        (("ctl", "disk", "insert", "cd0", "x"), "x"),
+        (("ctl", "net", "add", "listen=x"), "x"),
+        ((*RUN, *DEVICES, "--record", "x"), "--record x"),
+        ((*RUN, *DEVICES, "--timeline", "x.svg"), "--timeline x.svg"),
+        ((*RUN, *DEVICES, "--net", "listen=x,pcap=y"), "--net pcap=y"),
+        (("warm", *DEVICES, "-o", "x"), "-o x"),
+    ],
+)
+def test_a_name_in_a_folder_that_is_gone(
+    arguments: tuple[str, ...],
+    named: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    words = [str(guest_images.image("agent")) if word == "KERNEL" else word for word in arguments]
+    gone = tmp_path / "gone"
+    gone.mkdir()
+    monkeypatch.chdir(gone)
+    gone.rmdir()
+    assert hvkvm.cli.main(words) == 2
+    said = capsys.readouterr().err
+    assert said == f"hvkvm: {named}: the folder that you are in is gone; cd to another\n"
+
+
+def test_variables_in_a_folder_that_is_gone(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    gone = tmp_path / "gone"
+    gone.mkdir()
+    monkeypatch.chdir(gone)
+    gone.rmdir()
+    with pytest.raises(BootError, match=r"^--firmware-vars x: No such file or directory; name a file"):
+        VariablesFile(Path("x"), b"")
