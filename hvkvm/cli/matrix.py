@@ -6,11 +6,12 @@ The main thread parses, and turns the run until all has ended or a signal comes.
 from __future__ import annotations
 
 import signal
-from pathlib import Path
+from contextlib import ExitStack, closing
 from typing import TYPE_CHECKING, Any
 
 from hvkvm import given_file
 from hvkvm.cli.arguments import Parser, path_word
+from hvkvm.cli.matrix_files import ResultFile
 from hvkvm.cli.output import cannot_write, complain, show
 from hvkvm.cli.signals import hang_up_is_ignored
 from hvkvm.errors import CapabilityMissing, ConfigError, HostExhausted, HvkvmError, OutputError
@@ -42,8 +43,6 @@ examples:
   hvkvm matrix matrix.toml --dask tcp://127.0.0.1:8786
 """
 MAX_JOBS = 1024
-WRITE_SECONDS = 10.0
-"""How long the reader of a pipe may take for a result."""
 ENDING_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
@@ -107,15 +106,26 @@ def main(arguments: list[str]) -> int:
         return 0
     if options.junit is not None or options.json is not None:
         _refuse_lost(cases, options)
-    return _Matrix(cases, options).run()
+    with ExitStack() as stack:
+        return _Matrix(cases, options, _result_files(options, stack)).run()
+
+
+def _result_files(options: Any, stack: ExitStack) -> dict[str, ResultFile]:
+    """By their flags. ConfigError, before any case runs, for one that cannot be written."""
+    found = {}
+    for flag, path in (("--junit", options.junit), ("--json", options.json)):
+        if path is not None:
+            found[flag] = stack.enter_context(closing(ResultFile(flag, path)))
+    return found
 
 
 class _Matrix:
     """A run of all cases, and what is said of them."""
 
-    def __init__(self, cases: list[Case], options: Any) -> None:
+    def __init__(self, cases: list[Case], options: Any, files: dict[str, ResultFile]) -> None:
         self._cases = cases
         self._options = options
+        self._files = files
         self._results: dict[int, Result] = {}
         self._signal = 0
         self._failed = False
@@ -175,13 +185,7 @@ class _Matrix:
         from hvkvm.testing.matrix import report
         from hvkvm.testing.matrix.cases import OK, SKIPPED
 
-        status = 0
-        for path, text in self._files():  # first: the table's reader may be gone
-            try:
-                given_file.write_at_once(path, text.encode("utf-8", "backslashreplace"), WRITE_SECONDS)
-            except OSError as error:
-                complain(f"hvkvm: {cannot_write(str(path), error)}")
-                status = OutputError.exit_status
+        status = self._write_files()  # first: the table's reader may be gone
         try:
             for line in report.table(self._results, self._cases):
                 show(line)
@@ -195,20 +199,33 @@ class _Matrix:
             return 1
         return status or (CapabilityMissing.exit_status if verdicts == {SKIPPED} else 0)
 
-    def _files(self) -> list[tuple[Path, str]]:
-        import json
+    def _write_files(self) -> int:
+        """Write the results to files, but not over older ones where none is new; the status that gives."""
+        from hvkvm.testing.matrix.cases import ENDED
 
+        status = 0
+        files = self._files
+        if all(result.verdict == ENDED for result in self._results.values()):
+            kept = [str(file.path) for file in files.values() if file.has_results]
+            if kept:
+                complain(f"hvkvm: no case came to its end; left as before: {', '.join(kept)}")
+            files = {flag: file for flag, file in files.items() if not file.has_results}
+        for flag, file in files.items():
+            try:
+                file.write(self._text(flag).encode("utf-8", "backslashreplace"))
+            except OSError as error:
+                complain(f"hvkvm: {cannot_write(str(file.path), error)}")
+                status = OutputError.exit_status
+        return status
+
+    def _text(self, flag: str) -> str:
         from hvkvm.testing.matrix import report
 
-        found = []
-        if self._options.junit is not None:
-            name = str(self._options.file)
-            found.append((self._options.junit, report.junit(self._results, self._cases, name)))
-        if self._options.json is not None:
-            found.append(
-                (self._options.json, json.dumps(report.as_json(self._results, self._cases), indent=1))
-            )
-        return found
+        if flag == "--junit":
+            return report.junit(self._results, self._cases, str(self._options.file))
+        import json
+
+        return json.dumps(report.as_json(self._results, self._cases), indent=1)
 
 
 def _in_words(error: HvkvmError | OSError) -> HvkvmError:

@@ -7,6 +7,7 @@ import json
 import os
 import resource
 import signal
+import stat
 import subprocess
 import tempfile
 import time
@@ -18,6 +19,7 @@ from typing import Any
 import pytest
 from running_vm import command_line
 
+from hvkvm import given_file
 from hvkvm.cli import guarded, matrix
 from hvkvm.testing.matrix import local, process
 from hvkvm.testing.micro_image import micro_image
@@ -115,13 +117,69 @@ def test_the_files_are_written_whoever_takes_the_table(folder: Path, redirection
     assert ET.parse(folder / "j.xml").getroot().get("failures") == "0"
 
 
-def test_a_result_for_a_pipe_that_nobody_reads_is_not_waited_for(hvkvm: Hvkvm, folder: Path) -> None:
-    os.mkfifo(folder / "j.xml")
+def test_what_cannot_be_written_is_told_before_the_first_case(hvkvm: Hvkvm, folder: Path) -> None:
+    os.mkfifo(folder / "pipe")
+    path = file(folder, 'kernel = "spin"\n')
+    for where, said in (
+        (folder / "pipe", "nobody reads this pipe; start its reader first"),
+        ("/dev/full", "No space left on device; name a file that can be written"),
+        ("/proc/version", "Input/output error; name a file that can be written"),
+        ("/proc/j.xml", "No such file or directory; name a file that can be written"),
+    ):
+        result = hvkvm("matrix", path, "--json", folder / "j.json", "--junit", where)
+        assert (result.returncode, result.stdout) == (2, "")
+        assert result.stderr.splitlines()[-1] == f"hvkvm: --junit {where}: {said}"
+    assert not (folder / "j.json").exists()
+
+
+def test_results_go_to_a_pipe_that_is_read(folder: Path) -> None:
+    """By a reader that waits for them all the time, and ends with them."""
+    os.mkfifo(folder / "pipe")
     path = file(folder, 'kernel = "good"\n')
-    result = hvkvm("matrix", path, "--quiet", "--junit", folder / "j.xml")
-    said = f"hvkvm: cannot write to {folder / 'j.xml'}: nobody reads this pipe\n"
-    assert (result.returncode, result.stderr) == (74, said)
-    assert result.stdout
+    with subprocess.Popen(["cat", folder / "pipe"], stdout=subprocess.PIPE) as reader:
+        words = command_line("matrix", path, "--quiet", "--json", folder / "pipe")
+        with subprocess.Popen(words, stdout=subprocess.DEVNULL) as writer:
+            out, _err = reader.communicate(timeout=120)
+        assert writer.returncode == 0
+    assert json.loads(out)["counts"] == {"ok": 1}
+
+
+def test_older_results_are_replaced_by_new_ones_only(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Not by what a full disk takes of them, and not by those of cases that did not begin."""
+    kept, new = folder / "j.xml", folder / "j.json"
+    path = file(folder, 'kernel = "good"\n')
+    words = [str(path), "--jobs", "1", "--quiet", "--junit", str(kept), "--json", str(new)]
+    kept.write_text("before")
+    with monkeypatch.context() as patch:
+        patch.setattr(local.LocalRun, "turn", lambda _run: os.kill(os.getpid(), signal.SIGTERM) or True)
+        assert matrix.main(words) == 143
+    assert capsys.readouterr().err == f"hvkvm: no case came to its end; left as before: {kept}\n"
+    assert kept.read_text() == "before"
+    assert json.loads(new.read_text())["counts"] == {"ended": 1}
+
+    def full(fd: int, data: bytes, _seconds: float) -> None:
+        os.write(fd, data[:10])
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(given_file, "write_in_time", full)
+        assert matrix.main(words) == 74
+    assert f"hvkvm: cannot write to {kept}: No space left on device\n" in capsys.readouterr().err
+    assert kept.read_text() == "before"
+    assert sorted(folder.glob(".*")) == []
+
+
+def test_a_file_of_results_keeps_its_mode_and_the_links_to_it(folder: Path) -> None:
+    (folder / "made" / "j.xml").write_text("before")
+    (folder / "made" / "j.xml").chmod(0o604)
+    (folder / "link").symlink_to("made/j.xml")
+    path = file(folder, 'kernel = "good"\n')
+    assert matrix.main([str(path), "--jobs", "1", "--quiet", "--junit", str(folder / "link")]) == 0
+    assert (folder / "link").is_symlink()
+    assert stat.S_IMODE((folder / "made" / "j.xml").stat().st_mode) == 0o604
+    assert ET.parse(folder / "link").getroot().get("tests") == "1"
 
 
 def test_a_case_has_a_time_limit(hvkvm: Hvkvm, folder: Path) -> None:
