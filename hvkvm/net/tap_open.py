@@ -11,7 +11,7 @@ import _socket  # of `socket`, which takes milliseconds to import
 import errno
 import os
 import stat
-from fcntl import F_GETFL, F_SETFL, fcntl, ioctl
+from fcntl import F_DUPFD_CLOEXEC, F_GETFL, F_SETFL, fcntl, ioctl
 
 from hvkvm.abi import if_tun
 from hvkvm.abi.virtio_net_hdr import VIRTIO_NET_HDR_BYTES
@@ -72,7 +72,11 @@ def open_tap(name: str, mtu: int | None = None, queues: int = 1) -> Tap:
 
 
 def take_fd(fd: int, mtu: int | None = None) -> Tap:
-    """The tap interface open as `fd`, inherited say; the fd is the port's now. ConfigError."""
+    """The tap interface open as `fd`, inherited say, by a duplicate. ConfigError, HostExhausted.
+
+    `fd` stays the caller's, who may build another machine on it. It does not block any more, since the
+    two share that, and programs that are run from here do not inherit it: one would keep the interface.
+    """
     what = f"--net fd={fd}"
     try:
         if not stat.S_ISCHR(os.fstat(fd).st_mode):
@@ -91,7 +95,15 @@ def take_fd(fd: int, mtu: int | None = None) -> Tap:
             f"{what}: {name} is no tap without packet information; open it with IFF_TAP | IFF_NO_PI"
         )
     os.set_inheritable(fd, False)
-    return prepared(fd, name, mtu or _mtu_of(name), vnet_header=bool(flags & if_tun.IFF_VNET_HDR))
+    try:
+        own = fcntl(fd, F_DUPFD_CLOEXEC, 3)
+    except OSError as error:
+        raise refusal(what, error, f"{error.strerror}; open a tap before hvkvm starts") from None
+    try:
+        return prepared(own, name, mtu or _mtu_of(name), vnet_header=bool(flags & if_tun.IFF_VNET_HDR))
+    except BaseException:
+        os.close(own)
+        raise
 
 
 def set_interface(fd: int, name: str, flags: int) -> str:

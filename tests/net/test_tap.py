@@ -15,13 +15,17 @@ import threading
 import pytest
 from open_files import open_files
 
+from hvkvm.abi import if_tun
 from hvkvm.abi.virtio_net_hdr import VIRTIO_NET_HDR_F_NEEDS_CSUM, VnetHeader, parse
 from hvkvm.errors import ConfigError, HostExhausted
+from hvkvm.events import NULL_OBSERVER
+from hvkvm.machine.nic_spec import NicSpec
+from hvkvm.machine.nic_wires import open_wire
 from hvkvm.net.port import ALL_OFFLOADS, NO_OFFLOADS
 from hvkvm.net.segment import finish
 from hvkvm.net.tap import TapPort
 from hvkvm.net.tap_make import NewTap, host_mac, make_tap
-from hvkvm.net.tap_open import open_tap, take_fd
+from hvkvm.net.tap_open import open_tap, set_interface, take_fd
 from tests.net import packets as p
 from tests.net.conftest import connect, needs_taps, views
 from tests.net.test_segment import V4, V6, tcp_frame
@@ -351,16 +355,15 @@ def test_a_namespace_whose_name_is_taken_away_lasts_as_long_as_its_interface(loo
         loop.do(port.close)
 
 
+def plain_tap():
+    """The fd of a tap without a vnet header; its caller's to close."""
+    fd = os.open("/dev/net/tun", os.O_RDWR)
+    set_interface(fd, "plain", if_tun.IFF_TAP | if_tun.IFF_NO_PI)
+    return fd
+
+
 def test_an_fd_without_vnet_header_carries_whole_frames(loop, netns):
-    from hvkvm.abi import if_tun
-    from hvkvm.net.tap_open import set_interface
-
-    def opened():
-        fd = os.open("/dev/net/tun", os.O_RDWR)
-        set_interface(fd, "plain", if_tun.IFF_TAP | if_tun.IFF_NO_PI)
-        return fd
-
-    fd = netns.do(opened)
+    fd = netns.do(plain_tap)
     netns.run("ip", "addr", "add", f"{HOST}/24", "dev", "plain")
     netns.run("ip", "link", "set", "plain", "up")
     port = TapPort(loop, take_fd(fd))
@@ -370,6 +373,22 @@ def test_an_fd_without_vnet_header_carries_whole_frames(loop, netns):
         learn(loop, port, nic, netns, "plain")
     finally:
         loop.do(port.close)
+        os.close(fd)
+
+
+def test_an_fd_stays_with_who_opened_it(loop, netns, tmp_path):
+    """Also where the machine cannot be built: its caller may try again, and another file had its number."""
+    fd = netns.do(plain_tap)
+    spec = NicSpec(fd=fd, pcap=tmp_path / "no folder" / "x.pcap")
+    before = open_files()
+    with pytest.raises(ConfigError, match="no folder"):
+        open_wire(loop, spec, NULL_OBSERVER)
+    assert open_files() == before
+    loop.do(open_wire(loop, spec._replace(pcap=None), NULL_OBSERVER).close)
+    assert open_files() == before
+    assert netns.interfaces() == {"lo", "plain"}
+    os.close(fd)
+    assert netns.interfaces() == {"lo"}
 
 
 def refused(fn, *args):
