@@ -63,6 +63,23 @@ def test_what_cannot_be_is_told() -> None:
         main(GOOD, "text", {"GITHUB_OUTPUT": "/no/such/folder"})
 
 
+@pytest.mark.timeout(60)
+def test_nothing_is_appended_unless_all_of_it_can_be(tmp_path: Path) -> None:
+    """And a pipe that nobody reads is not waited for."""
+    pipe, written = tmp_path / "pipe", tmp_path / "summary"
+    os.mkfifo(pipe)
+    written.write_text("before\n")
+    for key, other in (("GITHUB_OUTPUT", "GITHUB_STEP_SUMMARY"), ("GITHUB_STEP_SUMMARY", "GITHUB_OUTPUT")):
+        with pytest.raises(OutputError, match=f"cannot write to {pipe}: nobody reads this pipe"):
+            main(GOOD, "text", {key: str(pipe), other: str(written)})
+        assert written.read_text() == "before\n"
+    with pytest.raises(OutputError, match="cannot write to /dev/full: No space left on device"):
+        main(GOOD, "text", {"GITHUB_OUTPUT": "/dev/full", "GITHUB_STEP_SUMMARY": str(written)})
+    assert written.read_text() == "before\n"
+    assert main(GOOD, "text", {"GITHUB_OUTPUT": str(written)}) == 0
+    assert written.read_text() == "before\ntiers=anywhere,kvm,hyperv\n"
+
+
 @pytest.mark.parametrize("flag", ["--json", "--windows"])
 def test_it_has_no_report_as_json_and_none_of_windows(hvkvm: Hvkvm, flag: str) -> None:
     result = hvkvm("doctor", "--ci", flag)
