@@ -2,7 +2,8 @@
 
 The main thread parses, builds the machine, owns the signals and waits. `front` has
 what is shown and read. Ctrl-C reaches the guest once something there listens to it;
-before that it ends the run. SIGQUIT prints who waits for what and the run goes on.
+before that it ends the run, and before there is a guest also the building of the machine.
+SIGQUIT prints who waits for what and the run goes on.
 """
 
 from __future__ import annotations
@@ -187,13 +188,11 @@ def main(arguments: list[str]) -> int:
 def run_machine(config: MachineConfig, options: Any) -> int:
     """Run `config`, whose command's streams are settled, in front of our own streams; the exit status."""
     from hvkvm.backends.console import DRAIN_SECONDS
-    from hvkvm.cli.front import front_for, signals_for, tell_last_lines
-    from hvkvm.cli.last_output import patience
-    from hvkvm.cli.signals import Signals
-    from hvkvm.cli.status import StatusLine
-    from hvkvm.cli.teller import CLOSE_SECONDS, Teller
+    from hvkvm.cli.front import signals_for
+    from hvkvm.cli.signals import EndedEarly, Signals
+    from hvkvm.cli.teller import Teller
     from hvkvm.machine.machine import Machine
-    from hvkvm.machine.outcome import Ending
+    from hvkvm.machine.outcome import Ending, Outcome
 
     ssh = ""
     if options.ssh:
@@ -202,10 +201,32 @@ def run_machine(config: MachineConfig, options: Any) -> int:
         config, ssh = with_ssh(config)
     began = monotonic()
     with (
-        Signals(signals_for(config)) as signals,
+        Signals(signals_for(config), builds=Machine) as signals,
         Teller(sys.stderr, quiet=options.quiet or options.json) as teller,
-        Machine(config, observer=teller) as machine,
     ):
+        try:
+            return _build_and_run(config, options, signals, teller, ssh, began)
+        except EndedEarly as early:
+            outcome = Outcome(Ending.QUIT, 128 + early.number, str(early))
+            _conclude(None, outcome, monotonic() - began, options, teller)
+            teller.close(DRAIN_SECONDS)
+            return outcome.status
+
+
+def _build_and_run(
+    config: MachineConfig, options: Any, signals: Signals, teller: Teller, ssh: str, began: float
+) -> int:
+    """See `run_machine`. EndedEarly."""
+    from hvkvm.backends.console import DRAIN_SECONDS
+    from hvkvm.cli.front import front_for, tell_last_lines
+    from hvkvm.cli.last_output import patience
+    from hvkvm.cli.status import StatusLine
+    from hvkvm.cli.teller import CLOSE_SECONDS
+    from hvkvm.machine.machine import Machine
+    from hvkvm.machine.outcome import Ending
+
+    signals.end_early()
+    with Machine(config, observer=teller) as machine:
         offered = machine.hyperv.offered
         if not offered.features and config.hv != "none" and not options.quiet and not options.json:
             note = f"--hv {config.hv}: this kernel's KVM can back none; `hvkvm doctor` names the remedies"
@@ -225,6 +246,7 @@ def run_machine(config: MachineConfig, options: Any) -> int:
         gc.freeze()
         gc.enable()
         with front:
+            signals.end_early()
             machine.start()
             end = None if config.timeout is None else monotonic() + config.timeout
             outcome, report = _attend(machine, signals, status, teller, end, front)
@@ -298,20 +320,23 @@ def _describe(machine: Machine, *, fatal: bool = False) -> str:
         return f"hvkvm: no description can be had: {fault_text(error)}"
 
 
-def _conclude(machine: Machine, outcome: Outcome, seconds: float, options: Any, teller: Teller) -> None:
-    """Say how it ended: JSON when asked, one line when it was not clean."""
+def _conclude(
+    machine: Machine | None, outcome: Outcome, seconds: float, options: Any, teller: Teller
+) -> None:
+    """Say how it ended: JSON when asked, one line when it was not clean. `machine` None: it was not built."""
     if options.json:
         import json
 
+        offered = None if machine is None else machine.hyperv.offered
         record = {
             "ending": outcome.ending.value,
             "status": outcome.status,
             "detail": outcome.detail,
             "seconds": round(seconds, 3),
-            "resets": machine.resets,
-            "features": str(machine.hyperv.offered.features),
-            "synic": machine.hyperv.offered.synic,
-            "exits": machine.exit_counts(),
+            "resets": 0 if machine is None else machine.resets,
+            "features": "" if offered is None else str(offered.features),
+            "synic": "" if offered is None else offered.synic,
+            "exits": {} if machine is None else machine.exit_counts(),
         }
         teller.write(f"{json.dumps(record)}\n", always=True)
     elif not outcome.clean:

@@ -8,6 +8,10 @@ nothing; the interpreter's own C handler writes the number into a pipe
 (`signal.set_wakeup_fd`), which ends a `poll` at any moment and on any thread.
 Owner: the main thread.
 
+Not so while a machine is built, which may wait long for a server or a program that does not answer. There
+is no loop yet in which the main thread would look for signals, nor a guest that could be halfway started,
+and what has been made is given back when anything is raised: the handler raises `EndedEarly` there.
+
 A verb without a machine, which only has something to take away at its end, takes `ending_by_exit`.
 """
 
@@ -21,10 +25,15 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from time import monotonic
 from types import FrameType
+from typing import TYPE_CHECKING
 
 from hvkvm.runtime.timers import MAX_WAIT
 
+if TYPE_CHECKING:
+    from hvkvm.machine.machine import Machine
+
 _PIECE = 4096
+_END_NOTHING = (signal.SIGQUIT, signal.SIGWINCH)
 
 
 def hang_up_is_ignored(number: int) -> bool:
@@ -32,8 +41,12 @@ def hang_up_is_ignored(number: int) -> bool:
     return number == signal.SIGHUP and signal.getsignal(number) is signal.SIG_IGN
 
 
-def _leave_to_the_pipe(_number: int, _frame: FrameType | None) -> None:
-    """A handler must be there, or the interpreter would not write the number."""
+class EndedEarly(BaseException):
+    """The signal `number` has come before the guest runs. No Exception: nobody takes it for a failure."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__(signal.Signals(number).name)
+        self.number = number
 
 
 @contextmanager
@@ -61,17 +74,42 @@ def ending_by_exit() -> Iterator[None]:
 
 
 class Signals:
-    """Takes `numbers` over until closed. `wait` returns them one at a time, in the order they came."""
+    """Takes `numbers` over until closed. `wait` returns them one at a time, in the order they came.
 
-    def __init__(self, numbers: Iterable[signal.Signals]) -> None:
+    `builds` is the class whose making they end, by EndedEarly, all but SIGQUIT and SIGWINCH.
+    """
+
+    def __init__(self, numbers: Iterable[signal.Signals], builds: type[Machine] | None = None) -> None:
+        self._building = None if builds is None else builds.__init__.__code__
+        self._raised = False
         self._noted: deque[int] = deque()
         self._reader, self._writer = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
         self._wakeup_before = signal.set_wakeup_fd(self._writer, warn_on_full_buffer=False)
         self._before = {
-            number: signal.signal(number, _leave_to_the_pipe)
-            for number in numbers
-            if not hang_up_is_ignored(number)
+            number: signal.signal(number, self._came) for number in numbers if not hang_up_is_ignored(number)
         }
+
+    def _came(self, number: int, frame: FrameType | None) -> None:
+        """Leave it to the pipe, for which a handler must be there; EndedEarly where a machine is being built.
+
+        Which is told from the frames: a word of the builder's that it has ended could come too late. Once it
+        has its parts the rest is quick, and ends in moving what gives them back to where `close` finds it:
+        nothing may be raised in there. And a second one must not break into what the first one unwinds.
+        """
+        if self._building is None or self._raised or number in _END_NOTHING:
+            return
+        while frame is not None:
+            if frame.f_code is self._building and not hasattr(frame.f_locals["self"], "parts"):
+                self._raised = True
+                raise EndedEarly(number)
+            frame = frame.f_back
+
+    def end_early(self) -> None:
+        """Raise EndedEarly for the first that has come by now, but for SIGQUIT and SIGWINCH, which stay."""
+        self._take()
+        for number in self._noted:
+            if number not in _END_NOTHING:
+                raise EndedEarly(number)
 
     def wait(self, fd: int, timeout: float | None) -> int | None:
         """The next signal; None once `fd` is readable or `timeout` seconds have passed."""

@@ -85,25 +85,40 @@ def main(arguments: list[str]) -> int:
 def save_machine(config: MachineConfig, options: Any) -> int:
     """Boot `config` to where it waits, and save it; the exit status."""
     from hvkvm.cli.front import ENDING_SIGNALS
-    from hvkvm.cli.signals import Signals
-    from hvkvm.cli.status import StatusLine
+    from hvkvm.cli.signals import EndedEarly, Signals
     from hvkvm.cli.teller import Teller
+    from hvkvm.machine.machine import Machine
+    from hvkvm.machine.outcome import Ending, Outcome
+
+    with (
+        Signals(ENDING_SIGNALS, builds=Machine) as signals,
+        Teller(sys.stderr, quiet=options.quiet) as teller,
+    ):
+        try:
+            return _build_and_save(config, options, signals, teller)
+        except EndedEarly as early:
+            outcome = Outcome(Ending.QUIT, 128 + early.number, str(early))
+            teller.say(f"not warm: {outcome}")
+            return outcome.status
+
+
+def _build_and_save(config: MachineConfig, options: Any, signals: Signals, teller: Teller) -> int:
+    """See `save_machine`. EndedEarly."""
+    from hvkvm.cli.status import StatusLine
     from hvkvm.machine.machine import Machine
     from hvkvm.machine.outcome import Ending
     from hvkvm.machine.warm import TAIL_LINES, save_when_warm
 
     began = monotonic()
-    with (
-        Signals(ENDING_SIGNALS) as signals,
-        Teller(sys.stderr, quiet=options.quiet) as teller,
-        Machine(config, observer=teller) as machine,
-    ):
+    signals.end_early()
+    with Machine(config, observer=teller) as machine:
         if options.console:
             machine.board.attach_sink(lambda data: teller.write(data.decode(errors="replace"), always=True))
         size = save_when_warm(machine.parts, options.output)
         live = not (options.quiet or options.console)
         status = StatusLine(machine, teller, enabled=live, what=STATUS_LINE)
         status.start()
+        signals.end_early()
         machine.start()
         outcome = _attend(machine, signals, teller if live else None)
         if outcome.ending is Ending.HOST_ERROR:
