@@ -20,8 +20,9 @@ from __future__ import annotations
 import os
 import select
 import signal
+import weakref
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from time import monotonic
 from types import FrameType
@@ -81,7 +82,7 @@ class Signals:
 
     def __init__(self, numbers: Iterable[signal.Signals], builds: type[Machine] | None = None) -> None:
         self._building = None if builds is None else builds.__init__.__code__
-        self._raised = False
+        self._raised: Callable[[], EndedEarly | None] = lambda: None
         self._noted: deque[int] = deque()
         self._reader, self._writer = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
         self._wakeup_before = signal.set_wakeup_fd(self._writer, warn_on_full_buffer=False)
@@ -94,15 +95,20 @@ class Signals:
 
         Which is told from the frames: a word of the builder's that it has ended could come too late. Once it
         has its parts the rest is quick, and ends in moving what gives them back to where `close` finds it:
-        nothing may be raised in there. And a second one must not break into what the first one unwinds.
+        nothing may be raised in there. And a second one must not break into what the first one unwinds, which
+        takes as long as its error lives: one that is raised in a `__del__`, say, is dropped by Python.
         """
-        if self._building is None or self._raised or number in _END_NOTHING:
+        if self._building is None or self._raised() is not None or number in _END_NOTHING:
             return
         while frame is not None:
             if frame.f_code is self._building and not hasattr(frame.f_locals["self"], "parts"):
-                self._raised = True
-                raise EndedEarly(number)
+                raise self._kept_in_sight(EndedEarly(number))
             frame = frame.f_back
+
+    def _kept_in_sight(self, error: EndedEarly) -> EndedEarly:
+        """Not by whoever raises it: a name for it there would keep it, by its traceback, for ever."""
+        self._raised = weakref.ref(error)
+        return error
 
     def end_early(self) -> None:
         """Raise EndedEarly for the first that has come by now, but for SIGQUIT and SIGWINCH, which stay."""

@@ -64,6 +64,24 @@ def test_what_blocks_is_ended_and_a_second_one_breaks_into_nothing() -> None:
     assert monotonic() - begun < FAR
 
 
+def test_one_that_python_drops_is_not_the_last(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It comes in a `__del__`, say, which lets nothing out: the next one ends the building all the same."""
+    monkeypatch.setattr(sys, "unraisablehook", lambda _: None)
+
+    class Dropping:
+        def __del__(self) -> None:
+            send(signal.SIGUSR1)
+
+    def make(_: Any) -> None:
+        Dropping()
+        send(signal.SIGUSR2)
+
+    with taken(signal.SIGUSR1, signal.SIGUSR2):
+        with pytest.raises(EndedEarly) as ended:
+            Built(make)
+        assert ended.value.number == signal.SIGUSR2
+
+
 def test_one_outside_of_the_building_or_at_its_end_is_noted() -> None:
     """Once it has its parts it moves what would unwind them, and that must not be cut in two."""
 
