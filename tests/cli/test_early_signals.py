@@ -178,7 +178,7 @@ def test_a_passt_that_does_not_answer_goes_too(tmp_path: Path, guest: Guest) -> 
 if [ "$1" = --help ]; then echo --foreground --fd --stderr; exit; fi
 echo $$ > {pid}.new
 mv {pid}.new {pid}
-exec sleep 1000
+exec sleep 100
 """
     )
     passt.chmod(0o755)
