@@ -64,7 +64,14 @@ class Kvm(Handle):
 
     def create_vm(self) -> Vm:
         """A new, empty VM. Raises KvmIoctlError (EBUSY, ENOMEM...)."""
-        return Vm(door.ioctl(self.fd, rq.KVM_CREATE_VM), self.vcpu_mmap_size)
+        while True:
+            try:
+                return Vm(door.ioctl(self.fd, rq.KVM_CREATE_VM), self.vcpu_mmap_size)
+            except KvmIoctlError as error:
+                # Any signal, also one that nobody acts on, interrupts it while it registers with the memory
+                # manager (mm_take_all_locks); QEMU tries again, too. A handler may raise in between.
+                if error.errno != errno.EINTR:
+                    raise
 
     def supported_cpuid(self) -> list[kvm_cpuid_entry2]:
         """What KVM_SET_CPUID2 may offer a guest on this host (KVM's own 0x4000_0000 leaves included)."""

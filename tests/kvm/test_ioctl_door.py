@@ -6,6 +6,8 @@ import errno
 import faulthandler
 import os
 import signal
+import subprocess
+import sys
 import threading
 import time
 
@@ -139,3 +141,23 @@ def test_kvm_run_releases_the_gil(tiny_guest):
         faulthandler.cancel_dump_traceback_later()
         signal.signal(signal.SIGRTMIN, before)
     assert reasons == [10]
+
+
+INTERRUPTED = """
+import signal
+from hvkvm.kvm.system import Kvm
+signal.signal(signal.SIGALRM, lambda *_: None)
+signal.setitimer(signal.ITIMER_REAL, 0.0002, 0.0002)
+with Kvm() as kvm:
+    for _ in range(100):
+        kvm.create_vm().close()
+signal.setitimer(signal.ITIMER_REAL, 0)
+"""
+
+
+@pytest.mark.kvm
+def test_a_vm_is_made_though_signals_come():
+    """KVM_CREATE_VM gives EINTR for any signal, a terminal's new size say: one call in seven, here."""
+    # In a process of its own: the timer is the one that ends tests which stand.
+    done = subprocess.run([sys.executable, "-c", INTERRUPTED], capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
