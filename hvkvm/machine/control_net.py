@@ -9,17 +9,16 @@ Owner: the I/O loop, but for that thread. ValueError is a mistake of the client 
 from __future__ import annotations
 
 import threading
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from hvkvm.errors import HostExhausted, HvkvmError, Stopped
 from hvkvm.machine.control_guest import text
+from hvkvm.machine.saving import FOLDER_GONE
 from hvkvm.observe.control_socket import Answer
 from hvkvm.runtime.thread_start import start_thread
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from hvkvm.machine.nic_spec import NicSpec
     from hvkvm.machine.nics import Nics
     from hvkvm.machine.parts import Parts
@@ -77,13 +76,13 @@ class NetControl:
             raise ValueError(str(error)) from None
         if spec.fd >= 0:
             raise ValueError(f"--net fd={spec.fd}: an fd is of the process that has it; name a tap")
-        if spec.pcap is not None and (why := self._why_kept(nics, spec.pcap)):
-            raise ValueError(f"--net pcap={why}")
         if self._opening:
             answer.fail("busy", "another NIC is being added; try again")
             return
         self._opening = True
-        given = (nics, nics.addressed(spec), answer)
+        shelf = self._parts.disk_shelf
+        kept = () if shelf is None else tuple(shelf.specs)
+        given = (nics, nics.addressed(spec), kept, [nic.spec for nic in nics.nics.values()], answer)
         thread = threading.Thread(target=self._open, args=given, name="open-net", daemon=True)
         try:
             start_thread(thread)
@@ -91,35 +90,38 @@ class NetControl:
             self._opening = False
             answer.fail("busy", str(error))
 
-    def _why_kept(self, nics: Nics, path: Path) -> str:
-        """Why `path` must not be emptied: a disk of this VM, say, or what another NIC records."""
+    def _open(
+        self, nics: Nics, spec: NicSpec, disks: Sequence[Any], others: Sequence[NicSpec], answer: Answer
+    ) -> None:
+        """On a thread of its own: also what is only looked at may be on a disk that stands still."""
         from hvkvm.machine.own_files import why_kept
 
-        shelf = self._parts.disk_shelf
-        others = [nic.spec for nic in nics.nics.values()]
-        config = self._parts.platform.config
-        return why_kept(path, config, () if shelf is None else shelf.specs, others)
-
-    def _open(self, nics: Nics, spec: NicSpec, answer: Answer) -> None:
-        """On a thread of its own."""
-        io = self._parts.platform.io
+        io, config = self._parts.platform.io, self._parts.platform.config
         wire: Wire | None = None
-        why = ""
+        why, kind = "", "guest"
         try:
-            wire = nics.open(spec)
+            # A disk of this VM, say, or what another NIC records.
+            if spec.pcap is not None and (kept := why_kept(spec.pcap, config, disks, others)):
+                why, kind = f"--net pcap={kept}", "usage"
+            else:
+                wire = nics.open(spec)
+        except FileNotFoundError:
+            why = FOLDER_GONE
         except HvkvmError as error:
             why = str(error)
         except Exception as error:
             why = f"{type(error).__name__}: {error}"
         try:
-            io.call_soon(self._opened, nics, spec, wire, why, answer, cancelled=lambda: _let_go(wire))
+            io.call_soon(self._opened, nics, spec, wire, kind, why, answer, cancelled=lambda: _let_go(wire))
         except Stopped:
             _let_go(wire)
 
-    def _opened(self, nics: Nics, spec: NicSpec, wire: Wire | None, why: str, answer: Answer) -> None:
+    def _opened(
+        self, nics: Nics, spec: NicSpec, wire: Wire | None, kind: str, why: str, answer: Answer
+    ) -> None:
         self._opening = False
         if wire is None:
-            answer.fail("guest", why)
+            answer.fail(kind, why)
         elif not answer.wanted:
             wire.close()
         else:

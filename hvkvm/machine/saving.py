@@ -37,7 +37,9 @@ if TYPE_CHECKING:
 JOIN_SECONDS = 30.0
 WATCH_SECONDS = 0.1
 
-_GONE = "the folder that this run was started in is gone, and with it the files that it named from there"
+FOLDER_GONE = (
+    "the folder that this run was started in is gone, and with it the files that it named from there"
+)
 
 _GIVEN_UP = "nobody waits for it any more"
 
@@ -146,7 +148,7 @@ class Saver:
         try:
             why = why_kept(path, self._platform.config, specs)
         except FileNotFoundError:
-            why = _GONE
+            why = FOLDER_GONE
         except Exception as error:
             why = f"{path}: {error}"
         with suppress(Stopped):
@@ -230,7 +232,7 @@ class Saver:
             self._writer = threading.Thread(target=write, name="save", daemon=True)
             self._writer.start()
         except FileNotFoundError:
-            finish(0, _GONE)
+            finish(0, FOLDER_GONE)
         except (HvkvmError, RuntimeError) as error:  # a KVM that refuses; "can't start new thread"
             finish(0, str(error))
 

@@ -8,12 +8,17 @@ import shutil
 import socket
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import guest_images
 import pytest
+from guest_machine import Guest
 from running_vm import RunningVm, command_line, running_vm
 
+from hvkvm.cli.ctl_client import Vm
+from hvkvm.machine import own_files
+from hvkvm.machine.saving import FOLDER_GONE
 from tests.net.conftest import free_port, needs_taps
 from tests.net.test_endings import wait_for_end
 
@@ -84,6 +89,40 @@ def test_nics_are_listed_added_and_removed(tmp_path: Path, monkeypatch: pytest.M
         vm.ctl("quit")
         vm.finish()
     assert not second.exists()
+
+
+@pytest.mark.parametrize("gone", [False, True])
+def test_the_loop_does_not_look_at_a_captures_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, gone: bool
+) -> None:
+    """It, or one of the VM's own files, may be on a disk that stands still; and its folder may be gone."""
+    looking, go_on = threading.Event(), threading.Event()
+
+    def why_kept(*_arguments: object) -> str:
+        looking.set()
+        assert go_on.wait(100)
+        if gone:
+            raise FileNotFoundError
+        return "x: kept"
+
+    monkeypatch.setattr(own_files, "why_kept", why_kept)
+    guest = Guest(synic="user", vmbus="on", control=str(tmp_path / "control"))
+    try:
+        guest.start()
+        with Vm(tmp_path / "control") as client:
+            words = f"listen={tmp_path}/wire,pcap={tmp_path}/x"
+            request = {"do": "net", "what": "add", "spec": words, "timeout": 60}
+            client._socket.sendall(json.dumps(request).encode() + b"\n")
+            assert looking.wait(100)
+            guest.io_barrier()
+            go_on.set()
+            reply = json.loads(client._line(100))
+    finally:
+        go_on.set()
+        guest.close()
+    assert (reply["kind"], reply["error"]) == (
+        ("guest", FOLDER_GONE) if gone else ("usage", "--net pcap=x: kept")
+    )
 
 
 def test_a_capture_is_of_one_run(tmp_path: Path) -> None:
