@@ -16,7 +16,7 @@ import stat
 from contextlib import suppress
 from pathlib import Path
 from struct import Struct
-from time import monotonic
+from time import monotonic, sleep
 
 from hvkvm.errors import ConfigError
 
@@ -26,6 +26,7 @@ FLOCK = Struct("hhqqi4x")
 _IMAGE_LOCKS = (100, 200)
 """First and number of the bytes that stand for uses of a disk's image (QEMU's block/file-posix.c)."""
 _IN_USE = "is the image of a disk that is in use"
+_LOCK_PAUSE = 0.03
 
 
 def open_at_once(path: Path) -> int:
@@ -186,6 +187,21 @@ def write_in_time(fd: int, data: bytes, seconds: float) -> None:
             if left <= 0:
                 raise OSError(errno.ETIMEDOUT, "is not read") from None
             poller.poll(left * 1000)
+
+
+def lock_in_time(fd: int, how: int, seconds: float) -> bool:
+    """Whether the lock of flock(2) was had within `seconds`: others may keep it, stopped say. OSError."""
+    from fcntl import LOCK_NB, flock
+
+    end = monotonic() + seconds
+    while True:
+        try:
+            flock(fd, how | LOCK_NB)
+            return True
+        except BlockingIOError:
+            if monotonic() >= end:
+                return False
+            sleep(_LOCK_PAUSE)
 
 
 def why_no_folder(folder: Path) -> str:

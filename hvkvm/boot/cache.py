@@ -12,7 +12,6 @@ import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from time import monotonic, sleep
 
 from hvkvm import given_file
 
@@ -74,23 +73,10 @@ def filling(folder: Path) -> Iterator[None]:
                 for left in folder.glob(".*.partial"):
                     with suppress(OSError):  # another user's
                         left.unlink()
-            lock_in_time(place, fcntl.LOCK_SH, LOCK_SECONDS)
+            given_file.lock_in_time(place, fcntl.LOCK_SH, LOCK_SECONDS)
         yield
     finally:
         os.close(place)
-
-
-def lock_in_time(fd: int, how: int, seconds: float) -> bool:
-    """Whether the lock of flock(2) was had within `seconds`: others may keep it, stopped say. OSError."""
-    end = monotonic() + seconds
-    while True:
-        try:
-            fcntl.flock(fd, how | fcntl.LOCK_NB)
-            return True
-        except BlockingIOError:
-            if monotonic() >= end:
-                return False
-            sleep(0.03)
 
 
 def forget_oldest(folder: Path, pattern: str, most: int) -> None:

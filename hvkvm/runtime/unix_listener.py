@@ -17,9 +17,9 @@ import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from time import monotonic, sleep
 
 from hvkvm.errors import NameTaken
+from hvkvm.given_file import lock_in_time
 
 MAX_PATH = 107
 """Bytes of a Unix socket's path, the NUL not counted."""
@@ -31,19 +31,12 @@ LOCK_SECONDS = 3.0
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
     """Alone in `folder`. OSError, also when another process keeps its lock, stopped in there say."""
-    from fcntl import LOCK_EX, LOCK_NB, flock
+    from fcntl import LOCK_EX
 
     fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
-        end = monotonic() + LOCK_SECONDS
-        while True:
-            try:
-                flock(fd, LOCK_EX | LOCK_NB)
-                break
-            except BlockingIOError:
-                if monotonic() > end:
-                    raise OSError(errno.EBUSY, f"another process keeps {folder} locked") from None
-                sleep(LOCK_SECONDS / 100)
+        if not lock_in_time(fd, LOCK_EX, LOCK_SECONDS):
+            raise OSError(errno.EBUSY, f"another process keeps {folder} locked")
         yield
     finally:
         os.close(fd)

@@ -15,6 +15,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from hvkvm import given_file
 from hvkvm.boot import cache
 from hvkvm.errors import ConfigError
 
@@ -40,7 +41,7 @@ def copy_of(settings: Mapping[str, Any], seconds: float) -> dict[str, Any]:
     path.parent.mkdir(parents=True, exist_ok=True)
     with open(path.with_suffix(".lock"), "w") as lock:
         # Who has it boots for as long as we might, and one before him may have failed.
-        if not cache.lock_in_time(lock.fileno(), fcntl.LOCK_EX, 2 * seconds):
+        if not given_file.lock_in_time(lock.fileno(), fcntl.LOCK_EX, 2 * seconds):
             raise ConfigError(f"warm=True: another process keeps {lock.name} locked; end it")
         if not path.exists():
             _make(boot, path, seconds)

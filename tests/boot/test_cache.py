@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from hvkvm import given_file
 from hvkvm.boot import cache
 
 SECONDS = 100.0
@@ -113,10 +114,10 @@ def test_a_lock_that_comes_free_is_had(tmp_path: Path) -> None:
     holder, fd = (os.open(tmp_path, os.O_RDONLY) for _ in range(2))
     try:
         fcntl.flock(holder, fcntl.LOCK_EX)
-        assert not cache.lock_in_time(fd, fcntl.LOCK_SH, 0.0)
+        assert not given_file.lock_in_time(fd, fcntl.LOCK_SH, 0.0)
         later = threading.Timer(0.1, fcntl.flock, (holder, fcntl.LOCK_UN))
         later.start()
-        assert cache.lock_in_time(fd, fcntl.LOCK_SH, SECONDS)
+        assert given_file.lock_in_time(fd, fcntl.LOCK_SH, SECONDS)
         later.join()
     finally:
         os.close(holder)
