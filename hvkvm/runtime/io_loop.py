@@ -155,10 +155,10 @@ class IoLoop:
 
         With `edge`, for eventfds: call it after every write, several of which may
         come as one call, and once if it is readable already; nobody reads it.
-        ValueError if the fd is watched already, Stopped after `stop()`.
+        ValueError if the fd is watched already, Stopped as in `call_later`.
         """
         with self._lock:
-            if self._closed or self._stopping:
+            if self._refuses:
                 raise Stopped(f"{self.name} watches no more fds")
             if fd in self._handles:
                 raise ValueError(f"fd {fd} is watched already")
@@ -182,13 +182,22 @@ class IoLoop:
             self._wake()
 
     def call_later(self, seconds: float, fn: Callable[..., object], *args: Any) -> Timer:
-        """Run `fn(*args)` on the loop once `seconds` have passed. Stopped after `stop()`."""
-        if self._closed or self._stopping:
+        """Run `fn(*args)` on the loop once `seconds` have passed.
+
+        Stopped after `stop()`, but not for what the loop runs just then, which cannot know of it: what
+        that asks for is dropped with what waits.
+        """
+        if self._refuses:
             raise Stopped(f"{self.name} takes no more timers")
         timer = Timer(monotonic() + seconds, fn, args, self._timer_cancelled)
         if self._timers.add(timer) and self._polling:
             self._wake()
         return timer
+
+    @property
+    def _refuses(self) -> bool:
+        """Whether the caller is too late to ask for a timer or to have an fd watched."""
+        return self._closed or (self._stopping and not self.in_loop())
 
     @property
     def _is_copy(self) -> bool:

@@ -7,6 +7,7 @@ import sys
 import threading
 from collections.abc import Callable
 from contextlib import suppress
+from time import sleep
 
 import pytest
 
@@ -222,6 +223,31 @@ def test_a_loop_never_started_closes_clean(no_leaks: None) -> None:
     loop.stop()
     loop.stop()
     assert seen == ["cancelled"]
+
+
+def test_what_runs_while_the_loop_is_told_to_stop_may_ask_for_more(no_leaks: None, pulse: EventFd) -> None:
+    """It cannot know; what it asks for is dropped, and is no fault of the machine's."""
+    faults: list[BaseException] = []
+    late: list[str] = []
+    loop = IoLoop(on_fault=faults.append)
+    runs = threading.Event()
+
+    def callback() -> None:
+        runs.set()
+        while not loop._stopping:
+            sleep(0.001)
+        loop.call_later(60, late.append, "a timer")
+        loop.call_soon(late.append, "a call")
+        loop.add_reader(pulse.fd, lambda: late.append("a reader"))
+        late.append("asked")
+
+    loop.start()
+    pulse.signal()
+    loop.call_soon(callback)
+    assert runs.wait(60)
+    loop.stop()
+    assert late == ["asked"]
+    assert not faults
 
 
 def test_the_loop_may_stop_itself(no_leaks: None) -> None:
