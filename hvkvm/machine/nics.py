@@ -15,6 +15,7 @@ from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
 
 from hvkvm.errors import ConfigError, StateError
+from hvkvm.runtime.guard import call_all
 from hvkvm.tuples import NamedTuple
 
 if TYPE_CHECKING:
@@ -67,6 +68,8 @@ class Nics:
         self._running = False
         self.nics: dict[str, Nic] = {}
         """By name: net0, net1, ..."""
+        self._leaving: dict[str, list[Callable[[], object]]] = {}
+        """Those that are being taken away, and who waits for that."""
         stack.callback(self.close)
         specs = platform.config.nets
         # A saved guest knows each by what comes from its name, and one that was removed left a gap.
@@ -144,14 +147,27 @@ class Nics:
         return nic
 
     def remove(self, name: str, done: Callable[[], object] = lambda: None) -> None:
-        """Take a NIC from the guest, and its wire from the host; `done()` when both are gone. KeyError."""
-        nic = self.nics.pop(name)
+        """Take a NIC from the guest, and its wire from the host; `done()` when both are gone. KeyError.
+
+        It is there until its guest has let go, or for as long as `nic_leaving` waits. May be asked again.
+        """
+        from hvkvm.machine.nic_leaving import Leaving
+
+        nic = self.nics[name]
+        waiting = self._leaving.setdefault(name, [])
+        waiting.append(done)
+        if len(waiting) > 1:
+            return
 
         def gone() -> None:
             nic.wire.close()
-            nic.wire.when_closed(done)
+            nic.wire.when_closed(lambda: call_all(waiting))
 
-        nic.wire.stop(lambda: self._bus.remove(name, gone))
+        def left() -> None:
+            del self.nics[name], self._leaving[name]
+            self._bus.remove(name, gone)
+
+        nic.wire.stop(Leaving(nic.device, self._platform.io, left).begin)
 
     # machine.part.Part
 

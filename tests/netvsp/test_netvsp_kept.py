@@ -106,3 +106,26 @@ def test_what_is_kept_ends_with_the_channel(lan: Make) -> None:
     net.loop.run()
     assert ident not in done(driver)
     assert net.complaints == {}
+
+
+def test_a_nic_that_goes_owes_its_guest_nothing(lan: Make) -> None:
+    """Linux waits for each completion when its device is rescinded, for ever."""
+    net = lan(keep=True)
+    driver = net.driver.start(send_pages=SECTIONS_PAGES)
+    kept = [short(driver), short(driver)]
+    assert not set(kept) & set(done(driver))
+    assert net.nic.finish()
+    net.loop.run()
+    assert [done(driver).count(ident) for ident in kept] == [1, 1]
+    assert not net.nic.finish()
+    net.port.room = 0
+    waiting = [driver.send_pages_of(data_message(FRAME)) for _ in range(3)]
+    net.loop.run()
+    assert not set(waiting) & set(done(driver))
+    assert net.nic.finish()
+    net.loop.run()
+    assert [done(driver).count(ident) for ident in waiting] == [1, 1, 1]
+    assert not net.nic.finish()
+    driver.leave()
+    assert not net.nic.in_use
+    assert not net.nic.finish()

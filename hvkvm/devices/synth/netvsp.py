@@ -11,6 +11,7 @@ loop, for every method.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from time import monotonic
 
 from hvkvm.abi import nvsp, rndis
 from hvkvm.abi.ring import Packet
@@ -106,6 +107,8 @@ class Netvsp:
     def _clear(self) -> None:
         """As a NIC that no driver has taken."""
         self._told_link: bool | None = None
+        self.link_told = 0.0
+        """When the guest last heard of its link (time.monotonic)."""
         self._link_waits = False
         self.receive.forget()
         self.control_state.clear()
@@ -139,6 +142,16 @@ class Netvsp:
         self._clear()
         self._settle_offloads()
         done()
+
+    @property
+    def in_use(self) -> bool:
+        """Whether a guest has it open."""
+        return any(channel.io is not None for channel in self._channels.values())
+
+    def finish(self) -> bool:
+        """Complete what the guest has sent, the wire being stopped; whether there was any."""
+        found = [channel.finish() for channel in list(self._channels.values())]
+        return any(found)
 
     def release_gpadl(self, gpadl_id: int, done: Callable[[], object]) -> None:
         """See `vmbus.device.GpadlUser`. Nothing that is under way touches it."""
@@ -344,7 +357,7 @@ class Netvsp:
         self._went_down = False
         if up == self._told_link:
             return
-        self._told_link = up
+        self._told_link, self.link_told = up, monotonic()
         self._link_waits = up != self._wire_up
         status = rndis.RNDIS_STATUS_MEDIA_CONNECT if up else rndis.RNDIS_STATUS_MEDIA_DISCONNECT
         self.receive.tell(rndis.indicate.pack(rndis.RNDIS_MSG_INDICATE, rndis.indicate.size, status, 0, 0))
