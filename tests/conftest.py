@@ -52,6 +52,9 @@ def pytest_collection_finish() -> None:
 
 
 def pytest_configure(config: pytest.Config) -> None:
+    from left_open import LeftOpen
+
+    config.pluginmanager.register(LeftOpen())
     # Under nohup, or in a script's background, children would inherit that these are ignored.
     signal.signal(signal.SIGHUP, signal.SIG_DFL)
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:

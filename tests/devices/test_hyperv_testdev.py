@@ -290,6 +290,7 @@ def test_s7_reset_gives_everything_up(kit, loop):
     assert kit.synic.lines == 0
     assert loop.readers == {}
     assert [kit.do(c, sint=3 + c, conn=1) for c in (1, 4, 6)] == [0, 0, 0]
+    kit.testdev.reset()
 
 
 def test_a_stopped_loop_is_a_complaint(kit, loop):

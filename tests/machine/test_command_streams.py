@@ -457,16 +457,17 @@ def test_serial_control(serial_guest) -> None:
 
 
 def test_a_guest_that_asks_and_never_reads_costs_nothing(serial_guest) -> None:
-    guest = serial_guest(os.open("/dev/zero", os.O_RDONLY))
-    for _ in range(50):
-        guest.write(2, b"input\n")
-    wait_until(lambda: guest.ports[0].rx_room() < abi.SERIAL_PIECE)
-    for _ in range(1000):
-        guest.io.call_soon(guest.way.send_control, b"size 24 80\n")
-    guest.write(2, b"ready\n")
-    assert guest.lines.get(timeout=SECONDS) == b"ready"
-    assert guest.ports[0].rx_room() > 0
-    assert guest.ports[2].rx_room() >= 0
+    with Path("/dev/zero").open("rb") as endless:
+        guest = serial_guest(endless.fileno())
+        for _ in range(50):
+            guest.write(2, b"input\n")
+        wait_until(lambda: guest.ports[0].rx_room() < abi.SERIAL_PIECE)
+        for _ in range(1000):
+            guest.io.call_soon(guest.way.send_control, b"size 24 80\n")
+        guest.write(2, b"ready\n")
+        assert guest.lines.get(timeout=SECONDS) == b"ready"
+        assert guest.ports[0].rx_room() > 0
+        assert guest.ports[2].rx_room() >= 0
 
 
 class Board:

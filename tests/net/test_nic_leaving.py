@@ -24,6 +24,7 @@ def net(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     net.loop.run()
     net.nic.link_told = -AGAIN_SECONDS
     yield net
+    net.loop.close()
     assert net.complaints == {}
 
 

@@ -76,7 +76,7 @@ class World:
 
     def close(self) -> None:
         for client in self.clients:
-            client.sock.close()
+            client.close()
         self.loop.stop()
         self.server.close()
 
@@ -87,6 +87,10 @@ class Client:
         self.sock.settimeout(SECONDS)
         self.sock.connect(str(path))
         self.file = self.sock.makefile("rb")
+
+    def close(self) -> None:
+        self.file.close()
+        self.sock.close()
 
     def send(self, data: bytes) -> None:
         self.sock.sendall(data)

@@ -151,4 +151,5 @@ def test_a_vm_is_saved_small_and_goes_on(tmp_path: Path) -> None:
         other.wait_until_listening()
         assert other.json("--vm", "second", "info")["config"]["memory"] == 64 << 20
         other.ctl("quit")
-    assert state_file.Saved(file).manifest.name == "first"
+    with state_file.Saved(file) as saved:
+        assert saved.manifest.name == "first"

@@ -1,0 +1,47 @@
+"""A pytest plugin: a test leaves no file open, neither by oversight nor in a cycle that nobody collected.
+
+Other tests look at what the process has open, and what is left in a cycle is closed in the middle of any.
+"""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from open_files import open_files
+
+
+class LeftOpen:
+    """Compares what is open behind a test with what was open before it."""
+
+    def __init__(self) -> None:
+        self._before: dict[str, str] = {}
+        self._for_long: dict[str, str] = {}  # what fixtures of more than one test hold
+
+    def _left(self) -> dict[str, str]:
+        known = (self._before, self._for_long)
+        return {fd: to for fd, to in open_files().items() if all(files.get(fd) != to for files in known)}
+
+    @pytest.hookimpl(wrapper=True, tryfirst=True)
+    def pytest_runtest_setup(self) -> Iterator[None]:
+        self._before = open_files()
+        yield
+
+    @pytest.hookimpl(wrapper=True)
+    def pytest_fixture_setup(self, fixturedef: pytest.FixtureDef[Any]) -> Iterator[Any]:
+        if fixturedef.scope == "function":
+            return (yield)
+        before = open_files()
+        made = yield
+        self._for_long.update(item for item in open_files().items() if before.get(item[0]) != item[1])
+        return made
+
+    @pytest.hookimpl(wrapper=True, tryfirst=True)
+    def pytest_runtest_teardown(self, item: pytest.Item) -> Iterator[None]:
+        yield
+        if self._left():
+            gc.collect()  # an exception that was caught keeps what its frames had
+        left = self._left()
+        assert not left, f"{item.nodeid} left open: {left}"
