@@ -29,8 +29,8 @@ def no_leaks() -> Iterator[None]:
     threads = set(threading.enumerate())
     fds = set(os.listdir("/proc/self/fd"))
     yield
-    assert set(threading.enumerate()) == threads
-    assert set(os.listdir("/proc/self/fd")) == fds
+    assert set(threading.enumerate()) <= threads  # another test's may have ended meanwhile
+    assert set(os.listdir("/proc/self/fd")) <= fds
 
 
 class Bench:
