@@ -19,6 +19,7 @@ class LeftOpen:
     def __init__(self) -> None:
         self._before: dict[str, str] = {}
         self._for_long: dict[str, str] = {}  # what fixtures of more than one test hold
+        self._of_modules: set[str] = set()  # fixtures that may open more when a test asks them to
 
     def _left(self) -> dict[str, str]:
         known = (self._before, self._for_long)
@@ -36,6 +37,8 @@ class LeftOpen:
         before = open_files()
         made = yield
         self._for_long.update(item for item in open_files().items() if before.get(item[0]) != item[1])
+        if fixturedef.scope == "module":
+            self._of_modules.add(fixturedef.argname)
         return made
 
     @pytest.hookimpl(wrapper=True, tryfirst=True)
@@ -44,4 +47,7 @@ class LeftOpen:
         if self._left():
             gc.collect()  # an exception that was caught keeps what its frames had
         left = self._left()
+        if not self._of_modules.isdisjoint(getattr(item, "fixturenames", ())):
+            self._for_long.update(left)
+            return
         assert not left, f"{item.nodeid} left open: {left}"

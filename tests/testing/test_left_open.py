@@ -10,15 +10,21 @@ pytest_plugins = ["pytester"]
 
 TESTS = """
 import gc, os, pytest
+from contextlib import ExitStack
 from left_open import LeftOpen
 from open_files import open_files
 
-@pytest.fixture(scope="module", autouse=True)
+@pytest.fixture(scope="session", autouse=True)
 def for_all():
     gc.disable()
     fd = os.open("/dev/zero", os.O_RDONLY)
     yield
     os.close(fd)
+
+@pytest.fixture(scope="module")
+def opener():
+    with ExitStack() as stack:
+        yield lambda: stack.enter_context(open("/dev/random"))
 
 @pytest.fixture
 def own():
@@ -27,6 +33,9 @@ def own():
     os.close(fd)
 
 def test_closes(own): pass
+
+def test_has_its_module_open_one(opener):
+    opener()
 
 def test_forgets():
     os.open("/dev/full", os.O_RDONLY)
@@ -49,5 +58,5 @@ def test_what_is_left_is_named_and_what_is_in_a_cycle_is_closed(pytester: pytest
     )
     pytester.makepyfile(TESTS)
     result = pytester.runpytest_subprocess("-p", "no:xdist", "-W", "ignore")
-    result.assert_outcomes(passed=4, errors=1)
+    result.assert_outcomes(passed=5, errors=1)
     result.stdout.fnmatch_lines(["*test_forgets left open: {'*': '/dev/full'}*"])
