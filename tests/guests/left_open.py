@@ -6,11 +6,14 @@ Other tests look at what the process has open, and what is left in a cycle is cl
 from __future__ import annotations
 
 import gc
+import time
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
 from open_files import open_files
+
+SECONDS = 30.0  # for threads that close what they had when they come to it
 
 
 class LeftOpen:
@@ -46,8 +49,10 @@ class LeftOpen:
         yield
         if self._left():
             gc.collect()  # an exception that was caught keeps what its frames had
-        left = self._left()
         if not self._of_modules.isdisjoint(getattr(item, "fixturenames", ())):
-            self._for_long.update(left)
+            self._for_long.update(self._left())
             return
+        end = time.monotonic() + SECONDS
+        while (left := self._left()) and time.monotonic() < end:
+            time.sleep(0.05)
         assert not left, f"{item.nodeid} left open: {left}"

@@ -9,7 +9,7 @@ import pytest
 pytest_plugins = ["pytester"]
 
 TESTS = """
-import gc, os, pytest
+import gc, left_open, os, pytest, threading, time
 from contextlib import ExitStack
 from left_open import LeftOpen
 from open_files import open_files
@@ -37,7 +37,12 @@ def test_closes(own): pass
 def test_has_its_module_open_one(opener):
     opener()
 
+def test_has_a_thread_close_it():
+    later = open("/dev/full")
+    threading.Thread(target=lambda: (time.sleep(0.2), later.close())).start()
+
 def test_forgets():
+    left_open.SECONDS = 0.1
     os.open("/dev/full", os.O_RDONLY)
 
 def test_drops_in_a_cycle():
@@ -58,5 +63,5 @@ def test_what_is_left_is_named_and_what_is_in_a_cycle_is_closed(pytester: pytest
     )
     pytester.makepyfile(TESTS)
     result = pytester.runpytest_subprocess("-p", "no:xdist", "-W", "ignore")
-    result.assert_outcomes(passed=5, errors=1)
+    result.assert_outcomes(passed=6, errors=1)
     result.stdout.fnmatch_lines(["*test_forgets left open: {'*': '/dev/full'}*"])
