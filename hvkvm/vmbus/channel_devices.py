@@ -197,7 +197,7 @@ class ChannelDevices:
         """The connection is over, and its end is answered behind the last of its channels: some a turn."""
         opened = self._open.get(channel)
         if opened is not None:
-            opened.io.abandon()  # its pages may be another kernel's by now
+            opened.io.lose()
         self._leaving.append(channel)
         if len(self._leaving) == 1:
             self._soon(self._close_some)

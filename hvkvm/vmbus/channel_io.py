@@ -23,6 +23,8 @@ BUDGET_BYTES = 1 << 16
 """Bytes of packets copied a turn, what stands before a payload included: the packet that goes beyond is the
 turn's last."""
 
+LOST = "the guest's connection is over"
+
 
 class ChannelIo:
     """Both rings of an open channel.
@@ -200,3 +202,15 @@ class ChannelIo:
     def abandon(self) -> None:
         """Touch the rings no more. Idempotent; also from inside `drain`."""
         self._on_broken = None
+
+    def lose(self) -> None:
+        """The guest's pages may be another kernel's by now. Idempotent; also while held.
+
+        `abandon`, and a device that reads or writes a ring by itself, or that looks into it at its end, finds
+        it broken.
+        """
+        self.abandon()
+        reader, writer = self._why
+        self._why = reader or LOST, writer or LOST
+        self.reader.broken = self.reader.broken or LOST
+        self.writer.broken = self.writer.broken or LOST

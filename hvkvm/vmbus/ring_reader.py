@@ -177,18 +177,24 @@ class RingReader(RingEnd):
         """
         words, before = self.words, self._published
         if self.broken:
-            return False, self.unmask()
+            return False, False
         words[WORD_READ_INDEX] = self._published = at = self._at
         words[WORD_INTERRUPT_MASK] = 0
         fence()
         return at != before and self._is_awaited(before), self._available() > 0
 
     def mask(self) -> None:
-        """Ask the producer not to signal: we read until nothing is left."""
-        self.words[WORD_INTERRUPT_MASK] = 1
+        """Ask the producer not to signal: we read until nothing is left. A broken ring is left alone."""
+        if not self.broken:
+            self.words[WORD_INTERRUPT_MASK] = 1
 
     def unmask(self) -> bool:
-        """Ask for signals again; whether something came meanwhile, for which no signal will come."""
+        """Ask for signals again; whether something came meanwhile, for which no signal will come.
+
+        A broken ring is left alone.
+        """
+        if self.broken:
+            return False
         self.words[WORD_INTERRUPT_MASK] = 0
         fence()
-        return not self.broken and self._available() > 0
+        return self._available() > 0

@@ -381,6 +381,24 @@ def test_abandoning_inside_a_drain_ends_it(memory: GuestMemory) -> None:
     assert host.drain(once) == 0
 
 
+@pytest.mark.parametrize("held", [False, True])
+def test_lost_rings_are_neither_read_nor_written(memory: GuestMemory, held: bool) -> None:
+    """Also by who does it itself, and after a rest."""
+    host, guest, _log = pair(memory)
+    guest.send(b"")
+    if held:
+        host.hold()
+    host.lose()
+    host.release()
+    before = bytes(memory.view(0, memory.size))
+    with host:
+        assert host.reader.get() is None
+        assert not host.writer.put(6, b"", trans_id=1)
+        host.rest()
+    host.reader.mask()
+    assert bytes(memory.view(0, memory.size)) == before
+
+
 @given(payload=st.integers(0, 9000), header=st.integers(0, 3).map(lambda n: 8 * n))
 def test_what_fits_is_what_an_empty_ring_takes(memory: GuestMemory, payload: int, header: int) -> None:
     writer, _reader = ends(memory, [1, 2, 3])
