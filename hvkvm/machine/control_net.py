@@ -55,6 +55,8 @@ class NetControl:
         nic = nics.nics.get(name)
         if nic is None:
             answer.fail("usage", f"{name[:40]}: no such NIC; there are {', '.join(nics.nics) or 'none'}")
+        elif what == "link" and name in nics.leaving:
+            answer.fail("busy", f"{name} is being removed")
         elif what == "link":
             up = text(request, "state", ("up", "down")) == "up"
             nic.wire.plug(up)

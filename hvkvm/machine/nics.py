@@ -21,6 +21,7 @@ from hvkvm.tuples import NamedTuple
 if TYPE_CHECKING:
     from hvkvm.devices.synth.netvsp import Netvsp
     from hvkvm.machine.bus import Bus
+    from hvkvm.machine.nic_leaving import Leaving
     from hvkvm.machine.nic_spec import NicSpec
     from hvkvm.machine.platform import Platform
     from hvkvm.net.wire import Wire
@@ -68,8 +69,9 @@ class Nics:
         self._running = False
         self.nics: dict[str, Nic] = {}
         """By name: net0, net1, ..."""
-        self._leaving: dict[str, list[Callable[[], object]]] = {}
-        """Those that are being taken away, and who waits for that."""
+        self.leaving: dict[str, Leaving] = {}
+        """Of those that are being taken away."""
+        self._gone: set[Wire] = set()  # of NICs that the bus lets go of
         stack.callback(self.close)
         specs = platform.config.nets
         # A saved guest knows each by what comes from its name, and one that was removed left a gap.
@@ -149,37 +151,47 @@ class Nics:
     def remove(self, name: str, done: Callable[[], object] = lambda: None) -> None:
         """Take a NIC from the guest, and its wire from the host; `done()` when both are gone. KeyError.
 
-        It is there until its guest has let go, or for as long as `nic_leaving` waits. May be asked again.
+        It is there until its guest has let go, or for as long as `nic_leaving` waits, and while the machine
+        rests. May be asked again.
         """
         from hvkvm.machine.nic_leaving import Leaving
 
         nic = self.nics[name]
-        waiting = self._leaving.setdefault(name, [])
-        waiting.append(done)
-        if len(waiting) > 1:
+        if name in self.leaving:
+            self.leaving[name].waiting.append(done)
             return
 
         def gone() -> None:
+            self._gone.discard(nic.wire)
             nic.wire.close()
-            nic.wire.when_closed(lambda: call_all(waiting))
+            nic.wire.when_closed(lambda: call_all(leaving.waiting))
 
         def left() -> None:
-            del self.nics[name], self._leaving[name]
+            del self.nics[name], self.leaving[name]
+            self._gone.add(nic.wire)
             self._bus.remove(name, gone)
 
-        nic.wire.stop(Leaving(nic.device, self._platform.io, left).begin)
+        leaving = Leaving(nic.device, self._platform.io, left, resting=not self._running)
+        leaving.waiting.append(done)
+        self.leaving[name] = leaving
+        nic.wire.stop(leaving.begin)
 
     # machine.part.Part
 
     def start(self) -> None:
         """See `Part.start`."""
         self._running = True
-        for nic in self.nics.values():
-            nic.wire.start()
+        for name, nic in self.nics.items():
+            if name not in self.leaving:
+                nic.wire.start()
+        for leaving in list(self.leaving.values()):
+            leaving.go_on()
 
     def stop(self, done: Callable[[], object]) -> None:
         """See `Part.stop`."""
         self._running = False
+        for leaving in self.leaving.values():
+            leaving.rest()
         left = list(self.nics.values())
 
         def next_one() -> None:
@@ -214,6 +226,9 @@ class Nics:
         """Give all wires back. The loop has ended, or never ran. Idempotent."""
         while self.nics:
             self.nics.popitem()[1].wire.close()
+        while self._gone:
+            self._gone.pop().close()
+        self.leaving.clear()
 
     def inspect(self) -> dict[str, Mapping[str, object]]:
         """Each NIC with its wire."""

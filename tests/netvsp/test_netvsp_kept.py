@@ -7,6 +7,8 @@ from typing import Any
 
 import pytest
 
+from hvkvm.abi import rndis
+from hvkvm.devices.synth import netvsp
 from hvkvm.devices.synth.netvsp_channel import KEEP_SECONDS, MAX_KEPT
 from hvkvm.testing.netvsc_driver import data_message
 
@@ -108,24 +110,49 @@ def test_what_is_kept_ends_with_the_channel(lan: Make) -> None:
     assert net.complaints == {}
 
 
-def test_a_nic_that_goes_owes_its_guest_nothing(lan: Make) -> None:
+def test_a_nic_whose_cable_is_gone_for_good_owes_its_guest_nothing(lan: Make) -> None:
     """Linux waits for each completion when its device is rescinded, for ever."""
     net = lan(keep=True)
     driver = net.driver.start(send_pages=SECTIONS_PAGES)
     kept = [short(driver), short(driver)]
-    assert not set(kept) & set(done(driver))
-    assert net.nic.finish()
-    net.loop.run()
-    assert [done(driver).count(ident) for ident in kept] == [1, 1]
-    assert not net.nic.finish()
     net.port.room = 0
     waiting = [driver.send_pages_of(data_message(FRAME)) for _ in range(3)]
     net.loop.run()
-    assert not set(waiting) & set(done(driver))
-    assert net.nic.finish()
+    assert not {*kept, *waiting} & set(done(driver))
+    net.nic.unplug()
     net.loop.run()
-    assert [done(driver).count(ident) for ident in waiting] == [1, 1, 1]
-    assert not net.nic.finish()
+    assert [done(driver).count(ident) for ident in kept + waiting] == [1] * 5
+    later = [short(driver), driver.send_pages_of(data_message(FRAME))]
+    net.nic.finish()
+    assert [done(driver).count(ident) for ident in later] == [1, 1]
+    sent = len(net.port.sent)
+    net.port.make_room(None)
+    net.nic.link(True)
+    net.port.inject(FOR_GUEST)
+    net.loop.run()
+    assert (net.nic.inspect()["link"], driver.indications[-1]) == (
+        "down",
+        rndis.RNDIS_STATUS_MEDIA_DISCONNECT,
+    )
+    assert (len(net.port.sent), driver.received) == (sent, [])
     driver.leave()
     assert not net.nic.in_use
-    assert not net.nic.finish()
+    net.nic.finish()
+
+
+def test_a_restored_nic_takes_the_guest_to_have_heard_of_its_link_just_now(
+    lan: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    net = lan()
+    monkeypatch.setattr(netvsp, "monotonic", lambda: net.loop.now + 1000)
+    net.driver.complete = False
+    net.driver.start()
+    net.loop.run()
+    assert (net.nic.telling_link, net.nic.link_heard) == (True, 0)
+    net.loop.advance(5)
+    net.driver.complete_all()
+    net.loop.run()
+    assert (net.nic.telling_link, net.nic.link_heard) == (False, 1005)
+    net.loop.advance(5)
+    net.go_on_with_another()
+    assert net.nic.link_heard == 1010

@@ -90,7 +90,7 @@ class Netvsp:
         self._queues = max(1, min(queues, MAX_QUEUES))
         self._wire_up = False
         self._went_down = False  # since the guest last heard
-        self._link_waits = False  # for the indication before it
+        self._unplugged = False  # for good
         self._taken = 0
         self._starved = False  # the port waits for room
         self._toeplitz: Toeplitz | None = None
@@ -107,9 +107,12 @@ class Netvsp:
     def _clear(self) -> None:
         """As a NIC that no driver has taken."""
         self._told_link: bool | None = None
-        self.link_told = 0.0
-        """When the guest last heard of its link (time.monotonic)."""
-        self._link_waits = False
+        self.telling_link = False
+        """Whether an indication of the link is on its way: the guest has not given it back yet."""
+        self.link_waits = False
+        """Whether there is another to be sent behind that one."""
+        self.link_heard = 0.0
+        """When the guest last gave one back (time.monotonic)."""
         self.receive.forget()
         self.control_state.clear()
         self.agreed.clear()
@@ -148,10 +151,24 @@ class Netvsp:
         """Whether a guest has it open."""
         return any(channel.io is not None for channel in self._channels.values())
 
-    def finish(self) -> bool:
-        """Complete what the guest has sent, the wire being stopped; whether there was any."""
-        found = [channel.finish() for channel in list(self._channels.values())]
-        return any(found)
+    @property
+    def packets(self) -> int:
+        """How many were taken from the rings that are open."""
+        return sum(one.io.reader.packets for one in self._channels.values() if one.io is not None)
+
+    def unplug(self) -> None:
+        """Pull the cable for good: what is sent is lost and completed at once, and the wire heard no more."""
+        self.link(False)
+        self._unplugged = True
+        self.later = None  # no completion is kept back any more
+        self.writable()
+
+    def finish(self) -> None:
+        """Complete what the guest has sent by now."""
+        for channel in list(self._channels.values()):
+            if channel.io is not None:
+                with channel.io:
+                    channel.rung()
 
     def release_gpadl(self, gpadl_id: int, done: Callable[[], object]) -> None:
         """See `vmbus.device.GpadlUser`. Nothing that is under way touches it."""
@@ -202,6 +219,8 @@ class Netvsp:
             raise ValueError(f"the NIC {self.name} has agreed on what it cannot")
         self.agreed.agree(state.version)
         self._told_link = state.told_link
+        if state.told_link is not None:
+            self.link_heard = monotonic()  # at the latest
         self.agreed.set_mtu(state.mtu)
         self.receive.vlan_marks = state.vlan_marks
         if state.receive_gpadl is not None:
@@ -215,6 +234,7 @@ class Netvsp:
                 raise ValueError(f"the NIC {self.name} has a send buffer that is none")
         self.receive.waiting.extend(state.waiting)
         self.agreed.subchannels = max(0, min(state.subchannels, self._queues - 1))
+        self.telling_link = self.receive.indicating
         self._saved = dict(state.channels)
         self._channels[0].load(io, self._saved.pop(0, None))
         for index, channel in self._channels.items():
@@ -248,11 +268,16 @@ class Netvsp:
 
     def transmit(self, frames: list[Frame], queue: int) -> int:
         """Frames of channel `queue` to the wire; how many were taken."""
+        if self._unplugged:
+            self.send.counters.lost += len(frames)
+            return len(frames)
         return self.port.send(frames, queue)
 
     def after(self, io: ChannelIo) -> None:
         """A channel's turn is at its end: what others wait for."""
-        if self._link_waits:
+        if self.telling_link and not self.receive.indicating:
+            self.telling_link, self.link_heard = False, monotonic()
+        if self.link_waits:
             self._tell_link()
         primary = self._channels[0].io
         offers = io is primary and self.agreed.unoffered
@@ -312,7 +337,7 @@ class Netvsp:
     def _frames(self, frames: Sequence[Frame]) -> None:
         primary = self._channels[0]
         io = primary.io
-        if io is None or ((io.reader.broken or io.writer.broken) and not io.held):
+        if io is None or self._unplugged or ((io.reader.broken or io.writer.broken) and not io.held):
             self.receive.counters.unready += len(frames)
             return
         if io.held:
@@ -336,6 +361,8 @@ class Netvsp:
 
     def link(self, up: bool) -> None:
         """See `net.port.Receiver`."""
+        if self._unplugged:
+            return
         self._wire_up = up
         self._went_down = self._went_down or not up
         self.guard.run(self._tell_link)
@@ -348,8 +375,8 @@ class Netvsp:
         io = self._channels[0].io
         if io is None or not self.control_state.initialized:
             return
-        self._link_waits = self.receive.indicating
-        if self._link_waits:
+        self.link_waits = self.receive.indicating
+        if self.link_waits:
             return  # `after` comes back to it
         # A wire that was down for a moment is told as such: it may lead elsewhere now, which a guest has to
         # find out by new addresses and neighbours.
@@ -357,8 +384,8 @@ class Netvsp:
         self._went_down = False
         if up == self._told_link:
             return
-        self._told_link, self.link_told = up, monotonic()
-        self._link_waits = up != self._wire_up
+        self._told_link, self.telling_link = up, True
+        self.link_waits = up != self._wire_up
         status = rndis.RNDIS_STATUS_MEDIA_CONNECT if up else rndis.RNDIS_STATUS_MEDIA_DISCONNECT
         self.receive.tell(rndis.indicate.pack(rndis.RNDIS_MSG_INDICATE, rndis.indicate.size, status, 0, 0))
         io.again()  # sent in a turn of our own

@@ -338,19 +338,6 @@ class NvspChannel:
     def _in_the_way(self) -> bool:
         return self._stuck and not self._owed and self.nic.receive.starved
 
-    def finish(self) -> bool:
-        """Take a turn's packets, and complete all that waits as if the wire had taken it; whether any did."""
-        io = self.io
-        if io is None or io.held:
-            return False
-        before = io.reader.packets
-        waits = bool(self.kept or self._owed or self._waiting)
-        with io:
-            self.rung()
-            if self.io is io and not io.reader.broken and not io.writer.broken:
-                self._lose(io)
-        return waits or io.reader.packets != before
-
     def _lose_soon(self, io: ChannelIo) -> None:
         if self.nic.later is None:
             self._lose(io)
