@@ -12,6 +12,7 @@ import pytest
 from running_vm import command_line
 
 HANG = b"\xfa\xf4\xeb\xfd"
+ASKS_KVM = pytest.mark.kvm  # what it has decides
 
 
 def one_line(result: subprocess.CompletedProcess[str], status: int, *words: str) -> None:
@@ -46,13 +47,24 @@ def one_line(result: subprocess.CompletedProcess[str], status: int, *words: str)
         (("run", "--kernel", "KERNEL", "--timeout", "soon"), ("--timeout soon", "number")),
         (("run", "--kernel", "KERNEL", "--synic", "quantum"), ("--synic quantum", "auto, kernel, user")),
         (("run", "--kernel", "KERNEL", "--device", "floppy"), ("--device floppy", "hyperv-testdev")),
-        (("run", "--kernel", "KERNEL", "--hv", "sinyc"), ("--hv", "sinyc", "synic")),
-        (("run", "--kernel", "KERNEL", "--hv", "stimer"), ("--hv", "hv-stimer requires", "hv-synic")),
-        (("run", "--kernel", "KERNEL", "--hv", "synic,vpindex,-synic"), ("--hv", "synic")),
-        (("run", "--kernel", "KERNEL", "--hv", "spinlocks=lots"), ("--hv", "spinlocks")),
-        (
+        pytest.param(
+            ("run", "--kernel", "KERNEL", "--hv", "sinyc"), ("--hv", "sinyc", "synic"), marks=ASKS_KVM
+        ),
+        pytest.param(
+            ("run", "--kernel", "KERNEL", "--hv", "stimer"),
+            ("--hv", "hv-stimer requires", "hv-synic"),
+            marks=ASKS_KVM,
+        ),
+        pytest.param(
+            ("run", "--kernel", "KERNEL", "--hv", "synic,vpindex,-synic"), ("--hv", "synic"), marks=ASKS_KVM
+        ),
+        pytest.param(
+            ("run", "--kernel", "KERNEL", "--hv", "spinlocks=lots"), ("--hv", "spinlocks"), marks=ASKS_KVM
+        ),
+        pytest.param(
             ("run", "--kernel", "KERNEL", "--hv", "none", "--device", "hyperv-testdev"),
             ("hyperv-testdev", "--hv"),
+            marks=ASKS_KVM,
         ),
         (("run", "--kernel", "KERNEL", "--module", "hv_vmbus"), ("--module", "--modules-dir")),
         (("run", "--kernel", "KERNEL", "--modules-dir", "/nonexistent"), ("--modules-dir", "lib/modules")),

@@ -153,7 +153,7 @@ def test_what_we_say_behind_a_commands_errors_is_a_line_of_its_own(start: Start)
 
 
 def test_a_timeout_shows_it_too(start: Start) -> None:
-    status, _output, errors = start(NOISE + SPIN, "--timeout", "1").end()
+    status, _output, errors = start(NOISE + SPIN, "--timeout", "3").end()
     assert status == 124
     assert errors.count(b"| kernel noise") == 1
 

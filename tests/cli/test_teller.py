@@ -237,7 +237,7 @@ def test_the_line_that_says_how_it_ended_comes_last_and_waits_for_a_slow_reader(
 ) -> None:
     reader, writer = full_pipe
     flood = b"".join(out(0x5C0, value & 0xFF) for value in range(3000))
-    process = start(guest(flood + out(board.COM1_PORT, ord("!")) + HANG), writer, "--timeout", "4")
+    process = start(guest(flood + out(board.COM1_PORT, ord("!")) + HANG), writer, "--timeout", "8")
     os.close(writer)
     assert process.stdout is not None
     assert process.stdout.read(1) == b"!"
@@ -247,6 +247,6 @@ def test_the_line_that_says_how_it_ended_comes_last_and_waits_for_a_slow_reader(
         lines = stream.read().decode().splitlines()[1:]
     assert process.wait(DEADLINE) == 124
     process.stdout.close()
-    assert lines[-1] == "hvkvm: timeout: the guest had not finished after 4 s"
+    assert lines[-1] == "hvkvm: timeout: the guest had not finished after 8 s"
     assert BURST < sum("found no device" in line for line in lines) <= FEW
     assert any("vcpu0" in line for line in lines[:-1])

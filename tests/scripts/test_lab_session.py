@@ -328,7 +328,7 @@ def beat(played: Machine, until: threading.Event) -> None:
 def test_idle_machine_that_is_alive_is_asked_first_and_then_given_up(
     machine: Machine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    quick(monkeypatch, SILENCE_SECONDS=0.5, TELL_SECONDS=0.3, AFTER_TELL_SECONDS=0.3)
+    quick(monkeypatch, SILENCE_SECONDS=10.0, TELL_SECONDS=3.0, AFTER_TELL_SECONDS=0.3)
     over = threading.Event()
     told: list[bytes] = []
 
@@ -366,8 +366,18 @@ def asked(machine: Machine, monkeypatch: pytest.MonkeyPatch, work: Callable[[Mov
     quick(monkeypatch, SILENCE_SECONDS=60.0, TELL_SECONDS=0.4, AFTER_TELL_SECONDS=0.2)
     processor = Moved()
     monkeypatch.setattr(lab_session, "Processor", lambda pid: processor)
-    over = threading.Event()
+    over, worked = threading.Event(), threading.Event()
     times: list[float] = []
+    forward = lab_session.Session._forward
+
+    def forward_and_wait(session: lab_session.Session, name: str) -> None:
+        forward(session, name)
+        if name == "TELL":
+            assert worked.wait(100)  # or a busy host would be late, and that taken for the machine's work
+            worked.clear()
+            session.asked_at = time.monotonic()
+
+    monkeypatch.setattr(lab_session.Session, "_forward", forward_and_wait)
 
     def play(played: Machine) -> None:
         played.say("control", b"hello 3.1\n")
@@ -380,6 +390,7 @@ def asked(machine: Machine, monkeypatch: pytest.MonkeyPatch, work: Callable[[Mov
             if b"TELL" in got:
                 times.append(time.monotonic())
                 work(processor)
+                worked.set()
         played.finish(token, 0)
 
     machine.play(play)
