@@ -58,7 +58,6 @@ class Leaving:
         self._begun = True
         if self._device.in_use and self._resting:
             return
-        self._device.unplug()
         self._wait(self._device.link_heard + AGAIN_SECONDS)
 
     def rest(self) -> None:
@@ -73,10 +72,10 @@ class Leaving:
         if self._resting:
             self._resting = False
             if self._begun:
-                self._device.unplug()
                 self._wait(monotonic() + AGAIN_SECONDS)
 
     def _wait(self, heeded: float) -> None:
+        self._device.unplug()
         now = monotonic()
         self._quiet, self._packets = 0, self._device.packets
         self._heeded = max(now + HEED_SECONDS, heeded)
