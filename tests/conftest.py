@@ -144,7 +144,7 @@ def boot_agent() -> Iterator[Callable[..., Guest]]:
     Afterwards the machine is closed, and no thread and no fd of it may be left.
     """
     from guest_machine import Guest
-    from open_files import open_files
+    from open_files import newly_open, open_files
 
     fds, threads = open_files(), set(threading.enumerate())
     guests: list[Guest] = []
@@ -162,5 +162,5 @@ def boot_agent() -> Iterator[Callable[..., Guest]]:
             guest.close()
     left = {thread.name for thread in set(threading.enumerate()) - threads}
     assert not left, f"threads left behind: {left}"
-    leaked = {fd: target for fd, target in open_files().items() if fds.get(fd) != target}
+    leaked = newly_open(fds)
     assert not leaked, f"fds left open: {leaked}"

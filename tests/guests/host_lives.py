@@ -16,7 +16,7 @@ from typing import Protocol
 from guest_agent import GuestStuckError
 from guest_machine import Guest
 from host_failures import ERRNOS, HostFailures
-from open_files import open_files
+from open_files import newly_open, open_files
 
 from hvkvm.errors import HvkvmError
 
@@ -78,7 +78,7 @@ def check_each_call(
             failed, what = failures.failed, repr(error)
             faults.append(f"{failed}: {what}")
         gc.collect()
-        left = {fd: target for fd, target in open_files().items() if files.get(fd) != target}
+        left = newly_open(files)
         more = {thread.name for thread in set(threading.enumerate()) - threads}
         names = os.listdir(folder)
         if left or more or uncaught or names:

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from open_files import open_files
+from open_files import newly_open, open_files
 
 SECONDS = 30.0  # for threads that close what they had when they come to it
 
@@ -25,8 +25,8 @@ class LeftOpen:
         self._of_modules: set[str] = set()  # fixtures that may open more when a test asks them to
 
     def _left(self) -> dict[str, str]:
-        known = (self._before, self._for_long)
-        return {fd: to for fd, to in open_files().items() if all(files.get(fd) != to for files in known)}
+        left = newly_open(self._before)
+        return {fd: to for fd, to in left.items() if self._for_long.get(fd) != to}
 
     @pytest.hookimpl(wrapper=True, tryfirst=True)
     def pytest_runtest_setup(self) -> Iterator[None]:
@@ -39,7 +39,7 @@ class LeftOpen:
             return (yield)
         before = open_files()
         made = yield
-        self._for_long.update(item for item in open_files().items() if before.get(item[0]) != item[1])
+        self._for_long.update(newly_open(before))
         if fixturedef.scope == "module":
             self._of_modules.add(fixturedef.argname)
         return made

@@ -14,3 +14,8 @@ def open_files() -> dict[str, str]:
         except OSError:
             continue  # the folder's own
     return found
+
+
+def newly_open(before: dict[str, str]) -> dict[str, str]:
+    """What is open now and was not `before`, by fd."""
+    return {fd: to for fd, to in open_files().items() if before.get(fd) != to}

@@ -30,7 +30,7 @@ def no_leaks() -> Iterator[None]:
     fds = set(os.listdir("/proc/self/fd"))
     yield
     assert set(threading.enumerate()) <= threads  # another test's may have ended meanwhile
-    assert set(os.listdir("/proc/self/fd")) <= fds
+    assert set(os.listdir("/proc/self/fd")) == fds
 
 
 class Bench:

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 from guest_machine import Guest
-from open_files import open_files
+from open_files import newly_open, open_files
 
 from hvkvm.backends.terminal import RawTerminal
 from hvkvm.kvm.irqfd import EventFd
@@ -137,8 +137,7 @@ def test_a_child_that_closes_its_copy_of_a_machine_leaves_the_machine_running(
         guest.machine.request_reset("a child's")
         guest.machine.close()
         guest.machine.close()
-        ours = [to for fd, to in open_files().items() if before.get(fd) != to]
-        assert not [to for to in ours if "kvm-vm" in to or "hvkvm-ram" in to]
+        assert not [to for to in newly_open(before).values() if "kvm-vm" in to or "hvkvm-ram" in to]
 
     in_a_child(unwind)
     assert control.is_socket()
